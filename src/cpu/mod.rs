@@ -1,0 +1,35 @@
+//! The operators on the CPU: native, multi-threaded, generic over `f32` and `f64`.
+//!
+//! Every forward comes with its backward. Operands are row-major slices; outputs are the caller's. All operators
+//! are deterministic run to run. In `f64` they are the oracle that other back ends are tested against.
+//! Threads are rayon's: run inside a [`rayon` pool](https://docs.rs/rayon) of your own to choose how many.
+
+mod drop_path;
+mod loss;
+mod low_rank_linear;
+mod matmul;
+mod noisy_epilogue;
+mod noisy_linear;
+mod norms;
+mod rows;
+mod weights;
+
+pub use drop_path::{shared_drop_path, shared_drop_path_backward};
+pub use loss::{Consistency, Loss, LossValues};
+pub use low_rank_linear::{LowRankGrads, LowRankLinear};
+pub use noisy_epilogue::{noisy_epilogue, noisy_epilogue_backward};
+pub use noisy_linear::{NoisyLinear, NoisyLinearGrads};
+pub use norms::{fp_distance, grad_norm};
+pub use weights::{
+    LoraFactors, LoraGrads, PromptBias, PromptGrads, lora_mul_weight, lora_mul_weight_backward,
+    low_rank_weight, low_rank_weight_backward, merge, unmerge,
+};
+
+/// The frozen layer under an adapter: `W0 [N, K]` and `b0 [N]`.
+#[derive(Debug, Clone, Copy)]
+pub struct Base<'a, T> {
+    /// `W0 [N, K]`.
+    pub weight: &'a [T],
+    /// `b0 [N]`.
+    pub bias: Option<&'a [T]>,
+}

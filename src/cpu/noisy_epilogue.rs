@@ -1,0 +1,62 @@
+//! Noisy epilogue for trainers that keep their own product: `y += z⊙a` in place.
+
+use super::rows::Z;
+use crate::error::Result;
+use crate::noise::Noise;
+use crate::real::Real;
+use crate::shape::{LinearShape, length};
+use rayon::prelude::*;
+
+/// Elements in one parallel task.
+const TASK: usize = 1 << 15;
+
+/// `y [M, N] += z ⊙ a [M, N]`: adds the perturbed adapter output to the base output that lies in `y`.
+///
+/// Of `shape`, `in_features` does not matter (any value from 1) and `shared_input` neither: `a` has all `M` rows.
+///
+/// # Errors
+/// If a size is zero or overflows, or a slice is not of `M·N` elements.
+pub fn noisy_epilogue<T: Real>(shape: LinearShape, noise: Noise<'_, T>, a: &[T], y: &mut [T]) -> Result<()> {
+    apply(shape, noise, ("a", a), ("y", y), |y, z, a| y + z * a)
+}
+
+/// `da [M, N] = z ⊙ dy [M, N]`: the gradient of [`noisy_epilogue`] to `a`. That to `y` is `dy` itself.
+///
+/// # Errors
+/// As [`noisy_epilogue`].
+pub fn noisy_epilogue_backward<T: Real>(
+    shape: LinearShape,
+    noise: Noise<'_, T>,
+    dy: &[T],
+    da: &mut [T],
+) -> Result<()> {
+    apply(shape, noise, ("dy", dy), ("da", da), |_, z, g| z * g)
+}
+
+fn apply<T: Real>(
+    shape: LinearShape,
+    noise: Noise<'_, T>,
+    input: (&'static str, &[T]),
+    output: (&'static str, &mut [T]),
+    op: impl Fn(T, T, T) -> T + Sync,
+) -> Result<()> {
+    let shape = LinearShape { shared_input: false, ..shape };
+    let z = Z::new(noise, shape)?;
+    let (m, n) = (shape.out_rows(), shape.out_features);
+    length(input.0, "[M, N]", input.1, m * n)?;
+    length(output.0, "[M, N]", output.1, m * n)?;
+    let rows = (TASK / n).max(1);
+    output.1.par_chunks_mut(rows * n).zip(input.1.par_chunks(rows * n)).enumerate().for_each_init(
+        Vec::new,
+        |scratch, (i, (out, input))| {
+            let first = i * rows;
+            z.for_rows(first..first + out.len() / n, 0..n, scratch, |row, z| {
+                let at = (row - first) * n..(row - first + 1) * n;
+                for ((out, &input), &z) in out[at.clone()].iter_mut().zip(&input[at]).zip(z) {
+                    *out = op(*out, z, input);
+                }
+            });
+        },
+    );
+    Ok(())
+}

@@ -1,0 +1,353 @@
+//! What every noisy layer on the CPU shares: `z` by rows, the blocked forward pass, and tiles of `e = z⊙g`.
+
+use super::Base;
+use super::matmul::{Accum, MatMut, MatRef, Par, all_threads, gemm, inner_threads, mat, mat_mut};
+use crate::error::Result;
+use crate::noise::{Noise, NoiseShape, check_samples};
+use crate::real::Real;
+use crate::shape::{LinearShape, length};
+use rayon::prelude::*;
+use std::ops::Range;
+
+/// Output channels that are handled while a tile of them stays in the L2 cache.
+pub(super) const CHANNEL_BLOCK: usize = 256;
+/// Most input rows in one task.
+const MAX_ROWS: usize = 128;
+/// Fewest input rows for which a task of its own is worth while.
+const MIN_ROWS: usize = 16;
+
+/// Rows per task, so that every thread of the pool gets some.
+fn rows_per_task(rows: usize) -> usize {
+    rows.div_ceil(rayon::current_num_threads()).clamp(MIN_ROWS, MAX_ROWS)
+}
+
+/// The blocks of at most `size` that make up `0..total`.
+pub(super) fn blocks(total: usize, size: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..total).step_by(size).map(move |start| start..total.min(start + size))
+}
+
+/// `z` of a layer, row by row, from whichever source.
+#[derive(Clone, Copy)]
+pub(super) struct Z<'a, T> {
+    noise: Noise<'a, T>,
+    shape: LinearShape,
+}
+
+impl<'a, T: Real> Z<'a, T> {
+    /// Checks sizes and noise.
+    pub(super) fn new(noise: Noise<'a, T>, shape: LinearShape) -> Result<Self> {
+        shape.check()?;
+        match noise {
+            Noise::Off => {}
+            Noise::Generated(generator) => check_samples(generator.first_sample(), shape.batch)?,
+            Noise::Given { z, shape: NoiseShape::PerSample } => {
+                length("z", "[R, N]", z, shape.samples() * shape.out_features)?;
+            }
+            Noise::Given { z, shape: NoiseShape::PerToken } => {
+                length("z", "[R, T, N]", z, shape.out_rows() * shape.out_features)?;
+            }
+        }
+        Ok(Self { noise, shape })
+    }
+
+    pub(super) fn is_off(&self) -> bool {
+        matches!(self.noise, Noise::Off)
+    }
+
+    /// Whether all tokens of a sample share their `z`.
+    pub(super) fn per_sample(&self) -> bool {
+        match self.noise {
+            Noise::Off => true,
+            Noise::Generated(generator) => generator.shape() == NoiseShape::PerSample,
+            Noise::Given { shape, .. } => shape == NoiseShape::PerSample,
+        }
+    }
+
+    /// Writes `z` of the given channels of output row `row` (counted over branches, samples, tokens).
+    pub(super) fn fill(&self, row: usize, channels: Range<usize>, out: &mut [T]) {
+        let (sample, token) = (row / self.shape.tokens, row % self.shape.tokens);
+        match self.noise {
+            Noise::Off => out.fill(T::one()),
+            Noise::Generated(generator) => generator.fill(
+                (sample / self.shape.batch) as u8,
+                (sample % self.shape.batch) as u64,
+                token as u32,
+                channels.start as u32,
+                out,
+            ),
+            Noise::Given { z, shape } => {
+                let row = if shape == NoiseShape::PerSample { sample } else { row };
+                let n = self.shape.out_features;
+                out.copy_from_slice(&z[row * n + channels.start..row * n + channels.end]);
+            }
+        }
+    }
+
+    /// Calls `body(row, z of the channels)` for consecutive output rows, making `z` again only where it changes.
+    pub(super) fn for_rows(
+        &self,
+        rows: Range<usize>,
+        channels: Range<usize>,
+        z: &mut Vec<T>,
+        mut body: impl FnMut(usize, &[T]),
+    ) {
+        z.resize(channels.len(), T::one());
+        let first = rows.start;
+        for row in rows {
+            if row == first || !self.per_sample() || row % self.shape.tokens == 0 {
+                self.fill(row, channels.clone(), z);
+            }
+            body(row, z);
+        }
+    }
+
+    /// `tile [rows, channels] = Σ z⊙g` over the output rows that belong to the input rows `rows`
+    /// (one each, or one per branch when the input is shared).
+    pub(super) fn gradient_tile(
+        &self,
+        g: &[T],
+        rows: Range<usize>,
+        channels: Range<usize>,
+        scratch: &mut Vec<T>,
+        tile: &mut [T],
+    ) {
+        let (n, width) = (self.shape.out_features, channels.len());
+        for branch in 0..self.shape.fan_out() {
+            let offset = branch * self.shape.in_rows();
+            self.for_rows(
+                rows.start + offset..rows.end + offset,
+                channels.clone(),
+                scratch,
+                |row, z| {
+                    let local = row - offset - rows.start;
+                    let out = &mut tile[local * width..][..width];
+                    let g = &g[row * n + channels.start..row * n + channels.end];
+                    if branch == 0 {
+                        for ((out, &g), &z) in out.iter_mut().zip(g).zip(z) {
+                            *out = z * g;
+                        }
+                    } else {
+                        for ((out, &g), &z) in out.iter_mut().zip(g).zip(z) {
+                            *out += z * g;
+                        }
+                    }
+                },
+            );
+        }
+    }
+}
+
+/// Output rows of one task: its first input row and its part of `y` for each branch that it fans out to.
+struct Task<'a, T> {
+    first_row: usize,
+    out: Vec<&'a mut [T]>,
+}
+
+fn tasks<'a, T>(shape: &LinearShape, rows: usize, y: &'a mut [T]) -> Vec<Task<'a, T>> {
+    let n = shape.out_features;
+    let mut tasks: Vec<Task<'a, T>> = Vec::new();
+    for branch in y.chunks_mut(shape.in_rows() * n) {
+        for (i, out) in branch.chunks_mut(rows * n).enumerate() {
+            match tasks.get_mut(i) {
+                Some(task) => task.out.push(out),
+                None => tasks.push(Task { first_row: i * rows, out: vec![out] }),
+            }
+        }
+    }
+    tasks
+}
+
+/// `y = base(x) + z ⊙ (adapter(x) + Δb)` in tiles of rows × channels.
+///
+/// `adapter(input rows, channels, tile)` computes `x·ΔWᵀ` of a tile; `None` stands for ΔW = 0.
+pub(super) fn forward<T: Real>(
+    z: &Z<'_, T>,
+    base: Option<Base<'_, T>>,
+    adapter: Option<&(dyn Fn(Range<usize>, Range<usize>, MatMut<'_, T>, Par) + Sync)>,
+    delta_bias: Option<&[T]>,
+    x: &[T],
+    y: &mut [T],
+) {
+    let shape = z.shape;
+    let (k, n) = (shape.in_features, shape.out_features);
+    let mut tasks = tasks(&shape, rows_per_task(shape.in_rows()), y);
+    let par = inner_threads(tasks.len());
+    tasks.par_iter_mut().for_each_init(
+        || (Vec::new(), Vec::new()),
+        |(tile, scratch), task| {
+            let rows = task.out[0].len() / n;
+            let first = task.first_row;
+            let x = mat(&x[first * k..][..rows * k], rows, k);
+            for channels in blocks(n, CHANNEL_BLOCK) {
+                let width = channels.len();
+                tile.clear();
+                tile.resize(rows * width, T::zero());
+                if let Some(adapter) = adapter {
+                    adapter(first..first + rows, channels.clone(), mat_mut(tile, rows, width), par);
+                }
+                if let Some(base) = base {
+                    let weight = mat(&base.weight[channels.start * k..channels.end * k], width, k);
+                    let y = mat_mut(&mut task.out[0][..], rows, n).subcols_mut(channels.start, width);
+                    gemm(y, Accum::Replace, x, weight.transpose(), par);
+                }
+                epilogue(z, base, delta_bias, first, channels, tile, scratch, &mut task.out);
+            }
+        },
+    );
+}
+
+/// `y = product + b0 + z ⊙ (tile + Δb)`; the base product, if any, lies in the first branch's rows.
+#[expect(clippy::too_many_arguments, reason = "one call site; the arguments are the tile's address and operands")]
+fn epilogue<T: Real>(
+    z: &Z<'_, T>,
+    base: Option<Base<'_, T>>,
+    delta_bias: Option<&[T]>,
+    first_row: usize,
+    channels: Range<usize>,
+    tile: &mut [T],
+    scratch: &mut Vec<T>,
+    out: &mut [&mut [T]],
+) {
+    let (n, width) = (z.shape.out_features, channels.len());
+    let rows = tile.len() / width;
+    if let Some(bias) = delta_bias {
+        for row in tile.chunks_exact_mut(width) {
+            for (a, &b) in row.iter_mut().zip(&bias[channels.clone()]) {
+                *a += b;
+            }
+        }
+    }
+    // The last branch first: the base product in branch 0's rows is read by all and overwritten by its own.
+    let (first_branch, others) = out.split_first_mut().expect("a task has at least one branch");
+    if base.is_none() {
+        for row in first_branch.chunks_exact_mut(n) {
+            row[channels.clone()].fill(T::zero());
+        }
+    }
+    if let Some(bias) = base.and_then(|base| base.bias) {
+        for row in first_branch.chunks_exact_mut(n) {
+            for (y, &b) in row[channels.clone()].iter_mut().zip(&bias[channels.clone()]) {
+                *y += b;
+            }
+        }
+    }
+    for (i, other) in others.iter_mut().enumerate() {
+        let offset = (i + 1) * z.shape.in_rows() + first_row;
+        z.for_rows(offset..offset + rows, channels.clone(), scratch, |row, z| {
+            let local = row - offset;
+            let base = &first_branch[local * n + channels.start..][..width];
+            let y = &mut other[local * n + channels.start..][..width];
+            let a = &tile[local * width..][..width];
+            for (((y, &base), &a), &z) in y.iter_mut().zip(base).zip(a).zip(z) {
+                *y = base + z * a;
+            }
+        });
+    }
+    z.for_rows(first_row..first_row + rows, channels.clone(), scratch, |row, z| {
+        let local = row - first_row;
+        let y = &mut first_branch[local * n + channels.start..][..width];
+        let a = &tile[local * width..][..width];
+        for ((y, &a), &z) in y.iter_mut().zip(a).zip(z) {
+            *y += z * a;
+        }
+    });
+}
+
+/// `dx = Σ g·W0`, or zero without a base term; the sum goes over the branches that share the input.
+pub(super) fn base_gradient<T: Real>(shape: &LinearShape, base: Option<Base<'_, T>>, g: &[T], dx: &mut [T]) {
+    let (m, k, n) = (shape.in_rows(), shape.in_features, shape.out_features);
+    let Some(base) = base else { return dx.fill(T::zero()) };
+    let weight = mat(base.weight, n, k);
+    if shape.fan_out() == 1 {
+        return gemm(mat_mut(dx, m, k), Accum::Replace, mat(g, m, n), weight, all_threads());
+    }
+    let rows = rows_per_task(m);
+    let par = inner_threads(m.div_ceil(rows));
+    dx.par_chunks_mut(rows * k).enumerate().for_each_init(Vec::new, |sum, (i, dx)| {
+        let count = dx.len() / k;
+        let g = sum_branches(shape, g, i * rows, count, sum);
+        gemm(mat_mut(dx, count, k), Accum::Replace, mat(g, count, n), weight, par);
+    });
+}
+
+/// `out [input rows, C] (+)= e·weight [N, C]`, with `e = Σ z⊙g` over the branches that share the input.
+pub(super) fn project_gradient<T: Real>(
+    z: &Z<'_, T>,
+    g: &[T],
+    weight: MatRef<'_, T>,
+    accum: Accum,
+    out: &mut [T],
+) {
+    let (n, width) = (weight.nrows(), weight.ncols());
+    let rows = rows_per_task(z.shape.in_rows());
+    let par = inner_threads(z.shape.in_rows().div_ceil(rows));
+    out.par_chunks_mut(rows * width).enumerate().for_each_init(
+        || (Vec::new(), Vec::new()),
+        |(tile, scratch), (i, out)| {
+            let (first, count) = (i * rows, out.len() / width);
+            tile.resize(count * n, T::zero());
+            z.gradient_tile(g, first..first + count, 0..n, scratch, tile);
+            gemm(mat_mut(out, count, width), accum, mat(tile, count, n), weight, par);
+        },
+    );
+}
+
+/// The rows of `g` that belong to some input rows, added up over the branches if these share the input.
+fn sum_branches<'a, T: Real>(
+    shape: &LinearShape,
+    g: &'a [T],
+    first_row: usize,
+    rows: usize,
+    sum: &'a mut Vec<T>,
+) -> &'a [T] {
+    let n = shape.out_features;
+    let part = |branch: usize| &g[(branch * shape.in_rows() + first_row) * n..][..rows * n];
+    if shape.fan_out() == 1 {
+        return part(0);
+    }
+    sum.clear();
+    sum.extend(part(0).iter().zip(part(1)).map(|(&a, &b)| a + b));
+    sum
+}
+
+/// Calls `body(input rows, channels, e tile, output of these channels, first tile?)` for every tile of `e = Σ z⊙g`:
+/// channel blocks in parallel, the rows of each in order. `out` has `width` elements per channel.
+pub(super) fn for_channel_blocks<T: Real>(
+    z: &Z<'_, T>,
+    g: &[T],
+    width: usize,
+    out: &mut [T],
+    body: impl Fn(Range<usize>, Range<usize>, &[T], &mut [T], bool, Par) + Sync,
+) {
+    /// Rows of `e` that are held at once.
+    const ROWS: usize = 2048;
+    let n = z.shape.out_features;
+    let block = n.div_ceil(2 * rayon::current_num_threads()).clamp(16, CHANNEL_BLOCK);
+    let par = inner_threads(n.div_ceil(block));
+    out.par_chunks_mut(block * width).enumerate().for_each_init(
+        || (Vec::new(), Vec::new()),
+        |(tile, scratch), (i, out)| {
+            let channels = i * block..n.min((i + 1) * block);
+            for rows in blocks(z.shape.in_rows(), ROWS) {
+                tile.resize(rows.len() * channels.len(), T::zero());
+                z.gradient_tile(g, rows.clone(), channels.clone(), scratch, tile);
+                let first = rows.start == 0;
+                body(rows, channels.clone(), tile, out, first, par);
+            }
+        },
+    );
+}
+
+/// `dΔb = Σ_rows e`.
+pub(super) fn delta_bias<T: Real>(z: &Z<'_, T>, g: &[T], out: &mut [T]) {
+    for_channel_blocks(z, g, 1, out, |_, channels, e, out, first, _| {
+        if first {
+            out.fill(T::zero());
+        }
+        for row in e.chunks_exact(channels.len()) {
+            for (sum, &e) in out.iter_mut().zip(row) {
+                *sum += e;
+            }
+        }
+    });
+}

@@ -1,0 +1,266 @@
+//! Weight builders: the ΔW and Δb of the paper's adapters from their trained factors, and the way back.
+//!
+//! | adapter | ΔW | Δb |
+//! |---|---|---|
+//! | LoRA add | `c·D·U` | `δb` |
+//! | LoRA mul + VPT add | `W0 ⊙ (c·D·U)` | `W0·(Pd·Pu) + b0⊙δb` |
+//! | VPT add | 0 | `W0·(Pd·Pu)` |
+
+use super::low_rank_linear::check_scale;
+use super::matmul::{Accum, all_threads, gemm, mat, mat_mut};
+use crate::error::{Error, Result};
+use crate::real::Real;
+use crate::shape::{length, nonzero, product};
+use rayon::prelude::*;
+
+/// The trained factors of a low-rank weight `[N, K]`: `D [N, r]`, `U [r, K]`, and a scale on their product.
+#[derive(Debug, Clone, Copy)]
+pub struct LoraFactors<'a, T> {
+    /// Out-features `N`.
+    pub out_features: usize,
+    /// In-features `K`.
+    pub in_features: usize,
+    /// Rank `r`.
+    pub rank: usize,
+    /// `D [N, r]`.
+    pub down: &'a [T],
+    /// `U [r, K]`.
+    pub up: &'a [T],
+    /// Factor on `D·U`; 1 in the paper.
+    pub scale: T,
+}
+
+/// Where the gradients of [`LoraFactors`] go; both are overwritten.
+#[derive(Debug)]
+pub struct LoraGrads<'a, T> {
+    /// `dD [N, r]`.
+    pub down: &'a mut [T],
+    /// `dU [r, K]`.
+    pub up: &'a mut [T],
+}
+
+impl<T: Real> LoraFactors<'_, T> {
+    fn check(&self) -> Result<()> {
+        nonzero("out_features", self.out_features)?;
+        nonzero("in_features", self.in_features)?;
+        nonzero("rank", self.rank)?;
+        product("weight", "[N, K]", &[self.out_features, self.in_features])?;
+        length("down", "[N, r]", self.down, product("down", "[N, r]", &[self.out_features, self.rank])?)?;
+        length("up", "[r, K]", self.up, product("up", "[r, K]", &[self.rank, self.in_features])?)?;
+        check_scale(self.scale)
+    }
+
+    fn check_weight(&self, argument: &'static str, weight: &[T]) -> Result<()> {
+        length(argument, "[N, K]", weight, self.out_features * self.in_features)
+    }
+
+    /// `out = D·U`, without the scale.
+    fn product(&self, out: &mut [T]) {
+        let Self { out_features: n, in_features: k, rank: r, .. } = *self;
+        gemm(mat_mut(out, n, k), Accum::Replace, mat(self.down, n, r), mat(self.up, r, k), all_threads());
+    }
+
+    /// `dD = scale·q·Uᵀ`, `dU = scale·Dᵀ·q` for `q = ∂L/∂(scale·D·U)`.
+    fn backward(&self, q: &[T], grads: LoraGrads<'_, T>) -> Result<()> {
+        let Self { out_features: n, in_features: k, rank: r, .. } = *self;
+        length("grads.down", "[N, r]", grads.down, n * r)?;
+        length("grads.up", "[r, K]", grads.up, r * k)?;
+        let q = mat(q, n, k);
+        let par = all_threads();
+        gemm(mat_mut(grads.down, n, r), Accum::Replace, q, mat(self.up, r, k).transpose(), par);
+        gemm(mat_mut(grads.up, r, k), Accum::Replace, mat(self.down, n, r).transpose(), q, par);
+        if self.scale != T::one() {
+            grads.down.iter_mut().chain(grads.up).for_each(|v| *v *= self.scale);
+        }
+        Ok(())
+    }
+}
+
+/// `ΔW [N, K] = scale·D·U`: LoRA add.
+///
+/// # Errors
+/// If a size is zero, a slice has another length than its shape, or `scale` is not finite.
+pub fn low_rank_weight<T: Real>(lora: LoraFactors<'_, T>, out: &mut [T]) -> Result<()> {
+    lora.check()?;
+    lora.check_weight("out", out)?;
+    lora.product(out);
+    if lora.scale != T::one() {
+        out.par_iter_mut().for_each(|w| *w *= lora.scale);
+    }
+    Ok(())
+}
+
+/// `dD = scale·dΔW·Uᵀ`, `dU = scale·Dᵀ·dΔW`: gradients of [`low_rank_weight`].
+///
+/// # Errors
+/// As [`low_rank_weight`].
+pub fn low_rank_weight_backward<T: Real>(
+    lora: LoraFactors<'_, T>,
+    delta_weight_grad: &[T],
+    grads: LoraGrads<'_, T>,
+) -> Result<()> {
+    lora.check()?;
+    lora.check_weight("delta_weight_grad", delta_weight_grad)?;
+    lora.backward(delta_weight_grad, grads)
+}
+
+/// `ΔW [N, K] = W0 ⊙ (scale·D·U)`: LoRA mul, the paper's main adapter.
+///
+/// # Errors
+/// As [`low_rank_weight`].
+pub fn lora_mul_weight<T: Real>(lora: LoraFactors<'_, T>, base_weight: &[T], out: &mut [T]) -> Result<()> {
+    lora.check()?;
+    lora.check_weight("base_weight", base_weight)?;
+    lora.check_weight("out", out)?;
+    lora.product(out);
+    out.par_iter_mut().zip(base_weight).for_each(|(w, &base)| *w *= lora.scale * base);
+    Ok(())
+}
+
+/// `dD = scale·Q·Uᵀ`, `dU = scale·Dᵀ·Q` with `Q = dΔW ⊙ W0`: gradients of [`lora_mul_weight`].
+///
+/// # Errors
+/// As [`low_rank_weight`].
+pub fn lora_mul_weight_backward<T: Real>(
+    lora: LoraFactors<'_, T>,
+    base_weight: &[T],
+    delta_weight_grad: &[T],
+    grads: LoraGrads<'_, T>,
+) -> Result<()> {
+    lora.check()?;
+    lora.check_weight("base_weight", base_weight)?;
+    lora.check_weight("delta_weight_grad", delta_weight_grad)?;
+    let mut q = vec![T::zero(); base_weight.len()];
+    q.par_iter_mut()
+        .zip(base_weight)
+        .zip(delta_weight_grad)
+        .for_each(|((q, &base), &grad)| *q = base * grad);
+    lora.backward(&q, grads)
+}
+
+/// The prompt adapter's bias `Δb [N] = W0·(Pd·Pu) + b0⊙δb` (VPT add; the second term belongs to LoRA mul).
+#[derive(Debug, Clone, Copy)]
+pub struct PromptBias<'a, T> {
+    /// Out-features `N`.
+    pub out_features: usize,
+    /// In-features `K`.
+    pub in_features: usize,
+    /// Rank `r`.
+    pub rank: usize,
+    /// `W0 [N, K]`.
+    pub base_weight: &'a [T],
+    /// `b0 [N]`; without it the second term is zero.
+    pub base_bias: Option<&'a [T]>,
+    /// `Pd [K, r]`.
+    pub prompt_down: &'a [T],
+    /// `Pu [r]`.
+    pub prompt_up: &'a [T],
+    /// `δb [N]`; without it the second term is zero.
+    pub delta_bias: Option<&'a [T]>,
+}
+
+/// Where the gradients of [`PromptBias`] go; each is overwritten.
+#[derive(Debug)]
+pub struct PromptGrads<'a, T> {
+    /// `dPd [K, r] = q·Puᵀ` with `q = W0ᵀ·dΔb`.
+    pub prompt_down: &'a mut [T],
+    /// `dPu [r] = Pdᵀ·q`.
+    pub prompt_up: &'a mut [T],
+    /// `dδb [N] = b0 ⊙ dΔb` (zero without `b0`); `None` is not computed.
+    pub delta_bias: Option<&'a mut [T]>,
+}
+
+impl<T: Real> PromptBias<'_, T> {
+    fn check(&self) -> Result<()> {
+        let Self { out_features: n, in_features: k, rank: r, .. } = *self;
+        nonzero("out_features", n)?;
+        nonzero("in_features", k)?;
+        nonzero("rank", r)?;
+        length("base_weight", "[N, K]", self.base_weight, product("base_weight", "[N, K]", &[n, k])?)?;
+        length("prompt_down", "[K, r]", self.prompt_down, product("prompt_down", "[K, r]", &[k, r])?)?;
+        length("prompt_up", "[r]", self.prompt_up, r)?;
+        for (argument, slice) in [("base_bias", self.base_bias), ("delta_bias", self.delta_bias)] {
+            slice.map_or(Ok(()), |slice| length(argument, "[N]", slice, n))?;
+        }
+        Ok(())
+    }
+
+    /// Computes `Δb [N]`.
+    ///
+    /// # Errors
+    /// If a size is zero or a slice has another length than its shape.
+    pub fn forward(&self, out: &mut [T]) -> Result<()> {
+        self.check()?;
+        let Self { out_features: n, in_features: k, rank: r, .. } = *self;
+        length("out", "[N]", out, n)?;
+        let par = all_threads();
+        let mut prompt = vec![T::zero(); k];
+        gemm(mat_mut(&mut prompt, k, 1), Accum::Replace, mat(self.prompt_down, k, r), mat(self.prompt_up, r, 1), par);
+        gemm(mat_mut(out, n, 1), Accum::Replace, mat(self.base_weight, n, k), mat(&prompt, k, 1), par);
+        if let (Some(base), Some(delta)) = (self.base_bias, self.delta_bias) {
+            for ((out, &base), &delta) in out.iter_mut().zip(base).zip(delta) {
+                *out += base * delta;
+            }
+        }
+        Ok(())
+    }
+
+    /// Computes the gradients from `dΔb [N]`.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn backward(&self, delta_bias_grad: &[T], grads: PromptGrads<'_, T>) -> Result<()> {
+        self.check()?;
+        let Self { out_features: n, in_features: k, rank: r, .. } = *self;
+        length("delta_bias_grad", "[N]", delta_bias_grad, n)?;
+        length("grads.prompt_down", "[K, r]", grads.prompt_down, k * r)?;
+        length("grads.prompt_up", "[r]", grads.prompt_up, r)?;
+        let par = all_threads();
+        let mut q = vec![T::zero(); k];
+        gemm(
+            mat_mut(&mut q, 1, k),
+            Accum::Replace,
+            mat(delta_bias_grad, 1, n),
+            mat(self.base_weight, n, k),
+            par,
+        );
+        gemm(mat_mut(grads.prompt_down, k, r), Accum::Replace, mat(&q, k, 1), mat(self.prompt_up, 1, r), par);
+        gemm(mat_mut(grads.prompt_up, 1, r), Accum::Replace, mat(&q, 1, k), mat(self.prompt_down, k, r), par);
+        if let Some(out) = grads.delta_bias {
+            length("grads.delta_bias", "[N]", out, n)?;
+            match self.base_bias {
+                Some(base) => {
+                    for ((out, &base), &grad) in out.iter_mut().zip(base).zip(delta_bias_grad) {
+                        *out = base * grad;
+                    }
+                }
+                None => out.fill(T::zero()),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// `target += delta`: folds an adapter into its frozen layer for inference. For `W0 += ΔW` and `b0 += Δb` alike.
+///
+/// # Errors
+/// If the slices differ in length.
+pub fn merge<T: Real>(target: &mut [T], delta: &[T]) -> Result<()> {
+    same_length(target, delta)?;
+    target.par_iter_mut().zip(delta).for_each(|(w, &d)| *w += d);
+    Ok(())
+}
+
+/// `target −= delta`: takes a [`merge`]d adapter out again, up to rounding.
+///
+/// # Errors
+/// If the slices differ in length.
+pub fn unmerge<T: Real>(target: &mut [T], delta: &[T]) -> Result<()> {
+    same_length(target, delta)?;
+    target.par_iter_mut().zip(delta).for_each(|(w, &d)| *w -= d);
+    Ok(())
+}
+
+fn same_length<T>(target: &[T], delta: &[T]) -> Result<(), Error> {
+    length("delta", "of `target`", delta, target.len())
+}

@@ -1,0 +1,17 @@
+#![doc = include_str!("../README.md")]
+#![warn(missing_docs)]
+#![deny(unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
+
+pub mod adapter;
+#[cfg(feature = "candle")]
+pub mod candle;
+pub mod cpu;
+mod error;
+pub mod noise;
+mod real;
+pub mod schedule;
+mod shape;
+
+pub use error::{Error, Result};
+pub use real::Real;
+pub use shape::LinearShape;
