@@ -468,7 +468,7 @@ fn op() -> impl Strategy<Value = Op> {
 
 fn any_size() -> impl Strategy<Value = usize> {
     let hostile = [0, 0, 1, 2, 255, 1 << 16, 1 << 31, 1 << 32, (1 << 32) - 2, 1 << 40, 1 << 59];
-    prop_oneof![1usize..5, (0..hostile.len()).prop_map(move |i| hostile[i]), any::<usize>()]
+    prop_oneof![6 => 1usize..5, 1 => (0..hostile.len()).prop_map(move |i| hostile[i]), 1 => any::<usize>()]
 }
 
 proptest! {
@@ -487,7 +487,7 @@ proptest! {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(20_000) })]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(50_000) })]
 
     /// Sizes and lengths that have nothing to do with each other: an error unless they happen to fit, never a panic.
     #[test]
@@ -507,7 +507,7 @@ proptest! {
         }
         let tensors = call.tensors();
         for (i, ((name, dims), random)) in tensors.iter().zip(lengths).enumerate() {
-            let fits = call.elements(dims).filter(|&len| len < 1000 && fitting >> i & 1 == 1);
+            let fits = call.elements(dims).filter(|&len| len <= 1024 && fitting >> (2 * i) & 3 != 0);
             call.lengths.insert(name, fits.unwrap_or(random));
         }
         if call.run().is_ok() {
