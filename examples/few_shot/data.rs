@@ -127,7 +127,7 @@ fn idx<const RANK: usize>(packed: &[u8]) -> ([usize; RANK], Vec<u8>) {
     let sizes: [usize; RANK] = std::array::from_fn(|i| {
         u32::from_be_bytes(sizes[4 * i..][..4].try_into().expect("four bytes")) as usize
     });
-    assert_eq!(values.len(), sizes.iter().product(), "an embedded file is whole");
+    assert_eq!(values.len(), sizes.iter().product::<usize>(), "an embedded file is whole");
     (sizes, values.to_vec())
 }
 
