@@ -13,10 +13,10 @@ const COLOURS: [RGBColor; 7] = [
     RGBColor(0, 0, 0),
     RGBColor(230, 159, 0),
     RGBColor(86, 180, 233),
-    RGBColor(204, 121, 167),
+    RGBColor(213, 94, 0),
     RGBColor(0, 158, 115),
     RGBColor(0, 114, 178),
-    RGBColor(213, 94, 0),
+    RGBColor(204, 121, 167),
 ];
 
 pub struct Series<'a> {
@@ -41,7 +41,7 @@ impl<'a> Axis<'a> {
     /// Covers `values` with ticks at multiples of 1, 2 or 5 times a power of ten, `min_step` or more apart.
     pub fn linear(label: &'a str, values: impl Iterator<Item = f64>, min_step: f64) -> Self {
         let range = padded(values);
-        let wanted = ((range.end - range.start) / 6.0).max(min_step);
+        let wanted = ((range.end - range.start) / 8.0).max(min_step);
         let magnitude = 10f64.powf(wanted.log10().floor());
         let factor = [1.0, 2.0, 5.0].into_iter().find(|f| f * magnitude >= wanted).unwrap_or(10.0);
         let step = factor * magnitude;
@@ -179,7 +179,10 @@ mod tests {
 
     #[test]
     fn ticks_are_round() {
-        assert_eq!(texts(&Axis::linear("", [0.0, 30.0].into_iter(), 1.0)), ["0", "10", "20", "30"]);
+        assert_eq!(
+            texts(&Axis::linear("", [0.0, 30.0].into_iter(), 1.0)),
+            ["0", "5", "10", "15", "20", "25", "30"]
+        );
         assert_eq!(texts(&Axis::linear("", [0.0, 3.0].into_iter(), 1.0)), ["0", "1", "2", "3"]);
         assert_eq!(
             texts(&Axis::linear("", [0.61, 0.99].into_iter(), 0.0)),
