@@ -6,6 +6,7 @@
 mod ops;
 
 use super::layers::{Injector, PaceContext, PaceLinear, SharedDropPath};
+use crate::adapter::Adapter;
 use crate::error::Error;
 use candle_core::{Device, Module, Result, Tensor};
 use candle_nn::{Init, Linear, VarBuilder};
@@ -105,35 +106,6 @@ pub fn read_weights(path: &std::path::Path) -> crate::Result<HashMap<String, Ten
     candle_core::safetensors::load_buffer(&bytes, &Device::Cpu).map_err(|error| context(&error))
 }
 
-/// A linear layer as it is in the pre-trained model, or wrapped.
-#[derive(Debug, Clone)]
-enum AnyLinear {
-    Plain(Linear),
-    Pace(PaceLinear),
-}
-
-impl Module for AnyLinear {
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        match self {
-            Self::Plain(linear) => linear.forward(x),
-            Self::Pace(linear) => linear.forward(x),
-        }
-    }
-}
-
-impl AnyLinear {
-    fn is_noisy(&self) -> bool {
-        matches!(self, Self::Pace(linear) if linear.is_noisy())
-    }
-
-    fn forward_branching(&self, x: &Tensor) -> Result<Tensor> {
-        match self {
-            Self::Plain(linear) => linear.forward(x),
-            Self::Pace(linear) => linear.forward_branching(x),
-        }
-    }
-}
-
 /// Layer norm over a token's channels.
 #[derive(Debug, Clone)]
 struct LayerNorm {
@@ -152,12 +124,12 @@ impl Module for LayerNorm {
 #[derive(Debug, Clone)]
 struct Block {
     norm1: LayerNorm,
-    qkv: AnyLinear,
-    proj: AnyLinear,
+    qkv: PaceLinear,
+    proj: PaceLinear,
     norm2: LayerNorm,
-    fc1: AnyLinear,
-    fc2: AnyLinear,
-    drop_path: Option<SharedDropPath>,
+    fc1: PaceLinear,
+    fc2: PaceLinear,
+    drop_path: SharedDropPath,
     heads: usize,
 }
 
@@ -171,10 +143,7 @@ impl Block {
             }
             None => (self.qkv.forward(&hidden)?, x.clone(), branches),
         };
-        let drop = |out: Tensor| match &self.drop_path {
-            Some(drop_path) => drop_path.forward_rows(&out, branches),
-            None => Ok(out),
-        };
+        let drop = |out: Tensor| self.drop_path.forward_rows(&out, branches);
         let x = (x + drop(self.proj.forward(&ops::attention(&qkv, self.heads)?)?)?)?;
         let hidden = ops::gelu(&self.fc1.forward(&self.norm2.forward(&x)?)?)?;
         let x = (&x + drop(self.fc2.forward(&hidden)?)?)?;
@@ -191,8 +160,8 @@ pub struct Vit {
     pos_embed: Tensor,
     blocks: Vec<Block>,
     norm: LayerNorm,
-    head: AnyLinear,
-    context: Option<PaceContext>,
+    head: PaceLinear,
+    context: PaceContext,
 }
 
 const SMALL: Init = Init::Randn { mean: 0.0, stdev: 0.02 };
@@ -216,7 +185,10 @@ impl Vit {
     /// # Errors
     /// If a weight is missing or has another shape, or the sizes do not divide.
     pub fn new(config: &VitConfig, vars: VarBuilder<'_>) -> Result<Self> {
-        Self::build(config, vars, None)
+        // Without adapters every layer is what a head is to them: trained as a whole, here without noise.
+        let sigmas = vec![0.0; config.depth + 1];
+        let mut injector = Injector::new(&PaceContext::new(0), Adapter::VptAdd, 1, &sigmas, vars.clone());
+        Self::build(config, vars, &mut injector, false)
     }
 
     /// The model with frozen weights from `vars`, wrapped by `injector`: an adapter on every linear layer, block by
@@ -229,13 +201,14 @@ impl Vit {
         vars: VarBuilder<'_>,
         injector: &mut Injector<'_>,
     ) -> Result<Self> {
-        Self::build(config, vars, Some(injector))
+        Self::build(config, vars, injector, true)
     }
 
     fn build(
         config: &VitConfig,
         vars: VarBuilder<'_>,
-        mut injector: Option<&mut Injector<'_>>,
+        injector: &mut Injector<'_>,
+        adapters: bool,
     ) -> Result<Self> {
         let VitConfig { patch_size, channels, embed_dim, depth, heads, mlp_dim, .. } = *config;
         for (what, whole, part) in
@@ -251,49 +224,42 @@ impl Vit {
             SMALL,
         )?;
         let patch_bias = vars.pp("patch_embed.proj").get_with_hints(embed_dim, "bias", Init::Const(0.0))?;
+        let patch = Linear::new(patch_weight.reshape((embed_dim, ()))?, Some(patch_bias));
         let mut blocks = Vec::with_capacity(depth);
         for i in 0..depth {
             let prefix = format!("blocks.{i}");
             let vars = vars.pp(&prefix);
-            let mut any = |name: &str, inp: usize, out: usize| -> Result<AnyLinear> {
+            let mut any = |name: &str, inp: usize, out: usize| {
                 let linear = linear(inp, out, vars.pp(name))?;
-                Ok(match &mut injector {
-                    Some(injector) => {
-                        AnyLinear::Pace(injector.wrap(&format!("{prefix}.{name}"), i, linear)?)
-                    }
-                    None => AnyLinear::Plain(linear),
-                })
+                let name = format!("{prefix}.{name}");
+                if adapters { injector.wrap(&name, i, linear) } else { injector.wrap_head(&name, i, linear) }
             };
             let qkv = any("attn.qkv", embed_dim, 3 * embed_dim)?;
             let proj = any("attn.proj", embed_dim, embed_dim)?;
             let fc1 = any("mlp.fc1", embed_dim, mlp_dim)?;
             let fc2 = any("mlp.fc2", mlp_dim, embed_dim)?;
             let rate = config.drop_path * i as f64 / depth.saturating_sub(1).max(1) as f64;
-            let drop_path = match &mut injector {
-                Some(injector) if config.drop_path > 0.0 => Some(injector.drop_path(rate)?),
-                _ => None,
-            };
+            let drop_path = injector.drop_path(rate)?;
             let (norm1, norm2) =
                 (layer_norm(config, vars.pp("norm1"))?, layer_norm(config, vars.pp("norm2"))?);
             blocks.push(Block { norm1, qkv, proj, norm2, fc1, fc2, drop_path, heads });
         }
-        let head = match &mut injector {
-            Some(injector) => {
-                let head = linear(embed_dim, config.classes, injector.vars().pp("head"))?;
-                AnyLinear::Pace(injector.wrap_head("head", depth, head)?)
-            }
-            None => AnyLinear::Plain(linear(embed_dim, config.classes, vars.pp("head"))?),
-        };
+        let head = linear(embed_dim, config.classes, injector.vars().pp("head"))?;
         Ok(Self {
             config: *config,
-            patch: Linear::new(patch_weight.reshape((embed_dim, ()))?, Some(patch_bias)),
+            patch,
             cls_token: vars.get_with_hints((1, 1, embed_dim), "cls_token", SMALL)?,
             pos_embed: vars.get_with_hints((1, config.tokens(), embed_dim), "pos_embed", SMALL)?,
             blocks,
             norm: layer_norm(config, vars.pp("norm"))?,
-            head,
-            context: injector.map(|injector| injector.context().clone()),
+            head: injector.wrap_head("head", depth, head)?,
+            context: injector.context().clone(),
         })
+    }
+
+    /// Whether rows that hold `branches` copies of the batch still have to part.
+    fn parts(&self, branches: usize) -> bool {
+        branches < self.context.branches()
     }
 
     /// The sizes.
@@ -323,10 +289,7 @@ impl Vit {
         let mut x = Tensor::cat(&[&cls, &self.patch.forward(&patches)?], 1)?.broadcast_add(&self.pos_embed)?;
         let mut branches = 1;
         for block in &self.blocks {
-            let part = self
-                .context
-                .as_ref()
-                .filter(|context| branches < context.branches() && block.qkv.is_noisy());
+            let part = (self.parts(branches) && block.qkv.is_noisy()).then_some(&self.context);
             (x, branches) = block.forward(&x, branches, part)?;
         }
         // The norm is per token: only the class token's is needed.
@@ -339,10 +302,15 @@ impl Vit {
     /// If the images have another shape.
     pub fn features(&self, images: &Tensor) -> Result<Tensor> {
         let (features, branches) = self.pooled(images)?;
-        match &self.context {
-            Some(context) if branches < context.branches() => context.branch(&features),
-            _ => Ok(features),
-        }
+        if self.parts(branches) { self.context.branch(&features) } else { Ok(features) }
+    }
+
+    /// Features as [`features`](Self::features) returns them to logits.
+    ///
+    /// # Errors
+    /// If the features have another width.
+    pub fn classify(&self, features: &Tensor) -> Result<Tensor> {
+        self.head.forward(features)
     }
 }
 
@@ -350,9 +318,6 @@ impl Module for Vit {
     /// Images `[B, channels, size, size]` to logits `[branches·B, classes]`, branch 0 first.
     fn forward(&self, images: &Tensor) -> Result<Tensor> {
         let (features, branches) = self.pooled(images)?;
-        match &self.context {
-            Some(context) if branches < context.branches() => self.head.forward_branching(&features),
-            _ => self.head.forward(&features),
-        }
+        if self.parts(branches) { self.head.forward_branching(&features) } else { self.head.forward(&features) }
     }
 }
