@@ -16,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::noise::Noise;
 use crate::real::Real;
 use crate::shape::{LinearShape, length};
+use crate::vector::zip2;
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -273,9 +274,7 @@ impl<T: Real> Fold<'_, T> {
         }
         let range = channels.start * k..channels.end * k;
         let row = |out: &mut [T], w: &[T], d: &[T], z: T| {
-            for ((out, &w), &d) in out.iter_mut().zip(w).zip(d) {
-                *out = w + z * d;
-            }
+            zip2(out, w, d, |out, w, d| *out = w + z * d);
         };
         let (w, d) = (&self.base[range.clone()], &self.delta[range]);
         if matches!(par, Par::Seq) {
