@@ -303,6 +303,11 @@ fn sum_branches<'a, T: Real>(
     sum
 }
 
+/// Channels per task, so that every thread of the pool gets some.
+fn channel_block(channels: usize) -> usize {
+    channels.div_ceil(2 * rayon::current_num_threads()).clamp(16, CHANNEL_BLOCK)
+}
+
 /// Calls `body(input rows, channels, e tile, output of these channels, first tile?)` for every tile of `e = Σ z⊙g`:
 /// channel blocks in parallel, the rows of each in order. `out` has `width` elements per channel.
 pub(super) fn for_channel_blocks<T: Real>(
@@ -315,7 +320,7 @@ pub(super) fn for_channel_blocks<T: Real>(
     /// Rows of `e` that are held at once.
     const ROWS: usize = 2048;
     let n = z.shape.out_features;
-    let block = n.div_ceil(2 * rayon::current_num_threads()).clamp(16, CHANNEL_BLOCK);
+    let block = channel_block(n);
     let par = inner_threads(n.div_ceil(block));
     out.par_chunks_mut(block * width).enumerate().for_each_init(
         || (Vec::new(), Vec::new()),
@@ -331,14 +336,23 @@ pub(super) fn for_channel_blocks<T: Real>(
     );
 }
 
-/// `dΔb = Σ_rows e`.
+/// `dΔb = Σ z⊙g` over all output rows: channel blocks in parallel, the rows of each in order.
 pub(super) fn delta_bias<T: Real>(z: &Z<'_, T>, g: &[T], out: &mut [T]) {
-    for_channel_blocks(z, g, 1, out, |_, channels, e, out, first, _| {
-        if first {
+    let n = z.shape.out_features;
+    let block = channel_block(n);
+    out.par_chunks_mut(block).enumerate().for_each_init(
+        || (Vec::new(), Vec::new()),
+        |(sum, scratch), (i, out)| {
+            let channels = i * block..i * block + out.len();
             out.fill(T::zero());
-        }
-        for row in e.chunks_exact(channels.len()) {
-            zip1(out, row, |sum, e| *sum += e);
-        }
-    });
+            z.for_runs(0..z.shape.out_rows(), channels.clone(), scratch, |run, z| {
+                sum.clear();
+                sum.resize(channels.len(), T::zero());
+                for row in run {
+                    zip1(sum, &g[row * n..][channels.clone()], |sum, g| *sum += g);
+                }
+                zip2(out, z, sum, |out, z, sum| *out += z * sum);
+            });
+        },
+    );
 }
