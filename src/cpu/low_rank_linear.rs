@@ -5,7 +5,7 @@
 
 use super::Base;
 use super::matmul::{
-    Accum, MatMut, Par, add_up, all_threads, gemm, gemm_scaled, mat, mat_mut, mat_mut_t, mat_t,
+    Accum, MatMut, Par, add_up, all_threads, gemm, gemm_scaled, mat, mat_mut, mat_mut_t, mat_t, transpose,
 };
 use super::noisy_linear::{check_base, check_io};
 use super::rows::{self, CHANNEL_BLOCK, Z, blocks};
@@ -192,11 +192,7 @@ impl<T: Real> LowRankLinear<'_, T> {
         let parts: Vec<_> = dx.into_par_iter().enumerate().map_init(Scratch::default, task).collect();
         if let Some(down) = down {
             let total = add_up(parts.iter().filter_map(|part| part.down.as_deref()));
-            for (channel, down) in down.chunks_exact_mut(r).enumerate() {
-                for (rank, down) in down.iter_mut().enumerate() {
-                    *down = total[rank * n + channel];
-                }
-            }
+            transpose(&total, down, r);
         }
         if let Some(up) = up {
             up.copy_from_slice(&add_up(parts.iter().filter_map(|part| part.up.as_deref())));

@@ -49,6 +49,16 @@ pub(super) fn add_up<'a, T: Real>(mut parts: impl Iterator<Item = &'a [T]>) -> V
     total
 }
 
+/// Writes the transpose of `from [columns, rows]` to `to [rows, columns]`.
+pub(super) fn transpose<T: Copy>(from: &[T], to: &mut [T], columns: usize) {
+    let rows = to.len() / columns;
+    for (i, row) in to.chunks_exact_mut(columns).enumerate() {
+        for (j, to) in row.iter_mut().enumerate() {
+            *to = from[j * rows + i];
+        }
+    }
+}
+
 /// All threads of the current pool.
 pub(super) fn all_threads() -> Par {
     let threads = rayon::current_num_threads();

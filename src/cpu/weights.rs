@@ -7,7 +7,7 @@
 //! | VPT add | 0 | `W0·(Pd·Pu)` |
 
 use super::low_rank_linear::check_scale;
-use super::matmul::{Accum, Par, add_up, all_threads, gemm, gemm_scaled, mat, mat_mut};
+use super::matmul::{Accum, Par, add_up, all_threads, gemm, gemm_scaled, mat, mat_mut, mat_mut_t, transpose};
 use crate::error::{Error, Result};
 use crate::real::Real;
 use crate::shape::{length, nonzero, product};
@@ -15,7 +15,7 @@ use crate::vector::{zip1, zip2};
 use rayon::prelude::*;
 
 /// Channels of a block of ΔW that stays in the cache while it is used twice.
-const CHANNELS: usize = 64;
+const CHANNELS: usize = 192;
 /// Most partial sums of dU.
 const MAX_SUMS: usize = 64;
 
@@ -95,32 +95,35 @@ impl<T: Real> LoraFactors<'_, T> {
             .par_chunks_mut(block * r)
             .zip(self.down.par_chunks(block * r))
             .enumerate()
-            .map_init(Vec::new, |product, (i, (dd, d))| {
-                let count = dd.len() / r;
-                let grad = &grad[i * block * k..][..count * k];
-                let q = match base {
-                    None => grad,
-                    Some(base) => {
-                        product.resize(count * k, T::zero());
-                        zip2(product, grad, &base[i * block * k..][..count * k], |q, grad, base| {
-                            *q = grad * base
-                        });
-                        &product[..]
-                    }
-                };
-                let (q, d) = (mat(q, count, k), mat(d, count, r));
-                gemm_scaled(mat_mut(dd, count, r), Accum::Replace, self.scale, q, up, Par::Seq);
-                let mut share = vec![T::zero(); r * k];
-                gemm_scaled(
-                    mat_mut(&mut share, r, k),
-                    Accum::Replace,
-                    self.scale,
-                    d.transpose(),
-                    q,
-                    Par::Seq,
-                );
-                share
-            })
+            .map_init(
+                || (Vec::new(), Vec::new()),
+                |(product, dd_t), (i, (dd, d))| {
+                    let count = dd.len() / r;
+                    let grad = &grad[i * block * k..][..count * k];
+                    let q = match base {
+                        None => grad,
+                        Some(base) => {
+                            product.resize(count * k, T::zero());
+                            zip2(product, grad, &base[i * block * k..], |q, grad, base| *q = grad * base);
+                            &product[..]
+                        }
+                    };
+                    let (q, d) = (mat(q, count, k), mat(d, count, r));
+                    dd_t.resize(count * r, T::zero());
+                    gemm_scaled(mat_mut_t(dd_t, count, r), Accum::Replace, self.scale, q, up, Par::Seq);
+                    transpose(dd_t, dd, r);
+                    let mut share = vec![T::zero(); r * k];
+                    gemm_scaled(
+                        mat_mut(&mut share, r, k),
+                        Accum::Replace,
+                        self.scale,
+                        d.transpose(),
+                        q,
+                        Par::Seq,
+                    );
+                    share
+                },
+            )
             .collect();
         grads.up.copy_from_slice(&add_up(parts.iter().map(Vec::as_slice)));
         Ok(())
