@@ -22,7 +22,6 @@ fn loss(c: &mut Criterion) {
         group.bench_function(BenchmarkId::new("two branches", classes), |b| {
             b.iter(|| loss.evaluate(&logits, Consistency::TwoBranch, Some(&mut gradient)));
         });
-        group.throughput(Throughput::Bytes(16 * one_branch as u64));
         group.bench_function(BenchmarkId::new("history", classes), |b| {
             b.iter(|| {
                 let history = Consistency::History { table: &mut table, index: &index };
