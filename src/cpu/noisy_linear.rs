@@ -21,7 +21,7 @@ use rayon::prelude::*;
 use std::ops::Range;
 
 /// Tokens per sample from which building an effective weight per sample is cheaper than a second product.
-const FOLD_TOKENS: usize = 48;
+const FOLD_TOKENS: usize = 32;
 
 /// `y = x·W0ᵀ + b0 + z ⊙ (x·ΔWᵀ + Δb)` and its gradients; paper equation 8.
 ///

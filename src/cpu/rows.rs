@@ -318,7 +318,7 @@ pub(super) fn for_channel_blocks<T: Real>(
     body: impl Fn(Range<usize>, Range<usize>, &[T], &mut [T], bool, Par) + Sync,
 ) {
     /// Rows of `e` that are held at once.
-    const ROWS: usize = 2048;
+    const ROWS: usize = 512;
     let n = z.shape.out_features;
     let block = channel_block(n);
     let par = inner_threads(n.div_ceil(block));
