@@ -73,7 +73,13 @@ impl<T: Real> LowRankLinear<'_, T> {
     fn down_projection(&self, x: &[T]) -> Vec<T> {
         let (m, k, r) = (self.shape.in_rows(), self.shape.in_features, self.rank);
         let mut s = vec![T::zero(); m * r];
-        gemm(mat_mut(&mut s, m, r), Accum::Replace, mat(x, m, k), mat(self.up, r, k).transpose(), all_threads());
+        gemm(
+            mat_mut(&mut s, m, r),
+            Accum::Replace,
+            mat(x, m, k),
+            mat(self.up, r, k).transpose(),
+            all_threads(),
+        );
         self.scale_by(&mut s);
         s
     }

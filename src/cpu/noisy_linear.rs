@@ -137,14 +137,12 @@ impl<T: Real> NoisyLinear<'_, T> {
             }
             Some(fold) => self.forward_folded(&z, &fold, x, y),
             None => {
-                let adapter =
-                    |rows: Range<usize>, channels: Range<usize>, tile: MatMut<'_, T>, par: Par| {
-                        let weight = self.delta_weight.expect("called only with a delta weight");
-                        let weight =
-                            mat(&weight[channels.start * k..channels.end * k], channels.len(), k);
-                        let x = mat(&x[rows.start * k..rows.end * k], rows.len(), k);
-                        gemm(tile, Accum::Replace, x, weight.transpose(), par);
-                    };
+                let adapter = |rows: Range<usize>, channels: Range<usize>, tile: MatMut<'_, T>, par: Par| {
+                    let weight = self.delta_weight.expect("called only with a delta weight");
+                    let weight = mat(&weight[channels.start * k..channels.end * k], channels.len(), k);
+                    let x = mat(&x[rows.start * k..rows.end * k], rows.len(), k);
+                    gemm(tile, Accum::Replace, x, weight.transpose(), par);
+                };
                 let adapter = self.delta_weight.map(|_| &adapter as _);
                 rows::forward(&z, self.base, adapter, self.delta_bias, x, y);
             }
@@ -287,10 +285,7 @@ impl<T: Real> Fold<'_, T> {
             }
         } else {
             let rows = w.par_chunks_exact(k).zip(d.par_chunks_exact(k));
-            out.par_chunks_exact_mut(k)
-                .zip(rows)
-                .zip(z)
-                .for_each(|((out, (w, d)), &z)| row(out, w, d, z));
+            out.par_chunks_exact_mut(k).zip(rows).zip(z).for_each(|((out, (w, d)), &z)| row(out, w, d, z));
         }
     }
 

@@ -114,25 +114,20 @@ impl<'a, T: Real> Z<'a, T> {
         let (n, width) = (self.shape.out_features, channels.len());
         for branch in 0..self.shape.fan_out() {
             let offset = branch * self.shape.in_rows();
-            self.for_rows(
-                rows.start + offset..rows.end + offset,
-                channels.clone(),
-                scratch,
-                |row, z| {
-                    let local = row - offset - rows.start;
-                    let out = &mut tile[local * width..][..width];
-                    let g = &g[row * n + channels.start..row * n + channels.end];
-                    if branch == 0 {
-                        for ((out, &g), &z) in out.iter_mut().zip(g).zip(z) {
-                            *out = z * g;
-                        }
-                    } else {
-                        for ((out, &g), &z) in out.iter_mut().zip(g).zip(z) {
-                            *out += z * g;
-                        }
+            self.for_rows(rows.start + offset..rows.end + offset, channels.clone(), scratch, |row, z| {
+                let local = row - offset - rows.start;
+                let out = &mut tile[local * width..][..width];
+                let g = &g[row * n + channels.start..row * n + channels.end];
+                if branch == 0 {
+                    for ((out, &g), &z) in out.iter_mut().zip(g).zip(z) {
+                        *out = z * g;
                     }
-                },
-            );
+                } else {
+                    for ((out, &g), &z) in out.iter_mut().zip(g).zip(z) {
+                        *out += z * g;
+                    }
+                }
+            });
         }
     }
 }
@@ -197,7 +192,10 @@ pub(super) fn forward<T: Real>(
 }
 
 /// `y = product + b0 + z ⊙ (tile + Δb)`; the base product, if any, lies in the first branch's rows.
-#[expect(clippy::too_many_arguments, reason = "one call site; the arguments are the tile's address and operands")]
+#[expect(
+    clippy::too_many_arguments,
+    reason = "one call site; the arguments are the tile's address and operands"
+)]
 fn epilogue<T: Real>(
     z: &Z<'_, T>,
     base: Option<Base<'_, T>>,

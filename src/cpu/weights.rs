@@ -131,10 +131,7 @@ pub fn lora_mul_weight_backward<T: Real>(
     lora.check_weight("base_weight", base_weight)?;
     lora.check_weight("delta_weight_grad", delta_weight_grad)?;
     let mut q = vec![T::zero(); base_weight.len()];
-    q.par_iter_mut()
-        .zip(base_weight)
-        .zip(delta_weight_grad)
-        .for_each(|((q, &base), &grad)| *q = base * grad);
+    q.par_iter_mut().zip(base_weight).zip(delta_weight_grad).for_each(|((q, &base), &grad)| *q = base * grad);
     lora.backward(&q, grads)
 }
 
@@ -195,7 +192,13 @@ impl<T: Real> PromptBias<'_, T> {
         length("out", "[N]", out, n)?;
         let par = all_threads();
         let mut prompt = vec![T::zero(); k];
-        gemm(mat_mut(&mut prompt, k, 1), Accum::Replace, mat(self.prompt_down, k, r), mat(self.prompt_up, r, 1), par);
+        gemm(
+            mat_mut(&mut prompt, k, 1),
+            Accum::Replace,
+            mat(self.prompt_down, k, r),
+            mat(self.prompt_up, r, 1),
+            par,
+        );
         gemm(mat_mut(out, n, 1), Accum::Replace, mat(self.base_weight, n, k), mat(&prompt, k, 1), par);
         if let (Some(base), Some(delta)) = (self.base_bias, self.delta_bias) {
             for ((out, &base), &delta) in out.iter_mut().zip(base).zip(delta) {
