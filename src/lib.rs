@@ -11,6 +11,7 @@ pub mod noise;
 mod real;
 pub mod schedule;
 mod shape;
+mod vector;
 
 pub use error::{Error, Result};
 pub use real::Real;

@@ -7,7 +7,9 @@ mod sealed {
 }
 
 /// `f32` or `f64`.
-pub trait Real: sealed::Sealed + num_traits::NumAssign + Copy + Send + Sync + std::fmt::Debug + 'static {
+pub trait Real:
+    sealed::Sealed + num_traits::NumAssign + Copy + Send + Sync + std::fmt::Debug + 'static
+{
     /// Exact for `f64`, the identity for `f32`.
     fn from_f32(value: f32) -> Self;
     /// Rounded to the nearest.

@@ -56,11 +56,7 @@ impl LinearShape {
         nonzero("out_features", self.out_features)?;
         // Counter fields of the noise: 32 bits of token (two values reserved) and of channel.
         if self.tokens as u64 >= u64::from(u32::MAX) - 1 {
-            return Err(Error::Size {
-                argument: "tokens",
-                expected: "less than 2^32 - 2",
-                got: self.tokens,
-            });
+            return Err(Error::Size { argument: "tokens", expected: "less than 2^32 - 2", got: self.tokens });
         }
         if self.out_features as u64 > u64::from(u32::MAX) {
             return Err(Error::Size {

@@ -1,0 +1,75 @@
+//! Replays recorded behaviour of the official PyTorch operators.
+//!
+//! Every `*.safetensors` file in the folder that `PACE_GOLDEN_DIR` names (default `tests/golden`) is one case; the
+//! `kind` in its header chooses the check. Anyone can add cases without touching code. A file that cannot be read, of
+//! an unknown kind, or with a tensor that no check looked at fails, and so does a folder without cases.
+
+mod golden_replay {
+    pub mod case;
+    pub mod operators;
+    pub mod vit;
+}
+
+use golden_replay::{case::Case, operators, vit};
+use libtest_mimic::{Arguments, Failed, Trial};
+use std::path::{Path, PathBuf};
+
+type Check = fn(&Case) -> Result<(), Failed>;
+
+/// The checks of each kind of case, by the precision they run in.
+const CHECKS: &[(&str, &str, Check)] = &[
+    ("adapter", "cpu_f64", operators::adapter::<f64>),
+    ("adapter", "cpu_f32", operators::adapter::<f32>),
+    ("adapter", "candle_f64", vit::adapter),
+    ("loss", "cpu_f64", operators::loss::<f64>),
+    ("loss", "cpu_f32", operators::loss::<f32>),
+    ("drop_path", "cpu_f64", operators::drop_path::<f64>),
+    ("drop_path", "cpu_f32", operators::drop_path::<f32>),
+    ("vit_training", "candle_f64", vit::training),
+];
+
+fn main() {
+    let arguments = Arguments::from_args();
+    let folder = std::env::var_os("PACE_GOLDEN_DIR")
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden"), PathBuf::from);
+    libtest_mimic::run(&arguments, trials(&folder)).exit();
+}
+
+/// One trial per file and check; what is wrong with the folder or a file is a failing trial.
+fn trials(folder: &Path) -> Vec<Trial> {
+    let failing = |name: String, why: String| Trial::test(name, move || Err(why.into()));
+    let mut files: Vec<PathBuf> = match std::fs::read_dir(folder) {
+        Ok(entries) => entries.filter_map(|entry| Some(entry.ok()?.path())).collect(),
+        Err(error) => return vec![failing("folder".into(), format!("{}: {error}", folder.display()))],
+    };
+    files.retain(|file| file.extension().is_some_and(|extension| extension == "safetensors"));
+    files.sort();
+    if files.is_empty() {
+        return vec![failing("folder".into(), format!("no *.safetensors in {}", folder.display()))];
+    }
+    let mut trials = Vec::new();
+    for file in files {
+        let stem = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        let kind = match Case::read(&file).and_then(|case| Ok(case.text("kind")?.to_owned())) {
+            Ok(kind) => kind,
+            Err(error) => {
+                trials.push(failing(stem, error.message().unwrap_or("cannot be read").to_owned()));
+                continue;
+            }
+        };
+        let checks: Vec<_> = CHECKS.iter().filter(|check| check.0 == kind).collect();
+        if checks.is_empty() {
+            trials.push(failing(stem, format!("unknown kind `{kind}`")));
+            continue;
+        }
+        for &(_, precision, check) in checks {
+            let file = file.clone();
+            trials.push(Trial::test(format!("{stem}::{precision}"), move || {
+                let case = Case::read(&file)?;
+                check(&case)?;
+                case.all_tensors_used()
+            }));
+        }
+    }
+    trials
+}

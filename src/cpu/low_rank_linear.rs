@@ -4,13 +4,16 @@
 //! in its epilogue. The backward pass does the same with `ds = e·D`.
 
 use super::Base;
-use super::matmul::{Accum, MatMut, Par, all_threads, gemm, mat, mat_mut};
+use super::matmul::{
+    Accum, MatMut, Par, add_up, all_threads, gemm, gemm_scaled, mat, mat_mut, mat_mut_t, mat_t, transpose,
+};
 use super::noisy_linear::{check_base, check_io};
-use super::rows::{self, Z};
+use super::rows::{self, CHANNEL_BLOCK, Z, blocks};
 use crate::error::{Error, Result};
 use crate::noise::Noise;
 use crate::real::Real;
 use crate::shape::{LinearShape, length, nonzero, product};
+use rayon::prelude::*;
 use std::ops::Range;
 
 /// `y = x·W0ᵀ + b0 + z ⊙ (scale·(x·Uᵀ)·Dᵀ + δb)` and its gradients: the paper's LoRA add with noise.
@@ -69,21 +72,6 @@ impl<T: Real> LowRankLinear<'_, T> {
         Ok(z)
     }
 
-    /// `s = scale·x·Uᵀ [M, r]`.
-    fn down_projection(&self, x: &[T]) -> Vec<T> {
-        let (m, k, r) = (self.shape.in_rows(), self.shape.in_features, self.rank);
-        let mut s = vec![T::zero(); m * r];
-        gemm(mat_mut(&mut s, m, r), Accum::Replace, mat(x, m, k), mat(self.up, r, k).transpose(), all_threads());
-        self.scale_by(&mut s);
-        s
-    }
-
-    fn scale_by(&self, values: &mut [T]) {
-        if self.scale != T::one() {
-            values.iter_mut().for_each(|v| *v *= self.scale);
-        }
-    }
-
     /// Computes `y [M, N]` from `x` (`[M, K]`, or `[B·T, K]` if the input is shared).
     ///
     /// # Errors
@@ -91,12 +79,15 @@ impl<T: Real> LowRankLinear<'_, T> {
     pub fn forward(&self, x: &[T], y: &mut [T]) -> Result<()> {
         let z = self.check()?;
         check_io(&self.shape, ("x", x), ("y", y))?;
-        let r = self.rank;
-        let s = self.down_projection(x);
+        let (m, k, r) = (self.shape.in_rows(), self.shape.in_features, self.rank);
+        // sᵀ [r, M]
+        let mut s = vec![T::zero(); r * m];
+        let up = mat(self.up, r, k).transpose();
+        gemm_scaled(mat_mut_t(&mut s, m, r), Accum::Replace, self.scale, mat(x, m, k), up, all_threads());
+        let s = mat_t(&s, m, r);
         let adapter = |rows: Range<usize>, channels: Range<usize>, tile: MatMut<'_, T>, par: Par| {
-            let s = mat(&s[rows.start * r..rows.end * r], rows.len(), r);
             let down = mat(&self.down[channels.start * r..channels.end * r], channels.len(), r);
-            gemm(tile, Accum::Replace, s, down.transpose(), par);
+            gemm(tile, Accum::Replace, s.subrows(rows.start, rows.len()), down.transpose(), par);
         };
         rows::forward(&z, self.base, Some(&adapter), self.delta_bias, x, y);
         Ok(())
@@ -113,7 +104,7 @@ impl<T: Real> LowRankLinear<'_, T> {
         let z = self.check()?;
         check_io(&self.shape, ("x", x), ("dy", dy))?;
         let LinearShape { in_features: k, out_features: n, .. } = self.shape;
-        let (m, r) = (self.shape.in_rows(), self.rank);
+        let r = self.rank;
         if let Some(dx) = &grads.input {
             check_io(&self.shape, ("grads.input", dx), ("dy", dy))?;
         }
@@ -125,32 +116,112 @@ impl<T: Real> LowRankLinear<'_, T> {
             grad.as_ref().map_or(Ok(()), |grad| length(argument, shape, grad, expected))?;
         }
 
-        if grads.input.is_some() || grads.up.is_some() {
-            let mut ds = vec![T::zero(); m * r];
-            rows::project_gradient(&z, dy, mat(self.down, n, r), Accum::Replace, &mut ds);
-            self.scale_by(&mut ds);
-            let ds = mat(&ds, m, r);
-            if let Some(dx) = grads.input {
-                rows::base_gradient(&self.shape, self.base, dy, dx);
-                gemm(mat_mut(dx, m, k), Accum::Add, ds, mat(self.up, r, k), all_threads());
-            }
-            if let Some(du) = grads.up {
-                gemm(mat_mut(du, r, k), Accum::Replace, ds.transpose(), mat(x, m, k), all_threads());
-            }
+        let LowRankGrads { mut input, down, up, delta_bias } = grads;
+        if let Some(dx) = &mut input {
+            rows::base_gradient(&self.shape, self.base, dy, dx);
         }
-        if let Some(dd) = grads.down {
-            let s = self.down_projection(x);
-            rows::for_channel_blocks(&z, dy, r, dd, |rows, channels, e, dd, first, par| {
-                let e = mat(e, rows.len(), channels.len()).transpose();
-                let s = mat(&s[rows.start * r..rows.end * r], rows.len(), r);
-                let accum = if first { Accum::Replace } else { Accum::Add };
-                gemm(mat_mut(dd, channels.len(), r), accum, e, s, par);
-            });
+        if input.is_some() || down.is_some() || up.is_some() {
+            self.backward_factors(&z, x, dy, input, down, up);
         }
-        if let Some(db) = grads.delta_bias {
+        if let Some(db) = delta_bias {
             rows::delta_bias(&z, dy, db);
         }
         Ok(())
+    }
+
+    /// `dx += ds·U`, `dD = eᵀ·s`, `dU = dsᵀ·x` in one pass over `g`: each tile of `e` serves `ds` and `dD`.
+    ///
+    /// A task is some rows and has sums of its own for `dD` and `dU`; these are added up in the order of the rows.
+    fn backward_factors(
+        &self,
+        z: &Z<'_, T>,
+        x: &[T],
+        dy: &[T],
+        dx: Option<&mut [T]>,
+        down: Option<&mut [T]>,
+        up: Option<&mut [T]>,
+    ) {
+        let LinearShape { in_features: k, out_features: n, .. } = self.shape;
+        let (m, r) = (self.shape.in_rows(), self.rank);
+        let u = mat(self.up, r, k);
+        let size = m.div_ceil(MAX_SUMS).max(ROWS);
+        let dx: Vec<_> = match dx {
+            Some(dx) => dx.chunks_mut(size * k).map(Some).collect(),
+            None => x.chunks(size * k).map(|_| None).collect(),
+        };
+        let task = |scratch: &mut Scratch<T>, (i, mut dx): (usize, Option<&mut [T]>)| {
+            let mut sums = Sums {
+                down: down.as_ref().map(|_| vec![T::zero(); n * r]),
+                up: up.as_ref().map(|_| vec![T::zero(); r * k]),
+            };
+            let part = i * size..m.min((i + 1) * size);
+            for rows in blocks(part.len(), ROWS) {
+                let (first, count) = (part.start + rows.start, rows.len());
+                let x = mat(&x[first * k..][..count * k], count, k);
+                let Scratch { s, ds, tile, z_row } = scratch;
+                s.resize(count * r, T::zero());
+                ds.resize(count * r, T::zero());
+                if sums.down.is_some() {
+                    let s = mat_mut_t(s, count, r);
+                    gemm_scaled(s, Accum::Replace, self.scale, x, u.transpose(), Par::Seq);
+                }
+                for channels in blocks(n, CHANNEL_BLOCK) {
+                    let (at, width) = (channels.start, channels.len());
+                    tile.resize(count * width, T::zero());
+                    z.gradient_tile(dy, first..first + count, channels, z_row, tile);
+                    let e = mat(tile, count, width);
+                    let d = mat(self.down, n, r).subrows(at, width);
+                    let accum = if at == 0 { Accum::Replace } else { Accum::Add };
+                    gemm_scaled(mat_mut_t(ds, count, r), accum, self.scale, e, d, Par::Seq);
+                    if let Some(sum) = &mut sums.down {
+                        let sum = mat_mut_t(sum, n, r).subrows_mut(at, width);
+                        gemm(sum, Accum::Add, e.transpose(), mat_t(s, count, r), Par::Seq);
+                    }
+                }
+                let ds = mat_t(ds, count, r);
+                if let Some(dx) = &mut dx {
+                    let dx = &mut dx[rows.start * k..rows.end * k];
+                    gemm(mat_mut(dx, count, k), Accum::Add, ds, u, Par::Seq);
+                }
+                if let Some(sum) = &mut sums.up {
+                    gemm(mat_mut(sum, r, k), Accum::Add, ds.transpose(), x, Par::Seq);
+                }
+            }
+            sums
+        };
+        let parts: Vec<_> = dx.into_par_iter().enumerate().map_init(Scratch::default, task).collect();
+        if let Some(down) = down {
+            let total = add_up(parts.iter().filter_map(|part| part.down.as_deref()));
+            transpose(&total, down, r);
+        }
+        if let Some(up) = up {
+            up.copy_from_slice(&add_up(parts.iter().filter_map(|part| part.up.as_deref())));
+        }
+    }
+}
+
+/// Rows of a tile of `e`; with [`CHANNEL_BLOCK`] channels it stays in the L2 cache.
+const ROWS: usize = 128;
+/// Most partial sums of the factors' gradients.
+const MAX_SUMS: usize = 64;
+
+/// Partial sums of one task: `dDᵀ [r, N]` and `dU [r, K]`.
+struct Sums<T> {
+    down: Option<Vec<T>>,
+    up: Option<Vec<T>>,
+}
+
+/// Buffers of one thread: `sᵀ` and `dsᵀ [r, rows]`, a tile of `e`, and `z` of its channels.
+struct Scratch<T> {
+    s: Vec<T>,
+    ds: Vec<T>,
+    tile: Vec<T>,
+    z_row: Vec<T>,
+}
+
+impl<T> Default for Scratch<T> {
+    fn default() -> Self {
+        Self { s: Vec::new(), ds: Vec::new(), tile: Vec::new(), z_row: Vec::new() }
     }
 }
 

@@ -1,6 +1,7 @@
-//! Matrix products, by `faer`, over slices that were checked before.
+//! Matrix products, by `faer`, over slices that were checked before; and sums of partial ones.
 
 use crate::real::Real;
+use crate::vector::zip1;
 use faer::linalg::matmul::matmul;
 pub(super) use faer::{Accum, MatMut, MatRef, Par};
 
@@ -9,14 +10,53 @@ pub(super) fn mat<T>(slice: &[T], rows: usize, cols: usize) -> MatRef<'_, T> {
     MatRef::from_row_major_slice(slice, rows, cols)
 }
 
+/// A column-major slice as a matrix.
+pub(super) fn mat_t<T>(slice: &[T], rows: usize, cols: usize) -> MatRef<'_, T> {
+    MatRef::from_column_major_slice(slice, rows, cols)
+}
+
 /// A row-major slice as a mutable matrix.
 pub(super) fn mat_mut<T>(slice: &mut [T], rows: usize, cols: usize) -> MatMut<'_, T> {
     MatMut::from_row_major_slice_mut(slice, rows, cols)
 }
 
+/// A column-major slice as a mutable matrix. Products with few columns run several times faster into this layout.
+pub(super) fn mat_mut_t<T>(slice: &mut [T], rows: usize, cols: usize) -> MatMut<'_, T> {
+    MatMut::from_column_major_slice_mut(slice, rows, cols)
+}
+
 /// `c = a·b` or `c += a·b`.
 pub(super) fn gemm<T: Real>(c: MatMut<'_, T>, accum: Accum, a: MatRef<'_, T>, b: MatRef<'_, T>, par: Par) {
-    matmul(c, accum, a, b, T::one(), par);
+    gemm_scaled(c, accum, T::one(), a, b, par);
+}
+
+/// `c = scale·a·b` or `c += scale·a·b`.
+pub(super) fn gemm_scaled<T: Real>(
+    c: MatMut<'_, T>,
+    accum: Accum,
+    scale: T,
+    a: MatRef<'_, T>,
+    b: MatRef<'_, T>,
+    par: Par,
+) {
+    matmul(c, accum, a, b, scale, par);
+}
+
+/// The sum of partial results, in their order.
+pub(super) fn add_up<'a, T: Real>(mut parts: impl Iterator<Item = &'a [T]>) -> Vec<T> {
+    let mut total = parts.next().expect("no product is split into nothing").to_vec();
+    parts.for_each(|part| zip1(&mut total, part, |total, part| *total += part));
+    total
+}
+
+/// Writes the transpose of `from [columns, rows]` to `to [rows, columns]`.
+pub(super) fn transpose<T: Copy>(from: &[T], to: &mut [T], columns: usize) {
+    let rows = to.len() / columns;
+    for (i, row) in to.chunks_exact_mut(columns).enumerate() {
+        for (j, to) in row.iter_mut().enumerate() {
+            *to = from[j * rows + i];
+        }
+    }
 }
 
 /// All threads of the current pool.

@@ -15,6 +15,8 @@ mod rows;
 mod weights;
 
 pub use drop_path::{shared_drop_path, shared_drop_path_backward};
+#[cfg(feature = "candle")]
+pub(crate) use loss::check_lambda;
 pub use loss::{Consistency, Loss, LossValues};
 pub use low_rank_linear::{LowRankGrads, LowRankLinear};
 pub use noisy_epilogue::{noisy_epilogue, noisy_epilogue_backward};

@@ -5,6 +5,7 @@ use crate::error::Result;
 use crate::noise::Noise;
 use crate::real::Real;
 use crate::shape::{LinearShape, length};
+use crate::vector::zip2;
 use rayon::prelude::*;
 
 /// Elements in one parallel task.
@@ -17,7 +18,7 @@ const TASK: usize = 1 << 15;
 /// # Errors
 /// If a size is zero or overflows, or a slice is not of `M·N` elements.
 pub fn noisy_epilogue<T: Real>(shape: LinearShape, noise: Noise<'_, T>, a: &[T], y: &mut [T]) -> Result<()> {
-    apply(shape, noise, ("a", a), ("y", y), |y, z, a| y + z * a)
+    apply(shape, noise, ("a", a), ("y", y), |y, a, z| *y += z * a)
 }
 
 /// `da [M, N] = z ⊙ dy [M, N]`: the gradient of [`noisy_epilogue`] to `a`. That to `y` is `dy` itself.
@@ -30,7 +31,7 @@ pub fn noisy_epilogue_backward<T: Real>(
     dy: &[T],
     da: &mut [T],
 ) -> Result<()> {
-    apply(shape, noise, ("dy", dy), ("da", da), |_, z, g| z * g)
+    apply(shape, noise, ("dy", dy), ("da", da), |da, g, z| *da = z * g)
 }
 
 fn apply<T: Real>(
@@ -38,7 +39,7 @@ fn apply<T: Real>(
     noise: Noise<'_, T>,
     input: (&'static str, &[T]),
     output: (&'static str, &mut [T]),
-    op: impl Fn(T, T, T) -> T + Sync,
+    op: impl Fn(&mut T, T, T) + Sync,
 ) -> Result<()> {
     let shape = LinearShape { in_features: 1, shared_input: false, ..shape };
     let z = Z::new(noise, shape)?;
@@ -50,10 +51,10 @@ fn apply<T: Real>(
         Vec::new,
         |scratch, (i, (out, input))| {
             let first = i * rows;
-            z.for_rows(first..first + out.len() / n, 0..n, scratch, |row, z| {
-                let at = (row - first) * n..(row - first + 1) * n;
-                for ((out, &input), &z) in out[at.clone()].iter_mut().zip(&input[at]).zip(z) {
-                    *out = op(*out, z, input);
+            z.for_runs(first..first + out.len() / n, 0..n, scratch, |run, z| {
+                for row in run {
+                    let at = (row - first) * n..(row - first + 1) * n;
+                    zip2(&mut out[at.clone()], &input[at], z, &op);
                 }
             });
         },

@@ -16,11 +16,12 @@ use crate::error::{Error, Result};
 use crate::noise::Noise;
 use crate::real::Real;
 use crate::shape::{LinearShape, length};
+use crate::vector::zip2;
 use rayon::prelude::*;
 use std::ops::Range;
 
 /// Tokens per sample from which building an effective weight per sample is cheaper than a second product.
-const FOLD_TOKENS: usize = 48;
+const FOLD_TOKENS: usize = 32;
 
 /// `y = x·W0ᵀ + b0 + z ⊙ (x·ΔWᵀ + Δb)` and its gradients; paper equation 8.
 ///
@@ -137,14 +138,12 @@ impl<T: Real> NoisyLinear<'_, T> {
             }
             Some(fold) => self.forward_folded(&z, &fold, x, y),
             None => {
-                let adapter =
-                    |rows: Range<usize>, channels: Range<usize>, tile: MatMut<'_, T>, par: Par| {
-                        let weight = self.delta_weight.expect("called only with a delta weight");
-                        let weight =
-                            mat(&weight[channels.start * k..channels.end * k], channels.len(), k);
-                        let x = mat(&x[rows.start * k..rows.end * k], rows.len(), k);
-                        gemm(tile, Accum::Replace, x, weight.transpose(), par);
-                    };
+                let adapter = |rows: Range<usize>, channels: Range<usize>, tile: MatMut<'_, T>, par: Par| {
+                    let weight = self.delta_weight.expect("called only with a delta weight");
+                    let weight = mat(&weight[channels.start * k..channels.end * k], channels.len(), k);
+                    let x = mat(&x[rows.start * k..rows.end * k], rows.len(), k);
+                    gemm(tile, Accum::Replace, x, weight.transpose(), par);
+                };
                 let adapter = self.delta_weight.map(|_| &adapter as _);
                 rows::forward(&z, self.base, adapter, self.delta_bias, x, y);
             }
@@ -275,9 +274,7 @@ impl<T: Real> Fold<'_, T> {
         }
         let range = channels.start * k..channels.end * k;
         let row = |out: &mut [T], w: &[T], d: &[T], z: T| {
-            for ((out, &w), &d) in out.iter_mut().zip(w).zip(d) {
-                *out = w + z * d;
-            }
+            zip2(out, w, d, |out, w, d| *out = w + z * d);
         };
         let (w, d) = (&self.base[range.clone()], &self.delta[range]);
         if matches!(par, Par::Seq) {
@@ -287,10 +284,7 @@ impl<T: Real> Fold<'_, T> {
             }
         } else {
             let rows = w.par_chunks_exact(k).zip(d.par_chunks_exact(k));
-            out.par_chunks_exact_mut(k)
-                .zip(rows)
-                .zip(z)
-                .for_each(|((out, (w, d)), &z)| row(out, w, d, z));
+            out.par_chunks_exact_mut(k).zip(rows).zip(z).for_each(|((out, (w, d)), &z)| row(out, w, d, z));
         }
     }
 

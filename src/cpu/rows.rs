@@ -6,6 +6,7 @@ use crate::error::Result;
 use crate::noise::{Noise, NoiseShape, check_samples};
 use crate::real::Real;
 use crate::shape::{LinearShape, length};
+use crate::vector::{zip1, zip2, zip3};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -83,21 +84,27 @@ impl<'a, T: Real> Z<'a, T> {
         }
     }
 
-    /// Calls `body(row, z of the channels)` for consecutive output rows, making `z` again only where it changes.
-    pub(super) fn for_rows(
+    /// Calls `body(rows, their z)` for every run of output rows in `rows` that share their `z`, in order.
+    pub(super) fn for_runs(
         &self,
         rows: Range<usize>,
         channels: Range<usize>,
         z: &mut Vec<T>,
-        mut body: impl FnMut(usize, &[T]),
+        mut body: impl FnMut(Range<usize>, &[T]),
     ) {
         z.resize(channels.len(), T::one());
-        let first = rows.start;
-        for row in rows {
-            if row == first || !self.per_sample() || row % self.shape.tokens == 0 {
-                self.fill(row, channels.clone(), z);
-            }
-            body(row, z);
+        let mut start = rows.start;
+        while start < rows.end {
+            let end = match self.is_off() {
+                true => rows.end,
+                false if self.per_sample() => {
+                    rows.end.min((start / self.shape.tokens + 1) * self.shape.tokens)
+                }
+                false => start + 1,
+            };
+            self.fill(start, channels.clone(), z);
+            body(start..end, z);
+            start = end;
         }
     }
 
@@ -114,25 +121,17 @@ impl<'a, T: Real> Z<'a, T> {
         let (n, width) = (self.shape.out_features, channels.len());
         for branch in 0..self.shape.fan_out() {
             let offset = branch * self.shape.in_rows();
-            self.for_rows(
-                rows.start + offset..rows.end + offset,
-                channels.clone(),
-                scratch,
-                |row, z| {
-                    let local = row - offset - rows.start;
-                    let out = &mut tile[local * width..][..width];
-                    let g = &g[row * n + channels.start..row * n + channels.end];
-                    if branch == 0 {
-                        for ((out, &g), &z) in out.iter_mut().zip(g).zip(z) {
-                            *out = z * g;
-                        }
-                    } else {
-                        for ((out, &g), &z) in out.iter_mut().zip(g).zip(z) {
-                            *out += z * g;
-                        }
+            let output = rows.start + offset..rows.end + offset;
+            self.for_runs(output.clone(), channels.clone(), scratch, |run, z| {
+                for row in run {
+                    let out = &mut tile[(row - output.start) * width..][..width];
+                    let g = &g[row * n + channels.start..][..width];
+                    match branch {
+                        0 => zip2(out, g, z, |out, g, z| *out = z * g),
+                        _ => zip2(out, g, z, |out, g, z| *out += z * g),
                     }
-                },
-            );
+                }
+            });
         }
     }
 }
@@ -173,18 +172,18 @@ pub(super) fn forward<T: Real>(
     let mut tasks = tasks(&shape, rows_per_task(shape.in_rows()), y);
     let par = inner_threads(tasks.len());
     tasks.par_iter_mut().for_each_init(
-        || (Vec::new(), Vec::new()),
+        || (Vec::new(), (Vec::new(), Vec::new())),
         |(tile, scratch), task| {
             let rows = task.out[0].len() / n;
             let first = task.first_row;
             let x = mat(&x[first * k..][..rows * k], rows, k);
             for channels in blocks(n, CHANNEL_BLOCK) {
                 let width = channels.len();
-                tile.clear();
-                tile.resize(rows * width, T::zero());
-                if let Some(adapter) = adapter {
+                let tile = adapter.map(|adapter| {
+                    tile.resize(rows * width, T::zero());
                     adapter(first..first + rows, channels.clone(), mat_mut(tile, rows, width), par);
-                }
+                    &tile[..]
+                });
                 if let Some(base) = base {
                     let weight = mat(&base.weight[channels.start * k..channels.end * k], width, k);
                     let y = mat_mut(&mut task.out[0][..], rows, n).subcols_mut(channels.start, width);
@@ -197,60 +196,54 @@ pub(super) fn forward<T: Real>(
 }
 
 /// `y = product + b0 + z ⊙ (tile + Δb)`; the base product, if any, lies in the first branch's rows.
-#[expect(clippy::too_many_arguments, reason = "one call site; the arguments are the tile's address and operands")]
+#[expect(
+    clippy::too_many_arguments,
+    reason = "one call site; the arguments are the tile's address and operands"
+)]
 fn epilogue<T: Real>(
     z: &Z<'_, T>,
     base: Option<Base<'_, T>>,
     delta_bias: Option<&[T]>,
     first_row: usize,
     channels: Range<usize>,
-    tile: &mut [T],
-    scratch: &mut Vec<T>,
+    tile: Option<&[T]>,
+    (z_row, bias): &mut (Vec<T>, Vec<T>),
     out: &mut [&mut [T]],
 ) {
     let (n, width) = (z.shape.out_features, channels.len());
-    let rows = tile.len() / width;
-    if let Some(bias) = delta_bias {
-        for row in tile.chunks_exact_mut(width) {
-            for (a, &b) in row.iter_mut().zip(&bias[channels.clone()]) {
-                *a += b;
-            }
-        }
-    }
+    let rows = out[0].len() / n;
+    bias.resize(width, T::zero());
     // The last branch first: the base product in branch 0's rows is read by all and overwritten by its own.
-    let (first_branch, others) = out.split_first_mut().expect("a task has at least one branch");
-    if base.is_none() {
-        for row in first_branch.chunks_exact_mut(n) {
-            row[channels.clone()].fill(T::zero());
-        }
-    }
-    if let Some(bias) = base.and_then(|base| base.bias) {
-        for row in first_branch.chunks_exact_mut(n) {
-            for (y, &b) in row[channels.clone()].iter_mut().zip(&bias[channels.clone()]) {
-                *y += b;
+    for branch in (0..out.len()).rev() {
+        let (before, out) = out.split_at_mut(branch);
+        let offset = branch * z.shape.in_rows() + first_row;
+        z.for_runs(offset..offset + rows, channels.clone(), z_row, |run, z| {
+            match base.and_then(|base| base.bias) {
+                Some(base) => bias.copy_from_slice(&base[channels.clone()]),
+                None => bias.fill(T::zero()),
             }
-        }
-    }
-    for (i, other) in others.iter_mut().enumerate() {
-        let offset = (i + 1) * z.shape.in_rows() + first_row;
-        z.for_rows(offset..offset + rows, channels.clone(), scratch, |row, z| {
-            let local = row - offset;
-            let base = &first_branch[local * n + channels.start..][..width];
-            let y = &mut other[local * n + channels.start..][..width];
-            let a = &tile[local * width..][..width];
-            for (((y, &base), &a), &z) in y.iter_mut().zip(base).zip(a).zip(z) {
-                *y = base + z * a;
+            if let Some(delta) = delta_bias {
+                zip2(bias, z, &delta[channels.clone()], |bias, z, delta| *bias += z * delta);
+            }
+            for row in run {
+                let local = row - offset;
+                let at = local * n + channels.start..local * n + channels.end;
+                let y = &mut out[0][at.clone()];
+                match before.first() {
+                    _ if base.is_none() => y.fill(T::zero()),
+                    Some(product) => y.copy_from_slice(&product[at]),
+                    None => {}
+                }
+                match tile {
+                    Some(tile) => {
+                        let a = &tile[local * width..][..width];
+                        zip3(y, bias, z, a, |y, bias, z, a| *y += bias + z * a);
+                    }
+                    None => zip1(y, bias, |y, bias| *y += bias),
+                }
             }
         });
     }
-    z.for_rows(first_row..first_row + rows, channels.clone(), scratch, |row, z| {
-        let local = row - first_row;
-        let y = &mut first_branch[local * n + channels.start..][..width];
-        let a = &tile[local * width..][..width];
-        for ((y, &a), &z) in y.iter_mut().zip(a).zip(z) {
-            *y += z * a;
-        }
-    });
 }
 
 /// `dx = Σ g·W0`, or zero without a base term; the sum goes over the branches that share the input.
@@ -310,6 +303,11 @@ fn sum_branches<'a, T: Real>(
     sum
 }
 
+/// Channels per task, so that every thread of the pool gets some.
+fn channel_block(channels: usize) -> usize {
+    channels.div_ceil(2 * rayon::current_num_threads()).clamp(16, CHANNEL_BLOCK)
+}
+
 /// Calls `body(input rows, channels, e tile, output of these channels, first tile?)` for every tile of `e = Σ z⊙g`:
 /// channel blocks in parallel, the rows of each in order. `out` has `width` elements per channel.
 pub(super) fn for_channel_blocks<T: Real>(
@@ -320,9 +318,9 @@ pub(super) fn for_channel_blocks<T: Real>(
     body: impl Fn(Range<usize>, Range<usize>, &[T], &mut [T], bool, Par) + Sync,
 ) {
     /// Rows of `e` that are held at once.
-    const ROWS: usize = 2048;
+    const ROWS: usize = 512;
     let n = z.shape.out_features;
-    let block = n.div_ceil(2 * rayon::current_num_threads()).clamp(16, CHANNEL_BLOCK);
+    let block = channel_block(n);
     let par = inner_threads(n.div_ceil(block));
     out.par_chunks_mut(block * width).enumerate().for_each_init(
         || (Vec::new(), Vec::new()),
@@ -338,16 +336,23 @@ pub(super) fn for_channel_blocks<T: Real>(
     );
 }
 
-/// `dΔb = Σ_rows e`.
+/// `dΔb = Σ z⊙g` over all output rows: channel blocks in parallel, the rows of each in order.
 pub(super) fn delta_bias<T: Real>(z: &Z<'_, T>, g: &[T], out: &mut [T]) {
-    for_channel_blocks(z, g, 1, out, |_, channels, e, out, first, _| {
-        if first {
+    let n = z.shape.out_features;
+    let block = channel_block(n);
+    out.par_chunks_mut(block).enumerate().for_each_init(
+        || (Vec::new(), Vec::new()),
+        |(sum, scratch), (i, out)| {
+            let channels = i * block..i * block + out.len();
             out.fill(T::zero());
-        }
-        for row in e.chunks_exact(channels.len()) {
-            for (sum, &e) in out.iter_mut().zip(row) {
-                *sum += e;
-            }
-        }
-    });
+            z.for_runs(0..z.shape.out_rows(), channels.clone(), scratch, |run, z| {
+                sum.clear();
+                sum.resize(channels.len(), T::zero());
+                for row in run {
+                    zip1(sum, &g[row * n..][channels.clone()], |sum, g| *sum += g);
+                }
+                zip2(out, z, sum, |out, z, sum| *out += z * sum);
+            });
+        },
+    );
 }

@@ -7,11 +7,17 @@
 //! | VPT add | 0 | `W0·(Pd·Pu)` |
 
 use super::low_rank_linear::check_scale;
-use super::matmul::{Accum, all_threads, gemm, mat, mat_mut};
+use super::matmul::{Accum, Par, add_up, all_threads, gemm, gemm_scaled, mat, mat_mut, mat_mut_t, transpose};
 use crate::error::{Error, Result};
 use crate::real::Real;
 use crate::shape::{length, nonzero, product};
+use crate::vector::{zip1, zip2};
 use rayon::prelude::*;
+
+/// Channels of a block of ΔW that stays in the cache while it is used twice.
+const CHANNELS: usize = 192;
+/// Most partial sums of dU.
+const MAX_SUMS: usize = 64;
 
 /// The trained factors of a low-rank weight `[N, K]`: `D [N, r]`, `U [r, K]`, and a scale on their product.
 #[derive(Debug, Clone, Copy)]
@@ -54,24 +60,72 @@ impl<T: Real> LoraFactors<'_, T> {
         length(argument, "[N, K]", weight, self.out_features * self.in_features)
     }
 
-    /// `out = D·U`, without the scale.
-    fn product(&self, out: &mut [T]) {
-        let Self { out_features: n, in_features: k, rank: r, .. } = *self;
-        gemm(mat_mut(out, n, k), Accum::Replace, mat(self.down, n, r), mat(self.up, r, k), all_threads());
+    /// `out = scale·D·U`, or `base ⊙ (scale·D·U)`, block by block of channels.
+    fn product(&self, base: Option<&[T]>, out: &mut [T]) {
+        let Self { in_features: k, rank: r, .. } = *self;
+        let up = mat(self.up, r, k);
+        let blocks = out.par_chunks_mut(CHANNELS * k).zip(self.down.par_chunks(CHANNELS * r));
+        blocks.enumerate().for_each(|(i, (out, down))| {
+            let count = down.len() / r;
+            gemm_scaled(
+                mat_mut(out, count, k),
+                Accum::Replace,
+                self.scale,
+                mat(down, count, r),
+                up,
+                Par::Seq,
+            );
+            if let Some(base) = base {
+                zip1(out, &base[i * CHANNELS * k..], |w, base| *w *= base);
+            }
+        });
     }
 
-    /// `dD = scale·q·Uᵀ`, `dU = scale·Dᵀ·q` for `q = ∂L/∂(scale·D·U)`.
-    fn backward(&self, q: &[T], grads: LoraGrads<'_, T>) -> Result<()> {
+    /// `dD = scale·q·Uᵀ`, `dU = scale·Dᵀ·q` for `q = ∂L/∂(scale·D·U)`, given as `grad`, or `grad ⊙ base`.
+    ///
+    /// Block by block of channels, so that `q` is never held as a whole; the blocks' shares of dU are added in order.
+    fn backward(&self, grad: &[T], base: Option<&[T]>, grads: LoraGrads<'_, T>) -> Result<()> {
         let Self { out_features: n, in_features: k, rank: r, .. } = *self;
         length("grads.down", "[N, r]", grads.down, n * r)?;
         length("grads.up", "[r, K]", grads.up, r * k)?;
-        let q = mat(q, n, k);
-        let par = all_threads();
-        gemm(mat_mut(grads.down, n, r), Accum::Replace, q, mat(self.up, r, k).transpose(), par);
-        gemm(mat_mut(grads.up, r, k), Accum::Replace, mat(self.down, n, r).transpose(), q, par);
-        if self.scale != T::one() {
-            grads.down.iter_mut().chain(grads.up).for_each(|v| *v *= self.scale);
-        }
+        let up = mat(self.up, r, k).transpose();
+        let block = n.div_ceil(MAX_SUMS).max(CHANNELS);
+        let parts: Vec<Vec<T>> = grads
+            .down
+            .par_chunks_mut(block * r)
+            .zip(self.down.par_chunks(block * r))
+            .enumerate()
+            .map_init(
+                || (Vec::new(), Vec::new()),
+                |(product, dd_t), (i, (dd, d))| {
+                    let count = dd.len() / r;
+                    let grad = &grad[i * block * k..][..count * k];
+                    let q = match base {
+                        None => grad,
+                        Some(base) => {
+                            product.resize(count * k, T::zero());
+                            zip2(product, grad, &base[i * block * k..], |q, grad, base| *q = grad * base);
+                            &product[..]
+                        }
+                    };
+                    let (q, d) = (mat(q, count, k), mat(d, count, r));
+                    dd_t.resize(count * r, T::zero());
+                    gemm_scaled(mat_mut_t(dd_t, count, r), Accum::Replace, self.scale, q, up, Par::Seq);
+                    transpose(dd_t, dd, r);
+                    let mut share = vec![T::zero(); r * k];
+                    gemm_scaled(
+                        mat_mut(&mut share, r, k),
+                        Accum::Replace,
+                        self.scale,
+                        d.transpose(),
+                        q,
+                        Par::Seq,
+                    );
+                    share
+                },
+            )
+            .collect();
+        grads.up.copy_from_slice(&add_up(parts.iter().map(Vec::as_slice)));
         Ok(())
     }
 }
@@ -83,10 +137,7 @@ impl<T: Real> LoraFactors<'_, T> {
 pub fn low_rank_weight<T: Real>(lora: LoraFactors<'_, T>, out: &mut [T]) -> Result<()> {
     lora.check()?;
     lora.check_weight("out", out)?;
-    lora.product(out);
-    if lora.scale != T::one() {
-        out.par_iter_mut().for_each(|w| *w *= lora.scale);
-    }
+    lora.product(None, out);
     Ok(())
 }
 
@@ -101,7 +152,7 @@ pub fn low_rank_weight_backward<T: Real>(
 ) -> Result<()> {
     lora.check()?;
     lora.check_weight("delta_weight_grad", delta_weight_grad)?;
-    lora.backward(delta_weight_grad, grads)
+    lora.backward(delta_weight_grad, None, grads)
 }
 
 /// `ΔW [N, K] = W0 ⊙ (scale·D·U)`: LoRA mul, the paper's main adapter.
@@ -112,8 +163,7 @@ pub fn lora_mul_weight<T: Real>(lora: LoraFactors<'_, T>, base_weight: &[T], out
     lora.check()?;
     lora.check_weight("base_weight", base_weight)?;
     lora.check_weight("out", out)?;
-    lora.product(out);
-    out.par_iter_mut().zip(base_weight).for_each(|(w, &base)| *w *= lora.scale * base);
+    lora.product(Some(base_weight), out);
     Ok(())
 }
 
@@ -130,12 +180,7 @@ pub fn lora_mul_weight_backward<T: Real>(
     lora.check()?;
     lora.check_weight("base_weight", base_weight)?;
     lora.check_weight("delta_weight_grad", delta_weight_grad)?;
-    let mut q = vec![T::zero(); base_weight.len()];
-    q.par_iter_mut()
-        .zip(base_weight)
-        .zip(delta_weight_grad)
-        .for_each(|((q, &base), &grad)| *q = base * grad);
-    lora.backward(&q, grads)
+    lora.backward(delta_weight_grad, Some(base_weight), grads)
 }
 
 /// The prompt adapter's bias `Δb [N] = W0·(Pd·Pu) + b0⊙δb` (VPT add; the second term belongs to LoRA mul).
@@ -195,7 +240,13 @@ impl<T: Real> PromptBias<'_, T> {
         length("out", "[N]", out, n)?;
         let par = all_threads();
         let mut prompt = vec![T::zero(); k];
-        gemm(mat_mut(&mut prompt, k, 1), Accum::Replace, mat(self.prompt_down, k, r), mat(self.prompt_up, r, 1), par);
+        gemm(
+            mat_mut(&mut prompt, k, 1),
+            Accum::Replace,
+            mat(self.prompt_down, k, r),
+            mat(self.prompt_up, r, 1),
+            par,
+        );
         gemm(mat_mut(out, n, 1), Accum::Replace, mat(self.base_weight, n, k), mat(&prompt, k, 1), par);
         if let (Some(base), Some(delta)) = (self.base_bias, self.delta_bias) {
             for ((out, &base), &delta) in out.iter_mut().zip(base).zip(delta) {

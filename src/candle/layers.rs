@@ -1,0 +1,461 @@
+//! Noisy layers, the state they share, and how they get into a model.
+
+use super::ops::{
+    DropPathKernel, FrozenLinear, Layer, LayerNoise, LowRankKernel, apply1, apply3, lora_mul_weight,
+    noisy_linear, prompt_bias, wrap,
+};
+use crate::adapter::{self, Adapter, Init, Parameter};
+use crate::noise::{Generator, Key, NoiseShape, drop_path_mask};
+use crate::shape::LinearShape;
+use candle_core::{Module, Result, Tensor};
+use candle_nn::{Linear, VarBuilder};
+use std::collections::HashMap;
+use std::sync::{Arc, PoisonError, RwLock};
+
+/// What all noisy layers of one model share; clones are handles to the same state.
+///
+/// Starts in evaluation: no noise, one branch.
+#[derive(Debug, Clone)]
+pub struct PaceContext(Arc<RwLock<State>>);
+
+#[derive(Debug)]
+struct State {
+    seed: u64,
+    /// Of the step in training; `None` is evaluation.
+    step: Option<u64>,
+    branches: usize,
+    first_sample: u64,
+    given: HashMap<String, Tensor>,
+}
+
+impl PaceContext {
+    /// The context of a run that draws its noise from `seed`.
+    pub fn new(seed: u64) -> Self {
+        let state = State { seed, step: None, branches: 1, first_sample: 0, given: HashMap::new() };
+        Self(Arc::new(RwLock::new(state)))
+    }
+
+    /// Turns to training step `step` with one or two branches; `first_sample` is the batch's place in the global one.
+    ///
+    /// # Errors
+    /// If `branches` is not 1 or 2.
+    pub fn train(&self, step: u64, branches: usize, first_sample: u64) -> Result<()> {
+        if !(1..=2).contains(&branches) {
+            candle_core::bail!("`branches` is {branches}, expected 1 or 2");
+        }
+        self.change(|state| {
+            state.step = Some(step);
+            state.branches = branches;
+            state.first_sample = first_sample;
+        });
+        Ok(())
+    }
+
+    /// Turns to evaluation: no noise, one branch.
+    pub fn evaluate(&self) {
+        self.change(|state| {
+            state.step = None;
+            state.branches = 1;
+        });
+    }
+
+    /// Branches of the current step.
+    pub fn branches(&self) -> usize {
+        self.read(|state| state.branches)
+    }
+
+    /// Replaces the noise of the layer `name` in training by `z`, `[R, N]` or `[R, T, N]`; `None` gives it back.
+    pub fn set_noise(&self, name: &str, z: Option<Tensor>) {
+        self.change(|state| match z {
+            Some(z) => state.given.insert(name.to_owned(), z),
+            None => state.given.remove(name),
+        });
+    }
+
+    /// One copy of the rows of `x` per branch: for models that let the branches part at their input.
+    ///
+    /// # Errors
+    /// If `x` is a scalar.
+    pub fn branch(&self, x: &Tensor) -> Result<Tensor> {
+        match self.branches() {
+            1 => Ok(x.clone()),
+            _ => Tensor::cat(&[x, x], 0),
+        }
+    }
+
+    fn read<R>(&self, body: impl FnOnce(&State) -> R) -> R {
+        // A panic elsewhere cannot leave the state half changed.
+        body(&self.0.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn change<R>(&self, body: impl FnOnce(&mut State) -> R) -> R {
+        body(&mut self.0.write().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// A linear layer with a noisy adapter: frozen base, trained adapter, `z` from the context.
+#[derive(Debug, Clone)]
+pub struct PaceLinear {
+    name: String,
+    layer: u32,
+    context: PaceContext,
+    sigma: f32,
+    noise_shape: NoiseShape,
+    base: FrozenLinear,
+    parameters: Parameters,
+}
+
+/// What is trained; names and shapes in [`adapter`].
+#[derive(Debug, Clone)]
+enum Parameters {
+    LoraAdd {
+        down: Tensor,
+        up: Tensor,
+        delta_bias: Tensor,
+    },
+    LoraMulVptAdd {
+        down: Tensor,
+        up: Tensor,
+        delta_bias: Tensor,
+        prompt_down: Tensor,
+        prompt_up: Tensor,
+    },
+    VptAdd {
+        prompt_down: Tensor,
+        prompt_up: Tensor,
+    },
+    /// ΔW and Δb of the caller's own making.
+    Dense {
+        weight: Tensor,
+        bias: Option<Tensor>,
+    },
+    /// The base itself, under noise: its weight and bias take gradients.
+    Head,
+}
+
+impl PaceLinear {
+    /// Whether the layer perturbs its adapter in training; if not, its branches stay equal.
+    pub fn is_noisy(&self) -> bool {
+        self.sigma > 0.0
+    }
+
+    /// The name that it was wrapped under.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Lets the branches part: `B` rows in, `branches·B` differently perturbed rows out.
+    ///
+    /// The rows that both branches share go through the products once. In evaluation, or with one branch, it is
+    /// [`forward`](Module::forward).
+    ///
+    /// # Errors
+    /// If the features of `x` do not fit the layer.
+    pub fn forward_branching(&self, x: &Tensor) -> Result<Tensor> {
+        self.run(x, true)
+    }
+
+    /// The plain layer with the adapter folded in, `W0 + ΔW` and `b0 + Δb`: what evaluation computes.
+    ///
+    /// # Errors
+    /// None in practice; candle's operations return results.
+    pub fn merged(&self) -> Result<Linear> {
+        let FrozenLinear { weight, bias } = &self.base;
+        let (delta_weight, delta_bias) = match &self.parameters {
+            Parameters::LoraAdd { down, up, delta_bias } => {
+                (Some(down.matmul(up)?), Some(delta_bias.clone()))
+            }
+            Parameters::Head => (None, None),
+            _ => self.dense_delta()?,
+        };
+        let weight = delta_weight.map_or(Ok(weight.clone()), |delta| weight + delta)?;
+        let bias = match (bias, delta_bias) {
+            (Some(bias), Some(delta)) => Some((bias + delta)?),
+            (bias, delta) => delta.or_else(|| bias.clone()),
+        };
+        Ok(Linear::new(weight.detach(), bias.map(|bias| bias.detach())))
+    }
+
+    /// ΔW and Δb of the adapters that have them in full.
+    fn dense_delta(&self) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        match &self.parameters {
+            Parameters::LoraMulVptAdd { down, up, delta_bias, prompt_down, prompt_up } => Ok((
+                Some(lora_mul_weight(&self.base.weight, down, up)?),
+                Some(prompt_bias(&self.base, prompt_down, prompt_up, Some(delta_bias))?),
+            )),
+            Parameters::VptAdd { prompt_down, prompt_up } => {
+                Ok((None, Some(prompt_bias(&self.base, prompt_down, prompt_up, None)?)))
+            }
+            Parameters::Dense { weight, bias } => Ok((Some(weight.clone()), bias.clone())),
+            Parameters::Head => Ok((Some(self.base.weight.clone()), self.base.bias.clone())),
+            Parameters::LoraAdd { .. } => Ok((None, None)),
+        }
+    }
+
+    /// Sizes and noise of one call.
+    fn plan(&self, x: &Tensor, branching: bool) -> Result<(LinearShape, LayerNoise)> {
+        let dims = x.dims();
+        let [rows, middle @ .., in_features] = dims else {
+            candle_core::bail!("`{}` needs [rows, …, features], got {dims:?}", self.name);
+        };
+        let (out_features, expected) = self.base.weight.dims2()?;
+        if *in_features != expected {
+            candle_core::bail!("`{}` has {expected} in-features, got {dims:?}", self.name);
+        }
+        let shape = |branches, batch| LinearShape {
+            branches,
+            batch,
+            tokens: middle.iter().product(),
+            in_features: expected,
+            out_features,
+            shared_input: branching && branches > 1,
+        };
+        self.context.read(|state| {
+            let Some(step) = state.step.filter(|_| self.is_noisy()) else {
+                // Without noise the branches are just rows.
+                let branches = if branching { state.branches } else { 1 };
+                return Ok((shape(branches, *rows), LayerNoise::Off));
+            };
+            let batch = if branching { *rows } else { rows / state.branches };
+            if !branching && rows % state.branches != 0 {
+                candle_core::bail!("`{}`: {rows} rows do not divide into {} branches", self.name, state.branches);
+            }
+            let noise = match state.given.get(&self.name) {
+                Some(z) => LayerNoise::Given(z.contiguous()?, self.noise_shape),
+                None => LayerNoise::Generated(wrap(Generator::new(
+                    Key::derive(state.seed, step, self.layer),
+                    self.sigma,
+                    self.noise_shape,
+                    state.first_sample,
+                ))?),
+            };
+            Ok((shape(state.branches, batch), noise))
+        })
+    }
+
+    fn run(&self, x: &Tensor, branching: bool) -> Result<Tensor> {
+        let (shape, noise) = self.plan(x, branching)?;
+        let base = Some(self.base.clone());
+        match &self.parameters {
+            Parameters::LoraAdd { down, up, delta_bias } => {
+                let joined = Tensor::cat(&[down, &delta_bias.unsqueeze(1)?], 1)?;
+                let kernel = LowRankKernel { layer: Layer { shape, noise, base }, rank: up.dim(0)? };
+                apply3(kernel, x, &joined, up)
+            }
+            parameters => {
+                let base = if matches!(parameters, Parameters::Head) { None } else { base };
+                let (delta_weight, delta_bias) = self.dense_delta()?;
+                let delta_bias = match delta_bias {
+                    Some(bias) => bias,
+                    None => Tensor::zeros(shape.out_features, x.dtype(), x.device())?,
+                };
+                noisy_linear(Layer { shape, noise, base }, x, delta_weight.as_ref(), &delta_bias)
+            }
+        }
+    }
+}
+
+impl Module for PaceLinear {
+    /// Rows of all branches in, as many out.
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.run(x, false)
+    }
+}
+
+/// DropPath that drops the same samples in both branches, and divides its mask by the mask's own mean.
+#[derive(Debug, Clone)]
+pub struct SharedDropPath {
+    layer: u32,
+    context: PaceContext,
+    probability: f64,
+}
+
+impl SharedDropPath {
+    /// Drops samples among rows that hold `branches` copies of the batch: 1 before the branches part.
+    ///
+    /// # Errors
+    /// If the rows do not divide into the branches.
+    pub fn forward_rows(&self, x: &Tensor, branches: usize) -> Result<Tensor> {
+        let planned = self.context.read(|state| {
+            let step = state.step.filter(|_| self.probability > 0.0)?;
+            Some((Key::derive(state.seed, step, self.layer), state.first_sample))
+        });
+        let Some((key, first_sample)) = planned else { return Ok(x.clone()) };
+        let rows = x.dim(0)?;
+        if rows == 0 || branches == 0 || rows % branches != 0 {
+            candle_core::bail!("DropPath: {rows} rows do not divide into {branches} branches");
+        }
+        let mut mask = vec![0.0; rows / branches];
+        wrap(drop_path_mask(key, self.probability, first_sample, &mut mask))?;
+        apply1(DropPathKernel { branches, features: x.elem_count() / rows, mask }, x)
+    }
+}
+
+/// Puts adapters and noise on the linear layers of a model while it is built.
+///
+/// Call [`wrap`](Self::wrap) on every frozen [`Linear`] where the model's constructor makes it, and
+/// [`wrap_head`](Self::wrap_head) on the classification head.
+pub struct Injector<'a> {
+    context: PaceContext,
+    adapter: Adapter,
+    rank: usize,
+    sigma_by_block: Vec<f64>,
+    noise_shape: NoiseShape,
+    vars: VarBuilder<'a>,
+    layers: u32,
+}
+
+impl<'a> Injector<'a> {
+    /// An injector of `adapter` with rank `rank`, σ by block ([`sigma_by_block`](crate::schedule::sigma_by_block)),
+    /// and the adapters' parameters from `vars`, under the layer's name and the official parameter names.
+    pub fn new(
+        context: &PaceContext,
+        adapter: Adapter,
+        rank: usize,
+        sigma_by_block: &[f64],
+        vars: VarBuilder<'a>,
+    ) -> Self {
+        Self {
+            context: context.clone(),
+            adapter,
+            rank,
+            sigma_by_block: sigma_by_block.to_vec(),
+            noise_shape: NoiseShape::PerSample,
+            vars,
+            layers: 0,
+        }
+    }
+
+    /// The same with noise per token (`BTC`) or per sample (`BC`, the default).
+    pub fn with_noise_shape(mut self, shape: NoiseShape) -> Self {
+        self.noise_shape = shape;
+        self
+    }
+
+    /// The builder that the trained parameters come from.
+    pub fn vars(&self) -> &VarBuilder<'a> {
+        &self.vars
+    }
+
+    /// The context that the layers will share.
+    pub fn context(&self) -> &PaceContext {
+        &self.context
+    }
+
+    /// Wraps the frozen layer `name` of block `block` with the adapter.
+    ///
+    /// # Errors
+    /// If the block has no σ, the rank is zero, or a parameter in `vars` has another shape.
+    pub fn wrap(&mut self, name: &str, block: usize, linear: Linear) -> Result<PaceLinear> {
+        let (out_features, in_features) = linear.weight().dims2()?;
+        let vars = self.vars.pp(name);
+        let mut made = HashMap::new();
+        for parameter in wrap(self.adapter.parameters(out_features, in_features, self.rank))? {
+            made.insert(parameter.name, variable(&vars, &parameter)?);
+        }
+        let mut take = |name: &str| {
+            made.remove(name).ok_or_else(|| candle_core::Error::Msg(format!("`{name}` was not made")))
+        };
+        let parameters = match self.adapter {
+            Adapter::LoraAdd => Parameters::LoraAdd {
+                down: take(adapter::DOWN)?,
+                up: take(adapter::UP)?,
+                delta_bias: take(adapter::DELTA_BIAS)?,
+            },
+            Adapter::LoraMulVptAdd => Parameters::LoraMulVptAdd {
+                down: take(adapter::DOWN)?,
+                up: take(adapter::UP)?,
+                delta_bias: take(adapter::DELTA_BIAS)?,
+                prompt_down: take(adapter::PROMPT_DOWN)?,
+                prompt_up: take(adapter::PROMPT_UP)?,
+            },
+            Adapter::VptAdd => Parameters::VptAdd {
+                prompt_down: take(adapter::PROMPT_DOWN)?,
+                prompt_up: take(adapter::PROMPT_UP)?,
+            },
+        };
+        self.layer(name, block, &linear, parameters, true)
+    }
+
+    /// Wraps the head: no adapter, but its whole output `x·Wᵀ + b` is perturbed, and its weight and bias are trained.
+    ///
+    /// # Errors
+    /// If the block has no σ.
+    pub fn wrap_head(&mut self, name: &str, block: usize, linear: Linear) -> Result<PaceLinear> {
+        self.layer(name, block, &linear, Parameters::Head, false)
+    }
+
+    /// Wraps the frozen layer `name` with a ΔW `[N, K]` and Δb `[N]` of the caller's making (GLoRA, HiRA, BOFT, …).
+    ///
+    /// # Errors
+    /// If the block has no σ or the shapes do not fit.
+    pub fn wrap_dense(
+        &mut self,
+        name: &str,
+        block: usize,
+        linear: Linear,
+        weight: Tensor,
+        bias: Option<Tensor>,
+    ) -> Result<PaceLinear> {
+        if weight.shape() != linear.weight().shape() {
+            candle_core::bail!("`{name}`: ΔW is {:?}, expected {:?}", weight.shape(), linear.weight().shape());
+        }
+        self.layer(name, block, &linear, Parameters::Dense { weight, bias }, true)
+    }
+
+    /// DropPath with its own noise stream; `probability` 0 is the identity.
+    ///
+    /// # Errors
+    /// If `probability` is not in `[0, 1)`.
+    pub fn drop_path(&mut self, probability: f64) -> Result<SharedDropPath> {
+        wrap(crate::noise::check_drop_probability(probability))?;
+        Ok(SharedDropPath { layer: self.next_layer(), context: self.context.clone(), probability })
+    }
+
+    fn next_layer(&mut self) -> u32 {
+        self.layers += 1;
+        self.layers - 1
+    }
+
+    fn layer(
+        &mut self,
+        name: &str,
+        block: usize,
+        linear: &Linear,
+        parameters: Parameters,
+        frozen: bool,
+    ) -> Result<PaceLinear> {
+        let Some(&sigma) = self.sigma_by_block.get(block) else {
+            candle_core::bail!("`{name}` is in block {block}, but σ is known for {}", self.sigma_by_block.len());
+        };
+        wrap(crate::noise::check_sigma(sigma))?;
+        let hold = |tensor: &Tensor| {
+            let tensor = tensor.contiguous()?;
+            Ok::<_, candle_core::Error>(if frozen { tensor.detach() } else { tensor })
+        };
+        Ok(PaceLinear {
+            name: name.to_owned(),
+            layer: self.next_layer(),
+            context: self.context.clone(),
+            sigma: sigma as f32,
+            noise_shape: self.noise_shape,
+            base: FrozenLinear { weight: hold(linear.weight())?, bias: linear.bias().map(hold).transpose()? },
+            parameters,
+        })
+    }
+}
+
+/// An adapter's parameter out of a builder.
+fn variable(vars: &VarBuilder<'_>, parameter: &Parameter) -> Result<Tensor> {
+    let init = match parameter.init {
+        Init::Zeros => candle_nn::Init::Const(0.0),
+        Init::XavierUniform => {
+            let bound = parameter.xavier_bound();
+            candle_nn::Init::Uniform { lo: -bound, up: bound }
+        }
+    };
+    match parameter.columns {
+        Some(columns) => vars.get_with_hints((parameter.rows, columns), parameter.name, init),
+        None => vars.get_with_hints(parameter.rows, parameter.name, init),
+    }
+}

@@ -1,0 +1,201 @@
+//! One training step of PACE and its variants.
+
+use super::layers::PaceContext;
+use super::ops::{Element, ScalarKernel, apply1, with_slices, wrap};
+use crate::cpu::{Consistency, Loss, LossValues};
+use crate::schedule::LazySchedule;
+use candle_core::{DType, Error, Result, Tensor};
+
+/// What a training step minimises.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Variant {
+    /// Cross-entropy alone. With σ > 0 in the layers this is "noise only".
+    CrossEntropy,
+    /// PACE: two branches at every step.
+    Pace,
+    /// PACE-lazy: at every `interval`-th step two branches of half the batch, else one branch of the whole.
+    Lazy {
+        /// Steps from one use of the consistency term to the next.
+        interval: usize,
+    },
+    /// PACE-fast: one branch, kept consistent with the logits that each sample had last time.
+    Fast {
+        /// Samples of the training set.
+        samples: usize,
+    },
+}
+
+/// One batch.
+#[derive(Debug, Clone, Copy)]
+pub struct Batch<'a> {
+    /// Inputs, one row per sample.
+    pub x: &'a Tensor,
+    /// Labels `[B]`.
+    pub labels: &'a [i64],
+    /// Which training samples these are, `[B]`; needed by [`Variant::Fast`] only.
+    pub index: Option<&'a [i64]>,
+    /// Number of the first sample in the global batch; not 0 where a batch is split over processes.
+    pub first_sample: u64,
+}
+
+impl<'a> Batch<'a> {
+    /// A whole batch without an index.
+    pub fn new(x: &'a Tensor, labels: &'a [i64]) -> Self {
+        Self { x, labels, index: None, first_sample: 0 }
+    }
+}
+
+/// The result of one [`Objective::step`].
+#[derive(Debug)]
+pub struct Step {
+    /// The scalar to call `backward` on.
+    pub loss: Tensor,
+    /// Its value and parts.
+    pub values: LossValues,
+    /// Logits of branch 0.
+    pub logits: Tensor,
+}
+
+/// Evaluates training steps of one [`Variant`]; holds the history of PACE-fast.
+#[derive(Debug)]
+pub struct Objective {
+    context: PaceContext,
+    variant: Variant,
+    lambda: f64,
+    /// Share of the target spread evenly over all classes.
+    pub label_smoothing: f64,
+    /// Samples with this label take no part in the cross-entropy.
+    pub ignore_label: Option<i64>,
+    history: Option<History>,
+}
+
+/// The logits that every training sample had last time, in the precision of the model.
+#[derive(Debug)]
+enum History {
+    F32(Vec<f32>),
+    F64(Vec<f64>),
+}
+
+/// A model's element type, with its kind of history.
+trait Remembered: Element {
+    fn table(history: &mut History) -> Option<&mut Vec<Self>>;
+    fn history(table: Vec<Self>) -> History;
+}
+
+impl Remembered for f32 {
+    fn table(history: &mut History) -> Option<&mut Vec<f32>> {
+        if let History::F32(table) = history { Some(table) } else { None }
+    }
+    fn history(table: Vec<f32>) -> History {
+        History::F32(table)
+    }
+}
+
+impl Remembered for f64 {
+    fn table(history: &mut History) -> Option<&mut Vec<f64>> {
+        if let History::F64(table) = history { Some(table) } else { None }
+    }
+    fn history(table: Vec<f64>) -> History {
+        History::F64(table)
+    }
+}
+
+impl Objective {
+    /// An objective with consistency strength `lambda` for the model whose noisy layers share `context`.
+    ///
+    /// # Errors
+    /// If `lambda` is negative or not finite, or a size in `variant` is zero.
+    pub fn new(context: &PaceContext, variant: Variant, lambda: f64) -> Result<Self> {
+        wrap(crate::cpu::check_lambda(lambda))?;
+        match variant {
+            Variant::Lazy { interval } => wrap(LazySchedule::new(interval).map(|_| ()))?,
+            Variant::Fast { samples } => wrap(crate::shape::nonzero("samples", samples))?,
+            Variant::CrossEntropy | Variant::Pace => {}
+        }
+        let context = context.clone();
+        Ok(Self { context, variant, lambda, label_smoothing: 0.0, ignore_label: None, history: None })
+    }
+
+    /// Runs `model` on the batch, under the noise of step `step`, and evaluates the loss.
+    ///
+    /// `model` gets `B` rows and returns logits `[B, C]`, or `[2B, C]` (branch 0 first) while the context has two
+    /// branches: it lets them part where the noise begins ([`PaceLinear::forward_branching`]
+    /// (super::PaceLinear::forward_branching)) or at its input ([`PaceContext::branch`]).
+    ///
+    /// # Errors
+    /// If the model fails, its logits have another shape, or a label or index is out of range.
+    pub fn step(
+        &mut self,
+        step: u64,
+        batch: &Batch<'_>,
+        model: impl FnOnce(&Tensor) -> Result<Tensor>,
+    ) -> Result<Step> {
+        let rows = batch.x.dim(0)?;
+        if batch.labels.len() != rows {
+            candle_core::bail!("`labels` has {} elements, but the batch {rows} rows", batch.labels.len());
+        }
+        let samples = match self.variant {
+            Variant::CrossEntropy | Variant::Fast { .. } => None,
+            Variant::Pace => Some(rows),
+            Variant::Lazy { interval } => {
+                let schedule = wrap(LazySchedule::new(interval))?;
+                wrap(schedule.two_branch_samples(usize::try_from(step).unwrap_or(usize::MAX), rows))?
+            }
+        };
+        let used = samples.unwrap_or(rows);
+        let branches = if samples.is_some() { 2 } else { 1 };
+        self.context.train(step, branches, batch.first_sample)?;
+        let logits = model(&batch.x.narrow(0, 0, used)?)?.contiguous()?;
+        let (logit_rows, classes) = logits.dims2()?;
+        if logit_rows != branches * used {
+            candle_core::bail!("the model returned {logit_rows} rows of logits, expected {}", branches * used);
+        }
+        let loss = Loss {
+            classes,
+            labels: &batch.labels[..used],
+            lambda: self.lambda,
+            label_smoothing: self.label_smoothing,
+            ignore_label: self.ignore_label,
+        };
+        let (values, gradient) = match logits.dtype() {
+            DType::F32 => self.evaluate::<f32>(loss, &logits, batch.index, branches)?,
+            DType::F64 => self.evaluate::<f64>(loss, &logits, batch.index, branches)?,
+            other => candle_core::bail!("logits are {other:?}, expected F32 or F64"),
+        };
+        let loss = apply1(ScalarKernel { value: values.total, gradient }, &logits)?;
+        Ok(Step { loss, values, logits: logits.narrow(0, 0, used)?.detach() })
+    }
+
+    /// The loss of some logits, and its gradient to them.
+    fn evaluate<T: Remembered>(
+        &mut self,
+        loss: Loss<'_>,
+        logits: &Tensor,
+        index: Option<&[i64]>,
+        branches: usize,
+    ) -> Result<(LossValues, Tensor)> {
+        let consistency = match (self.variant, branches) {
+            (Variant::Fast { samples }, _) => {
+                let index = index.ok_or_else(|| {
+                    Error::wrap(crate::Error::Argument {
+                        argument: "index",
+                        problem: "is required by the fast variant",
+                    })
+                })?;
+                let elements = wrap(crate::shape::product("history", "[n, C]", &[samples, loss.classes]))?;
+                let history = self.history.get_or_insert_with(|| T::history(vec![T::zero(); elements]));
+                let table = T::table(history)
+                    .filter(|table| table.len() == elements)
+                    .ok_or_else(|| Error::Msg("the logits' type or classes changed between steps".into()))?;
+                Consistency::History { table, index }
+            }
+            (_, 2) => Consistency::TwoBranch,
+            _ => Consistency::None,
+        };
+        let mut gradient = vec![T::zero(); logits.elem_count()];
+        let values = with_slices("pace_loss", &[logits], |slices| {
+            wrap(loss.evaluate(slices[0], consistency, Some(&mut gradient)))
+        })?;
+        Ok((values, Tensor::from_vec(gradient, logits.shape(), logits.device())?))
+    }
+}

@@ -1,0 +1,90 @@
+//! Loops compiled for the widest vectors that the processor has.
+//!
+//! The compiler vectorises these loops by itself; it only has to be told that it may use wide registers. Every element
+//! is computed by the same IEEE 754 operations in any of them (nothing is contracted or reordered), so the bits do
+//! not depend on the processor.
+
+/// A loop that gains from wide vectors.
+///
+/// A trait, because `run` must be compiled again inside each variant of [`widest`]: implementations mark it
+/// `#[inline(always)]`, which a closure cannot be.
+pub(crate) trait Loop {
+    /// Runs it.
+    fn run(self);
+}
+
+/// Runs a loop with the widest vectors.
+#[inline(always)]
+pub(crate) fn widest(body: impl Loop) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx512f,avx512cd,avx512dq,avx512bw,avx512vl,avx2,fma")]
+        fn avx512(body: impl Loop) {
+            body.run();
+        }
+        #[target_feature(enable = "avx2,fma,lzcnt")]
+        fn avx2(body: impl Loop) {
+            body.run();
+        }
+        if is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512cd")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("fma")
+        {
+            // SAFETY: the processor has every feature that `avx512` enables (AVX-512 includes AVX2).
+            return unsafe { avx512(body) };
+        }
+        if is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("lzcnt")
+        {
+            // SAFETY: the processor has every feature that `avx2` enables.
+            return unsafe { avx2(body) };
+        }
+    }
+    body.run();
+}
+
+/// `op(&mut out[i], a[i])` for every element.
+pub(crate) fn zip1<T: Copy>(out: &mut [T], a: &[T], op: impl Fn(&mut T, T)) {
+    struct Zip<'a, T, F>(&'a mut [T], &'a [T], F);
+    impl<T: Copy, F: Fn(&mut T, T)> Loop for Zip<'_, T, F> {
+        #[inline(always)]
+        fn run(self) {
+            for (out, &a) in self.0.iter_mut().zip(self.1) {
+                self.2(out, a);
+            }
+        }
+    }
+    widest(Zip(out, a, op));
+}
+
+/// `op(&mut out[i], a[i], b[i])` for every element.
+pub(crate) fn zip2<T: Copy>(out: &mut [T], a: &[T], b: &[T], op: impl Fn(&mut T, T, T)) {
+    struct Zip<'a, T, F>(&'a mut [T], &'a [T], &'a [T], F);
+    impl<T: Copy, F: Fn(&mut T, T, T)> Loop for Zip<'_, T, F> {
+        #[inline(always)]
+        fn run(self) {
+            for ((out, &a), &b) in self.0.iter_mut().zip(self.1).zip(self.2) {
+                self.3(out, a, b);
+            }
+        }
+    }
+    widest(Zip(out, a, b, op));
+}
+
+/// `op(&mut out[i], a[i], b[i], c[i])` for every element.
+pub(crate) fn zip3<T: Copy>(out: &mut [T], a: &[T], b: &[T], c: &[T], op: impl Fn(&mut T, T, T, T)) {
+    struct Zip<'a, T, F>(&'a mut [T], &'a [T], &'a [T], &'a [T], F);
+    impl<T: Copy, F: Fn(&mut T, T, T, T)> Loop for Zip<'_, T, F> {
+        #[inline(always)]
+        fn run(self) {
+            for (((out, &a), &b), &c) in self.0.iter_mut().zip(self.1).zip(self.2).zip(self.3) {
+                self.4(out, a, b, c);
+            }
+        }
+    }
+    widest(Zip(out, a, b, c, op));
+}
