@@ -96,7 +96,7 @@ impl Adapter {
 impl Parameter {
     /// Number of elements.
     pub fn len(&self) -> usize {
-        self.rows * self.columns.unwrap_or(1)
+        self.rows.saturating_mul(self.columns.unwrap_or(1))
     }
 
     /// Whether there are no elements; never, for an adapter's parameter.
@@ -106,7 +106,7 @@ impl Parameter {
 
     /// The half width of the Xavier-uniform interval.
     pub fn xavier_bound(&self) -> f64 {
-        (6.0 / (self.rows + self.columns.unwrap_or(1)) as f64).sqrt()
+        (6.0 / (self.rows as f64 + self.columns.unwrap_or(1) as f64)).sqrt()
     }
 
     /// Writes starting values.

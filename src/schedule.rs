@@ -4,6 +4,9 @@ use crate::error::{Error, Result};
 use crate::noise::check_sigma;
 use crate::shape::nonzero;
 
+/// Far beyond any network, and small enough that the list of their σ can be held.
+const MAX_BLOCKS: usize = 1 << 20;
+
 /// The σ of every block, as in the official code: zero before `first_noisy`, then a linear fall from `sigma`.
 ///
 /// With `n` blocks (the classification head is the last one), block `k ≥ first_noisy` gets
@@ -15,9 +18,11 @@ use crate::shape::nonzero;
 /// ```
 ///
 /// # Errors
-/// If `blocks` is zero, `first_noisy` is not below `blocks`, or `sigma` is negative or not finite.
+/// If `blocks` is zero or more than 2²⁰, `first_noisy` is not below `blocks`, or `sigma` is negative or not finite.
 pub fn sigma_by_block(blocks: usize, sigma: f64, first_noisy: usize) -> Result<Vec<f64>> {
-    nonzero("blocks", blocks)?;
+    if !(1..=MAX_BLOCKS).contains(&blocks) {
+        return Err(Error::Size { argument: "blocks", expected: "1 to 2^20", got: blocks });
+    }
     check_sigma(sigma)?;
     if first_noisy >= blocks {
         return Err(Error::Size {

@@ -25,19 +25,19 @@ pub struct LinearShape {
 }
 
 impl LinearShape {
-    /// Sample rows `R` of the output.
+    /// Sample rows `R` of the output. This and the other counts saturate for sizes that no operator accepts.
     pub fn samples(&self) -> usize {
-        self.branches * self.batch
+        self.branches.saturating_mul(self.batch)
     }
 
     /// Token rows `M` of the output.
     pub fn out_rows(&self) -> usize {
-        self.samples() * self.tokens
+        self.samples().saturating_mul(self.tokens)
     }
 
     /// Token rows of the input: `M`, or `batch·tokens` when it is shared.
     pub fn in_rows(&self) -> usize {
-        if self.shared_input { self.batch * self.tokens } else { self.out_rows() }
+        if self.shared_input { self.batch.saturating_mul(self.tokens) } else { self.out_rows() }
     }
 
     /// Output rows that are computed from one input row: `branches` when the input is shared, else 1.

@@ -50,8 +50,8 @@ fn apply<T: Real>(
         return Err(Error::Size { argument: "branches", expected: "1 or 2", got: branches });
     }
     nonzero("features", features)?;
-    nonzero("mask length", mask.len())?;
-    let total = product("x", "[branches·B, features]", &[branches, mask.len(), features])?;
+    nonzero("mask.len()", mask.len())?;
+    let total = product(input.0, "[branches·B, features]", &[branches, mask.len(), features])?;
     length(input.0, "[branches·B, features]", input.1, total)?;
     length(output.0, "[branches·B, features]", output.1, total)?;
     let mean = mask.iter().map(|m| m.to_f64()).sum::<f64>() / mask.len() as f64;

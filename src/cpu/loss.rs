@@ -65,7 +65,7 @@ pub struct LossValues {
 impl Loss<'_> {
     fn check(&self) -> Result<()> {
         nonzero("classes", self.classes)?;
-        nonzero("labels length", self.labels.len())?;
+        nonzero("labels.len()", self.labels.len())?;
         check_lambda(self.lambda)?;
         if !(0.0..=1.0).contains(&self.label_smoothing) {
             return Err(Error::Value {

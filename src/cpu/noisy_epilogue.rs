@@ -13,7 +13,7 @@ const TASK: usize = 1 << 15;
 
 /// `y [M, N] += z ⊙ a [M, N]`: adds the perturbed adapter output to the base output that lies in `y`.
 ///
-/// Of `shape`, `in_features` does not matter (any value from 1) and `shared_input` neither: `a` has all `M` rows.
+/// Of `shape`, `in_features` does not matter and `shared_input` neither: `a` has all `M` rows.
 ///
 /// # Errors
 /// If a size is zero or overflows, or a slice is not of `M·N` elements.
@@ -41,7 +41,7 @@ fn apply<T: Real>(
     output: (&'static str, &mut [T]),
     op: impl Fn(&mut T, T, T) + Sync,
 ) -> Result<()> {
-    let shape = LinearShape { shared_input: false, ..shape };
+    let shape = LinearShape { in_features: 1, shared_input: false, ..shape };
     let z = Z::new(noise, shape)?;
     let (m, n) = (shape.out_rows(), shape.out_features);
     length(input.0, "[M, N]", input.1, m * n)?;

@@ -186,7 +186,7 @@ impl<T: Real> NoisyLinear<'_, T> {
     /// the branches.
     ///
     /// # Errors
-    /// As [`forward`](Self::forward); also if a gradient is asked for of a part that the layer does not have.
+    /// As [`forward`](Self::forward); also if the gradient of ΔW is asked for and the layer has none.
     pub fn backward(&self, x: &[T], dy: &[T], grads: NoisyLinearGrads<'_, T>) -> Result<()> {
         let z = self.check()?;
         check_io(&self.shape, ("x", x), ("dy", dy))?;

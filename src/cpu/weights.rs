@@ -266,6 +266,9 @@ impl<T: Real> PromptBias<'_, T> {
         length("delta_bias_grad", "[N]", delta_bias_grad, n)?;
         length("grads.prompt_down", "[K, r]", grads.prompt_down, k * r)?;
         length("grads.prompt_up", "[r]", grads.prompt_up, r)?;
+        if let Some(out) = &grads.delta_bias {
+            length("grads.delta_bias", "[N]", out, n)?;
+        }
         let par = all_threads();
         let mut q = vec![T::zero(); k];
         gemm(
@@ -278,7 +281,6 @@ impl<T: Real> PromptBias<'_, T> {
         gemm(mat_mut(grads.prompt_down, k, r), Accum::Replace, mat(&q, k, 1), mat(self.prompt_up, 1, r), par);
         gemm(mat_mut(grads.prompt_up, 1, r), Accum::Replace, mat(&q, 1, k), mat(self.prompt_down, k, r), par);
         if let Some(out) = grads.delta_bias {
-            length("grads.delta_bias", "[N]", out, n)?;
             match self.base_bias {
                 Some(base) => {
                     for ((out, &base), &grad) in out.iter_mut().zip(base).zip(delta_bias_grad) {
@@ -313,5 +315,5 @@ pub fn unmerge<T: Real>(target: &mut [T], delta: &[T]) -> Result<()> {
 }
 
 fn same_length<T>(target: &[T], delta: &[T]) -> Result<(), Error> {
-    length("delta", "of `target`", delta, target.len())
+    length("delta", "[target.len()]", delta, target.len())
 }
