@@ -9,7 +9,7 @@ use pace_kernels::Error;
 use pace_kernels::noise::{Generator, Key, NoiseShape, drop_path_mask, normals, philox4x32_10};
 use rayon::prelude::*;
 use std::f64::consts::PI;
-use std::path::Path as FilePath;
+use std::path::Path;
 use std::process::Command;
 
 use NoiseShape::{PerSample, PerToken};
@@ -293,11 +293,11 @@ fn normals_avx2(words: &[[u32; 4]], out: &mut [[f32; 4]]) {
 }
 
 /// A way to compute many calls.
-type Path = fn(&[[u32; 4]], &mut [[f32; 4]]);
+type Transform = fn(&[[u32; 4]], &mut [[f32; 4]]);
 
 /// The ways that this machine has, the narrowest first.
-fn paths() -> Vec<(&'static str, Path)> {
-    let mut paths: Vec<(&'static str, Path)> = vec![("portable", |words, out| normals_loop(words, out))];
+fn paths() -> Vec<(&'static str, Transform)> {
+    let mut paths: Vec<(&'static str, Transform)> = vec![("portable", |words, out| normals_loop(words, out))];
     #[cfg(target_arch = "x86_64")]
     {
         if is_x86_feature_detected!("avx2")
@@ -331,10 +331,7 @@ fn normals_of(words: &[[u32; 4]]) -> Vec<[f32; 4]> {
 /// Vectorised or not, the transform gives the same bits: random words and every pair of edge words.
 #[test]
 fn every_instruction_set_gives_the_same_bits() {
-    let edges = edge_words();
-    let mut words: Vec<_> = edges.iter().flat_map(|&u| edges.iter().map(move |&v| [u, v, v, u])).collect();
-    let mut random = Words(2);
-    words.extend((0..1 << 20).map(|_| random.four()));
+    let words = calls();
     let paths = paths();
     let mut expected = vec![[0.0; 4]; words.len()];
     paths[0].1(&words, &mut expected);
@@ -556,6 +553,18 @@ const Z: [(Address, f32, u32, u32); 14] = [
 /// Bit i: whether sample i survives under the key of (1, 2, 3) and a probability of ½.
 const MASK: u32 = 0x8125_4796;
 
+/// FNV-1a (64 bits, over little-endian bytes) of the normals of [`calls`].
+const CALLS_HASH: u64 = 0x9f38_8458_2888_6356;
+
+/// Words of Philox calls: every pair of edge words, then random ones, 2²⁰ in all.
+fn calls() -> Vec<[u32; 4]> {
+    let edges = edge_words();
+    let mut calls: Vec<_> = edges.iter().flat_map(|&u| edges.iter().map(move |&v| [u, v, v, u])).collect();
+    let mut random = Words(2);
+    calls.resize_with(1 << 20, || random.four());
+    calls
+}
+
 /// Key, normals and z of fixed inputs as bit patterns: a change of the noise changes trained models, so it must not
 /// happen unnoticed. `docs/noise.md` lists the same values.
 #[test]
@@ -566,6 +575,14 @@ fn pinned_values() {
     for (words, expected) in NORMALS {
         assert_eq!(bits(normals(words)), expected, "words {words:x?}: {:?}", normals(words));
     }
+    let hash = calls()
+        .into_iter()
+        .flat_map(|words| bits(normals(words)))
+        .flat_map(u32::to_le_bytes)
+        .fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+        });
+    assert_eq!(hash, CALLS_HASH, "{hash:#x}");
     for (address, sigma, channel, expected) in Z {
         let z = address.z(sigma, channel, 1)[0];
         assert_eq!(
@@ -587,7 +604,7 @@ fn pinned_values() {
 
 /// The C++ compiler: `$CXX`, or the first of the usual names that runs.
 fn cxx() -> Option<String> {
-    if let Ok(cxx) = std::env::var("CXX") {
+    if let Some(cxx) = std::env::var("CXX").ok().filter(|cxx| !cxx.is_empty()) {
         return Some(cxx);
     }
     let runs = |name: &str| Command::new(name).arg("--version").output().is_ok_and(|o| o.status.success());
@@ -614,10 +631,8 @@ fn the_cpp_header_computes_the_same_bits() {
     );
 
     let (mut records, mut expected) = (Vec::new(), Vec::new());
-    let edges = edge_words();
     let mut random = Words(4);
-    let mut calls: Vec<_> = edges.iter().flat_map(|&u| edges.iter().map(move |&v| [u, v, v, u])).collect();
-    calls.resize_with(1 << 20, || random.four());
+    let calls = calls();
     for &words in &calls {
         records.extend(words);
         expected.extend(bits(normals(words)));
@@ -657,8 +672,8 @@ fn the_cpp_header_computes_the_same_bits() {
         expected.push(keep[0] as u32);
     }
 
-    let directory = FilePath::new(env!("CARGO_TARGET_TMPDIR"));
-    let source = FilePath::new(env!("CARGO_MANIFEST_DIR")).join("tests/noise_twin.cpp");
+    let directory = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/noise_twin.cpp");
     let input = directory.join("noise_twin.in");
     let mut bytes = Vec::with_capacity(4 * records.len() + 8);
     bytes.extend((calls.len() as u32).to_ne_bytes());
