@@ -165,9 +165,14 @@ fn pretrain(options: &Options) -> Result<()> {
     progress.finish();
     let path = options.out.join("source.safetensors");
     let heads = train::MNIST_VIT.heads.to_string();
-    let metadata = HashMap::from([("num_heads".to_owned(), heads), ("data".to_owned(), "MNIST, 4,500 images".into())]);
+    let metadata =
+        HashMap::from([("num_heads".to_owned(), heads), ("data".to_owned(), "MNIST, 4,500 images".into())]);
     let vars = vars.data().lock().map_err(|error| error.to_string())?;
-    safetensors::serialize_to_file(vars.iter().map(|(name, var)| (name, var.as_tensor())), Some(metadata), &path)?;
+    safetensors::serialize_to_file(
+        vars.iter().map(|(name, var)| (name, var.as_tensor())),
+        Some(metadata),
+        &path,
+    )?;
     println!("wrote {}", path.display());
     Ok(())
 }
@@ -178,7 +183,8 @@ fn source(options: &Options) -> Result<Source> {
         Some(path) => (read_weights(path)?, None),
         None => {
             let (_, header) = safetensors::SafeTensors::read_metadata(CHECKPOINT)?;
-            let heads = header.metadata().as_ref().and_then(|metadata| metadata.get("num_heads")?.parse().ok());
+            let heads =
+                header.metadata().as_ref().and_then(|metadata| metadata.get("num_heads")?.parse().ok());
             (candle_core::safetensors::load_buffer(CHECKPOINT, &candle_core::Device::Cpu)?, heads)
         }
     };
@@ -346,7 +352,9 @@ fn read_strengths(text: &str) -> Result<Vec<Strength>> {
     };
     Method::ALL
         .iter()
-        .map(|method| read(method).ok_or_else(|| format!("no lambda and sigma for `{}`", method.name()).into()))
+        .map(|method| {
+            read(method).ok_or_else(|| format!("no lambda and sigma for `{}`", method.name()).into())
+        })
         .collect()
 }
 
@@ -354,17 +362,25 @@ fn read_strengths(text: &str) -> Result<Vec<Strength>> {
 fn run_all(label: &str, jobs: &[Job<'_>]) -> Result<Vec<Run>> {
     let next = AtomicUsize::new(0);
     let progress = Mutex::new(Progress::new(label, jobs.len() as u64));
-    let results: Vec<Mutex<Option<candle_core::Result<Run>>>> = jobs.iter().map(|_| Mutex::new(None)).collect();
+    let results: Vec<Mutex<Option<candle_core::Result<Run>>>> =
+        jobs.iter().map(|_| Mutex::new(None)).collect();
     let workers = std::thread::available_parallelism().map_or(1, usize::from).min(jobs.len());
     std::thread::scope(|scope| -> Result<()> {
         for _ in 0..workers {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build()?;
             let (next, progress, results) = (&next, &progress, &results);
             scope.spawn(move || {
-                while let Some((i, job)) = Some(next.fetch_add(1, Ordering::Relaxed)).and_then(|i| Some((i, jobs.get(i)?))) {
+                while let Some((i, job)) =
+                    Some(next.fetch_add(1, Ordering::Relaxed)).and_then(|i| Some((i, jobs.get(i)?)))
+                {
                     let run = pool.install(|| job.run());
                     if let Ok(mut progress) = progress.lock() {
-                        progress.step(format!("{}, {} shots, seed {}", job.method.name(), job.shots, job.seed));
+                        progress.step(format!(
+                            "{}, {} shots, seed {}",
+                            job.method.name(),
+                            job.shots,
+                            job.seed
+                        ));
                     }
                     if let Ok(mut result) = results[i].lock() {
                         *result = Some(run);

@@ -174,8 +174,7 @@ impl Job<'_> {
         let logits = |x: &Tensor| if probe { model.classify(x) } else { model.forward(x) };
 
         let Recipe { epochs, batch, learning_rate, weight_decay, .. } = self.recipe;
-        let parameters =
-            ParamsAdamW { lr: learning_rate, weight_decay, beta1: 0.9, beta2: 0.999, eps: 1e-8 };
+        let parameters = ParamsAdamW { lr: learning_rate, weight_decay, beta1: 0.9, beta2: 0.999, eps: 1e-8 };
         let mut optimizer = AdamW::new(vars.clone(), parameters)?;
         let mut objective =
             Objective::new(&context, self.method.variant(self.train.len()), self.strength.lambda)?;
@@ -224,7 +223,13 @@ impl Job<'_> {
 
     /// Gradient norm of the plain cross-entropy on the training images, and FP-distance of their features: the model
     /// as evaluation sees it, so that all methods are measured alike.
-    fn measure(&self, vars: &[Var], source: &Tensor, features: &Tensor, logits: &Tensor) -> Result<(f64, f64)> {
+    fn measure(
+        &self,
+        vars: &[Var],
+        source: &Tensor,
+        features: &Tensor,
+        logits: &Tensor,
+    ) -> Result<(f64, f64)> {
         let labels = Tensor::new(&self.train.labels[..], &DEVICE)?;
         let grads = candle_nn::loss::cross_entropy(logits, &labels)?.backward()?;
         let (rows, width) = features.dims2()?;

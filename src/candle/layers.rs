@@ -218,7 +218,11 @@ impl PaceLinear {
             };
             let batch = if branching { *rows } else { rows / state.branches };
             if !branching && rows % state.branches != 0 {
-                candle_core::bail!("`{}`: {rows} rows do not divide into {} branches", self.name, state.branches);
+                candle_core::bail!(
+                    "`{}`: {rows} rows do not divide into {} branches",
+                    self.name,
+                    state.branches
+                );
             }
             let noise = match state.given.get(&self.name) {
                 Some(z) => LayerNoise::Given(z.contiguous()?, self.noise_shape),
@@ -398,7 +402,11 @@ impl<'a> Injector<'a> {
         bias: Option<Tensor>,
     ) -> Result<PaceLinear> {
         if weight.shape() != linear.weight().shape() {
-            candle_core::bail!("`{name}`: ΔW is {:?}, expected {:?}", weight.shape(), linear.weight().shape());
+            candle_core::bail!(
+                "`{name}`: ΔW is {:?}, expected {:?}",
+                weight.shape(),
+                linear.weight().shape()
+            );
         }
         self.layer(name, block, &linear, Parameters::Dense { weight, bias }, true)
     }
@@ -426,7 +434,10 @@ impl<'a> Injector<'a> {
         frozen: bool,
     ) -> Result<PaceLinear> {
         let Some(&sigma) = self.sigma_by_block.get(block) else {
-            candle_core::bail!("`{name}` is in block {block}, but σ is known for {}", self.sigma_by_block.len());
+            candle_core::bail!(
+                "`{name}` is in block {block}, but σ is known for {}",
+                self.sigma_by_block.len()
+            );
         };
         wrap(crate::noise::check_sigma(sigma))?;
         let hold = |tensor: &Tensor| {

@@ -148,7 +148,10 @@ impl Objective {
         let logits = model(&batch.x.narrow(0, 0, used)?)?.contiguous()?;
         let (logit_rows, classes) = logits.dims2()?;
         if logit_rows != branches * used {
-            candle_core::bail!("the model returned {logit_rows} rows of logits, expected {}", branches * used);
+            candle_core::bail!(
+                "the model returned {logit_rows} rows of logits, expected {}",
+                branches * used
+            );
         }
         let loss = Loss {
             classes,

@@ -63,8 +63,7 @@ impl Element for f32 {
             2.770_681_4e-8,
             -2.726_142_3e-10,
         ];
-        const Q: [f32; 5] =
-            [-1.426_473_9e-2, -7.373_329e-3, -1.682_827e-3, -2.133_740_6e-4, -1.456_607_2e-5];
+        const Q: [f32; 5] = [-1.426_473_9e-2, -7.373_329e-3, -1.682_827e-3, -2.133_740_6e-4, -1.456_607_2e-5];
         let x = if self > 4.0 { 4.0 } else { self };
         let x = if x < -4.0 { -4.0 } else { x };
         let t = x * x;
@@ -306,9 +305,7 @@ pub(super) struct FrozenLinear {
 impl FrozenLinear {
     fn with<T: Element, R>(&self, body: impl FnOnce(Base<'_, T>) -> Result<R>) -> Result<R> {
         let tensors: Vec<&Tensor> = std::iter::once(&self.weight).chain(&self.bias).collect();
-        with_slices("base", &tensors, |slices| {
-            body(Base { weight: slices[0], bias: slices.get(1).copied() })
-        })
+        with_slices("base", &tensors, |slices| body(Base { weight: slices[0], bias: slices.get(1).copied() }))
     }
 }
 
@@ -472,14 +469,7 @@ struct LoraMulKernel {
 impl LoraMulKernel {
     fn factors<'a, T: Element>(&self, arguments: &[&'a [T]]) -> LoraFactors<'a, T> {
         let [out_features, in_features, rank] = self.sizes;
-        LoraFactors {
-            out_features,
-            in_features,
-            rank,
-            down: arguments[0],
-            up: arguments[1],
-            scale: T::one(),
-        }
+        LoraFactors { out_features, in_features, rank, down: arguments[0], up: arguments[1], scale: T::one() }
     }
 }
 
@@ -709,12 +699,7 @@ pub(super) fn noisy_linear(
 ///
 /// # Errors
 /// If the shapes differ or do not fit the branches, or the tensors are not on the CPU.
-pub fn noisy_add(
-    base: &Tensor,
-    a: &Tensor,
-    generator: Option<Generator>,
-    branches: usize,
-) -> Result<Tensor> {
+pub fn noisy_add(base: &Tensor, a: &Tensor, generator: Option<Generator>, branches: usize) -> Result<Tensor> {
     let dims = a.dims();
     let Some(rows) = dims.first().filter(|&&rows| branches > 0 && rows % branches == 0 && dims.len() >= 2)
     else {

@@ -23,8 +23,9 @@ impl SeededVars {
     /// Philox words for one variable: its name takes the place of the key.
     fn words(&self, name: &str) -> impl Iterator<Item = [u32; 4]> {
         // FNV-1a; a well-mixed key is Philox's own business.
-        let hash =
-            name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+        let hash = name
+            .bytes()
+            .fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
         let key = [hash as u32, (hash >> 32) as u32];
         let seed = [self.seed as u32, (self.seed >> 32) as u32];
         (0u64..).map(move |i| philox4x32_10([i as u32, (i >> 32) as u32, seed[0], seed[1]], key))

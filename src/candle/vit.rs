@@ -58,7 +58,9 @@ impl VitConfig {
         let patch = dims("patch_embed.proj.weight", 4)?;
         let (embed_dim, channels, patch_size) = (patch[0], patch[1], patch[2]);
         if patch[3] != patch_size {
-            return Err(Error::Weights(format!("`patch_embed.proj.weight` is {patch:?}: not a square patch")));
+            return Err(Error::Weights(format!(
+                "`patch_embed.proj.weight` is {patch:?}: not a square patch"
+            )));
         }
         let tokens = dims("pos_embed", 3)?[1];
         let side = (tokens - 1).isqrt();
@@ -138,9 +140,7 @@ impl Block {
     fn forward(&self, x: &Tensor, branches: usize, part: Option<&PaceContext>) -> Result<(Tensor, usize)> {
         let hidden = self.norm1.forward(x)?;
         let (qkv, x, branches) = match part {
-            Some(context) => {
-                (self.qkv.forward_branching(&hidden)?, context.branch(x)?, context.branches())
-            }
+            Some(context) => (self.qkv.forward_branching(&hidden)?, context.branch(x)?, context.branches()),
             None => (self.qkv.forward(&hidden)?, x.clone(), branches),
         };
         let drop = |out: Tensor| self.drop_path.forward_rows(&out, branches);
@@ -166,9 +166,15 @@ pub struct Vit {
 
 const SMALL: Init = Init::Randn { mean: 0.0, stdev: 0.02 };
 
+/// The start of linear weights: uniform in `±√(6/(in + out))`, as in the original ViT.
+fn xavier_uniform(out: usize, inp: usize) -> Init {
+    let bound = (6.0 / (out + inp) as f64).sqrt();
+    Init::Uniform { lo: -bound, up: bound }
+}
+
 fn linear(inp: usize, out: usize, vars: VarBuilder<'_>) -> Result<Linear> {
     // Some timm models have no bias on qkv; a builder that makes new variables makes one.
-    let weight = vars.get_with_hints((out, inp), "weight", SMALL)?;
+    let weight = vars.get_with_hints((out, inp), "weight", xavier_uniform(out, inp))?;
     let bias = vars.get_with_hints(out, "bias", Init::Const(0.0)).ok();
     Ok(Linear::new(weight, bias))
 }
@@ -211,9 +217,10 @@ impl Vit {
         adapters: bool,
     ) -> Result<Self> {
         let VitConfig { patch_size, channels, embed_dim, depth, heads, mlp_dim, .. } = *config;
-        for (what, whole, part) in
-            [("image size by patch size", config.image_size, patch_size), ("channels by heads", embed_dim, heads)]
-        {
+        for (what, whole, part) in [
+            ("image size by patch size", config.image_size, patch_size),
+            ("channels by heads", embed_dim, heads),
+        ] {
             if part == 0 || whole == 0 || whole % part != 0 {
                 candle_core::bail!("cannot divide {what}: {whole} by {part}");
             }
@@ -221,7 +228,7 @@ impl Vit {
         let patch_weight = vars.pp("patch_embed.proj").get_with_hints(
             (embed_dim, channels, patch_size, patch_size),
             "weight",
-            SMALL,
+            xavier_uniform(embed_dim, channels * patch_size * patch_size),
         )?;
         let patch_bias = vars.pp("patch_embed.proj").get_with_hints(embed_dim, "bias", Init::Const(0.0))?;
         let patch = Linear::new(patch_weight.reshape((embed_dim, ()))?, Some(patch_bias));
@@ -286,7 +293,8 @@ impl Vit {
             .permute((0, 2, 4, 1, 3, 5))?
             .reshape((batch, side * side, channels * p * p))?;
         let cls = self.cls_token.broadcast_as((batch, 1, embed_dim))?;
-        let mut x = Tensor::cat(&[&cls, &self.patch.forward(&patches)?], 1)?.broadcast_add(&self.pos_embed)?;
+        let mut x =
+            Tensor::cat(&[&cls, &self.patch.forward(&patches)?], 1)?.broadcast_add(&self.pos_embed)?;
         let mut branches = 1;
         for block in &self.blocks {
             let part = (self.parts(branches) && block.qkv.is_noisy()).then_some(&self.context);
@@ -318,6 +326,10 @@ impl Module for Vit {
     /// Images `[B, channels, size, size]` to logits `[branches·B, classes]`, branch 0 first.
     fn forward(&self, images: &Tensor) -> Result<Tensor> {
         let (features, branches) = self.pooled(images)?;
-        if self.parts(branches) { self.head.forward_branching(&features) } else { self.head.forward(&features) }
+        if self.parts(branches) {
+            self.head.forward_branching(&features)
+        } else {
+            self.head.forward(&features)
+        }
     }
 }

@@ -3,7 +3,7 @@
 use super::case::Case;
 use libtest_mimic::Failed;
 use pace_kernels::adapter::{self, Adapter};
-use pace_kernels::cpu::{self, Base, Consistency, Loss, LoraFactors, LoraGrads, PromptBias, PromptGrads};
+use pace_kernels::cpu::{self, Base, Consistency, LoraFactors, LoraGrads, Loss, PromptBias, PromptGrads};
 use pace_kernels::noise::{Noise, NoiseShape};
 use pace_kernels::schedule::LazySchedule;
 use pace_kernels::{LinearShape, Real};
@@ -87,8 +87,7 @@ fn low_rank<T: Real>(case: &Case, shape: LinearShape, noise: Noise<'_, T>) -> Re
     case.expect("y_eval", &y, tolerance)?;
 
     let mut dx = vec![T::zero(); x.len()];
-    let (mut dd, mut du, mut db) =
-        (vec![T::zero(); n * rank], vec![T::zero(); rank * k], vec![T::zero(); n]);
+    let (mut dd, mut du, mut db) = (vec![T::zero(); n * rank], vec![T::zero(); rank * k], vec![T::zero(); n]);
     let grads = cpu::LowRankGrads {
         input: Some(&mut dx),
         down: Some(&mut dd),
@@ -115,11 +114,8 @@ fn dense<T: Real>(
     let tolerance = tolerance::<T>();
     let lora = kind == Some(Adapter::LoraMulVptAdd);
 
-    let (down, up) = if lora {
-        (case.get::<T>(adapter::DOWN)?, case.get::<T>(adapter::UP)?)
-    } else {
-        (vec![], vec![])
-    };
+    let (down, up) =
+        if lora { (case.get::<T>(adapter::DOWN)?, case.get::<T>(adapter::UP)?) } else { (vec![], vec![]) };
     let factors =
         LoraFactors { out_features: n, in_features: k, rank, down: &down, up: &up, scale: T::one() };
     let mut delta_weight = vec![T::zero(); n * k];
@@ -193,8 +189,7 @@ fn dense<T: Real>(
         case.expect("grad_delta_W_down", &dd, tolerance)?;
         case.expect("grad_delta_W_up", &du, tolerance)?;
     }
-    let (mut dpd, mut dpu, mut ddb) =
-        (vec![T::zero(); k * rank], vec![T::zero(); rank], vec![T::zero(); n]);
+    let (mut dpd, mut dpu, mut ddb) = (vec![T::zero(); k * rank], vec![T::zero(); rank], vec![T::zero(); n]);
     let grads =
         PromptGrads { prompt_down: &mut dpd, prompt_up: &mut dpu, delta_bias: lora.then_some(&mut ddb[..]) };
     prompt.backward(&db, grads)?;
@@ -231,13 +226,8 @@ pub fn loss<T: Real>(case: &Case) -> Result<(), Failed> {
         other => return Err(format!("unknown mode `{other}`").into()),
     };
     let with_consistency = !matches!(consistency, Consistency::None);
-    let loss = Loss {
-        classes,
-        labels,
-        lambda: case.number("lambda_")?,
-        label_smoothing: 0.0,
-        ignore_label: None,
-    };
+    let loss =
+        Loss { classes, labels, lambda: case.number("lambda_")?, label_smoothing: 0.0, ignore_label: None };
     let mut gradient = vec![T::zero(); logits.len()];
     let values = loss.evaluate(&logits, consistency, Some(&mut gradient))?;
     let tolerance = tolerance::<T>();

@@ -63,9 +63,14 @@ pub fn adapter(case: &Case) -> Result<(), Failed> {
     }
     let context = PaceContext::new(0);
     let sigma = [case.number("sigma")?];
-    let mut injector =
-        Injector::new(&context, kind.unwrap_or(Adapter::LoraAdd), case.number("rank")?, &sigma, builder(&vars))
-            .with_noise_shape(noise_shape(case)?);
+    let mut injector = Injector::new(
+        &context,
+        kind.unwrap_or(Adapter::LoraAdd),
+        case.number("rank")?,
+        &sigma,
+        builder(&vars),
+    )
+    .with_noise_shape(noise_shape(case)?);
     let linear = Linear::new(weight, bias);
     let layer = match kind {
         Some(_) => injector.wrap("layer", 0, linear)?,

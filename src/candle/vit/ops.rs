@@ -4,6 +4,7 @@
 //! memory each; around noisy layers that cost nearly nothing they would be most of a training step.
 
 use crate::candle::ops::{Element, Grads, Kernel, apply1, apply3};
+use crate::vector::{Loop, widest, zip1, zip2};
 use candle_core::{Result, Shape, Tensor};
 use faer::linalg::matmul::matmul;
 use faer::prelude::ReborrowMut;
@@ -13,9 +14,10 @@ use rayon::prelude::*;
 /// Elements of one parallel task.
 const TASK: usize = 1 << 14;
 
-/// Folds a row in eight lanes, in a fixed order, so that the loop becomes vector code.
+/// Folds a row in sixteen lanes, in a fixed order, so that the loop becomes vector code.
+#[inline(always)]
 fn reduce<T: Element>(row: &[T], start: T, join: impl Fn(T, T) -> T) -> T {
-    const LANES: usize = 8;
+    const LANES: usize = 16;
     let mut lanes = [start; LANES];
     let chunks = row.chunks_exact(LANES);
     let rest = chunks.remainder();
@@ -122,9 +124,61 @@ struct AttentionKernel {
 }
 
 /// The query, key and value of one head, as strided views of one sample's `qkv`.
-fn views<'a, T: Element>(qkv: &'a [T], tokens: usize, width: usize, at: usize, dim: usize) -> [MatRef<'a, T>; 3] {
+fn views<'a, T: Element>(
+    qkv: &'a [T],
+    tokens: usize,
+    width: usize,
+    at: usize,
+    dim: usize,
+) -> [MatRef<'a, T>; 3] {
     let qkv = MatRef::from_row_major_slice(qkv, tokens, 3 * width);
     [0, 1, 2].map(|part| qkv.subcols(part * width + at, dim))
+}
+
+/// The softmax of every row, in place.
+struct Softmax<'a, T> {
+    rows: &'a mut [T],
+    width: usize,
+}
+
+impl<T: Element> Loop for Softmax<'_, T> {
+    #[inline(always)]
+    fn run(self) {
+        for row in self.rows.chunks_exact_mut(self.width) {
+            let max = reduce(row, row[0], |a, b| if b > a { b } else { a });
+            for v in row.iter_mut() {
+                *v = (*v - max).exp();
+            }
+            let norm = T::one() / reduce(row, T::zero(), |a, b| a + b);
+            for v in row.iter_mut() {
+                *v *= norm;
+            }
+        }
+    }
+}
+
+/// The gradient through the softmax, in place: `dS = P ⊙ (dP − Σ P⊙dP)` for every row of `dP`.
+struct SoftmaxGradient<'a, T> {
+    rows: &'a mut [T],
+    weights: &'a [T],
+    width: usize,
+}
+
+impl<T: Element> Loop for SoftmaxGradient<'_, T> {
+    #[inline(always)]
+    fn run(self) {
+        for (grad, weights) in
+            self.rows.chunks_exact_mut(self.width).zip(self.weights.chunks_exact(self.width))
+        {
+            let mut dot = T::zero();
+            for (&g, &w) in grad.iter().zip(weights) {
+                dot += g * w;
+            }
+            for (g, &w) in grad.iter_mut().zip(weights) {
+                *g = w * (*g - dot);
+            }
+        }
+    }
 }
 
 impl AttentionKernel {
@@ -138,16 +192,7 @@ impl AttentionKernel {
         let t = self.tokens;
         let out = MatMut::from_row_major_slice_mut(weights, t, t);
         matmul(out, Accum::Replace, q, k.transpose(), scale, Par::Seq);
-        for row in weights.chunks_exact_mut(t) {
-            let max = reduce(row, row[0], |a, b| if b > a { b } else { a });
-            for v in row.iter_mut() {
-                *v = (*v - max).exp();
-            }
-            let norm = T::one() / reduce(row, T::zero(), |a, b| a + b);
-            for v in row.iter_mut() {
-                *v *= norm;
-            }
-        }
+        widest(Softmax { rows: weights, width: t });
     }
 }
 
@@ -200,16 +245,7 @@ impl Kernel for AttentionKernel {
                     let to_scores = MatMut::from_row_major_slice_mut(scores, t, t);
                     matmul(to_scores, Accum::Replace, g, v.transpose(), T::one(), Par::Seq);
                     part(2, at, MatRef::from_row_major_slice(weights, t, t).transpose(), g, T::one());
-                    // Through the softmax: dS = P ⊙ (dP − Σ P⊙dP).
-                    for (scores, weights) in scores.chunks_exact_mut(t).zip(weights.chunks_exact(t)) {
-                        let mut dot = T::zero();
-                        for (&s, &w) in scores.iter().zip(weights) {
-                            dot += s * w;
-                        }
-                        for (s, &w) in scores.iter_mut().zip(weights) {
-                            *s = w * (*s - dot);
-                        }
-                    }
+                    widest(SoftmaxGradient { rows: scores, weights, width: t });
                     let scores = MatRef::from_row_major_slice(scores, t, t);
                     part(0, at, scores, k, scale);
                     part(1, at, scores.transpose(), q, scale);
@@ -224,9 +260,9 @@ impl Kernel for AttentionKernel {
 struct GeluKernel;
 
 /// `Φ(x)`.
+#[inline(always)]
 fn normal_cdf<T: Element>(x: T) -> T {
-    let (half, scale): (T, T) =
-        (Element::from_f64(0.5), Element::from_f64(std::f64::consts::FRAC_1_SQRT_2));
+    let (half, scale): (T, T) = (Element::from_f64(0.5), Element::from_f64(std::f64::consts::FRAC_1_SQRT_2));
     half * (T::one() + (x * scale).erf())
 }
 
@@ -239,9 +275,7 @@ impl Kernel for GeluKernel {
 
     fn forward<T: Element>(&self, arguments: &[&[T]], out: &mut [T]) -> Result<()> {
         out.par_chunks_mut(TASK).zip(arguments[0].par_chunks(TASK)).for_each(|(out, x)| {
-            for (out, &x) in out.iter_mut().zip(x) {
-                *out = x * normal_cdf(x);
-            }
+            zip1(out, x, |out, x| *out = x * normal_cdf(x));
         });
         Ok(())
     }
@@ -252,9 +286,7 @@ impl Kernel for GeluKernel {
             (Element::from_f64(-0.5), Element::from_f64((2.0 * std::f64::consts::PI).sqrt().recip()));
         let tasks = dx.par_chunks_mut(TASK).zip(arguments[0].par_chunks(TASK)).zip(grad.par_chunks(TASK));
         tasks.for_each(|((dx, x), grad)| {
-            for ((dx, &x), &g) in dx.iter_mut().zip(x).zip(grad) {
-                *dx = g * (normal_cdf(x) + x * norm * (half * x * x).exp());
-            }
+            zip2(dx, x, grad, |dx, x, g| *dx = g * (normal_cdf(x) + x * norm * (half * x * x).exp()));
         });
         Ok(())
     }
@@ -303,7 +335,11 @@ mod tests {
                     value(&vars)
                 };
                 let expected = (moved(1e-5)? - moved(-1e-5)?) / 2e-5;
-                assert!((got[i] - expected).abs() < 1e-8 * (1.0 + expected.abs()), "{at}[{i}]: {} {expected}", got[i]);
+                assert!(
+                    (got[i] - expected).abs() < 1e-8 * (1.0 + expected.abs()),
+                    "{at}[{i}]: {} {expected}",
+                    got[i]
+                );
             }
         }
         Ok(())
@@ -328,7 +364,10 @@ mod tests {
         let (weight, bias) = (random(24)?, random(24)?);
         let f32 = |t: &Tensor| t.to_dtype(DType::F32);
         for (double, single) in [
-            (layer_norm(&x, &weight, &bias, 1e-6)?, layer_norm(&f32(&x)?, &f32(&weight)?, &f32(&bias)?, 1e-6)?),
+            (
+                layer_norm(&x, &weight, &bias, 1e-6)?,
+                layer_norm(&f32(&x)?, &f32(&weight)?, &f32(&bias)?, 1e-6)?,
+            ),
             (attention(&x, 4)?, attention(&f32(&x)?, 4)?),
             (gelu(&(&x * 3.0)?)?, gelu(&(f32(&x)? * 3.0)?)?),
         ] {

@@ -4,13 +4,11 @@
 //! `kind` in its header chooses the check. Anyone can add cases without touching code. A file that cannot be read, of
 //! an unknown kind, or with a tensor that no check looked at fails, and so does a folder without cases.
 
-mod golden_replay {
-    pub mod case;
-    pub mod operators;
-    pub mod vit;
-}
+mod case;
+mod operators;
+mod vit;
 
-use golden_replay::{case::Case, operators, vit};
+use case::Case;
 use libtest_mimic::{Arguments, Failed, Trial};
 use std::path::{Path, PathBuf};
 
