@@ -493,7 +493,7 @@ fn check(op: &Op, cases: &[Case]) {
 }
 
 /// Sizes on both sides of every internal edge: the folding threshold, channel blocks, vector tails.
-const TOKENS: [usize; 7] = [1, 3, 31, 32, 48, 50, 197];
+const TOKENS: [usize; 6] = [1, 3, 31, 32, 50, 197];
 const OUT_FEATURES: [usize; 7] = [1, 5, 16, 255, 256, 257, 600];
 const IN_FEATURES: [usize; 3] = [1, 7, 64];
 const RANKS: [usize; 4] = [1, 4, 10, 70];
