@@ -5,7 +5,9 @@ use crate::memory::{Memory, Region};
 use corosensei::stack::DefaultStack;
 use corosensei::{Coroutine, CoroutineResult, Yielder};
 use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
 use std::ffi::{CStr, c_char, c_void};
+use std::rc::Rc;
 
 struct Kernel {
     name: &'static str,
@@ -127,10 +129,9 @@ struct Context {
     memory: *const Memory,
     shared: *mut u8,
     yielder: Cell<*const Yielder<(), Wait>>,
-    /// What it gives to an exchange, what it got, and from which lanes.
+    /// What it gives to an exchange, and what all lanes gave to the last one.
     given: Cell<u64>,
-    received: Cell<[u64; WARP]>,
-    participants: Cell<u32>,
+    received: RefCell<Rc<[Option<u64>; WARP]>>,
 }
 
 impl Context {
@@ -182,7 +183,7 @@ extern "C" fn pace_simt_barrier(file: *const c_char, line: u32) {
 extern "C" fn pace_simt_exchange(file: *const c_char, line: u32, mask: u32, source: u32, value: u64) -> u64 {
     let (context, place) = (current(), Place { file, line });
     let inactive = |lane: u32| {
-        context.fail(Fault::InactiveLane { thread: context.thread(), place: place.to_string(), lane });
+        context.fail(Fault::InactiveLane { thread: context.thread(), place: place.to_string(), lane })
     };
     let [x, y, z] = context.coordinates.thread;
     let [width, height, _] = context.coordinates.block_dim;
@@ -192,10 +193,8 @@ extern "C" fn pace_simt_exchange(file: *const c_char, line: u32, mask: u32, sour
     }
     context.given.set(value);
     context.wait(Wait::Exchange(place, mask));
-    if source >= WARP as u32 || context.participants.get() >> source & 1 == 0 {
-        inactive(source);
-    }
-    context.received.get()[source as usize]
+    let received = context.received.borrow().get(source as usize).copied().flatten();
+    received.unwrap_or_else(|| inactive(source))
 }
 
 #[unsafe(no_mangle)]
@@ -240,8 +239,9 @@ impl Memory {
             Schedule::InOrder => None,
             Schedule::Random(seed) => Some(seed),
         });
+        let nothing = Rc::new([None; WARP]);
         let shared = Region::new(0, shared_bytes as usize);
-        let mut blocks: std::collections::VecDeque<[u32; 3]> = indices(grid).collect();
+        let mut blocks: VecDeque<[u32; 3]> = indices(grid).collect();
         while let Some(index) = blocks.swap_remove_front(dice.roll(blocks.len().max(1))) {
             shared.poison();
             let contexts: Vec<Context> = indices(block)
@@ -251,8 +251,7 @@ impl Memory {
                     shared: shared.data(),
                     yielder: Cell::new(std::ptr::null()),
                     given: Cell::new(0),
-                    received: Cell::new([0; WARP]),
-                    participants: Cell::new(0),
+                    received: RefCell::new(nothing.clone()),
                 })
                 .collect();
             Block::new(&contexts, kernel.run, aligned.as_ptr().cast()).run(&mut dice)?;
@@ -334,15 +333,13 @@ impl<'a> Block<'a> {
             return;
         }
         let members: Vec<usize> = lanes.filter(|&i| takes_part(i)).collect();
-        let mut values = [0; WARP];
-        let mut participants = 0;
+        let mut values = [None; WARP];
         for &i in &members {
-            values[i - first] = self.contexts[i].given.get();
-            participants |= 1 << (i - first);
+            values[i - first] = Some(self.contexts[i].given.get());
         }
+        let values = Rc::new(values);
         for &i in &members {
-            self.contexts[i].received.set(values);
-            self.contexts[i].participants.set(participants);
+            self.contexts[i].received.replace(values.clone());
             self.states[i] = State::Runnable;
             self.runnable.push(i);
         }
