@@ -19,7 +19,7 @@
 // `detail`, each of which is one operation that IEEE 754 rounds to nearest, ties to even. On the device the helpers
 // are the `_rn` intrinsics, which nvcc never contracts or reorders and which no flag makes less precise
 // (-prec-sqrt=false, --fmad). On the host there is no addition or subtraction outside `fmaf`, and contraction can only
-// fuse a product into one of those, so -ffp-contract does not matter. No finite value here is ever subnormal, except a
+// fuse a product into one of those, so -ffp-contract does not matter. No value here is ever subnormal, except a
 // subnormal sigma, for which z is 1 either way: flushing to zero (-ftz=true, DAZ, FTZ) does not matter either.
 // Value-changing optimisation (-ffast-math) and extended-precision evaluation (x87) would matter; both are rejected.
 

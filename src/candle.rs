@@ -9,7 +9,7 @@
 //! The operators behind them are those of [`cpu`](crate::cpu); the backward pass makes the noise again.
 //!
 //! ```
-//! use candle_core::{DType, Device, Tensor};
+//! use candle_core::{DType, Device, Module, Tensor};
 //! use candle_nn::VarMap;
 //! use pace_kernels::adapter::Adapter;
 //! use pace_kernels::candle::{Batch, Injector, Objective, PaceContext, Variant, seeded_builder};

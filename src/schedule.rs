@@ -59,7 +59,7 @@ impl LazySchedule {
     /// # Errors
     /// If the half of the batch that is needed is empty.
     pub fn two_branch_samples(self, iteration: usize, batch: usize) -> Result<Option<usize>> {
-        if iteration % self.interval != 0 {
+        if !iteration.is_multiple_of(self.interval) {
             nonzero("batch", batch)?;
             return Ok(None);
         }

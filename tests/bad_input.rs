@@ -446,6 +446,22 @@ impl Call {
                 }
             }
         }
+        // Two sizes that are possible each, but not together.
+        let layer_sizes: Vec<Dim> =
+            [Batch, Tokens, In, Out].into_iter().filter(|dim| self.op.sizes().contains(dim)).collect();
+        for (i, &first) in layer_sizes.iter().enumerate().filter(|_| self.op.is_layer()) {
+            for &second in &layer_sizes[..i] {
+                match self.with_size(first, 1 << 31).with_size(second, 1 << 31).run().unwrap_err() {
+                    Error::Overflow { argument, .. } => {
+                        assert!(
+                            self.depends(argument, first) && self.depends(argument, second),
+                            "{argument}"
+                        );
+                    }
+                    other => panic!("{other:?} for {first:?} and {second:?} of {self:?}"),
+                }
+            }
+        }
         if self.op.has_scale() {
             for scale in NOT_FINITE {
                 assert_error(Self { scale, ..self.clone() }.run(), value("scale", "finite", scale));
@@ -588,10 +604,10 @@ impl LossCall {
         for label in [-1, classes as i64, i64::MIN, i64::MAX] {
             self.check(|c| c.labels[position] = label, Error::Label { position, label, classes });
         }
-        if let Some(label) = self.ignore_label {
-            if let Some(position) = self.labels.iter().position(|&l| l == label) {
-                self.check(|c| c.ignore_label = None, Error::Label { position, label, classes });
-            }
+        if let Some(label) = self.ignore_label
+            && let Some(position) = self.labels.iter().position(|&l| l == label)
+        {
+            self.check(|c| c.ignore_label = None, Error::Label { position, label, classes });
         }
         let Some((table, index)) = &self.history else { return };
         let rows = table / classes;

@@ -207,7 +207,7 @@ fn the_worst_known_pair_is_within_the_bound() {
 /// A proof of the accuracy, by every word: bounds the error of every pair of words from the errors of all 2³² radii
 /// and all 2³² angles.
 #[test]
-#[ignore = "every word twice, about two minutes; for changes to the transform"]
+#[ignore = "every word twice, minutes of all cores; for changes to the transform"]
 fn normals_match_double_precision_on_every_pair_of_words() {
     const CHUNK: u32 = 1 << 16;
     // The errors depend on the radius's binade through its rounding and that of the product.

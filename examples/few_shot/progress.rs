@@ -38,15 +38,6 @@ impl Progress {
         self.bar.set_message(state);
     }
 
-    /// A line that stays, such as the result of a run.
-    pub fn line(&self, text: &str) {
-        if self.bar.is_hidden() {
-            eprintln!("{text}");
-        } else {
-            self.bar.println(text);
-        }
-    }
-
     /// Removes the bar.
     pub fn finish(self) {
         self.bar.finish_and_clear();

@@ -209,7 +209,7 @@ fn in_range(index: i64, len: usize) -> bool {
 
 fn check_history<T>(table: &[T], index: &[i64], batch: usize, classes: usize) -> Result<()> {
     length("index", "[B]", index, batch)?;
-    if table.is_empty() || table.len() % classes != 0 {
+    if table.is_empty() || !table.len().is_multiple_of(classes) {
         return Err(Error::Size {
             argument: "history.len()",
             expected: "a multiple of the number of classes, and not 0",

@@ -113,8 +113,8 @@ pub fn close(name: &str, got: &[f64], expected: &[f64], tolerance: f64) -> Resul
     let scale = if scale == 0.0 { 1.0 } else { scale };
     for (i, (&got, &expected)) in got.iter().zip(expected).enumerate() {
         let error = (got - expected).abs() / scale;
-        // Not `error > tolerance`: a NaN must fail.
-        if !(error <= tolerance) {
+        // A NaN must fail too.
+        if error > tolerance || error.is_nan() {
             return Err(format!(
                 "`{name}`[{i}] is {got}, expected {expected}: error {error:.3e} of the largest value, allowed {tolerance:.0e}"
             )
