@@ -212,6 +212,13 @@ fn compare(options: &Options) -> Result<()> {
     if source.config.classes == set.classes {
         println!("source model as it is: {:.1} %", 100.0 * train::unadapted_accuracy(&source, &test)?);
     }
+    let most = DEVELOPMENT - VALIDATION - 1;
+    if let Some(shots) = options.shots.iter().find(|&&shots| shots > most) {
+        return Err(format!(
+            "{shots} shots per class: at most {most} of the {DEVELOPMENT} development images"
+        )
+        .into());
+    }
     let recipe = Recipe {
         epochs: options.epochs,
         batch: 64,
@@ -223,6 +230,10 @@ fn compare(options: &Options) -> Result<()> {
     std::fs::create_dir_all(&options.out)?;
     let bench = Bench { source: &source, recipe, development: &development };
     let strengths = if options.search { bench.search(&options.out)? } else { read_strengths(SELECTED)? };
+
+    for (method, strength) in Method::ALL.iter().zip(&strengths).filter(|(method, _)| method.has_sigma()) {
+        println!("{:<12} sigma {}, lambda {}", method.name(), strength.sigma, strength.lambda);
+    }
 
     let mut jobs = Vec::new();
     for &shots in &options.shots {

@@ -146,7 +146,7 @@ pub fn training(case: &Case) -> Result<(), Failed> {
     let samples = all_index.iter().max().map_or(0, |&max| max as usize + 1);
     let variant = match case.text("mode")? {
         "pace" => Variant::Pace,
-        "lazy" => Variant::Lazy { interval: 2 },
+        "lazy" => Variant::Lazy { interval: case.number("lazy_interval").unwrap_or(2) },
         "fast" => Variant::Fast { samples },
         other => return Err(format!("unknown mode `{other}`").into()),
     };
