@@ -321,6 +321,15 @@ fn bad_weight_files_are_errors_that_say_what_is_missing() {
         let error = infer(change);
         assert!(error.contains(expected), "{error}");
     }
+    // A bias may be absent; one of another shape is an error.
+    let build = |change: &dyn Fn(&mut HashMap<String, Tensor>)| {
+        let mut weights = weights.clone();
+        change(&mut weights);
+        Vit::new(&CONFIG, VarBuilder::from_tensors(weights, DType::F32, &CPU)).map(|_| ())
+    };
+    assert!(build(&|w| drop(w.remove("blocks.0.attn.qkv.bias"))).is_ok());
+    let error = build(&|w| drop(w.insert("blocks.0.attn.qkv.bias".into(), zeros(&[35])))).unwrap_err();
+    assert!(error.to_string().contains("blocks.0.attn.qkv.bias"), "{error}");
     assert!(VitConfig::infer(&weights, Some(5)).unwrap_err().to_string().contains("5 heads"));
     assert!(VitConfig::infer(&weights, Some(0)).is_err());
 }

@@ -175,7 +175,10 @@ fn xavier_uniform(out: usize, inp: usize) -> Init {
 fn linear(inp: usize, out: usize, vars: VarBuilder<'_>) -> Result<Linear> {
     // Some timm models have no bias on qkv; a builder that makes new variables makes one.
     let weight = vars.get_with_hints((out, inp), "weight", xavier_uniform(out, inp))?;
-    let bias = vars.get_with_hints(out, "bias", Init::Const(0.0)).ok();
+    let bias = match vars.get_with_hints(out, "bias", Init::Const(0.0)) {
+        Err(error) if vars.contains_tensor("bias") => return Err(error),
+        bias => bias.ok(),
+    };
     Ok(Linear::new(weight, bias))
 }
 
