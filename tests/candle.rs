@@ -317,6 +317,9 @@ fn bad_weight_files_are_errors_that_say_what_is_missing() {
         (&|w| drop(w.insert("patch_embed.proj.weight".into(), zeros(&[12, 3, 4, 2]))), "not a square patch"),
         (&|w| drop(w.remove("blocks.0.mlp.fc1.weight")), "blocks.0.mlp.fc1.weight"),
         (&|w| w.retain(|name, _| !name.starts_with("blocks.")), "blocks.0.mlp.fc1.weight"),
+        (&|w| drop(w.insert("blocks.1.ls1.gamma".into(), zeros(&[12]))), "blocks.1.ls1.gamma"),
+        (&|w| drop(w.insert("blocks.3.norm1.weight".into(), zeros(&[12]))), "blocks.3.norm1.weight"),
+        (&|w| drop(w.insert("dist_token".into(), zeros(&[1, 1, 12]))), "dist_token"),
     ] {
         let error = infer(change);
         assert!(error.contains(expected), "{error}");

@@ -43,7 +43,7 @@ impl VitConfig {
     /// The number of heads leaves no trace in the shapes: `None` takes timm's usual 64 channels per head.
     ///
     /// # Errors
-    /// [`Error::Weights`] if a tensor is missing or does not have the rank it should.
+    /// [`Error::Weights`] if a tensor is missing, does not have the rank it should, or is not part of the model.
     pub fn infer(weights: &HashMap<String, Tensor>, heads: Option<usize>) -> crate::Result<Self> {
         let dims = |name: &str, rank: usize| {
             let tensor =
@@ -79,6 +79,19 @@ impl VitConfig {
         if heads == 0 || embed_dim % heads != 0 {
             return Err(Error::Weights(format!("{embed_dim} channels do not divide into {heads} heads")));
         }
+        // A layer that this model lacks (LayerScale, a distillation token …) would be left out without a word.
+        let known = |name: &str| match name.strip_prefix("blocks.").and_then(|rest| rest.split_once('.')) {
+            Some((block, layer)) => {
+                block.parse::<usize>().is_ok_and(|i| i < depth) && in_layers(layer, &BLOCK_LAYERS)
+            }
+            None => TOKENS.contains(&name) || in_layers(name, &OUTER_LAYERS),
+        };
+        if let Some(name) = weights.keys().filter(|name| !known(name)).min() {
+            return Err(Error::Weights(format!(
+                "there is no place for tensor `{name}`: only plain vision transformers, with a class token that is \
+                 pooled, are supported"
+            )));
+        }
         Ok(Self {
             image_size: side * patch_size,
             patch_size,
@@ -96,6 +109,18 @@ impl VitConfig {
     fn tokens(&self) -> usize {
         (self.image_size / self.patch_size).pow(2) + 1
     }
+}
+
+/// Tensors that are no layer's.
+const TOKENS: [&str; 2] = ["cls_token", "pos_embed"];
+/// Layers before and after the blocks, and those of a block.
+const OUTER_LAYERS: [&str; 3] = ["patch_embed.proj", "norm", "head"];
+const BLOCK_LAYERS: [&str; 6] = ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"];
+
+/// Whether a tensor is weight or bias of one of `layers`.
+fn in_layers(name: &str, layers: &[&str]) -> bool {
+    let layer = name.strip_suffix(".weight").or_else(|| name.strip_suffix(".bias"));
+    layer.is_some_and(|layer| layers.contains(&layer))
 }
 
 /// Reads a safetensors file into CPU tensors.
