@@ -402,8 +402,29 @@ fn wrong_use_is_an_error() -> Result<()> {
     let model = vit(&PaceContext::new(0), &CONFIG, &[0.0; 3]).0;
     assert!(model.forward(&random("i", &[2, 3, 8, 9])).is_err());
     assert!(model.forward(&random("i", &[2, 1, 8, 8])).is_err());
-    let heads = VitConfig { heads: 5, ..CONFIG };
-    assert!(Vit::new(&heads, vb()).is_err());
-    assert!(Vit::new(&VitConfig { patch_size: 0, ..CONFIG }, vb()).is_err());
+    for (config, argument) in [
+        (VitConfig { heads: 5, ..CONFIG }, "heads"),
+        (VitConfig { heads: 0, ..CONFIG }, "heads"),
+        (VitConfig { patch_size: 0, ..CONFIG }, "patch_size"),
+        (VitConfig { patch_size: 3, ..CONFIG }, "patch_size"),
+        (VitConfig { image_size: 0, ..CONFIG }, "image_size"),
+        (VitConfig { image_size: usize::MAX, patch_size: 1, ..CONFIG }, "images"),
+        (VitConfig { channels: usize::MAX, ..CONFIG }, "images"),
+        (VitConfig { embed_dim: 1 << 31, heads: 1, ..CONFIG }, "attn.qkv"),
+        (VitConfig { embed_dim: usize::MAX, heads: 1, ..CONFIG }, "patch_embed"),
+        (VitConfig { depth: usize::MAX, ..CONFIG }, "depth"),
+        (VitConfig { mlp_dim: 0, ..CONFIG }, "mlp_dim"),
+        (VitConfig { mlp_dim: usize::MAX, ..CONFIG }, "mlp.fc1"),
+        (VitConfig { classes: usize::MAX, ..CONFIG }, "head"),
+        (VitConfig { layer_norm_eps: f64::NAN, ..CONFIG }, "layer_norm_eps"),
+        (VitConfig { layer_norm_eps: -1.0, ..CONFIG }, "layer_norm_eps"),
+        (VitConfig { drop_path: 1.0, ..CONFIG }, "drop_probability"),
+    ] {
+        let mut injector = Injector::new(&context, Adapter::LoraAdd, 1, &[0.0; 3], vb());
+        for model in [Vit::new(&config, vb()), Vit::with_adapters(&config, vb(), &mut injector)] {
+            let error = model.unwrap_err().to_string();
+            assert!(error.contains(argument), "{error}");
+        }
+    }
     Ok(())
 }

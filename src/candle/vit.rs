@@ -6,8 +6,12 @@
 mod ops;
 
 use super::layers::{Injector, PaceContext, PaceLinear, SharedDropPath};
+use super::ops::wrap;
 use crate::adapter::Adapter;
 use crate::error::Error;
+use crate::noise::check_drop_probability;
+use crate::schedule::MAX_BLOCKS;
+use crate::shape::{nonzero, product};
 use candle_core::{Device, Module, Result, Tensor};
 use candle_nn::{Init, Linear, VarBuilder};
 use std::collections::HashMap;
@@ -104,6 +108,51 @@ impl VitConfig {
             layer_norm_eps: 1e-6,
             drop_path: 0.0,
         })
+    }
+
+    /// Checks that the sizes divide, and that no tensor of the model overflows the address space.
+    fn check(&self) -> crate::Result<()> {
+        let Self { image_size, patch_size, channels, classes, embed_dim, depth, heads, mlp_dim, .. } = *self;
+        for (argument, size) in [
+            ("image_size", image_size),
+            ("channels", channels),
+            ("embed_dim", embed_dim),
+            ("mlp_dim", mlp_dim),
+        ] {
+            nonzero(argument, size)?;
+        }
+        for (argument, expected, whole, part) in [
+            ("patch_size", "a divisor of `image_size`", image_size, patch_size),
+            ("heads", "a divisor of `embed_dim`", embed_dim, heads),
+        ] {
+            if part == 0 || whole % part != 0 {
+                return Err(Error::Size { argument, expected, got: part });
+            }
+        }
+        // σ is known for `depth + 1` blocks.
+        if depth >= MAX_BLOCKS {
+            return Err(Error::Size { argument: "depth", expected: "less than 2^20", got: depth });
+        }
+        let side = image_size / patch_size;
+        product("images", "[channels, size, size]", &[channels, image_size, image_size])?;
+        product(
+            "patch_embed.proj.weight",
+            "[C, channels, p, p]",
+            &[embed_dim, channels, patch_size, patch_size],
+        )?;
+        product("pos_embed", "[1, patches + 1, C]", &[side, side, embed_dim])?;
+        product("attn.qkv.weight", "[3·C, C]", &[3, embed_dim, embed_dim])?;
+        product("mlp.fc1.weight", "[mlp_dim, C]", &[mlp_dim, embed_dim])?;
+        product("head.weight", "[classes, C]", &[classes, embed_dim])?;
+        if self.layer_norm_eps.is_finite() && self.layer_norm_eps >= 0.0 {
+            check_drop_probability(self.drop_path)
+        } else {
+            Err(Error::Value {
+                argument: "layer_norm_eps",
+                expected: "finite and not negative",
+                got: self.layer_norm_eps,
+            })
+        }
     }
 
     fn tokens(&self) -> usize {
@@ -217,8 +266,9 @@ impl Vit {
     /// The model with all weights from `vars`: to pre-train, or to run.
     ///
     /// # Errors
-    /// If a weight is missing or has another shape, or the sizes do not divide.
+    /// If a weight is missing or has another shape, or a setting in `config` is out of its range.
     pub fn new(config: &VitConfig, vars: VarBuilder<'_>) -> Result<Self> {
+        wrap(config.check())?;
         // Without adapters every layer is what a head is to them: trained as a whole, here without noise.
         let sigmas = vec![0.0; config.depth + 1];
         let mut injector = Injector::new(&PaceContext::new(0), Adapter::VptAdd, 1, &sigmas, vars.clone());
@@ -235,6 +285,7 @@ impl Vit {
         vars: VarBuilder<'_>,
         injector: &mut Injector<'_>,
     ) -> Result<Self> {
+        wrap(config.check())?;
         Self::build(config, vars, injector, true)
     }
 
@@ -245,14 +296,6 @@ impl Vit {
         adapters: bool,
     ) -> Result<Self> {
         let VitConfig { patch_size, channels, embed_dim, depth, heads, mlp_dim, .. } = *config;
-        for (what, whole, part) in [
-            ("image size by patch size", config.image_size, patch_size),
-            ("channels by heads", embed_dim, heads),
-        ] {
-            if part == 0 || whole == 0 || whole % part != 0 {
-                candle_core::bail!("cannot divide {what}: {whole} by {part}");
-            }
-        }
         let patch_weight = vars.pp("patch_embed.proj").get_with_hints(
             (embed_dim, channels, patch_size, patch_size),
             "weight",
@@ -260,7 +303,7 @@ impl Vit {
         )?;
         let patch_bias = vars.pp("patch_embed.proj").get_with_hints(embed_dim, "bias", Init::Const(0.0))?;
         let patch = Linear::new(patch_weight.reshape((embed_dim, ()))?, Some(patch_bias));
-        let mut blocks = Vec::with_capacity(depth);
+        let mut blocks = Vec::new();
         for i in 0..depth {
             let prefix = format!("blocks.{i}");
             let vars = vars.pp(&prefix);
