@@ -393,6 +393,13 @@ fn wrong_use_is_an_error() -> Result<()> {
     assert!(step(Variant::Fast { samples: 2 }, &[0, 1], Some(&[0, 2])).is_err(), "index");
     assert!(step(Variant::Fast { samples: 2 }, &[0, 1], Some(&[1, 1])).is_err(), "repeated");
     assert!(step(Variant::Fast { samples: 2 }, &[0, 1], Some(&[1, 0])).is_ok());
+    // Sizes that overflow, and a size that fits the address space but no machine.
+    for samples in [usize::MAX, 1 << 57] {
+        assert!(step(Variant::Fast { samples }, &[0, 1], Some(&[1, 0])).is_err(), "history");
+    }
+    for rank in [usize::MAX, 1 << 55] {
+        assert!(Injector::new(&context, Adapter::LoraAdd, rank, &[1.0], vb()).wrap("l", 0, base()).is_err());
+    }
     let batch = Batch::new(&x, &[0, 1]);
     assert!(
         Objective::new(&context, Variant::Pace, 1.0)?.step(0, &batch, |x| layer.forward(x)).is_err(),
