@@ -375,6 +375,8 @@ fn wrong_use_is_an_error() -> Result<()> {
     assert!(injector.drop_path(1.0).is_err() && injector.drop_path(f64::NAN).is_err());
     assert!(injector.wrap_dense("l", 0, base(), random("d", &[6, 5]), None).is_err(), "wrong ΔW");
     assert!(injector.wrap_dense("l", 0, base(), random("d", &[6, 4]), None).is_ok());
+    let mut dense = |bias| injector.wrap_dense("l", 0, base(), random("d", &[6, 4]), Some(random("b", bias)));
+    assert!(dense(&[6]).is_ok() && dense(&[4]).is_err() && dense(&[1, 6]).is_err(), "Δb");
 
     for lambda in [-1.0, f64::NAN, f64::INFINITY] {
         assert!(Objective::new(&context, Variant::Pace, lambda).is_err());
