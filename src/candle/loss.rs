@@ -119,8 +119,10 @@ impl Objective {
     /// Runs `model` on the batch, under the noise of step `step`, and evaluates the loss.
     ///
     /// `model` gets `B` rows and returns logits `[B, C]`, or `[2B, C]` (branch 0 first) while the context has two
-    /// branches: it lets them part where the noise begins ([`PaceLinear::forward_branching`]
-    /// (super::PaceLinear::forward_branching)) or at its input ([`PaceContext::branch`]).
+    /// branches: it lets them part where the noise begins ([`forward_branching`]) or at its input
+    /// ([`PaceContext::branch`]). The context stays in training; [`PaceContext::evaluate`] ends it.
+    ///
+    /// [`forward_branching`]: super::PaceLinear::forward_branching
     ///
     /// # Errors
     /// If the model fails, its logits have another shape, or a label or index is out of range.
