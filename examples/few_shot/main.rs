@@ -33,7 +33,7 @@ Without options: MNIST to Optdigits, 4 shots per class, about 3 minutes on 2 cor
     --full              1, 2, 4, 8 and 16 shots per class
     --shots N           shots per class (may be repeated)
     --seeds N           runs per method, with different shots (default 4)
-    --epochs N          epochs of fine-tuning (default 100)
+    --epochs N          epochs (default 100 of fine-tuning, 60 of pre-training)
     --rank N            rank of the adapters (default 8)
     --search            choose lambda and sigma on the validation images first, for every method
     --weights FILE      another vision transformer in timm's layout (safetensors)
@@ -66,7 +66,7 @@ const SEARCH_SHOTS: usize = 4;
 struct Options {
     shots: Vec<usize>,
     seeds: u64,
-    epochs: usize,
+    epochs: Option<usize>,
     rank: usize,
     search: bool,
     weights: Option<PathBuf>,
@@ -83,7 +83,7 @@ impl Options {
         let mut options = Self {
             shots: vec![],
             seeds: 4,
-            epochs: 100,
+            epochs: None,
             rank: 8,
             search: false,
             weights: None,
@@ -99,7 +99,7 @@ impl Options {
                 Long("full") => full = true,
                 Long("shots") => options.shots.push(positive(parser.value()?)?),
                 Long("seeds") => options.seeds = positive(parser.value()?)? as u64,
-                Long("epochs") => options.epochs = positive(parser.value()?)?,
+                Long("epochs") => options.epochs = Some(positive(parser.value()?)?),
                 Long("rank") => options.rank = positive(parser.value()?)?,
                 Long("search") => options.search = true,
                 Long("weights") => options.weights = Some(parser.value()?.into()),
@@ -156,10 +156,10 @@ fn main() -> std::process::ExitCode {
 
 /// Trains the source model.
 fn pretrain(options: &Options) -> Result<()> {
-    const EPOCHS: usize = 60;
+    let epochs = options.epochs.unwrap_or(60);
     std::fs::create_dir_all(&options.out)?;
-    let mut progress = Progress::new("pre-training", EPOCHS as u64);
-    let vars = train::pretrain(&data::load_mnist(), 500, EPOCHS, |epoch, loss, accuracy| {
+    let mut progress = Progress::new("pre-training", epochs as u64);
+    let vars = train::pretrain(&data::load_mnist(), 500, epochs, |epoch, loss, accuracy| {
         progress.step(format!("epoch {epoch}: loss {loss:.4}, held-out accuracy {:.1} %", 100.0 * accuracy));
     })?;
     progress.finish();
@@ -220,12 +220,12 @@ fn compare(options: &Options) -> Result<()> {
         .into());
     }
     let recipe = Recipe {
-        epochs: options.epochs,
+        epochs: options.epochs.unwrap_or(100),
         batch: 64,
         rank: options.rank,
         learning_rate: 3e-3,
         weight_decay: 1e-4,
-        measure_every: 10,
+        measure_every: 20,
     };
     std::fs::create_dir_all(&options.out)?;
     let bench = Bench { source: &source, recipe, development: &development };
