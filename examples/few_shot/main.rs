@@ -179,16 +179,17 @@ fn pretrain(options: &Options) -> Result<()> {
 
 /// The source model: the one shipped, or the user's.
 fn source(options: &Options) -> Result<Source> {
-    let (weights, recorded_heads) = match &options.weights {
-        Some(path) => (read_weights(path)?, None),
+    let (weights, file) = match &options.weights {
+        Some(path) => (read_weights(path)?, std::fs::read(path)?),
         None => {
-            let (_, header) = safetensors::SafeTensors::read_metadata(CHECKPOINT)?;
-            let heads =
-                header.metadata().as_ref().and_then(|metadata| metadata.get("num_heads")?.parse().ok());
-            (candle_core::safetensors::load_buffer(CHECKPOINT, &candle_core::Device::Cpu)?, heads)
+            let weights = candle_core::safetensors::load_buffer(CHECKPOINT, &candle_core::Device::Cpu)?;
+            (weights, CHECKPOINT.to_vec())
         }
     };
-    let config = VitConfig::infer(&weights, options.heads.or(recorded_heads))?;
+    // `--pretrain` notes the number of heads, which leaves no trace in the shapes.
+    let (_, header) = safetensors::SafeTensors::read_metadata(&file)?;
+    let recorded = header.metadata().as_ref().and_then(|metadata| metadata.get("num_heads")?.parse().ok());
+    let config = VitConfig::infer(&weights, options.heads.or(recorded))?;
     Ok(Source { weights, config })
 }
 
