@@ -5,7 +5,7 @@
 //
 //   key      = first two words of philox(counter = {step low, step high, layer, "PACE"}, key = {seed low, seed high})
 //   words    = philox(counter = {channel / 4, token or 2^32 - 1, sample low, sample high | branch << 24}, key)
-//   n[0,1]   = sqrt(-2 ln u) * {cos, sin}(2 pi v),  u = (words[0] + 1) / 2^32,  v = words[1] / 2^32
+//   n[0,1]   = sqrt(-2 ln u) * {cos, sin}(2 pi v),  u = (words[0] + 1) / 2^32,  v = floor(words[1] / 64) / 2^26
 //   n[2,3]   = the same from words[2], words[3]
 //   z        = fma(sigma, n[channel % 4], 1)
 //   keep     = first word of philox(counter = {0, 2^32 - 2, sample low, sample high}, key) < round((1 - p) * 2^32)
@@ -13,7 +13,7 @@
 // with these polynomials, all evaluated by Horner's rule in fused multiply-adds:
 //
 //   ln m     = f + f^2 * (-1/2 + f * Q(f)),  f = m - 1 in [sqrt(1/2) - 1, sqrt(2) - 1)
-//   sin 2 pi x = x * S(x^2),  cos 2 pi x = 1 + x^2 * C(x^2),  |x| <= 1/8
+//   sin 2 pi x = x * H + x * S(x^2),  cos 2 pi x = 1 + x^2 * C(x^2),  |x| <= 1/8,  H + S(0) = 2 pi in two parts
 //
 // Why the bits cannot depend on the compiler. Every floating-point operation goes through one of the helpers in
 // `detail`, each of which is one operation that IEEE 754 rounds to nearest, ties to even. On the device the helpers
@@ -172,21 +172,23 @@ struct CosSin {
     float sin;
 };
 
-// Cosine and sine of 2 pi word / 2^32.
+// Cosine and sine of 2 pi floor(word / 64) / 2^26.
 PACE_NOISE_FN CosSin cos_sin(u32 word) {
     const u32 quadrant = (word + 0x20000000u) >> 30;
-    const float x = mul_rn(float_from_i32(word - (quadrant << 30)), from_bits(0x2f800000u)); // 2^-32
+    // Turns from the nearest quarter turn: a multiple of 2^-26 of at most 1/8, so exact.
+    const float x = mul_rn(float_from_i32((word & ~63u) - (quadrant << 30)), from_bits(0x2f800000u)); // 2^-32
     const float square = mul_rn(x, x);
 
-    float s = from_bits(0xc296cddcu);
-    s = fma_rn(s, square, from_bits(0x42a32f63u));
+    float s = from_bits(0xc296c002u);
+    s = fma_rn(s, square, from_bits(0x42a32f2au));
     s = fma_rn(s, square, from_bits(0xc2255dddu));
-    s = fma_rn(s, square, from_bits(0x40c90fdbu));
-    const float sin = mul_rn(x, s);
+    s = fma_rn(s, square, from_bits(0xb43bbd2eu));
+    // x * 2 pi, with 2 pi in two parts, of which s has the lower.
+    const float sin = fma_rn(x, from_bits(0x40c90fdbu), mul_rn(x, s));
 
-    float c = from_bits(0x426db287u);
-    c = fma_rn(c, square, from_bits(0xc2aae5ccu));
-    c = fma_rn(c, square, from_bits(0x4281e0f5u));
+    float c = from_bits(0x426a3eadu);
+    c = fma_rn(c, square, from_bits(0xc2aad8a3u));
+    c = fma_rn(c, square, from_bits(0x4281e0d7u));
     c = fma_rn(c, square, from_bits(0xc19de9e6u));
     const float cos = fma_rn(square, c, from_bits(0x3f800000u)); // 1
 

@@ -5,7 +5,7 @@ use crate::noise::check_sigma;
 use crate::shape::nonzero;
 
 /// Far beyond any network, and small enough that the list of their σ can be held.
-const MAX_BLOCKS: usize = 1 << 20;
+pub(crate) const MAX_BLOCKS: usize = 1 << 20;
 
 /// The σ of every block, as in the official code: zero before `first_noisy`, then a linear fall from `sigma`.
 ///

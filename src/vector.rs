@@ -88,3 +88,28 @@ pub(crate) fn zip3<T: Copy>(out: &mut [T], a: &[T], b: &[T], c: &[T], op: impl F
     }
     widest(Zip(out, a, b, c, op));
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every variant that this processor has gives the bits of the plain loop, at lengths around the vectors'.
+    #[test]
+    fn wide_loops_give_the_bits_of_plain_ones() {
+        for n in [0, 1, 3, 4, 7, 8, 15, 16, 17, 33] {
+            let value = |i: usize, seed: usize| ((i * 37 + seed * 11) % 101) as f32 * 0.37 - 17.3;
+            let column = |seed: usize| -> Vec<f32> { (0..n).map(|i| value(i, seed)).collect() };
+            let (a, b, c) = (column(1), column(2), column(3));
+            let mut got = [column(0), column(0), column(0)];
+            zip1(&mut got[0], &a, |out, a| *out = *out * a + 0.1);
+            zip2(&mut got[1], &a, &b, |out, a, b| *out = *out * a + b);
+            zip3(&mut got[2], &a, &b, &c, |out, a, b, c| *out = a * b + c * *out);
+            for (i, start) in column(0).into_iter().enumerate() {
+                let expected = [start * a[i] + 0.1, start * a[i] + b[i], a[i] * b[i] + c[i] * start];
+                for (got, expected) in got.iter().zip(expected) {
+                    assert_eq!(got[i].to_bits(), expected.to_bits());
+                }
+            }
+        }
+    }
+}

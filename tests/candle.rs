@@ -317,10 +317,22 @@ fn bad_weight_files_are_errors_that_say_what_is_missing() {
         (&|w| drop(w.insert("patch_embed.proj.weight".into(), zeros(&[12, 3, 4, 2]))), "not a square patch"),
         (&|w| drop(w.remove("blocks.0.mlp.fc1.weight")), "blocks.0.mlp.fc1.weight"),
         (&|w| w.retain(|name, _| !name.starts_with("blocks.")), "blocks.0.mlp.fc1.weight"),
+        (&|w| drop(w.insert("blocks.1.ls1.gamma".into(), zeros(&[12]))), "blocks.1.ls1.gamma"),
+        (&|w| drop(w.insert("blocks.3.norm1.weight".into(), zeros(&[12]))), "blocks.3.norm1.weight"),
+        (&|w| drop(w.insert("dist_token".into(), zeros(&[1, 1, 12]))), "dist_token"),
     ] {
         let error = infer(change);
         assert!(error.contains(expected), "{error}");
     }
+    // A bias may be absent; one of another shape is an error.
+    let build = |change: &dyn Fn(&mut HashMap<String, Tensor>)| {
+        let mut weights = weights.clone();
+        change(&mut weights);
+        Vit::new(&CONFIG, VarBuilder::from_tensors(weights, DType::F32, &CPU)).map(|_| ())
+    };
+    assert!(build(&|w| drop(w.remove("blocks.0.attn.qkv.bias"))).is_ok());
+    let error = build(&|w| drop(w.insert("blocks.0.attn.qkv.bias".into(), zeros(&[35])))).unwrap_err();
+    assert!(error.to_string().contains("blocks.0.attn.qkv.bias"), "{error}");
     assert!(VitConfig::infer(&weights, Some(5)).unwrap_err().to_string().contains("5 heads"));
     assert!(VitConfig::infer(&weights, Some(0)).is_err());
 }
@@ -363,6 +375,8 @@ fn wrong_use_is_an_error() -> Result<()> {
     assert!(injector.drop_path(1.0).is_err() && injector.drop_path(f64::NAN).is_err());
     assert!(injector.wrap_dense("l", 0, base(), random("d", &[6, 5]), None).is_err(), "wrong ΔW");
     assert!(injector.wrap_dense("l", 0, base(), random("d", &[6, 4]), None).is_ok());
+    let mut dense = |bias| injector.wrap_dense("l", 0, base(), random("d", &[6, 4]), Some(random("b", bias)));
+    assert!(dense(&[6]).is_ok() && dense(&[4]).is_err() && dense(&[1, 6]).is_err(), "Δb");
 
     for lambda in [-1.0, f64::NAN, f64::INFINITY] {
         assert!(Objective::new(&context, Variant::Pace, lambda).is_err());
@@ -381,6 +395,13 @@ fn wrong_use_is_an_error() -> Result<()> {
     assert!(step(Variant::Fast { samples: 2 }, &[0, 1], Some(&[0, 2])).is_err(), "index");
     assert!(step(Variant::Fast { samples: 2 }, &[0, 1], Some(&[1, 1])).is_err(), "repeated");
     assert!(step(Variant::Fast { samples: 2 }, &[0, 1], Some(&[1, 0])).is_ok());
+    // Sizes that overflow, and a size that fits the address space but no machine.
+    for samples in [usize::MAX, 1 << 57] {
+        assert!(step(Variant::Fast { samples }, &[0, 1], Some(&[1, 0])).is_err(), "history");
+    }
+    for rank in [usize::MAX, 1 << 55] {
+        assert!(Injector::new(&context, Adapter::LoraAdd, rank, &[1.0], vb()).wrap("l", 0, base()).is_err());
+    }
     let batch = Batch::new(&x, &[0, 1]);
     assert!(
         Objective::new(&context, Variant::Pace, 1.0)?.step(0, &batch, |x| layer.forward(x)).is_err(),
@@ -390,8 +411,29 @@ fn wrong_use_is_an_error() -> Result<()> {
     let model = vit(&PaceContext::new(0), &CONFIG, &[0.0; 3]).0;
     assert!(model.forward(&random("i", &[2, 3, 8, 9])).is_err());
     assert!(model.forward(&random("i", &[2, 1, 8, 8])).is_err());
-    let heads = VitConfig { heads: 5, ..CONFIG };
-    assert!(Vit::new(&heads, vb()).is_err());
-    assert!(Vit::new(&VitConfig { patch_size: 0, ..CONFIG }, vb()).is_err());
+    for (config, argument) in [
+        (VitConfig { heads: 5, ..CONFIG }, "heads"),
+        (VitConfig { heads: 0, ..CONFIG }, "heads"),
+        (VitConfig { patch_size: 0, ..CONFIG }, "patch_size"),
+        (VitConfig { patch_size: 3, ..CONFIG }, "patch_size"),
+        (VitConfig { image_size: 0, ..CONFIG }, "image_size"),
+        (VitConfig { image_size: usize::MAX, patch_size: 1, ..CONFIG }, "images"),
+        (VitConfig { channels: usize::MAX, ..CONFIG }, "images"),
+        (VitConfig { embed_dim: 1 << 31, heads: 1, ..CONFIG }, "attn.qkv"),
+        (VitConfig { embed_dim: usize::MAX, heads: 1, ..CONFIG }, "patch_embed"),
+        (VitConfig { depth: usize::MAX, ..CONFIG }, "depth"),
+        (VitConfig { mlp_dim: 0, ..CONFIG }, "mlp_dim"),
+        (VitConfig { mlp_dim: usize::MAX, ..CONFIG }, "mlp.fc1"),
+        (VitConfig { classes: usize::MAX, ..CONFIG }, "head"),
+        (VitConfig { layer_norm_eps: f64::NAN, ..CONFIG }, "layer_norm_eps"),
+        (VitConfig { layer_norm_eps: -1.0, ..CONFIG }, "layer_norm_eps"),
+        (VitConfig { drop_path: 1.0, ..CONFIG }, "drop_probability"),
+    ] {
+        let mut injector = Injector::new(&context, Adapter::LoraAdd, 1, &[0.0; 3], vb());
+        for model in [Vit::new(&config, vb()), Vit::with_adapters(&config, vb(), &mut injector)] {
+            let error = model.unwrap_err().to_string();
+            assert!(error.contains(argument), "{error}");
+        }
+    }
     Ok(())
 }

@@ -9,7 +9,12 @@ use pace_kernels::noise::{Generator, Key, Noise, NoiseShape};
 use std::time::Duration;
 
 /// Few samples and short windows: the whole suite takes minutes. For decisions, repeat on a quiet machine.
+///
+/// The main thread becomes one of the pool's (`RAYON_NUM_THREADS`), as in a training loop that runs inside its pool:
+/// a call from outside costs a handover between threads, tens of microseconds.
 pub fn criterion() -> Criterion {
+    let pool = rayon::ThreadPoolBuilder::new().use_current_thread();
+    pool.build_global().expect("each benchmark program builds its pool once");
     Criterion::default()
         .sample_size(10)
         .warm_up_time(Duration::from_millis(100))

@@ -163,15 +163,18 @@ impl Job<'_> {
             Injector::new(&context, Adapter::LoraMulVptAdd, self.recipe.rank, &sigmas, trained);
         // The head is the injector's: it starts anew, whatever the source model was trained on.
         let model = Vit::with_adapters(&config, frozen, &mut injector)?;
-        // Adapters start as the identity: these are the source model's features.
-        let pixels = images(&self.train, 0..self.train.len())?;
-        let source = model.features(&pixels)?.detach();
         // A linear probe trains the head alone, on features that never change.
         let probe = self.method == Method::LinearProbe;
         let vars = sorted(&vars, |name| !probe || name.starts_with("head."))?;
-        let inputs = if probe { source.clone() } else { pixels };
+        let prepare = |set: &Images| {
+            let pixels = images(set, 0..set.len())?;
+            if probe { Ok(model.features(&pixels)?.detach()) } else { Ok::<_, candle_core::Error>(pixels) }
+        };
         let features = |x: &Tensor| if probe { Ok(x.clone()) } else { model.features(x) };
         let logits = |x: &Tensor| if probe { model.classify(x) } else { model.forward(x) };
+        let (inputs, unseen) = (prepare(&self.train)?, prepare(&self.validation)?);
+        // Adapters start as the identity: these are the source model's features.
+        let source = features(&unseen)?.detach();
 
         let Recipe { epochs, batch, learning_rate, weight_decay, .. } = self.recipe;
         let parameters = ParamsAdamW { lr: learning_rate, weight_decay, beta1: 0.9, beta2: 0.999, eps: 1e-8 };
@@ -199,7 +202,7 @@ impl Job<'_> {
             seconds += start.elapsed().as_secs_f64();
             context.evaluate();
             if epoch == 1 || epoch == epochs || epoch % self.recipe.measure_every == 0 {
-                let features = features(&inputs)?;
+                let features = features(&unseen)?;
                 let (gradient_norm, fp_distance) =
                     self.measure(&vars, &source, &features, &model.classify(&features)?)?;
                 let loss = losses.iter().sum::<f64>() / losses.len() as f64;
@@ -221,8 +224,9 @@ impl Job<'_> {
         })
     }
 
-    /// Gradient norm of the plain cross-entropy on the training images, and FP-distance of their features: the model
-    /// as evaluation sees it, so that all methods are measured alike.
+    /// Gradient norm of the plain cross-entropy and FP-distance of the features, of the model as evaluation sees it, so
+    /// that all methods are measured alike. On the validation images: on the few that are trained on, the
+    /// cross-entropy and its gradient only tell how far they have been driven to zero.
     fn measure(
         &self,
         vars: &[Var],
@@ -230,7 +234,7 @@ impl Job<'_> {
         features: &Tensor,
         logits: &Tensor,
     ) -> Result<(f64, f64)> {
-        let labels = Tensor::new(&self.train.labels[..], &DEVICE)?;
+        let labels = Tensor::new(&self.validation.labels[..], &DEVICE)?;
         let grads = candle_nn::loss::cross_entropy(logits, &labels)?.backward()?;
         let (rows, width) = features.dims2()?;
         let values = |tensor: &Tensor| tensor.flatten_all()?.to_vec1::<f32>();

@@ -65,6 +65,8 @@ impl PaceContext {
     }
 
     /// Replaces the noise of the layer `name` in training by `z`, `[R, N]` or `[R, T, N]`; `None` gives it back.
+    ///
+    /// A layer with σ = 0 has no noise to replace.
     pub fn set_noise(&self, name: &str, z: Option<Tensor>) {
         self.change(|state| match z {
             Some(z) => state.given.insert(name.to_owned(), z),
@@ -407,6 +409,9 @@ impl<'a> Injector<'a> {
                 weight.shape(),
                 linear.weight().shape()
             );
+        }
+        if let Some(bias) = bias.as_ref().filter(|bias| bias.dims() != [weight.dims()[0]]) {
+            candle_core::bail!("`{name}`: Δb is {:?}, expected [{}]", bias.shape(), weight.dims()[0]);
         }
         self.layer(name, block, &linear, Parameters::Dense { weight, bias }, true)
     }

@@ -119,8 +119,10 @@ impl Objective {
     /// Runs `model` on the batch, under the noise of step `step`, and evaluates the loss.
     ///
     /// `model` gets `B` rows and returns logits `[B, C]`, or `[2B, C]` (branch 0 first) while the context has two
-    /// branches: it lets them part where the noise begins ([`PaceLinear::forward_branching`]
-    /// (super::PaceLinear::forward_branching)) or at its input ([`PaceContext::branch`]).
+    /// branches: it lets them part where the noise begins ([`forward_branching`]) or at its input
+    /// ([`PaceContext::branch`]). The context stays in training; [`PaceContext::evaluate`] ends it.
+    ///
+    /// [`forward_branching`]: super::PaceLinear::forward_branching
     ///
     /// # Errors
     /// If the model fails, its logits have another shape, or a label or index is out of range.
@@ -186,8 +188,18 @@ impl Objective {
                     })
                 })?;
                 let elements = wrap(crate::shape::product("history", "[n, C]", &[samples, loss.classes]))?;
-                let history = self.history.get_or_insert_with(|| T::history(vec![T::zero(); elements]));
-                let table = T::table(history)
+                if self.history.is_none() {
+                    let mut table = Vec::new();
+                    if table.try_reserve_exact(elements).is_err() {
+                        candle_core::bail!("there is no memory for the history of {samples} samples");
+                    }
+                    table.resize(elements, T::zero());
+                    self.history = Some(T::history(table));
+                }
+                let table = self
+                    .history
+                    .as_mut()
+                    .and_then(T::table)
                     .filter(|table| table.len() == elements)
                     .ok_or_else(|| Error::Msg("the logits' type or classes changed between steps".into()))?;
                 Consistency::History { table, index }

@@ -1,6 +1,8 @@
 //! Trained variables: seeded initial values and the norm of their gradients.
 
+use super::ops::wrap;
 use crate::noise::{normals, philox4x32_10};
+use crate::shape::product;
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Shape, Tensor, Var};
 use candle_nn::var_builder::SimpleBackend;
@@ -31,34 +33,39 @@ impl SeededVars {
         (0u64..).map(move |i| philox4x32_10([i as u32, (i >> 32) as u32, seed[0], seed[1]], key))
     }
 
-    fn start(&self, shape: &Shape, name: &str, init: Init) -> Vec<f64> {
+    fn start(&self, shape: &Shape, name: &str, init: Init) -> Result<Vec<f64>> {
         let uniforms = || self.words(name).flatten().map(|w| (f64::from(w) + 0.5) / 4_294_967_296.0);
         let gaussians = || self.words(name).flat_map(normals).map(f64::from);
-        let count = shape.elem_count();
+        let count = wrap(product("variable", "the requested one", shape.dims()))?;
+        let mut out = Vec::new();
+        if out.try_reserve_exact(count).is_err() {
+            candle_core::bail!("there is no memory for `{name}` {shape:?}");
+        }
         match init {
-            Init::Const(value) => vec![value; count],
-            Init::Randn { mean, stdev } => gaussians().map(|n| mean + stdev * n).take(count).collect(),
-            Init::Uniform { lo, up } => uniforms().map(|u| lo + (up - lo) * u).take(count).collect(),
+            Init::Const(value) => out.resize(count, value),
+            Init::Randn { mean, stdev } => out.extend(gaussians().map(|n| mean + stdev * n).take(count)),
+            Init::Uniform { lo, up } => out.extend(uniforms().map(|u| lo + (up - lo) * u).take(count)),
             Init::Kaiming { dist, fan, non_linearity } => {
                 let std = non_linearity.gain() / (fan.for_shape(shape).max(1) as f64).sqrt();
                 match dist {
                     candle_nn::init::NormalOrUniform::Normal => {
-                        gaussians().map(|n| std * n).take(count).collect()
+                        out.extend(gaussians().map(|n| std * n).take(count));
                     }
                     candle_nn::init::NormalOrUniform::Uniform => {
                         let bound = 3f64.sqrt() * std;
-                        uniforms().map(|u| bound * (2.0 * u - 1.0)).take(count).collect()
+                        out.extend(uniforms().map(|u| bound * (2.0 * u - 1.0)).take(count));
                     }
                 }
             }
         }
+        Ok(out)
     }
 }
 
 impl SimpleBackend for SeededVars {
     fn get(&self, shape: Shape, name: &str, init: Init, dtype: DType, device: &Device) -> Result<Tensor> {
         if !self.contains_tensor(name) {
-            let start = Tensor::from_vec(self.start(&shape, name, init), &shape, device)?.to_dtype(dtype)?;
+            let start = Tensor::from_vec(self.start(&shape, name, init)?, &shape, device)?.to_dtype(dtype)?;
             let var = Var::from_tensor(&start)?;
             if let Ok(mut vars) = self.vars.data().lock() {
                 vars.insert(name.to_owned(), var);

@@ -6,8 +6,12 @@
 mod ops;
 
 use super::layers::{Injector, PaceContext, PaceLinear, SharedDropPath};
+use super::ops::wrap;
 use crate::adapter::Adapter;
 use crate::error::Error;
+use crate::noise::check_drop_probability;
+use crate::schedule::MAX_BLOCKS;
+use crate::shape::{nonzero, product};
 use candle_core::{Device, Module, Result, Tensor};
 use candle_nn::{Init, Linear, VarBuilder};
 use std::collections::HashMap;
@@ -43,7 +47,7 @@ impl VitConfig {
     /// The number of heads leaves no trace in the shapes: `None` takes timm's usual 64 channels per head.
     ///
     /// # Errors
-    /// [`Error::Weights`] if a tensor is missing or does not have the rank it should.
+    /// [`Error::Weights`] if a tensor is missing, does not have the rank it should, or is not part of the model.
     pub fn infer(weights: &HashMap<String, Tensor>, heads: Option<usize>) -> crate::Result<Self> {
         let dims = |name: &str, rank: usize| {
             let tensor =
@@ -79,6 +83,19 @@ impl VitConfig {
         if heads == 0 || embed_dim % heads != 0 {
             return Err(Error::Weights(format!("{embed_dim} channels do not divide into {heads} heads")));
         }
+        // A layer that this model lacks (LayerScale, a distillation token …) would be left out without a word.
+        let known = |name: &str| match name.strip_prefix("blocks.").and_then(|rest| rest.split_once('.')) {
+            Some((block, layer)) => {
+                block.parse::<usize>().is_ok_and(|i| i < depth) && in_layers(layer, &BLOCK_LAYERS)
+            }
+            None => TOKENS.contains(&name) || in_layers(name, &OUTER_LAYERS),
+        };
+        if let Some(name) = weights.keys().filter(|name| !known(name)).min() {
+            return Err(Error::Weights(format!(
+                "there is no place for tensor `{name}`: only plain vision transformers, with a class token that is \
+                 pooled, are supported"
+            )));
+        }
         Ok(Self {
             image_size: side * patch_size,
             patch_size,
@@ -93,9 +110,66 @@ impl VitConfig {
         })
     }
 
+    /// Checks that the sizes divide, and that no tensor of the model overflows the address space.
+    fn check(&self) -> crate::Result<()> {
+        let Self { image_size, patch_size, channels, classes, embed_dim, depth, heads, mlp_dim, .. } = *self;
+        for (argument, size) in [
+            ("image_size", image_size),
+            ("channels", channels),
+            ("embed_dim", embed_dim),
+            ("mlp_dim", mlp_dim),
+        ] {
+            nonzero(argument, size)?;
+        }
+        for (argument, expected, whole, part) in [
+            ("patch_size", "a divisor of `image_size`", image_size, patch_size),
+            ("heads", "a divisor of `embed_dim`", embed_dim, heads),
+        ] {
+            if part == 0 || whole % part != 0 {
+                return Err(Error::Size { argument, expected, got: part });
+            }
+        }
+        // σ is known for `depth + 1` blocks.
+        if depth >= MAX_BLOCKS {
+            return Err(Error::Size { argument: "depth", expected: "less than 2^20", got: depth });
+        }
+        let side = image_size / patch_size;
+        product("images", "[channels, size, size]", &[channels, image_size, image_size])?;
+        product(
+            "patch_embed.proj.weight",
+            "[C, channels, p, p]",
+            &[embed_dim, channels, patch_size, patch_size],
+        )?;
+        product("pos_embed", "[1, patches + 1, C]", &[side, side, embed_dim])?;
+        product("attn.qkv.weight", "[3·C, C]", &[3, embed_dim, embed_dim])?;
+        product("mlp.fc1.weight", "[mlp_dim, C]", &[mlp_dim, embed_dim])?;
+        product("head.weight", "[classes, C]", &[classes, embed_dim])?;
+        if self.layer_norm_eps.is_finite() && self.layer_norm_eps >= 0.0 {
+            check_drop_probability(self.drop_path)
+        } else {
+            Err(Error::Value {
+                argument: "layer_norm_eps",
+                expected: "finite and not negative",
+                got: self.layer_norm_eps,
+            })
+        }
+    }
+
     fn tokens(&self) -> usize {
         (self.image_size / self.patch_size).pow(2) + 1
     }
+}
+
+/// Tensors that are no layer's.
+const TOKENS: [&str; 2] = ["cls_token", "pos_embed"];
+/// Layers before and after the blocks, and those of a block.
+const OUTER_LAYERS: [&str; 3] = ["patch_embed.proj", "norm", "head"];
+const BLOCK_LAYERS: [&str; 6] = ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"];
+
+/// Whether a tensor is weight or bias of one of `layers`.
+fn in_layers(name: &str, layers: &[&str]) -> bool {
+    let layer = name.strip_suffix(".weight").or_else(|| name.strip_suffix(".bias"));
+    layer.is_some_and(|layer| layers.contains(&layer))
 }
 
 /// Reads a safetensors file into CPU tensors.
@@ -175,7 +249,10 @@ fn xavier_uniform(out: usize, inp: usize) -> Init {
 fn linear(inp: usize, out: usize, vars: VarBuilder<'_>) -> Result<Linear> {
     // Some timm models have no bias on qkv; a builder that makes new variables makes one.
     let weight = vars.get_with_hints((out, inp), "weight", xavier_uniform(out, inp))?;
-    let bias = vars.get_with_hints(out, "bias", Init::Const(0.0)).ok();
+    let bias = match vars.get_with_hints(out, "bias", Init::Const(0.0)) {
+        Err(error) if vars.contains_tensor("bias") => return Err(error),
+        bias => bias.ok(),
+    };
     Ok(Linear::new(weight, bias))
 }
 
@@ -189,8 +266,9 @@ impl Vit {
     /// The model with all weights from `vars`: to pre-train, or to run.
     ///
     /// # Errors
-    /// If a weight is missing or has another shape, or the sizes do not divide.
+    /// If a weight is missing or has another shape, or a setting in `config` is out of its range.
     pub fn new(config: &VitConfig, vars: VarBuilder<'_>) -> Result<Self> {
+        wrap(config.check())?;
         // Without adapters every layer is what a head is to them: trained as a whole, here without noise.
         let sigmas = vec![0.0; config.depth + 1];
         let mut injector = Injector::new(&PaceContext::new(0), Adapter::VptAdd, 1, &sigmas, vars.clone());
@@ -207,6 +285,7 @@ impl Vit {
         vars: VarBuilder<'_>,
         injector: &mut Injector<'_>,
     ) -> Result<Self> {
+        wrap(config.check())?;
         Self::build(config, vars, injector, true)
     }
 
@@ -217,14 +296,6 @@ impl Vit {
         adapters: bool,
     ) -> Result<Self> {
         let VitConfig { patch_size, channels, embed_dim, depth, heads, mlp_dim, .. } = *config;
-        for (what, whole, part) in [
-            ("image size by patch size", config.image_size, patch_size),
-            ("channels by heads", embed_dim, heads),
-        ] {
-            if part == 0 || whole == 0 || whole % part != 0 {
-                candle_core::bail!("cannot divide {what}: {whole} by {part}");
-            }
-        }
         let patch_weight = vars.pp("patch_embed.proj").get_with_hints(
             (embed_dim, channels, patch_size, patch_size),
             "weight",
@@ -232,7 +303,7 @@ impl Vit {
         )?;
         let patch_bias = vars.pp("patch_embed.proj").get_with_hints(embed_dim, "bias", Init::Const(0.0))?;
         let patch = Linear::new(patch_weight.reshape((embed_dim, ()))?, Some(patch_bias));
-        let mut blocks = Vec::with_capacity(depth);
+        let mut blocks = Vec::new();
         for i in 0..depth {
             let prefix = format!("blocks.{i}");
             let vars = vars.pp(&prefix);

@@ -156,13 +156,14 @@ fn tasks<'a, T>(shape: &LinearShape, rows: usize, y: &'a mut [T]) -> Vec<Task<'a
     tasks
 }
 
-/// `y = base(x) + z ⊙ (adapter(x) + Δb)` in tiles of rows × channels.
-///
-/// `adapter(input rows, channels, tile)` computes `x·ΔWᵀ` of a tile; `None` stands for ΔW = 0.
+/// Computes `x·ΔWᵀ` of some input rows and channels into a tile.
+pub(super) type AdapterProduct<'f, T> = dyn Fn(Range<usize>, Range<usize>, MatMut<'_, T>, Par) + Sync + 'f;
+
+/// `y = base(x) + z ⊙ (adapter(x) + Δb)` in tiles of rows × channels; no adapter stands for ΔW = 0.
 pub(super) fn forward<T: Real>(
     z: &Z<'_, T>,
     base: Option<Base<'_, T>>,
-    adapter: Option<&(dyn Fn(Range<usize>, Range<usize>, MatMut<'_, T>, Par) + Sync)>,
+    adapter: Option<&AdapterProduct<'_, T>>,
     delta_bias: Option<&[T]>,
     x: &[T],
     y: &mut [T],

@@ -195,7 +195,8 @@ fn dense<T: Real>(
     prompt.backward(&db, grads)?;
     case.expect("grad_delta_prompt_down", &dpd, tolerance)?;
     case.expect("grad_delta_prompt_up", &dpu, tolerance)?;
-    if lora && case.has("grad_delta_b") {
+    // Without b0, δb has no effect, and no gradient in the official code.
+    if lora && (bias.is_some() || case.has("grad_delta_b")) {
         case.expect("grad_delta_b", &ddb, tolerance)?;
     }
     Ok(())
