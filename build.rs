@@ -42,7 +42,10 @@ fn kernels() -> Result<(), String> {
             );
             return write_table(&folder, &[], &why);
         }
-        Err(Unusable::Missing(why) | Unusable::Wrong(why)) => return Err(why),
+        Err(Unusable::Missing(why)) => {
+            return Err(format!("{why}; set CUDA_HOME to a CUDA toolkit, or do without PACE_REQUIRE_NVCC"));
+        }
+        Err(Unusable::Wrong(why)) => return Err(why),
     };
     println!("cargo:rerun-if-changed={}", nvcc.path().display());
 

@@ -7,6 +7,8 @@
 //!
 //! Nothing here allocates device memory, waits for the device or creates a stream, so everything can be captured in a
 //! CUDA graph. A captured graph replays with fresh noise if the key lies in device memory (see [`Noise::Generated`]).
+//! `cudarc` itself records events on tensors as soon as there is a second stream; switch that off
+//! (`CudaContext::disable_event_tracking`) before you make the tensors of a graph.
 //!
 //! All operators are deterministic run to run, and the noise is bitwise that of the CPU.
 
