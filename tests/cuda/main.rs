@@ -10,6 +10,8 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use pace_kernels::LinearShape;
 use pace_kernels::noise::philox4x32_10;
 
+type DeviceTest = fn(&device::Opened);
+
 fn main() {
     let arguments = Arguments::from_args();
     let simt: [(&str, fn()); 5] = [
@@ -19,7 +21,7 @@ fn main() {
         ("any_grid", noisy_epilogue::simt_any_grid),
         ("every_kernel_is_listed", simt::every_kernel_is_listed),
     ];
-    let on_device: [(&str, fn(&device::Opened)); 3] = [
+    let on_device: [(&str, DeviceTest); 3] = [
         ("noise_fill", noise_fill::device),
         ("noise_fill_in_a_graph", noise_fill::device_graph),
         ("noisy_epilogue", noisy_epilogue::device),
