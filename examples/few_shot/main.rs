@@ -28,7 +28,7 @@ Few-shot fine-tuning of a small vision transformer with PACE.
 
 USAGE: cargo run --release --example few_shot -- [OPTIONS]
 
-Without options: MNIST to Optdigits, 4 shots per class, about 3 minutes on 2 cores.
+Without options: MNIST to Optdigits, 4 shots per class, about 2 minutes on 2 cores.
 
     --full              1, 2, 4, 8 and 16 shots per class
     --shots N           shots per class (may be repeated)
@@ -56,6 +56,8 @@ const SIGMAS: [f64; 5] = [0.1, 0.5, 1.0, 1.5, 2.0];
 const DEVELOPMENT: usize = 40;
 /// Of these, images per class to validate on.
 const VALIDATION: usize = 20;
+/// What these leave for shots, one image apart: `few_shot_split` keeps a rest.
+const MOST_SHOTS: usize = DEVELOPMENT - VALIDATION - 1;
 /// The split into development and test images is the same in every run.
 const SPLIT_SEED: u64 = 0;
 /// A search draws its shots with other seeds than the runs that are reported.
@@ -97,13 +99,13 @@ impl Options {
         while let Some(argument) = parser.next()? {
             match argument {
                 Long("full") => full = true,
-                Long("shots") => options.shots.push(positive(parser.value()?)?),
-                Long("seeds") => options.seeds = positive(parser.value()?)? as u64,
-                Long("epochs") => options.epochs = Some(positive(parser.value()?)?),
-                Long("rank") => options.rank = positive(parser.value()?)?,
+                Long("shots") => options.shots.push(number("shots", parser.value()?, MOST_SHOTS)?),
+                Long("seeds") => options.seeds = number("seeds", parser.value()?, 1_000)? as u64,
+                Long("epochs") => options.epochs = Some(number("epochs", parser.value()?, 100_000)?),
+                Long("rank") => options.rank = number("rank", parser.value()?, 1_000)?,
                 Long("search") => options.search = true,
                 Long("weights") => options.weights = Some(parser.value()?.into()),
-                Long("heads") => options.heads = Some(positive(parser.value()?)?),
+                Long("heads") => options.heads = Some(number("heads", parser.value()?, 1_000)?),
                 Long("data") => options.data = Some(parser.value()?.into()),
                 Long("out") => options.out = parser.value()?.into(),
                 Long("pretrain") => options.pretrain = true,
@@ -122,11 +124,12 @@ impl Options {
     }
 }
 
-fn positive(value: std::ffi::OsString) -> Result<usize> {
+/// A whole number from 1 to `most`.
+fn number(option: &str, value: std::ffi::OsString, most: usize) -> Result<usize> {
     let text = value.to_string_lossy();
     match text.parse() {
-        Ok(number) if number > 0 => Ok(number),
-        _ => Err(format!("`{text}`: expected a whole number from 1").into()),
+        Ok(number) if (1..=most).contains(&number) => Ok(number),
+        _ => Err(format!("--{option} `{text}`: expected a whole number from 1 to {most}").into()),
     }
 }
 
@@ -154,10 +157,14 @@ fn main() -> std::process::ExitCode {
     }
 }
 
+fn create_folder(path: &Path) -> Result<()> {
+    std::fs::create_dir_all(path).map_err(|error| format!("{}: {error}", path.display()).into())
+}
+
 /// Trains the source model.
 fn pretrain(options: &Options) -> Result<()> {
     let epochs = options.epochs.unwrap_or(60);
-    std::fs::create_dir_all(&options.out)?;
+    create_folder(&options.out)?;
     let mut progress = Progress::new("pre-training", epochs as u64);
     let vars = train::pretrain(&data::load_mnist(), 500, epochs, |epoch, loss, accuracy| {
         progress.step(format!("epoch {epoch}: loss {loss:.4}, held-out accuracy {:.1} %", 100.0 * accuracy));
@@ -202,7 +209,26 @@ fn compare(options: &Options) -> Result<()> {
         Some(folder) => data::load_folder(folder, config.image_size, config.channels)?,
         None => data::load_optdigits(),
     };
-    let split = few_shot_split(&set.labels, set.classes, DEVELOPMENT, 0, SPLIT_SEED)?;
+    if set.classes < 2 {
+        return Err(format!("the images have {} class, expected two or more", set.classes).into());
+    }
+    let sizes = |channels, side| format!("{channels} channels and {side}×{side} pixels");
+    if (set.channels, set.height) != (config.channels, config.image_size) {
+        return Err(format!(
+            "the model takes images of {}, but Optdigits has {}: give others with --data",
+            sizes(config.channels, config.image_size),
+            sizes(set.channels, set.height)
+        )
+        .into());
+    }
+    let split = few_shot_split(&set.labels, set.classes, DEVELOPMENT, 0, SPLIT_SEED).map_err(|error| {
+        let data::Error::TooFewImages { class, images, .. } = error else { return error.to_string() };
+        format!(
+            "class `{}` has {images} images, expected more than {DEVELOPMENT}: {VALIDATION} to validate on, up to \
+             {MOST_SHOTS} to train on, and some to test on",
+            set.class_names[class]
+        )
+    })?;
     let (development, test) = (set.subset(&split.train), set.subset(&split.test));
     println!(
         "{} classes: {} images for shots and validation, {} for testing only",
@@ -213,13 +239,6 @@ fn compare(options: &Options) -> Result<()> {
     if source.config.classes == set.classes {
         println!("source model as it is: {:.1} %", 100.0 * train::unadapted_accuracy(&source, &test)?);
     }
-    let most = DEVELOPMENT - VALIDATION - 1;
-    if let Some(shots) = options.shots.iter().find(|&&shots| shots > most) {
-        return Err(format!(
-            "{shots} shots per class: at most {most} of the {DEVELOPMENT} development images"
-        )
-        .into());
-    }
     let recipe = Recipe {
         epochs: options.epochs.unwrap_or(100),
         batch: 64,
@@ -228,7 +247,7 @@ fn compare(options: &Options) -> Result<()> {
         weight_decay: 1e-4,
         measure_every: 20,
     };
-    std::fs::create_dir_all(&options.out)?;
+    create_folder(&options.out)?;
     let bench = Bench { source: &source, recipe, development: &development };
     let strengths = if options.search { bench.search(&options.out)? } else { read_strengths(SELECTED)? };
 

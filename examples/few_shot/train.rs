@@ -134,11 +134,19 @@ fn cosine(peak: f64, step: usize, steps: usize) -> f64 {
     peak * 0.5 * (1.0 + (std::f64::consts::PI * step as f64 / steps as f64).cos())
 }
 
-/// The batches of an epoch: indices in the epoch's own order.
+/// The batches of an epoch: indices in the epoch's own order. PACE-lazy halves its batches, so a single sample that is
+/// left over joins the batch before it.
 fn batches(samples: usize, size: usize, seed: u64, epoch: usize) -> Vec<Vec<usize>> {
     let mut order: Vec<usize> = (0..samples).collect();
     Random::new(seed, EPOCH_ORDER, epoch as u32).shuffle(&mut order);
-    order.chunks(size).map(<[usize]>::to_vec).collect()
+    let mut batches: Vec<_> = order.chunks(size).map(<[usize]>::to_vec).collect();
+    if let [.., last, single] = &mut batches[..]
+        && single.len() == 1
+    {
+        last.append(single);
+        batches.pop();
+    }
+    batches
 }
 
 /// Variables by name, those that `keep` accepts; a map's own order would differ from run to run.
@@ -183,7 +191,7 @@ impl Job<'_> {
             Objective::new(&context, self.method.variant(self.train.len()), self.strength.lambda)?;
         let mut history = Vec::new();
         let mut seconds = 0.0;
-        let steps = epochs * self.train.len().div_ceil(batch);
+        let steps = epochs * batches(self.train.len(), batch, self.seed, 0).len();
         let mut step = 0;
         for epoch in 1..=epochs {
             let start = Instant::now();
@@ -306,4 +314,22 @@ pub fn pretrain(
         report(epoch, loss_sum / train.len() as f64, accuracy(&test, |x| model.forward(x))?);
     }
     Ok(vars)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_batch_is_a_single_sample() {
+        for (samples, sizes) in
+            [(40, vec![40]), (64, vec![64]), (65, vec![65]), (66, vec![64, 2]), (129, vec![64, 65])]
+        {
+            let batches = batches(samples, 64, 7, 1);
+            assert_eq!(batches.iter().map(Vec::len).collect::<Vec<_>>(), sizes);
+            let mut all = batches.concat();
+            all.sort();
+            assert!(all.into_iter().eq(0..samples));
+        }
+    }
 }
