@@ -404,9 +404,9 @@ fn run_all(label: &str, jobs: &[Job<'_>]) -> Result<Vec<Run>> {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build()?;
             let (next, progress, results) = (&next, &progress, &results);
             scope.spawn(move || {
-                while let Some((i, job)) =
-                    Some(next.fetch_add(1, Ordering::Relaxed)).and_then(|i| Some((i, jobs.get(i)?)))
-                {
+                loop {
+                    let i = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(job) = jobs.get(i) else { break };
                     let run = pool.install(|| job.run());
                     if let Ok(mut progress) = progress.lock() {
                         progress.step(format!(
