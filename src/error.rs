@@ -82,6 +82,62 @@ pub enum Error {
         /// What is wrong with its presence.
         problem: &'static str,
     },
+    /// There is no CUDA driver on this machine.
+    #[cfg(feature = "cuda")]
+    #[error("no CUDA driver: {0}; install NVIDIA's driver, or use the operators in `cpu`")]
+    NoDriver(String),
+    /// The CUDA driver has no device of this number.
+    #[cfg(feature = "cuda")]
+    #[error("there is no CUDA device {ordinal}: the driver shows {count} (see CUDA_VISIBLE_DEVICES)")]
+    NoDevice {
+        /// The number asked for, from 0.
+        ordinal: usize,
+        /// Devices that there are.
+        count: usize,
+    },
+    /// The kernels do not run on this generation of devices.
+    #[cfg(feature = "cuda")]
+    #[error("CUDA device {ordinal} has compute capability {major}.{minor}, expected 8.0 (Ampere) or newer")]
+    DeviceTooOld {
+        /// The device.
+        ordinal: usize,
+        /// Its compute capability.
+        major: i32,
+        /// Its compute capability, behind the point.
+        minor: i32,
+    },
+    /// This build of the crate has no kernels in it.
+    #[cfg(feature = "cuda")]
+    #[error(
+        "this build has no CUDA kernels: {why}; set CUDA_HOME to a CUDA toolkit and build again \
+         (PACE_REQUIRE_NVCC=1 makes a missing one an error)"
+    )]
+    KernelsNotBuilt {
+        /// Why the build left them out.
+        why: &'static str,
+    },
+    /// A stream or a tensor belongs to another device or context than the operator's.
+    #[cfg(feature = "cuda")]
+    #[error(
+        "`{argument}` belongs to CUDA device {got} or another context of it, expected the primary one of {expected}"
+    )]
+    OtherDevice {
+        /// Name of the argument.
+        argument: &'static str,
+        /// The operator's device.
+        expected: usize,
+        /// The argument's device.
+        got: usize,
+    },
+    /// A call of the CUDA driver failed.
+    #[cfg(feature = "cuda")]
+    #[error("the CUDA driver could not {action}: {status}")]
+    Driver {
+        /// What was tried.
+        action: &'static str,
+        /// The driver's name for what went wrong.
+        status: String,
+    },
     /// A weight file does not hold what the model needs.
     #[error("weights: {0}")]
     Weights(String),

@@ -6,6 +6,8 @@ pub mod adapter;
 #[cfg(feature = "candle")]
 pub mod candle;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod error;
 pub mod noise;
 mod real;

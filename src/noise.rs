@@ -152,6 +152,13 @@ impl Key {
     }
 }
 
+/// The key as one number, first word in the low half: how a kernel reads it from device memory.
+impl From<Key> for u64 {
+    fn from(Key([low, high]): Key) -> Self {
+        u64::from(high) << 32 | u64::from(low)
+    }
+}
+
 /// Which elements share one draw.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum NoiseShape {

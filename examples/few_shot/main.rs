@@ -28,7 +28,7 @@ Few-shot fine-tuning of a small vision transformer with PACE.
 
 USAGE: cargo run --release --example few_shot -- [OPTIONS]
 
-Without options: MNIST to Optdigits, 4 shots per class, about 3 minutes on 2 cores.
+Without options: MNIST to Optdigits, 4 shots per class, about 2 minutes on 2 cores.
 
     --full              1, 2, 4, 8 and 16 shots per class
     --shots N           shots per class, up to 19 (may be repeated)

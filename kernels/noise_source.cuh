@@ -1,0 +1,68 @@
+// Where a kernel's z comes from: nowhere (z = 1), the generator of noise.cuh, or a tensor of the caller.
+//
+// Mirrored by `NoiseSource` in src/cuda/noise_source.rs.
+
+#ifndef PACE_NOISE_SOURCE_CUH
+#define PACE_NOISE_SOURCE_CUH
+
+#include "noise.cuh"
+#include "storage.cuh"
+
+#include <cstddef>
+
+namespace pace {
+
+using noise::u32;
+using noise::u64;
+
+enum NoiseKind : u32 {
+    NOISE_OFF = 0,              // z = 1
+    NOISE_PER_SAMPLE = 1,       // BC, generated
+    NOISE_PER_TOKEN = 2,        // BTC, generated
+    NOISE_GIVEN_PER_SAMPLE = 3, // z [R, N] of the caller
+    NOISE_GIVEN_PER_TOKEN = 4,  // z [R, T, N] of the caller
+};
+
+struct NoiseSource {
+    const float *given;            // z of the caller; null if generated
+    const noise::Key *key_address; // the key, read when the kernel runs; null: `key` is the key
+    noise::Key key;
+    u64 first_sample; // number of the batch's sample 0 in the global batch
+    u32 batch;        // samples per branch
+    u32 kind;         // NoiseKind
+    float sigma;
+    u32 reserved;
+};
+
+static_assert(sizeof(NoiseSource) == 48 && alignof(NoiseSource) == 8, "mirrored in src/cuda/noise_source.rs");
+static_assert(offsetof(NoiseSource, key_address) == 8, "mirrored in src/cuda/noise_source.rs");
+static_assert(offsetof(NoiseSource, key) == 16, "mirrored in src/cuda/noise_source.rs");
+static_assert(offsetof(NoiseSource, first_sample) == 24, "mirrored in src/cuda/noise_source.rs");
+static_assert(offsetof(NoiseSource, batch) == 32, "mirrored in src/cuda/noise_source.rs");
+static_assert(offsetof(NoiseSource, kind) == 36, "mirrored in src/cuda/noise_source.rs");
+static_assert(offsetof(NoiseSource, sigma) == 40, "mirrored in src/cuda/noise_source.rs");
+
+// The key in effect. A captured graph holds the address, so that each replay reads the key anew.
+__device__ __forceinline__ noise::Key key_of(const NoiseSource &source) {
+    if (source.key_address == nullptr) {
+        return source.key;
+    }
+    const u32 *words = source.key_address->word;
+    return {{load(words), load(words + 1)}};
+}
+
+__device__ __forceinline__ bool is_per_token(const NoiseSource &source) {
+    return source.kind == NOISE_PER_TOKEN || source.kind == NOISE_GIVEN_PER_TOKEN;
+}
+
+// Generated z of channels 4 * group .. 4 * group + 3; `sample` counts the samples of all branches.
+__device__ __forceinline__ noise::Four generated(const NoiseSource &source, noise::Key key, u32 sample, u32 token,
+                                                 u32 group) {
+    const u32 branch = sample / source.batch;
+    return noise::noise(key, source.sigma, branch, source.first_sample + (sample - branch * source.batch),
+                        source.kind == NOISE_PER_TOKEN ? token : noise::ALL_TOKENS, group);
+}
+
+} // namespace pace
+
+#endif // PACE_NOISE_SOURCE_CUH

@@ -1,0 +1,152 @@
+// The noisy epilogue after a product of the caller's own, forward and backward.
+//
+//   forward   y += z * a        in place
+//   backward  da = z * dy
+//
+//   y, a, dy, da [M, N] in f32, f16 or bf16, M = R * T token rows, R = branches * batch sample rows; z as noise_source.cuh
+//   has it, f32. Arithmetic in f32: one fused multiply-add (forward) or product (backward), one rounding to storage.
+//
+// A unit of work is one sample's run of at most `chunk` tokens. Thread (x, y, z) of a block owns 16 bytes of channels (x)
+// in every blockDim.y-th token (y) of a unit (z); the grid covers the channels by x and strides over the units by y. So
+// BC noise is made once per thread and unit, and serves all its tokens; BTC noise is made once per element.
+//
+// Bytes: forward 3, backward 2 times M * N * sizeof(T), plus a given z; in 16-byte accesses where rows are aligned, and
+// otherwise element by element. Operations: 1 per element, plus about 60 per drawn z: with BTC noise these, not the bytes,
+// set the time.
+// Determinism: gpu-to-gpu bitwise; nothing depends on grid or block.
+
+#include "noise_source.cuh"
+
+namespace pace {
+
+struct NoisyEpilogueParams {
+    NoiseSource noise;
+    const void *input; // a, dy
+    void *output;      // y, da
+    u32 samples;       // R
+    u32 tokens;        // T
+    u32 channels;      // N
+    u32 chunk;         // tokens per unit
+    u32 chunks;        // units per sample
+    u32 aligned;       // rows of every tensor start at multiples of 16 bytes and hold whole vectors
+};
+
+static_assert(sizeof(NoisyEpilogueParams) == 88 && alignof(NoisyEpilogueParams) == 8,
+              "mirrored in src/cuda/noisy_epilogue.rs");
+static_assert(offsetof(NoisyEpilogueParams, input) == 48, "mirrored in src/cuda/noisy_epilogue.rs");
+static_assert(offsetof(NoisyEpilogueParams, output) == 56, "mirrored in src/cuda/noisy_epilogue.rs");
+static_assert(offsetof(NoisyEpilogueParams, samples) == 64, "mirrored in src/cuda/noisy_epilogue.rs");
+static_assert(offsetof(NoisyEpilogueParams, tokens) == 68, "mirrored in src/cuda/noisy_epilogue.rs");
+static_assert(offsetof(NoisyEpilogueParams, channels) == 72, "mirrored in src/cuda/noisy_epilogue.rs");
+static_assert(offsetof(NoisyEpilogueParams, chunk) == 76, "mirrored in src/cuda/noisy_epilogue.rs");
+static_assert(offsetof(NoisyEpilogueParams, chunks) == 80, "mirrored in src/cuda/noisy_epilogue.rs");
+static_assert(offsetof(NoisyEpilogueParams, aligned) == 84, "mirrored in src/cuda/noisy_epilogue.rs");
+
+// z of the W channels from `channel` on, of which `count` exist.
+template <unsigned W>
+__device__ __forceinline__ void fill(const NoisyEpilogueParams &p, noise::Key key, u32 sample, u32 token, u32 channel,
+                                     u32 count, float (&z)[W]) {
+    if (p.noise.kind == NOISE_OFF) {
+#pragma unroll
+        for (unsigned i = 0; i < W; ++i) {
+            z[i] = 1.0f;
+        }
+        return;
+    }
+    if (p.noise.given != nullptr) {
+        const u64 row = is_per_token(p.noise) ? static_cast<u64>(sample) * p.tokens + token : sample;
+        const float *given = p.noise.given + row * p.channels + channel;
+#pragma unroll
+        for (unsigned i = 0; i < W; i += 4) {
+            const Vector<float> four = load_some(given + i, count > i ? count - i : 0u, p.aligned != 0u);
+#pragma unroll
+            for (unsigned j = 0; j < 4; ++j) {
+                z[i + j] = four.value[j];
+            }
+        }
+        return;
+    }
+#pragma unroll
+    for (unsigned i = 0; i < W; i += 4) {
+        const noise::Four four = generated(p.noise, key, sample, token, (channel + i) / 4);
+#pragma unroll
+        for (unsigned j = 0; j < 4; ++j) {
+            z[i + j] = four.value[j];
+        }
+    }
+}
+
+// BATCH: tokens whose loads are in flight together.
+template <class T, bool BACKWARD, bool PER_TOKEN, unsigned BATCH>
+__device__ __forceinline__ void apply(const NoisyEpilogueParams &p) {
+    constexpr unsigned W = Vector<T>::SIZE;
+    const u32 column = blockIdx.x * blockDim.x + threadIdx.x;
+    if (column >= (p.channels - 1) / W + 1) {
+        return;
+    }
+    const u32 channel = column * W;
+    const u32 count = p.channels - channel;
+    const bool aligned = p.aligned != 0u;
+    const noise::Key key = key_of(p.noise);
+    const T *input = static_cast<const T *>(p.input) + channel;
+    T *output = static_cast<T *>(p.output) + channel;
+
+    for (u32 unit = blockIdx.y * blockDim.z + threadIdx.z; unit < p.samples * p.chunks; unit += gridDim.y * blockDim.z) {
+        const u32 sample = unit / p.chunks;
+        const u32 first = (unit - sample * p.chunks) * p.chunk;
+        const u32 end = min(p.tokens, first + p.chunk);
+        float z[W];
+        if (!PER_TOKEN && first + threadIdx.y < end) {
+            fill(p, key, sample, 0, channel, count, z);
+        }
+        for (u32 batch = first + threadIdx.y; batch < end; batch += BATCH * blockDim.y) {
+            Vector<T> in[BATCH], out[BATCH];
+#pragma unroll
+            for (unsigned i = 0; i < BATCH; ++i) {
+                const u32 token = batch + i * blockDim.y;
+                if (token < end) {
+                    const u64 at = (static_cast<u64>(sample) * p.tokens + token) * p.channels;
+                    in[i] = load_some(input + at, count, aligned);
+                    if (!BACKWARD) {
+                        out[i] = load_some<T>(output + at, count, aligned);
+                    }
+                }
+            }
+#pragma unroll
+            for (unsigned i = 0; i < BATCH; ++i) {
+                const u32 token = batch + i * blockDim.y;
+                if (token < end) {
+                    if (PER_TOKEN) {
+                        fill(p, key, sample, token, channel, count, z);
+                    }
+#pragma unroll
+                    for (unsigned j = 0; j < W; ++j) {
+                        const float value = to_float(in[i].value[j]);
+                        out[i].value[j] = from_float<T>(
+                            BACKWARD ? noise::detail::mul_rn(z[j], value)
+                                     : noise::detail::fma_rn(z[j], value, to_float(out[i].value[j])));
+                    }
+                    const u64 at = (static_cast<u64>(sample) * p.tokens + token) * p.channels;
+                    store_some(output + at, out[i], count, aligned);
+                }
+            }
+        }
+    }
+}
+
+template <class T, bool BACKWARD> __device__ __forceinline__ void apply(const NoisyEpilogueParams &p) {
+    if (is_per_token(p.noise)) {
+        apply<T, BACKWARD, true, 1>(p);
+    } else {
+        apply<T, BACKWARD, false, 4>(p);
+    }
+}
+
+} // namespace pace
+
+PACE_KERNEL(noisy_epilogue_f32, pace::NoisyEpilogueParams, 256) { pace::apply<float, false>(p); }
+PACE_KERNEL(noisy_epilogue_f16, pace::NoisyEpilogueParams, 256) { pace::apply<pace::f16, false>(p); }
+PACE_KERNEL(noisy_epilogue_bf16, pace::NoisyEpilogueParams, 256) { pace::apply<pace::bf16, false>(p); }
+PACE_KERNEL(noisy_epilogue_backward_f32, pace::NoisyEpilogueParams, 256) { pace::apply<float, true>(p); }
+PACE_KERNEL(noisy_epilogue_backward_f16, pace::NoisyEpilogueParams, 256) { pace::apply<pace::f16, true>(p); }
+PACE_KERNEL(noisy_epilogue_backward_bf16, pace::NoisyEpilogueParams, 256) { pace::apply<pace::bf16, true>(p); }

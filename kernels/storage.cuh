@@ -1,0 +1,98 @@
+// How kernels are declared and how they touch memory: storage types f32, f16 and bf16, single elements and 16-byte
+// vectors.
+//
+// All global memory is read and written through `load`, `store`, `load_vector` and `store_vector`. The compiler sees
+// plain accesses; the simulator of the tests (tests/simt) sees each one and checks bounds, alignment and whether what is
+// read was ever written. Arithmetic is in f32: `to_float` is exact, `from_float` rounds once, to nearest even.
+
+#ifndef PACE_STORAGE_CUH
+#define PACE_STORAGE_CUH
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+// A kernel takes one parameter struct by value, `p`, which src/cuda mirrors field by field. `threads` is the largest
+// block that plans ask for. The simulator brings its own definition.
+#if !defined(PACE_KERNEL)
+#define PACE_KERNEL(name, Params, threads)                                                                             \
+    extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Params p)
+#endif
+
+// Called before each access; the simulator brings its own definition.
+#if !defined(PACE_ACCESS)
+#define PACE_ACCESS(address, bytes, is_write) static_cast<void>(0)
+#endif
+
+namespace pace {
+
+using bf16 = __nv_bfloat16;
+using f16 = __half;
+
+__device__ __forceinline__ float to_float(float value) { return value; }
+__device__ __forceinline__ float to_float(f16 value) { return __half2float(value); }
+__device__ __forceinline__ float to_float(bf16 value) { return __bfloat162float(value); }
+
+template <class T> __device__ __forceinline__ T from_float(float value);
+template <> __device__ __forceinline__ float from_float<float>(float value) { return value; }
+template <> __device__ __forceinline__ f16 from_float<f16>(float value) { return __float2half_rn(value); }
+template <> __device__ __forceinline__ bf16 from_float<bf16>(float value) { return __float2bfloat16_rn(value); }
+
+template <class T> __device__ __forceinline__ T load(const T *address) {
+    PACE_ACCESS(address, sizeof(T), false);
+    return *address;
+}
+
+template <class T> __device__ __forceinline__ void store(T *address, T value) {
+    PACE_ACCESS(address, sizeof(T), true);
+    *address = value;
+}
+
+// 16 bytes of T, moved by one instruction where the address is a multiple of 16.
+template <class T> struct alignas(16) Vector {
+    static constexpr unsigned SIZE = 16 / sizeof(T);
+    T value[SIZE];
+};
+
+template <class T> __device__ __forceinline__ Vector<T> load_vector(const T *address) {
+    PACE_ACCESS(address, 16, false);
+    return *reinterpret_cast<const Vector<T> *>(address);
+}
+
+template <class T> __device__ __forceinline__ void store_vector(T *address, Vector<T> vector) {
+    PACE_ACCESS(address, 16, true);
+    *reinterpret_cast<Vector<T> *>(address) = vector;
+}
+
+// `count` elements from `address` on; the rest of the vector is zero. `aligned`: the address is a multiple of 16 and
+// the vector is full.
+template <class T>
+__device__ __forceinline__ Vector<T> load_some(const T *address, unsigned count, bool aligned) {
+    if (aligned) {
+        return load_vector(address);
+    }
+    Vector<T> vector;
+#pragma unroll
+    for (unsigned i = 0; i < Vector<T>::SIZE; ++i) {
+        vector.value[i] = i < count ? load(address + i) : from_float<T>(0.0f);
+    }
+    return vector;
+}
+
+// The first `count` elements of the vector to `address` on.
+template <class T>
+__device__ __forceinline__ void store_some(T *address, Vector<T> vector, unsigned count, bool aligned) {
+    if (aligned) {
+        store_vector(address, vector);
+        return;
+    }
+#pragma unroll
+    for (unsigned i = 0; i < Vector<T>::SIZE; ++i) {
+        if (i < count) {
+            store(address + i, vector.value[i]);
+        }
+    }
+}
+
+} // namespace pace
+
+#endif // PACE_STORAGE_CUH

@@ -1,0 +1,151 @@
+//! Plans: what to launch, as plain values, and the checks that all plans share.
+
+use crate::error::{Error, Result};
+use crate::shape::LinearShape;
+use bytemuck::Pod;
+
+/// A kernel by the file `kernels/FILE.cu` that it is in and its name there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Kernel {
+    /// File name without its extension.
+    pub file: &'static str,
+    /// Name of the function.
+    pub name: &'static str,
+}
+
+/// One launch of a kernel.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Launch<P> {
+    /// The kernel, whose parameter struct is `P`.
+    pub kernel: Kernel,
+    /// Blocks along x, y, z.
+    pub grid: [u32; 3],
+    /// Threads of a block along x, y, z.
+    pub block: [u32; 3],
+    /// Dynamic shared memory of a block.
+    pub shared_bytes: u32,
+    /// The kernel's only argument, passed by value.
+    pub params: P,
+}
+
+/// The parameter struct of a kernel, with the kernel's own layout.
+pub trait Params: Pod + PartialEq + std::fmt::Debug {}
+
+/// A tensor in device memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Buffer {
+    /// Address of its first element.
+    pub address: u64,
+    /// Number of elements.
+    pub len: usize,
+}
+
+impl Buffer {
+    /// Checks that there are `expected` elements of `bytes` bytes each, properly aligned.
+    pub(super) fn check(
+        &self,
+        argument: &'static str,
+        shape: &'static str,
+        expected: usize,
+        bytes: usize,
+    ) -> Result<()> {
+        if self.len != expected {
+            return Err(Error::Length { argument, shape, expected, got: self.len });
+        }
+        if self.address == 0 {
+            return Err(Error::Argument { argument, problem: "is a null pointer" });
+        }
+        if !self.address.is_multiple_of(bytes as u64) {
+            return Err(Error::Argument {
+                argument,
+                problem: "does not start at a multiple of its element size",
+            });
+        }
+        Ok(())
+    }
+
+    /// Whether vectors of 16 bytes can be loaded from its start.
+    pub(super) fn is_vector_aligned(&self) -> bool {
+        self.address.is_multiple_of(16)
+    }
+
+    /// Whether it shares memory with another tensor, given the bytes of an element of each.
+    pub(super) fn overlaps(&self, bytes: usize, other: &Buffer, other_bytes: usize) -> bool {
+        let end = |buffer: &Buffer, bytes: usize| u128::from(buffer.address) + (buffer.len * bytes) as u128;
+        u128::from(self.address) < end(other, other_bytes) && u128::from(other.address) < end(self, bytes)
+    }
+}
+
+/// Element types of tensors in device memory; arithmetic is in `f32` for all of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum DType {
+    /// IEEE 754 binary32.
+    F32,
+    /// IEEE 754 binary16.
+    F16,
+    /// The upper half of binary32.
+    BF16,
+}
+
+impl DType {
+    /// Bytes of one element.
+    pub fn bytes(self) -> usize {
+        match self {
+            DType::F32 => 4,
+            DType::F16 | DType::BF16 => 2,
+        }
+    }
+
+    /// The kernel for this type among those for `[F32, F16, BF16]`.
+    pub(super) fn choose(self, kernels: [Kernel; 3]) -> Kernel {
+        kernels[self as usize]
+    }
+}
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for f32 {}
+    impl Sealed for half::f16 {}
+    impl Sealed for half::bf16 {}
+}
+
+/// `f32`, `f16` or `bf16`.
+pub trait Element: sealed::Sealed + 'static {
+    /// The same as a value.
+    const DTYPE: DType;
+}
+
+impl Element for f32 {
+    const DTYPE: DType = DType::F32;
+}
+
+impl Element for half::f16 {
+    const DTYPE: DType = DType::F16;
+}
+
+impl Element for half::bf16 {
+    const DTYPE: DType = DType::BF16;
+}
+
+/// Most token rows of an operator, so that a kernel can count them in 32 bits and step over the end.
+const MAX_ROWS: usize = 1 << 31;
+
+/// Checks the sizes of an operator on `[M, N]` tensors; `in_features` does not matter.
+pub(super) fn check_output_shape(shape: LinearShape) -> Result<LinearShape> {
+    let shape = LinearShape { in_features: 1, shared_input: false, ..shape };
+    shape.check()?;
+    if shape.out_rows() > MAX_ROWS {
+        let expected = "at most 2^31";
+        return Err(Error::Size { argument: "branches * batch * tokens", expected, got: shape.out_rows() });
+    }
+    Ok(shape)
+}
+
+/// Largest y dimension of a grid; kernels stride over what is left.
+const MAX_GRID_Y: usize = 65535;
+
+/// The grid of `columns` blocks by as many as `rows` needs and the device allows.
+pub(super) fn grid(columns: usize, rows: usize) -> [u32; 3] {
+    // Columns are at most 2^30 by `check_output_shape`.
+    [columns as u32, rows.min(MAX_GRID_Y) as u32, 1]
+}

@@ -1,0 +1,33 @@
+//! The operators on NVIDIA devices: hand-written kernels, planned on the host, launched on the caller's stream.
+//!
+//! An operator turns its arguments into a plan, a plain [`Launch`]: which kernel, how many blocks and threads, which
+//! parameters. Planning checks every argument and needs neither device nor driver. [`Device`] carries plans out through
+//! `cudarc`: methods that take anything which implements `cudarc`'s `DevicePtr` are safe; [`Device::launch`] takes plans
+//! over raw addresses.
+//!
+//! Nothing here allocates device memory, waits for the device or creates a stream, so everything can be captured in a
+//! CUDA graph. A captured graph replays with fresh noise if the key lies in device memory (see [`Noise::Generated`]).
+//! `cudarc` itself records events on tensors as soon as there is a second stream; switch that off
+//! (`CudaContext::disable_event_tracking`) before you make the tensors of a graph.
+//!
+//! All operators are deterministic run to run, and the noise is bitwise that of the CPU.
+
+mod device;
+mod launch;
+mod noise_fill;
+mod noise_source;
+mod noisy_epilogue;
+
+pub use cudarc;
+pub use device::{Device, Noise};
+pub use launch::{Buffer, DType, Element, Kernel, Launch, Params};
+pub use noise_fill::{NoiseFill, NoiseFillParams};
+pub use noise_source::{NoiseSource, Source};
+pub use noisy_epilogue::{Direction, NoisyEpilogue, NoisyEpilogueParams};
+
+/// Every kernel.
+pub const KERNELS: [Kernel; 7] = {
+    let [f32, f16, bf16] = noisy_epilogue::FORWARD;
+    let [backward_f32, backward_f16, backward_bf16] = noisy_epilogue::BACKWARD;
+    [noise_fill::KERNEL, f32, f16, bf16, backward_f32, backward_f16, backward_bf16]
+};

@@ -1,0 +1,192 @@
+//! Noisy epilogue after a product of the caller's own; plans `kernels/noisy_epilogue.cu`.
+
+use super::device::{Device, Noise};
+use super::launch::{Buffer, DType, Element, Kernel, Launch, Params, check_output_shape, grid};
+use super::noise_source::{NoiseSource, Source};
+use crate::error::{Error, Result};
+use crate::shape::LinearShape;
+use bytemuck::{Pod, Zeroable};
+use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
+use std::mem::offset_of;
+
+const fn kernel(name: &'static str) -> Kernel {
+    Kernel { file: "noisy_epilogue", name }
+}
+
+pub(super) const FORWARD: [Kernel; 3] =
+    [kernel("noisy_epilogue_f32"), kernel("noisy_epilogue_f16"), kernel("noisy_epilogue_bf16")];
+pub(super) const BACKWARD: [Kernel; 3] = [
+    kernel("noisy_epilogue_backward_f32"),
+    kernel("noisy_epilogue_backward_f16"),
+    kernel("noisy_epilogue_backward_bf16"),
+];
+
+/// Threads of a block, at most.
+const THREADS: usize = 256;
+/// Columns of 16 bytes in a block: a warp touches up to 512 adjacent bytes.
+const COLUMNS: usize = 32;
+/// Tokens side by side in a block.
+const TOKENS: usize = 8;
+/// Tokens that one thread handles with one draw of the noise.
+const TOKENS_PER_THREAD: usize = 8;
+/// Largest z dimension of a block.
+const MAX_BLOCK_Z: usize = 64;
+
+/// Which way through the epilogue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    /// `output += z ⊙ input`: `y` and `a`.
+    Forward,
+    /// `output = z ⊙ input`: `da` and `dy`.
+    Backward,
+}
+
+/// Arguments of a noisy epilogue over `[M, N]` tensors.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct NoisyEpilogue {
+    /// Sizes; `in_features` and `shared_input` do not matter.
+    pub shape: LinearShape,
+    /// Where `z` comes from.
+    pub noise: Source,
+    /// Which way.
+    pub direction: Direction,
+    /// Type of both tensors.
+    pub dtype: DType,
+    /// `a`, or `dy`.
+    pub input: Buffer,
+    /// `y`, or `da`.
+    pub output: Buffer,
+}
+
+/// `pace::NoisyEpilogueParams` of the kernels.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
+pub struct NoisyEpilogueParams {
+    noise: NoiseSource,
+    input: u64,
+    output: u64,
+    samples: u32,
+    tokens: u32,
+    channels: u32,
+    chunk: u32,
+    chunks: u32,
+    aligned: u32,
+}
+
+const _: () = assert!(
+    size_of::<NoisyEpilogueParams>() == 88
+        && align_of::<NoisyEpilogueParams>() == 8
+        && offset_of!(NoisyEpilogueParams, input) == 48
+        && offset_of!(NoisyEpilogueParams, output) == 56
+        && offset_of!(NoisyEpilogueParams, samples) == 64
+        && offset_of!(NoisyEpilogueParams, tokens) == 68
+        && offset_of!(NoisyEpilogueParams, channels) == 72
+        && offset_of!(NoisyEpilogueParams, chunk) == 76
+        && offset_of!(NoisyEpilogueParams, chunks) == 80
+        && offset_of!(NoisyEpilogueParams, aligned) == 84
+);
+
+impl Params for NoisyEpilogueParams {}
+
+impl NoisyEpilogue {
+    /// The launch that computes the output.
+    ///
+    /// # Errors
+    /// If a size is zero or too large, the samples reach 2⁵⁶, or a buffer has the wrong length, is not aligned to its
+    /// element or overlaps the output.
+    pub fn plan(&self) -> Result<Launch<NoisyEpilogueParams>> {
+        let shape = check_output_shape(self.shape)?;
+        let noise = self.noise.plan(&shape)?;
+        let (m, n, bytes) = (shape.out_rows(), shape.out_features, self.dtype.bytes());
+        let (input, output, kernels) = match self.direction {
+            Direction::Forward => ("a", "y", FORWARD),
+            Direction::Backward => ("dy", "da", BACKWARD),
+        };
+        self.input.check(input, "[M, N]", m * n, bytes)?;
+        self.output.check(output, "[M, N]", m * n, bytes)?;
+        if self.input.overlaps(bytes, &self.output, bytes) {
+            return Err(Error::Argument { argument: input, problem: "overlaps the output" });
+        }
+        self.noise.check_overlap(&self.output, bytes)?;
+
+        let width = 16 / bytes;
+        let columns = n.div_ceil(width);
+        let x = columns.next_power_of_two().min(COLUMNS);
+        let y = shape.tokens.next_power_of_two().min(TOKENS);
+        let z = (THREADS / (x * y)).min(MAX_BLOCK_Z);
+        let chunks = shape.tokens.div_ceil(y * TOKENS_PER_THREAD);
+        let aligned = n.is_multiple_of(width)
+            && self.input.is_vector_aligned()
+            && self.output.is_vector_aligned()
+            && self.noise.is_vector_aligned();
+        Ok(Launch {
+            kernel: self.dtype.choose(kernels),
+            grid: grid(columns.div_ceil(x), (shape.samples() * chunks).div_ceil(z)),
+            block: [x as u32, y as u32, z as u32],
+            shared_bytes: 0,
+            params: NoisyEpilogueParams {
+                noise,
+                input: self.input.address,
+                output: self.output.address,
+                samples: shape.samples() as u32,
+                tokens: shape.tokens as u32,
+                channels: n as u32,
+                chunk: shape.tokens.div_ceil(chunks) as u32,
+                chunks: chunks as u32,
+                aligned: u32::from(aligned),
+            },
+        })
+    }
+}
+
+impl Device {
+    /// `y [M, N] += z ⊙ a [M, N]`: adds the perturbed adapter output to the base output that lies in `y`.
+    ///
+    /// Of `shape`, `in_features` does not matter and `shared_input` neither: `a` has all `M` rows.
+    ///
+    /// # Errors
+    /// As [`NoisyEpilogue::plan`]; also if an argument belongs to another device, or the launch fails.
+    pub fn noisy_epilogue<T: Element>(
+        &self,
+        shape: LinearShape,
+        noise: Noise<'_>,
+        a: &dyn DevicePtr<T>,
+        y: &mut dyn DevicePtrMut<T>,
+        stream: &CudaStream,
+    ) -> Result<()> {
+        self.epilogue(shape, noise, Direction::Forward, ("a", a), ("y", y), stream)
+    }
+
+    /// `da [M, N] = z ⊙ dy [M, N]`: the gradient of [`Device::noisy_epilogue`] to `a`. That to `y` is `dy` itself.
+    ///
+    /// # Errors
+    /// As [`Device::noisy_epilogue`].
+    pub fn noisy_epilogue_backward<T: Element>(
+        &self,
+        shape: LinearShape,
+        noise: Noise<'_>,
+        dy: &dyn DevicePtr<T>,
+        da: &mut dyn DevicePtrMut<T>,
+        stream: &CudaStream,
+    ) -> Result<()> {
+        self.epilogue(shape, noise, Direction::Backward, ("dy", dy), ("da", da), stream)
+    }
+
+    fn epilogue<T: Element>(
+        &self,
+        shape: LinearShape,
+        noise: Noise<'_>,
+        direction: Direction,
+        input: (&'static str, &dyn DevicePtr<T>),
+        output: (&'static str, &mut dyn DevicePtrMut<T>),
+        stream: &CudaStream,
+    ) -> Result<()> {
+        let (noise, _noise) = self.source(&noise, stream)?;
+        let (input, _input) = self.input(input.0, input.1, stream)?;
+        let (output, _output) = self.output(output.0, output.1, stream)?;
+        let plan = NoisyEpilogue { shape, noise, direction, dtype: T::DTYPE, input, output }.plan()?;
+        // SAFETY: the plan's addresses are those of live device tensors of this context, whose guards outlive the launch,
+        // and the plan checked their lengths against what the kernel touches.
+        unsafe { self.launch(&plan, stream) }
+    }
+}

@@ -1,0 +1,223 @@
+//! The parts of the build script that decide something: finding nvcc, its version, architectures, what is out of date.
+
+// The build script uses all of it.
+#[allow(dead_code)]
+#[path = "../build/nvcc.rs"]
+mod nvcc;
+
+use nvcc::{Nvcc, Unusable, archs, check_archs, find, is_newer, prerequisites, release};
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+/// An empty folder of its own for each test.
+fn folder(name: &str) -> PathBuf {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("build_script").join(name);
+    let _ = fs::remove_dir_all(&folder);
+    fs::create_dir_all(&folder).unwrap();
+    folder
+}
+
+fn file(path: &Path, contents: &str) {
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    fs::write(path, contents).unwrap();
+}
+
+#[test]
+fn nvcc_is_looked_for_in_the_documented_order() {
+    let folder = folder("find");
+    let name = format!("nvcc{}", std::env::consts::EXE_SUFFIX);
+    let places = ["home/bin", "path/bin", "search/a", "search/b"].map(|place| folder.join(place).join(&name));
+    for place in &places {
+        file(place, "");
+    }
+    let own = folder.join("my-nvcc");
+    file(&own, "");
+    let search =
+        std::env::join_paths([folder.join("none"), folder.join("search/a"), folder.join("search/b")]);
+    let mut variables: Vec<(&str, OsString)> = vec![
+        ("NVCC", own.clone().into()),
+        ("CUDA_HOME", folder.join("home").into()),
+        ("CUDA_PATH", folder.join("path").into()),
+        ("PATH", search.unwrap()),
+    ];
+    for want in [&own, &places[0], &places[1], &places[2]] {
+        let lookup =
+            |name: &str| variables.iter().find(|(known, _)| *known == name).map(|(_, value)| value.clone());
+        assert_eq!(find(&lookup).unwrap().as_ref(), Some(want));
+        variables.remove(0);
+    }
+    // An empty variable is one that is not set; a folder without nvcc is passed over.
+    let lookup = |variable: &str| match variable {
+        "NVCC" => Some(OsString::new()),
+        "CUDA_HOME" => Some(folder.join("none").into()),
+        "CUDA_PATH" => Some(folder.join("path").into()),
+        _ => None,
+    };
+    assert_eq!(find(&lookup).unwrap().as_ref(), Some(&places[1]));
+    // One that is asked for by name has to be there.
+    let lookup = |variable: &str| (variable == "NVCC").then(|| folder.join("none").into());
+    assert!(find(&lookup).unwrap_err().contains("is not a file"));
+}
+
+#[test]
+fn releases_are_read() {
+    let text = "nvcc: NVIDIA (R) Cuda compiler driver\nCuda compilation tools, release 13.0, V13.0.88\nBuild cuda_13.0";
+    assert_eq!(release(text), Some((13, 0)));
+    assert_eq!(release("Cuda compilation tools, release 11.8, V11.8.89"), Some((11, 8)));
+    for text in ["", "release", "release 13", "release x.y", "gcc 12.2"] {
+        assert_eq!(release(text), None, "{text}");
+    }
+}
+
+#[test]
+fn architectures_are_read() {
+    let read = |list| archs(list).map(|archs| archs.join(" "));
+    assert_eq!(read(nvcc::DEFAULT_ARCHS).as_deref(), Ok("80 90a"));
+    assert_eq!(read("80, 86;90a  100f;80").as_deref(), Ok("80 86 90a 100f"));
+    for (list, why) in
+        [("", "is empty"), (";", "is empty"), ("75", "80 (Ampere) or newer"), ("sm_80", "has `sm_80`")]
+    {
+        assert!(read(list).unwrap_err().contains(why), "{list}");
+    }
+    let known = "compute_75\ncompute_80\ncompute_90\n";
+    let check = |list| check_archs(&archs(list).unwrap(), known);
+    assert_eq!(check("80;90a"), Ok(()));
+    let error = check("80;100a").unwrap_err();
+    assert!(
+        error.contains("100a") && error.contains("75, 80, 90") && error.contains("PACE_CUDA_ARCHS"),
+        "{error}"
+    );
+    assert!(check_archs(&archs("90").unwrap(), "compute_90").unwrap_err().contains("80"), "the PTX floor");
+}
+
+#[test]
+fn depfiles_are_read() {
+    let paths = |text| prerequisites(text).iter().map(|path| path.display().to_string()).collect::<Vec<_>>();
+    assert_eq!(
+        paths("a.fatbin : a.cu \\\n    /b/c.h \\\r\n  with\\ space.h\n\nother: rule\n"),
+        ["a.cu", "/b/c.h", "with space.h"]
+    );
+    assert_eq!(paths("C:/out/a.fatbin : C:/a.cu\n"), ["C:/a.cu"]);
+    assert!(paths("").is_empty());
+}
+
+#[test]
+fn outputs_are_compared_with_everything_they_were_made_of() {
+    let folder = folder("newer");
+    let [output, depfile, source, header] = ["o", "d", "s", "h"].map(|name| folder.join(name));
+    let age = |path: &Path, seconds| {
+        let time = SystemTime::now() - Duration::from_secs(seconds);
+        fs::File::options().append(true).open(path).unwrap().set_modified(time).unwrap();
+    };
+    for (path, seconds) in [(&source, 30), (&header, 20), (&output, 10)] {
+        file(path, "");
+        age(path, seconds);
+    }
+    assert!(!is_newer(&output, &depfile), "no depfile yet");
+    file(&depfile, &format!("o : {} \\\n {}\n", source.display(), header.display()));
+    assert!(is_newer(&output, &depfile));
+    age(&header, 5);
+    assert!(!is_newer(&output, &depfile));
+    fs::remove_file(&header).unwrap();
+    assert!(!is_newer(&output, &depfile));
+    assert!(!is_newer(&folder.join("none"), &depfile));
+}
+
+/// A script in place of nvcc that logs what it is asked to compile.
+#[cfg(unix)]
+fn fake_nvcc(path: &Path, release: &str) {
+    use std::os::unix::fs::PermissionsExt;
+    let script = format!(
+        r#"#!/bin/sh
+case "$1" in
+--version) echo "Cuda compilation tools, release {release}, V{release}.1"; exit;;
+--list-gpu-arch) echo compute_80; echo compute_90; exit;;
+esac
+echo "$*" >> "$(dirname "$0")/log"
+while [ $# -gt 1 ]; do
+    case "$1" in -MF) depfile="$2";; -o) output="$2";; esac
+    shift
+done
+grep -q broken "$1" && {{ echo "error: it is broken"; exit 2; }}
+echo fatbin > "$output"
+echo "$output : $1" > "$depfile"
+"#
+    );
+    file(path, &script);
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+}
+
+#[cfg(unix)]
+#[test]
+fn sources_are_compiled_once_and_again_when_something_changed() {
+    let folder = folder("compile");
+    let (path, log) = (folder.join("nvcc"), folder.join("log"));
+    fake_nvcc(&path, "12.4");
+    let open = |archs: &'static str| {
+        let variable = |name: &str| match name {
+            "NVCC" => Some(path.clone().into()),
+            "PACE_CUDA_ARCHS" => Some(archs.into()),
+            "NVCC_CCBIN" => Some("my-g++".into()),
+            _ => None,
+        };
+        Nvcc::from_environment(&variable).unwrap_or_else(|_| panic!("the script is a usable nvcc"))
+    };
+    let sources: Vec<PathBuf> = (0..5).map(|i| folder.join(format!("{i}.cu"))).collect();
+    sources.iter().for_each(|source| file(source, "fine"));
+    let compiled = || fs::read_to_string(&log).unwrap().lines().count();
+
+    let nvcc = open("90a");
+    assert_eq!(nvcc.compile(&sources, &folder, 3), Ok(()));
+    assert_eq!(compiled(), 5);
+    assert!((0..5).all(|i| folder.join(format!("{i}.fatbin")).is_file()));
+    let command = fs::read_to_string(&log).unwrap();
+    for argument in
+        ["arch=compute_90a,code=sm_90a", "arch=compute_80,code=compute_80", "-ccbin my-g++", "-std=c++17"]
+    {
+        assert!(command.contains(argument), "{command}");
+    }
+    assert_eq!(nvcc.compile(&sources, &folder, 3), Ok(()));
+    assert_eq!(compiled(), 5, "nothing changed");
+    let later = SystemTime::now() + Duration::from_secs(2);
+    fs::File::options().append(true).open(&sources[2]).unwrap().set_modified(later).unwrap();
+    assert_eq!(nvcc.compile(&sources, &folder, 1), Ok(()));
+    assert_eq!(compiled(), 6, "one source is newer");
+    file(&sources[2], "fine");
+    assert_eq!(open("80").compile(&sources, &folder, 100), Ok(()));
+    assert_eq!(compiled(), 11, "another architecture");
+
+    file(&sources[1], "broken");
+    file(&sources[3], "broken");
+    let error = open("90a").compile(&sources, &folder, 2).unwrap_err();
+    assert_eq!(error.matches("error: it is broken").count(), 2, "{error}");
+}
+
+#[cfg(unix)]
+#[test]
+fn an_unusable_nvcc_is_explained() {
+    let folder = folder("unusable");
+    let path = folder.join("nvcc");
+    let open = |archs: Option<&'static str>| {
+        let variable = |name: &str| match name {
+            "NVCC" => Some(path.clone().into()),
+            "PACE_CUDA_ARCHS" => archs.map(Into::into),
+            _ => None,
+        };
+        Nvcc::from_environment(&variable).map(drop)
+    };
+    let missing = |result: Result<(), Unusable>, why: &str| {
+        assert!(matches!(&result, Err(Unusable::Missing(text)) if text.contains(why)));
+    };
+    let wrong = |result: Result<(), Unusable>, why: &str| {
+        assert!(matches!(&result, Err(Unusable::Wrong(text)) if text.contains(why)));
+    };
+    wrong(open(None), "is not a file");
+    fake_nvcc(&path, "11.8");
+    missing(open(None), "is 11.8, but the kernels need 12.0 or newer");
+    fake_nvcc(&path, "12.0");
+    assert!(open(None).is_ok());
+    wrong(open(Some("120")), "does not know architecture 120");
+    wrong(open(Some("70")), "80 (Ampere) or newer");
+}

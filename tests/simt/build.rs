@@ -1,0 +1,59 @@
+//! Compiles the kernels, and those of the simulator's own tests, with the host's C++ compiler.
+//!
+//! Writes `kernels.rs` to `OUT_DIR`: a table of every kernel by name.
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+
+fn main() {
+    let here = PathBuf::from(std::env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it"));
+    let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets it"));
+    let include = here.join("include");
+    let kernels = here.join("../../kernels");
+    let mut build = cc::Build::new();
+    // Contraction stays off: an operation is fused where the kernel says so and nowhere else.
+    build
+        .cpp(true)
+        .std("c++17")
+        .flag("-ffp-contract=off")
+        .flag("-Wno-unknown-pragmas")
+        .warnings_into_errors(true);
+    build.flag("-include").flag(include.join("simt.h")).include(&include).include(&kernels);
+
+    let mut declarations = String::from("unsafe extern \"C\" {\n");
+    let mut table = String::from("const KERNELS: &[Kernel] = &[\n");
+    println!("cargo:rerun-if-changed={}", include.display());
+    for folder in [&kernels, &here.join("kernels")] {
+        println!("cargo:rerun-if-changed={}", folder.display());
+        let mut files: Vec<PathBuf> = std::fs::read_dir(folder)
+            .expect("a folder of kernels")
+            .map(|file| file.expect("a file").path())
+            .collect();
+        files.sort();
+        for file in files.iter().filter(|file| file.extension().is_some_and(|extension| extension == "cu")) {
+            // The extension would make the compiler look for CUDA.
+            build.file(as_cpp(file, &out));
+            let source = std::fs::read_to_string(file).expect("a readable kernel");
+            for rest in source.split("\nPACE_KERNEL(").skip(1) {
+                let name = rest.split(',').next().expect("split gives one part at least").trim();
+                let _ = writeln!(declarations, "    fn pace_simt_run_{name}(params: *const u8);");
+                let _ = writeln!(declarations, "    safe fn pace_simt_bytes_{name}() -> usize;");
+                let _ = writeln!(
+                    table,
+                    "    Kernel {{ name: {name:?}, run: pace_simt_run_{name}, bytes: pace_simt_bytes_{name} }},"
+                );
+            }
+        }
+    }
+    std::fs::write(out.join("kernels.rs"), format!("{declarations}}}\n{table}];\n"))
+        .expect("a writable OUT_DIR");
+    build.compile("pace_simt_kernels");
+}
+
+/// A C++ file that includes `file`.
+fn as_cpp(file: &Path, out: &Path) -> PathBuf {
+    let file = file.canonicalize().expect("the file was just listed");
+    let cpp = out.join(file.file_name().expect("a file has a name")).with_extension("cpp");
+    std::fs::write(&cpp, format!("#include {:?}\n", file.to_string_lossy())).expect("a writable OUT_DIR");
+    cpp
+}

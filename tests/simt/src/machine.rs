@@ -1,0 +1,409 @@
+//! The scheduler: a block's threads as coroutines, and where they wait for each other.
+
+use crate::fault::{Fault, Thread};
+use crate::memory::{Memory, Region};
+use corosensei::stack::DefaultStack;
+use corosensei::{Coroutine, CoroutineResult, Yielder};
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::ffi::{CStr, c_char, c_void};
+use std::rc::Rc;
+
+struct Kernel {
+    name: &'static str,
+    run: unsafe extern "C" fn(*const u8),
+    bytes: extern "C" fn() -> usize,
+}
+
+// `KERNELS`, by build.rs.
+include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+
+/// The names of all kernels.
+pub fn kernels() -> impl Iterator<Item = &'static str> {
+    KERNELS.iter().map(|kernel| kernel.name)
+}
+
+/// What to launch.
+#[derive(Debug, Clone, Copy)]
+pub struct Launch<'a> {
+    /// Name of the kernel.
+    pub kernel: &'a str,
+    /// Blocks along x, y, z.
+    pub grid: [u32; 3],
+    /// Threads of a block along x, y, z.
+    pub block: [u32; 3],
+    /// Dynamic shared memory of a block.
+    pub shared_bytes: u32,
+    /// The bytes of the kernel's parameter struct.
+    pub params: &'a [u8],
+}
+
+/// In which order blocks, and the threads of a block between two switch points, run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Schedule {
+    /// By their numbers.
+    InOrder,
+    /// At random, from this seed.
+    Random(u64),
+}
+
+/// SplitMix64.
+struct Dice(Option<u64>);
+
+impl Dice {
+    /// A number below `below`; 0 when in order.
+    fn roll(&mut self, below: usize) -> usize {
+        let Some(state) = &mut self.0 else { return 0 };
+        *state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = *state;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        ((z ^ (z >> 31)) % below as u64) as usize
+    }
+}
+
+const WARP: usize = 32;
+/// Stack of one thread; the kernels keep little there.
+const STACK: usize = 64 << 10;
+/// What every device since compute capability 8.0 allows.
+const MAX_THREADS: u32 = 1024;
+const MAX_BLOCK: [u32; 3] = [1024, 1024, 64];
+const MAX_GRID: [u32; 3] = [i32::MAX as u32, 65535, 65535];
+const MAX_SHARED: u32 = 99 << 10;
+
+/// A line of a kernel.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Place {
+    file: *const c_char,
+    line: u32,
+}
+
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // SAFETY: `__FILE__` is a string that lives as long as the program.
+        let file = unsafe { CStr::from_ptr(self.file) }.to_string_lossy();
+        write!(f, "{}:{}", file.rsplit('/').next().unwrap_or_default(), self.line)
+    }
+}
+
+/// Why a thread gave way.
+enum Wait {
+    Barrier(Place),
+    Exchange(Place, u32),
+    Fault(Fault),
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    Runnable,
+    Barrier(Place),
+    Exchange(Place, u32),
+    Done,
+}
+
+impl State {
+    /// What a thread in this state does instead of joining the others.
+    fn otherwise(self) -> String {
+        match self {
+            State::Runnable => "runs".into(),
+            State::Barrier(place) => format!("waits at the barrier in {place}"),
+            State::Exchange(place, mask) => format!("waits at {place} for lanes {mask:#010x}"),
+            State::Done => "has returned".into(),
+        }
+    }
+}
+
+/// `pace_simt_coordinates` of simt.h.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Coordinates {
+    thread: [u32; 3],
+    block: [u32; 3],
+    block_dim: [u32; 3],
+    grid_dim: [u32; 3],
+}
+
+/// What the hooks know of the thread that runs.
+struct Context {
+    coordinates: Coordinates,
+    memory: *const Memory,
+    shared: *mut u8,
+    yielder: Cell<*const Yielder<(), Wait>>,
+    /// What it gives to an exchange, and what all lanes gave to the last one.
+    given: Cell<u64>,
+    received: RefCell<Rc<[Option<u64>; WARP]>>,
+}
+
+impl Context {
+    fn thread(&self) -> Thread {
+        Thread { block: self.coordinates.block, thread: self.coordinates.thread }
+    }
+
+    fn wait(&self, why: Wait) {
+        // SAFETY: set when the coroutine started, which has not ended: it is the one that calls this.
+        unsafe { &*self.yielder.get() }.suspend(why);
+    }
+
+    /// Ends the launch. The scheduler never resumes a thread that reports a fault.
+    fn fail(&self, fault: Fault) -> ! {
+        self.wait(Wait::Fault(fault));
+        unreachable!("a failed thread is not resumed");
+    }
+}
+
+thread_local! {
+    static CURRENT: Cell<*const Context> = const { Cell::new(std::ptr::null()) };
+    /// Stacks of threads that have ended.
+    static STACKS: RefCell<Vec<DefaultStack>> = const { RefCell::new(Vec::new()) };
+}
+
+/// The thread that runs.
+fn current() -> &'static Context {
+    // SAFETY: hooks are only called by kernels, which the scheduler only runs with this set; the reference is gone before
+    // the block ends.
+    unsafe { &*CURRENT.get() }
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn pace_simt_thread() -> *const Coordinates {
+    &raw const current().coordinates
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn pace_simt_shared() -> *mut u8 {
+    current().shared
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn pace_simt_barrier(file: *const c_char, line: u32) {
+    current().wait(Wait::Barrier(Place { file, line }));
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn pace_simt_exchange(file: *const c_char, line: u32, mask: u32, source: u32, value: u64) -> u64 {
+    let (context, place) = (current(), Place { file, line });
+    let inactive = |lane: u32| {
+        context.fail(Fault::InactiveLane { thread: context.thread(), place: place.to_string(), lane })
+    };
+    let [x, y, z] = context.coordinates.thread;
+    let [width, height, _] = context.coordinates.block_dim;
+    let own = (x + width * (y + height * z)) % WARP as u32;
+    if mask >> own & 1 == 0 {
+        inactive(own);
+    }
+    context.given.set(value);
+    context.wait(Wait::Exchange(place, mask));
+    let received = context.received.borrow().get(source as usize).copied().flatten();
+    received.unwrap_or_else(|| inactive(source))
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn pace_simt_access(address: *const c_void, bytes: usize, is_write: bool) {
+    let context = current();
+    // SAFETY: the memory outlives the launch.
+    let memory = unsafe { &*context.memory };
+    if let Err(fault) = memory.access(context.thread(), address as usize, bytes, is_write) {
+        context.fail(fault);
+    }
+}
+
+impl Memory {
+    /// Runs a launch to its end.
+    ///
+    /// # Errors
+    /// The first [`Fault`] found; memory is then in an undefined state.
+    pub fn launch(&mut self, launch: &Launch<'_>, schedule: Schedule) -> Result<(), Fault> {
+        let Launch { kernel, grid, block, shared_bytes, params } = *launch;
+        let kernel = KERNELS
+            .iter()
+            .find(|known| known.name == kernel)
+            .ok_or_else(|| Fault::UnknownKernel(kernel.to_owned()))?;
+        let expected = (kernel.bytes)();
+        if params.len() != expected {
+            return Err(Fault::ParamsSize { expected, got: params.len() });
+        }
+        let within = |sizes: [u32; 3], limits: [u32; 3]| (0..3).all(|i| (1..=limits[i]).contains(&sizes[i]));
+        let threads = block.iter().try_fold(1u32, |product, &size| product.checked_mul(size));
+        if !within(grid, MAX_GRID)
+            || !within(block, MAX_BLOCK)
+            || threads.is_none_or(|threads| threads > MAX_THREADS)
+            || shared_bytes > MAX_SHARED
+        {
+            return Err(Fault::Geometry { grid, block, shared_bytes });
+        }
+        // The compiler may assume that the struct is aligned.
+        let mut aligned = vec![0u128; params.len().div_ceil(16)];
+        bytemuck::cast_slice_mut(&mut aligned)[..params.len()].copy_from_slice(params);
+
+        let mut dice = Dice(match schedule {
+            Schedule::InOrder => None,
+            Schedule::Random(seed) => Some(seed),
+        });
+        let nothing = Rc::new([None; WARP]);
+        let shared = Region::new(0, shared_bytes as usize);
+        let mut blocks: VecDeque<[u32; 3]> = indices(grid).collect();
+        while let Some(index) = blocks.swap_remove_front(dice.roll(blocks.len().max(1))) {
+            shared.poison();
+            let contexts: Vec<Context> = indices(block)
+                .map(|thread| Context {
+                    coordinates: Coordinates { thread, block: index, block_dim: block, grid_dim: grid },
+                    memory: &raw const *self,
+                    shared: shared.data(),
+                    yielder: Cell::new(std::ptr::null()),
+                    given: Cell::new(0),
+                    received: RefCell::new(nothing.clone()),
+                })
+                .collect();
+            Block::new(&contexts, kernel.run, aligned.as_ptr().cast()).run(&mut dice)?;
+            shared.check("shared memory")?;
+        }
+        self.check()
+    }
+}
+
+/// Every index of a grid or block, x fastest.
+fn indices([x, y, z]: [u32; 3]) -> impl Iterator<Item = [u32; 3]> {
+    (0..z).flat_map(move |k| (0..y).flat_map(move |j| (0..x).map(move |i| [i, j, k])))
+}
+
+/// A block's threads on their way.
+struct Block<'a> {
+    contexts: &'a [Context],
+    coroutines: Vec<Coroutine<(), Wait, (), DefaultStack>>,
+    states: Vec<State>,
+    runnable: Vec<usize>,
+}
+
+impl<'a> Block<'a> {
+    fn new(contexts: &'a [Context], run: unsafe extern "C" fn(*const u8), params: *const u8) -> Self {
+        let start = |context: &Context| {
+            let stack = STACKS.with_borrow_mut(Vec::pop);
+            let stack = stack.unwrap_or_else(|| DefaultStack::new(STACK).expect("memory for a stack"));
+            let context: *const Context = context;
+            Coroutine::with_stack(stack, move |yielder, ()| {
+                // SAFETY: the contexts outlive the coroutines, which `Block` ends.
+                unsafe { &*context }.yielder.set(yielder);
+                // SAFETY: the parameters outlive the launch and have the kernel's size and alignment.
+                unsafe { run(params) };
+            })
+        };
+        Self {
+            contexts,
+            coroutines: contexts.iter().map(start).collect(),
+            states: vec![State::Runnable; contexts.len()],
+            // The last is taken first when in order.
+            runnable: (0..contexts.len()).rev().collect(),
+        }
+    }
+
+    /// Runs all threads to their end.
+    fn run(mut self, dice: &mut Dice) -> Result<(), Fault> {
+        loop {
+            while !self.runnable.is_empty() {
+                let last = self.runnable.len() - 1;
+                let i = self.runnable.swap_remove(last - dice.roll(last + 1));
+                CURRENT.set(&raw const self.contexts[i]);
+                self.states[i] = match self.coroutines[i].resume(()) {
+                    CoroutineResult::Yield(Wait::Barrier(place)) => State::Barrier(place),
+                    CoroutineResult::Yield(Wait::Exchange(place, mask)) => State::Exchange(place, mask),
+                    CoroutineResult::Yield(Wait::Fault(fault)) => return Err(fault),
+                    CoroutineResult::Return(()) => State::Done,
+                };
+                if !matches!(self.states[i], State::Barrier(_)) {
+                    self.release_warp(i / WARP * WARP);
+                }
+            }
+            if self.states.iter().all(|&state| state == State::Done) {
+                return Ok(());
+            }
+            self.release_barrier()?;
+        }
+    }
+
+    /// Lets the lanes of the warp that starts at thread `first` go on if all that an exchange waits for have come.
+    fn release_warp(&mut self, first: usize) {
+        let lanes = first..self.states.len().min(first + WARP);
+        let Some(State::Exchange(place, mask)) =
+            self.states[lanes.clone()].iter().copied().find(|state| matches!(state, State::Exchange(..)))
+        else {
+            return;
+        };
+        let takes_part = |i: usize| mask >> (i - first) & 1 == 1 && self.states[i] != State::Done;
+        if !lanes.clone().filter(|&i| takes_part(i)).all(|i| self.states[i] == State::Exchange(place, mask)) {
+            return;
+        }
+        let members: Vec<usize> = lanes.filter(|&i| takes_part(i)).collect();
+        let mut values = [None; WARP];
+        for &i in &members {
+            values[i - first] = Some(self.contexts[i].given.get());
+        }
+        let values = Rc::new(values);
+        for &i in &members {
+            self.contexts[i].received.replace(values.clone());
+            self.states[i] = State::Runnable;
+            self.runnable.push(i);
+        }
+    }
+
+    /// Lets all threads go on if they wait at one barrier; nothing is runnable.
+    fn release_barrier(&mut self) -> Result<(), Fault> {
+        let thread = |i: usize| self.contexts[i].thread();
+        let waiting = |i: &usize| self.states[*i] != State::Done;
+        let exchanging = |i: &usize| matches!(self.states[*i], State::Exchange(..));
+        // A warp that is stuck explains a barrier that is not reached, not the other way round.
+        let all = 0..self.states.len();
+        let first = all
+            .clone()
+            .find(exchanging)
+            .or_else(|| all.clone().find(waiting))
+            .expect("a thread has not ended");
+        match self.states[first] {
+            State::Exchange(place, mask) => {
+                let lanes = first / WARP * WARP..self.states.len().min(first / WARP * WARP + WARP);
+                let other = lanes
+                    .filter(|i| mask >> (i % WARP) & 1 == 1)
+                    .find(|&i| {
+                        self.states[i] != State::Exchange(place, mask) && self.states[i] != State::Done
+                    })
+                    .expect("an exchange is released as soon as its lanes have come");
+                Err(Fault::WarpDivergence {
+                    waiting: thread(first),
+                    place: place.to_string(),
+                    mask,
+                    other: thread(other),
+                    otherwise: self.states[other].otherwise(),
+                })
+            }
+            State::Barrier(place) => {
+                if let Some(other) = all.clone().find(|&i| self.states[i] != State::Barrier(place)) {
+                    return Err(Fault::BarrierDivergence {
+                        waiting: thread(first),
+                        place: place.to_string(),
+                        other: thread(other),
+                        otherwise: self.states[other].otherwise(),
+                    });
+                }
+                self.states.fill(State::Runnable);
+                self.runnable.extend(all.rev());
+                Ok(())
+            }
+            State::Runnable | State::Done => unreachable!("the thread waits"),
+        }
+    }
+}
+
+impl Drop for Block<'_> {
+    fn drop(&mut self) {
+        CURRENT.set(std::ptr::null());
+        for mut coroutine in self.coroutines.drain(..) {
+            if coroutine.started() && !coroutine.done() {
+                // SAFETY: what lies on the stack of a kernel has no destructors, and nobody refers to it any more.
+                unsafe { coroutine.force_reset() };
+            }
+            // One that never ran still holds what it would have captured: dropping it is enough.
+            if coroutine.done() {
+                STACKS.with_borrow_mut(|stacks| stacks.push(coroutine.into_stack()));
+            }
+        }
+    }
+}

@@ -1,0 +1,229 @@
+//! Global memory: tensors with guarded ends, and a record of what was written.
+
+use crate::fault::{Access, Fault, Thread};
+use bytemuck::Pod;
+use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
+use std::cell::Cell;
+
+/// Alignment of a tensor's memory, that of `cudaMalloc`.
+const ALIGNMENT: usize = 256;
+/// Bytes before and behind a tensor that nobody may touch.
+const RED_ZONE: usize = 256;
+/// What lies there.
+const GUARD: u8 = 0xA5;
+/// What lies in outputs and in shared memory beforehand: NaN in every floating-point type.
+const POISON: u8 = 0xFF;
+
+/// A block of memory with red zones around the part in use.
+pub(crate) struct Region {
+    start: *mut u8,
+    layout: Layout,
+    /// The part in use.
+    first: usize,
+    bytes: usize,
+}
+
+impl Region {
+    /// `bytes` bytes of poison, `shift` bytes past a multiple of 256.
+    pub(crate) fn new(shift: usize, bytes: usize) -> Self {
+        let first = RED_ZONE + shift;
+        let layout =
+            Layout::from_size_align(first + bytes + RED_ZONE, ALIGNMENT).expect("a size that fits memory");
+        // SAFETY: the layout is not empty.
+        let start = unsafe { alloc(layout) };
+        if start.is_null() {
+            handle_alloc_error(layout);
+        }
+        // SAFETY: the block was just allocated with this size.
+        unsafe { start.write_bytes(GUARD, layout.size()) };
+        let region = Self { start, layout, first, bytes };
+        region.poison();
+        region
+    }
+
+    pub(crate) fn poison(&self) {
+        // SAFETY: the part in use lies in the block.
+        unsafe { self.data().write_bytes(POISON, self.bytes) };
+    }
+
+    /// Start of the part in use.
+    pub(crate) fn data(&self) -> *mut u8 {
+        // SAFETY: `first` lies in the block.
+        unsafe { self.start.add(self.first) }
+    }
+
+    fn copy(&self) -> Vec<u8> {
+        // SAFETY: all bytes of the part in use are initialised, and nobody writes during this call.
+        unsafe { std::slice::from_raw_parts(self.data(), self.bytes) }.to_vec()
+    }
+
+    /// Checks both red zones.
+    pub(crate) fn check(&self, name: &str) -> Result<(), Fault> {
+        // SAFETY: all bytes of the block are initialised, and nobody writes during this call.
+        let block = unsafe { std::slice::from_raw_parts(self.start, self.layout.size()) };
+        let outside = |at: &usize| !(self.first..self.first + self.bytes).contains(at);
+        match (0..block.len()).filter(outside).find(|&at| block[at] != GUARD) {
+            Some(at) => Err(Fault::Corrupted { tensor: name.into(), offset: at as i64 - self.first as i64 }),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new` with this layout.
+        unsafe { dealloc(self.start, self.layout) };
+    }
+}
+
+struct Allocation {
+    name: String,
+    region: Region,
+    /// What an input holds; `None` if kernels may write here.
+    input: Option<Vec<u8>>,
+    /// Which bytes hold something.
+    written: Vec<Cell<bool>>,
+}
+
+impl Allocation {
+    fn start(&self) -> usize {
+        self.region.data() as usize
+    }
+}
+
+/// A tensor in simulated device memory.
+#[derive(Debug, Clone, Copy)]
+pub struct Tensor {
+    index: usize,
+    address: u64,
+    len: usize,
+}
+
+impl Tensor {
+    /// Address of the first element.
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it has none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}
+
+/// Simulated device memory.
+pub struct Memory {
+    shift: usize,
+    allocations: Vec<Allocation>,
+}
+
+impl Memory {
+    /// Empty memory whose tensors will start `shift` elements past a multiple of 256 bytes.
+    pub fn new(shift: usize) -> Self {
+        Self { shift, allocations: Vec::new() }
+    }
+
+    /// A tensor that kernels may read.
+    pub fn input<T: Pod>(&mut self, name: &str, values: &[T]) -> Tensor {
+        let tensor = self.in_out(name, values);
+        let allocation = &mut self.allocations[tensor.index];
+        allocation.input = Some(allocation.region.copy());
+        tensor
+    }
+
+    /// A tensor that kernels may read and write.
+    pub fn in_out<T: Pod>(&mut self, name: &str, values: &[T]) -> Tensor {
+        let tensor = self.output::<T>(name, values.len());
+        self.write(&tensor, values);
+        tensor
+    }
+
+    /// A tensor that kernels have to write before anybody reads it.
+    pub fn output<T: Pod>(&mut self, name: &str, len: usize) -> Tensor {
+        let bytes = len * size_of::<T>();
+        let region = Region::new(self.shift * size_of::<T>(), bytes);
+        let tensor = Tensor { index: self.allocations.len(), address: region.data() as u64, len };
+        let written = vec![Cell::new(false); bytes];
+        self.allocations.push(Allocation { name: name.into(), region, input: None, written });
+        tensor
+    }
+
+    /// Overwrites a tensor that is not an input, as a copy from the host would.
+    pub fn write<T: Pod>(&mut self, tensor: &Tensor, values: &[T]) {
+        let allocation = &self.allocations[tensor.index];
+        let bytes: &[u8] = bytemuck::cast_slice(values);
+        assert!(allocation.input.is_none() && bytes.len() == allocation.region.bytes);
+        // SAFETY: the allocation has just these many bytes, and they are not the slice's.
+        unsafe { allocation.region.data().copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
+        allocation.written.iter().for_each(|written| written.set(true));
+    }
+
+    /// The values of a tensor, all of which must have been written.
+    ///
+    /// # Errors
+    /// [`Fault::Unwritten`].
+    pub fn read<T: Pod>(&self, tensor: &Tensor) -> Result<Vec<T>, Fault> {
+        let allocation = &self.allocations[tensor.index];
+        if let Some(byte) = allocation.written.iter().position(|written| !written.get()) {
+            return Err(Fault::Unwritten { tensor: allocation.name.clone(), element: byte / size_of::<T>() });
+        }
+        Ok(bytemuck::pod_collect_to_vec(&allocation.region.copy()))
+    }
+
+    /// Checks an access of a kernel, and notes what it writes.
+    pub(crate) fn access(
+        &self,
+        thread: Thread,
+        address: usize,
+        bytes: usize,
+        is_write: bool,
+    ) -> Result<(), Fault> {
+        let distance = |allocation: &Allocation| {
+            let (start, end) = (allocation.start(), allocation.start() + allocation.region.bytes);
+            start.saturating_sub(address).max((address + bytes).saturating_sub(end))
+        };
+        let Some(nearest) = self.allocations.iter().min_by_key(|allocation| distance(allocation)) else {
+            let access = Access { offset: address as i64, bytes, is_write };
+            return Err(Fault::OutOfBounds { thread, access, tensor: "nothing".into() });
+        };
+        let access = Access { offset: address as i64 - nearest.start() as i64, bytes, is_write };
+        let tensor = || nearest.name.clone();
+        if distance(nearest) > 0 {
+            return Err(Fault::OutOfBounds { thread, access, tensor: tensor() });
+        }
+        if !address.is_multiple_of(bytes) {
+            return Err(Fault::Misaligned { thread, access, tensor: tensor() });
+        }
+        let written = &nearest.written[access.offset as usize..][..bytes];
+        if !is_write {
+            return match written.iter().all(Cell::get) {
+                true => Ok(()),
+                false => Err(Fault::ReadBeforeWrite { thread, access, tensor: tensor() }),
+            };
+        }
+        if nearest.input.is_some() {
+            return Err(Fault::WriteToInput { thread, access, tensor: tensor() });
+        }
+        written.iter().for_each(|written| written.set(true));
+        Ok(())
+    }
+
+    /// Checks for writes that [`Memory::access`] did not see.
+    pub(crate) fn check(&self) -> Result<(), Fault> {
+        for Allocation { name, region, input, .. } in &self.allocations {
+            region.check(name)?;
+            if let Some(input) = input {
+                let now = region.copy();
+                if let Some(at) = (0..now.len()).find(|&at| now[at] != input[at]) {
+                    return Err(Fault::Corrupted { tensor: name.clone(), offset: at as i64 });
+                }
+            }
+        }
+        Ok(())
+    }
+}
