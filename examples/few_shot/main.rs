@@ -31,14 +31,14 @@ USAGE: cargo run --release --example few_shot -- [OPTIONS]
 Without options: MNIST to Optdigits, 4 shots per class, about 2 minutes on 2 cores.
 
     --full              1, 2, 4, 8 and 16 shots per class
-    --shots N           shots per class (may be repeated)
+    --shots N           shots per class, up to 19 (may be repeated)
     --seeds N           runs per method, with different shots (default 4)
     --epochs N          epochs (default 100 of fine-tuning, 60 of pre-training)
     --rank N            rank of the adapters (default 8)
     --search            choose lambda and sigma on the validation images first, for every method
-    --weights FILE      another vision transformer in timm's layout (safetensors)
+    --weights FILE      another vision transformer in timm's layout (safetensors); pixels from -1 to 1
     --heads N           its number of attention heads, if not one per 64 channels
-    --data FOLDER       other images, one sub-folder per class
+    --data FOLDER       other images (png, jpeg), one sub-folder of more than 40 per class
     --out FOLDER        where results go (default results/few_shot)
     --pretrain          train the source model anew (writes source.safetensors to the output folder) and stop
     --help              this text
@@ -237,7 +237,10 @@ fn compare(options: &Options) -> Result<()> {
         test.len()
     );
     if source.config.classes == set.classes {
-        println!("source model as it is: {:.1} %", 100.0 * train::unadapted_accuracy(&source, &test)?);
+        println!(
+            "test accuracy of the source model as it is: {:.1} %",
+            100.0 * train::unadapted_accuracy(&source, &test)?
+        );
     }
     let recipe = Recipe {
         epochs: options.epochs.unwrap_or(100),
@@ -401,9 +404,9 @@ fn run_all(label: &str, jobs: &[Job<'_>]) -> Result<Vec<Run>> {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build()?;
             let (next, progress, results) = (&next, &progress, &results);
             scope.spawn(move || {
-                while let Some((i, job)) =
-                    Some(next.fetch_add(1, Ordering::Relaxed)).and_then(|i| Some((i, jobs.get(i)?)))
-                {
+                loop {
+                    let i = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(job) = jobs.get(i) else { break };
                     let run = pool.install(|| job.run());
                     if let Ok(mut progress) = progress.lock() {
                         progress.step(format!(

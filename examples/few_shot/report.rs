@@ -172,8 +172,10 @@ pub fn summarise<'a>(runs: &'a [Run], baseline: &str) -> Vec<Summary<'a>> {
 pub fn table(summaries: &[Summary], baseline: &str) -> String {
     let method_width = summaries.iter().map(|s| s.method.chars().count()).max().unwrap_or(0);
     let mut text = format!(
-        "Accuracy in %, mean ± standard deviation over seeds. Difference to \"{baseline}\" in points on the same seeds,\n\
-         with a 95 % interval (Student's t). Gradient norm and FP-distance after the last epoch; seconds per run.\n"
+        "Accuracy on the test images in %, mean ± standard deviation over seeds. Difference to \"{baseline}\" in points on\n\
+         the same seeds, with a 95 % interval (Student's t). Gradient norm: of the cross-entropy, to all that the method\n\
+         trains (a linear probe has the head alone). FP-distance: mean squared distance of the features to the source\n\
+         model's. Both after the last epoch, on validation images, without noise. Seconds: training alone, per run.\n"
     );
     for shots in distinct(summaries.iter().map(|s| s.shots)) {
         let rows: Vec<_> = summaries.iter().filter(|s| s.shots == shots).collect();
@@ -344,7 +346,7 @@ fn history_chart(
     }
     let points = || series.iter().flat_map(|s| &s.points);
     let title = format!(
-        "{label}, {shots} shot{} per class, mean over {most_seeds} seed{}",
+        "{label} on validation images, {shots} shot{} per class, mean over {most_seeds} seed{}",
         plural(shots),
         plural(most_seeds)
     );

@@ -180,7 +180,11 @@ impl Job<'_> {
         };
         let features = |x: &Tensor| if probe { Ok(x.clone()) } else { model.features(x) };
         let logits = |x: &Tensor| if probe { model.classify(x) } else { model.forward(x) };
-        let (inputs, unseen) = (prepare(&self.train)?, prepare(&self.validation)?);
+        let start = Instant::now();
+        let inputs = prepare(&self.train)?;
+        // A linear probe's features are part of its training.
+        let mut seconds = start.elapsed().as_secs_f64();
+        let unseen = prepare(&self.validation)?;
         // Adapters start as the identity: these are the source model's features.
         let source = features(&unseen)?.detach();
 
@@ -190,7 +194,6 @@ impl Job<'_> {
         let mut objective =
             Objective::new(&context, self.method.variant(self.train.len()), self.strength.lambda)?;
         let mut history = Vec::new();
-        let mut seconds = 0.0;
         let steps = epochs * batches(self.train.len(), batch, self.seed, 0).len();
         let mut step = 0;
         for epoch in 1..=epochs {
