@@ -46,6 +46,7 @@ fn layer(
     let base = Linear::new(random("weight", &[out, inp]), Some(random("bias", &[out])));
     Injector::new(context, adapter, rank, &[sigma], vb)
         .with_noise_shape(shape)
+        .with_scale(1.5)
         .wrap("layer", 0, base)
         .unwrap()
 }

@@ -36,7 +36,8 @@ Without options: MNIST to Optdigits, 4 shots per class, about 2 minutes on 2 cor
     --epochs N          epochs (default 100 of fine-tuning, 60 of pre-training)
     --rank N            rank of the adapters (default 8)
     --search            choose lambda and sigma on the validation images first, for every method
-    --weights FILE      another vision transformer in timm's layout (safetensors); pixels from -1 to 1
+    --weights FILE      another vision transformer in timm's layout (safetensors), pixels from -1 to 1; a small one:
+                        a run holds the activations of all its validation images
     --heads N           its number of attention heads, if not one per 64 channels
     --data FOLDER       other images (png, jpeg), one sub-folder of more than 40 per class
     --out FOLDER        where results go (default results/few_shot)
@@ -236,7 +237,8 @@ fn compare(options: &Options) -> Result<()> {
         development.len(),
         test.len()
     );
-    if source.config.classes == set.classes {
+    // The classes of other images may be in another order than the head's.
+    if options.data.is_none() && source.config.classes == set.classes {
         println!(
             "test accuracy of the source model as it is: {:.1} %",
             100.0 * train::unadapted_accuracy(&source, &test)?
@@ -254,6 +256,9 @@ fn compare(options: &Options) -> Result<()> {
     let bench = Bench { source: &source, recipe, development: &development };
     let strengths = if options.search { bench.search(&options.out)? } else { read_strengths(SELECTED)? };
 
+    if !options.search && (options.weights.is_some() || options.data.is_some()) {
+        println!("sigma and lambda as chosen for MNIST to Optdigits; --search chooses them for this task");
+    }
     for (method, strength) in Method::ALL.iter().zip(&strengths).filter(|(method, _)| method.has_sigma()) {
         println!("{:<12} sigma {}, lambda {}", method.name(), strength.sigma, strength.lambda);
     }

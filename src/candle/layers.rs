@@ -103,6 +103,7 @@ pub struct PaceLinear {
     context: PaceContext,
     sigma: f32,
     noise_shape: NoiseShape,
+    scale: f64,
     base: FrozenLinear,
     parameters: Parameters,
 }
@@ -165,7 +166,7 @@ impl PaceLinear {
         let FrozenLinear { weight, bias } = &self.base;
         let (delta_weight, delta_bias) = match &self.parameters {
             Parameters::LoraAdd { down, up, delta_bias } => {
-                (Some(down.matmul(up)?), Some(delta_bias.clone()))
+                (Some((down.matmul(up)? * self.scale)?), Some(delta_bias.clone()))
             }
             Parameters::Head => (None, None),
             _ => self.dense_delta()?,
@@ -182,7 +183,7 @@ impl PaceLinear {
     fn dense_delta(&self) -> Result<(Option<Tensor>, Option<Tensor>)> {
         match &self.parameters {
             Parameters::LoraMulVptAdd { down, up, delta_bias, prompt_down, prompt_up } => Ok((
-                Some(lora_mul_weight(&self.base.weight, down, up)?),
+                Some(lora_mul_weight(&self.base.weight, down, up, self.scale)?),
                 Some(prompt_bias(&self.base, prompt_down, prompt_up, Some(delta_bias))?),
             )),
             Parameters::VptAdd { prompt_down, prompt_up } => {
@@ -245,7 +246,11 @@ impl PaceLinear {
         match &self.parameters {
             Parameters::LoraAdd { down, up, delta_bias } => {
                 let joined = Tensor::cat(&[down, &delta_bias.unsqueeze(1)?], 1)?;
-                let kernel = LowRankKernel { layer: Layer { shape, noise, base }, rank: up.dim(0)? };
+                let kernel = LowRankKernel {
+                    layer: Layer { shape, noise, base },
+                    rank: up.dim(0)?,
+                    scale: self.scale,
+                };
                 apply3(kernel, x, &joined, up)
             }
             parameters => {
@@ -307,6 +312,7 @@ pub struct Injector<'a> {
     rank: usize,
     sigma_by_block: Vec<f64>,
     noise_shape: NoiseShape,
+    scale: f64,
     vars: VarBuilder<'a>,
     layers: u32,
 }
@@ -327,6 +333,7 @@ impl<'a> Injector<'a> {
             rank,
             sigma_by_block: sigma_by_block.to_vec(),
             noise_shape: NoiseShape::PerSample,
+            scale: 1.0,
             vars,
             layers: 0,
         }
@@ -335,6 +342,12 @@ impl<'a> Injector<'a> {
     /// The same with noise per token (`BTC`) or per sample (`BC`, the default).
     pub fn with_noise_shape(mut self, shape: NoiseShape) -> Self {
         self.noise_shape = shape;
+        self
+    }
+
+    /// The same with a factor on `D·U` (the α/r of common LoRA code) other than the 1 of the official code.
+    pub fn with_scale(mut self, scale: f64) -> Self {
+        self.scale = scale;
         self
     }
 
@@ -455,6 +468,7 @@ impl<'a> Injector<'a> {
             context: self.context.clone(),
             sigma: sigma as f32,
             noise_shape: self.noise_shape,
+            scale: self.scale,
             base: FrozenLinear { weight: hold(linear.weight())?, bias: linear.bias().map(hold).transpose()? },
             parameters,
         })

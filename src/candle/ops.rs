@@ -386,6 +386,7 @@ fn dense_arguments<'a, T>(arguments: &[&'a [T]]) -> (Option<&'a [T]>, Option<&'a
 pub(super) struct LowRankKernel {
     pub(super) layer: Layer,
     pub(super) rank: usize,
+    pub(super) scale: f64,
 }
 
 impl LowRankKernel {
@@ -421,7 +422,7 @@ impl Kernel for LowRankKernel {
                 down: &down,
                 up: arguments[2],
                 delta_bias: Some(&bias),
-                scale: T::one(),
+                scale: Element::from_f64(self.scale),
             };
             wrap(layer.forward(arguments[0], out))
         })
@@ -445,7 +446,7 @@ impl Kernel for LowRankKernel {
                 down: &down,
                 up: arguments[2],
                 delta_bias: Some(&bias),
-                scale: T::one(),
+                scale: Element::from_f64(self.scale),
             };
             wrap(layer.backward(arguments[0], grad, grads))
         })?;
@@ -464,12 +465,20 @@ impl Kernel for LowRankKernel {
 struct LoraMulKernel {
     base_weight: Tensor,
     sizes: [usize; 3],
+    scale: f64,
 }
 
 impl LoraMulKernel {
     fn factors<'a, T: Element>(&self, arguments: &[&'a [T]]) -> LoraFactors<'a, T> {
         let [out_features, in_features, rank] = self.sizes;
-        LoraFactors { out_features, in_features, rank, down: arguments[0], up: arguments[1], scale: T::one() }
+        LoraFactors {
+            out_features,
+            in_features,
+            rank,
+            down: arguments[0],
+            up: arguments[1],
+            scale: Element::from_f64(self.scale),
+        }
     }
 }
 
@@ -657,11 +666,16 @@ impl Kernel for ScalarKernel {
     }
 }
 
-/// `ΔW = W0 ⊙ (D·U)`, differentiable in `D [N, r]` and `U [r, K]`.
-pub(super) fn lora_mul_weight(base_weight: &Tensor, down: &Tensor, up: &Tensor) -> Result<Tensor> {
+/// `ΔW = W0 ⊙ (scale·D·U)`, differentiable in `D [N, r]` and `U [r, K]`.
+pub(super) fn lora_mul_weight(
+    base_weight: &Tensor,
+    down: &Tensor,
+    up: &Tensor,
+    scale: f64,
+) -> Result<Tensor> {
     let (out_features, rank) = down.dims2()?;
     let sizes = [out_features, up.dim(1)?, rank];
-    apply2(LoraMulKernel { base_weight: base_weight.clone(), sizes }, down, up)
+    apply2(LoraMulKernel { base_weight: base_weight.clone(), sizes, scale }, down, up)
 }
 
 /// `Δb = W0·(Pd·Pu) + b0⊙δb`, differentiable in `Pd [K, r]`, `Pu [r, 1]` and `δb [N]` (zero if absent).
