@@ -390,6 +390,26 @@ pub(super) struct LowRankKernel {
 }
 
 impl LowRankKernel {
+    fn linear<'a, T: Element>(
+        &self,
+        noise: Noise<'a, T>,
+        base: Option<Base<'a, T>>,
+        down: &'a [T],
+        up: &'a [T],
+        bias: &'a [T],
+    ) -> LowRankLinear<'a, T> {
+        LowRankLinear {
+            shape: self.layer.shape,
+            noise,
+            base,
+            rank: self.rank,
+            down,
+            up,
+            delta_bias: Some(bias),
+            scale: Element::from_f64(self.scale),
+        }
+    }
+
     /// `D` and `δb` out of their common tensor.
     fn split<T: Element>(&self, joined: &[T]) -> (Vec<T>, Vec<T>) {
         let rows = joined.chunks_exact(self.rank + 1);
@@ -414,16 +434,7 @@ impl Kernel for LowRankKernel {
     fn forward<T: Element>(&self, arguments: &[&[T]], out: &mut [T]) -> Result<()> {
         let (down, bias) = self.split(arguments[1]);
         self.layer.with(|noise, base| {
-            let layer = LowRankLinear {
-                shape: self.layer.shape,
-                noise,
-                base,
-                rank: self.rank,
-                down: &down,
-                up: arguments[2],
-                delta_bias: Some(&bias),
-                scale: Element::from_f64(self.scale),
-            };
+            let layer = self.linear(noise, base, &down, arguments[2], &bias);
             wrap(layer.forward(arguments[0], out))
         })
     }
@@ -438,16 +449,7 @@ impl Kernel for LowRankKernel {
             delta_bias: out[1].is_some().then_some(&mut bias_grad[..]),
         };
         self.layer.with(|noise, base| {
-            let layer = LowRankLinear {
-                shape: self.layer.shape,
-                noise,
-                base,
-                rank: self.rank,
-                down: &down,
-                up: arguments[2],
-                delta_bias: Some(&bias),
-                scale: Element::from_f64(self.scale),
-            };
+            let layer = self.linear(noise, base, &down, arguments[2], &bias);
             wrap(layer.backward(arguments[0], grad, grads))
         })?;
         if let Some(joined) = &mut out[1] {
