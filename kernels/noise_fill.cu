@@ -22,12 +22,12 @@ struct NoiseFillParams {
     u32 aligned; // rows start at multiples of 16 bytes and hold whole vectors
 };
 
-static_assert(sizeof(NoiseFillParams) == 72 && alignof(NoiseFillParams) == 8, "mirrored in src/cuda/noise_fill.rs");
-static_assert(offsetof(NoiseFillParams, z) == 48, "mirrored in src/cuda/noise_fill.rs");
-static_assert(offsetof(NoiseFillParams, rows) == 56, "mirrored in src/cuda/noise_fill.rs");
-static_assert(offsetof(NoiseFillParams, tokens) == 60, "mirrored in src/cuda/noise_fill.rs");
-static_assert(offsetof(NoiseFillParams, channels) == 64, "mirrored in src/cuda/noise_fill.rs");
-static_assert(offsetof(NoiseFillParams, aligned) == 68, "mirrored in src/cuda/noise_fill.rs");
+PACE_PARAMS(NoiseFillParams, 72);
+PACE_PARAM(NoiseFillParams, z, 48);
+PACE_PARAM(NoiseFillParams, rows, 56);
+PACE_PARAM(NoiseFillParams, tokens, 60);
+PACE_PARAM(NoiseFillParams, channels, 64);
+PACE_PARAM(NoiseFillParams, aligned, 68);
 
 } // namespace pace
 

@@ -8,12 +8,7 @@
 #include "noise.cuh"
 #include "storage.cuh"
 
-#include <cstddef>
-
 namespace pace {
-
-using noise::u32;
-using noise::u64;
 
 enum NoiseKind : u32 {
     NOISE_OFF = 0,              // z = 1
@@ -34,13 +29,13 @@ struct NoiseSource {
     u32 reserved;
 };
 
-static_assert(sizeof(NoiseSource) == 48 && alignof(NoiseSource) == 8, "mirrored in src/cuda/noise_source.rs");
-static_assert(offsetof(NoiseSource, key_address) == 8, "mirrored in src/cuda/noise_source.rs");
-static_assert(offsetof(NoiseSource, key) == 16, "mirrored in src/cuda/noise_source.rs");
-static_assert(offsetof(NoiseSource, first_sample) == 24, "mirrored in src/cuda/noise_source.rs");
-static_assert(offsetof(NoiseSource, batch) == 32, "mirrored in src/cuda/noise_source.rs");
-static_assert(offsetof(NoiseSource, kind) == 36, "mirrored in src/cuda/noise_source.rs");
-static_assert(offsetof(NoiseSource, sigma) == 40, "mirrored in src/cuda/noise_source.rs");
+PACE_PARAMS(NoiseSource, 48);
+PACE_PARAM(NoiseSource, key_address, 8);
+PACE_PARAM(NoiseSource, key, 16);
+PACE_PARAM(NoiseSource, first_sample, 24);
+PACE_PARAM(NoiseSource, batch, 32);
+PACE_PARAM(NoiseSource, kind, 36);
+PACE_PARAM(NoiseSource, sigma, 40);
 
 // The key in effect. A captured graph holds the address, so that each replay reads the key anew.
 __device__ __forceinline__ noise::Key key_of(const NoiseSource &source) {
@@ -61,6 +56,22 @@ __device__ __forceinline__ noise::Four generated(const NoiseSource &source, nois
     const u32 branch = sample / source.batch;
     return noise::noise(key, source.sigma, branch, source.first_sample + (sample - branch * source.batch),
                         source.kind == NOISE_PER_TOKEN ? token : noise::ALL_TOKENS, group);
+}
+
+// z of channels 4 * group .. 4 * group + 3 from any source. `row`: the row of a given z, that of the sample or of its
+// token; `count`: how many of the channels exist; `aligned`: all four do, and rows of a given z start at multiples of 16
+// bytes.
+__device__ __forceinline__ noise::Four z_of(const NoiseSource &source, noise::Key key, u32 sample, u32 token, u32 row,
+                                            u32 group, u32 channels, u32 count, bool aligned) {
+    if (source.kind == NOISE_OFF) {
+        return {{1.0f, 1.0f, 1.0f, 1.0f}};
+    }
+    if (source.given != nullptr) {
+        const Vector<float> z =
+            load_some(source.given + static_cast<u64>(row) * channels + 4 * group, count, aligned);
+        return {{z.value[0], z.value[1], z.value[2], z.value[3]}};
+    }
+    return generated(source, key, sample, token, group);
 }
 
 } // namespace pace

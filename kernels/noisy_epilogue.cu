@@ -31,44 +31,25 @@ struct NoisyEpilogueParams {
     u32 aligned;       // rows of every tensor start at multiples of 16 bytes and hold whole vectors
 };
 
-static_assert(sizeof(NoisyEpilogueParams) == 88 && alignof(NoisyEpilogueParams) == 8,
-              "mirrored in src/cuda/noisy_epilogue.rs");
-static_assert(offsetof(NoisyEpilogueParams, input) == 48, "mirrored in src/cuda/noisy_epilogue.rs");
-static_assert(offsetof(NoisyEpilogueParams, output) == 56, "mirrored in src/cuda/noisy_epilogue.rs");
-static_assert(offsetof(NoisyEpilogueParams, samples) == 64, "mirrored in src/cuda/noisy_epilogue.rs");
-static_assert(offsetof(NoisyEpilogueParams, tokens) == 68, "mirrored in src/cuda/noisy_epilogue.rs");
-static_assert(offsetof(NoisyEpilogueParams, channels) == 72, "mirrored in src/cuda/noisy_epilogue.rs");
-static_assert(offsetof(NoisyEpilogueParams, chunk) == 76, "mirrored in src/cuda/noisy_epilogue.rs");
-static_assert(offsetof(NoisyEpilogueParams, chunks) == 80, "mirrored in src/cuda/noisy_epilogue.rs");
-static_assert(offsetof(NoisyEpilogueParams, aligned) == 84, "mirrored in src/cuda/noisy_epilogue.rs");
+PACE_PARAMS(NoisyEpilogueParams, 88);
+PACE_PARAM(NoisyEpilogueParams, input, 48);
+PACE_PARAM(NoisyEpilogueParams, output, 56);
+PACE_PARAM(NoisyEpilogueParams, samples, 64);
+PACE_PARAM(NoisyEpilogueParams, tokens, 68);
+PACE_PARAM(NoisyEpilogueParams, channels, 72);
+PACE_PARAM(NoisyEpilogueParams, chunk, 76);
+PACE_PARAM(NoisyEpilogueParams, chunks, 80);
+PACE_PARAM(NoisyEpilogueParams, aligned, 84);
 
 // z of the W channels from `channel` on, of which `count` exist.
 template <unsigned W>
 __device__ __forceinline__ void fill(const NoisyEpilogueParams &p, noise::Key key, u32 sample, u32 token, u32 channel,
                                      u32 count, float (&z)[W]) {
-    if (p.noise.kind == NOISE_OFF) {
-#pragma unroll
-        for (unsigned i = 0; i < W; ++i) {
-            z[i] = 1.0f;
-        }
-        return;
-    }
-    if (p.noise.given != nullptr) {
-        const u64 row = is_per_token(p.noise) ? static_cast<u64>(sample) * p.tokens + token : sample;
-        const float *given = p.noise.given + row * p.channels + channel;
-#pragma unroll
-        for (unsigned i = 0; i < W; i += 4) {
-            const Vector<float> four = load_some(given + i, count > i ? count - i : 0u, p.aligned != 0u);
-#pragma unroll
-            for (unsigned j = 0; j < 4; ++j) {
-                z[i + j] = four.value[j];
-            }
-        }
-        return;
-    }
+    const u32 row = is_per_token(p.noise) ? sample * p.tokens + token : sample;
 #pragma unroll
     for (unsigned i = 0; i < W; i += 4) {
-        const noise::Four four = generated(p.noise, key, sample, token, (channel + i) / 4);
+        const noise::Four four = z_of(p.noise, key, sample, token, row, (channel + i) / 4, p.channels,
+                                      count > i ? count - i : 0u, p.aligned != 0u);
 #pragma unroll
         for (unsigned j = 0; j < 4; ++j) {
             z[i + j] = four.value[j];

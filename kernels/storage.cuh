@@ -11,12 +11,25 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cstddef>
+
 // A kernel takes one parameter struct by value, `p`, which src/cuda mirrors field by field. `threads` is the largest
 // block that plans ask for. The simulator brings its own definition.
 #if !defined(PACE_KERNEL)
 #define PACE_KERNEL(name, Params, threads)                                                                             \
     extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Params p)
 #endif
+
+// The block's dynamic shared memory as an array of T; the simulator brings its own definition.
+#if !defined(PACE_SHARED)
+extern __shared__ __align__(128) unsigned char pace_shared[];
+#define PACE_SHARED(T, name) T *name = reinterpret_cast<T *>(pace_shared)
+#endif
+
+// The layout of a parameter struct, which src/cuda mirrors and asserts as well.
+#define PACE_PARAMS(Params, bytes)                                                                                     \
+    static_assert(sizeof(Params) == bytes && alignof(Params) == 8, "mirrored in src/cuda")
+#define PACE_PARAM(Params, field, offset) static_assert(offsetof(Params, field) == offset, "mirrored in src/cuda")
 
 // Called before each access; the simulator brings its own definition.
 #if !defined(PACE_ACCESS)
@@ -25,6 +38,8 @@
 
 namespace pace {
 
+using u32 = unsigned int;
+using u64 = unsigned long long;
 using bf16 = __nv_bfloat16;
 using f16 = __half;
 

@@ -1,7 +1,7 @@
 //! Devices: opening one, and launching plans on it.
 
 use super::KERNELS;
-use super::launch::{Buffer, Launch, Params};
+use super::launch::{Buffer, MAX_SHARED_BYTES, Plan, RawLaunch};
 use super::noise_source::Source;
 use crate::error::{Error, Result};
 use crate::noise::{Generator, NoiseShape};
@@ -80,10 +80,16 @@ impl Device {
             let module = context
                 .load_module(Ptx::from_binary(image.to_vec()))
                 .map_err(|error| driver_error("load the kernels", error))?;
-            for kernel in KERNELS.iter().filter(|kernel| kernel.file == file) {
+            for kernel in KERNELS.iter().copied().flatten().filter(|kernel| kernel.file == file) {
                 let function = module
                     .load_function(kernel.name)
                     .map_err(|error| driver_error("find a kernel that was just loaded", error))?;
+                function
+                    .set_attribute(
+                        sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                        MAX_SHARED_BYTES as i32,
+                    )
+                    .map_err(|error| driver_error("raise the limit of shared memory", error))?;
                 functions.insert(kernel.name, function);
             }
         }
@@ -95,7 +101,7 @@ impl Device {
         &self.context
     }
 
-    /// Launches a plan on `stream` without waiting for it.
+    /// Carries out a plan on `stream` without waiting for it.
     ///
     /// # Errors
     /// [`Error::OtherDevice`] if the stream is not of this device's primary context; [`Error::Driver`] if the launch
@@ -105,28 +111,30 @@ impl Device {
     /// Every buffer that the plan was made from must be device memory of this context with at least the stated number of
     /// elements, initialised unless it is an output, and must stay so and not be touched in conflict until the launch has
     /// run. The plan must be unchanged since an operator made it.
-    pub unsafe fn launch<P: Params>(&self, launch: &Launch<P>, stream: &CudaStream) -> Result<()> {
+    pub unsafe fn launch(&self, plan: &impl Plan, stream: &CudaStream) -> Result<()> {
         self.check_context("stream", stream.context())?;
-        let function =
-            self.functions.get(launch.kernel.name).ok_or(Error::KernelsNotBuilt { why: WHY_NOT_BUILT })?;
         let action = "launch a kernel";
         self.context.bind_to_thread().map_err(|error| driver_error(action, error))?;
-        let [grid, block] = [launch.grid, launch.block].map(|[x, y, z]| (x, y, z));
-        // The driver copies the parameters before it returns; it only reads through this pointer.
-        let mut arguments = [(&raw const launch.params).cast_mut().cast()];
-        // SAFETY: the function is a kernel of this context, whose only argument is a `P`: plans are made so, and sizes and
-        // offsets are asserted on both sides. The rest is the caller's promise.
-        let launched = unsafe {
-            result::launch_kernel(
-                function.cu_function(),
-                grid,
-                block,
-                launch.shared_bytes,
-                stream.cu_stream(),
-                &mut arguments,
-            )
-        };
-        launched.map_err(|error| driver_error(action, error))
+        plan.for_each(&mut |RawLaunch { kernel, grid, block, shared_bytes, params }| {
+            let function =
+                self.functions.get(kernel.name).ok_or(Error::KernelsNotBuilt { why: WHY_NOT_BUILT })?;
+            let [grid, block] = [grid, block].map(|[x, y, z]| (x, y, z));
+            // The driver copies the parameters before it returns; it only reads through this pointer.
+            let mut arguments = [params.as_ptr().cast_mut().cast()];
+            // SAFETY: the function is a kernel of this context, whose only argument is the struct with these bytes: plans
+            // are made so, and sizes and offsets are asserted on both sides. The rest is the caller's promise.
+            let launched = unsafe {
+                result::launch_kernel(
+                    function.cu_function(),
+                    grid,
+                    block,
+                    shared_bytes,
+                    stream.cu_stream(),
+                    &mut arguments,
+                )
+            };
+            launched.map_err(|error| driver_error(action, error))
+        })
     }
 
     /// A tensor to read. The guard must live until after the launch.
@@ -190,7 +198,7 @@ impl Device {
 /// Whether there is a driver with all functions that are called here: `cudarc` panics where there is none.
 fn probe_driver() -> Result<()> {
     const LIBRARIES: &[&str] = if cfg!(windows) { &["nvcuda.dll"] } else { &["libcuda.so.1", "libcuda.so"] };
-    const FUNCTIONS: [&str; 14] = [
+    const FUNCTIONS: [&str; 15] = [
         "cuInit",
         "cuDeviceGetCount",
         "cuDeviceGet",
@@ -202,6 +210,7 @@ fn probe_driver() -> Result<()> {
         "cuModuleLoadData",
         "cuModuleGetFunction",
         "cuModuleUnload",
+        "cuFuncSetAttribute",
         "cuLaunchKernel",
         "cuEventRecord",
         "cuStreamWaitEvent",

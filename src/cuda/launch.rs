@@ -31,6 +31,70 @@ pub struct Launch<P> {
 /// The parameter struct of a kernel, with the kernel's own layout.
 pub trait Params: Pod + PartialEq + std::fmt::Debug {}
 
+/// Declares the parameter struct of a kernel, and asserts the size and the offsets that the kernel asserts as well.
+macro_rules! params {
+    ($(#[$doc:meta])* $name:ident, $bytes:literal bytes { $($offset:literal $field:ident: $type:ty,)* }) => {
+        $(#[$doc])*
+        #[repr(C)]
+        #[derive(Debug, Clone, Copy, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+        pub struct $name {
+            $(pub(super) $field: $type,)*
+        }
+
+        const _: () = assert!(
+            size_of::<$name>() == $bytes
+                && align_of::<$name>() == 8
+                $(&& std::mem::offset_of!($name, $field) == $offset)*
+        );
+
+        impl $crate::cuda::Params for $name {}
+    };
+}
+pub(super) use params;
+
+/// One launch with its parameters as bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RawLaunch<'a> {
+    /// The kernel.
+    pub kernel: Kernel,
+    /// Blocks along x, y, z.
+    pub grid: [u32; 3],
+    /// Threads of a block along x, y, z.
+    pub block: [u32; 3],
+    /// Dynamic shared memory of a block.
+    pub shared_bytes: u32,
+    /// The bytes of the parameter struct, aligned as it is.
+    pub params: &'a [u8],
+}
+
+/// What an operator does on a device: launches, one after the other on the same stream.
+pub trait Plan {
+    /// Calls `run` with each launch in order, until one fails.
+    ///
+    /// # Errors
+    /// The first error of `run`.
+    fn for_each(&self, run: &mut dyn FnMut(RawLaunch<'_>) -> Result<()>) -> Result<()>;
+}
+
+impl<P: Params> Plan for Launch<P> {
+    fn for_each(&self, run: &mut dyn FnMut(RawLaunch<'_>) -> Result<()>) -> Result<()> {
+        let Launch { kernel, grid, block, shared_bytes, ref params } = *self;
+        run(RawLaunch { kernel, grid, block, shared_bytes, params: bytemuck::bytes_of(params) })
+    }
+}
+
+impl<P: Plan> Plan for Option<P> {
+    fn for_each(&self, run: &mut dyn FnMut(RawLaunch<'_>) -> Result<()>) -> Result<()> {
+        self.as_ref().map_or(Ok(()), |plan| plan.for_each(run))
+    }
+}
+
+impl<P: Plan> Plan for Vec<P> {
+    fn for_each(&self, run: &mut dyn FnMut(RawLaunch<'_>) -> Result<()>) -> Result<()> {
+        self.iter().try_for_each(|plan| plan.for_each(run))
+    }
+}
+
 /// A tensor in device memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Buffer {
@@ -140,6 +204,9 @@ pub(super) fn check_output_shape(shape: LinearShape) -> Result<LinearShape> {
     }
     Ok(shape)
 }
+
+/// Dynamic shared memory that a block may ask for on every device since compute capability 8.0.
+pub(super) const MAX_SHARED_BYTES: u32 = 99 << 10;
 
 /// Largest y dimension of a grid; kernels stride over what is left.
 const MAX_GRID_Y: usize = 65535;

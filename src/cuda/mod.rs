@@ -20,14 +20,11 @@ mod noisy_epilogue;
 
 pub use cudarc;
 pub use device::{Device, Noise};
-pub use launch::{Buffer, DType, Element, Kernel, Launch, Params};
+pub use launch::{Buffer, DType, Element, Kernel, Launch, Params, Plan, RawLaunch};
 pub use noise_fill::{NoiseFill, NoiseFillParams};
 pub use noise_source::{NoiseSource, Source};
 pub use noisy_epilogue::{Direction, NoisyEpilogue, NoisyEpilogueParams};
 
-/// Every kernel.
-pub const KERNELS: [Kernel; 7] = {
-    let [f32, f16, bf16] = noisy_epilogue::FORWARD;
-    let [backward_f32, backward_f16, backward_bf16] = noisy_epilogue::BACKWARD;
-    [noise_fill::KERNEL, f32, f16, bf16, backward_f32, backward_f16, backward_bf16]
-};
+/// Every kernel, by operator.
+pub const KERNELS: &[&[Kernel]] =
+    &[&[noise_fill::KERNEL], &noisy_epilogue::FORWARD, &noisy_epilogue::BACKWARD];

@@ -1,14 +1,12 @@
 //! `z` written out; plans `kernels/noise_fill.cu`.
 
 use super::device::Device;
-use super::launch::{Buffer, Kernel, Launch, Params, check_output_shape, grid};
+use super::launch::{Buffer, Kernel, Launch, check_output_shape, grid, params};
 use super::noise_source::{NoiseSource, Source};
 use crate::error::Result;
 use crate::noise::{Generator, NoiseShape};
 use crate::shape::LinearShape;
-use bytemuck::{Pod, Zeroable};
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
-use std::mem::offset_of;
 
 pub(super) const KERNEL: Kernel = Kernel { file: "noise_fill", name: "noise_fill" };
 
@@ -30,29 +28,17 @@ pub struct NoiseFill {
     pub z: Buffer,
 }
 
-/// `pace::NoiseFillParams` of the kernel.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
-pub struct NoiseFillParams {
-    noise: NoiseSource,
-    z: u64,
-    rows: u32,
-    tokens: u32,
-    channels: u32,
-    aligned: u32,
+params! {
+    /// `pace::NoiseFillParams` of the kernel.
+    NoiseFillParams, 72 bytes {
+        0 noise: NoiseSource,
+        48 z: u64,
+        56 rows: u32,
+        60 tokens: u32,
+        64 channels: u32,
+        68 aligned: u32,
+    }
 }
-
-const _: () = assert!(
-    size_of::<NoiseFillParams>() == 72
-        && align_of::<NoiseFillParams>() == 8
-        && offset_of!(NoiseFillParams, z) == 48
-        && offset_of!(NoiseFillParams, rows) == 56
-        && offset_of!(NoiseFillParams, tokens) == 60
-        && offset_of!(NoiseFillParams, channels) == 64
-        && offset_of!(NoiseFillParams, aligned) == 68
-);
-
-impl Params for NoiseFillParams {}
 
 impl NoiseFill {
     /// The launch that fills `z`.

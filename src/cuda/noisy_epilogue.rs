@@ -1,13 +1,11 @@
 //! Noisy epilogue after a product of the caller's own; plans `kernels/noisy_epilogue.cu`.
 
 use super::device::{Device, Noise};
-use super::launch::{Buffer, DType, Element, Kernel, Launch, Params, check_output_shape, grid};
+use super::launch::{Buffer, DType, Element, Kernel, Launch, check_output_shape, grid, params};
 use super::noise_source::{NoiseSource, Source};
 use crate::error::{Error, Result};
 use crate::shape::LinearShape;
-use bytemuck::{Pod, Zeroable};
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
-use std::mem::offset_of;
 
 const fn kernel(name: &'static str) -> Kernel {
     Kernel { file: "noisy_epilogue", name }
@@ -58,35 +56,20 @@ pub struct NoisyEpilogue {
     pub output: Buffer,
 }
 
-/// `pace::NoisyEpilogueParams` of the kernels.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
-pub struct NoisyEpilogueParams {
-    noise: NoiseSource,
-    input: u64,
-    output: u64,
-    samples: u32,
-    tokens: u32,
-    channels: u32,
-    chunk: u32,
-    chunks: u32,
-    aligned: u32,
+params! {
+    /// `pace::NoisyEpilogueParams` of the kernels.
+    NoisyEpilogueParams, 88 bytes {
+        0 noise: NoiseSource,
+        48 input: u64,
+        56 output: u64,
+        64 samples: u32,
+        68 tokens: u32,
+        72 channels: u32,
+        76 chunk: u32,
+        80 chunks: u32,
+        84 aligned: u32,
+    }
 }
-
-const _: () = assert!(
-    size_of::<NoisyEpilogueParams>() == 88
-        && align_of::<NoisyEpilogueParams>() == 8
-        && offset_of!(NoisyEpilogueParams, input) == 48
-        && offset_of!(NoisyEpilogueParams, output) == 56
-        && offset_of!(NoisyEpilogueParams, samples) == 64
-        && offset_of!(NoisyEpilogueParams, tokens) == 68
-        && offset_of!(NoisyEpilogueParams, channels) == 72
-        && offset_of!(NoisyEpilogueParams, chunk) == 76
-        && offset_of!(NoisyEpilogueParams, chunks) == 80
-        && offset_of!(NoisyEpilogueParams, aligned) == 84
-);
-
-impl Params for NoisyEpilogueParams {}
 
 impl NoisyEpilogue {
     /// The launch that computes the output.

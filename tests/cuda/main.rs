@@ -2,38 +2,47 @@
 //! needs no GPU, and on device 0 (`device::…`), which is reported as ignored, with the reason, where there is none.
 
 mod device;
+mod machine;
 mod noise_fill;
 mod noisy_epilogue;
-mod simt;
+mod support;
 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use machine::Target;
 use pace_kernels::LinearShape;
+use pace_kernels::cuda::{KERNELS, Kernel};
 use pace_kernels::noise::philox4x32_10;
+use std::collections::BTreeSet;
 
-type DeviceTest = fn(&device::Opened);
+/// Tests of plans, which run in the simulator and on a device.
+const TESTS: &[(&str, fn(&Target<'_>))] = &[
+    ("noise_fill", noise_fill::test),
+    ("noise_fill::key_in_memory", noise_fill::key_in_memory),
+    ("noisy_epilogue", noisy_epilogue::test),
+    ("noisy_epilogue::any_grid", noisy_epilogue::any_grid),
+];
+
+/// Tests of what only a device has: the safe methods over `cudarc`'s tensors, and graphs.
+const DEVICE_TESTS: &[(&str, fn(&device::Opened))] = &[
+    ("noise_fill::safe_method", noise_fill::safe_method),
+    ("noise_fill::in_a_graph", noise_fill::in_a_graph),
+    ("noisy_epilogue::safe_methods", noisy_epilogue::safe_methods),
+];
 
 fn main() {
     let arguments = Arguments::from_args();
-    let simt: [(&str, fn()); 5] = [
-        ("noise_fill", noise_fill::simt),
-        ("noise_fill_key_in_memory", noise_fill::simt_key_in_memory),
-        ("noisy_epilogue", noisy_epilogue::simt),
-        ("any_grid", noisy_epilogue::simt_any_grid),
-        ("every_kernel_is_listed", simt::every_kernel_is_listed),
-    ];
-    let on_device: [(&str, DeviceTest); 3] = [
-        ("noise_fill", noise_fill::device),
-        ("noise_fill_in_a_graph", noise_fill::device_graph),
-        ("noisy_epilogue", noisy_epilogue::device),
-    ];
     let mut trials: Vec<Trial> = Vec::new();
-    for (name, test) in simt {
+    let mut simulated = |name: &str, test: Box<dyn FnOnce() + Send>| {
         trials.push(Trial::test(format!("simt::{name}"), move || {
             test();
             Ok::<(), Failed>(())
         }));
+    };
+    simulated("every_kernel_is_listed", Box::new(every_kernel_is_listed));
+    for &(name, test) in TESTS {
+        simulated(name, Box::new(move || test(&Target::Simulator)));
     }
-    for (name, test) in on_device {
+    let mut on_device = |name: &str, test: Box<dyn FnOnce(&device::Opened) + Send>| {
         trials.push(Trial::ignorable_test(format!("device::{name}"), move || match device::open() {
             Ok(opened) => {
                 test(&opened);
@@ -41,8 +50,38 @@ fn main() {
             }
             Err(why) => Ok(Completion::ignored_with(format!("no CUDA device: {why}"))),
         }));
+    };
+    for &(name, test) in TESTS {
+        on_device(name, Box::new(move |opened| test(&Target::Device(opened))));
+    }
+    for &(name, test) in DEVICE_TESTS {
+        on_device(name, Box::new(test));
     }
     libtest_mimic::run(&arguments, trials).exit();
+}
+
+/// `KERNELS` names what the files in `kernels/` define, no more and no less, and the simulator has all of it.
+fn every_kernel_is_listed() {
+    let all = || KERNELS.iter().copied().flatten();
+    let listed: BTreeSet<(String, String)> =
+        all().map(|&Kernel { file, name }| (file.to_owned(), name.to_owned())).collect();
+    assert_eq!(listed.len(), all().count());
+    let mut defined = BTreeSet::new();
+    for file in std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/kernels")).unwrap() {
+        let path = file.unwrap().path();
+        if path.extension().is_some_and(|extension| extension == "cu") {
+            let stem = path.file_stem().unwrap().to_str().unwrap().to_owned();
+            let source = std::fs::read_to_string(&path).unwrap();
+            let names =
+                source.split("\nPACE_KERNEL(").skip(1).map(|rest| rest.split(',').next().unwrap().to_owned());
+            defined.extend(names.map(|name| (stem.clone(), name)));
+        }
+    }
+    assert_eq!(listed, defined);
+    let simulated: BTreeSet<&str> = pace_simt::kernels().collect();
+    for (_, name) in &listed {
+        assert!(simulated.contains(name.as_str()), "the simulator has no kernel {name}");
+    }
 }
 
 /// A layer's output; operators without a product have no in-features.

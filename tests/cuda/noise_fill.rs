@@ -1,13 +1,13 @@
 //! `z` written out, against `noise::Generator::fill`, bit for bit.
 
 use crate::device::Opened;
-use crate::{output_shape, simt};
+use crate::machine::Target;
+use crate::output_shape;
 use pace_kernels::LinearShape;
 use pace_kernels::cuda::NoiseFill;
 use pace_kernels::cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use pace_kernels::noise::NoiseShape::{PerSample, PerToken};
 use pace_kernels::noise::{Generator, Key, NoiseShape};
-use pace_simt::{Memory, Schedule};
 
 #[derive(Debug, Clone, Copy)]
 struct Case {
@@ -79,50 +79,45 @@ impl Case {
     }
 }
 
-pub fn simt() {
+pub fn test(target: &Target<'_>) {
     for case in cases() {
         let want = case.want();
-        let plan = |memory: &mut Memory| {
-            let z = memory.output::<f32>("z", case.len());
-            let Case { shape, generator, .. } = case;
-            (z, NoiseFill { shape, generator, key: None, z: simt::buffer(&z) }.plan().unwrap())
-        };
-        let (_, launch) = plan(&mut Memory::new(case.shift));
-        for schedule in simt::schedules(&launch) {
-            let mut memory = Memory::new(case.shift);
-            let (z, launch) = plan(&mut memory);
-            assert_eq!(launch.kernel.name, "noise_fill");
-            simt::run(&mut memory, &launch, schedule);
-            assert!(memory.read::<u32>(&z).unwrap() == want, "{case:?} {schedule:?}");
-        }
         // A grid of one row of blocks strides over all rows.
-        let mut memory = Memory::new(case.shift);
-        let (z, mut launch) = plan(&mut memory);
-        launch.grid[1] = 1;
-        simt::run(&mut memory, &launch, Schedule::Random(1));
-        assert!(memory.read::<u32>(&z).unwrap() == want, "{case:?}, one row of blocks");
+        for one_row in [false, true] {
+            target.run(case.shift, |machine| {
+                let z = machine.output::<f32>("z", case.len());
+                let Case { shape, generator, .. } = case;
+                let mut launch = NoiseFill { shape, generator, key: None, z }.plan().unwrap();
+                assert_eq!(launch.kernel.name, "noise_fill");
+                if one_row {
+                    launch.grid[1] = 1;
+                }
+                machine.launch(&launch);
+                assert!(machine.read::<u32>(z) == want, "{case:?}");
+            });
+        }
     }
 }
 
 /// The key of each replay comes from memory; that of the generator plays no part.
-pub fn simt_key_in_memory() {
+pub fn key_in_memory(target: &Target<'_>) {
     let case = cases()[10];
-    let mut memory = Memory::new(case.shift);
-    let keys = [Key::derive(1, 0, 0), Key::derive(1, 1, 0)];
-    let key = memory.in_out("key", &[0u64]);
-    let z = memory.output::<f32>("z", case.len());
     let Case { shape, generator, .. } = case;
-    let fill = NoiseFill { shape, generator, key: Some(simt::buffer(&key)), z: simt::buffer(&z) };
-    let launch = fill.plan().unwrap();
-    for fresh in keys {
-        memory.write(&key, &[u64::from(fresh)]);
-        simt::run(&mut memory, &launch, Schedule::Random(0));
-        let generator = self::generator(generator.shape(), fresh, generator.first_sample());
-        assert!(memory.read::<u32>(&z).unwrap() == Case { generator, ..case }.want());
-    }
+    target.run(case.shift, |machine| {
+        let key = machine.in_out("key", &[0u64]);
+        let z = machine.output::<f32>("z", case.len());
+        let launch = NoiseFill { shape, generator, key: Some(key), z }.plan().unwrap();
+        for fresh in [Key::derive(1, 0, 0), Key::derive(1, 1, 0)] {
+            machine.write(key, &[u64::from(fresh)]);
+            machine.launch(&launch);
+            let generator = self::generator(generator.shape(), fresh, generator.first_sample());
+            assert!(machine.read::<u32>(z) == Case { generator, ..case }.want());
+        }
+    });
 }
 
-pub fn device(opened: &Opened) {
+/// The safe method.
+pub fn safe_method(opened: &Opened) {
     let Opened { device, stream } = opened;
     for case in cases() {
         let mut z = opened.upload(case.shift, &vec![f32::NAN; case.len()]);
@@ -133,7 +128,7 @@ pub fn device(opened: &Opened) {
 }
 
 /// A captured fill gives the noise of the key that lies in memory when it is replayed.
-pub fn device_graph(opened: &Opened) {
+pub fn in_a_graph(opened: &Opened) {
     let Opened { device, stream } = opened;
     let Case { shape, generator, .. } = cases()[10];
     let case = Case { shape, generator, shift: 0 };

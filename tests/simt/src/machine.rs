@@ -1,6 +1,6 @@
 //! The scheduler: a block's threads as coroutines, and where they wait for each other.
 
-use crate::fault::{Fault, Thread};
+use crate::fault::{Access, Fault, Thread};
 use crate::memory::{Memory, Region};
 use corosensei::stack::DefaultStack;
 use corosensei::{Coroutine, CoroutineResult, Yielder};
@@ -63,6 +63,8 @@ impl Dice {
 }
 
 const WARP: usize = 32;
+/// What faults call it.
+const SHARED: &str = "shared memory";
 /// Stack of one thread; the kernels keep little there.
 const STACK: usize = 64 << 10;
 /// What every device since compute capability 8.0 allows.
@@ -86,6 +88,9 @@ impl std::fmt::Display for Place {
     }
 }
 
+/// What a warp does together: sees what each lane brought, and writes there what each lane gets.
+type Collective = unsafe extern "C" fn(*const *mut c_void);
+
 /// Why a thread gave way.
 enum Wait {
     Barrier(Place),
@@ -97,6 +102,7 @@ enum Wait {
 enum State {
     Runnable,
     Barrier(Place),
+    /// Waits for some lanes of its warp.
     Exchange(Place, u32),
     Done,
 }
@@ -128,10 +134,34 @@ struct Context {
     coordinates: Coordinates,
     memory: *const Memory,
     shared: *mut u8,
+    shared_bytes: usize,
     yielder: Cell<*const Yielder<(), Wait>>,
     /// What it gives to an exchange, and what all lanes gave to the last one.
     given: Cell<u64>,
     received: RefCell<Rc<[Option<u64>; WARP]>>,
+    /// What it brings to a collective operation, and which one that is.
+    collective: Cell<Option<(Collective, *mut c_void)>>,
+    /// Asynchronous copies that have not been waited for, by group; the last group is open.
+    copies: RefCell<VecDeque<Vec<Copy>>>,
+}
+
+/// An asynchronous copy to shared memory: `bytes` from global memory, the rest of 16 zeros.
+struct Copy {
+    to: *mut u8,
+    from: *const u8,
+    bytes: usize,
+}
+
+impl Copy {
+    const SIZE: usize = 16;
+
+    fn carry_out(&self) {
+        // SAFETY: the ends were checked when the copy was issued, and both memories outlive the launch.
+        unsafe {
+            self.to.copy_from_nonoverlapping(self.from, self.bytes);
+            self.to.add(self.bytes).write_bytes(0, Self::SIZE - self.bytes);
+        }
+    }
 }
 
 impl Context {
@@ -198,6 +228,73 @@ extern "C" fn pace_simt_exchange(file: *const c_char, line: u32, mask: u32, sour
 }
 
 #[unsafe(no_mangle)]
+extern "C" fn pace_simt_collective(
+    file: *const c_char,
+    line: u32,
+    operation: Collective,
+    operands: *mut c_void,
+) {
+    let (context, place) = (current(), Place { file, line });
+    let last = context.coordinates.block_dim.iter().product::<u32>() % WARP as u32;
+    if last != 0 {
+        let thread = context.thread();
+        context.fail(Fault::InactiveLane { thread, place: place.to_string(), lane: last });
+    }
+    context.collective.set(Some((operation, operands)));
+    context.wait(Wait::Exchange(place, u32::MAX));
+}
+
+/// Checks that `bytes` bytes of shared memory lie inside it and are aligned to their number.
+#[unsafe(no_mangle)]
+extern "C" fn pace_simt_shared_access(address: *const c_void, bytes: usize) {
+    let context = current();
+    let offset = (address as usize).wrapping_sub(context.shared as usize) as i64;
+    let inside = offset >= 0 && offset as usize + bytes <= context.shared_bytes;
+    if !inside || !(offset as usize).is_multiple_of(bytes) {
+        let access = Access { offset, bytes, is_write: false };
+        let (thread, tensor) = (context.thread(), SHARED.to_owned());
+        context.fail(match inside {
+            true => Fault::Misaligned { thread, access, tensor },
+            false => Fault::OutOfBounds { thread, access, tensor },
+        });
+    }
+}
+
+/// Notes a copy of 16 bytes to shared memory, of which `bytes` come from global memory.
+#[unsafe(no_mangle)]
+extern "C" fn pace_simt_copy_async(to: *mut c_void, from: *const c_void, bytes: usize) {
+    pace_simt_shared_access(to, Copy::SIZE);
+    if bytes > 0 {
+        pace_simt_access(from, Copy::SIZE, false);
+    }
+    let copy = Copy { to: to.cast(), from: from.cast(), bytes };
+    let mut copies = current().copies.borrow_mut();
+    if copies.is_empty() {
+        copies.push_back(Vec::new());
+    }
+    copies.back_mut().expect("a group is open").push(copy);
+}
+
+/// Closes the open group of copies.
+#[unsafe(no_mangle)]
+extern "C" fn pace_simt_commit_copies() {
+    let mut copies = current().copies.borrow_mut();
+    if copies.is_empty() {
+        copies.push_back(Vec::new());
+    }
+    copies.push_back(Vec::new());
+}
+
+/// Carries out all but the last `pending` closed groups. Not before: a kernel that does not wait finds nothing.
+#[unsafe(no_mangle)]
+extern "C" fn pace_simt_wait_for_copies(pending: u32) {
+    let mut copies = current().copies.borrow_mut();
+    while copies.len() > pending as usize + 1 {
+        copies.pop_front().expect("it is not empty").iter().for_each(Copy::carry_out);
+    }
+}
+
+#[unsafe(no_mangle)]
 extern "C" fn pace_simt_access(address: *const c_void, bytes: usize, is_write: bool) {
     let context = current();
     // SAFETY: the memory outlives the launch.
@@ -249,13 +346,16 @@ impl Memory {
                     coordinates: Coordinates { thread, block: index, block_dim: block, grid_dim: grid },
                     memory: &raw const *self,
                     shared: shared.data(),
+                    shared_bytes: shared_bytes as usize,
                     yielder: Cell::new(std::ptr::null()),
                     given: Cell::new(0),
                     received: RefCell::new(nothing.clone()),
+                    collective: Cell::new(None),
+                    copies: RefCell::new(VecDeque::new()),
                 })
                 .collect();
             Block::new(&contexts, kernel.run, aligned.as_ptr().cast()).run(&mut dice)?;
-            shared.check("shared memory")?;
+            shared.check(SHARED)?;
         }
         self.check()
     }
@@ -333,6 +433,21 @@ impl<'a> Block<'a> {
             return;
         }
         let members: Vec<usize> = lanes.filter(|&i| takes_part(i)).collect();
+        // A collective operation needs the whole warp; if a lane has returned, the others wait in vain.
+        if let Some((operation, _)) = self.contexts[first].collective.get() {
+            if members.len() == WARP {
+                let operands =
+                    |i: usize| self.contexts[first + i].collective.take().expect("all lanes came").1;
+                let operands: [*mut c_void; WARP] = std::array::from_fn(operands);
+                // SAFETY: each points to the operands of this operation on the stack of a thread that waits.
+                unsafe { operation(operands.as_ptr()) };
+                for i in members {
+                    self.states[i] = State::Runnable;
+                    self.runnable.push(i);
+                }
+            }
+            return;
+        }
         let mut values = [None; WARP];
         for &i in &members {
             values[i - first] = Some(self.contexts[i].given.get());
@@ -360,11 +475,12 @@ impl<'a> Block<'a> {
         match self.states[first] {
             State::Exchange(place, mask) => {
                 let lanes = first / WARP * WARP..self.states.len().min(first / WARP * WARP + WARP);
-                let other = lanes
-                    .filter(|i| mask >> (i % WARP) & 1 == 1)
-                    .find(|&i| {
-                        self.states[i] != State::Exchange(place, mask) && self.states[i] != State::Done
-                    })
+                let mut missing = lanes.filter(|i| {
+                    mask >> (i % WARP) & 1 == 1 && self.states[*i] != State::Exchange(place, mask)
+                });
+                let running = missing.clone().find(|&i| self.states[i] != State::Done);
+                let other = running
+                    .or_else(|| missing.next())
                     .expect("an exchange is released as soon as its lanes have come");
                 Err(Fault::WarpDivergence {
                     waiting: thread(first),

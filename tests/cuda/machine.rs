@@ -1,0 +1,167 @@
+//! Where a test runs: the simulator, or a device. A test is written once, against plans and buffers.
+
+use crate::device::Opened;
+use bytemuck::Pod;
+use pace_kernels::Error;
+use pace_kernels::cuda::cudarc::driver::{CudaSlice, DevicePtr};
+use pace_kernels::cuda::{Buffer, Plan};
+use pace_simt::{Launch, Memory, Schedule, Tensor};
+use std::collections::HashMap;
+
+/// Random orders that small launches run in.
+const SCHEDULES: u64 = 32;
+/// Tests that launch up to so many threads run in all of them.
+const SMALL: usize = 4096;
+
+/// What to run tests on.
+pub enum Target<'a> {
+    Simulator,
+    Device(&'a Opened),
+}
+
+impl Target<'_> {
+    /// Runs `body` on an empty machine whose tensors start `shift` elements past an aligned address. In the simulator it
+    /// runs again and again with threads in other orders, and has to find the same each time.
+    pub fn run(&self, shift: usize, body: impl Fn(&mut Machine<'_>)) {
+        let on = |place| {
+            let mut machine = Machine { shift, place };
+            body(&mut machine);
+            machine
+        };
+        match self {
+            Target::Device(opened) => {
+                on(Place::Device { opened, memory: HashMap::new() });
+            }
+            Target::Simulator => {
+                let simulated = |schedule| {
+                    let machine = on(Place::Simulator {
+                        memory: Memory::new(shift),
+                        tensors: HashMap::new(),
+                        schedule,
+                        threads: 0,
+                    });
+                    match machine.place {
+                        Place::Simulator { threads, .. } => threads,
+                        Place::Device { .. } => unreachable!("the place does not change"),
+                    }
+                };
+                let seeds = if simulated(Schedule::InOrder) <= SMALL { SCHEDULES } else { 1 };
+                (0..seeds).for_each(|seed| {
+                    simulated(Schedule::Random(seed));
+                });
+            }
+        }
+    }
+}
+
+enum Place<'a> {
+    Simulator { memory: Memory, tensors: HashMap<u64, Tensor>, schedule: Schedule, threads: usize },
+    Device { opened: &'a Opened, memory: HashMap<u64, CudaSlice<u8>> },
+}
+
+/// Memory, and something that runs plans on it.
+pub struct Machine<'a> {
+    shift: usize,
+    place: Place<'a>,
+}
+
+impl Machine<'_> {
+    /// A tensor that kernels may read.
+    pub fn input<T: Pod>(&mut self, name: &str, values: &[T]) -> Buffer {
+        match &mut self.place {
+            Place::Simulator { memory, tensors, .. } => keep(tensors, memory.input(name, values)),
+            Place::Device { .. } => self.upload(values),
+        }
+    }
+
+    /// A tensor that kernels may read and write.
+    pub fn in_out<T: Pod>(&mut self, name: &str, values: &[T]) -> Buffer {
+        match &mut self.place {
+            Place::Simulator { memory, tensors, .. } => keep(tensors, memory.in_out(name, values)),
+            Place::Device { .. } => self.upload(values),
+        }
+    }
+
+    /// A tensor that kernels have to write before anybody reads it; on a device it holds NaN.
+    pub fn output<T: Pod>(&mut self, name: &str, len: usize) -> Buffer {
+        match &mut self.place {
+            Place::Simulator { memory, tensors, .. } => keep(tensors, memory.output::<T>(name, len)),
+            Place::Device { .. } => {
+                let poison: Vec<T> = bytemuck::pod_collect_to_vec(&vec![0xFFu8; len * size_of::<T>()]);
+                self.upload(&poison)
+            }
+        }
+    }
+
+    fn upload<T: Pod>(&mut self, values: &[T]) -> Buffer {
+        let Place::Device { opened, memory } = &mut self.place else {
+            unreachable!("only called with a device");
+        };
+        let bytes: Vec<u8> = vec![0; self.shift * size_of::<T>()]
+            .into_iter()
+            .chain(bytemuck::cast_slice(values).iter().copied())
+            .collect();
+        let slice = opened.stream.clone_htod(&bytes).unwrap();
+        let start = slice.device_ptr(&opened.stream).0;
+        let address = start + (self.shift * size_of::<T>()) as u64;
+        memory.insert(address, slice);
+        Buffer { address, len: values.len() }
+    }
+
+    /// Overwrites a tensor that is not an input, as a copy from the host would.
+    pub fn write<T: Pod>(&mut self, buffer: Buffer, values: &[T]) {
+        match &mut self.place {
+            Place::Simulator { memory, tensors, .. } => memory.write(&tensors[&buffer.address], values),
+            Place::Device { opened, memory } => {
+                let slice = memory.get_mut(&buffer.address).expect("a tensor of this machine");
+                let mut slice = slice.slice_mut(self.shift * size_of::<T>()..);
+                opened.stream.memcpy_htod::<u8, _, _>(bytemuck::cast_slice(values), &mut slice).unwrap();
+            }
+        }
+    }
+
+    /// Carries out a plan.
+    pub fn launch(&mut self, plan: &impl Plan) {
+        match &mut self.place {
+            Place::Simulator { memory, schedule, threads, .. } => {
+                let mut run = |launch: pace_kernels::cuda::RawLaunch<'_>| {
+                    *threads += launch.grid.iter().chain(&launch.block).product::<u32>() as usize;
+                    let plan = Launch {
+                        kernel: launch.kernel.name,
+                        grid: launch.grid,
+                        block: launch.block,
+                        shared_bytes: launch.shared_bytes,
+                        params: launch.params,
+                    };
+                    memory
+                        .launch(&plan, *schedule)
+                        .unwrap_or_else(|fault| panic!("{}: {fault}", launch.kernel.name));
+                    Ok::<(), Error>(())
+                };
+                plan.for_each(&mut run).unwrap();
+            }
+            Place::Device { opened, .. } => {
+                // SAFETY: tests make their plans from buffers of this machine, which live as long as it does.
+                unsafe { opened.device.launch(plan, &opened.stream) }.unwrap();
+            }
+        }
+    }
+
+    /// The values of a tensor, all of which must have been written.
+    pub fn read<T: Pod>(&self, buffer: Buffer) -> Vec<T> {
+        match &self.place {
+            Place::Simulator { memory, tensors, .. } => {
+                memory.read(&tensors[&buffer.address]).unwrap_or_else(|fault| panic!("{fault}"))
+            }
+            Place::Device { opened, memory } => {
+                let bytes = opened.stream.clone_dtoh(&memory[&buffer.address]).unwrap();
+                bytemuck::pod_collect_to_vec(&bytes[self.shift * size_of::<T>()..])
+            }
+        }
+    }
+}
+
+fn keep(tensors: &mut HashMap<u64, Tensor>, tensor: Tensor) -> Buffer {
+    tensors.insert(tensor.address(), tensor);
+    Buffer { address: tensor.address(), len: tensor.len() }
+}
