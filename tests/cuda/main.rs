@@ -14,8 +14,11 @@ use pace_kernels::cuda::{KERNELS, Kernel};
 use pace_kernels::noise::philox4x32_10;
 use std::collections::BTreeSet;
 
+type Test = fn(&Target<'_>);
+type DeviceTest = fn(&device::Opened);
+
 /// Tests of plans, which run in the simulator and on a device.
-const TESTS: &[(&str, fn(&Target<'_>))] = &[
+const TESTS: &[(&str, Test)] = &[
     ("noise_fill", noise_fill::test),
     ("noise_fill::key_in_memory", noise_fill::key_in_memory),
     ("noisy_epilogue", noisy_epilogue::test),
@@ -23,7 +26,7 @@ const TESTS: &[(&str, fn(&Target<'_>))] = &[
 ];
 
 /// Tests of what only a device has: the safe methods over `cudarc`'s tensors, and graphs.
-const DEVICE_TESTS: &[(&str, fn(&device::Opened))] = &[
+const DEVICE_TESTS: &[(&str, DeviceTest)] = &[
     ("noise_fill::safe_method", noise_fill::safe_method),
     ("noise_fill::in_a_graph", noise_fill::in_a_graph),
     ("noisy_epilogue::safe_methods", noisy_epilogue::safe_methods),
