@@ -264,11 +264,7 @@ template <class Numbers> __device__ __forceinline__ void forward_folded(const No
                 for (u32 part = 0; part < 4; ++part) {
                     u32 bits[4];
                     load_left<T, false>(bits, stage, warp_row() + 16 * part, step);
-                    const typename Numbers::Left a = Numbers::left(bits);
-#pragma unroll
-                    for (u32 j = 0; j < 4; ++j) {
-                        Numbers::multiply(c[part][j], a, b[j]);
-                    }
+                    Numbers::multiply(c[part], Numbers::left(bits), b);
                 }
             }
         });
@@ -409,7 +405,7 @@ template <class Numbers> __device__ __forceinline__ void weight_gradient(const N
     };
     // db is one more column: e^T * (1, ..., 1).
     const bool sums_up = p.bias != nullptr && column == 0 && warp_column() == 0;
-    float sums[4][4] = {};
+    float sums[4][1][4] = {};
     Accumulators c = {};
     fill(0);
     pipeline<BACKWARD_STAGES>(
@@ -427,7 +423,8 @@ template <class Numbers> __device__ __forceinline__ void weight_gradient(const N
                 ScaleColumns{noisy, z + tile % 2 * Z_SIZE, places + tile % 2 * INNER<T>},
                 [&](u32 i, const typename Numbers::Left &a) {
                     if (sums_up) {
-                        Numbers::multiply(sums[i], a, Numbers::ones());
+                        const typename Numbers::Right ones[1] = {Numbers::ones()};
+                        Numbers::multiply(sums[i], a, ones);
                     }
                 });
         });
@@ -438,7 +435,7 @@ template <class Numbers> __device__ __forceinline__ void weight_gradient(const N
             for (u32 half = 0; half < 2; ++half) {
                 const u32 n = channel + warp_row() + 16 * i + 8 * half + lane() / 4;
                 if (n < p.channels) {
-                    const float sum = sums[i][2 * half];
+                    const float sum = sums[i][0][2 * half];
                     if (p.partial != 0u) {
                         store(static_cast<float *>(p.bias) + static_cast<u64>(part) * p.channels + n, sum);
                     } else {

@@ -79,8 +79,9 @@ template <class T_> struct SixteenBit {
     static __device__ __forceinline__ Left left(const u32 (&bits)[4]) { return {{bits[0], bits[1], bits[2], bits[3]}}; }
     static __device__ __forceinline__ Right right(u32 first, u32 second) { return {{first, second}}; }
     static __device__ __forceinline__ Right ones() { return {{pack<T>(1.0f, 1.0f), pack<T>(1.0f, 1.0f)}}; }
-    static __device__ __forceinline__ void multiply(float (&c)[4], const Left &a, const Right &b) {
-        PACE_MULTIPLY_16(T, c, a.value, b.value);
+    template <u32 COUNT>
+    static __device__ __forceinline__ void multiply(float (&c)[COUNT][4], const Left &a, const Right (&b)[COUNT]) {
+        PACE_MULTIPLY(Mma16<T>, c, a.value, b, value);
     }
 };
 
@@ -98,8 +99,9 @@ struct Tf32 {
     }
     static __device__ __forceinline__ Right right(u32 first, u32 second) { return {{round(first), round(second)}}; }
     static __device__ __forceinline__ Right ones() { return {{to_bits(1.0f), to_bits(1.0f)}}; }
-    static __device__ __forceinline__ void multiply(float (&c)[4], const Left &a, const Right &b) {
-        PACE_MULTIPLY_TF32(c, a.value, b.value);
+    template <u32 COUNT>
+    static __device__ __forceinline__ void multiply(float (&c)[COUNT][4], const Left &a, const Right (&b)[COUNT]) {
+        PACE_MULTIPLY(MmaTf32, c, a.value, b, value);
     }
 };
 
@@ -133,10 +135,11 @@ struct Float32 {
     }
     static __device__ __forceinline__ Right ones() { return {{to_bits(1.0f), to_bits(1.0f)}, {0u, 0u}}; }
     // Small products first.
-    static __device__ __forceinline__ void multiply(float (&c)[4], const Left &a, const Right &b) {
-        PACE_MULTIPLY_TF32(c, a.low, b.high);
-        PACE_MULTIPLY_TF32(c, a.high, b.low);
-        PACE_MULTIPLY_TF32(c, a.high, b.high);
+    template <u32 COUNT>
+    static __device__ __forceinline__ void multiply(float (&c)[COUNT][4], const Left &a, const Right (&b)[COUNT]) {
+        PACE_MULTIPLY(MmaTf32, c, a.low, b, high);
+        PACE_MULTIPLY(MmaTf32, c, a.high, b, low);
+        PACE_MULTIPLY(MmaTf32, c, a.high, b, high);
     }
 };
 
@@ -273,10 +276,7 @@ __device__ __forceinline__ void multiply_tile(Accumulators &c, const unsigned ch
                 scale_left<T>(bits, scale, part, step);
             }
             const typename Numbers::Left a = Numbers::left(bits);
-#pragma unroll
-            for (u32 column = 0; column < 4; ++column) {
-                Numbers::multiply(c[part][column], a, b[column]);
-            }
+            Numbers::multiply(c[part], a, b);
             more(part, a);
         }
     }

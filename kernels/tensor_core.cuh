@@ -13,12 +13,15 @@
 
 #include "tensor_core.h"
 
-// The simulator wants to know where in the kernel lanes meet.
+// The simulator wants to know where in the kernel lanes meet. A row of COUNT right fragments is one meeting.
 #define PACE_LOAD_MATRICES(...) load_matrices_at(__FILE__, __LINE__, __VA_ARGS__)
-#define PACE_MULTIPLY_16(T, c, a, b) multiply_at<simt::Multiply16<T>>(__FILE__, __LINE__, c, a, b)
-#define PACE_MULTIPLY_TF32(c, a, b) multiply_at<simt::MultiplyTf32>(__FILE__, __LINE__, c, a, b)
+#define PACE_MULTIPLY(Instruction, c, a, b, part)                                                                       \
+    multiply_at<Instruction>(__FILE__, __LINE__, c, a, b, [](const auto &right) -> const u32(&)[2] { return right.part; })
 
 namespace pace {
+
+template <class T> using Mma16 = simt::Mma16<T>;
+using MmaTf32 = simt::MmaTf32;
 
 // 16 bytes from global to shared memory, of which the first `bytes` (0 or 16) are read and the rest is zero.
 inline void copy_async(void *to, const void *from, u32 bytes) { pace_simt_copy_async(to, from, bytes); }
@@ -47,8 +50,8 @@ inline u32 to_tf32(float value) {
 #else
 
 #define PACE_LOAD_MATRICES(...) load_matrices(__VA_ARGS__)
-#define PACE_MULTIPLY_16(T, c, a, b) multiply_16<T>(c, a, b)
-#define PACE_MULTIPLY_TF32(c, a, b) multiply_tf32(c, a, b)
+#define PACE_MULTIPLY(Instruction, c, a, b, part)                                                                       \
+    _Pragma("unroll") for (u32 i = 0; i < COUNT; ++i) { Instruction::multiply(c[i], a, b[i].part); }
 
 namespace pace {
 
@@ -81,31 +84,36 @@ __device__ __forceinline__ void load_matrices(u32 (&result)[4], const void *row,
     }
 }
 
-template <class T>
-__device__ __forceinline__ void multiply_16(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]);
+// c += a * b, [16, 16] x [16, 8] of a 16-bit type.
+template <class T> struct Mma16;
 
-template <>
-__device__ __forceinline__ void multiply_16<f16>(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
+template <> struct Mma16<f16> {
+    static __device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    }
+};
 
-template <>
-__device__ __forceinline__ void multiply_16<bf16>(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
+template <> struct Mma16<bf16> {
+    static __device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    }
+};
 
-__device__ __forceinline__ void multiply_tf32(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
+// c += a * b, [16, 8] x [8, 8].
+struct MmaTf32 {
+    static __device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+        asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    }
+};
 
 template <class T> __device__ __forceinline__ u32 pack(float low, float high);
 
