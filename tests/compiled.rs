@@ -21,13 +21,25 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-/// 16 bytes at a time from global memory, through registers or past them, and back.
+/// 16 bytes at a time from global memory, through registers or past them.
+const LOADS: &[&str] = &["LDG.128|LDGSTS.128"];
+/// The same, and back.
 const VECTORS: &[&str] = &["LDG.128|LDGSTS.128", "STG.128"];
+/// Tensor cores, fed by matrix loads from shared memory, which asynchronous copies fill.
+const PRODUCT: &[&str] = &["HMMA", "LDSM", "LDGSTS.128"];
+/// The same where operands of 32 bits have to be transposed, which matrix loads cannot.
+const TRANSPOSED: &[&str] = &["HMMA", "LDGSTS.128"];
 
 /// File, how a kernel's name begins, and the instructions that its machine code must have on every architecture: an opcode
 /// and some of its modifiers, `|` between alternatives. A kernel takes the first line that fits it.
-const INSTRUCTIONS: &[(&str, &str, &[&str])] =
-    &[("noise_fill", "noise_fill", &["STG.128"]), ("noisy_epilogue", "noisy_epilogue_", VECTORS)];
+const INSTRUCTIONS: &[(&str, &str, &[&str])] = &[
+    ("noise_fill", "noise_fill", &["STG.128"]),
+    ("noisy_epilogue", "noisy_epilogue_", VECTORS),
+    ("noisy_linear", "noisy_linear_weight_f32", TRANSPOSED),
+    ("noisy_linear", "noisy_linear_weight_tf32", TRANSPOSED),
+    ("noisy_linear", "noisy_linear_", PRODUCT),
+    ("partial_sums", "partial_sums_", LOADS),
+];
 
 const DOCS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/kernels.md");
 
@@ -278,8 +290,9 @@ fn docs_are_up_to_date(compiled: &Compiled) -> Result<Completion, Failed> {
 fn docs(compiled: &Compiled) -> Result<String, Failed> {
     let mut text = format!(
         "# Kernels\n\n\
-         As nvcc {} compiles them: registers per thread, and the largest block that a kernel can be launched with. Static\n\
-         shared memory is in bytes; what a launch asks for beyond it is the plan's choice. No kernel has a stack or spills.\n\n\
+         As nvcc {} compiles them: the largest block that a kernel can be launched with, registers per thread, and bytes of\n\
+         static shared memory, of which 1024 are the system's on architectures from 9.0 on where a kernel uses any. What a\n\
+         launch asks for beyond it is the plan's choice. No kernel has a stack or spills.\n\n\
          This file is written by `PACE_UPDATE_DOCS=1 cargo test --test compiled` and checked by `tests/compiled.rs`.\n",
         compiled.version
     );
