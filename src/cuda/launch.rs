@@ -90,7 +90,7 @@ impl<P: Plan> Plan for Option<P> {
     }
 }
 
-impl<P: Plan> Plan for Vec<P> {
+impl<P: Plan, const N: usize> Plan for [P; N] {
     fn for_each(&self, run: &mut dyn FnMut(RawLaunch<'_>) -> Result<()>) -> Result<()> {
         self.iter().try_for_each(|plan| plan.for_each(run))
     }

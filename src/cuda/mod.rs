@@ -14,6 +14,7 @@
 
 mod device;
 mod launch;
+mod low_rank_linear;
 mod noise_fill;
 mod noise_source;
 mod noisy_epilogue;
@@ -23,6 +24,9 @@ mod partial_sums;
 pub use cudarc;
 pub use device::{Device, Noise};
 pub use launch::{Buffer, DType, Element, Kernel, Launch, Params, Plan, RawLaunch};
+pub use low_rank_linear::{
+    LowRankBackward, LowRankFactorsParams, LowRankForward, LowRankGrads, LowRankLinear, LowRankLinearParams,
+};
 pub use noise_fill::{NoiseFill, NoiseFillParams};
 pub use noise_source::{NoiseSource, Source};
 pub use noisy_epilogue::{Direction, NoisyEpilogue, NoisyEpilogueParams};
@@ -34,6 +38,10 @@ pub use partial_sums::PartialSumsParams;
 
 /// Every kernel, by operator.
 pub const KERNELS: &[&[Kernel]] = &[
+    &low_rank_linear::FORWARD[0],
+    &low_rank_linear::FORWARD[1],
+    &low_rank_linear::FACTORS[0],
+    &low_rank_linear::FACTORS[1],
     &[noise_fill::KERNEL],
     &noisy_epilogue::FORWARD,
     &noisy_epilogue::BACKWARD,

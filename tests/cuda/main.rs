@@ -2,6 +2,7 @@
 //! needs no GPU, and on device 0 (`device::…`), which is reported as ignored, with the reason, where there is none.
 
 mod device;
+mod low_rank_linear;
 mod machine;
 mod noise_fill;
 mod noisy_epilogue;
@@ -20,6 +21,11 @@ type DeviceTest = fn(&device::Opened);
 
 /// Tests of plans, which run in the simulator and on a device.
 const TESTS: &[(&str, Test)] = &[
+    ("low_rank_linear::f32", low_rank_linear::f32),
+    ("low_rank_linear::tf32", low_rank_linear::tf32),
+    ("low_rank_linear::f16", low_rank_linear::f16),
+    ("low_rank_linear::bf16", low_rank_linear::bf16),
+    ("low_rank_linear::one_gradient", low_rank_linear::one_gradient),
     ("noise_fill", noise_fill::test),
     ("noise_fill::key_in_memory", noise_fill::key_in_memory),
     ("noisy_epilogue", noisy_epilogue::test),
