@@ -1,6 +1,9 @@
 //! Plans refuse wrong arguments with the error that names them, and opening a device never panics.
 
-use pace_kernels::cuda::{Buffer, DType, Device, Direction, NoiseFill, NoisyEpilogue, Source};
+use pace_kernels::cuda::{
+    Base, Buffer, DType, Device, Direction, LowRankGrads, LowRankLinear, NoiseFill, NoisyEpilogue,
+    NoisyLinear, NoisyLinearGrads, Plan, Source,
+};
 use pace_kernels::noise::NoiseShape::{PerSample, PerToken};
 use pace_kernels::noise::{Generator, Key, NoiseShape};
 use pace_kernels::{Error, LinearShape};
@@ -186,4 +189,237 @@ fn opening_a_device_gives_one_or_a_typed_error() {
             Err(error) => panic!("{error}"),
         }
     }
+}
+
+/// A layer of 7 in-features whose tensors are far from each other: tensor i begins at i MiB.
+const LAYER: LinearShape = LinearShape { in_features: 7, ..SHAPE };
+
+fn tensor(i: u64, len: usize) -> Buffer {
+    buffer(i << 20, len)
+}
+
+fn layer_noise() -> Source {
+    Source::Generated { generator: generator(PerSample, 0), key: Some(tensor(9, 1)) }
+}
+
+fn base() -> Base<Buffer> {
+    Base { weight: tensor(1, 24 * 7), bias: Some(tensor(2, 24)) }
+}
+
+fn noisy_linear() -> NoisyLinear<Buffer, Source> {
+    NoisyLinear {
+        shape: LAYER,
+        noise: layer_noise(),
+        base: Some(base()),
+        delta_weight: Some(tensor(3, 24 * 7)),
+        delta_bias: Some(tensor(4, 24)),
+        fold: false,
+        allow_tf32: false,
+    }
+}
+
+fn low_rank_linear() -> LowRankLinear<Buffer, Source> {
+    LowRankLinear {
+        shape: LAYER,
+        noise: layer_noise(),
+        base: Some(base()),
+        rank: 5,
+        down: tensor(3, 24 * 5),
+        up: tensor(4, 5 * 7),
+        delta_bias: Some(tensor(5, 24)),
+        scale: 1.0,
+        allow_tf32: false,
+    }
+}
+
+/// The shared input, the output and its gradient, and more than enough of a workspace.
+const X: Buffer = Buffer { address: 10 << 20, len: 15 * 7 };
+const Y: Buffer = Buffer { address: 11 << 20, len: M * 24 };
+const DY: Buffer = Buffer { address: 12 << 20, len: M * 24 };
+const S: Buffer = Buffer { address: 13 << 20, len: 15 * 5 };
+const WORKSPACE: Buffer = Buffer { address: 20 << 20, len: 1 << 16 };
+
+#[test]
+fn linear_layers_choose_their_kernels() {
+    let name = |layer: NoisyLinear<Buffer, Source>, dtype| layer.forward(dtype, X, Y).unwrap().kernel.name;
+    assert_eq!(name(noisy_linear(), DType::F32), "noisy_linear_two_f32");
+    assert_eq!(name(NoisyLinear { allow_tf32: true, ..noisy_linear() }, DType::F32), "noisy_linear_two_tf32");
+    assert_eq!(name(NoisyLinear { base: None, ..noisy_linear() }, DType::F16), "noisy_linear_one_f16");
+    assert_eq!(
+        name(NoisyLinear { delta_weight: None, ..noisy_linear() }, DType::BF16),
+        "noisy_linear_one_bf16"
+    );
+    // Folding pays where a sample's tokens fill tiles, each sample has its own input, and z is per sample.
+    for (shape, noise, folds) in [
+        (LAYER, Source::Off, false),
+        (LinearShape { shared_input: false, ..LAYER }, Source::Off, true),
+        (LinearShape { shared_input: false, ..LAYER }, layer_noise(), false),
+        (LinearShape { shared_input: false, tokens: 197, ..LAYER }, layer_noise(), true),
+        (
+            LinearShape { shared_input: false, tokens: 197, ..LAYER },
+            Source::Generated { generator: generator(PerToken, 0), key: None },
+            false,
+        ),
+    ] {
+        let layer = NoisyLinear { shape, noise, fold: true, ..noisy_linear() };
+        let (x, y) = (tensor(100, shape.in_rows() * 7), tensor(200, shape.out_rows() * 24));
+        let name = layer.forward(DType::BF16, x, y).unwrap().kernel.name;
+        assert_eq!(
+            name,
+            if folds { "noisy_linear_folded_bf16" } else { "noisy_linear_two_bf16" },
+            "{shape:?}"
+        );
+    }
+    let names = |layer: LowRankLinear<Buffer, Source>| {
+        let mut names = Vec::new();
+        let s = tensor(13, 15 * layer.rank);
+        let plan = layer.forward(DType::F32, X, s, Y).unwrap();
+        plan.for_each(&mut |launch| {
+            names.push(launch.kernel.name);
+            Ok(())
+        })
+        .unwrap();
+        names
+    };
+    let rank = |rank| LowRankLinear {
+        rank,
+        down: tensor(3, 24 * rank),
+        up: tensor(4, rank * 7),
+        ..low_rank_linear()
+    };
+    assert_eq!(names(rank(16)), ["low_rank_linear_16_f32"]);
+    assert_eq!(names(rank(17)), ["low_rank_linear_32_f32"]);
+    assert_eq!(names(rank(33)), ["noisy_linear_one_f32", "noisy_linear_two_f32"]);
+    assert_eq!(names(LowRankLinear { base: None, ..rank(4) }), ["noisy_linear_one_f32"; 2]);
+}
+
+#[test]
+fn wrong_arguments_of_linear_layers_are_refused() {
+    let (null, misaligned) = ("is a null pointer", "does not start at a multiple of its element size");
+    let dense = |layer: NoisyLinear<Buffer, Source>, x, y, want: Error| {
+        assert_error(layer.forward(DType::F32, x, y), &want);
+    };
+    let low = |layer: LowRankLinear<Buffer, Source>, x, s, y, want: Error| {
+        assert_error(layer.forward(DType::F32, x, s, y), &want);
+    };
+    // Sizes.
+    let zero = |argument| Error::Size { argument, expected: "at least 1", got: 0 };
+    for (shape, want) in [
+        (LinearShape { batch: 0, ..LAYER }, zero("batch")),
+        (LinearShape { in_features: 0, ..LAYER }, zero("in_features")),
+        (
+            LinearShape { batch: 1 << 30, tokens: 2, ..LAYER },
+            Error::Size { argument: "branches * batch * tokens", expected: "at most 2^31", got: 1 << 32 },
+        ),
+        (
+            LinearShape { in_features: (1 << 31) + 1, ..LAYER },
+            Error::Size { argument: "in_features", expected: "at most 2^31", got: (1 << 31) + 1 },
+        ),
+    ] {
+        dense(NoisyLinear { shape, ..noisy_linear() }, X, Y, want.clone());
+        low(LowRankLinear { shape, ..low_rank_linear() }, X, S, Y, want);
+    }
+    low(LowRankLinear { rank: 0, ..low_rank_linear() }, X, S, Y, zero("rank"));
+    let overflow = Error::Overflow { argument: "down", shape: "[N, r]" };
+    low(LowRankLinear { rank: usize::MAX / 2, ..low_rank_linear() }, X, S, Y, overflow);
+    for scale in [f32::NAN, f32::INFINITY] {
+        let layer = LowRankLinear { scale, ..low_rank_linear() };
+        match layer.forward(DType::F32, X, S, Y) {
+            Err(Error::Value { argument: "scale", expected: "finite", .. }) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    // Operands.
+    for (weight, want) in [
+        (tensor(1, 24 * 7 - 1), length("base.weight", "[N, K]", 24 * 7, 24 * 7 - 1)),
+        (buffer(0, 24 * 7), argument("base.weight", null)),
+        (buffer(4097, 24 * 7), argument("base.weight", misaligned)),
+    ] {
+        let base = Some(Base { weight, bias: None });
+        dense(NoisyLinear { base, ..noisy_linear() }, X, Y, want.clone());
+        low(LowRankLinear { base, ..low_rank_linear() }, X, S, Y, want);
+    }
+    let base = Some(Base { bias: Some(tensor(2, 7)), ..base() });
+    let want = || length("base.bias", "[N]", 24, 7);
+    dense(NoisyLinear { base, ..noisy_linear() }, X, Y, want());
+    low(LowRankLinear { base, ..low_rank_linear() }, X, S, Y, want());
+    let want = length("delta_weight", "[N, K]", 24 * 7, 7);
+    dense(NoisyLinear { delta_weight: Some(tensor(3, 7)), ..noisy_linear() }, X, Y, want);
+    let delta_bias = Some(tensor(4, 25));
+    let want = || length("delta_bias", "[N]", 24, 25);
+    dense(NoisyLinear { delta_bias, ..noisy_linear() }, X, Y, want());
+    low(LowRankLinear { delta_bias, ..low_rank_linear() }, X, S, Y, want());
+    let want = argument("delta_weight", "is required when there is no base term");
+    dense(NoisyLinear { base: None, delta_weight: None, ..noisy_linear() }, X, Y, want);
+    let want = length("down", "[N, r]", 24 * 5, 5);
+    low(LowRankLinear { down: tensor(3, 5), ..low_rank_linear() }, X, S, Y, want);
+    let want = length("up", "[r, K]", 5 * 7, 5);
+    low(LowRankLinear { up: tensor(4, 5), ..low_rank_linear() }, X, S, Y, want);
+    // Inputs and outputs: lengths, and what overlaps.
+    let overlap = |what| argument(what, "overlaps an output");
+    for (x, y, want) in [
+        (tensor(10, M * 7), Y, length("x", "[B·T, K]", 15 * 7, M * 7)),
+        (X, tensor(11, 24), length("y", "[M, N]", M * 24, 24)),
+        (X, Buffer { address: X.address, ..Y }, overlap("x")),
+        (X, Buffer { address: (1 << 20) - 8, ..Y }, overlap("base.weight")),
+        (X, Buffer { address: (9 << 20) - 8, ..Y }, argument("key", "overlaps the output")),
+    ] {
+        dense(noisy_linear(), x, y, want.clone());
+        low(low_rank_linear(), x, S, y, want);
+    }
+    low(low_rank_linear(), X, tensor(13, 5), Y, length("s", "[B·T, r]", 75, 5));
+    low(
+        low_rank_linear(),
+        X,
+        Buffer { address: Y.address, ..S },
+        Y,
+        argument("y", "overlaps another output"),
+    );
+    low(low_rank_linear(), X, Buffer { address: 4 << 20, ..S }, Y, overlap("up"));
+}
+
+#[test]
+fn wrong_gradients_of_linear_layers_are_refused() {
+    let dense = |grads, workspace, want: Error| {
+        assert_error(noisy_linear().backward(DType::F32, X, DY, grads, workspace), &want);
+    };
+    let low = |grads, workspace, want: Error| {
+        assert_error(low_rank_linear().backward(DType::F32, X, S, DY, grads, workspace), &want);
+    };
+    let none = NoisyLinearGrads::default;
+    let no = LowRankGrads::default;
+    for (dx, want) in [
+        (tensor(14, 3), length("grads.input", "[B·T, K]", 15 * 7, 3)),
+        (Buffer { len: 15 * 7, ..DY }, argument("dy", "overlaps an output")),
+        (Buffer { len: 15 * 7, ..WORKSPACE }, argument("workspace", "overlaps another output")),
+    ] {
+        // The small dense layer needs no workspace.
+        if want != argument("workspace", "overlaps another output") {
+            dense(NoisyLinearGrads { input: Some(dx), ..none() }, WORKSPACE, want.clone());
+        }
+        low(LowRankGrads { input: Some(dx), ..no() }, WORKSPACE, want);
+    }
+    let want = length("grads.delta_weight", "[N, K]", 24 * 7, 3);
+    dense(NoisyLinearGrads { delta_weight: Some(tensor(14, 3)), ..none() }, WORKSPACE, want);
+    let want = || length("grads.delta_bias", "[N]", 24, 3);
+    dense(NoisyLinearGrads { delta_bias: Some(tensor(14, 3)), ..none() }, WORKSPACE, want());
+    low(LowRankGrads { delta_bias: Some(tensor(14, 3)), ..no() }, WORKSPACE, want());
+    let want = length("grads.down", "[N, r]", 24 * 5, 3);
+    low(LowRankGrads { down: Some(tensor(14, 3)), ..no() }, WORKSPACE, want);
+    let want = length("grads.up", "[r, K]", 5 * 7, 3);
+    low(LowRankGrads { up: Some(tensor(14, 3)), ..no() }, WORKSPACE, want);
+    let layer = NoisyLinear { delta_weight: None, ..noisy_linear() };
+    let grads = NoisyLinearGrads { delta_weight: Some(tensor(14, 24 * 7)), ..none() };
+    let want = argument("grads.delta_weight", "is asked for, but the layer has no `delta_weight`");
+    assert_error(layer.backward(DType::F32, X, DY, grads, WORKSPACE), &want);
+    // Workspaces that are too small, absent or misaligned. Where none is needed, any will do.
+    let needed = low_rank_linear().workspace_len(DType::F32);
+    let want = |got| length("workspace", "[workspace_len()]", needed, got);
+    low(no(), Buffer { len: needed - 1, ..WORKSPACE }, want(needed - 1));
+    low(no(), buffer(0, 0), want(0));
+    low(no(), buffer(0, needed), argument("workspace", "is a null pointer"));
+    let misaligned = "does not start at a multiple of its element size";
+    low(no(), Buffer { address: 4097, ..WORKSPACE }, argument("workspace", misaligned));
+    assert_eq!(noisy_linear().workspace_len(), 0);
+    noisy_linear().backward(DType::F32, X, DY, none(), buffer(0, 0)).unwrap();
 }

@@ -166,6 +166,7 @@ params! {
 pub struct LowRankForward(ForwardSteps);
 
 #[derive(Debug, Clone, PartialEq)]
+#[allow(clippy::large_enum_variant)] // plans live on the stack, briefly
 enum ForwardSteps {
     Fused(Launch<LowRankLinearParams>),
     Products([Launch<NoisyLinearParams>; 2]),
@@ -190,6 +191,7 @@ pub struct LowRankBackward {
 
 /// `ds`, `dD` and `dδb`.
 #[derive(Debug, Clone, PartialEq)]
+#[allow(clippy::large_enum_variant)] // plans live on the stack, briefly
 enum Factors {
     Fused(Launch<LowRankFactorsParams>, [Option<Launch<PartialSumsParams>>; 3]),
     Products(Option<Launch<NoisyLinearInputParams>>, Option<WeightPlan>),

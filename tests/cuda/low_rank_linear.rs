@@ -1,8 +1,10 @@
 //! The low-rank noisy linear layer against the CPU operator in f64.
 
+use crate::device::Opened;
 use crate::machine::{Machine, Target};
 use crate::support::{SOURCES, Type, Z, assert_close, distance, rounded, wide};
 use half::{bf16, f16};
+use pace_kernels::cuda::cudarc::driver::{DevicePtr, DevicePtrMut};
 use pace_kernels::cuda::{self, Base, Buffer, Source};
 use pace_kernels::noise::NoiseShape::{PerSample, PerToken};
 use pace_kernels::{LinearShape, cpu};
@@ -302,5 +304,54 @@ pub fn one_gradient(target: &Target<'_>) {
                 assert!(machine.read::<f32>(grad) == *want, "{} of rank {}", NAMES[i], case.rank);
             }
         });
+    }
+}
+
+/// The safe methods, on views into larger tensors, give what plans give.
+pub fn safe_methods(opened: &Opened) {
+    let Opened { device, stream } = opened;
+    for case in cases().iter().filter(|case| matches!(case.z, Z::Generated(_))) {
+        let Case { shape, rank, z, base, biases, scale, shift } = *case;
+        let Z::Generated(noise) = z else { unreachable!("filtered") };
+        let data = Data::<f16>::new(case);
+        let want = std::cell::RefCell::new(Results::default());
+        Target::Device(opened).run(shift, |machine| *want.borrow_mut() = run(case, &data, false, machine));
+        let want = want.into_inner();
+
+        let inputs = [&data.x, &data.dy, &data.weight, &data.bias, &data.down, &data.up, &data.delta_bias]
+            .map(|values| opened.upload(shift, values));
+        let views = inputs.each_ref().map(|tensor| tensor.slice(shift..));
+        let [x, dy, weight, bias, down, up, delta_bias] = &views;
+        let layer: cuda::LowRankLinear<&dyn DevicePtr<f16>, cuda::Noise<'_>> = cuda::LowRankLinear {
+            shape,
+            noise: cuda::Noise::Generated {
+                generator: crate::support::generator(noise, crate::support::key()),
+                key: None,
+            },
+            base: base.then_some(Base { weight, bias: biases.then_some(bias as _) }),
+            rank,
+            down,
+            up,
+            delta_bias: biases.then_some(delta_bias as _),
+            scale,
+            allow_tf32: false,
+        };
+        let mut outputs = want.each_ref().map(|want| opened.upload(shift, &vec![f16::NAN; want.len()]));
+        {
+            let [s, y, dx, dd, du, db] = outputs.each_mut().map(|output| output.slice_mut(shift..));
+            let (mut s, mut y, mut dx, mut dd, mut du, mut db) = (s, y, dx, dd, du, db);
+            device.low_rank_linear(&layer, x, &mut s, &mut y, stream).unwrap();
+            let grads = cuda::LowRankGrads {
+                input: Some(&mut dx as &mut dyn DevicePtrMut<f16>),
+                down: Some(&mut dd),
+                up: Some(&mut du),
+                delta_bias: Some(&mut db),
+            };
+            let mut workspace = stream.alloc_zeros::<f32>(layer.workspace_len(cuda::DType::F16)).unwrap();
+            device.low_rank_linear_backward(&layer, x, &s, dy, grads, &mut workspace, stream).unwrap();
+        }
+        for (i, output) in outputs.iter().enumerate() {
+            assert!(opened.download(shift, output) == want[i], "{} of {case:?}", NAMES[i]);
+        }
     }
 }

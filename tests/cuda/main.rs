@@ -34,13 +34,17 @@ const TESTS: &[(&str, Test)] = &[
     ("noisy_linear::tf32", noisy_linear::tf32),
     ("noisy_linear::f16", noisy_linear::f16),
     ("noisy_linear::bf16", noisy_linear::bf16),
+    ("noisy_linear::batch_split", noisy_linear::batch_split),
 ];
 
 /// Tests of what only a device has: the safe methods over `cudarc`'s tensors, and graphs.
 const DEVICE_TESTS: &[(&str, DeviceTest)] = &[
+    ("low_rank_linear::safe_methods", low_rank_linear::safe_methods),
     ("noise_fill::safe_method", noise_fill::safe_method),
     ("noise_fill::in_a_graph", noise_fill::in_a_graph),
     ("noisy_epilogue::safe_methods", noisy_epilogue::safe_methods),
+    ("noisy_linear::safe_methods", noisy_linear::safe_methods),
+    ("noisy_linear::in_a_graph", noisy_linear::in_a_graph),
 ];
 
 fn main() {
