@@ -1,6 +1,8 @@
 //! Plans refuse wrong arguments with the error that names them, and opening a device never panics.
 
-use pace_kernels::cuda::{Buffer, DType, Device, Direction, NoiseFill, NoisyEpilogue, Source};
+use pace_kernels::cuda::{
+    Buffer, DType, Device, Direction, DropPath, MaskSource, NoiseFill, NoisyEpilogue, Source,
+};
 use pace_kernels::noise::NoiseShape::{PerSample, PerToken};
 use pace_kernels::noise::{Generator, Key, NoiseShape};
 use pace_kernels::{Error, LinearShape};
@@ -33,6 +35,9 @@ fn epilogue() -> NoisyEpilogue {
         output: buffer(8192, M * 24),
     }
 }
+
+const NULL: &str = "is a null pointer";
+const MISALIGNED: &str = "does not start at a multiple of its element size";
 
 fn assert_error<T: std::fmt::Debug>(result: Result<T, Error>, want: &Error) {
     match result {
@@ -121,7 +126,7 @@ fn wrong_sizes_are_refused() {
 
 #[test]
 fn wrong_buffers_are_refused() {
-    let (null, misaligned) = ("is a null pointer", "does not start at a multiple of its element size");
+    let (null, misaligned) = (NULL, MISALIGNED);
     let fills = [
         (buffer(4096, M * 24 - 1), length("z", "[R, T, N]", M * 24, M * 24 - 1)),
         (buffer(0, M * 24), argument("z", null)),
@@ -170,6 +175,85 @@ fn wrong_buffers_are_refused() {
     ] {
         assert_error(NoisyEpilogue { noise: Source::Given { z, shape }, ..epilogue() }.plan(), &want);
     }
+}
+
+fn drop_path() -> DropPath {
+    DropPath {
+        branches: 2,
+        batch: 3,
+        features: 1000,
+        mask: MaskSource::Given(buffer(256, 3)),
+        direction: Direction::Forward,
+        dtype: DType::BF16,
+        input: buffer(1 << 16, 6000),
+        output: buffer(1 << 17, 6000),
+    }
+}
+
+#[test]
+fn drop_path_plans() {
+    let plan = drop_path().plan().unwrap();
+    // 125 vectors: four per thread, 32 threads on a row, 8 rows side by side.
+    assert_eq!((plan.kernel.name, plan.grid, plan.block), ("drop_path_bf16", [1, 1, 1], [256, 1, 1]));
+    // As many blocks as suit every device; of a large sample as many as it needs.
+    for (batch, features, grid) in
+        [(128, 151_296, [19, 53, 1]), (65536, 1000, [1, 1024, 1]), (1, 1 << 24, [2048, 1, 1])]
+    {
+        let total = 2 * batch * features;
+        let mask = MaskSource::Given(buffer(1 << 20, batch));
+        let (input, output) = (buffer(1 << 40, total), buffer(1 << 41, total));
+        let operator = DropPath { batch, features, mask, input, output, ..drop_path() };
+        assert_eq!(operator.plan().unwrap().grid, grid);
+    }
+
+    let zero = |argument| Error::Size { argument, expected: "at least 1", got: 0 };
+    let shape = "[branches·B, features]";
+    let refused = |operator: DropPath, want: Error| assert_error(operator.plan(), &want);
+    refused(
+        DropPath { branches: 3, ..drop_path() },
+        Error::Size { argument: "branches", expected: "1 or 2", got: 3 },
+    );
+    refused(DropPath { batch: 0, ..drop_path() }, zero("batch"));
+    refused(DropPath { features: 0, ..drop_path() }, zero("features"));
+    refused(
+        DropPath { features: usize::MAX, ..drop_path() },
+        Error::Overflow { argument: "x", shape: "[branches·B, features]" },
+    );
+    let large = |argument| Error::Size { argument, expected: "at most 2^31", got: (1 << 31) + 2 };
+    refused(DropPath { batch: (1 << 30) + 1, features: 1, ..drop_path() }, large("branches * batch"));
+    refused(DropPath { batch: 1, features: (1 << 31) + 2, ..drop_path() }, large("features"));
+    for (direction, input, output) in [(Direction::Forward, "x", "y"), (Direction::Backward, "dy", "dx")] {
+        let operator = DropPath { direction, ..drop_path() };
+        let wrong = |input, want| refused(DropPath { input, ..operator }, want);
+        wrong(buffer(1 << 16, 5999), length(input, shape, 6000, 5999));
+        wrong(buffer(0, 6000), argument(input, NULL));
+        wrong(buffer(1 << 17, 6000), argument(input, "overlaps the output"));
+        let wrong = |output, want| refused(DropPath { output, ..operator }, want);
+        wrong(buffer(1 << 17, 1), length(output, shape, 6000, 1));
+        wrong(buffer((1 << 17) + 1, 6000), argument(output, MISALIGNED));
+    }
+    let wrong = |mask, want| refused(DropPath { mask, ..drop_path() }, want);
+    wrong(MaskSource::Given(buffer(256, 6)), length("mask", "[B]", 3, 6));
+    wrong(MaskSource::Given(buffer(258, 3)), argument("mask", MISALIGNED));
+    wrong(MaskSource::Given(buffer(1 << 17, 3)), argument("mask", "overlaps the output"));
+    let generated = |drop_probability, first_sample, key_address| MaskSource::Generated {
+        key: Key([1, 2]),
+        key_address,
+        drop_probability,
+        first_sample,
+    };
+    for got in [1.0, -0.1, f64::INFINITY] {
+        let want = Error::Value { argument: "drop_probability", expected: "in [0, 1)", got };
+        wrong(generated(got, 0, None), want);
+    }
+    let want = Error::Value {
+        argument: "first_sample",
+        expected: "at most 2^56 with the batch added",
+        got: ((1u64 << 56) - 2) as f64,
+    };
+    wrong(generated(0.1, (1 << 56) - 2, None), want);
+    wrong(generated(0.1, 0, Some(buffer(256, 2))), length("key", "[1]", 1, 2));
+    wrong(generated(0.1, 0, Some(buffer(1 << 17, 1))), argument("key", "overlaps the output"));
 }
 
 #[test]

@@ -95,6 +95,13 @@ impl<P: Plan> Plan for Vec<P> {
     }
 }
 
+impl<A: Plan, B: Plan> Plan for (A, B) {
+    fn for_each(&self, run: &mut dyn FnMut(RawLaunch<'_>) -> Result<()>) -> Result<()> {
+        self.0.for_each(run)?;
+        self.1.for_each(run)
+    }
+}
+
 /// A tensor in device memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Buffer {
@@ -192,7 +199,7 @@ impl Element for half::bf16 {
 }
 
 /// Most token rows of an operator, so that a kernel can count them in 32 bits and step over the end.
-const MAX_ROWS: usize = 1 << 31;
+pub(super) const MAX_ROWS: usize = 1 << 31;
 
 /// Checks the sizes of an operator on `[M, N]` tensors; `in_features` does not matter.
 pub(super) fn check_output_shape(shape: LinearShape) -> Result<LinearShape> {

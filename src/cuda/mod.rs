@@ -13,6 +13,7 @@
 //! All operators are deterministic run to run, and the noise is bitwise that of the CPU.
 
 mod device;
+mod drop_path;
 mod launch;
 mod noise_fill;
 mod noise_source;
@@ -20,6 +21,7 @@ mod noisy_epilogue;
 
 pub use cudarc;
 pub use device::{Device, Noise};
+pub use drop_path::{DropPath, DropPathParams, Mask, MaskSource};
 pub use launch::{Buffer, DType, Element, Kernel, Launch, Params, Plan, RawLaunch};
 pub use noise_fill::{NoiseFill, NoiseFillParams};
 pub use noise_source::{NoiseSource, Source};
@@ -27,4 +29,4 @@ pub use noisy_epilogue::{Direction, NoisyEpilogue, NoisyEpilogueParams};
 
 /// Every kernel, by operator.
 pub const KERNELS: &[&[Kernel]] =
-    &[&[noise_fill::KERNEL], &noisy_epilogue::FORWARD, &noisy_epilogue::BACKWARD];
+    &[&drop_path::KERNELS, &[noise_fill::KERNEL], &noisy_epilogue::FORWARD, &noisy_epilogue::BACKWARD];

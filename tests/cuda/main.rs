@@ -2,6 +2,7 @@
 //! needs no GPU, and on device 0 (`device::…`), which is reported as ignored, with the reason, where there is none.
 
 mod device;
+mod drop_path;
 mod machine;
 mod noise_fill;
 mod noisy_epilogue;
@@ -19,6 +20,7 @@ type DeviceTest = fn(&device::Opened);
 
 /// Tests of plans, which run in the simulator and on a device.
 const TESTS: &[(&str, Test)] = &[
+    ("drop_path", drop_path::test),
     ("noise_fill", noise_fill::test),
     ("noise_fill::key_in_memory", noise_fill::key_in_memory),
     ("noisy_epilogue", noisy_epilogue::test),
@@ -27,6 +29,7 @@ const TESTS: &[(&str, Test)] = &[
 
 /// Tests of what only a device has: the safe methods over `cudarc`'s tensors, and graphs.
 const DEVICE_TESTS: &[(&str, DeviceTest)] = &[
+    ("drop_path::safe_methods", drop_path::safe_methods),
     ("noise_fill::safe_method", noise_fill::safe_method),
     ("noise_fill::in_a_graph", noise_fill::in_a_graph),
     ("noisy_epilogue::safe_methods", noisy_epilogue::safe_methods),
