@@ -225,19 +225,15 @@ impl Device {
         output: (&'static str, &mut dyn DevicePtrMut<T>),
         stream: &CudaStream,
     ) -> Result<()> {
-        let (mask, _mask) = match mask {
+        let mut borrows = self.borrows(stream);
+        let mask = match mask {
             Mask::Generated { key, key_address, drop_probability, first_sample } => {
-                let address = key_address.map(|key| self.input("key", key, stream)).transpose()?;
-                let (key_address, guard) = address.unzip();
-                (MaskSource::Generated { key, key_address, drop_probability, first_sample }, guard)
+                let key_address = borrows.optional("key", key_address)?;
+                MaskSource::Generated { key, key_address, drop_probability, first_sample }
             }
-            Mask::Given(mask) => {
-                let (mask, guard) = self.input("mask", mask, stream)?;
-                (MaskSource::Given(mask), Some(guard))
-            }
+            Mask::Given(mask) => MaskSource::Given(borrows.input("mask", mask)?),
         };
-        let (input, _input) = self.input(input.0, input.1, stream)?;
-        let (output, _output) = self.output(output.0, output.1, stream)?;
+        let (input, output) = (borrows.input(input.0, input.1)?, borrows.output(output.0, output.1)?);
         let plan =
             DropPath { branches, batch, features, mask, direction, dtype: T::DTYPE, input, output }.plan()?;
         // SAFETY: the plan's addresses are those of live device tensors of this context, whose guards outlive the launch,

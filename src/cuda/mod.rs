@@ -18,6 +18,8 @@ mod launch;
 mod noise_fill;
 mod noise_source;
 mod noisy_epilogue;
+mod noisy_linear;
+mod partial_sums;
 
 pub use cudarc;
 pub use device::{Device, Noise};
@@ -26,7 +28,22 @@ pub use launch::{Buffer, DType, Element, Kernel, Launch, Params, Plan, RawLaunch
 pub use noise_fill::{NoiseFill, NoiseFillParams};
 pub use noise_source::{NoiseSource, Source};
 pub use noisy_epilogue::{Direction, NoisyEpilogue, NoisyEpilogueParams};
+pub use noisy_linear::{
+    Base, NoisyLinear, NoisyLinearBackward, NoisyLinearGrads, NoisyLinearInputParams, NoisyLinearParams,
+    NoisyLinearWeightParams, Segment, WeightPlan,
+};
+pub use partial_sums::PartialSumsParams;
 
 /// Every kernel, by operator.
-pub const KERNELS: &[&[Kernel]] =
-    &[&drop_path::KERNELS, &[noise_fill::KERNEL], &noisy_epilogue::FORWARD, &noisy_epilogue::BACKWARD];
+pub const KERNELS: &[&[Kernel]] = &[
+    &drop_path::KERNELS,
+    &[noise_fill::KERNEL],
+    &noisy_epilogue::FORWARD,
+    &noisy_epilogue::BACKWARD,
+    &noisy_linear::ONE,
+    &noisy_linear::TWO,
+    &noisy_linear::FOLDED,
+    &noisy_linear::INPUT,
+    &noisy_linear::WEIGHT,
+    &partial_sums::KERNELS,
+];
