@@ -19,6 +19,22 @@ template <class T> __device__ __forceinline__ T warp_sum(T value) {
     return value;
 }
 
+// Lane i gets the sum over the lanes of their value[i]; `value` is used up. One exchange per sum. The sums that are left
+// after each step are a parameter of the template, so that `value` stays in registers.
+template <u32 LEFT = WARP / 2> __device__ __forceinline__ float warp_sums(float (&value)[WARP]) {
+    // Half of the lanes go on with the upper half of the sums, the others with the lower half.
+    const bool upper = (threadIdx.x & LEFT) != 0u;
+#pragma unroll
+    for (u32 i = 0; i < LEFT; ++i) {
+        const float keep = upper ? value[i + LEFT] : value[i];
+        const float give = upper ? value[i] : value[i + LEFT];
+        value[i] = keep + __shfl_xor_sync(ALL_LANES, give, LEFT);
+    }
+    return warp_sums<LEFT / 2>(value);
+}
+
+template <> __device__ __forceinline__ float warp_sums<0>(float (&value)[WARP]) { return value[0]; }
+
 __device__ __forceinline__ float warp_max(float value) {
 #pragma unroll
     for (u32 bits = WARP / 2; bits > 0; bits /= 2) {

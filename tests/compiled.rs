@@ -40,6 +40,12 @@ const INSTRUCTIONS: &[(&str, &str, &[&str])] = &[
     ("noisy_linear", "noisy_linear_weight_tf32", TRANSPOSED),
     ("noisy_linear", "noisy_linear_", PRODUCT),
     ("partial_sums", "partial_sums_", LOADS),
+    ("weights", "low_rank_weight_", VECTORS),
+    ("weights", "prompt_bias_columns_", VECTORS),
+    // Reads and writes factors only.
+    ("weights", "prompt_bias_grads_", &[]),
+    ("weights", "prompt_bias_", LOADS),
+    ("weights", "merge_", VECTORS),
 ];
 
 const DOCS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/kernels.md");

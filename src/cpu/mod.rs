@@ -18,6 +18,8 @@ pub use drop_path::{shared_drop_path, shared_drop_path_backward};
 #[cfg(feature = "candle")]
 pub(crate) use loss::check_lambda;
 pub use loss::{Consistency, Loss, LossValues};
+#[cfg(feature = "cuda")]
+pub(crate) use low_rank_linear::check_scale;
 pub use low_rank_linear::{LowRankGrads, LowRankLinear};
 pub use noisy_epilogue::{noisy_epilogue, noisy_epilogue_backward};
 pub use noisy_linear::{NoisyLinear, NoisyLinearGrads};

@@ -113,7 +113,7 @@ pub struct Buffer {
 }
 
 impl Buffer {
-    /// Checks that there are `expected` elements of `bytes` bytes each, properly aligned.
+    /// Checks that there are `expected` elements of `bytes` bytes each, properly aligned and inside the address space.
     pub(super) fn check(
         &self,
         argument: &'static str,
@@ -132,6 +132,13 @@ impl Buffer {
                 argument,
                 problem: "does not start at a multiple of its element size",
             });
+        }
+        if (expected as u64)
+            .checked_mul(bytes as u64)
+            .and_then(|size| size.checked_add(self.address))
+            .is_none()
+        {
+            return Err(Error::Argument { argument, problem: "reaches past the end of the address space" });
         }
         Ok(())
     }

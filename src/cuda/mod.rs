@@ -20,6 +20,7 @@ mod noise_source;
 mod noisy_epilogue;
 mod noisy_linear;
 mod partial_sums;
+mod weights;
 
 pub use cudarc;
 pub use device::{Device, Noise};
@@ -33,6 +34,10 @@ pub use noisy_linear::{
     NoisyLinearWeightParams, Segment, WeightPlan,
 };
 pub use partial_sums::PartialSumsParams;
+pub use weights::{
+    LoraBackward, LoraFactors, LoraGrads, LowRankBackwardParams, LowRankWeightParams, Merge, MergeParams,
+    MergeSign, PromptBackward, PromptBias, PromptBiasParams, PromptGrads, PromptGradsParams,
+};
 
 /// Every kernel, by operator.
 pub const KERNELS: &[&[Kernel]] = &[
@@ -46,4 +51,11 @@ pub const KERNELS: &[&[Kernel]] = &[
     &noisy_linear::INPUT,
     &noisy_linear::WEIGHT,
     &partial_sums::KERNELS,
+    &weights::LOW_RANK,
+    &weights::LOW_RANK_BACKWARD,
+    &weights::PROMPT_PRODUCT,
+    &weights::PROMPT_BIAS,
+    &weights::PROMPT_COLUMNS,
+    &weights::PROMPT_GRADS,
+    &weights::MERGE,
 ];

@@ -8,6 +8,7 @@ mod noise_fill;
 mod noisy_epilogue;
 mod noisy_linear;
 mod support;
+mod weights;
 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use machine::Target;
@@ -30,6 +31,9 @@ const TESTS: &[(&str, Test)] = &[
     ("noisy_linear::tf32", noisy_linear::tf32),
     ("noisy_linear::f16", noisy_linear::f16),
     ("noisy_linear::bf16", noisy_linear::bf16),
+    ("weights::low_rank", weights::low_rank),
+    ("weights::prompt", weights::prompt),
+    ("weights::merge", weights::merge),
 ];
 
 /// Tests of what only a device has: the safe methods over `cudarc`'s tensors, and graphs.
@@ -38,6 +42,7 @@ const DEVICE_TESTS: &[(&str, DeviceTest)] = &[
     ("noise_fill::safe_method", noise_fill::safe_method),
     ("noise_fill::in_a_graph", noise_fill::in_a_graph),
     ("noisy_epilogue::safe_methods", noisy_epilogue::safe_methods),
+    ("weights::safe_methods", weights::safe_methods),
 ];
 
 fn main() {
