@@ -39,6 +39,10 @@ const INSTRUCTIONS: &[(&str, &str, &[&str])] = &[
     ("noisy_linear", "noisy_linear_weight_f32", TRANSPOSED),
     ("noisy_linear", "noisy_linear_weight_tf32", TRANSPOSED),
     ("noisy_linear", "noisy_linear_", PRODUCT),
+    ("norms", "grad_norm_", LOADS),
+    ("norms", "fp_distance_", LOADS),
+    // Reads partial sums only.
+    ("norms", "norm_total", &[]),
     ("partial_sums", "partial_sums_", LOADS),
     ("weights", "low_rank_weight_", VECTORS),
     ("weights", "prompt_bias_columns_", VECTORS),

@@ -145,9 +145,14 @@ impl Buffer {
 
     /// Checks that it has at least `needed` `f32` elements.
     pub(super) fn check_workspace(&self, needed: usize) -> Result<Buffer> {
+        self.check_workspace_of(needed, 4)
+    }
+
+    /// Checks that it has at least `needed` elements of `bytes` bytes each.
+    pub(super) fn check_workspace_of(&self, needed: usize, bytes: usize) -> Result<Buffer> {
         let workspace = Buffer { len: self.len.min(needed), ..*self };
         if needed > 0 {
-            workspace.check("workspace", "[workspace_len()]", needed, 4)?;
+            workspace.check("workspace", "[workspace_len()]", needed, bytes)?;
         }
         Ok(workspace)
     }

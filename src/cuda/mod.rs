@@ -19,6 +19,7 @@ mod noise_fill;
 mod noise_source;
 mod noisy_epilogue;
 mod noisy_linear;
+mod norms;
 mod partial_sums;
 mod weights;
 
@@ -33,6 +34,7 @@ pub use noisy_linear::{
     Base, NoisyLinear, NoisyLinearBackward, NoisyLinearGrads, NoisyLinearInputParams, NoisyLinearParams,
     NoisyLinearWeightParams, Segment, WeightPlan,
 };
+pub use norms::{FpDistance, FpDistanceParams, GradNorm, GradNormParams, NormTotalParams};
 pub use partial_sums::PartialSumsParams;
 pub use weights::{
     LoraBackward, LoraFactors, LoraGrads, LowRankBackwardParams, LowRankWeightParams, Merge, MergeParams,
@@ -50,6 +52,9 @@ pub const KERNELS: &[&[Kernel]] = &[
     &noisy_linear::FOLDED,
     &noisy_linear::INPUT,
     &noisy_linear::WEIGHT,
+    &norms::GRAD_NORM,
+    &norms::FP_DISTANCE,
+    &[norms::TOTAL],
     &partial_sums::KERNELS,
     &weights::LOW_RANK,
     &weights::LOW_RANK_BACKWARD,

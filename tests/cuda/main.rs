@@ -7,6 +7,7 @@ mod machine;
 mod noise_fill;
 mod noisy_epilogue;
 mod noisy_linear;
+mod norms;
 mod support;
 mod weights;
 
@@ -31,6 +32,8 @@ const TESTS: &[(&str, Test)] = &[
     ("noisy_linear::tf32", noisy_linear::tf32),
     ("noisy_linear::f16", noisy_linear::f16),
     ("noisy_linear::bf16", noisy_linear::bf16),
+    ("norms::fp_distance", norms::fp_distance),
+    ("norms::grad_norm", norms::grad_norm),
     ("weights::low_rank", weights::low_rank),
     ("weights::prompt", weights::prompt),
     ("weights::merge", weights::merge),
@@ -42,6 +45,7 @@ const DEVICE_TESTS: &[(&str, DeviceTest)] = &[
     ("noise_fill::safe_method", noise_fill::safe_method),
     ("noise_fill::in_a_graph", noise_fill::in_a_graph),
     ("noisy_epilogue::safe_methods", noisy_epilogue::safe_methods),
+    ("norms::safe_methods", norms::safe_methods),
     ("weights::safe_methods", weights::safe_methods),
 ];
 
