@@ -13,16 +13,20 @@
 //! All operators are deterministic run to run, and the noise is bitwise that of the CPU.
 
 mod device;
+mod drop_path;
 mod launch;
 mod low_rank_linear;
 mod noise_fill;
 mod noise_source;
 mod noisy_epilogue;
 mod noisy_linear;
+mod norms;
 mod partial_sums;
+mod weights;
 
 pub use cudarc;
 pub use device::{Device, Noise};
+pub use drop_path::{DropPath, DropPathParams, Mask, MaskSource};
 pub use launch::{Buffer, DType, Element, Kernel, Launch, Params, Plan, RawLaunch};
 pub use low_rank_linear::{
     LowRankBackward, LowRankFactorsParams, LowRankForward, LowRankGrads, LowRankLinear, LowRankLinearParams,
@@ -34,7 +38,12 @@ pub use noisy_linear::{
     Base, NoisyLinear, NoisyLinearBackward, NoisyLinearGrads, NoisyLinearInputParams, NoisyLinearParams,
     NoisyLinearWeightParams, Segment, WeightPlan,
 };
+pub use norms::{FpDistance, FpDistanceParams, GradNorm, GradNormParams, NormTotalParams};
 pub use partial_sums::PartialSumsParams;
+pub use weights::{
+    LoraBackward, LoraFactors, LoraGrads, LowRankBackwardParams, LowRankWeightParams, Merge, MergeParams,
+    MergeSign, PromptBackward, PromptBias, PromptBiasParams, PromptGrads, PromptGradsParams,
+};
 
 /// Every kernel, by operator.
 pub const KERNELS: &[&[Kernel]] = &[
@@ -42,6 +51,7 @@ pub const KERNELS: &[&[Kernel]] = &[
     &low_rank_linear::FORWARD[1],
     &low_rank_linear::FACTORS[0],
     &low_rank_linear::FACTORS[1],
+    &drop_path::KERNELS,
     &[noise_fill::KERNEL],
     &noisy_epilogue::FORWARD,
     &noisy_epilogue::BACKWARD,
@@ -50,5 +60,15 @@ pub const KERNELS: &[&[Kernel]] = &[
     &noisy_linear::FOLDED,
     &noisy_linear::INPUT,
     &noisy_linear::WEIGHT,
+    &norms::GRAD_NORM,
+    &norms::FP_DISTANCE,
+    &[norms::TOTAL],
     &partial_sums::KERNELS,
+    &weights::LOW_RANK,
+    &weights::LOW_RANK_BACKWARD,
+    &weights::PROMPT_PRODUCT,
+    &weights::PROMPT_BIAS,
+    &weights::PROMPT_COLUMNS,
+    &weights::PROMPT_GRADS,
+    &weights::MERGE,
 ];
