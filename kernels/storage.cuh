@@ -1,7 +1,7 @@
 // How kernels are declared and how they touch memory: storage types f32, f16 and bf16, single elements and 16-byte
 // vectors.
 //
-// All global memory is read and written through `load`, `store`, `load_vector` and `store_vector`. The compiler sees
+// All global memory is read and written through `load`, `store`, `load_vector`, `store_vector` and `atomic_add`. The compiler sees
 // plain accesses; the simulator of the tests (tests/simt) sees each one and checks bounds, alignment and whether what is
 // read was ever written. Arithmetic is in f32: `to_float` is exact, `from_float` rounds once, to nearest even.
 
@@ -40,6 +40,7 @@ namespace pace {
 
 using u32 = unsigned int;
 using u64 = unsigned long long;
+using i64 = long long;
 using bf16 = __nv_bfloat16;
 using f16 = __half;
 
@@ -60,6 +61,14 @@ template <class T> __device__ __forceinline__ T load(const T *address) {
 template <class T> __device__ __forceinline__ void store(T *address, T value) {
     PACE_ACCESS(address, sizeof(T), true);
     *address = value;
+}
+
+// Adds to a counter in global memory and gives what it held before. Counters only: a sum whose order matters does not come
+// from atomics.
+__device__ __forceinline__ u32 atomic_add(u32 *address, u32 value) {
+    PACE_ACCESS(address, sizeof(u32), false);
+    PACE_ACCESS(address, sizeof(u32), true);
+    return atomicAdd(address, value);
 }
 
 // 16 bytes of T, moved by one instruction where the address is a multiple of 16.

@@ -95,6 +95,13 @@ impl<P: Plan> Plan for Vec<P> {
     }
 }
 
+impl<A: Plan, B: Plan> Plan for (A, B) {
+    fn for_each(&self, run: &mut dyn FnMut(RawLaunch<'_>) -> Result<()>) -> Result<()> {
+        self.0.for_each(run)?;
+        self.1.for_each(run)
+    }
+}
+
 /// A tensor in device memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Buffer {
@@ -138,6 +145,23 @@ impl Buffer {
         let end = |buffer: &Buffer, bytes: usize| u128::from(buffer.address) + (buffer.len * bytes) as u128;
         u128::from(self.address) < end(other, other_bytes) && u128::from(other.address) < end(self, bytes)
     }
+}
+
+/// A tensor's name, the tensor, and the bytes of an element.
+pub(super) type Named = (&'static str, Buffer, usize);
+
+/// Checks that no output shares memory with an input or with another output, among those that are there.
+pub(super) fn check_disjoint(outputs: &[Option<Named>], inputs: &[Option<Named>]) -> Result<()> {
+    for (i, (_, output, output_bytes)) in outputs.iter().flatten().enumerate() {
+        let overlaps = |&&(_, other, bytes): &&Named| other.overlaps(bytes, output, *output_bytes);
+        if let Some(&(argument, ..)) = inputs.iter().flatten().find(overlaps) {
+            return Err(Error::Argument { argument, problem: "overlaps an output" });
+        }
+        if let Some(&(argument, ..)) = outputs.iter().flatten().skip(i + 1).find(overlaps) {
+            return Err(Error::Argument { argument, problem: "overlaps another output" });
+        }
+    }
+    Ok(())
 }
 
 /// Element types of tensors in device memory; arithmetic is in `f32` for all of them.

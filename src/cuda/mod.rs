@@ -14,6 +14,7 @@
 
 mod device;
 mod launch;
+mod loss;
 mod noise_fill;
 mod noise_source;
 mod noisy_epilogue;
@@ -21,10 +22,17 @@ mod noisy_epilogue;
 pub use cudarc;
 pub use device::{Device, Noise};
 pub use launch::{Buffer, DType, Element, Kernel, Launch, Params, Plan, RawLaunch};
+pub use loss::{Consistency, Finding, Loss, LossOutputs, LossParams, LossSettings, LossStatus, Partner};
 pub use noise_fill::{NoiseFill, NoiseFillParams};
 pub use noise_source::{NoiseSource, Source};
 pub use noisy_epilogue::{Direction, NoisyEpilogue, NoisyEpilogueParams};
 
 /// Every kernel, by operator.
-pub const KERNELS: &[&[Kernel]] =
-    &[&[noise_fill::KERNEL], &noisy_epilogue::FORWARD, &noisy_epilogue::BACKWARD];
+pub const KERNELS: &[&[Kernel]] = &[
+    &[noise_fill::KERNEL],
+    &noisy_epilogue::FORWARD,
+    &noisy_epilogue::BACKWARD,
+    &loss::WHOLE,
+    &loss::SCAN,
+    &loss::APPLY,
+];

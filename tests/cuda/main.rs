@@ -2,6 +2,7 @@
 //! needs no GPU, and on device 0 (`device::…`), which is reported as ignored, with the reason, where there is none.
 
 mod device;
+mod loss;
 mod machine;
 mod noise_fill;
 mod noisy_epilogue;
@@ -19,6 +20,12 @@ type DeviceTest = fn(&device::Opened);
 
 /// Tests of plans, which run in the simulator and on a device.
 const TESTS: &[(&str, Test)] = &[
+    ("loss", loss::test),
+    ("loss::streamed", loss::streamed),
+    ("loss::any_grid", loss::any_grid),
+    ("loss::again", loss::again),
+    ("loss::wrong_data", loss::wrong_data),
+    ("loss::not_a_number", loss::not_a_number),
     ("noise_fill", noise_fill::test),
     ("noise_fill::key_in_memory", noise_fill::key_in_memory),
     ("noisy_epilogue", noisy_epilogue::test),
@@ -27,6 +34,8 @@ const TESTS: &[(&str, Test)] = &[
 
 /// Tests of what only a device has: the safe methods over `cudarc`'s tensors, and graphs.
 const DEVICE_TESTS: &[(&str, DeviceTest)] = &[
+    ("loss::safe_method", loss::safe_method),
+    ("loss::in_a_graph", loss::in_a_graph),
     ("noise_fill::safe_method", noise_fill::safe_method),
     ("noise_fill::in_a_graph", noise_fill::in_a_graph),
     ("noisy_epilogue::safe_methods", noisy_epilogue::safe_methods),
