@@ -3,6 +3,7 @@
 use super::KERNELS;
 use super::launch::{Buffer, MAX_SHARED_BYTES, Plan, RawLaunch};
 use super::noise_source::Source;
+use super::noisy_linear::Base;
 use crate::error::{Error, Result};
 use crate::noise::{Generator, NoiseShape};
 use cudarc::driver::{
@@ -185,6 +186,11 @@ impl Device {
         }
     }
 
+    /// Borrows the tensors of an operator for work on `stream`.
+    pub(super) fn borrows<'a>(&'a self, stream: &'a CudaStream) -> Borrows<'a> {
+        Borrows { device: self, stream, guards: Vec::new() }
+    }
+
     fn check_context(&self, argument: &'static str, context: &CudaContext) -> Result<()> {
         match *context == *self.context {
             true => Ok(()),
@@ -192,6 +198,66 @@ impl Device {
                 Err(Error::OtherDevice { argument, expected: self.context.ordinal(), got: context.ordinal() })
             }
         }
+    }
+}
+
+/// Tensors that are in use until this is dropped, after the launch.
+pub(super) struct Borrows<'a> {
+    device: &'a Device,
+    stream: &'a CudaStream,
+    guards: Vec<SyncOnDrop<'a>>,
+}
+
+impl<'a> Borrows<'a> {
+    pub(super) fn input<T>(
+        &mut self,
+        argument: &'static str,
+        tensor: &'a dyn DevicePtr<T>,
+    ) -> Result<Buffer> {
+        let (buffer, guard) = self.device.input(argument, tensor, self.stream)?;
+        self.guards.push(guard);
+        Ok(buffer)
+    }
+
+    pub(super) fn optional<T>(
+        &mut self,
+        argument: &'static str,
+        tensor: Option<&'a dyn DevicePtr<T>>,
+    ) -> Result<Option<Buffer>> {
+        tensor.map(|tensor| self.input(argument, tensor)).transpose()
+    }
+
+    pub(super) fn base<T>(
+        &mut self,
+        base: Option<Base<&'a dyn DevicePtr<T>>>,
+    ) -> Result<Option<Base<Buffer>>> {
+        let Some(base) = base else { return Ok(None) };
+        let weight = self.input("base.weight", base.weight)?;
+        Ok(Some(Base { weight, bias: self.optional("base.bias", base.bias)? }))
+    }
+
+    pub(super) fn output<T>(
+        &mut self,
+        argument: &'static str,
+        tensor: &'a mut dyn DevicePtrMut<T>,
+    ) -> Result<Buffer> {
+        let (buffer, guard) = self.device.output(argument, tensor, self.stream)?;
+        self.guards.push(guard);
+        Ok(buffer)
+    }
+
+    pub(super) fn optional_output<T>(
+        &mut self,
+        argument: &'static str,
+        tensor: Option<&'a mut dyn DevicePtrMut<T>>,
+    ) -> Result<Option<Buffer>> {
+        tensor.map(|tensor| self.output(argument, tensor)).transpose()
+    }
+
+    pub(super) fn source(&mut self, noise: &Noise<'a>) -> Result<Source> {
+        let (source, guard) = self.device.source(noise, self.stream)?;
+        self.guards.extend(guard);
+        Ok(source)
     }
 }
 

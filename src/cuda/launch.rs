@@ -1,5 +1,6 @@
 //! Plans: what to launch, as plain values, and the checks that all plans share.
 
+use super::noise_source::Source;
 use crate::error::{Error, Result};
 use crate::shape::LinearShape;
 use bytemuck::Pod;
@@ -135,6 +136,20 @@ impl Buffer {
         Ok(())
     }
 
+    /// Checks that it has at least `needed` elements of 4 bytes.
+    pub(super) fn check_workspace(&self, needed: usize) -> Result<Buffer> {
+        let workspace = Buffer { len: self.len.min(needed), ..*self };
+        if needed > 0 {
+            workspace.check("workspace", "[workspace_len()]", needed, 4)?;
+        }
+        Ok(workspace)
+    }
+
+    /// The same memory, of `f32`, as elements of `bytes` bytes.
+    pub(super) fn in_elements_of(&self, bytes: usize) -> Buffer {
+        Buffer { len: (self.len * 4).div_ceil(bytes), ..*self }
+    }
+
     /// Whether vectors of 16 bytes can be loaded from its start.
     pub(super) fn is_vector_aligned(&self) -> bool {
         self.address.is_multiple_of(16)
@@ -145,23 +160,6 @@ impl Buffer {
         let end = |buffer: &Buffer, bytes: usize| u128::from(buffer.address) + (buffer.len * bytes) as u128;
         u128::from(self.address) < end(other, other_bytes) && u128::from(other.address) < end(self, bytes)
     }
-}
-
-/// A tensor's name, the tensor, and the bytes of an element.
-pub(super) type Named = (&'static str, Buffer, usize);
-
-/// Checks that no output shares memory with an input or with another output, among those that are there.
-pub(super) fn check_disjoint(outputs: &[Option<Named>], inputs: &[Option<Named>]) -> Result<()> {
-    for (i, (_, output, output_bytes)) in outputs.iter().flatten().enumerate() {
-        let overlaps = |&&(_, other, bytes): &&Named| other.overlaps(bytes, output, *output_bytes);
-        if let Some(&(argument, ..)) = inputs.iter().flatten().find(overlaps) {
-            return Err(Error::Argument { argument, problem: "overlaps an output" });
-        }
-        if let Some(&(argument, ..)) = outputs.iter().flatten().skip(i + 1).find(overlaps) {
-            return Err(Error::Argument { argument, problem: "overlaps another output" });
-        }
-    }
-    Ok(())
 }
 
 /// Element types of tensors in device memory; arithmetic is in `f32` for all of them.
@@ -227,6 +225,43 @@ pub(super) fn check_output_shape(shape: LinearShape) -> Result<LinearShape> {
         return Err(Error::Size { argument: "branches * batch * tokens", expected, got: shape.out_rows() });
     }
     Ok(shape)
+}
+
+/// Checks the sizes of an operator on `x` and `y` of a linear layer.
+pub(super) fn check_linear_shape(shape: &LinearShape) -> Result<()> {
+    shape.check()?;
+    check_output_shape(*shape)?;
+    for (argument, size) in [("in_features", shape.in_features), ("out_features", shape.out_features)] {
+        if size > MAX_ROWS {
+            return Err(Error::Size { argument, expected: "at most 2^31", got: size });
+        }
+    }
+    Ok(())
+}
+
+/// A tensor and what an operator calls it.
+pub(super) type Named = (&'static str, Buffer);
+
+/// Checks that no output shares memory with an input, with `z` or its key, or with another output; elements have `bytes`
+/// bytes.
+pub(super) fn check_disjoint(
+    inputs: &[Named],
+    outputs: &[Named],
+    bytes: usize,
+    noise: Option<&Source>,
+) -> Result<()> {
+    for (i, (name, output)) in outputs.iter().enumerate() {
+        for &(argument, input) in inputs {
+            if input.overlaps(bytes, output, bytes) {
+                return Err(Error::Argument { argument, problem: "overlaps an output" });
+            }
+        }
+        if outputs[..i].iter().any(|(_, other)| other.overlaps(bytes, output, bytes)) {
+            return Err(Error::Argument { argument: name, problem: "overlaps another output" });
+        }
+        noise.map_or(Ok(()), |noise| noise.check_overlap(output, bytes))?;
+    }
+    Ok(())
 }
 
 /// Dynamic shared memory that a block may ask for on every device since compute capability 8.0.

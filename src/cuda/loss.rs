@@ -1,7 +1,7 @@
 //! The training loss and its gradient to the logits; plans `kernels/loss.cu`.
 
 use super::device::Device;
-use super::launch::{Buffer, DType, Element, Kernel, Launch, check_disjoint, params};
+use super::launch::{Buffer, DType, Element, Kernel, Launch, Named, check_disjoint, params};
 use crate::cpu::{check_label_smoothing, check_lambda, history_rows};
 use crate::error::{Error, Result};
 use crate::shape::{nonzero, product};
@@ -238,9 +238,7 @@ impl Loss {
         }
         self.values.check("values", "[3]", 3, 4)?;
         self.status.check("status", "[9]", LossStatus::WORDS, 8)?;
-        let workspace = self.settings.workspace_len(batch);
-        let longer = Buffer { len: self.workspace.len.min(workspace), ..self.workspace };
-        longer.check("workspace", "[workspace_len]", workspace, 4)?;
+        let workspace = self.workspace.check_workspace(self.settings.workspace_len(batch))?;
         let (table, index) = match self.partner {
             Partner::History { table, index } => (Some(table), Some(index)),
             Partner::None | Partner::OtherBranch => (None, None),
@@ -250,25 +248,31 @@ impl Loss {
             index.check("index", "[B]", batch, 8)?;
         }
         if let Some(table) = table {
-            history = history_rows(table.len, classes)?;
+            history = history_rows(product("history", "[n, C]", &[table.len])?, classes)?;
             table.check("history", "[n, C]", table.len, 4)?;
         }
-        check_disjoint(
-            &[
-                self.gradient.map(|gradient| ("gradient", gradient, bytes)),
-                table.map(|table| ("history", table, 4)),
-                Some(("values", self.values, 4)),
-                Some(("status", self.status, 8)),
-                Some(("workspace", self.workspace, 4)),
-            ],
-            &[
-                Some(("logits", self.logits, bytes)),
-                Some(("labels", self.labels, 8)),
-                index.map(|index| ("index", index, 8)),
-            ],
-        )?;
+        let outputs = [
+            self.gradient.map(|gradient| in_bytes("gradient", gradient, bytes)),
+            table.map(|table| in_bytes("history", table, 4)),
+            Some(in_bytes("values", self.values, 4)),
+            Some(in_bytes("status", self.status, 8)),
+            Some(in_bytes("workspace", workspace, 4)),
+        ];
+        let inputs = [
+            Some(in_bytes("logits", self.logits, bytes)),
+            Some(in_bytes("labels", self.labels, 8)),
+            index.map(|index| in_bytes("index", index, 8)),
+        ];
+        let [inputs, outputs] =
+            [&inputs[..], &outputs].map(|named| named.iter().copied().flatten().collect::<Vec<_>>());
+        check_disjoint(&inputs, &outputs, 1, None)?;
         Ok(history)
     }
+}
+
+/// A tensor and its name for `check_disjoint`, in bytes: elements differ in size.
+fn in_bytes(argument: &'static str, buffer: Buffer, bytes: usize) -> Named {
+    (argument, Buffer { len: buffer.len * bytes, ..buffer })
 }
 
 /// One kind of wrong element among the labels or indices of a batch.
@@ -365,37 +369,37 @@ impl Device {
     ///
     /// # Errors
     /// As [`Loss::plan`]; also if an argument belongs to another device, or the launch fails.
-    pub fn loss<T: Element>(
-        &self,
+    pub fn loss<'a, T: Element>(
+        &'a self,
         settings: &LossSettings,
-        logits: &dyn DevicePtr<T>,
-        labels: &dyn DevicePtr<i64>,
-        consistency: Consistency<'_>,
-        outputs: LossOutputs<'_, T>,
-        stream: &CudaStream,
+        logits: &'a dyn DevicePtr<T>,
+        labels: &'a dyn DevicePtr<i64>,
+        consistency: Consistency<'a>,
+        outputs: LossOutputs<'a, T>,
+        stream: &'a CudaStream,
     ) -> Result<()> {
-        let (logits, _logits) = self.input("logits", logits, stream)?;
-        let (labels, _labels) = self.input("labels", labels, stream)?;
-        let (partner, _partner) = match consistency {
-            Consistency::None => (Partner::None, None),
-            Consistency::TwoBranch => (Partner::OtherBranch, None),
-            Consistency::History { table, index } => {
-                let (table, table_guard) = self.output("history", table, stream)?;
-                let (index, index_guard) = self.input("index", index, stream)?;
-                (Partner::History { table, index }, Some((table_guard, index_guard)))
-            }
-        };
-        let gradient = outputs.gradient.map(|gradient| self.output("gradient", gradient, stream));
-        let (gradient, _gradient) = gradient.transpose()?.unzip();
-        let (values, _values) = self.output("values", outputs.values, stream)?;
-        let (status, _status) = self.output("status", outputs.status, stream)?;
-        let (workspace, _workspace) = self.output("workspace", outputs.workspace, stream)?;
-        let settings = *settings;
-        let dtype = T::DTYPE;
-        let plan =
-            Loss { settings, dtype, logits, labels, partner, gradient, values, status, workspace }.plan()?;
+        let mut borrows = self.borrows(stream);
+        let plan = Loss {
+            settings: *settings,
+            dtype: T::DTYPE,
+            logits: borrows.input("logits", logits)?,
+            labels: borrows.input("labels", labels)?,
+            partner: match consistency {
+                Consistency::None => Partner::None,
+                Consistency::TwoBranch => Partner::OtherBranch,
+                Consistency::History { table, index } => Partner::History {
+                    table: borrows.output("history", table)?,
+                    index: borrows.input("index", index)?,
+                },
+            },
+            gradient: borrows.optional_output("gradient", outputs.gradient)?,
+            values: borrows.output("values", outputs.values)?,
+            status: borrows.output("status", outputs.status)?,
+            workspace: borrows.output("workspace", outputs.workspace)?,
+        }
+        .plan()?;
         // SAFETY: the plan's addresses are those of live device tensors of this context, whose guards outlive the launch,
-        // and the plan checked their lengths against what the kernel touches.
+        // and the plan checked their lengths against what the kernels touch.
         unsafe { self.launch(&plan, stream) }
     }
 }

@@ -18,6 +18,8 @@ mod loss;
 mod noise_fill;
 mod noise_source;
 mod noisy_epilogue;
+mod noisy_linear;
+mod partial_sums;
 
 pub use cudarc;
 pub use device::{Device, Noise};
@@ -26,6 +28,11 @@ pub use loss::{Consistency, Finding, Loss, LossOutputs, LossParams, LossSettings
 pub use noise_fill::{NoiseFill, NoiseFillParams};
 pub use noise_source::{NoiseSource, Source};
 pub use noisy_epilogue::{Direction, NoisyEpilogue, NoisyEpilogueParams};
+pub use noisy_linear::{
+    Base, NoisyLinear, NoisyLinearBackward, NoisyLinearGrads, NoisyLinearInputParams, NoisyLinearParams,
+    NoisyLinearWeightParams, Segment, WeightPlan,
+};
+pub use partial_sums::PartialSumsParams;
 
 /// Every kernel, by operator.
 pub const KERNELS: &[&[Kernel]] = &[
@@ -35,4 +42,10 @@ pub const KERNELS: &[&[Kernel]] = &[
     &loss::WHOLE,
     &loss::SCAN,
     &loss::APPLY,
+    &noisy_linear::ONE,
+    &noisy_linear::TWO,
+    &noisy_linear::FOLDED,
+    &noisy_linear::INPUT,
+    &noisy_linear::WEIGHT,
+    &partial_sums::KERNELS,
 ];

@@ -60,13 +60,36 @@ const PER_TOKEN: u32 = 2;
 const GIVEN_PER_SAMPLE: u32 = 3;
 const GIVEN_PER_TOKEN: u32 = 4;
 
+impl NoiseSource {
+    /// No noise.
+    pub(super) const OFF: Self = Self {
+        given: 0,
+        key_address: 0,
+        key: [0, 0],
+        first_sample: 0,
+        batch: 1,
+        kind: OFF,
+        sigma: 0.0,
+        reserved: 0,
+    };
+}
+
 impl Source {
+    /// Which elements share a `z`; `None` if there is no noise.
+    pub(super) fn shape(&self) -> Option<NoiseShape> {
+        match self {
+            Source::Off => None,
+            Source::Generated { generator, .. } => Some(generator.shape()),
+            Source::Given { shape, .. } => Some(*shape),
+        }
+    }
+
     /// Checks the source against a shape that is already checked, and lays it out for a kernel.
     pub(super) fn plan(&self, shape: &LinearShape) -> Result<NoiseSource> {
         // `batch` fits: the shape has at most 2^31 rows.
-        let mut source = NoiseSource { batch: shape.batch as u32, ..Zeroable::zeroed() };
+        let mut source = NoiseSource { batch: shape.batch as u32, ..NoiseSource::OFF };
         match *self {
-            Source::Off => source.kind = OFF,
+            Source::Off => return Ok(NoiseSource::OFF),
             Source::Generated { generator, key } => {
                 check_samples(generator.first_sample(), shape.batch)?;
                 if let Some(key) = key {

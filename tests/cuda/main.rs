@@ -6,6 +6,7 @@ mod loss;
 mod machine;
 mod noise_fill;
 mod noisy_epilogue;
+mod noisy_linear;
 mod support;
 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
@@ -30,6 +31,10 @@ const TESTS: &[(&str, Test)] = &[
     ("noise_fill::key_in_memory", noise_fill::key_in_memory),
     ("noisy_epilogue", noisy_epilogue::test),
     ("noisy_epilogue::any_grid", noisy_epilogue::any_grid),
+    ("noisy_linear::f32", noisy_linear::f32),
+    ("noisy_linear::tf32", noisy_linear::tf32),
+    ("noisy_linear::f16", noisy_linear::f16),
+    ("noisy_linear::bf16", noisy_linear::bf16),
 ];
 
 /// Tests of what only a device has: the safe methods over `cudarc`'s tensors, and graphs.

@@ -22,6 +22,16 @@ fn main() {
         .warnings_into_errors(true);
     build.flag("-include").flag(include.join("simt.h")).include(&include).include(&kernels);
 
+    if std::env::var_os("CARGO_FEATURE_SANITIZE").is_some() {
+        // The address sanitizer's library has to be the first of all.
+        for sanitizer in ["asan", "ubsan"] {
+            println!("cargo:rustc-link-lib=dylib={sanitizer}");
+        }
+        build.flag("-fsanitize=address,undefined,float-cast-overflow").flag("-fno-sanitize-recover=all");
+        // Instrumented code draws warnings that the plain one does not.
+        build.warnings_into_errors(false);
+    }
+
     let mut declarations = String::from("unsafe extern \"C\" {\n");
     let mut table = String::from("const KERNELS: &[Kernel] = &[\n");
     println!("cargo:rerun-if-changed={}", include.display());

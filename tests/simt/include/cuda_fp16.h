@@ -13,18 +13,16 @@ struct __half {
 
 inline float __half2float(__half value) {
     const uint32_t exponent = value.bits >> 10 & 31u, fraction = value.bits & 1023u;
+    uint32_t bits;
     float magnitude;
     if (exponent == 31) {
-        // Infinity, or NaN with its payload.
-        const uint32_t bits = 0x7f800000u | fraction << 13;
-        std::memcpy(&magnitude, &bits, 4);
+        bits = 0x7f800000u | fraction << 13; // infinity, or NaN with its payload
     } else if (exponent == 0) {
-        magnitude = std::ldexp(static_cast<float>(fraction), -24);
+        magnitude = static_cast<float>(fraction) * 5.9604644775390625e-8f; // 2^-24
+        std::memcpy(&bits, &magnitude, 4);
     } else {
-        magnitude = std::ldexp(static_cast<float>(1024u + fraction), static_cast<int>(exponent) - 25);
+        bits = (exponent + 112u) << 23 | fraction << 13;
     }
-    uint32_t bits;
-    std::memcpy(&bits, &magnitude, 4);
     bits |= static_cast<uint32_t>(value.bits & 0x8000u) << 16;
     std::memcpy(&magnitude, &bits, 4);
     return magnitude;

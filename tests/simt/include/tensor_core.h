@@ -52,60 +52,68 @@ struct LoadMatrices {
     }
 };
 
-inline float element(uint32_t pair, unsigned i, __half *) {
-    return __half2float({static_cast<uint16_t>(pair >> 16 * i)});
+// What each lane brings to COUNT products with one left fragment, and gets: c += a * b.
+template <unsigned COUNT> struct Fragments {
+    uint32_t a[4], b[COUNT][2];
+    float c[COUNT][4];
+};
+
+// c += a * b for COUNT matrices b, given those of the whole warp. In an accumulator [16, 8] with group g = lane / 4 and
+// t = lane % 4 a lane holds c[0..3]: rows g, g, g + 8, g + 8; columns 2 t, 2 t + 1, 2 t, 2 t + 1.
+template <unsigned K, unsigned COUNT>
+void multiply(void *const *lanes, const float (&a)[16][K], const float (&b)[COUNT][K][8]) {
+    for (unsigned matrix = 0; matrix < COUNT; ++matrix) {
+        for (unsigned row = 0; row < 16; ++row) {
+            double sum[8] = {};
+            for (unsigned k = 0; k < K; ++k) {
+                for (unsigned column = 0; column < 8; ++column) {
+                    sum[column] += static_cast<double>(a[row][k]) * static_cast<double>(b[matrix][k][column]);
+                }
+            }
+            for (unsigned column = 0; column < 8; ++column) {
+                const unsigned lane = row % 8 * 4 + column / 2, i = row / 8 * 2 + column % 2;
+                float &c = static_cast<Fragments<COUNT> *>(lanes[lane])->c[matrix][i];
+                c = static_cast<float>(sum[column] + static_cast<double>(c));
+            }
+        }
+    }
 }
 
-inline float element(uint32_t pair, unsigned i, __nv_bfloat16 *) {
-    return __bfloat162float({static_cast<uint16_t>(pair >> 16 * i)});
-}
-
-// mma.m16n8k16 of 16-bit types: with group g = lane / 4 and t = lane % 4, a lane holds
+// mma.m16n8k16 of 16-bit types. A lane holds
 //   a[0..3]  rows g, g + 8, g, g + 8; columns 2 t and 2 t + 1, the last two 8 further
 //   b[0..1]  column g; rows 2 t and 2 t + 1, the second 8 further
-//   c[0..3]  rows g, g, g + 8, g + 8; columns 2 t, 2 t + 1, 2 t, 2 t + 1
-template <class T> struct Multiply16 {
-    uint32_t a[4], b[2];
-    float c[4];
+template <class T> struct Mma16 {
+    static float element(uint32_t pair, unsigned i) {
+        T value;
+        value.bits = static_cast<uint16_t>(pair >> 16 * i);
+        return to_float(value);
+    }
+    static float to_float(__half value) { return __half2float(value); }
+    static float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 
-    static void together(void *const *lanes) {
-        float a[16][16], b[16][8];
+    template <unsigned COUNT> static void together(void *const *lanes) {
+        float a[16][16], b[COUNT][16][8];
         for (unsigned lane = 0; lane < 32; ++lane) {
-            const Multiply16 &x = *static_cast<Multiply16 *>(lanes[lane]);
+            const auto &x = *static_cast<Fragments<COUNT> *>(lanes[lane]);
             const unsigned g = lane / 4, t = lane % 4;
             for (unsigned i = 0; i < 2; ++i) {
                 for (unsigned j = 0; j < 4; ++j) {
-                    a[g + 8 * (j % 2)][2 * t + i + 8 * (j / 2)] = element(x.a[j], i, static_cast<T *>(nullptr));
+                    a[g + 8 * (j % 2)][2 * t + i + 8 * (j / 2)] = element(x.a[j], i);
                 }
-                for (unsigned j = 0; j < 2; ++j) {
-                    b[2 * t + i + 8 * j][g] = element(x.b[j], i, static_cast<T *>(nullptr));
+                for (unsigned matrix = 0; matrix < COUNT; ++matrix) {
+                    for (unsigned j = 0; j < 2; ++j) {
+                        b[matrix][2 * t + i + 8 * j][g] = element(x.b[matrix][j], i);
+                    }
                 }
             }
         }
-        finish<16>(lanes, a, b);
-    }
-
-    template <unsigned K> static void finish(void *const *lanes, const float (&a)[16][K], const float (&b)[K][8]) {
-        for (unsigned lane = 0; lane < 32; ++lane) {
-            float *c = static_cast<Multiply16 *>(lanes[lane])->c;
-            for (unsigned i = 0; i < 4; ++i) {
-                const unsigned row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
-                double sum = 0.0;
-                for (unsigned k = 0; k < K; ++k) {
-                    sum += static_cast<double>(a[row][k]) * b[k][column];
-                }
-                c[i] = static_cast<float>(sum + c[i]);
-            }
-        }
+        multiply(lanes, a, b);
     }
 };
 
-// mma.m16n8k8 of tf32: a[0..3] rows g, g + 8, g, g + 8 of columns t, t, t + 4, t + 4; b[0..1] rows t, t + 4 of column g;
-// c as above. The low 13 bits of operands do not count.
-struct MultiplyTf32 {
-    uint32_t a[4], b[2];
-    float c[4];
-
+// mma.m16n8k8 of tf32: a[0..3] rows g, g + 8, g, g + 8 of columns t, t, t + 4, t + 4; b[0..1] rows t, t + 4 of column g.
+// The low 13 bits of operands do not count.
+struct MmaTf32 {
     static float element(uint32_t bits) {
         bits &= 0xffffe000u;
         float value;
@@ -113,20 +121,21 @@ struct MultiplyTf32 {
         return value;
     }
 
-    static void together(void *const *lanes) {
-        static_assert(sizeof(MultiplyTf32) == sizeof(Multiply16<__half>), "finish() writes c of either");
-        float a[16][8], b[8][8];
+    template <unsigned COUNT> static void together(void *const *lanes) {
+        float a[16][8], b[COUNT][8][8];
         for (unsigned lane = 0; lane < 32; ++lane) {
-            const MultiplyTf32 &x = *static_cast<MultiplyTf32 *>(lanes[lane]);
+            const auto &x = *static_cast<Fragments<COUNT> *>(lanes[lane]);
             const unsigned g = lane / 4, t = lane % 4;
             for (unsigned j = 0; j < 4; ++j) {
                 a[g + 8 * (j % 2)][t + 4 * (j / 2)] = element(x.a[j]);
             }
-            for (unsigned j = 0; j < 2; ++j) {
-                b[t + 4 * j][g] = element(x.b[j]);
+            for (unsigned matrix = 0; matrix < COUNT; ++matrix) {
+                for (unsigned j = 0; j < 2; ++j) {
+                    b[matrix][t + 4 * j][g] = element(x.b[matrix][j]);
+                }
             }
         }
-        Multiply16<__half>::finish<8>(lanes, a, b);
+        multiply(lanes, a, b);
     }
 };
 
@@ -140,11 +149,18 @@ inline void load_matrices_at(const char *file, unsigned line, uint32_t (&result)
     std::memcpy(result, operands.result, sizeof result);
 }
 
-template <class Operands>
-void multiply_at(const char *file, unsigned line, float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    Operands operands = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}, {c[0], c[1], c[2], c[3]}};
-    pace_simt_collective(file, line, Operands::together, &operands);
-    std::memcpy(c, operands.c, sizeof c);
+// c[i] += a * part(b[i]).
+template <class Instruction, unsigned COUNT, class Right, class Part>
+void multiply_at(const char *file, unsigned line, float (&c)[COUNT][4], const uint32_t (&a)[4], const Right (&b)[COUNT],
+                 Part part) {
+    simt::Fragments<COUNT> fragments;
+    std::memcpy(fragments.a, a, sizeof a);
+    for (unsigned i = 0; i < COUNT; ++i) {
+        std::memcpy(fragments.b[i], part(b[i]), sizeof fragments.b[i]);
+    }
+    std::memcpy(fragments.c, c, sizeof c);
+    pace_simt_collective(file, line, Instruction::template together<COUNT>, &fragments);
+    std::memcpy(c, fragments.c, sizeof c);
 }
 
 } // namespace pace

@@ -141,3 +141,35 @@ PACE_KERNEL(shuffle_from_a_missing_lane, CopyParams, 256) {
     }
     pace::store(p.y + index(), x);
 }
+
+// What only the sanitizers see.
+
+PACE_KERNEL(unseen_read, CopyParams, 256) { pace::store(p.y + index(), p.x[p.n]); }
+
+PACE_KERNEL(unseen_read_past_the_red_zone, CopyParams, 256) { pace::store(p.y + index(), p.x[p.n + 64]); }
+
+PACE_KERNEL(read_past_shared_memory, CopyParams, 256) {
+    PACE_SHARED(float, values);
+    pace::store(p.y + index(), values[blockDim.x]);
+}
+
+PACE_KERNEL(index_past_an_array, CopyParams, 256) {
+    const float values[4] = {};
+    pace::store(p.y + index(), values[p.n]);
+}
+
+PACE_KERNEL(overflow, CopyParams, 256) {
+    const int n = static_cast<int>(p.n);
+    pace::store(p.y + index(), static_cast<float>((n << 26) + (n << 26) + (n << 26)));
+}
+
+PACE_KERNEL(shift_too_far, CopyParams, 256) { pace::store(p.y + index(), static_cast<float>(1u << (2 * p.n))); }
+
+PACE_KERNEL(cast_too_large, CopyParams, 256) {
+    pace::store(p.y + index(), static_cast<float>(static_cast<unsigned>(-1.0f * p.n)));
+}
+
+PACE_KERNEL(misaligned, CopyParams, 256) {
+    const pace::Vector<float> &vector = *reinterpret_cast<const pace::Vector<float> *>(p.x + p.n / 16);
+    pace::store(p.y + index(), vector.value[0]);
+}

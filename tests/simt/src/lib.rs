@@ -28,3 +28,6 @@ mod memory;
 pub use fault::{Access, Fault, Thread};
 pub use machine::{Launch, Schedule, kernels};
 pub use memory::{Memory, Tensor};
+
+/// Whether the sanitizers watch the kernels.
+pub const IS_SANITIZED: bool = cfg!(feature = "sanitize");

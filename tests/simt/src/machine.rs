@@ -65,8 +65,8 @@ impl Dice {
 const WARP: usize = 32;
 /// What faults call it.
 const SHARED: &str = "shared memory";
-/// Stack of one thread; the kernels keep little there.
-const STACK: usize = 64 << 10;
+/// Stack of one thread; the kernels keep little there, but a sanitizer puts red zones around it.
+const STACK: usize = if crate::IS_SANITIZED { 256 << 10 } else { 64 << 10 };
 /// What every device since compute capability 8.0 allows.
 const MAX_THREADS: u32 = 1024;
 const MAX_BLOCK: [u32; 3] = [1024, 1024, 64];

@@ -14,6 +14,12 @@ const GUARD: u8 = 0xA5;
 /// What lies in outputs and in shared memory beforehand: NaN in every floating-point type.
 const POISON: u8 = 0xFF;
 
+#[cfg(feature = "sanitize")]
+unsafe extern "C" {
+    /// Makes instrumented code stop when it touches this memory.
+    fn __asan_poison_memory_region(address: *const std::ffi::c_void, bytes: usize);
+}
+
 /// A block of memory with red zones around the part in use.
 pub(crate) struct Region {
     start: *mut u8,
@@ -38,6 +44,11 @@ impl Region {
         unsafe { start.write_bytes(GUARD, layout.size()) };
         let region = Self { start, layout, first, bytes };
         region.poison();
+        #[cfg(feature = "sanitize")]
+        for (at, bytes) in [(0, first), (first + bytes, RED_ZONE)] {
+            // SAFETY: both red zones lie in the block. The sanitizer takes notice of kernels only, not of this crate.
+            unsafe { __asan_poison_memory_region(start.add(at).cast(), bytes) };
+        }
         region
     }
 

@@ -81,6 +81,7 @@ fn accesses_out_of_bounds_name_block_thread_and_tensor() {
 }
 
 #[test]
+#[cfg_attr(feature = "sanitize", ignore = "the sanitizer is faster: see sanitize.rs")]
 fn writes_that_go_around_the_checks_are_found_afterwards() {
     let corrupted = |tensor: &str, offset| Fault::Corrupted { tensor: tensor.into(), offset };
     // The lowest byte of 1.0 is zero, as is no byte of the red zone.

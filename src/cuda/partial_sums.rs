@@ -1,0 +1,47 @@
+//! Sums of partial results in their order; plans `kernels/partial_sums.cu`.
+
+use super::launch::{Buffer, DType, Kernel, Launch, params};
+
+const fn kernel(name: &'static str) -> Kernel {
+    Kernel { file: "partial_sums", name }
+}
+
+pub(super) const KERNELS: [Kernel; 3] =
+    [kernel("partial_sums_f32"), kernel("partial_sums_f16"), kernel("partial_sums_bf16")];
+
+const THREADS: usize = 256;
+/// Elements of one thread.
+const WIDTH: usize = 4;
+
+params! {
+    /// `pace::PartialSumsParams` of the kernels.
+    PartialSumsParams, 32 bytes {
+        0 partial: u64,
+        8 out: u64,
+        16 length: u64,
+        24 parts: u32,
+        28 aligned: u32,
+    }
+}
+
+/// The launch that adds up `partial [parts, out.len()]`, `f32` at this address. Both were checked before.
+pub(super) fn partial_sums(
+    partial: u64,
+    parts: usize,
+    out: Buffer,
+    dtype: DType,
+) -> Launch<PartialSumsParams> {
+    Launch {
+        kernel: dtype.choose(KERNELS),
+        grid: [out.len.div_ceil(THREADS * WIDTH) as u32, 1, 1],
+        block: [THREADS as u32, 1, 1],
+        shared_bytes: 0,
+        params: PartialSumsParams {
+            partial,
+            out: out.address,
+            length: out.len as u64,
+            parts: parts as u32,
+            aligned: u32::from(out.len.is_multiple_of(WIDTH) && partial.is_multiple_of(16)),
+        },
+    }
+}

@@ -1,0 +1,319 @@
+//! What nvcc made of the kernels: the files that the crate embeds, taken apart by `cuobjdump` (with `nvdisasm`, both part
+//! of a CUDA toolkit). Reported as ignored, with the reason, where the kernels are not built or a tool is missing;
+//! `PACE_REQUIRE_NVCC=1` makes that a failure.
+//!
+//! `docs/kernels.md` is made here: `PACE_UPDATE_DOCS=1 cargo test --test compiled` writes it.
+
+#[allow(dead_code)]
+#[path = "../build/nvcc.rs"]
+mod nvcc;
+
+// `FATBINS` and `WHY_NOT_BUILT`, by build.rs.
+mod built {
+    include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+}
+
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use pace_kernels::cuda::{KERNELS, Kernel};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+/// 16 bytes at a time from global memory, through registers or past them.
+const LOADS: &[&str] = &["LDG.128|LDGSTS.128"];
+/// The same, and back.
+const VECTORS: &[&str] = &["LDG.128|LDGSTS.128", "STG.128"];
+/// Tensor cores, fed by matrix loads from shared memory, which asynchronous copies fill.
+const PRODUCT: &[&str] = &["HMMA", "LDSM", "LDGSTS.128"];
+/// The same where operands of 32 bits have to be transposed, which matrix loads cannot.
+const TRANSPOSED: &[&str] = &["HMMA", "LDGSTS.128"];
+
+/// File, how a kernel's name begins, and the instructions that its machine code must have on every architecture: an opcode
+/// and some of its modifiers, `|` between alternatives. A kernel takes the first line that fits it.
+const INSTRUCTIONS: &[(&str, &str, &[&str])] = &[
+    ("noise_fill", "noise_fill", &["STG.128"]),
+    ("noisy_epilogue", "noisy_epilogue_", VECTORS),
+    ("noisy_linear", "noisy_linear_weight_f32", TRANSPOSED),
+    ("noisy_linear", "noisy_linear_weight_tf32", TRANSPOSED),
+    ("noisy_linear", "noisy_linear_", PRODUCT),
+    ("partial_sums", "partial_sums_", LOADS),
+];
+
+const DOCS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/kernels.md");
+
+type Test = fn(&Compiled) -> Result<Completion, Failed>;
+
+fn main() {
+    let tests: [(&str, Test); 4] = [
+        ("every_kernel_is_there", every_kernel_is_there),
+        ("nothing_is_spilled", nothing_is_spilled),
+        ("instructions", instructions),
+        ("docs_are_up_to_date", docs_are_up_to_date),
+    ];
+    static COMPILED: OnceLock<Result<Compiled, String>> = OnceLock::new();
+    let trial = |(name, test): (&str, Test)| {
+        Trial::ignorable_test(name, move || match COMPILED.get_or_init(Compiled::open) {
+            Ok(compiled) => test(compiled),
+            Err(why) if std::env::var_os("PACE_REQUIRE_NVCC").is_some_and(|value| value == "1") => {
+                Err(why.into())
+            }
+            Err(why) => Ok(Completion::ignored_with(why.as_str())),
+        })
+    };
+    libtest_mimic::run(&Arguments::from_args(), tests.into_iter().map(trial).collect()).exit();
+}
+
+/// One kernel for one architecture.
+#[derive(Default, Clone, PartialEq, Debug)]
+struct Code {
+    registers: u32,
+    /// Bytes of a thread in local memory, where spilled registers and arrays with a variable index go.
+    stack: u32,
+    /// Static shared memory in bytes.
+    shared: u32,
+    /// The largest block.
+    threads: u32,
+    opcodes: BTreeSet<String>,
+}
+
+impl Code {
+    /// Whether it has an instruction: `LDG.128` asks for an opcode `LDG` with `128` among its modifiers.
+    fn has(&self, instruction: &str) -> bool {
+        let fits = |opcode: &String, one: &str| {
+            let (mut parts, mut wanted) = (opcode.split('.'), one.split('.'));
+            parts.next() == wanted.next() && wanted.all(|modifier| parts.clone().any(|part| part == modifier))
+        };
+        instruction.split('|').any(|one| self.opcodes.iter().any(|opcode| fits(opcode, one)))
+    }
+}
+
+/// A kernel by its file, name and architecture.
+type Name = (String, String, String);
+
+struct Compiled {
+    /// As nvcc gives it, `13.0.88`.
+    version: String,
+    archs: Vec<String>,
+    kernels: BTreeMap<Name, Code>,
+}
+
+impl Compiled {
+    fn open() -> Result<Self, String> {
+        let variable = |name: &str| std::env::var_os(name);
+        if built::FATBINS.is_empty() {
+            return Err(format!("the kernels are not built: {}", built::WHY_NOT_BUILT));
+        }
+        let nvcc = nvcc::find(&variable)?.ok_or("nvcc is gone since the kernels were built")?;
+        let version = run(Command::new(&nvcc).arg("--version"))?;
+        let version = version
+            .split_once(", V")
+            .and_then(|(_, rest)| rest.split_whitespace().next())
+            .ok_or(version.clone())?;
+        let list = variable("PACE_CUDA_ARCHS").unwrap_or(nvcc::DEFAULT_ARCHS.into());
+        let archs = nvcc::archs(&list.to_string_lossy())?;
+
+        let path = variable("PATH").unwrap_or_default();
+        let mut folders: Vec<PathBuf> = nvcc.parent().map(Path::to_owned).into_iter().collect();
+        folders.extend(std::env::split_paths(&path));
+        let tool = |name: &str| {
+            let file = format!("{name}{}", std::env::consts::EXE_SUFFIX);
+            let mut places = folders.iter().map(|folder| folder.join(&file));
+            places.find(|place| place.is_file()).ok_or(format!("{name} is neither beside nvcc nor in PATH"))
+        };
+        let cuobjdump = tool("cuobjdump")?;
+        tool("nvdisasm")?;
+        // Where cuobjdump looks for nvdisasm.
+        let path = std::env::join_paths(&folders).map_err(|error| error.to_string())?;
+        let mut kernels = BTreeMap::new();
+        for (file, _) in built::FATBINS {
+            let fatbin = Path::new(env!("OUT_DIR")).join(format!("{file}.fatbin"));
+            let mut command = Command::new(&cuobjdump);
+            command.args(["-elf", "-res-usage", "-sass"]).arg(fatbin).env("PATH", &path);
+            for ((arch, kernel), code) in read(&run(&mut command)?)? {
+                kernels.insert(((*file).to_owned(), kernel, arch), code);
+            }
+        }
+        Ok(Self {
+            version: version.to_owned(),
+            archs: archs.iter().map(|arch| format!("sm_{arch}")).collect(),
+            kernels,
+        })
+    }
+}
+
+fn run(command: &mut Command) -> Result<String, String> {
+    let output = command.output().map_err(|error| format!("cannot run {command:?}: {error}"))?;
+    match output.status.success() {
+        true => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
+        false => Err(format!("{command:?} failed: {}", String::from_utf8_lossy(&output.stderr))),
+    }
+}
+
+/// Kernels by architecture and name in what cuobjdump prints: for each architecture the sections of the file, then what
+/// each kernel uses, then its instructions.
+fn read(dump: &str) -> Result<BTreeMap<(String, String), Code>, String> {
+    let mut kernels: BTreeMap<(String, String), Code> = BTreeMap::new();
+    let (mut arch, mut kernel, mut attribute) = ("", "", "");
+    for line in dump.lines() {
+        let text = line.trim();
+        let number = |text: &str| {
+            let (digits, radix) = text.strip_prefix("0x").map_or((text, 10), |digits| (digits, 16));
+            u32::from_str_radix(digits, radix).map_err(|_| format!("cuobjdump printed `{line}`"))
+        };
+        let key = || (arch.to_owned(), kernel.to_owned());
+        if let Some(name) = text.strip_prefix("arch = ") {
+            arch = name;
+        } else if let Some(name) = line.strip_prefix(".nv.info.") {
+            kernel = name;
+        } else if let Some(name) = text.strip_prefix("Function : ") {
+            kernel = name;
+        } else if let Some(name) = text.strip_prefix("Function ").and_then(|rest| rest.strip_suffix(':')) {
+            kernel = name;
+        } else if let Some(name) = text.strip_prefix("Attribute:") {
+            attribute = name.trim();
+        } else if let Some(value) = text.strip_prefix("Value:")
+            && attribute == "EIATTR_MAX_THREADS"
+        {
+            kernels.entry(key()).or_default().threads =
+                value.split_whitespace().map(number).product::<Result<u32, String>>()?;
+        } else if text.starts_with("REG:") {
+            let code = kernels.entry(key()).or_default();
+            for (name, value) in text.split_whitespace().filter_map(|field| field.split_once(':')) {
+                match name {
+                    "REG" => code.registers = number(value)?,
+                    "STACK" | "LOCAL" => code.stack += number(value)?,
+                    "SHARED" => code.shared = number(value)?,
+                    _ => {}
+                }
+            }
+        } else if let Some((_, instruction)) = text.strip_prefix("/*").and_then(|rest| rest.split_once("*/"))
+        {
+            // A predicate may stand before the opcode. A line that has only a comment is the second half of the last one.
+            let opcode = instruction.split_whitespace().find(|word| !word.starts_with('@'));
+            kernels.entry(key()).or_default().opcodes.extend(opcode.map(str::to_owned));
+        }
+    }
+    Ok(kernels)
+}
+
+/// The crate's list of kernels.
+fn listed() -> impl Iterator<Item = &'static Kernel> {
+    KERNELS.iter().copied().flatten()
+}
+
+/// All problems at once.
+fn verdict(problems: &[String]) -> Result<Completion, Failed> {
+    if problems.is_empty() { Ok(Completion::Completed) } else { Err(problems.join("\n").into()) }
+}
+
+/// The crate's list of kernels and the machine code agree, for every architecture.
+fn every_kernel_is_there(compiled: &Compiled) -> Result<Completion, Failed> {
+    let listed = |arch: &String| {
+        let arch = arch.clone();
+        listed().map(move |kernel| (kernel.file.to_owned(), kernel.name.to_owned(), arch.clone()))
+    };
+    let listed: BTreeSet<Name> = compiled.archs.iter().flat_map(listed).collect();
+    let compiled: BTreeSet<Name> = compiled.kernels.keys().cloned().collect();
+    let missing = listed.difference(&compiled).map(|name| format!("{name:?} is not in the machine code"));
+    let unknown = compiled.difference(&listed).map(|name| format!("{name:?} is not in KERNELS"));
+    verdict(&missing.chain(unknown).collect::<Vec<_>>())
+}
+
+/// All that a thread holds is in registers.
+fn nothing_is_spilled(compiled: &Compiled) -> Result<Completion, Failed> {
+    let mut problems = Vec::new();
+    for (name, code) in &compiled.kernels {
+        if code.registers == 0 || code.threads == 0 || code.opcodes.is_empty() {
+            problems.push(format!("{name:?} is not read right: {code:?}"));
+        }
+        if code.stack > 0 || code.has("LDL|STL") {
+            problems.push(format!("{name:?} has a stack of {} bytes, or spills", code.stack));
+        }
+    }
+    verdict(&problems)
+}
+
+/// The machine code has what `INSTRUCTIONS` asks for.
+fn instructions(compiled: &Compiled) -> Result<Completion, Failed> {
+    let mut problems = Vec::new();
+    let mut used = BTreeSet::new();
+    for (name, code) in &compiled.kernels {
+        let (file, kernel, _) = name;
+        let fits = |&(of, prefix, _): &(&str, &str, _)| of == file && kernel.starts_with(prefix);
+        let Some(line) = INSTRUCTIONS.iter().position(fits) else {
+            problems.push(format!("{name:?} has no line in INSTRUCTIONS"));
+            continue;
+        };
+        used.insert(line);
+        for &instruction in INSTRUCTIONS[line].2.iter().filter(|instruction| !code.has(instruction)) {
+            let opcode = instruction.split(['.', '|']).next().unwrap_or_default();
+            let alike: Vec<&String> = code.opcodes.iter().filter(|other| other.starts_with(opcode)).collect();
+            problems.push(format!("{name:?} has no {instruction}, only {alike:?}"));
+        }
+    }
+    let unused = (0..INSTRUCTIONS.len()).filter(|line| !used.contains(line));
+    problems.extend(unused.map(|line| format!("no kernel takes {:?}", INSTRUCTIONS[line])));
+    verdict(&problems)
+}
+
+fn docs_are_up_to_date(compiled: &Compiled) -> Result<Completion, Failed> {
+    let archs = nvcc::archs(nvcc::DEFAULT_ARCHS)?.iter().map(|arch| format!("sm_{arch}")).collect::<Vec<_>>();
+    if compiled.archs != archs {
+        return Ok(Completion::ignored_with("PACE_CUDA_ARCHS asks for other architectures"));
+    }
+    let now = docs(compiled)?;
+    if std::env::var_os("PACE_UPDATE_DOCS").is_some_and(|value| value == "1") {
+        std::fs::write(DOCS, now)?;
+        return Ok(Completion::Completed);
+    }
+    let committed = std::fs::read_to_string(DOCS).unwrap_or_default().replace("\r\n", "\n");
+    let version = committed.split_once("nvcc ").and_then(|(_, rest)| rest.split_whitespace().next());
+    if version.is_some_and(|version| version != compiled.version) {
+        let why = format!("{DOCS} is by nvcc {}, this is {}", version.unwrap_or_default(), compiled.version);
+        return Ok(Completion::ignored_with(why));
+    }
+    if committed == now {
+        return Ok(Completion::Completed);
+    }
+    let (committed, now) = (committed.lines().collect::<BTreeSet<_>>(), now.lines().collect::<BTreeSet<_>>());
+    let lines = |a: &BTreeSet<&str>, b, sign| {
+        a.difference(b).map(|line| format!("{sign} {line}\n")).collect::<String>()
+    };
+    let [old, new] = [lines(&committed, &now, '-'), lines(&now, &committed, '+')];
+    Err(format!("{DOCS} is out of date:\n{old}{new}PACE_UPDATE_DOCS=1 cargo test --test compiled writes it")
+        .into())
+}
+
+/// What `docs/kernels.md` has to be.
+fn docs(compiled: &Compiled) -> Result<String, Failed> {
+    let mut text = format!(
+        "# Kernels\n\n\
+         As nvcc {} compiles them: the largest block that a kernel can be launched with, registers per thread, and bytes of\n\
+         static shared memory, of which 1024 are the system's on architectures from 9.0 on where a kernel uses any. What a\n\
+         launch asks for beyond it is the plan's choice. No kernel has a stack or spills.\n\n\
+         This file is written by `PACE_UPDATE_DOCS=1 cargo test --test compiled` and checked by `tests/compiled.rs`.\n",
+        compiled.version
+    );
+    for (file, _) in built::FATBINS {
+        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/kernels");
+        let source = std::fs::read_to_string(Path::new(source).join(format!("{file}.cu")))?;
+        // The first paragraph of the comment at its head.
+        let head = source.lines().map_while(|line| line.strip_prefix("// ")).collect::<Vec<_>>().join(" ");
+        let _ = write!(text, "\n## {file}\n\n{head}\n\n| kernel | threads |");
+        compiled.archs.iter().for_each(|arch| text += &format!(" registers, {arch} | shared, {arch} |"));
+        let _ = writeln!(text, "\n|---|---|{}", "---|---|".repeat(compiled.archs.len()));
+        for kernel in listed().filter(|kernel| kernel.file == *file) {
+            let codes = compiled.archs.iter().map(|arch| {
+                let name = (kernel.file.to_owned(), kernel.name.to_owned(), arch.clone());
+                compiled.kernels.get(&name).ok_or(format!("{name:?} is not in the machine code"))
+            });
+            let codes = codes.collect::<Result<Vec<&Code>, String>>()?;
+            let _ = write!(text, "| `{}` | {} |", kernel.name, codes[0].threads);
+            codes.iter().for_each(|code| text += &format!(" {} | {} |", code.registers, code.shared));
+            text.push('\n');
+        }
+    }
+    Ok(text)
+}
