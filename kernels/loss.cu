@@ -16,20 +16,20 @@
 // A label that is neither a class nor the ignored one counts as ignored. A sample whose index is not a row of H, or that
 // of an earlier sample, has no consistency term, and H is neither read nor written for it. Status counts both.
 //
-// A row (of both branches) is cut into slices of at most 16 elements per thread of a group of whole warps, which holds its
+// A row (of both branches) is cut into slices of at most 8 elements per thread of a group of whole warps, which holds its
 // slice in registers: the maximum, the sums and the gradient need no second read. Groups stride over the samples, by y.
-//   loss        a slice is the row (C <= 8192): one launch.
+//   loss        a slice is the row (C <= 4096): one launch.
 //   loss_scan   more slices, by x: first launch. Writes M, O, sum_c (M - l_c) and the distance of each slice,
-//   loss_apply  which the second launch combines, in their order, before it reads the logits again for the gradient.
-// Where rows are aligned, a thread has vectors of 16 bytes, otherwise every so-manieth element: adjacent threads always
-// touch adjacent memory. Each sample leaves a record; the block that finishes last adds them up, in the order of samples.
+//   loss_apply  which the second launch combines before it reads the logits again for the gradient.
+// Where rows are aligned, a thread has vectors of 16 bytes, otherwise every 32nd element: the lanes of a warp always touch
+// adjacent memory. Each sample leaves a record; the block that finishes last adds them up.
 //
 // Bytes: logits and H read once (loss) or twice (the others), gradient and H written once; each block reads all labels to
-// count them, and each group the indices before its own, about B^2 / 2 * 8 bytes in all. Operations: 2 exponentials (3) and
-// about 20 others per pair of logits, so memory sets the time, and for small losses the chain of a launch, two loads, the
-// ticket of the last block and its loads.
+// count them, and for each row or slice the indices before its own, which are B^2 / 2 * 8 bytes in all for rows of one
+// slice. Operations: 1 exponential (loss) or 2 (the others) and about 20 more per pair of logits, so memory sets the time,
+// and for small losses the chain of a launch, two loads, the ticket of the last block and its loads.
 // Determinism: run-to-run bitwise, for tensors of the same alignment; the grid does not depend on the device, so
-// gpu-to-gpu as far as exp and log are the same.
+// gpu-to-gpu as far as the compiled exp and log are the same.
 
 #include "reduce.cuh"
 

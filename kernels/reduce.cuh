@@ -87,25 +87,18 @@ __device__ __forceinline__ void group_reduce(float (&value)[N], u32 warps, float
     }
 }
 
-// Whether this one-dimensional block is the last of the grid to come here; it then sees all that the others had written to
-// global memory by then. `ticket`: a counter in global memory, 0 before the launch and 0 again after it. `flag`: a word of
-// shared memory. All threads have to come.
+// Whether this block is the last of the grid to come here; it then sees all that the others had written to global memory by
+// then. `ticket`: a counter in global memory, 0 before the launch and 0 again after it. `flag`: a word of shared memory. All
+// threads have to come.
 __device__ __forceinline__ bool is_last_block(u32 *ticket, u32 *flag) {
-    const u32 blocks = gridDim.x * gridDim.y * gridDim.z;
     __syncthreads();
-    if (blocks == 1) {
-        return true;
-    }
     if (threadIdx.x == 0) {
+        const u32 last = gridDim.x * gridDim.y * gridDim.z - 1;
         // What the block wrote before the barrier comes before its ticket, and what the others wrote before theirs can be
         // read after the last one.
         __threadfence();
-        const bool last = atomic_add(ticket, 1u) == blocks - 1;
+        *flag = count_up(ticket, last) == last ? 1u : 0u;
         __threadfence();
-        if (last) {
-            store(ticket, 0u);
-        }
-        *flag = last ? 1u : 0u;
     }
     __syncthreads();
     return *flag != 0u;

@@ -1,9 +1,10 @@
 // How kernels are declared and how they touch memory: storage types f32, f16 and bf16, single elements and 16-byte
 // vectors.
 //
-// All global memory is read and written through `load`, `store`, `load_vector`, `store_vector` and `atomic_add`. The compiler sees
-// plain accesses; the simulator of the tests (tests/simt) sees each one and checks bounds, alignment and whether what is
-// read was ever written. Arithmetic is in f32: `to_float` is exact, `from_float` rounds once, to nearest even.
+// All global memory is read and written through `load`, `store`, `load_vector`, `store_vector` and `count_up`. The
+// compiler sees plain accesses; the simulator of the tests (tests/simt) sees each one and checks bounds, alignment and
+// whether what is read was ever written. Arithmetic is in f32: `to_float` is exact, `from_float` rounds once, to nearest
+// even.
 
 #ifndef PACE_STORAGE_CUH
 #define PACE_STORAGE_CUH
@@ -63,12 +64,11 @@ template <class T> __device__ __forceinline__ void store(T *address, T value) {
     *address = value;
 }
 
-// Adds to a counter in global memory and gives what it held before. Counters only: a sum whose order matters does not come
-// from atomics.
-__device__ __forceinline__ u32 atomic_add(u32 *address, u32 value) {
-    PACE_ACCESS(address, sizeof(u32), false);
-    PACE_ACCESS(address, sizeof(u32), true);
-    return atomicAdd(address, value);
+// Adds 1 to a counter in global memory, or sets it to 0 if it has reached `last`, and gives what it held before.
+__device__ __forceinline__ u32 count_up(u32 *counter, u32 last) {
+    PACE_ACCESS(counter, sizeof(u32), false);
+    PACE_ACCESS(counter, sizeof(u32), true);
+    return atomicInc(counter, last);
 }
 
 // 16 bytes of T, moved by one instruction where the address is a multiple of 16.

@@ -353,8 +353,8 @@ pub struct LossOutputs<'a, T> {
     pub values: &'a mut dyn DevicePtrMut<f32>,
     /// `[9]`, [`LossStatus::WORDS`]: what [`LossStatus::new`] takes.
     pub status: &'a mut dyn DevicePtrMut<u64>,
-    /// At least [`LossSettings::workspace_len`] words. The first must be zero before the first call, and every call leaves it
-    /// zero: allocate zeros once, use them for one stream.
+    /// At least [`LossSettings::workspace_len`] words. The first must be zero before the first call, or values and status mean
+    /// nothing; every call leaves it zero. Allocate zeros once, and use them for one stream.
     pub workspace: &'a mut dyn DevicePtrMut<u32>,
 }
 

@@ -59,9 +59,9 @@ void pace_simt_access(const void *address, size_t bytes, bool is_write);
 // Blocks run one after the other, and a thread is interrupted at switch points only.
 #define __threadfence() static_cast<void>(0)
 
-inline unsigned atomicAdd(unsigned *address, unsigned value) {
+inline unsigned atomicInc(unsigned *address, unsigned last) {
     const unsigned before = *address;
-    *address = before + value;
+    *address = before >= last ? 0 : before + 1;
     return before;
 }
 
