@@ -344,6 +344,11 @@ fn wrong_arguments_of_a_loss_are_refused() {
             }
         }
     }
+    // The length saturates for sizes that no plan accepts.
+    for classes in [0, usize::MAX] {
+        let settings = LossSettings { classes, ..SETTINGS };
+        assert_eq!(settings.workspace_len(usize::MAX), usize::MAX);
+    }
     let both = Loss { partner: Partner::OtherBranch, ..loss() };
     wrong(both, length("logits", "[2B, C]", 2 * B * C, B * C));
     let both = Loss { logits: buffer(4096, 2 * B * C), ..both };
