@@ -1,4 +1,5 @@
-// Sums over the threads of a warp or of a block, always in the same order.
+// Sums and maxima over the threads of a warp, of some warps or of a block, always in the same order, and which block of a
+// grid is the last to finish.
 
 #ifndef PACE_REDUCE_CUH
 #define PACE_REDUCE_CUH
@@ -56,6 +57,67 @@ template <class T> __device__ __forceinline__ T block_sum(T value, T *scratch) {
         sum += scratch[warp];
     }
     return sum;
+}
+
+struct Sum {
+    static __device__ __forceinline__ float of(float a, float b) { return a + b; }
+    static __device__ __forceinline__ float of_warp(float value) { return warp_sum(value); }
+};
+
+// NaN counts as nothing.
+struct Max {
+    static __device__ __forceinline__ float of(float a, float b) { return fmaxf(a, b); }
+    static __device__ __forceinline__ float of_warp(float value) { return warp_max(value); }
+};
+
+// Reduces N values over each group of `warps` adjacent warps of a one-dimensional block of whole groups; every thread gets
+// its group's results. `scratch`: N floats per warp of the block in shared memory, free again after the next barrier. With
+// groups of one warp there is no barrier in here; otherwise all threads of the block have to come.
+template <class Operation, unsigned N>
+__device__ __forceinline__ void group_reduce(float (&value)[N], u32 warps, float *scratch) {
+#pragma unroll
+    for (unsigned i = 0; i < N; ++i) {
+        value[i] = Operation::of_warp(value[i]);
+    }
+    if (warps == 1) {
+        return;
+    }
+    const u32 warp = threadIdx.x / WARP;
+    if (threadIdx.x % WARP == 0) {
+#pragma unroll
+        for (unsigned i = 0; i < N; ++i) {
+            scratch[warp * N + i] = value[i];
+        }
+    }
+    __syncthreads();
+    const float *group = scratch + warp / warps * warps * N;
+#pragma unroll
+    for (unsigned i = 0; i < N; ++i) {
+        value[i] = group[i];
+    }
+    for (u32 other = 1; other < warps; ++other) {
+#pragma unroll
+        for (unsigned i = 0; i < N; ++i) {
+            value[i] = Operation::of(value[i], group[other * N + i]);
+        }
+    }
+}
+
+// Whether this block is the last of the grid to come here; it then sees all that the others had written to global memory by
+// then. `ticket`: a counter in global memory, 0 before the launch and 0 again after it. `flag`: a word of shared memory. All
+// threads have to come.
+__device__ __forceinline__ bool is_last_block(u32 *ticket, u32 *flag) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        const u32 last = gridDim.x * gridDim.y * gridDim.z - 1;
+        // What the block wrote before the barrier comes before its ticket, and what the others wrote before theirs can be
+        // read after the last one.
+        __threadfence();
+        *flag = count_up(ticket, last) == last ? 1u : 0u;
+        __threadfence();
+    }
+    __syncthreads();
+    return *flag != 0u;
 }
 
 } // namespace pace

@@ -34,6 +34,8 @@ const TRANSPOSED: &[&str] = &["HMMA", "LDGSTS.128"];
 /// and some of its modifiers, `|` between alternatives. A kernel takes the first line that fits it.
 const INSTRUCTIONS: &[(&str, &str, &[&str])] = &[
     ("drop_path", "drop_path_", VECTORS),
+    ("loss", "loss_scan_", LOADS),
+    ("loss", "loss_", VECTORS),
     ("noise_fill", "noise_fill", &["STG.128"]),
     ("noisy_epilogue", "noisy_epilogue_", VECTORS),
     ("noisy_linear", "noisy_linear_weight_f32", TRANSPOSED),

@@ -149,7 +149,7 @@ impl Buffer {
         Ok(())
     }
 
-    /// Checks that it has at least `needed` `f32` elements.
+    /// Checks that it has at least `needed` elements of 4 bytes.
     pub(super) fn check_workspace(&self, needed: usize) -> Result<Buffer> {
         self.check_workspace_of(needed, 4)
     }

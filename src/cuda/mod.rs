@@ -15,6 +15,7 @@
 mod device;
 mod drop_path;
 mod launch;
+mod loss;
 mod low_rank_linear;
 mod noise_fill;
 mod noise_source;
@@ -28,6 +29,7 @@ pub use cudarc;
 pub use device::{Device, Noise};
 pub use drop_path::{DropPath, DropPathParams, Mask, MaskSource};
 pub use launch::{Buffer, DType, Element, Kernel, Launch, Params, Plan, RawLaunch};
+pub use loss::{Consistency, Finding, Loss, LossOutputs, LossParams, LossSettings, LossStatus, Partner};
 pub use low_rank_linear::{
     LowRankBackward, LowRankFactorsParams, LowRankForward, LowRankGrads, LowRankLinear, LowRankLinearParams,
 };
@@ -55,6 +57,9 @@ pub const KERNELS: &[&[Kernel]] = &[
     &[noise_fill::KERNEL],
     &noisy_epilogue::FORWARD,
     &noisy_epilogue::BACKWARD,
+    &loss::WHOLE,
+    &loss::SCAN,
+    &loss::APPLY,
     &noisy_linear::ONE,
     &noisy_linear::TWO,
     &noisy_linear::FOLDED,

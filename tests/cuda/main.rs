@@ -3,6 +3,7 @@
 
 mod device;
 mod drop_path;
+mod loss;
 mod low_rank_linear;
 mod machine;
 mod noise_fill;
@@ -30,6 +31,12 @@ const TESTS: &[(&str, Test)] = &[
     ("low_rank_linear::bf16", low_rank_linear::bf16),
     ("low_rank_linear::one_gradient", low_rank_linear::one_gradient),
     ("drop_path", drop_path::test),
+    ("loss", loss::test),
+    ("loss::streamed", loss::streamed),
+    ("loss::any_grid", loss::any_grid),
+    ("loss::again", loss::again),
+    ("loss::wrong_data", loss::wrong_data),
+    ("loss::not_a_number", loss::not_a_number),
     ("noise_fill", noise_fill::test),
     ("noise_fill::key_in_memory", noise_fill::key_in_memory),
     ("noisy_epilogue", noisy_epilogue::test),
@@ -49,6 +56,8 @@ const TESTS: &[(&str, Test)] = &[
 /// Tests of what only a device has: the safe methods over `cudarc`'s tensors, and graphs.
 const DEVICE_TESTS: &[(&str, DeviceTest)] = &[
     ("low_rank_linear::safe_methods", low_rank_linear::safe_methods),
+    ("loss::safe_method", loss::safe_method),
+    ("loss::in_a_graph", loss::in_a_graph),
     ("noise_fill::safe_method", noise_fill::safe_method),
     ("noise_fill::in_a_graph", noise_fill::in_a_graph),
     ("noisy_epilogue::safe_methods", noisy_epilogue::safe_methods),
