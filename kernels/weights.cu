@@ -347,7 +347,7 @@ struct PromptGradsParams {
     u32 rank;
     u32 rows;  // N
     u32 part;  // of K, for a block
-    u32 width; // threads side by side along r, a power of two
+    u32 width; // threads side by side along r: a power of two, not less than r or the whole block
     u32 reserved;
 };
 
@@ -391,7 +391,7 @@ template <class T> __device__ __forceinline__ void prompt_grads(const PromptGrad
             }
             store(p.up_partial + static_cast<u64>(blockIdx.x) * p.rank + r, sum);
         }
-        __syncthreads();
+        // Another chunk follows only where the block is as wide as a chunk, and then nobody reads the others' sums.
     }
     if (p.delta_bias != nullptr) {
         for (u64 n = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x; n < p.rows;
