@@ -8,7 +8,8 @@
 //   x [M, K] or, shared by the branches, [B T, K]; W0, dW [N, K]; b0, db [N]; y, g [M, N]; z as in noise_source.cuh
 //
 // A product is a list of segments (left, right, inner size) that go to one accumulator or, forward, to two: the base's
-// and the adapter's. So the low-rank layer's products are the same kernels: s * D^T for x * dW^T, ds * U for e * dW.
+// and the adapter's. So products of the low-rank layer are the same kernels: s * D^T for x * dW^T, ds * U for e * dW; they
+// bring a scale.
 //
 // Mapping: a block makes 128 x 128 outputs (kernels/product.cuh), column tiles first so that blocks that run together read
 // the same rows of x. Noise of the forward pass is made once per tile, sample (or token) and channel, in shared memory;
@@ -51,9 +52,11 @@ struct NoisyLinearParams {
     u32 tile_columns;
     u32 aligned;     // y
     u32 z_aligned;   // a given z
+    float scale;     // factor on the adapter's product
+    u32 reserved;
 };
 
-PACE_PARAMS(NoisyLinearParams, 168);
+PACE_PARAMS(NoisyLinearParams, 176);
 PACE_PARAM(NoisyLinearParams, segments, 48);
 PACE_PARAM(NoisyLinearParams, base_bias, 112);
 PACE_PARAM(NoisyLinearParams, delta_bias, 120);
@@ -66,6 +69,7 @@ PACE_PARAM(NoisyLinearParams, count, 152);
 PACE_PARAM(NoisyLinearParams, tile_columns, 156);
 PACE_PARAM(NoisyLinearParams, aligned, 160);
 PACE_PARAM(NoisyLinearParams, z_aligned, 164);
+PACE_PARAM(NoisyLinearParams, scale, 168);
 
 struct NoisyLinearInputParams {
     NoiseSource noise;
@@ -79,9 +83,11 @@ struct NoisyLinearInputParams {
     u32 tile_columns;
     u32 aligned;   // dx
     u32 z_aligned; // a given z
+    float scale;   // factor on the sum
+    u32 reserved;
 };
 
-PACE_PARAMS(NoisyLinearInputParams, 216);
+PACE_PARAMS(NoisyLinearInputParams, 224);
 PACE_PARAM(NoisyLinearInputParams, segments, 48);
 PACE_PARAM(NoisyLinearInputParams, dx, 176);
 PACE_PARAM(NoisyLinearInputParams, rows, 184);
@@ -92,6 +98,7 @@ PACE_PARAM(NoisyLinearInputParams, count, 200);
 PACE_PARAM(NoisyLinearInputParams, tile_columns, 204);
 PACE_PARAM(NoisyLinearInputParams, aligned, 208);
 PACE_PARAM(NoisyLinearInputParams, z_aligned, 212);
+PACE_PARAM(NoisyLinearInputParams, scale, 216);
 
 struct NoisyLinearWeightParams {
     NoiseSource noise;
@@ -135,28 +142,6 @@ PACE_PARAM(NoisyLinearWeightParams, z_aligned, 128);
 constexpr u32 FORWARD_STAGES = 4;
 constexpr u32 FOLDED_STAGES = 3;
 constexpr u32 BACKWARD_STAGES = 3;
-constexpr u32 NO_WRAP = 0xffffffffu;
-
-// A bias, zero where there is none.
-template <class T> __device__ __forceinline__ float bias_of(const void *bias, u32 channel, u32 channels) {
-    return bias != nullptr && channel < channels ? to_float(load(static_cast<const T *>(bias) + channel)) : 0.0f;
-}
-
-// Both biases of the columns of this thread's accumulators.
-template <class T> struct Biases {
-    float base[4][2], delta[4][2];
-    __device__ __forceinline__ Biases(const NoisyLinearParams &p, u32 first) {
-#pragma unroll
-        for (u32 column = 0; column < 4; ++column) {
-#pragma unroll
-            for (u32 i = 0; i < 2; ++i) {
-                const u32 channel = first + warp_column() + 8 * column + 2 * (lane() % 4) + i;
-                base[column][i] = bias_of<T>(p.base_bias, channel, p.channels);
-                delta[column][i] = bias_of<T>(p.delta_bias, channel, p.channels);
-            }
-        }
-    }
-};
 
 // TWO: the base's and the adapter's products have accumulators of their own. Otherwise there is one of them.
 template <class Numbers, bool TWO> __device__ __forceinline__ void forward(const NoisyLinearParams &p) {
@@ -199,14 +184,14 @@ template <class Numbers, bool TWO> __device__ __forceinline__ void forward(const
                              column, p.channels, p.z_aligned != 0u);
         __syncthreads();
     }
-    const Biases<T> biases(p, column);
+    const ColumnBias<T> base_bias(p.base_bias, column, p.channels), delta_bias(p.delta_bias, column, p.channels);
     const bool only_adapter = !TWO && p.segments[0].adapter != 0u;
     each_accumulator([&](u32 part, u32 j, u32 i, u32 r, u32 k) {
         const float factor = noisy ? z[noise_rows.place(min(row + r, last)) * TILE + k] : 1.0f;
         float &out = base[part][j][i];
         const float product = TWO ? adapter[part][j][i] : only_adapter ? out : 0.0f;
         const float under = only_adapter ? 0.0f : out;
-        out = fmaf(factor, product + biases.delta[j][i % 2], under + biases.base[j][i % 2]);
+        out = fmaf(factor, fmaf(p.scale, product, delta_bias.value[j][i % 2]), under + base_bias.value[j][i % 2]);
     });
     store_tile<T>(base, shared, static_cast<T *>(p.y), row, column, p.rows, p.channels, p.aligned != 0u);
 }
@@ -268,9 +253,9 @@ template <class Numbers> __device__ __forceinline__ void forward_folded(const No
                 }
             }
         });
-    const Biases<T> biases(p, column);
+    const ColumnBias<T> base_bias(p.base_bias, column, p.channels), delta_bias(p.delta_bias, column, p.channels);
     each_accumulator([&](u32 part, u32 j, u32 i, u32, u32 k) {
-        c[part][j][i] += fmaf(z[k], biases.delta[j][i % 2], biases.base[j][i % 2]);
+        c[part][j][i] += fmaf(z[k], delta_bias.value[j][i % 2], base_bias.value[j][i % 2]);
     });
     store_tile<T>(c, shared, static_cast<T *>(p.y) + static_cast<u64>(first) * p.channels, row, column, p.tokens,
                   p.channels, p.aligned != 0u);
@@ -363,6 +348,7 @@ template <class Numbers> __device__ __forceinline__ void input_gradient(const No
             multiply_tile<Numbers, false, true>(
                 c, stage, stage + TILE_BYTES, ScaleRows<T>{is_scaled(segment), z + tile % 2 * z_size, places}, NoMore());
         });
+    each_accumulator([&](u32 part, u32 j, u32 i, u32, u32) { c[part][j][i] *= p.scale; });
     store_tile<T>(c, shared, static_cast<T *>(p.dx), row, column, p.rows, p.columns, p.aligned != 0u);
 }
 
@@ -421,7 +407,7 @@ template <class Numbers> __device__ __forceinline__ void weight_gradient(const N
             multiply_tile<Numbers, true, true>(
                 c, stage, stage + TILE_BYTES,
                 ScaleColumns{noisy, z + tile % 2 * Z_SIZE, places + tile % 2 * INNER<T>},
-                [&](u32 i, const typename Numbers::Left &a) {
+                [&](u32 i, u32, const typename Numbers::Left &a) {
                     if (sums_up) {
                         const typename Numbers::Right ones[1] = {Numbers::ones()};
                         Numbers::multiply(sums[i], a, ones);

@@ -4,7 +4,8 @@
 //
 //   partial [parts, length] f32; out [length] in f32, f16 or bf16
 //
-// A thread adds 4 adjacent elements, in f32, and rounds once.
+// A thread adds 4 adjacent elements of a run of parts, in f32; `groups` threads share the parts of the same elements, and the
+// first of them adds up what each has, in order, and rounds once.
 // Bytes: 4 * parts * length read, length written; 16-byte loads where rows are aligned.
 // Determinism: gpu-to-gpu bitwise.
 
@@ -18,33 +19,51 @@ struct PartialSumsParams {
     u64 length;
     u32 parts;
     u32 aligned; // rows of `partial` start at multiples of 16 bytes and hold whole vectors
+    u32 groups;  // threads that share the parts, a power of two
+    u32 reserved;
 };
 
-PACE_PARAMS(PartialSumsParams, 32);
+PACE_PARAMS(PartialSumsParams, 40);
 PACE_PARAM(PartialSumsParams, out, 8);
 PACE_PARAM(PartialSumsParams, length, 16);
 PACE_PARAM(PartialSumsParams, parts, 24);
 PACE_PARAM(PartialSumsParams, aligned, 28);
+PACE_PARAM(PartialSumsParams, groups, 32);
 
 template <class T> __device__ __forceinline__ void add_up(const PartialSumsParams &p) {
-    const u64 first = 4 * (static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x);
-    if (first >= p.length) {
-        return;
-    }
-    const u32 count = static_cast<u32>(p.length - first < 4 ? p.length - first : 4);
-    float sum[4] = {};
-    for (u32 part = 0; part < p.parts; ++part) {
+    PACE_SHARED(Vector<float>, sums); // [groups, columns]
+    const u32 columns = blockDim.x / p.groups, column = threadIdx.x % columns, group = threadIdx.x / columns;
+    const u64 first = 4 * (static_cast<u64>(blockIdx.x) * columns + column);
+    const u32 count = static_cast<u32>(first >= p.length ? 0 : p.length - first < 4 ? p.length - first : 4);
+    const u32 each = (p.parts - 1) / p.groups + 1;
+    const u32 end = count == 0 ? 0u : min((group + 1) * each, p.parts);
+    Vector<float> sum = {};
+#pragma unroll 4
+    for (u32 part = group * each; part < end; ++part) {
         const Vector<float> four = load_some(p.partial + part * p.length + first, count, p.aligned != 0u);
 #pragma unroll
         for (u32 i = 0; i < 4; ++i) {
-            sum[i] += four.value[i];
+            sum.value[i] += four.value[i];
         }
     }
-    T *out = static_cast<T *>(p.out) + first;
+    if (p.groups > 1) {
+        sums[threadIdx.x] = sum;
+        __syncthreads();
+        for (u32 other = 1; other < p.groups && group == 0; ++other) {
+            const Vector<float> four = sums[other * columns + column];
 #pragma unroll
-    for (u32 i = 0; i < 4; ++i) {
-        if (i < count) {
-            store(out + i, from_float<T>(sum[i]));
+            for (u32 i = 0; i < 4; ++i) {
+                sum.value[i] += four.value[i];
+            }
+        }
+    }
+    if (group == 0) {
+        T *out = static_cast<T *>(p.out) + first;
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) {
+            if (i < count) {
+                store(out + i, from_float<T>(sum.value[i]));
+            }
         }
     }
 }

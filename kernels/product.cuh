@@ -145,6 +145,8 @@ struct Float32 {
 
 // ---- tiles
 
+constexpr u32 NO_WRAP = 0xffffffffu;
+
 // A matrix in memory whose rows are `stride` elements apart.
 template <class T> struct Operand {
     const T *data;
@@ -156,31 +158,37 @@ template <class T> struct Operand {
 };
 
 // Where 16-byte chunk `chunk` of row `row` of a tile lies.
-template <class T, bool TRANSPOSED> __device__ __forceinline__ u32 tile_offset(u32 row, u32 chunk) {
-    if (!TRANSPOSED) {
-        return row * 64 + ((chunk ^ (row >> 1 & 3)) * 16);
+template <class T, bool TRANSPOSED> struct Tile {
+    static __device__ __forceinline__ u32 at(u32 row, u32 chunk) {
+        if (!TRANSPOSED) {
+            return row * 64 + ((chunk ^ (row >> 1 & 3)) * 16);
+        }
+        // Fragments of f32 are read element by element, four rows at a time; the others as matrices of eight rows.
+        const u32 permuted = sizeof(T) == 4 ? chunk ^ (row & 3) << 1 : chunk ^ (row & 7);
+        return row * TILE * static_cast<u32>(sizeof(T)) + permuted * 16;
     }
-    // Fragments of f32 are read element by element, four rows at a time; the others as matrices of eight rows.
-    const u32 permuted = sizeof(T) == 4 ? chunk ^ (row & 3) << 1 : chunk ^ (row & 7);
-    return row * TILE * static_cast<u32>(sizeof(T)) + permuted * 16;
-}
+};
 
-// Starts the copy of a tile: its outer and inner indices from `outer` and `inner` on.
-template <class T, bool TRANSPOSED>
+// Starts the copy of a tile: its outer and inner indices from `outer` and `inner` on. OUTER: fewer outer indices than 128,
+// not transposed.
+template <class T, bool TRANSPOSED, u32 OUTER = TILE>
 __device__ __forceinline__ void copy_tile(unsigned char *tile, const Operand<T> &from, u32 outer, u32 inner) {
     constexpr u32 SIZE = Vector<T>::SIZE;
     constexpr u32 CHUNKS = (TRANSPOSED ? TILE : INNER<T>) / SIZE; // of a row
-    constexpr u32 EACH = TILE_BYTES / 16 / PRODUCT_THREADS;
+    constexpr u32 COUNT = OUTER * 4;
 #pragma unroll
-    for (u32 i = 0; i < EACH; ++i) {
+    for (u32 i = 0; i < (COUNT - 1) / PRODUCT_THREADS + 1; ++i) {
         const u32 index = threadIdx.x + i * PRODUCT_THREADS;
+        if (COUNT % PRODUCT_THREADS != 0 && index >= COUNT) {
+            break;
+        }
         const u32 row = index / CHUNKS, chunk = index % CHUNKS;
         const u32 at = (TRANSPOSED ? inner : outer) + row;
         const u32 column = (TRANSPOSED ? outer : inner) + chunk * SIZE;
         const bool exists = at < from.rows && column < from.columns;
         const u32 wrapped = at >= from.wrap ? at - from.wrap : at;
         const T *source = exists ? from.data + static_cast<u64>(wrapped) * from.stride + column : from.data;
-        unsigned char *to = tile + tile_offset<T, TRANSPOSED>(row, chunk);
+        unsigned char *to = tile + Tile<T, TRANSPOSED>::at(row, chunk);
         if (from.aligned) {
             copy_async(to, source, exists ? 16u : 0u);
         } else {
@@ -193,39 +201,39 @@ __device__ __forceinline__ void copy_tile(unsigned char *tile, const Operand<T> 
 
 // The left fragment of 16 outer indices from `outer` on, 32 bytes of inner ones: register j holds outer index
 // g + 8 (j % 2) and inner ones from t * 4 / sizeof(T) + (j / 2) * 16 / sizeof(T) on.
-template <class T, bool TRANSPOSED>
+template <class T, bool TRANSPOSED, class Layout = Tile<T, TRANSPOSED>>
 __device__ __forceinline__ void load_left(u32 (&bits)[4], const unsigned char *tile, u32 outer, u32 step) {
     const u32 i = lane() / 8, j = lane() % 8;
     if (!TRANSPOSED) {
         const u32 row = outer + i % 2 * 8 + j;
-        PACE_LOAD_MATRICES(bits, tile + tile_offset<T, false>(row, 2 * step + i / 2), false);
+        PACE_LOAD_MATRICES(bits, tile + Layout::at(row, 2 * step + i / 2), false);
     } else if (sizeof(T) == 2) {
         const u32 row = step * 16 + i / 2 * 8 + j;
-        PACE_LOAD_MATRICES(bits, tile + tile_offset<T, true>(row, outer / 8 + i % 2), true);
+        PACE_LOAD_MATRICES(bits, tile + Layout::at(row, outer / 8 + i % 2), true);
     } else {
 #pragma unroll
         for (u32 k = 0; k < 4; ++k) {
             const u32 column = outer + lane() / 4 + 8 * (k % 2), row = step * 8 + lane() % 4 + 4 * (k / 2);
-            bits[k] = *reinterpret_cast<const u32 *>(tile + tile_offset<T, true>(row, column / 4) + column % 4 * 4);
+            bits[k] = *reinterpret_cast<const u32 *>(tile + Layout::at(row, column / 4) + column % 4 * 4);
         }
     }
 }
 
 // The right fragments of 2 x 8 outer indices from `outer` on: registers 2 i and 2 i + 1 are fragment i.
-template <class T, bool TRANSPOSED>
+template <class T, bool TRANSPOSED, class Layout = Tile<T, TRANSPOSED>>
 __device__ __forceinline__ void load_right(u32 (&bits)[4], const unsigned char *tile, u32 outer, u32 step) {
     const u32 i = lane() / 8, j = lane() % 8;
     if (!TRANSPOSED) {
         const u32 row = outer + i / 2 * 8 + j;
-        PACE_LOAD_MATRICES(bits, tile + tile_offset<T, false>(row, 2 * step + i % 2), false);
+        PACE_LOAD_MATRICES(bits, tile + Layout::at(row, 2 * step + i % 2), false);
     } else if (sizeof(T) == 2) {
         const u32 row = step * 16 + i % 2 * 8 + j;
-        PACE_LOAD_MATRICES(bits, tile + tile_offset<T, true>(row, outer / 8 + i / 2), true);
+        PACE_LOAD_MATRICES(bits, tile + Layout::at(row, outer / 8 + i / 2), true);
     } else {
 #pragma unroll
         for (u32 k = 0; k < 4; ++k) {
             const u32 column = outer + lane() / 4 + 8 * (k / 2), row = step * 8 + lane() % 4 + 4 * (k % 2);
-            bits[k] = *reinterpret_cast<const u32 *>(tile + tile_offset<T, true>(row, column / 4) + column % 4 * 4);
+            bits[k] = *reinterpret_cast<const u32 *>(tile + Layout::at(row, column / 4) + column % 4 * 4);
         }
     }
 }
@@ -250,10 +258,10 @@ __device__ __forceinline__ void scale_left(u32 (&bits)[4], const Scale &scale, u
 
 // For products that do nothing else with their left fragments.
 struct NoMore {
-    template <class Left> __device__ __forceinline__ void operator()(u32, const Left &) const {}
+    template <class Left> __device__ __forceinline__ void operator()(u32, u32, const Left &) const {}
 };
 
-// c += a * b over one tile of the inner dimension. `more(part, a)` sees each left fragment.
+// c += a * b over one tile of the inner dimension. `more(part, step, a)` sees each left fragment.
 template <class Numbers, bool LEFT_TRANSPOSED, bool RIGHT_TRANSPOSED, class Scale, class More>
 __device__ __forceinline__ void multiply_tile(Accumulators &c, const unsigned char *left, const unsigned char *right,
                                               const Scale &scale, const More &more) {
@@ -277,7 +285,7 @@ __device__ __forceinline__ void multiply_tile(Accumulators &c, const unsigned ch
             }
             const typename Numbers::Left a = Numbers::left(bits);
             Numbers::multiply(c[part], a, b);
-            more(part, a);
+            more(part, step, a);
         }
     }
 }
@@ -349,6 +357,25 @@ __device__ __forceinline__ void store_tile(const Accumulators &c, unsigned char 
         }
     }
 }
+
+// A bias, zero where there is none.
+template <class T> __device__ __forceinline__ float bias_of(const void *bias, u32 channel, u32 channels) {
+    return bias != nullptr && channel < channels ? to_float(load(static_cast<const T *>(bias) + channel)) : 0.0f;
+}
+
+// A bias of the columns of this thread's accumulators in the tile from `first` on.
+template <class T> struct ColumnBias {
+    float value[4][2];
+    __device__ __forceinline__ ColumnBias(const void *bias, u32 first, u32 channels) {
+#pragma unroll
+        for (u32 column = 0; column < 4; ++column) {
+#pragma unroll
+            for (u32 i = 0; i < 2; ++i) {
+                value[column][i] = bias_of<T>(bias, first + warp_column() + 8 * column + 2 * (lane() % 4) + i, channels);
+            }
+        }
+    }
+};
 
 // ---- noise
 

@@ -1,8 +1,9 @@
 //! Plans refuse wrong arguments with the error that names them, and opening a device never panics.
 
 use pace_kernels::cuda::{
-    Buffer, DType, Device, Direction, Finding, Loss, LossSettings, LossStatus, NoiseFill, NoisyEpilogue,
-    Partner, Source,
+    Base, Buffer, DType, Device, Direction, DropPath, Finding, FpDistance, GradNorm, LoraFactors, LoraGrads,
+    Loss, LossSettings, LossStatus, LowRankGrads, LowRankLinear, MaskSource, Merge, MergeSign, NoiseFill,
+    NoisyEpilogue, NoisyLinear, NoisyLinearGrads, Partner, Plan, PromptBias, PromptGrads, Source,
 };
 use pace_kernels::noise::NoiseShape::{PerSample, PerToken};
 use pace_kernels::noise::{Generator, Key, NoiseShape};
@@ -58,6 +59,9 @@ fn loss() -> Loss {
         workspace: buffer(8 * 4096, SETTINGS.workspace_len(B)),
     }
 }
+
+const NULL: &str = "is a null pointer";
+const MISALIGNED: &str = "does not start at a multiple of its element size";
 
 fn assert_error<T: std::fmt::Debug>(result: Result<T, Error>, want: &Error) {
     match result {
@@ -146,7 +150,7 @@ fn wrong_sizes_are_refused() {
 
 #[test]
 fn wrong_buffers_are_refused() {
-    let (null, misaligned) = ("is a null pointer", "does not start at a multiple of its element size");
+    let (null, misaligned) = (NULL, MISALIGNED);
     let fills = [
         (buffer(4096, M * 24 - 1), length("z", "[R, T, N]", M * 24, M * 24 - 1)),
         (buffer(0, M * 24), argument("z", null)),
@@ -195,6 +199,341 @@ fn wrong_buffers_are_refused() {
     ] {
         assert_error(NoisyEpilogue { noise: Source::Given { z, shape }, ..epilogue() }.plan(), &want);
     }
+}
+
+fn drop_path() -> DropPath {
+    DropPath {
+        branches: 2,
+        batch: 3,
+        features: 1000,
+        mask: MaskSource::Given(buffer(256, 3)),
+        direction: Direction::Forward,
+        dtype: DType::BF16,
+        input: buffer(1 << 16, 6000),
+        output: buffer(1 << 17, 6000),
+    }
+}
+
+#[test]
+fn drop_path_plans() {
+    let plan = drop_path().plan().unwrap();
+    // 125 vectors: four per thread, 32 threads on a row, 8 rows side by side.
+    assert_eq!((plan.kernel.name, plan.grid, plan.block), ("drop_path_bf16", [1, 1, 1], [256, 1, 1]));
+    // As many blocks as suit every device; of a large sample as many as it needs.
+    for (batch, features, grid) in
+        [(128, 151_296, [19, 53, 1]), (65536, 1000, [1, 1024, 1]), (1, 1 << 24, [2048, 1, 1])]
+    {
+        let total = 2 * batch * features;
+        let mask = MaskSource::Given(buffer(1 << 20, batch));
+        let (input, output) = (buffer(1 << 40, total), buffer(1 << 41, total));
+        let operator = DropPath { batch, features, mask, input, output, ..drop_path() };
+        assert_eq!(operator.plan().unwrap().grid, grid);
+    }
+
+    let zero = |argument| Error::Size { argument, expected: "at least 1", got: 0 };
+    let shape = "[branches·B, features]";
+    let refused = |operator: DropPath, want: Error| assert_error(operator.plan(), &want);
+    refused(
+        DropPath { branches: 3, ..drop_path() },
+        Error::Size { argument: "branches", expected: "1 or 2", got: 3 },
+    );
+    refused(DropPath { batch: 0, ..drop_path() }, zero("batch"));
+    refused(DropPath { features: 0, ..drop_path() }, zero("features"));
+    refused(
+        DropPath { features: usize::MAX, ..drop_path() },
+        Error::Overflow { argument: "x", shape: "[branches·B, features]" },
+    );
+    let large = |argument| Error::Size { argument, expected: "at most 2^31", got: (1 << 31) + 2 };
+    refused(DropPath { batch: (1 << 30) + 1, features: 1, ..drop_path() }, large("branches * batch"));
+    refused(DropPath { batch: 1, features: (1 << 31) + 2, ..drop_path() }, large("features"));
+    for (direction, input, output) in [(Direction::Forward, "x", "y"), (Direction::Backward, "dy", "dx")] {
+        let operator = DropPath { direction, ..drop_path() };
+        let wrong = |input, want| refused(DropPath { input, ..operator }, want);
+        wrong(buffer(1 << 16, 5999), length(input, shape, 6000, 5999));
+        wrong(buffer(0, 6000), argument(input, NULL));
+        wrong(buffer(1 << 17, 6000), argument(input, "overlaps the output"));
+        let wrong = |output, want| refused(DropPath { output, ..operator }, want);
+        wrong(buffer(1 << 17, 1), length(output, shape, 6000, 1));
+        wrong(buffer((1 << 17) + 1, 6000), argument(output, MISALIGNED));
+    }
+    let wrong = |mask, want| refused(DropPath { mask, ..drop_path() }, want);
+    wrong(MaskSource::Given(buffer(256, 6)), length("mask", "[B]", 3, 6));
+    wrong(MaskSource::Given(buffer(258, 3)), argument("mask", MISALIGNED));
+    wrong(MaskSource::Given(buffer(1 << 17, 3)), argument("mask", "overlaps the output"));
+    let generated = |drop_probability, first_sample, key_address| MaskSource::Generated {
+        key: Key([1, 2]),
+        key_address,
+        drop_probability,
+        first_sample,
+    };
+    for got in [1.0, -0.1, f64::INFINITY] {
+        let want = Error::Value { argument: "drop_probability", expected: "in [0, 1)", got };
+        wrong(generated(got, 0, None), want);
+    }
+    let want = Error::Value {
+        argument: "first_sample",
+        expected: "at most 2^56 with the batch added",
+        got: ((1u64 << 56) - 2) as f64,
+    };
+    wrong(generated(0.1, (1 << 56) - 2, None), want);
+    wrong(generated(0.1, 0, Some(buffer(256, 2))), length("key", "[1]", 1, 2));
+    wrong(generated(0.1, 0, Some(buffer(1 << 17, 1))), argument("key", "overlaps the output"));
+}
+
+const ENDLESS: &str = "reaches past the end of the address space";
+
+/// Rank 3 under a weight [40, 520]: three strips of 256 columns and three parts of 16 rows.
+const LORA: LoraFactors<Buffer> = LoraFactors {
+    out_features: 40,
+    in_features: 520,
+    rank: 3,
+    down: Buffer { address: 1 << 16, len: 120 },
+    up: Buffer { address: 1 << 17, len: 1560 },
+    scale: 0.5,
+};
+const WEIGHT: Buffer = Buffer { address: 1 << 20, len: 40 * 520 };
+const LORA_GRADS: LoraGrads<Buffer> =
+    LoraGrads { down: Buffer { address: 1 << 21, len: 120 }, up: Buffer { address: 1 << 22, len: 1560 } };
+/// Of `LORA`'s gradients, in the 16-bit types.
+const LORA_WORKSPACE: Buffer = Buffer { address: 1 << 23, len: 3 * 1560 + 3 * 120 };
+
+#[test]
+fn low_rank_plans() {
+    let out = buffer(1 << 24, 40 * 520);
+    let plan = LORA.weight(DType::F16, None, out).unwrap();
+    assert_eq!((plan.kernel.name, plan.grid, plan.block), ("low_rank_weight_f16", [3, 3, 1], [128, 1, 1]));
+    assert_eq!(LORA.weight(DType::F32, Some(WEIGHT), out).unwrap().grid, [5, 3, 1]);
+    let workspace = buffer(1 << 23, LORA.workspace_len(DType::BF16));
+    assert_eq!(workspace, LORA_WORKSPACE);
+    let plan = LORA.backward(DType::BF16, Some(WEIGHT), out, LORA_GRADS, workspace).unwrap();
+    assert_eq!((plan.partials.kernel.name, plan.partials.grid), ("low_rank_weight_backward_bf16", [3, 3, 1]));
+    let (down, up) = plan.sums;
+    assert_eq!((down.kernel.name, down.grid, up.grid), ("partial_sums_bf16", [1, 1, 1], [2, 1, 1]));
+    // Parts have at most 128 rows; grids at most 65535.
+    for (out_features, grid) in [(1 << 20, 8192), (1 << 24, 65535)] {
+        let down = buffer(1 << 40, 3 * out_features);
+        let up = buffer(1 << 50, 3);
+        let lora = LoraFactors { out_features, in_features: 1, down, up, ..LORA };
+        let grads = LoraGrads { down: buffer(1 << 41, 3 * out_features), up: buffer(1 << 51, 3) };
+        let workspace = buffer(1 << 42, lora.workspace_len(DType::F16));
+        let grad = buffer(1 << 43, out_features);
+        let plan = lora.backward(DType::F16, None, grad, grads, workspace).unwrap();
+        assert_eq!(plan.partials.grid, [1, grid, 1]);
+        assert_eq!(lora.weight(DType::F16, None, grad).unwrap().grid, [1, 65535, 1]);
+    }
+
+    let zero = |argument| Error::Size { argument, expected: "at least 1", got: 0 };
+    let large = |argument| Error::Size { argument, expected: "at most 2^31", got: (1 << 31) + 1 };
+    for (lora, want) in [
+        (LoraFactors { out_features: 0, ..LORA }, zero("out_features")),
+        (LoraFactors { in_features: 0, ..LORA }, zero("in_features")),
+        (LoraFactors { rank: 0, ..LORA }, zero("rank")),
+        (LoraFactors { out_features: (1 << 31) + 1, ..LORA }, large("out_features")),
+        (LoraFactors { rank: (1 << 31) + 1, ..LORA }, large("rank")),
+        (
+            LoraFactors { out_features: 1 << 31, in_features: 1 << 31, ..LORA },
+            Error::Overflow { argument: "weight", shape: "[N, K]" },
+        ),
+        (
+            LoraFactors { in_features: 1 << 21, rank: 1 << 20, down: buffer(256, 40 << 20), ..LORA },
+            Error::Overflow { argument: "up", shape: "[r, K]" },
+        ),
+        (LoraFactors { down: buffer(1 << 16, 119), ..LORA }, length("down", "[N, r]", 120, 119)),
+        (LoraFactors { up: buffer(1 << 16, 1), ..LORA }, length("up", "[r, K]", 1560, 1)),
+        (LoraFactors { up: buffer(1, 1560), ..LORA }, argument("up", MISALIGNED)),
+        (LoraFactors { down: buffer(u64::MAX - 237, 120), ..LORA }, argument("down", ENDLESS)),
+        (
+            LoraFactors { scale: f32::INFINITY, ..LORA },
+            Error::Value { argument: "scale", expected: "finite", got: f64::INFINITY },
+        ),
+        (LoraFactors { up: out, ..LORA }, length("up", "[r, K]", 1560, 40 * 520)),
+        (LoraFactors { up: buffer((1 << 24) + 64, 1560), ..LORA }, argument("up", "overlaps an output")),
+    ] {
+        assert_error(lora.weight(DType::F16, None, out), &want);
+        let grads = LoraGrads { down: buffer((1 << 24) + 2, 120), ..LORA_GRADS };
+        assert_error(lora.backward(DType::F16, None, WEIGHT, grads, LORA_WORKSPACE), &want);
+    }
+    let wrong = |base, out, want| assert_error(LORA.weight(DType::F16, base, out), &want);
+    wrong(Some(buffer(1 << 20, 7)), out, length("base_weight", "[N, K]", 20800, 7));
+    wrong(Some(out), out, argument("base_weight", "overlaps an output"));
+    wrong(None, buffer(0, 20800), argument("out", NULL));
+    wrong(None, buffer(1 << 24, 20801), length("out", "[N, K]", 20800, 20801));
+    let wrong = |grad, grads, workspace, want| {
+        assert_error(LORA.backward(DType::F16, Some(WEIGHT), grad, grads, workspace), &want);
+    };
+    wrong(buffer(1 << 24, 1), LORA_GRADS, LORA_WORKSPACE, length("delta_weight_grad", "[N, K]", 20800, 1));
+    let grads = LoraGrads { down: buffer(1 << 21, 1), ..LORA_GRADS };
+    wrong(out, grads, LORA_WORKSPACE, length("grads.down", "[N, r]", 120, 1));
+    let grads = LoraGrads { up: buffer((1 << 22) + 1, 1560), ..LORA_GRADS };
+    wrong(out, grads, LORA_WORKSPACE, argument("grads.up", MISALIGNED));
+    let grads = LoraGrads { down: buffer(1 << 22, 120), ..LORA_GRADS };
+    wrong(out, grads, LORA_WORKSPACE, argument("grads.up", "overlaps another output"));
+    wrong(out, LORA_GRADS, buffer(1 << 23, 5039), length("workspace", "[workspace_len()]", 5040, 5039));
+    wrong(out, LORA_GRADS, buffer((1 << 24) - 4, 5040), argument("delta_weight_grad", "overlaps an output"));
+    wrong(out, LORA_GRADS, buffer((1 << 22) - 4, 5040), argument("workspace", "overlaps another output"));
+    // Partial sums of a weight that can be addressed need not be.
+    let lora = LoraFactors { out_features: 1 << 31, in_features: 1 << 28, rank: 1 << 9, ..LORA };
+    assert_eq!(lora.workspace_len(DType::F16), (1 << 24 << 28 << 9) + (1 << 20 << 31 << 9));
+}
+
+fn prompt() -> PromptBias<Buffer> {
+    PromptBias {
+        out_features: 40,
+        in_features: 520,
+        rank: 3,
+        base_weight: WEIGHT,
+        base_bias: Some(buffer(1 << 12, 40)),
+        prompt_down: buffer(1 << 16, 1560),
+        prompt_up: buffer(1 << 10, 3),
+        delta_bias: Some(buffer(1 << 13, 40)),
+    }
+}
+
+#[test]
+fn prompt_plans() {
+    let grads = PromptGrads {
+        prompt_down: buffer(1 << 21, 1560),
+        prompt_up: buffer(1 << 22, 3),
+        delta_bias: Some(buffer(1 << 25, 40)),
+    };
+    let out = buffer(1 << 24, 40);
+    // Three parts of q and q itself, and nine parts of dPu.
+    let len = 4 * 520 + 9 * 3;
+    assert_eq!(prompt().workspace_len(DType::F16), len);
+    let workspace = buffer(1 << 23, len);
+    let (product, bias) = prompt().forward(DType::F16, out, workspace).unwrap();
+    assert_eq!((product.kernel.name, product.grid), ("prompt_bias_product_f16", [65, 1, 1]));
+    assert_eq!((bias.kernel.name, bias.grid), ("prompt_bias_f16", [5, 1, 1]));
+    let plan = prompt().backward(DType::F16, out, grads, workspace).unwrap();
+    assert_eq!((plan.columns.0.kernel.name, plan.columns.0.grid), ("prompt_bias_columns_f16", [3, 3, 1]));
+    assert_eq!((plan.grads.0.kernel.name, plan.grads.0.grid), ("prompt_bias_grads_f16", [9, 1, 1]));
+    let names = [plan.columns.1, plan.grads.1].map(|sums| sums.kernel.name);
+    assert_eq!(names, ["partial_sums_f32", "partial_sums_f16"]);
+
+    let zero = |argument| Error::Size { argument, expected: "at least 1", got: 0 };
+    for (prompt, want) in [
+        (PromptBias { out_features: 0, ..prompt() }, zero("out_features")),
+        (PromptBias { rank: 0, ..prompt() }, zero("rank")),
+        (PromptBias { base_weight: out, ..prompt() }, length("base_weight", "[N, K]", 20800, 40)),
+        (PromptBias { base_bias: Some(buffer(256, 41)), ..prompt() }, length("base_bias", "[N]", 40, 41)),
+        (PromptBias { prompt_down: buffer(256, 3), ..prompt() }, length("prompt_down", "[K, r]", 1560, 3)),
+        (PromptBias { prompt_up: buffer(0, 3), ..prompt() }, argument("prompt_up", NULL)),
+        (PromptBias { delta_bias: Some(buffer(257, 40)), ..prompt() }, argument("delta_bias", MISALIGNED)),
+        (
+            PromptBias { prompt_up: buffer((1 << 23) + 8, 3), ..prompt() },
+            argument("prompt_up", "overlaps an output"),
+        ),
+    ] {
+        assert_error(prompt.forward(DType::F16, out, workspace), &want);
+        assert_error(prompt.backward(DType::F16, out, grads, workspace), &want);
+    }
+    let wrong = |out, workspace, want| assert_error(prompt().forward(DType::F16, out, workspace), &want);
+    wrong(buffer(1 << 24, 39), workspace, length("out", "[N]", 40, 39));
+    wrong(buffer(1 << 13, 40), workspace, argument("delta_bias", "overlaps an output"));
+    wrong(out, buffer(1 << 23, len - 1), length("workspace", "[workspace_len()]", len, len - 1));
+    wrong(out, buffer((1 << 23) + 2, len), argument("workspace", MISALIGNED));
+    wrong(out, buffer((1 << 24) - 4, len), argument("workspace", "overlaps another output"));
+    let wrong =
+        |grad, grads, want| assert_error(prompt().backward(DType::F16, grad, grads, workspace), &want);
+    wrong(buffer(1 << 24, 1), grads, length("delta_bias_grad", "[N]", 40, 1));
+    let prompt_down = buffer(1 << 21, 1);
+    wrong(out, PromptGrads { prompt_down, ..grads }, length("grads.prompt_down", "[K, r]", 1560, 1));
+    let prompt_up = buffer(1 << 22, 4);
+    wrong(out, PromptGrads { prompt_up, ..grads }, length("grads.prompt_up", "[r]", 3, 4));
+    let delta_bias = Some(buffer(1 << 25, 4));
+    wrong(out, PromptGrads { delta_bias, ..grads }, length("grads.delta_bias", "[N]", 40, 4));
+    let delta_bias = Some(out);
+    wrong(out, PromptGrads { delta_bias, ..grads }, argument("delta_bias_grad", "overlaps an output"));
+}
+
+#[test]
+fn merge_plans() {
+    let merge = Merge {
+        sign: MergeSign::Unmerge,
+        dtype: DType::BF16,
+        target: buffer(1 << 16, 9000),
+        delta: buffer(1 << 17, 9000),
+    };
+    let plan = merge.plan().unwrap().unwrap();
+    assert_eq!((plan.kernel.name, plan.grid, plan.block), ("merge_bf16", [2, 1, 1], [256, 1, 1]));
+    let (target, delta) = (buffer(1 << 40, 1 << 34), buffer(1 << 41, 1 << 34));
+    assert_eq!(Merge { target, delta, ..merge }.plan().unwrap().unwrap().grid, [2048, 1, 1]);
+    let empty = buffer(0, 0);
+    assert_eq!(Merge { target: empty, delta: empty, ..merge }.plan(), Ok(None));
+    let refused = |merge: Merge, want| assert_error(merge.plan(), &want);
+    refused(Merge { delta: empty, ..merge }, length("delta", "[target.len()]", 9000, 0));
+    refused(Merge { target: empty, ..merge }, length("delta", "[target.len()]", 0, 9000));
+    refused(Merge { target: buffer(0, 9000), ..merge }, argument("target", NULL));
+    refused(Merge { target: buffer(1 << 17, 9000), ..merge }, argument("delta", "overlaps an output"));
+    let target = buffer(1 << 16, usize::MAX);
+    refused(Merge { target, ..merge }, Error::Overflow { argument: "target", shape: "any" });
+}
+
+#[test]
+fn norm_plans() {
+    let gradients = [buffer(1 << 16, 16385), buffer(0, 0), buffer(1 << 20, 5)];
+    let norm = buffer(1 << 8, 1);
+    let workspace = buffer(1 << 10, 3);
+    let operator = GradNorm { dtype: DType::F16, gradients: &gradients, norm, workspace };
+    assert_eq!(GradNorm::workspace_len([16385, 0, 5]), 3);
+    let (launches, total) = operator.plan().unwrap();
+    assert_eq!((launches.len(), launches[0].kernel.name, launches[0].grid), (1, "grad_norm_f16", [3, 1, 1]));
+    assert_eq!((total.kernel.name, total.grid), ("norm_total", [1, 1, 1]));
+    assert_eq!(GradNorm { gradients: &[], workspace: buffer(0, 0), ..operator }.plan().unwrap().0, []);
+    let refused = |operator: GradNorm<'_>, want| assert_error(operator.plan(), &want);
+    let with = |gradients: &[Buffer], want| refused(GradNorm { gradients, ..operator }, want);
+    with(&[gradients[0], buffer(0, 3)], argument("gradients", NULL));
+    with(&[buffer(1, 3)], argument("gradients", MISALIGNED));
+    with(&[buffer(u64::MAX - 1, 3)], argument("gradients", ENDLESS));
+    with(&[buffer(2, usize::MAX)], Error::Overflow { argument: "gradients", shape: "any" });
+    let endless = Error::Overflow { argument: "workspace", shape: "[workspace_len()]" };
+    with(&[buffer(2, 1 << 45)], endless.clone());
+    with(&[buffer((1 << 10) + 4, 2)], argument("gradients", "overlaps an output"));
+    refused(GradNorm { norm: buffer(1 << 8, 2), ..operator }, length("norm", "[1]", 1, 2));
+    refused(GradNorm { norm: buffer(260, 1), ..operator }, argument("norm", MISALIGNED));
+    refused(
+        GradNorm { norm: buffer((1 << 10) + 16, 1), ..operator },
+        argument("workspace", "overlaps another output"),
+    );
+    let shape = "[workspace_len()]";
+    refused(GradNorm { workspace: buffer(1 << 10, 2), ..operator }, length("workspace", shape, 3, 2));
+    refused(GradNorm { workspace: buffer((1 << 10) + 4, 3), ..operator }, argument("workspace", MISALIGNED));
+
+    let operator = FpDistance {
+        samples: 10,
+        features: 2000,
+        dtype: DType::F32,
+        fine_tuned: buffer(1 << 20, 20_000),
+        pre_trained: buffer(1 << 21, 20_000),
+        distance: norm,
+        workspace,
+    };
+    assert_eq!(FpDistance::workspace_len(10, 2000), 2);
+    let (sums, _) = operator.plan().unwrap();
+    assert_eq!((sums.kernel.name, sums.grid), ("fp_distance_f32", [2, 1, 1]));
+    let shape = "[samples, features]";
+    let zero = |argument| Error::Size { argument, expected: "at least 1", got: 0 };
+    for (operator, want) in [
+        (FpDistance { samples: 0, ..operator }, zero("samples")),
+        (FpDistance { features: 0, ..operator }, zero("features")),
+        (FpDistance { features: usize::MAX, ..operator }, Error::Overflow { argument: "fine_tuned", shape }),
+        (FpDistance { fine_tuned: norm, ..operator }, length("fine_tuned", shape, 20_000, 1)),
+        (FpDistance { pre_trained: buffer(2, 20_000), ..operator }, argument("pre_trained", MISALIGNED)),
+        (
+            FpDistance { distance: buffer((1 << 21) + 8, 1), ..operator },
+            argument("pre_trained", "overlaps an output"),
+        ),
+        (FpDistance { distance: buffer(0, 1), ..operator }, argument("distance", NULL)),
+        (
+            FpDistance { workspace: buffer(1 << 10, 1), ..operator },
+            length("workspace", "[workspace_len()]", 2, 1),
+        ),
+    ] {
+        assert_error(operator.plan(), &want);
+    }
+    let (samples, features) = (1 << 23, 1 << 22);
+    let [fine_tuned, pre_trained] = [1 << 50, 1 << 51].map(|address| buffer(address, 1 << 45));
+    assert_error(FpDistance { samples, features, fine_tuned, pre_trained, ..operator }.plan(), &endless);
 }
 
 #[test]
@@ -292,9 +631,8 @@ fn wrong_arguments_of_a_loss_are_refused() {
     for (i, (name, shape, len, bytes, with)) in tensors.into_iter().enumerate() {
         let address = 4096 * (i as u64 + 1);
         assert_eq!(with(buffer(address, len)), loss(), "{name}");
-        wrong(with(buffer(0, len)), argument(name, "is a null pointer"));
-        let misaligned = argument(name, "does not start at a multiple of its element size");
-        wrong(with(buffer(address + bytes / 2, len)), misaligned);
+        wrong(with(buffer(0, len)), argument(name, NULL));
+        wrong(with(buffer(address + bytes / 2, len)), argument(name, MISALIGNED));
         match name {
             "history" => {
                 let expected = "a multiple of the number of classes, and not 0";
@@ -393,4 +731,237 @@ fn opening_a_device_gives_one_or_a_typed_error() {
             Err(error) => panic!("{error}"),
         }
     }
+}
+
+/// A layer of 7 in-features whose tensors are far from each other: tensor i begins at i MiB.
+const LAYER: LinearShape = LinearShape { in_features: 7, ..SHAPE };
+
+fn tensor(i: u64, len: usize) -> Buffer {
+    buffer(i << 20, len)
+}
+
+fn layer_noise() -> Source {
+    Source::Generated { generator: generator(PerSample, 0), key: Some(tensor(9, 1)) }
+}
+
+fn base() -> Base<Buffer> {
+    Base { weight: tensor(1, 24 * 7), bias: Some(tensor(2, 24)) }
+}
+
+fn noisy_linear() -> NoisyLinear<Buffer, Source> {
+    NoisyLinear {
+        shape: LAYER,
+        noise: layer_noise(),
+        base: Some(base()),
+        delta_weight: Some(tensor(3, 24 * 7)),
+        delta_bias: Some(tensor(4, 24)),
+        fold: false,
+        allow_tf32: false,
+    }
+}
+
+fn low_rank_linear() -> LowRankLinear<Buffer, Source> {
+    LowRankLinear {
+        shape: LAYER,
+        noise: layer_noise(),
+        base: Some(base()),
+        rank: 5,
+        down: tensor(3, 24 * 5),
+        up: tensor(4, 5 * 7),
+        delta_bias: Some(tensor(5, 24)),
+        scale: 1.0,
+        allow_tf32: false,
+    }
+}
+
+/// The shared input, the output and its gradient, and more than enough of a workspace.
+const X: Buffer = Buffer { address: 10 << 20, len: 15 * 7 };
+const Y: Buffer = Buffer { address: 11 << 20, len: M * 24 };
+const DY: Buffer = Buffer { address: 12 << 20, len: M * 24 };
+const S: Buffer = Buffer { address: 13 << 20, len: 15 * 5 };
+const WORKSPACE: Buffer = Buffer { address: 20 << 20, len: 1 << 16 };
+
+#[test]
+fn linear_layers_choose_their_kernels() {
+    let name = |layer: NoisyLinear<Buffer, Source>, dtype| layer.forward(dtype, X, Y).unwrap().kernel.name;
+    assert_eq!(name(noisy_linear(), DType::F32), "noisy_linear_two_f32");
+    assert_eq!(name(NoisyLinear { allow_tf32: true, ..noisy_linear() }, DType::F32), "noisy_linear_two_tf32");
+    assert_eq!(name(NoisyLinear { base: None, ..noisy_linear() }, DType::F16), "noisy_linear_one_f16");
+    assert_eq!(
+        name(NoisyLinear { delta_weight: None, ..noisy_linear() }, DType::BF16),
+        "noisy_linear_one_bf16"
+    );
+    // Folding pays where a sample's tokens fill tiles, each sample has its own input, and z is per sample.
+    for (shape, noise, folds) in [
+        (LAYER, Source::Off, false),
+        (LinearShape { shared_input: false, ..LAYER }, Source::Off, true),
+        (LinearShape { shared_input: false, ..LAYER }, layer_noise(), false),
+        (LinearShape { shared_input: false, tokens: 197, ..LAYER }, layer_noise(), true),
+        (
+            LinearShape { shared_input: false, tokens: 197, ..LAYER },
+            Source::Generated { generator: generator(PerToken, 0), key: None },
+            false,
+        ),
+    ] {
+        let layer = NoisyLinear { shape, noise, fold: true, ..noisy_linear() };
+        let (x, y) = (tensor(100, shape.in_rows() * 7), tensor(200, shape.out_rows() * 24));
+        let name = layer.forward(DType::BF16, x, y).unwrap().kernel.name;
+        assert_eq!(
+            name,
+            if folds { "noisy_linear_folded_bf16" } else { "noisy_linear_two_bf16" },
+            "{shape:?}"
+        );
+    }
+    let names = |layer: LowRankLinear<Buffer, Source>| {
+        let mut names = Vec::new();
+        let s = tensor(13, 15 * layer.rank);
+        let plan = layer.forward(DType::F32, X, s, Y).unwrap();
+        plan.for_each(&mut |launch| {
+            names.push(launch.kernel.name);
+            Ok(())
+        })
+        .unwrap();
+        names
+    };
+    let rank = |rank| LowRankLinear {
+        rank,
+        down: tensor(3, 24 * rank),
+        up: tensor(4, rank * 7),
+        ..low_rank_linear()
+    };
+    assert_eq!(names(rank(16)), ["low_rank_linear_16_f32"]);
+    assert_eq!(names(rank(17)), ["low_rank_linear_32_f32"]);
+    assert_eq!(names(rank(33)), ["noisy_linear_one_f32", "noisy_linear_two_f32"]);
+    assert_eq!(names(LowRankLinear { base: None, ..rank(4) }), ["noisy_linear_one_f32"; 2]);
+}
+
+#[test]
+fn wrong_arguments_of_linear_layers_are_refused() {
+    let (null, misaligned) = ("is a null pointer", "does not start at a multiple of its element size");
+    let dense = |layer: NoisyLinear<Buffer, Source>, x, y, want: Error| {
+        assert_error(layer.forward(DType::F32, x, y), &want);
+    };
+    let low = |layer: LowRankLinear<Buffer, Source>, x, s, y, want: Error| {
+        assert_error(layer.forward(DType::F32, x, s, y), &want);
+    };
+    // Sizes.
+    let zero = |argument| Error::Size { argument, expected: "at least 1", got: 0 };
+    for (shape, want) in [
+        (LinearShape { batch: 0, ..LAYER }, zero("batch")),
+        (LinearShape { in_features: 0, ..LAYER }, zero("in_features")),
+        (
+            LinearShape { batch: 1 << 30, tokens: 2, ..LAYER },
+            Error::Size { argument: "branches * batch * tokens", expected: "at most 2^31", got: 1 << 32 },
+        ),
+        (
+            LinearShape { in_features: (1 << 31) + 1, ..LAYER },
+            Error::Size { argument: "in_features", expected: "at most 2^31", got: (1 << 31) + 1 },
+        ),
+    ] {
+        dense(NoisyLinear { shape, ..noisy_linear() }, X, Y, want.clone());
+        low(LowRankLinear { shape, ..low_rank_linear() }, X, S, Y, want);
+    }
+    low(LowRankLinear { rank: 0, ..low_rank_linear() }, X, S, Y, zero("rank"));
+    let overflow = Error::Overflow { argument: "down", shape: "[N, r]" };
+    low(LowRankLinear { rank: usize::MAX / 2, ..low_rank_linear() }, X, S, Y, overflow);
+    for scale in [f32::NAN, f32::INFINITY] {
+        let layer = LowRankLinear { scale, ..low_rank_linear() };
+        match layer.forward(DType::F32, X, S, Y) {
+            Err(Error::Value { argument: "scale", expected: "finite", .. }) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    // Operands.
+    for (weight, want) in [
+        (tensor(1, 24 * 7 - 1), length("base.weight", "[N, K]", 24 * 7, 24 * 7 - 1)),
+        (buffer(0, 24 * 7), argument("base.weight", null)),
+        (buffer(4097, 24 * 7), argument("base.weight", misaligned)),
+    ] {
+        let base = Some(Base { weight, bias: None });
+        dense(NoisyLinear { base, ..noisy_linear() }, X, Y, want.clone());
+        low(LowRankLinear { base, ..low_rank_linear() }, X, S, Y, want);
+    }
+    let base = Some(Base { bias: Some(tensor(2, 7)), ..base() });
+    let want = || length("base.bias", "[N]", 24, 7);
+    dense(NoisyLinear { base, ..noisy_linear() }, X, Y, want());
+    low(LowRankLinear { base, ..low_rank_linear() }, X, S, Y, want());
+    let want = length("delta_weight", "[N, K]", 24 * 7, 7);
+    dense(NoisyLinear { delta_weight: Some(tensor(3, 7)), ..noisy_linear() }, X, Y, want);
+    let delta_bias = Some(tensor(4, 25));
+    let want = || length("delta_bias", "[N]", 24, 25);
+    dense(NoisyLinear { delta_bias, ..noisy_linear() }, X, Y, want());
+    low(LowRankLinear { delta_bias, ..low_rank_linear() }, X, S, Y, want());
+    let want = argument("delta_weight", "is required when there is no base term");
+    dense(NoisyLinear { base: None, delta_weight: None, ..noisy_linear() }, X, Y, want);
+    let want = length("down", "[N, r]", 24 * 5, 5);
+    low(LowRankLinear { down: tensor(3, 5), ..low_rank_linear() }, X, S, Y, want);
+    let want = length("up", "[r, K]", 5 * 7, 5);
+    low(LowRankLinear { up: tensor(4, 5), ..low_rank_linear() }, X, S, Y, want);
+    // Inputs and outputs: lengths, and what overlaps.
+    let overlap = |what| argument(what, "overlaps an output");
+    for (x, y, want) in [
+        (tensor(10, M * 7), Y, length("x", "[B·T, K]", 15 * 7, M * 7)),
+        (X, tensor(11, 24), length("y", "[M, N]", M * 24, 24)),
+        (X, Buffer { address: X.address, ..Y }, overlap("x")),
+        (X, Buffer { address: (1 << 20) - 8, ..Y }, overlap("base.weight")),
+        (X, Buffer { address: (9 << 20) - 8, ..Y }, argument("key", "overlaps the output")),
+    ] {
+        dense(noisy_linear(), x, y, want.clone());
+        low(low_rank_linear(), x, S, y, want);
+    }
+    low(low_rank_linear(), X, tensor(13, 5), Y, length("s", "[B·T, r]", 75, 5));
+    low(
+        low_rank_linear(),
+        X,
+        Buffer { address: Y.address, ..S },
+        Y,
+        argument("y", "overlaps another output"),
+    );
+    low(low_rank_linear(), X, Buffer { address: 4 << 20, ..S }, Y, overlap("up"));
+}
+
+#[test]
+fn wrong_gradients_of_linear_layers_are_refused() {
+    let dense = |grads, workspace, want: Error| {
+        assert_error(noisy_linear().backward(DType::F32, X, DY, grads, workspace), &want);
+    };
+    let low = |grads, workspace, want: Error| {
+        assert_error(low_rank_linear().backward(DType::F32, X, S, DY, grads, workspace), &want);
+    };
+    let none = NoisyLinearGrads::default;
+    let no = LowRankGrads::default;
+    for (dx, want) in [
+        (tensor(14, 3), length("grads.input", "[B·T, K]", 15 * 7, 3)),
+        (Buffer { len: 15 * 7, ..DY }, argument("dy", "overlaps an output")),
+        (Buffer { len: 15 * 7, ..WORKSPACE }, argument("workspace", "overlaps another output")),
+    ] {
+        // The small dense layer needs no workspace.
+        if want != argument("workspace", "overlaps another output") {
+            dense(NoisyLinearGrads { input: Some(dx), ..none() }, WORKSPACE, want.clone());
+        }
+        low(LowRankGrads { input: Some(dx), ..no() }, WORKSPACE, want);
+    }
+    let want = length("grads.delta_weight", "[N, K]", 24 * 7, 3);
+    dense(NoisyLinearGrads { delta_weight: Some(tensor(14, 3)), ..none() }, WORKSPACE, want);
+    let want = || length("grads.delta_bias", "[N]", 24, 3);
+    dense(NoisyLinearGrads { delta_bias: Some(tensor(14, 3)), ..none() }, WORKSPACE, want());
+    low(LowRankGrads { delta_bias: Some(tensor(14, 3)), ..no() }, WORKSPACE, want());
+    let want = length("grads.down", "[N, r]", 24 * 5, 3);
+    low(LowRankGrads { down: Some(tensor(14, 3)), ..no() }, WORKSPACE, want);
+    let want = length("grads.up", "[r, K]", 5 * 7, 3);
+    low(LowRankGrads { up: Some(tensor(14, 3)), ..no() }, WORKSPACE, want);
+    let layer = NoisyLinear { delta_weight: None, ..noisy_linear() };
+    let grads = NoisyLinearGrads { delta_weight: Some(tensor(14, 24 * 7)), ..none() };
+    let want = argument("grads.delta_weight", "is asked for, but the layer has no `delta_weight`");
+    assert_error(layer.backward(DType::F32, X, DY, grads, WORKSPACE), &want);
+    // Workspaces that are too small, absent or misaligned. Where none is needed, any will do.
+    let needed = low_rank_linear().workspace_len(DType::F32);
+    let want = |got| length("workspace", "[workspace_len()]", needed, got);
+    low(no(), Buffer { len: needed - 1, ..WORKSPACE }, want(needed - 1));
+    low(no(), buffer(0, 0), want(0));
+    low(no(), buffer(0, needed), argument("workspace", "is a null pointer"));
+    let misaligned = "does not start at a multiple of its element size";
+    low(no(), Buffer { address: 4097, ..WORKSPACE }, argument("workspace", misaligned));
+    assert_eq!(noisy_linear().workspace_len(), 0);
+    noisy_linear().backward(DType::F32, X, DY, none(), buffer(0, 0)).unwrap();
 }

@@ -226,7 +226,7 @@ impl<T> Default for Scratch<T> {
 }
 
 /// The scale of a low-rank product must be finite.
-pub(super) fn check_scale<T: Real>(scale: T) -> Result<()> {
+pub(crate) fn check_scale<T: Real>(scale: T) -> Result<()> {
     if scale.to_f64().is_finite() {
         Ok(())
     } else {

@@ -20,6 +20,8 @@ pub(crate) use loss::check_lambda;
 pub use loss::{Consistency, Loss, LossValues};
 #[cfg(feature = "cuda")]
 pub(crate) use loss::{check_label_smoothing, history_rows};
+#[cfg(feature = "cuda")]
+pub(crate) use low_rank_linear::check_scale;
 pub use low_rank_linear::{LowRankGrads, LowRankLinear};
 pub use noisy_epilogue::{noisy_epilogue, noisy_epilogue_backward};
 pub use noisy_linear::{NoisyLinear, NoisyLinearGrads};

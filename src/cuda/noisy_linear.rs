@@ -57,9 +57,9 @@ pub(super) const WEIGHT: Products = [
 ];
 
 /// The kernel for a type among those of a product.
-pub(super) fn choose(kernels: Products, dtype: DType, allow_tf32: bool) -> Kernel {
-    kernels[match dtype {
-        DType::F32 if allow_tf32 => 1,
+pub(super) fn choose(kernels: Products, run: Run) -> Kernel {
+    kernels[match run.dtype {
+        DType::F32 if run.allow_tf32 => 1,
         DType::F32 => 0,
         DType::F16 => 2,
         DType::BF16 => 3,
@@ -68,7 +68,7 @@ pub(super) fn choose(kernels: Products, dtype: DType, allow_tf32: bool) -> Kerne
 
 /// Rows and columns of a block's tile of outputs.
 pub(super) const TILE: usize = 128;
-const THREADS: u32 = 256;
+pub(super) const THREADS: u32 = 256;
 /// Bytes of an operand's tile in shared memory, 64 along the inner dimension.
 const TILE_BYTES: usize = TILE * 64;
 const FORWARD_STAGES: usize = 4;
@@ -153,7 +153,7 @@ const _: () = assert!(
 
 params! {
     /// `pace::NoisyLinearParams` of the kernels.
-    NoisyLinearParams, 168 bytes {
+    NoisyLinearParams, 176 bytes {
         0 noise: NoiseSource,
         48 segments: [Segment; 2],
         112 base_bias: u64,
@@ -167,12 +167,14 @@ params! {
         156 tile_columns: u32,
         160 aligned: u32,
         164 z_aligned: u32,
+        168 scale: f32,
+        172 reserved: u32,
     }
 }
 
 params! {
     /// `pace::NoisyLinearInputParams` of the kernels.
-    NoisyLinearInputParams, 216 bytes {
+    NoisyLinearInputParams, 224 bytes {
         0 noise: NoiseSource,
         48 segments: [Segment; 4],
         176 dx: u64,
@@ -184,6 +186,8 @@ params! {
         204 tile_columns: u32,
         208 aligned: u32,
         212 z_aligned: u32,
+        216 scale: f32,
+        220 reserved: u32,
     }
 }
 
@@ -218,7 +222,7 @@ pub(super) fn aligned(dtype: DType, columns: usize, tensors: &[u64]) -> bool {
 }
 
 /// A grid of so many blocks along x.
-fn blocks(argument: &'static str, sizes: &[usize]) -> Result<[u32; 3]> {
+pub(super) fn blocks(argument: &'static str, sizes: &[usize]) -> Result<[u32; 3]> {
     let count = sizes.iter().try_fold(1usize, |product, &size| product.checked_mul(size));
     match count.and_then(|count| i32::try_from(count).ok()) {
         Some(count) => Ok([count as u32, 1, 1]),
@@ -245,11 +249,13 @@ pub(super) struct Forward<'a> {
     pub(super) delta_bias: Option<Buffer>,
     pub(super) y: Buffer,
     pub(super) fold: bool,
+    /// Factor on the adapter's product.
+    pub(super) scale: f32,
 }
 
 impl Forward<'_> {
     pub(super) fn plan(&self) -> Result<Launch<NoisyLinearParams>> {
-        let Run { dtype, allow_tf32 } = self.run;
+        let dtype = self.run.dtype;
         let (m, n) = (self.shape.out_rows(), self.shape.out_features);
         let mut segments = [Segment::zeroed(); 2];
         for (segment, &(left, right, inner, adapter)) in segments.iter_mut().zip(self.segments) {
@@ -275,7 +281,7 @@ impl Forward<'_> {
         let z_bytes = if two && self.fold { TILE * 4 } else { 0 };
         let address = |buffer: Option<Buffer>| buffer.map_or(0, |buffer| buffer.address);
         Ok(Launch {
-            kernel: choose(kernels, dtype, allow_tf32),
+            kernel: choose(kernels, self.run),
             grid: blocks("y", &[columns, rows])?,
             block: [THREADS, 1, 1],
             shared_bytes: (stages * tiles * TILE_BYTES + z_bytes) as u32,
@@ -293,6 +299,8 @@ impl Forward<'_> {
                 tile_columns: columns as u32,
                 aligned: u32::from(aligned(dtype, n, &[self.y.address])),
                 z_aligned: u32::from(self.z_aligned),
+                scale: self.scale,
+                reserved: 0,
             },
         })
     }
@@ -307,11 +315,13 @@ pub(super) struct Input<'a> {
     /// `[M, inner]`, `[inner, K]`, the inner size, and whether the left one is multiplied with `z` first.
     pub(super) segments: &'a [(Buffer, Buffer, usize, bool)],
     pub(super) dx: Buffer,
+    /// Factor on the sum.
+    pub(super) scale: f32,
 }
 
 impl Input<'_> {
     pub(super) fn plan(&self) -> Result<Launch<NoisyLinearInputParams>> {
-        let Run { dtype, allow_tf32 } = self.run;
+        let dtype = self.run.dtype;
         let LinearShape { in_features: k, out_features: n, tokens, .. } = self.shape;
         let rows = self.shape.in_rows();
         let mut segments = [Segment::zeroed(); 4];
@@ -336,7 +346,7 @@ impl Input<'_> {
         let z_bytes = 2 * TILE * (inner + 8) * 4;
         let columns = k.div_ceil(TILE);
         Ok(Launch {
-            kernel: choose(INPUT, dtype, allow_tf32),
+            kernel: choose(INPUT, self.run),
             grid: blocks("dx", &[columns, rows.div_ceil(TILE)])?,
             block: [THREADS, 1, 1],
             shared_bytes: (BACKWARD_STAGES * 2 * TILE_BYTES + z_bytes) as u32,
@@ -352,6 +362,8 @@ impl Input<'_> {
                 tile_columns: columns as u32,
                 aligned: u32::from(aligned(dtype, k, &[self.dx.address])),
                 z_aligned: u32::from(self.z_aligned),
+                scale: self.scale,
+                reserved: 0,
             },
         })
     }
@@ -386,7 +398,7 @@ pub struct WeightPlan {
 impl Plan for WeightPlan {
     fn for_each(&self, run: &mut dyn FnMut(RawLaunch<'_>) -> Result<()>) -> Result<()> {
         self.products.for_each(run)?;
-        self.sums.iter().try_for_each(|sums| sums.for_each(run))
+        self.sums.for_each(run)
     }
 }
 
@@ -409,7 +421,7 @@ impl Weight {
     }
 
     pub(super) fn plan(&self) -> Result<WeightPlan> {
-        let Run { dtype, allow_tf32 } = self.run;
+        let dtype = self.run.dtype;
         let LinearShape { in_features: k, out_features: n, tokens, .. } = self.shape;
         let m = self.shape.out_rows();
         let (parts, part) = Self::parts(&self.shape);
@@ -434,7 +446,7 @@ impl Weight {
         };
         Ok(WeightPlan {
             products: Launch {
-                kernel: choose(WEIGHT, dtype, allow_tf32),
+                kernel: choose(WEIGHT, self.run),
                 grid: blocks("delta_weight", &[columns, rows, parts])?,
                 block: [THREADS, 1, 1],
                 shared_bytes: shared as u32,
@@ -501,6 +513,13 @@ pub(super) fn check_base(base: Option<Base<Buffer>>, shape: &LinearShape, dtype:
 /// Whether 16-byte loads of a row of a given `z` work.
 pub(super) fn is_z_aligned(noise: &Source, shape: &LinearShape) -> bool {
     shape.out_features.is_multiple_of(4) && noise.is_vector_aligned()
+}
+
+impl<B, N> NoisyLinear<B, N> {
+    /// The `f32` elements of workspace that a backward pass needs, whichever gradients are asked for.
+    pub fn workspace_len(&self) -> usize {
+        Weight::workspace_len(&self.shape)
+    }
 }
 
 impl NoisyLinear<Buffer, Source> {
@@ -572,13 +591,9 @@ impl NoisyLinear<Buffer, Source> {
             delta_bias: self.delta_bias,
             y,
             fold: self.folds(),
+            scale: 1.0,
         }
         .plan()
-    }
-
-    /// The `f32` elements of workspace that [`backward`](Self::backward) needs, whichever gradients are asked for.
-    pub fn workspace_len(&self) -> usize {
-        Weight::workspace_len(&self.shape)
     }
 
     /// The launches that compute gradients from `x` and `dy = ∂L/∂y [M, N]`, with the noise of the forward pass made again.
@@ -636,8 +651,9 @@ impl NoisyLinear<Buffer, Source> {
         let base = self.base.map(|base| (dy, base.weight, n, false));
         let delta = self.delta_weight.map(|weight| (dy, weight, n, true));
         let segments: Vec<_> = [base, delta].into_iter().flatten().collect();
-        let input =
-            grads.input.map(|dx| Input { run, shape, noise, z_aligned, segments: &segments, dx }.plan());
+        let input = grads
+            .input
+            .map(|dx| Input { run, shape, noise, z_aligned, segments: &segments, dx, scale: 1.0 }.plan());
         let (weight, bias) = (grads.delta_weight, grads.delta_bias);
         let weight = (weight.is_some() || bias.is_some()).then(|| {
             Weight { run, shape, noise, z_aligned, g: dy, x, weight, bias, workspace: workspace.address }

@@ -1,10 +1,14 @@
 //! The dense noisy linear layer against the CPU operator in f64.
 
+use crate::device::Opened;
 use crate::machine::{Machine, Target};
 use crate::support::{SOURCES, Type, Z, assert_close, distance, rounded, wide};
 use half::{bf16, f16};
+use pace_kernels::cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+use pace_kernels::cuda::cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut};
 use pace_kernels::cuda::{self, Base, Buffer, Source};
 use pace_kernels::noise::NoiseShape::{PerSample, PerToken};
+use pace_kernels::noise::{Generator, Key};
 use pace_kernels::{LinearShape, cpu};
 
 #[derive(Debug, Clone, Copy)]
@@ -181,14 +185,23 @@ fn unfused<T: Type>(case: &Case, data: &Data<T>) -> Results<T> {
 
 fn run<T: Type>(case: &Case, data: &Data<T>, allow_tf32: bool, machine: &mut Machine<'_>) -> Results<T> {
     let layer = data.layer(case, machine, allow_tf32);
+    launch(&layer, data, machine)
+}
+
+fn launch<T: Type>(
+    layer: &cuda::NoisyLinear<Buffer, Source>,
+    data: &Data<T>,
+    machine: &mut Machine<'_>,
+) -> Results<T> {
     let (x, dy) = (machine.input("x", &data.x), machine.input("dy", &data.dy));
     let y = machine.output::<T>("y", data.dy.len());
-    let launch = layer.forward(T::DTYPE, x, y).unwrap();
-    assert_eq!(launch.kernel.name.contains("folded"), case.fold, "{case:?}");
-    machine.launch(&launch);
+    let forward = layer.forward(T::DTYPE, x, y).unwrap();
+    assert_eq!(forward.kernel.name.contains("folded"), layer.fold, "{layer:?}");
+    machine.launch(&forward);
+    let delta = layer.delta_weight.is_some();
     let grads = cuda::NoisyLinearGrads {
         input: Some(machine.output::<T>("dx", data.x.len())),
-        delta_weight: case.delta.then(|| machine.output::<T>("dΔW", data.weight.len())),
+        delta_weight: delta.then(|| machine.output::<T>("dΔW", data.weight.len())),
         delta_bias: Some(machine.output::<T>("dΔb", data.bias.len())),
     };
     let workspace = machine.output::<f32>("workspace", layer.workspace_len());
@@ -236,5 +249,143 @@ pub fn tf32(target: &Target<'_>) {
                 assert!(error <= 2e-3 * largest, "{name} of {case:?}: {error:e} of {largest:e}");
             }
         });
+    }
+}
+
+/// A sample's output and input gradient do not depend on the batch that it is in.
+pub fn batch_split(target: &Target<'_>) {
+    let shape = |batch| LinearShape {
+        branches: 1,
+        batch,
+        tokens: 50,
+        in_features: 24,
+        out_features: 40,
+        shared_input: false,
+    };
+    for noise in [PerSample, PerToken] {
+        let case = |batch| Case {
+            shape: shape(batch),
+            z: Z::Generated(noise),
+            base: true,
+            delta: true,
+            biases: true,
+            fold: false,
+            shift: 0,
+        };
+        let all = Data::<bf16>::new(&shape(5));
+        let on = |samples: std::ops::Range<usize>| {
+            let (x, dy) = (50 * 24, 50 * 40);
+            let data = Data {
+                x: all.x[samples.start * x..samples.end * x].to_vec(),
+                dy: all.dy[samples.start * dy..samples.end * dy].to_vec(),
+                weight: all.weight.clone(),
+                delta_weight: all.delta_weight.clone(),
+                bias: all.bias.clone(),
+                delta_bias: all.delta_bias.clone(),
+            };
+            let results = std::cell::RefCell::new(Results::default());
+            target.run(0, |machine| {
+                let mut layer = data.layer(&case(samples.len()), machine, false);
+                let mut from = crate::support::generator(noise, crate::support::key());
+                let first = from.first_sample() + samples.start as u64;
+                from = Generator::new(from.key(), from.sigma(), noise, first).unwrap();
+                layer.noise = Source::Generated { generator: from, key: None };
+                *results.borrow_mut() = launch(&layer, &data, machine);
+            });
+            results.into_inner()
+        };
+        let (whole, first, rest) = (on(0..5), on(0..2), on(2..5));
+        for i in 0..2 {
+            assert!([&first[i][..], &rest[i]].concat() == whole[i], "{} with {noise:?}", NAMES[i]);
+        }
+    }
+}
+
+/// The safe methods, on views into larger tensors, give what plans give.
+pub fn safe_methods(opened: &Opened) {
+    let Opened { device, stream } = opened;
+    for case in cases().iter().filter(|case| matches!(case.z, Z::Generated(_)) && case.delta) {
+        let Case { shape, z, base, biases, fold, shift, .. } = *case;
+        let Z::Generated(noise) = z else { unreachable!("filtered") };
+        let data = Data::<bf16>::new(&shape);
+        let want = std::cell::RefCell::new(Results::default());
+        Target::Device(opened).run(shift, |machine| *want.borrow_mut() = run(case, &data, false, machine));
+        let want = want.into_inner();
+
+        let inputs = [&data.x, &data.dy, &data.weight, &data.delta_weight, &data.bias, &data.delta_bias]
+            .map(|values| opened.upload(shift, values));
+        let views = inputs.each_ref().map(|tensor| tensor.slice(shift..));
+        let [x, dy, weight, delta_weight, bias, delta_bias] = &views;
+        let layer: cuda::NoisyLinear<&dyn DevicePtr<bf16>, cuda::Noise<'_>> = cuda::NoisyLinear {
+            shape,
+            noise: cuda::Noise::Generated {
+                generator: crate::support::generator(noise, crate::support::key()),
+                key: None,
+            },
+            base: base.then_some(Base { weight, bias: biases.then_some(bias as _) }),
+            delta_weight: Some(delta_weight),
+            delta_bias: biases.then_some(delta_bias as _),
+            fold,
+            allow_tf32: false,
+        };
+        let mut outputs = want.each_ref().map(|want| opened.upload(shift, &vec![bf16::NAN; want.len()]));
+        {
+            let [y, dx, dw, db] = &mut outputs;
+            let (mut y, mut dx) = (y.slice_mut(shift..), dx.slice_mut(shift..));
+            let (mut dw, mut db) = (dw.slice_mut(shift..), db.slice_mut(shift..));
+            device.noisy_linear(&layer, x, &mut y, stream).unwrap();
+            let grads = cuda::NoisyLinearGrads {
+                input: Some(&mut dx as &mut dyn DevicePtrMut<bf16>),
+                delta_weight: Some(&mut dw),
+                delta_bias: Some(&mut db),
+            };
+            let mut workspace = stream.alloc_zeros::<f32>(layer.workspace_len().max(1)).unwrap();
+            device.noisy_linear_backward(&layer, x, dy, grads, &mut workspace, stream).unwrap();
+        }
+        for (i, output) in outputs.iter().enumerate() {
+            assert!(opened.download(shift, output) == want[i], "{} of {case:?}", NAMES[i]);
+        }
+    }
+}
+
+/// A captured forward and backward pass has the noise of the key that lies in memory when it is replayed.
+pub fn in_a_graph(opened: &Opened) {
+    let Opened { device, stream } = opened;
+    let case = cases().into_iter().find(|case| case.z == Z::Keyed(PerSample) && case.delta).expect("one");
+    let shape = case.shape;
+    let data = Data::<bf16>::new(&shape);
+    let [x, dy, weight] = [&data.x, &data.dy, &data.delta_weight].map(|values| opened.upload(0, values));
+    let mut key = opened.upload(0, &[0u64]);
+    let generator = |key| crate::support::generator(PerSample, key);
+    let outputs = || [&data.dy, &data.x].map(|like| opened.upload(0, &vec![bf16::NAN; like.len()]));
+    let mut workspace = stream.alloc_zeros::<f32>(1 << 16).unwrap();
+    let mut pass = |noise: cuda::Noise<'_>, [y, dx]: &mut [CudaSlice<bf16>; 2]| {
+        let layer: cuda::NoisyLinear<&dyn DevicePtr<bf16>, _> = cuda::NoisyLinear {
+            shape,
+            noise,
+            base: None,
+            delta_weight: Some(&weight),
+            delta_bias: None,
+            fold: false,
+            allow_tf32: false,
+        };
+        device.noisy_linear(&layer, &x, y, stream).unwrap();
+        let grads = cuda::NoisyLinearGrads { input: Some(dx as _), ..Default::default() };
+        device.noisy_linear_backward(&layer, &x, &dy, grads, &mut workspace, stream).unwrap();
+    };
+    let mut replayed = outputs();
+    stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
+    let noise = cuda::Noise::Generated { generator: generator(Key([0, 0])), key: Some(&key) };
+    pass(noise, &mut replayed);
+    let graph = stream.end_capture(CUgraphInstantiate_flags(0)).unwrap().expect("something was captured");
+    for fresh in [Key::derive(1, 0, 0), Key::derive(1, 1, 0)] {
+        stream.memcpy_htod(&[u64::from(fresh)], &mut key).unwrap();
+        graph.launch().unwrap();
+        let mut direct = outputs();
+        let noise = cuda::Noise::Generated { generator: generator(fresh), key: None };
+        pass(noise, &mut direct);
+        for (replayed, direct) in replayed.iter().zip(&direct) {
+            assert!(opened.download(0, replayed) == opened.download(0, direct));
+        }
     }
 }

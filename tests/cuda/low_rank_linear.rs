@@ -1,0 +1,356 @@
+//! The low-rank noisy linear layer against the CPU operator in f64.
+
+use crate::device::Opened;
+use crate::machine::{Machine, Target};
+use crate::support::{SOURCES, Type, Z, assert_close, distance, rounded, wide};
+use half::{bf16, f16};
+use pace_kernels::cuda::cudarc::driver::{DevicePtr, DevicePtrMut};
+use pace_kernels::cuda::{self, Base, Buffer, Source};
+use pace_kernels::noise::NoiseShape::{PerSample, PerToken};
+use pace_kernels::{LinearShape, cpu};
+
+#[derive(Debug, Clone, Copy)]
+struct Case {
+    shape: LinearShape,
+    rank: usize,
+    z: Z,
+    base: bool,
+    biases: bool,
+    scale: f32,
+    /// Elements past an aligned address at which tensors start.
+    shift: usize,
+}
+
+fn cases() -> Vec<Case> {
+    let shape = |branches, batch, tokens, in_features, out_features, shared_input| LinearShape {
+        branches,
+        batch,
+        tokens,
+        in_features,
+        out_features,
+        shared_input,
+    };
+    let mut cases = Vec::new();
+    // Every source of noise and every rank, over sizes around vectors and fragments.
+    let sizes = [
+        (shape(1, 1, 9, 1, 1, false), [1, 2, 16, 33]),
+        (shape(1, 1, 1, 5, 9, false), [1, 10, 32, 40]),
+        (shape(2, 2, 3, 5, 7, false), [3, 16, 17, 40]),
+        (shape(2, 3, 1, 33, 100, true), [1, 10, 32, 33]),
+        (shape(1, 2, 33, 40, 24, false), [8, 16, 24, 64]),
+    ];
+    for (i, &(shape, ranks)) in sizes.iter().enumerate() {
+        for (j, &z) in SOURCES.iter().enumerate() {
+            cases.push(Case {
+                shape,
+                rank: ranks[(i + j) % 4],
+                z,
+                base: (i + j) % 3 != 0,
+                biases: (i + j) % 2 == 0,
+                scale: [1.0, 0.5, -2.0][j % 3],
+                shift: j % 2,
+            });
+        }
+    }
+    // The edges of tiles: 128 rows and columns, 32 rows and 1 KiB of channels, more than one part of the rows.
+    for (shape, rank, z) in [
+        (shape(2, 1, 70, 16, 136, true), 16, Z::Generated(PerToken)),
+        (shape(1, 1, 129, 64, 128, false), 10, Z::Given(PerSample)),
+        (shape(1, 1, 31, 8, 256, false), 16, Z::Generated(PerSample)),
+        (shape(1, 3, 11, 8, 257, false), 4, Z::Keyed(PerSample)),
+        (shape(1, 1, 32, 8, 512, false), 32, Z::Given(PerToken)),
+        (shape(1, 2, 16, 8, 520, false), 16, Z::Generated(PerSample)),
+        (shape(2, 3, 40, 16, 16, true), 16, Z::Generated(PerSample)),
+    ] {
+        for shift in [0, 1] {
+            cases.push(Case { shape, rank, z, base: true, biases: true, scale: 0.5, shift });
+        }
+    }
+    cases
+}
+
+/// Operands of one case.
+struct Data<T> {
+    x: Vec<T>,
+    dy: Vec<T>,
+    weight: Vec<T>,
+    bias: Vec<T>,
+    down: Vec<T>,
+    up: Vec<T>,
+    delta_bias: Vec<T>,
+}
+
+impl<T: Type> Data<T> {
+    fn new(case: &Case) -> Self {
+        let Case { shape, rank, .. } = case;
+        let (k, n) = (shape.in_features, shape.out_features);
+        Self {
+            x: rounded(21, shape.in_rows() * k),
+            dy: rounded(22, shape.out_rows() * n),
+            weight: rounded(23, n * k),
+            bias: rounded(24, n),
+            down: rounded(25, n * rank),
+            up: rounded(26, rank * k),
+            delta_bias: rounded(27, n),
+        }
+    }
+
+    fn layer(
+        &self,
+        case: &Case,
+        machine: &mut Machine<'_>,
+        allow_tf32: bool,
+    ) -> cuda::LowRankLinear<Buffer, Source> {
+        let Case { shape, rank, z, base, biases, scale, .. } = *case;
+        cuda::LowRankLinear {
+            shape,
+            noise: z.source(&shape, machine),
+            base: base.then(|| Base {
+                weight: machine.input("W0", &self.weight),
+                bias: biases.then(|| machine.input("b0", &self.bias)),
+            }),
+            rank,
+            down: machine.input("D", &self.down),
+            up: machine.input("U", &self.up),
+            delta_bias: biases.then(|| machine.input("δb", &self.delta_bias)),
+            scale,
+            allow_tf32,
+        }
+    }
+}
+
+/// Outputs and gradients.
+type Results<T> = [Vec<T>; 6];
+
+const NAMES: [&str; 6] = ["s", "y", "dx", "dD", "dU", "dδb"];
+
+/// `a·bᵀ`, `[rows, columns]`, over `inner`.
+fn times(a: &[f64], b: &[f64], inner: usize) -> Vec<f64> {
+    a.chunks(inner).flat_map(|a| b.chunks(inner).map(|b| dot(a, b))).collect()
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+fn transposed(a: &[f64], columns: usize) -> Vec<f64> {
+    (0..columns).flat_map(|j| a.iter().skip(j).step_by(columns).copied()).collect()
+}
+
+/// What the CPU operator gives.
+fn exact<T: Type>(case: &Case, data: &Data<T>) -> Results<f64> {
+    let Case { shape, rank, base, biases, scale, .. } = *case;
+    let [x, dy, weight, bias, down, up, delta_bias] =
+        [&data.x, &data.dy, &data.weight, &data.bias, &data.down, &data.up, &data.delta_bias]
+            .map(|values| wide(values));
+    let given: Vec<f64> = case.z.given(&shape).into_iter().map(f64::from).collect();
+    let layer = cpu::LowRankLinear {
+        shape,
+        noise: case.z.cpu(&given),
+        base: base.then_some(cpu::Base { weight: &weight, bias: biases.then_some(&bias) }),
+        rank,
+        down: &down,
+        up: &up,
+        delta_bias: biases.then_some(&delta_bias),
+        scale: scale.into(),
+    };
+    let s = times(&x, &up, shape.in_features).iter().map(|s| f64::from(scale) * s).collect();
+    let mut results = [&data.dy, &data.x, &data.down, &data.up, &data.bias].map(|like| vec![0.0; like.len()]);
+    let [y, dx, dd, du, db] = &mut results;
+    layer.forward(&x, y).unwrap();
+    let grads = cpu::LowRankGrads { input: Some(dx), down: Some(dd), up: Some(du), delta_bias: Some(db) };
+    layer.backward(&x, &dy, grads).unwrap();
+    let [y, dx, dd, du, db] = results;
+    [s, y, dx, dd, du, db]
+}
+
+/// The same with every tensor that the formula names rounded to `T`, as code that is not fused has it.
+fn unfused<T: Type>(case: &Case, data: &Data<T>) -> Results<T> {
+    let Case { shape, rank: r, base, biases, scale, .. } = *case;
+    let LinearShape { in_features: k, out_features: n, .. } = shape;
+    let (m, rows) = (shape.out_rows(), shape.in_rows());
+    let round = |value: f64| f64::from(T::round(value).widen());
+    let rounded = |values: Vec<f64>| values.into_iter().map(round).collect::<Vec<f64>>();
+    let z: Vec<f64> = case.z.written_out(&shape).into_iter().map(|z| round(z.into())).collect();
+    let [x, dy, weight, bias, down, up, delta_bias] =
+        [&data.x, &data.dy, &data.weight, &data.bias, &data.down, &data.up, &data.delta_bias]
+            .map(|values| wide(values));
+    // Both branches' rows of what they share.
+    let shared = |values: &[f64], columns: usize| -> Vec<f64> {
+        (0..m).flat_map(|i| values[i % rows * columns..][..columns].to_vec()).collect()
+    };
+    let scaled = |values: Vec<f64>| rounded(rounded(values).iter().map(|v| f64::from(scale) * v).collect());
+    let s = scaled(times(&x, &up, k));
+    let (x, s_all) = (shared(&x, k), shared(&s, r));
+    let with_bias = |product: Vec<f64>, bias: &[f64]| match biases {
+        true => rounded(product.iter().zip(bias.iter().cycle()).map(|(p, b)| p + b).collect()),
+        false => product,
+    };
+    let adapter = with_bias(rounded(times(&s_all, &down, r)), &delta_bias);
+    let under = match base {
+        true => with_bias(rounded(times(&x, &weight, k)), &bias),
+        false => vec![0.0; m * n],
+    };
+    let y = (0..m * n).map(|i| under[i] + round(z[i] * adapter[i])).collect();
+    let e: Vec<f64> = z.iter().zip(&dy).map(|(z, g)| round(z * g)).collect();
+    let ds = scaled(times(&e, &transposed(&down, r), n));
+    let mut dx = vec![0.0; rows * k];
+    let adapter = rounded(times(&ds, &transposed(&up, k), r));
+    let under = match base {
+        true => rounded(times(&dy, &transposed(&weight, k), n)),
+        false => vec![0.0; m * k],
+    };
+    for i in 0..m * k {
+        dx[i % (rows * k)] += round(adapter[i] + under[i]);
+    }
+    let dd = times(&transposed(&e, n), &transposed(&s_all, r), m);
+    let du = times(&transposed(&ds, r), &transposed(&x, k), m);
+    let db = transposed(&e, n).chunks(m).map(|e| e.iter().sum()).collect();
+    [s, y, dx, dd, du, db].map(|values: Vec<f64>| values.into_iter().map(T::round).collect())
+}
+
+fn run<T: Type>(case: &Case, data: &Data<T>, allow_tf32: bool, machine: &mut Machine<'_>) -> Results<T> {
+    let layer = data.layer(case, machine, allow_tf32);
+    let (x, dy) = (machine.input("x", &data.x), machine.input("dy", &data.dy));
+    let s = machine.output::<T>("s", case.shape.in_rows() * case.rank);
+    let y = machine.output::<T>("y", data.dy.len());
+    machine.launch(&layer.forward(T::DTYPE, x, s, y).unwrap());
+    let mut grad = |name: &str, like: &[T]| machine.output::<T>(name, like.len());
+    let grads = [grad("dx", &data.x), grad("dD", &data.down), grad("dU", &data.up), grad("dδb", &data.bias)];
+    let workspace = machine.output::<f32>("workspace", layer.workspace_len(T::DTYPE));
+    let [input, down, up, delta_bias] = grads.map(Some);
+    let targets = cuda::LowRankGrads { input, down, up, delta_bias };
+    machine.launch(&layer.backward(T::DTYPE, x, s, dy, targets, workspace).unwrap());
+    let [dx, dd, du, db] = grads;
+    [s, y, dx, dd, du, db].map(|buffer| machine.read::<T>(buffer))
+}
+
+fn typed<T: Type>(case: &Case, target: &Target<'_>) {
+    let data = Data::<T>::new(case);
+    let (exact, unfused) = (exact(case, &data), unfused(case, &data));
+    let first = std::cell::OnceCell::new();
+    target.run(case.shift, |machine| {
+        let results = run(case, &data, false, machine);
+        for (i, name) in NAMES.iter().enumerate() {
+            assert_close(&format!("{name} of {case:?}"), &results[i], &unfused[i], &exact[i]);
+        }
+        // The same bits in whatever order threads run.
+        assert!(first.get_or_init(|| results.clone()) == &results, "{case:?} depends on the order");
+    });
+}
+
+pub fn f32(target: &Target<'_>) {
+    cases().iter().for_each(|case| typed::<f32>(case, target));
+}
+
+pub fn f16(target: &Target<'_>) {
+    cases().iter().for_each(|case| typed::<f16>(case, target));
+}
+
+pub fn bf16(target: &Target<'_>) {
+    cases().iter().for_each(|case| typed::<bf16>(case, target));
+}
+
+/// TF32 keeps 10 fraction bits of each operand.
+pub fn tf32(target: &Target<'_>) {
+    for case in cases().iter().filter(|case| case.shift == 0) {
+        let data = Data::<f32>::new(case);
+        let exact = exact(case, &data);
+        target.run(0, |machine| {
+            let results = run(case, &data, true, machine);
+            for (i, name) in NAMES.iter().enumerate() {
+                let largest = exact[i].iter().fold(0f64, |largest, value| largest.max(value.abs()));
+                let error = distance(&wide(&results[i]), &exact[i]);
+                assert!(error <= 4e-3 * largest, "{name} of {case:?}: {error:e} of {largest:e}");
+            }
+        });
+    }
+}
+
+/// Each gradient alone is the one that all together have.
+pub fn one_gradient(target: &Target<'_>) {
+    let case = |rank| Case {
+        shape: LinearShape {
+            branches: 2,
+            batch: 2,
+            tokens: 20,
+            in_features: 12,
+            out_features: 20,
+            shared_input: true,
+        },
+        rank,
+        z: Z::Generated(PerSample),
+        base: true,
+        biases: true,
+        scale: 0.5,
+        shift: 0,
+    };
+    for case in [case(5), case(40)] {
+        let data = Data::<f32>::new(&case);
+        target.run(0, |machine| {
+            let all = run(&case, &data, false, machine);
+            let layer = data.layer(&case, machine, false);
+            let (x, dy) = (machine.input("x", &data.x), machine.input("dy", &data.dy));
+            let s = machine.input("s", &all[0]);
+            for (i, want) in all.iter().enumerate().skip(2) {
+                let grad = machine.output::<f32>(NAMES[i], want.len());
+                let one = |j| (i == j).then_some(grad);
+                let (input, down, up, delta_bias) = (one(2), one(3), one(4), one(5));
+                let grads = cuda::LowRankGrads { input, down, up, delta_bias };
+                let workspace = machine.output::<f32>("workspace", layer.workspace_len(cuda::DType::F32));
+                let plan = layer.backward(cuda::DType::F32, x, s, dy, grads, workspace).unwrap();
+                machine.launch(&plan);
+                assert!(machine.read::<f32>(grad) == *want, "{} of rank {}", NAMES[i], case.rank);
+            }
+        });
+    }
+}
+
+/// The safe methods, on views into larger tensors, give what plans give.
+pub fn safe_methods(opened: &Opened) {
+    let Opened { device, stream } = opened;
+    for case in cases().iter().filter(|case| matches!(case.z, Z::Generated(_))) {
+        let Case { shape, rank, z, base, biases, scale, shift } = *case;
+        let Z::Generated(noise) = z else { unreachable!("filtered") };
+        let data = Data::<f16>::new(case);
+        let want = std::cell::RefCell::new(Results::default());
+        Target::Device(opened).run(shift, |machine| *want.borrow_mut() = run(case, &data, false, machine));
+        let want = want.into_inner();
+
+        let inputs = [&data.x, &data.dy, &data.weight, &data.bias, &data.down, &data.up, &data.delta_bias]
+            .map(|values| opened.upload(shift, values));
+        let views = inputs.each_ref().map(|tensor| tensor.slice(shift..));
+        let [x, dy, weight, bias, down, up, delta_bias] = &views;
+        let layer: cuda::LowRankLinear<&dyn DevicePtr<f16>, cuda::Noise<'_>> = cuda::LowRankLinear {
+            shape,
+            noise: cuda::Noise::Generated {
+                generator: crate::support::generator(noise, crate::support::key()),
+                key: None,
+            },
+            base: base.then_some(Base { weight, bias: biases.then_some(bias as _) }),
+            rank,
+            down,
+            up,
+            delta_bias: biases.then_some(delta_bias as _),
+            scale,
+            allow_tf32: false,
+        };
+        let mut outputs = want.each_ref().map(|want| opened.upload(shift, &vec![f16::NAN; want.len()]));
+        {
+            let [s, y, dx, dd, du, db] = outputs.each_mut().map(|output| output.slice_mut(shift..));
+            let (mut s, mut y, mut dx, mut dd, mut du, mut db) = (s, y, dx, dd, du, db);
+            device.low_rank_linear(&layer, x, &mut s, &mut y, stream).unwrap();
+            let grads = cuda::LowRankGrads {
+                input: Some(&mut dx as &mut dyn DevicePtrMut<f16>),
+                down: Some(&mut dd),
+                up: Some(&mut du),
+                delta_bias: Some(&mut db),
+            };
+            let mut workspace = stream.alloc_zeros::<f32>(layer.workspace_len(cuda::DType::F16)).unwrap();
+            device.low_rank_linear_backward(&layer, x, &s, dy, grads, &mut workspace, stream).unwrap();
+        }
+        for (i, output) in outputs.iter().enumerate() {
+            assert!(opened.download(shift, output) == want[i], "{} of {case:?}", NAMES[i]);
+        }
+    }
+}
