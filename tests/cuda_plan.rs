@@ -38,8 +38,6 @@ fn epilogue() -> NoisyEpilogue {
     }
 }
 
-const NULL: &str = "is a null pointer";
-const MISALIGNED: &str = "does not start at a multiple of its element size";
 /// Classes, samples and remembered samples of `loss`.
 const C: usize = 24;
 const B: usize = 6;
@@ -61,6 +59,9 @@ fn loss() -> Loss {
         workspace: buffer(8 * 4096, SETTINGS.workspace_len(B)),
     }
 }
+
+const NULL: &str = "is a null pointer";
+const MISALIGNED: &str = "does not start at a multiple of its element size";
 
 fn assert_error<T: std::fmt::Debug>(result: Result<T, Error>, want: &Error) {
     match result {
@@ -630,9 +631,8 @@ fn wrong_arguments_of_a_loss_are_refused() {
     for (i, (name, shape, len, bytes, with)) in tensors.into_iter().enumerate() {
         let address = 4096 * (i as u64 + 1);
         assert_eq!(with(buffer(address, len)), loss(), "{name}");
-        wrong(with(buffer(0, len)), argument(name, "is a null pointer"));
-        let misaligned = argument(name, "does not start at a multiple of its element size");
-        wrong(with(buffer(address + bytes / 2, len)), misaligned);
+        wrong(with(buffer(0, len)), argument(name, NULL));
+        wrong(with(buffer(address + bytes / 2, len)), argument(name, MISALIGNED));
         match name {
             "history" => {
                 let expected = "a multiple of the number of classes, and not 0";

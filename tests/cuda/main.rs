@@ -25,18 +25,18 @@ type DeviceTest = fn(&device::Opened);
 
 /// Tests of plans, which run in the simulator and on a device.
 const TESTS: &[(&str, Test)] = &[
-    ("low_rank_linear::f32", low_rank_linear::f32),
-    ("low_rank_linear::tf32", low_rank_linear::tf32),
-    ("low_rank_linear::f16", low_rank_linear::f16),
-    ("low_rank_linear::bf16", low_rank_linear::bf16),
-    ("low_rank_linear::one_gradient", low_rank_linear::one_gradient),
-    ("drop_path", drop_path::test),
     ("loss", loss::test),
     ("loss::streamed", loss::streamed),
     ("loss::any_grid", loss::any_grid),
     ("loss::again", loss::again),
     ("loss::wrong_data", loss::wrong_data),
     ("loss::not_a_number", loss::not_a_number),
+    ("low_rank_linear::f32", low_rank_linear::f32),
+    ("low_rank_linear::tf32", low_rank_linear::tf32),
+    ("low_rank_linear::f16", low_rank_linear::f16),
+    ("low_rank_linear::bf16", low_rank_linear::bf16),
+    ("low_rank_linear::one_gradient", low_rank_linear::one_gradient),
+    ("drop_path", drop_path::test),
     ("noise_fill", noise_fill::test),
     ("noise_fill::key_in_memory", noise_fill::key_in_memory),
     ("noisy_epilogue", noisy_epilogue::test),
@@ -55,9 +55,9 @@ const TESTS: &[(&str, Test)] = &[
 
 /// Tests of what only a device has: the safe methods over `cudarc`'s tensors, and graphs.
 const DEVICE_TESTS: &[(&str, DeviceTest)] = &[
-    ("low_rank_linear::safe_methods", low_rank_linear::safe_methods),
     ("loss::safe_method", loss::safe_method),
     ("loss::in_a_graph", loss::in_a_graph),
+    ("low_rank_linear::safe_methods", low_rank_linear::safe_methods),
     ("noise_fill::safe_method", noise_fill::safe_method),
     ("noise_fill::in_a_graph", noise_fill::in_a_graph),
     ("noisy_epilogue::safe_methods", noisy_epilogue::safe_methods),
