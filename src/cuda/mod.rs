@@ -10,8 +10,52 @@
 //! `cudarc` itself records events on tensors as soon as there is a second stream; switch that off
 //! (`CudaContext::disable_event_tracking`) before you make the tensors of a graph.
 //!
-//! All operators are deterministic run to run, and the noise is bitwise that of the CPU.
+//! Streams and tensors of other libraries come in as [`BorrowedTensor`] and `cudarc`'s `wrap_borrowed_stream`.
+//!
+//! All operators are deterministic run to run, and the noise is bitwise that of the CPU. Tensors are `f32`, `f16` or `bf16`;
+//! sums are in `f32`.
+//!
+//! ```no_run
+//! use pace_kernels::LinearShape;
+//! use pace_kernels::cuda::{Base, Device, LowRankLinear, Noise};
+//! use pace_kernels::noise::{Generator, Key, NoiseShape};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let device = Device::open(0)?;
+//! let stream = device.context().new_stream()?;
+//! let shape = LinearShape {
+//!     branches: 2,
+//!     batch: 64,
+//!     tokens: 197,
+//!     in_features: 768,
+//!     out_features: 3072,
+//!     shared_input: true,
+//! };
+//! let (k, n, rank) = (shape.in_features, shape.out_features, 16);
+//! let (weight, bias) = (stream.alloc_zeros::<f32>(n * k)?, stream.alloc_zeros::<f32>(n)?);
+//! let (down, up) = (stream.alloc_zeros::<f32>(n * rank)?, stream.alloc_zeros::<f32>(rank * k)?);
+//! let (seed, step, layer, sigma) = (42, 0, 0, 0.5);
+//! let generator = Generator::new(Key::derive(seed, step, layer), sigma, NoiseShape::PerSample, 0)?;
+//! let lora = LowRankLinear {
+//!     shape,
+//!     noise: Noise::Generated { generator, key: None },
+//!     base: Some(Base { weight: &weight as _, bias: Some(&bias as _) }),
+//!     rank,
+//!     down: &down as _,
+//!     up: &up as _,
+//!     delta_bias: None,
+//!     scale: 1.0,
+//!     allow_tf32: false,
+//! };
+//! let x = stream.alloc_zeros::<f32>(shape.in_rows() * k)?;
+//! let mut s = stream.alloc_zeros::<f32>(shape.in_rows() * rank)?;
+//! let mut y = stream.alloc_zeros::<f32>(shape.out_rows() * n)?;
+//! device.low_rank_linear(&lora, &x, &mut s, &mut y, &stream)?;
+//! # Ok(())
+//! # }
+//! ```
 
+mod borrowed;
 mod device;
 mod drop_path;
 mod launch;
@@ -25,6 +69,7 @@ mod norms;
 mod partial_sums;
 mod weights;
 
+pub use borrowed::BorrowedTensor;
 pub use cudarc;
 pub use device::{Device, Noise};
 pub use drop_path::{DropPath, DropPathParams, Mask, MaskSource};

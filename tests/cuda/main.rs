@@ -60,6 +60,7 @@ const DEVICE_TESTS: &[(&str, DeviceTest)] = &[
     ("low_rank_linear::safe_methods", low_rank_linear::safe_methods),
     ("noise_fill::safe_method", noise_fill::safe_method),
     ("noise_fill::in_a_graph", noise_fill::in_a_graph),
+    ("noise_fill::foreign_memory", noise_fill::foreign_memory),
     ("noisy_epilogue::safe_methods", noisy_epilogue::safe_methods),
     ("noisy_linear::safe_methods", noisy_linear::safe_methods),
     ("noisy_linear::in_a_graph", noisy_linear::in_a_graph),
