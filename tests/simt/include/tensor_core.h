@@ -61,13 +61,13 @@ template <unsigned COUNT> struct Fragments {
 // c += a * b for COUNT matrices b, given those of the whole warp. In an accumulator [16, 8] with group g = lane / 4 and
 // t = lane % 4 a lane holds c[0..3]: rows g, g, g + 8, g + 8; columns 2 t, 2 t + 1, 2 t, 2 t + 1.
 template <unsigned K, unsigned COUNT>
-void multiply(void *const *lanes, const float (&a)[16][K], const float (&b)[COUNT][K][8]) {
+void multiply(void *const *lanes, const double (&a)[16][K], const double (&b)[COUNT][K][8]) {
     for (unsigned matrix = 0; matrix < COUNT; ++matrix) {
         for (unsigned row = 0; row < 16; ++row) {
             double sum[8] = {};
             for (unsigned k = 0; k < K; ++k) {
                 for (unsigned column = 0; column < 8; ++column) {
-                    sum[column] += static_cast<double>(a[row][k]) * static_cast<double>(b[matrix][k][column]);
+                    sum[column] += a[row][k] * b[matrix][k][column];
                 }
             }
             for (unsigned column = 0; column < 8; ++column) {
@@ -92,7 +92,7 @@ template <class T> struct Mma16 {
     static float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 
     template <unsigned COUNT> static void together(void *const *lanes) {
-        float a[16][16], b[COUNT][16][8];
+        double a[16][16], b[COUNT][16][8];
         for (unsigned lane = 0; lane < 32; ++lane) {
             const auto &x = *static_cast<Fragments<COUNT> *>(lanes[lane]);
             const unsigned g = lane / 4, t = lane % 4;
@@ -122,7 +122,7 @@ struct MmaTf32 {
     }
 
     template <unsigned COUNT> static void together(void *const *lanes) {
-        float a[16][8], b[COUNT][8][8];
+        double a[16][8], b[COUNT][8][8];
         for (unsigned lane = 0; lane < 32; ++lane) {
             const auto &x = *static_cast<Fragments<COUNT> *>(lanes[lane]);
             const unsigned g = lane / 4, t = lane % 4;
