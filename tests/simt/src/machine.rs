@@ -390,7 +390,7 @@ impl Memory {
                     dice: RefCell::new(dice.fork()),
                 })
                 .collect();
-            Block::new(&contexts, kernel.run, aligned.as_ptr().cast()).run(&mut dice)?;
+            Block::new(&contexts, kernel.run, aligned.as_ptr().cast(), &mut dice).run(&mut dice)?;
             shared.check(SHARED)?;
         }
         self.check()
@@ -408,12 +408,19 @@ struct Block<'a> {
     coroutines: Vec<Coroutine<(), Wait, (), DefaultStack>>,
     states: Vec<State>,
     runnable: Vec<usize>,
+    /// From how many of those that became runnable last the next to run is chosen.
+    reach: usize,
     /// How many threads of each warp are runnable.
     running: Vec<usize>,
 }
 
 impl<'a> Block<'a> {
-    fn new(contexts: &'a [Context], run: unsafe extern "C" fn(*const u8), params: *const u8) -> Self {
+    fn new(
+        contexts: &'a [Context],
+        run: unsafe extern "C" fn(*const u8),
+        params: *const u8,
+        dice: &mut Dice,
+    ) -> Self {
         let start = |context: &Context| {
             let stack = STACKS.with_borrow_mut(Vec::pop);
             let stack = stack.unwrap_or_else(|| DefaultStack::new(STACK).expect("memory for a stack"));
@@ -431,6 +438,8 @@ impl<'a> Block<'a> {
             states: vec![State::Runnable; contexts.len()],
             // The last is taken first when in order.
             runnable: (0..contexts.len()).rev().collect(),
+            // All, so that warps keep pace, or about a warp, so that one runs far ahead of the others.
+            reach: [usize::MAX, WARP][dice.roll(2)],
             running: contexts.chunks(WARP).map(<[Context]>::len).collect(),
         }
     }
@@ -440,7 +449,8 @@ impl<'a> Block<'a> {
         loop {
             while !self.runnable.is_empty() {
                 let last = self.runnable.len() - 1;
-                let i = self.runnable.swap_remove(last - dice.roll(last + 1));
+                let back = dice.roll(self.reach.min(last + 1));
+                let i = self.runnable.swap_remove(last - back);
                 CURRENT.set(&raw const self.contexts[i]);
                 let state = match self.coroutines[i].resume(()) {
                     CoroutineResult::Yield(Wait::Barrier(place)) => State::Barrier(place),
@@ -467,6 +477,8 @@ impl<'a> Block<'a> {
                 return Ok(());
             }
             self.release_barrier()?;
+            // Not always the same warp first.
+            self.runnable.rotate_left(dice.roll(self.states.len()));
         }
     }
 

@@ -77,13 +77,14 @@ fn copies_that_nobody_waits_for_are_missing() {
 
 #[test]
 fn a_missing_barrier_between_copy_and_use_gives_wrong_results() {
-    assert_eq!(wrong("product_no_barrier_before_use"), (SCHEDULES, true));
+    let (random, in_order) = wrong("product_no_barrier_before_use");
+    assert!(random > SCHEDULES / 2 && in_order, "{random} random orders, {in_order}");
 }
 
 #[test]
 fn a_missing_barrier_between_use_and_the_next_copy_gives_results_that_differ() {
     let (random, in_order) = wrong("product_no_barrier_after_use");
-    assert!(random > SCHEDULES / 2 && !in_order, "{random} random orders, {in_order}");
+    assert!(random > SCHEDULES / 4 && !in_order, "{random} random orders, {in_order}");
 }
 
 #[test]
