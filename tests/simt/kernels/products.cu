@@ -7,8 +7,8 @@ namespace pace {
 namespace {
 
 struct ProductParams {
-    const f16 *a; // [16, 64]
-    const f16 *b; // [16, 64]
+    const f16 *a; // [16, 128]
+    const f16 *b; // [16, 128]
     float *y;     // [16, 16]: a times b transposed
 };
 
@@ -27,7 +27,7 @@ enum class Seed {
     CHUNK_NOT_COPIED,
 };
 
-constexpr u32 INNER = 64;
+constexpr u32 INNER = 128;
 constexpr u32 STAGES = 3;
 constexpr u32 TILES = INNER / 16;
 constexpr u32 PART_BYTES = 16 * 16 * sizeof(f16);

@@ -408,8 +408,8 @@ struct Block<'a> {
     coroutines: Vec<Coroutine<(), Wait, (), DefaultStack>>,
     states: Vec<State>,
     runnable: Vec<usize>,
-    /// From how many of those that became runnable last the next to run is chosen.
-    reach: usize,
+    /// Whether a warp runs until it has to wait, far ahead of the others, or all keep pace.
+    is_warp_by_warp: bool,
     /// How many threads of each warp are runnable.
     running: Vec<usize>,
 }
@@ -438,8 +438,7 @@ impl<'a> Block<'a> {
             states: vec![State::Runnable; contexts.len()],
             // The last is taken first when in order.
             runnable: (0..contexts.len()).rev().collect(),
-            // All, so that warps keep pace, or about a warp, so that one runs far ahead of the others.
-            reach: [usize::MAX, WARP][dice.roll(2)],
+            is_warp_by_warp: dice.roll(2) == 1,
             running: contexts.chunks(WARP).map(<[Context]>::len).collect(),
         }
     }
@@ -447,10 +446,14 @@ impl<'a> Block<'a> {
     /// Runs all threads to their end.
     fn run(mut self, dice: &mut Dice) -> Result<(), Fault> {
         loop {
+            // All wait at a barrier or are about to start. Not always the same warp first.
+            self.runnable.rotate_left(WARP * dice.roll(self.running.len()));
             while !self.runnable.is_empty() {
                 let last = self.runnable.len() - 1;
-                let back = dice.roll(self.reach.min(last + 1));
-                let i = self.runnable.swap_remove(last - back);
+                // Those of the last one's warp are the last.
+                let choice =
+                    if self.is_warp_by_warp { self.running[self.runnable[last] / WARP] } else { last + 1 };
+                let i = self.runnable.swap_remove(last - dice.roll(choice));
                 CURRENT.set(&raw const self.contexts[i]);
                 let state = match self.coroutines[i].resume(()) {
                     CoroutineResult::Yield(Wait::Barrier(place)) => State::Barrier(place),
@@ -477,8 +480,6 @@ impl<'a> Block<'a> {
                 return Ok(());
             }
             self.release_barrier()?;
-            // Not always the same warp first.
-            self.runnable.rotate_left(dice.roll(self.states.len()));
         }
     }
 

@@ -4,7 +4,7 @@ use half::f16;
 use pace_simt::{Access, Fault, Launch, Memory, Schedule, Thread};
 
 const SCHEDULES: u64 = 32;
-const INNER: usize = 64;
+const INNER: usize = 128;
 /// Of three stages of two parts.
 const SHARED_BYTES: u32 = 3 * 2 * 512;
 
