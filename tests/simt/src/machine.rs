@@ -2,7 +2,7 @@
 
 use crate::fault::{Access, Fault, Thread};
 use crate::memory::{Memory, Region};
-use corosensei::stack::DefaultStack;
+use corosensei::stack::{DefaultStack, Stack, StackPointer};
 use corosensei::{Coroutine, CoroutineResult, Yielder};
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -216,6 +216,34 @@ thread_local! {
     static STACKS: RefCell<Vec<DefaultStack>> = const { RefCell::new(Vec::new()) };
 }
 
+/// The stack of a thread. Lanes take turns at the same places of their stacks, so these start at different distances from
+/// the end of a page: at the same one they would fight for the same lines of the CPU's cache.
+struct LaneStack {
+    memory: DefaultStack,
+    /// Bytes at its base that are not used.
+    skipped: usize,
+}
+
+impl LaneStack {
+    fn new(thread: usize) -> Self {
+        let memory = STACKS.with_borrow_mut(Vec::pop);
+        let memory = memory.unwrap_or_else(|| DefaultStack::new(STACK).expect("memory for a stack"));
+        Self { memory, skipped: thread % WARP * 128 }
+    }
+}
+
+// SAFETY: it is a part of another stack, with the same limit and guard page; what is skipped is less than a page of many,
+// and a multiple of the alignment.
+unsafe impl Stack for LaneStack {
+    fn base(&self) -> StackPointer {
+        StackPointer::new(self.memory.base().get() - self.skipped).expect("above the limit")
+    }
+
+    fn limit(&self) -> StackPointer {
+        self.memory.limit()
+    }
+}
+
 /// The thread that runs.
 fn current() -> &'static Context {
     // SAFETY: hooks are only called by kernels, which the scheduler only runs with this set; the reference is gone before
@@ -405,7 +433,7 @@ fn indices([x, y, z]: [u32; 3]) -> impl Iterator<Item = [u32; 3]> {
 /// A block's threads on their way.
 struct Block<'a> {
     contexts: &'a [Context],
-    coroutines: Vec<Coroutine<(), Wait, (), DefaultStack>>,
+    coroutines: Vec<Coroutine<(), Wait, (), LaneStack>>,
     states: Vec<State>,
     runnable: Vec<usize>,
     /// Whether a warp runs until it has to wait, far ahead of the others, or all keep pace.
@@ -421,11 +449,9 @@ impl<'a> Block<'a> {
         params: *const u8,
         dice: &mut Dice,
     ) -> Self {
-        let start = |context: &Context| {
-            let stack = STACKS.with_borrow_mut(Vec::pop);
-            let stack = stack.unwrap_or_else(|| DefaultStack::new(STACK).expect("memory for a stack"));
+        let start = |(thread, context): (usize, &Context)| {
             let context: *const Context = context;
-            Coroutine::with_stack(stack, move |yielder, ()| {
+            Coroutine::with_stack(LaneStack::new(thread), move |yielder, ()| {
                 // SAFETY: the contexts outlive the coroutines, which `Block` ends.
                 unsafe { &*context }.yielder.set(yielder);
                 // SAFETY: the parameters outlive the launch and have the kernel's size and alignment.
@@ -434,7 +460,7 @@ impl<'a> Block<'a> {
         };
         Self {
             contexts,
-            coroutines: contexts.iter().map(start).collect(),
+            coroutines: contexts.iter().enumerate().map(start).collect(),
             states: vec![State::Runnable; contexts.len()],
             // The last is taken first when in order.
             runnable: (0..contexts.len()).rev().collect(),
@@ -585,7 +611,7 @@ impl Drop for Block<'_> {
             }
             // One that never ran still holds what it would have captured: dropping it is enough.
             if coroutine.done() {
-                STACKS.with_borrow_mut(|stacks| stacks.push(coroutine.into_stack()));
+                STACKS.with_borrow_mut(|stacks| stacks.push(coroutine.into_stack().memory));
             }
         }
     }
