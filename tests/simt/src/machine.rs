@@ -62,7 +62,8 @@ impl Dice {
 
     /// A number below `below`; 0 when in order.
     fn roll(&mut self, below: usize) -> usize {
-        self.next().map_or(0, |z| (z % below as u64) as usize)
+        // The upper half of the product: a division would take longer than a switch of threads.
+        self.next().map_or(0, |z| ((u128::from(z) * below as u128) >> 64) as usize)
     }
 
     /// Dice of one's own.
@@ -301,13 +302,13 @@ extern "C" fn pace_simt_collective(
     context.wait(Wait::Collective(place, operation));
 }
 
-/// Checks that `bytes` bytes of shared memory lie inside it and are aligned to their number.
+/// Checks that `bytes` bytes of shared memory, a power of two, lie inside it and are aligned to their number.
 #[unsafe(no_mangle)]
 extern "C" fn pace_simt_shared_access(address: *const c_void, bytes: usize) {
     let context = current();
     let offset = (address as usize).wrapping_sub(context.shared as usize) as i64;
     let inside = offset >= 0 && offset as usize + bytes <= context.shared_bytes;
-    if !inside || !(offset as usize).is_multiple_of(bytes) {
+    if !inside || offset as usize & (bytes - 1) != 0 {
         let access = Access { offset, bytes, is_write: false };
         let (thread, tensor) = (context.thread(), SHARED.to_owned());
         context.fail(match inside {
