@@ -1,5 +1,5 @@
 // Host twins of kernels/tensor_core.cuh: the fragment layouts that the PTX ISA documents for ldmatrix and mma.sync, and
-// asynchronous copies that arrive when they are waited for and not before.
+// asynchronous copies that arrive some time between their issue and the wait for them (Schedule in src/machine.rs).
 //
 // Products of a fragment are summed in double, with the accumulator last, and rounded to float once. Hardware sums them
 // in float with its own order and rounding; results agree to a few units in the last place, not bit for bit.

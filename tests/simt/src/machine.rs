@@ -62,7 +62,7 @@ impl Dice {
 
     /// A number below `below`; 0 when in order.
     fn roll(&mut self, below: usize) -> usize {
-        // The upper half of the product: a division would take longer than a switch of threads.
+        // The upper half of the product: every switch of threads comes here, and divisions take long.
         self.next().map_or(0, |z| ((u128::from(z) * below as u128) >> 64) as usize)
     }
 
