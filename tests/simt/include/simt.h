@@ -27,8 +27,9 @@ struct pace_simt_coordinates {
 };
 
 extern "C" {
-const pace_simt_coordinates *pace_simt_thread();
-unsigned char *pace_simt_shared();
+// The same for all of a thread's life, so one call will do.
+__attribute__((const)) const pace_simt_coordinates *pace_simt_thread();
+__attribute__((const)) unsigned char *pace_simt_shared();
 void pace_simt_barrier(const char *file, unsigned line);
 // Waits for the lanes in `mask`, then returns what lane `source` gave.
 uint64_t pace_simt_exchange(const char *file, unsigned line, unsigned mask, unsigned source, uint64_t value);

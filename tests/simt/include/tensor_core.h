@@ -1,5 +1,5 @@
 // Host twins of kernels/tensor_core.cuh: the fragment layouts that the PTX ISA documents for ldmatrix and mma.sync, and
-// asynchronous copies that arrive when they are waited for and not before.
+// asynchronous copies that arrive some time between their issue and the wait for them (Schedule in src/machine.rs).
 //
 // Products of a fragment are summed in double, with the accumulator last, and rounded to float once. Hardware sums them
 // in float with its own order and rounding; results agree to a few units in the last place, not bit for bit.
@@ -58,22 +58,25 @@ template <unsigned COUNT> struct Fragments {
     float c[COUNT][4];
 };
 
+// A row of b in registers: left to itself, GCC makes vectors along the other index, and far slower code.
+typedef double Columns __attribute__((vector_size(64)));
+
 // c += a * b for COUNT matrices b, given those of the whole warp. In an accumulator [16, 8] with group g = lane / 4 and
 // t = lane % 4 a lane holds c[0..3]: rows g, g, g + 8, g + 8; columns 2 t, 2 t + 1, 2 t, 2 t + 1.
 template <unsigned K, unsigned COUNT>
-void multiply(void *const *lanes, const float (&a)[16][K], const float (&b)[COUNT][K][8]) {
+void multiply(void *const *lanes, const double (&a)[16][K], const Columns (&b)[COUNT][K]) {
     for (unsigned matrix = 0; matrix < COUNT; ++matrix) {
-        for (unsigned row = 0; row < 16; ++row) {
-            double sum[8] = {};
+        for (unsigned row = 0; row < 8; ++row) {
+            Columns low = {}, high = {};
             for (unsigned k = 0; k < K; ++k) {
-                for (unsigned column = 0; column < 8; ++column) {
-                    sum[column] += static_cast<double>(a[row][k]) * static_cast<double>(b[matrix][k][column]);
-                }
+                low += a[row][k] * b[matrix][k];
+                high += a[row + 8][k] * b[matrix][k];
             }
             for (unsigned column = 0; column < 8; ++column) {
-                const unsigned lane = row % 8 * 4 + column / 2, i = row / 8 * 2 + column % 2;
-                float &c = static_cast<Fragments<COUNT> *>(lanes[lane])->c[matrix][i];
-                c = static_cast<float>(sum[column] + static_cast<double>(c));
+                float(&c)[4] = static_cast<Fragments<COUNT> *>(lanes[row * 4 + column / 2])->c[matrix];
+                const unsigned i = column % 2;
+                c[i] = static_cast<float>(low[column] + static_cast<double>(c[i]));
+                c[i + 2] = static_cast<float>(high[column] + static_cast<double>(c[i + 2]));
             }
         }
     }
@@ -92,7 +95,8 @@ template <class T> struct Mma16 {
     static float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 
     template <unsigned COUNT> static void together(void *const *lanes) {
-        float a[16][16], b[COUNT][16][8];
+        double a[16][16];
+        Columns b[COUNT][16];
         for (unsigned lane = 0; lane < 32; ++lane) {
             const auto &x = *static_cast<Fragments<COUNT> *>(lanes[lane]);
             const unsigned g = lane / 4, t = lane % 4;
@@ -122,7 +126,8 @@ struct MmaTf32 {
     }
 
     template <unsigned COUNT> static void together(void *const *lanes) {
-        float a[16][8], b[COUNT][8][8];
+        double a[16][8];
+        Columns b[COUNT][8];
         for (unsigned lane = 0; lane < 32; ++lane) {
             const auto &x = *static_cast<Fragments<COUNT> *>(lanes[lane]);
             const unsigned g = lane / 4, t = lane % 4;

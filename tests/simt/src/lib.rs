@@ -17,9 +17,10 @@
 //!
 //! What it notices, each as a [`Fault`] that names block and thread where there is one: accesses out of bounds, misaligned,
 //! to inputs that are only to be read, and of elements that nobody wrote; writes past the ends that went unseen; outputs
-//! left unwritten; barriers and warp exchanges that some threads do not reach. A barrier that is missing shows in results
-//! that differ between [`Schedule`]s. Blocks run one after the other, so it does not show races between blocks other than
-//! by their order.
+//! left unwritten; barriers and warp exchanges that some threads do not reach, or collective operations that not all lanes
+//! of a warp do. A barrier or a wait that is missing shows in results that are wrong or differ between [`Schedule`]s; so
+//! does shared memory that nobody wrote, which holds NaN. Blocks run one after the other, so it does not show races between
+//! blocks other than by their order.
 
 mod fault;
 mod machine;

@@ -2,7 +2,7 @@
 
 use crate::fault::{Access, Fault, Thread};
 use crate::memory::{Memory, Region};
-use corosensei::stack::DefaultStack;
+use corosensei::stack::{DefaultStack, Stack, StackPointer};
 use corosensei::{Coroutine, CoroutineResult, Yielder};
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -38,12 +38,12 @@ pub struct Launch<'a> {
     pub params: &'a [u8],
 }
 
-/// In which order blocks, and the threads of a block between two switch points, run.
+/// In which order blocks, and the threads of a block between two switch points, run, and when asynchronous copies arrive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Schedule {
-    /// By their numbers.
+    /// By their numbers; copies as late as they may.
     InOrder,
-    /// At random, from this seed.
+    /// At random, from this seed; each copy as soon or as late as it may.
     Random(u64),
 }
 
@@ -51,14 +51,24 @@ pub enum Schedule {
 struct Dice(Option<u64>);
 
 impl Dice {
-    /// A number below `below`; 0 when in order.
-    fn roll(&mut self, below: usize) -> usize {
-        let Some(state) = &mut self.0 else { return 0 };
+    fn next(&mut self) -> Option<u64> {
+        let state = self.0.as_mut()?;
         *state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let mut z = *state;
         z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        ((z ^ (z >> 31)) % below as u64) as usize
+        Some(z ^ (z >> 31))
+    }
+
+    /// A number below `below`; 0 when in order.
+    fn roll(&mut self, below: usize) -> usize {
+        // The upper half of the product: every switch of threads comes here, and divisions take long.
+        self.next().map_or(0, |z| ((u128::from(z) * below as u128) >> 64) as usize)
+    }
+
+    /// Dice of one's own.
+    fn fork(&mut self) -> Self {
+        Self(self.next())
     }
 }
 
@@ -89,13 +99,26 @@ impl std::fmt::Display for Place {
 }
 
 /// What a warp does together: sees what each lane brought, and writes there what each lane gets.
-type Collective = unsafe extern "C" fn(*const *mut c_void);
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+struct Collective(unsafe extern "C" fn(*const *mut c_void));
+
+impl PartialEq for Collective {
+    fn eq(&self, other: &Self) -> bool {
+        // The linker may merge two that do the same: no harm.
+        std::ptr::fn_addr_eq(self.0, other.0)
+    }
+}
+
+impl Eq for Collective {}
 
 /// Why a thread gave way.
 enum Wait {
     Barrier(Place),
     Exchange(Place, u32),
-    Fault(Fault),
+    Collective(Place, Collective),
+    /// Boxed, to keep the others small: they are what threads hand over at every switch.
+    Fault(Box<Fault>),
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -104,6 +127,8 @@ enum State {
     Barrier(Place),
     /// Waits for some lanes of its warp.
     Exchange(Place, u32),
+    /// Waits for all lanes of its warp, for this operation.
+    Collective(Place, Collective),
     Done,
 }
 
@@ -114,6 +139,9 @@ impl State {
             State::Runnable => "runs".into(),
             State::Barrier(place) => format!("waits at the barrier in {place}"),
             State::Exchange(place, mask) => format!("waits at {place} for lanes {mask:#010x}"),
+            State::Collective(place, _) => {
+                format!("waits at {place} for another operation of the whole warp")
+            }
             State::Done => "has returned".into(),
         }
     }
@@ -139,10 +167,12 @@ struct Context {
     /// What it gives to an exchange, and what all lanes gave to the last one.
     given: Cell<u64>,
     received: RefCell<Rc<[Option<u64>; WARP]>>,
-    /// What it brings to a collective operation, and which one that is.
-    collective: Cell<Option<(Collective, *mut c_void)>>,
-    /// Asynchronous copies that have not been waited for, by group; the last group is open.
+    /// What it brings to a collective operation.
+    operands: Cell<*mut c_void>,
+    /// Asynchronous copies that have not arrived, by group; the last group is open.
     copies: RefCell<VecDeque<Vec<Copy>>>,
+    /// Which of them arrive at once.
+    dice: RefCell<Dice>,
 }
 
 /// An asynchronous copy to shared memory: `bytes` from global memory, the rest of 16 zeros.
@@ -176,7 +206,7 @@ impl Context {
 
     /// Ends the launch. The scheduler never resumes a thread that reports a fault.
     fn fail(&self, fault: Fault) -> ! {
-        self.wait(Wait::Fault(fault));
+        self.wait(Wait::Fault(Box::new(fault)));
         unreachable!("a failed thread is not resumed");
     }
 }
@@ -185,6 +215,34 @@ thread_local! {
     static CURRENT: Cell<*const Context> = const { Cell::new(std::ptr::null()) };
     /// Stacks of threads that have ended.
     static STACKS: RefCell<Vec<DefaultStack>> = const { RefCell::new(Vec::new()) };
+}
+
+/// The stack of a thread. Lanes take turns at the same places of their stacks, so these start at different distances from
+/// the end of a page: at the same one they would fight for the same lines of the CPU's cache.
+struct LaneStack {
+    memory: DefaultStack,
+    /// Bytes at its base that are not used.
+    skipped: usize,
+}
+
+impl LaneStack {
+    fn new(thread: usize) -> Self {
+        let memory = STACKS.with_borrow_mut(Vec::pop);
+        let memory = memory.unwrap_or_else(|| DefaultStack::new(STACK).expect("memory for a stack"));
+        Self { memory, skipped: thread % WARP * 128 }
+    }
+}
+
+// SAFETY: it is a part of another stack, with the same limit and guard page; what is skipped is less than a page of many,
+// and a multiple of the alignment.
+unsafe impl Stack for LaneStack {
+    fn base(&self) -> StackPointer {
+        StackPointer::new(self.memory.base().get() - self.skipped).expect("above the limit")
+    }
+
+    fn limit(&self) -> StackPointer {
+        self.memory.limit()
+    }
 }
 
 /// The thread that runs.
@@ -240,17 +298,17 @@ extern "C" fn pace_simt_collective(
         let thread = context.thread();
         context.fail(Fault::InactiveLane { thread, place: place.to_string(), lane: last });
     }
-    context.collective.set(Some((operation, operands)));
-    context.wait(Wait::Exchange(place, u32::MAX));
+    context.operands.set(operands);
+    context.wait(Wait::Collective(place, operation));
 }
 
-/// Checks that `bytes` bytes of shared memory lie inside it and are aligned to their number.
+/// Checks that `bytes` bytes of shared memory, a power of two, lie inside it and are aligned to their number.
 #[unsafe(no_mangle)]
 extern "C" fn pace_simt_shared_access(address: *const c_void, bytes: usize) {
     let context = current();
     let offset = (address as usize).wrapping_sub(context.shared as usize) as i64;
     let inside = offset >= 0 && offset as usize + bytes <= context.shared_bytes;
-    if !inside || !(offset as usize).is_multiple_of(bytes) {
+    if !inside || offset as usize & (bytes - 1) != 0 {
         let access = Access { offset, bytes, is_write: false };
         let (thread, tensor) = (context.thread(), SHARED.to_owned());
         context.fail(match inside {
@@ -268,7 +326,13 @@ extern "C" fn pace_simt_copy_async(to: *mut c_void, from: *const c_void, bytes: 
         pace_simt_access(from, Copy::SIZE, false);
     }
     let copy = Copy { to: to.cast(), from: from.cast(), bytes };
-    let mut copies = current().copies.borrow_mut();
+    let context = current();
+    // At once: it overwrites what others still read. Late: who does not wait for it does not find it.
+    if context.dice.borrow_mut().roll(2) == 1 {
+        copy.carry_out();
+        return;
+    }
+    let mut copies = context.copies.borrow_mut();
     if copies.is_empty() {
         copies.push_back(Vec::new());
     }
@@ -285,7 +349,7 @@ extern "C" fn pace_simt_commit_copies() {
     copies.push_back(Vec::new());
 }
 
-/// Carries out all but the last `pending` closed groups. Not before: a kernel that does not wait finds nothing.
+/// Carries out what is left of all but the last `pending` closed groups: a kernel that does not wait does not find it.
 #[unsafe(no_mangle)]
 extern "C" fn pace_simt_wait_for_copies(pending: u32) {
     let mut copies = current().copies.borrow_mut();
@@ -350,11 +414,12 @@ impl Memory {
                     yielder: Cell::new(std::ptr::null()),
                     given: Cell::new(0),
                     received: RefCell::new(nothing.clone()),
-                    collective: Cell::new(None),
+                    operands: Cell::new(std::ptr::null_mut()),
                     copies: RefCell::new(VecDeque::new()),
+                    dice: RefCell::new(dice.fork()),
                 })
                 .collect();
-            Block::new(&contexts, kernel.run, aligned.as_ptr().cast()).run(&mut dice)?;
+            Block::new(&contexts, kernel.run, aligned.as_ptr().cast(), &mut dice).run(&mut dice)?;
             shared.check(SHARED)?;
         }
         self.check()
@@ -369,18 +434,25 @@ fn indices([x, y, z]: [u32; 3]) -> impl Iterator<Item = [u32; 3]> {
 /// A block's threads on their way.
 struct Block<'a> {
     contexts: &'a [Context],
-    coroutines: Vec<Coroutine<(), Wait, (), DefaultStack>>,
+    coroutines: Vec<Coroutine<(), Wait, (), LaneStack>>,
     states: Vec<State>,
     runnable: Vec<usize>,
+    /// Whether a warp runs until it has to wait, far ahead of the others, or all keep pace.
+    is_warp_by_warp: bool,
+    /// How many threads of each warp are runnable.
+    running: Vec<usize>,
 }
 
 impl<'a> Block<'a> {
-    fn new(contexts: &'a [Context], run: unsafe extern "C" fn(*const u8), params: *const u8) -> Self {
-        let start = |context: &Context| {
-            let stack = STACKS.with_borrow_mut(Vec::pop);
-            let stack = stack.unwrap_or_else(|| DefaultStack::new(STACK).expect("memory for a stack"));
+    fn new(
+        contexts: &'a [Context],
+        run: unsafe extern "C" fn(*const u8),
+        params: *const u8,
+        dice: &mut Dice,
+    ) -> Self {
+        let start = |(thread, context): (usize, &Context)| {
             let context: *const Context = context;
-            Coroutine::with_stack(stack, move |yielder, ()| {
+            Coroutine::with_stack(LaneStack::new(thread), move |yielder, ()| {
                 // SAFETY: the contexts outlive the coroutines, which `Block` ends.
                 unsafe { &*context }.yielder.set(yielder);
                 // SAFETY: the parameters outlive the launch and have the kernel's size and alignment.
@@ -389,27 +461,45 @@ impl<'a> Block<'a> {
         };
         Self {
             contexts,
-            coroutines: contexts.iter().map(start).collect(),
+            coroutines: contexts.iter().enumerate().map(start).collect(),
             states: vec![State::Runnable; contexts.len()],
             // The last is taken first when in order.
             runnable: (0..contexts.len()).rev().collect(),
+            is_warp_by_warp: dice.roll(2) == 1,
+            running: contexts.chunks(WARP).map(<[Context]>::len).collect(),
         }
     }
 
     /// Runs all threads to their end.
     fn run(mut self, dice: &mut Dice) -> Result<(), Fault> {
         loop {
+            // All wait at a barrier or are about to start. Not always the same warp first.
+            self.runnable.rotate_left(WARP * dice.roll(self.running.len()));
             while !self.runnable.is_empty() {
                 let last = self.runnable.len() - 1;
-                let i = self.runnable.swap_remove(last - dice.roll(last + 1));
+                // Those of the last one's warp are the last.
+                let choice =
+                    if self.is_warp_by_warp { self.running[self.runnable[last] / WARP] } else { last + 1 };
+                let i = self.runnable.swap_remove(last - dice.roll(choice));
                 CURRENT.set(&raw const self.contexts[i]);
-                self.states[i] = match self.coroutines[i].resume(()) {
+                let state = match self.coroutines[i].resume(()) {
                     CoroutineResult::Yield(Wait::Barrier(place)) => State::Barrier(place),
                     CoroutineResult::Yield(Wait::Exchange(place, mask)) => State::Exchange(place, mask),
-                    CoroutineResult::Yield(Wait::Fault(fault)) => return Err(fault),
+                    CoroutineResult::Yield(Wait::Collective(place, operation)) => {
+                        State::Collective(place, operation)
+                    }
+                    CoroutineResult::Yield(Wait::Fault(fault)) => return Err(*fault),
                     CoroutineResult::Return(()) => State::Done,
                 };
-                if !matches!(self.states[i], State::Barrier(_)) {
+                self.states[i] = state;
+                self.running[i / WARP] -= 1;
+                // A lane that is not the last of those that all have to come lets nobody go on.
+                let may_release = match state {
+                    State::Barrier(_) => false,
+                    State::Exchange(_, u32::MAX) | State::Collective(..) => self.running[i / WARP] == 0,
+                    State::Exchange(..) | State::Done | State::Runnable => true,
+                };
+                if may_release {
                     self.release_warp(i / WARP * WARP);
                 }
             }
@@ -420,51 +510,54 @@ impl<'a> Block<'a> {
         }
     }
 
-    /// Lets the lanes of the warp that starts at thread `first` go on if all that an exchange waits for have come.
+    /// Lets the lanes of the warp that starts at thread `first` go on if all that they wait for have come.
     fn release_warp(&mut self, first: usize) {
         let lanes = first..self.states.len().min(first + WARP);
-        let Some(State::Exchange(place, mask)) =
-            self.states[lanes.clone()].iter().copied().find(|state| matches!(state, State::Exchange(..)))
-        else {
-            return;
-        };
-        let takes_part = |i: usize| mask >> (i - first) & 1 == 1 && self.states[i] != State::Done;
-        if !lanes.clone().filter(|&i| takes_part(i)).all(|i| self.states[i] == State::Exchange(place, mask)) {
-            return;
-        }
-        let members: Vec<usize> = lanes.filter(|&i| takes_part(i)).collect();
-        // A collective operation needs the whole warp; if a lane has returned, the others wait in vain.
-        if let Some((operation, _)) = self.contexts[first].collective.get() {
-            if members.len() == WARP {
-                let operands =
-                    |i: usize| self.contexts[first + i].collective.take().expect("all lanes came").1;
-                let operands: [*mut c_void; WARP] = std::array::from_fn(operands);
+        let waits = |state: &State| matches!(state, State::Exchange(..) | State::Collective(..));
+        match self.states[lanes.clone()].iter().copied().find(waits) {
+            Some(state @ State::Collective(_, operation)) => {
+                // If a lane has returned, the others wait in vain.
+                if self.states[lanes.clone()].iter().any(|&other| other != state) {
+                    return;
+                }
+                let operands: [*mut c_void; WARP] =
+                    std::array::from_fn(|lane| self.contexts[first + lane].operands.get());
                 // SAFETY: each points to the operands of this operation on the stack of a thread that waits.
-                unsafe { operation(operands.as_ptr()) };
-                for i in members {
-                    self.states[i] = State::Runnable;
-                    self.runnable.push(i);
+                unsafe { (operation.0)(operands.as_ptr()) };
+                lanes.for_each(|i| self.resume(i));
+            }
+            Some(state @ State::Exchange(_, mask)) => {
+                let takes_part = |i: usize, other| mask >> (i - first) & 1 == 1 && other != State::Done;
+                let mut values = [None; WARP];
+                for i in lanes.clone().filter(|&i| takes_part(i, self.states[i])) {
+                    if self.states[i] != state {
+                        return;
+                    }
+                    values[i - first] = Some(self.contexts[i].given.get());
+                }
+                let values = Rc::new(values);
+                for i in lanes {
+                    if takes_part(i, self.states[i]) {
+                        self.contexts[i].received.replace(values.clone());
+                        self.resume(i);
+                    }
                 }
             }
-            return;
+            _ => {}
         }
-        let mut values = [None; WARP];
-        for &i in &members {
-            values[i - first] = Some(self.contexts[i].given.get());
-        }
-        let values = Rc::new(values);
-        for &i in &members {
-            self.contexts[i].received.replace(values.clone());
-            self.states[i] = State::Runnable;
-            self.runnable.push(i);
-        }
+    }
+
+    fn resume(&mut self, i: usize) {
+        self.states[i] = State::Runnable;
+        self.running[i / WARP] += 1;
+        self.runnable.push(i);
     }
 
     /// Lets all threads go on if they wait at one barrier; nothing is runnable.
     fn release_barrier(&mut self) -> Result<(), Fault> {
         let thread = |i: usize| self.contexts[i].thread();
         let waiting = |i: &usize| self.states[*i] != State::Done;
-        let exchanging = |i: &usize| matches!(self.states[*i], State::Exchange(..));
+        let exchanging = |i: &usize| matches!(self.states[*i], State::Exchange(..) | State::Collective(..));
         // A warp that is stuck explains a barrier that is not reached, not the other way round.
         let all = 0..self.states.len();
         let first = all
@@ -473,11 +566,13 @@ impl<'a> Block<'a> {
             .or_else(|| all.clone().find(waiting))
             .expect("a thread has not ended");
         match self.states[first] {
-            State::Exchange(place, mask) => {
+            state @ (State::Exchange(place, _) | State::Collective(place, _)) => {
+                let mask = match state {
+                    State::Exchange(_, mask) => mask,
+                    _ => u32::MAX,
+                };
                 let lanes = first / WARP * WARP..self.states.len().min(first / WARP * WARP + WARP);
-                let mut missing = lanes.filter(|i| {
-                    mask >> (i % WARP) & 1 == 1 && self.states[*i] != State::Exchange(place, mask)
-                });
+                let mut missing = lanes.filter(|i| mask >> (i % WARP) & 1 == 1 && self.states[*i] != state);
                 let running = missing.clone().find(|&i| self.states[i] != State::Done);
                 let other = running
                     .or_else(|| missing.next())
@@ -499,8 +594,7 @@ impl<'a> Block<'a> {
                         otherwise: self.states[other].otherwise(),
                     });
                 }
-                self.states.fill(State::Runnable);
-                self.runnable.extend(all.rev());
+                all.rev().for_each(|i| self.resume(i));
                 Ok(())
             }
             State::Runnable | State::Done => unreachable!("the thread waits"),
@@ -518,7 +612,7 @@ impl Drop for Block<'_> {
             }
             // One that never ran still holds what it would have captured: dropping it is enough.
             if coroutine.done() {
-                STACKS.with_borrow_mut(|stacks| stacks.push(coroutine.into_stack()));
+                STACKS.with_borrow_mut(|stacks| stacks.push(coroutine.into_stack().memory));
             }
         }
     }

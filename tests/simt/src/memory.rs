@@ -72,8 +72,8 @@ impl Region {
     pub(crate) fn check(&self, name: &str) -> Result<(), Fault> {
         // SAFETY: all bytes of the block are initialised, and nobody writes during this call.
         let block = unsafe { std::slice::from_raw_parts(self.start, self.layout.size()) };
-        let outside = |at: &usize| !(self.first..self.first + self.bytes).contains(at);
-        match (0..block.len()).filter(outside).find(|&at| block[at] != GUARD) {
+        let mut outside = (0..self.first).chain(self.first + self.bytes..block.len());
+        match outside.find(|&at| block[at] != GUARD) {
             Some(at) => Err(Fault::Corrupted { tensor: name.into(), offset: at as i64 - self.first as i64 }),
             None => Ok(()),
         }
@@ -131,12 +131,14 @@ impl Tensor {
 pub struct Memory {
     shift: usize,
     allocations: Vec<Allocation>,
+    /// Which of them was accessed last: the next access is often to the same.
+    last: Cell<usize>,
 }
 
 impl Memory {
     /// Empty memory whose tensors will start `shift` elements past a multiple of 256 bytes.
     pub fn new(shift: usize) -> Self {
-        Self { shift, allocations: Vec::new() }
+        Self { shift, allocations: Vec::new(), last: Cell::new(0) }
     }
 
     /// A tensor that kernels may read.
@@ -198,7 +200,13 @@ impl Memory {
             let (start, end) = (allocation.start(), allocation.start() + allocation.region.bytes);
             start.saturating_sub(address).max((address + bytes).saturating_sub(end))
         };
-        let Some(nearest) = self.allocations.iter().min_by_key(|allocation| distance(allocation)) else {
+        let last = self.allocations.get(self.last.get()).filter(|last| distance(last) == 0);
+        let nearest = || (0..self.allocations.len()).min_by_key(|&i| distance(&self.allocations[i]));
+        let Some(nearest) = last.or_else(|| {
+            let nearest = nearest()?;
+            self.last.set(nearest);
+            Some(&self.allocations[nearest])
+        }) else {
             let access = Access { offset: address as i64, bytes, is_write };
             return Err(Fault::OutOfBounds { thread, access, tensor: "nothing".into() });
         };
