@@ -10,20 +10,71 @@
 //! `cudarc` itself records events on tensors as soon as there is a second stream; switch that off
 //! (`CudaContext::disable_event_tracking`) before you make the tensors of a graph.
 //!
-//! All operators are deterministic run to run, and the noise is bitwise that of the CPU.
+//! Streams and tensors of other libraries come in as [`BorrowedTensor`] and `cudarc`'s `wrap_borrowed_stream`.
+//!
+//! All operators are deterministic run to run, and the noise is bitwise that of the CPU. Tensors are `f32`, `f16` or `bf16`;
+//! sums are in `f32`.
+//!
+//! ```no_run
+//! use pace_kernels::LinearShape;
+//! use pace_kernels::cuda::{Base, Device, LowRankLinear, Noise};
+//! use pace_kernels::noise::{Generator, Key, NoiseShape};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let device = Device::open(0)?;
+//! let stream = device.context().new_stream()?;
+//! let shape = LinearShape {
+//!     branches: 2,
+//!     batch: 64,
+//!     tokens: 197,
+//!     in_features: 768,
+//!     out_features: 3072,
+//!     shared_input: true,
+//! };
+//! let (k, n, rank) = (shape.in_features, shape.out_features, 16);
+//! let (weight, bias) = (stream.alloc_zeros::<f32>(n * k)?, stream.alloc_zeros::<f32>(n)?);
+//! let (down, up) = (stream.alloc_zeros::<f32>(n * rank)?, stream.alloc_zeros::<f32>(rank * k)?);
+//! let (seed, step, layer, sigma) = (42, 0, 0, 0.5);
+//! let generator = Generator::new(Key::derive(seed, step, layer), sigma, NoiseShape::PerSample, 0)?;
+//! let lora = LowRankLinear {
+//!     shape,
+//!     noise: Noise::Generated { generator, key: None },
+//!     base: Some(Base { weight: &weight as _, bias: Some(&bias as _) }),
+//!     rank,
+//!     down: &down as _,
+//!     up: &up as _,
+//!     delta_bias: None,
+//!     scale: 1.0,
+//!     allow_tf32: false,
+//! };
+//! let x = stream.alloc_zeros::<f32>(shape.in_rows() * k)?;
+//! let mut s = stream.alloc_zeros::<f32>(shape.in_rows() * rank)?;
+//! let mut y = stream.alloc_zeros::<f32>(shape.out_rows() * n)?;
+//! device.low_rank_linear(&lora, &x, &mut s, &mut y, &stream)?;
+//! # Ok(())
+//! # }
+//! ```
 
+mod borrowed;
 mod device;
+mod drop_path;
 mod launch;
+mod loss;
 mod low_rank_linear;
 mod noise_fill;
 mod noise_source;
 mod noisy_epilogue;
 mod noisy_linear;
+mod norms;
 mod partial_sums;
+mod weights;
 
+pub use borrowed::BorrowedTensor;
 pub use cudarc;
 pub use device::{Device, Noise};
+pub use drop_path::{DropPath, DropPathParams, Mask, MaskSource};
 pub use launch::{Buffer, DType, Element, Kernel, Launch, Params, Plan, RawLaunch};
+pub use loss::{Consistency, Finding, Loss, LossOutputs, LossParams, LossSettings, LossStatus, Partner};
 pub use low_rank_linear::{
     LowRankBackward, LowRankFactorsParams, LowRankForward, LowRankGrads, LowRankLinear, LowRankLinearParams,
 };
@@ -34,7 +85,12 @@ pub use noisy_linear::{
     Base, NoisyLinear, NoisyLinearBackward, NoisyLinearGrads, NoisyLinearInputParams, NoisyLinearParams,
     NoisyLinearWeightParams, Segment, WeightPlan,
 };
+pub use norms::{FpDistance, FpDistanceParams, GradNorm, GradNormParams, NormTotalParams};
 pub use partial_sums::PartialSumsParams;
+pub use weights::{
+    LoraBackward, LoraFactors, LoraGrads, LowRankBackwardParams, LowRankWeightParams, Merge, MergeParams,
+    MergeSign, PromptBackward, PromptBias, PromptBiasParams, PromptGrads, PromptGradsParams,
+};
 
 /// Every kernel, by operator.
 pub const KERNELS: &[&[Kernel]] = &[
@@ -42,6 +98,10 @@ pub const KERNELS: &[&[Kernel]] = &[
     &low_rank_linear::FORWARD[1],
     &low_rank_linear::FACTORS[0],
     &low_rank_linear::FACTORS[1],
+    &drop_path::KERNELS,
+    &loss::WHOLE,
+    &loss::SCAN,
+    &loss::APPLY,
     &[noise_fill::KERNEL],
     &noisy_epilogue::FORWARD,
     &noisy_epilogue::BACKWARD,
@@ -50,5 +110,15 @@ pub const KERNELS: &[&[Kernel]] = &[
     &noisy_linear::FOLDED,
     &noisy_linear::INPUT,
     &noisy_linear::WEIGHT,
+    &norms::GRAD_NORM,
+    &norms::FP_DISTANCE,
+    &[norms::TOTAL],
     &partial_sums::KERNELS,
+    &weights::LOW_RANK,
+    &weights::LOW_RANK_BACKWARD,
+    &weights::PROMPT_PRODUCT,
+    &weights::PROMPT_BIAS,
+    &weights::PROMPT_COLUMNS,
+    &weights::PROMPT_GRADS,
+    &weights::MERGE,
 ];

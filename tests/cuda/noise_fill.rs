@@ -4,8 +4,9 @@ use crate::device::Opened;
 use crate::machine::Target;
 use crate::output_shape;
 use pace_kernels::LinearShape;
-use pace_kernels::cuda::NoiseFill;
+use pace_kernels::cuda::cudarc::driver::DevicePtrMut;
 use pace_kernels::cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+use pace_kernels::cuda::{BorrowedTensor, NoiseFill};
 use pace_kernels::noise::NoiseShape::{PerSample, PerToken};
 use pace_kernels::noise::{Generator, Key, NoiseShape};
 
@@ -144,4 +145,20 @@ pub fn in_a_graph(opened: &Opened) {
         let generator = self::generator(generator.shape(), fresh, generator.first_sample());
         assert!(got == Case { generator, ..case }.want());
     }
+}
+
+/// A stream and a tensor of which the crate knows the addresses only.
+pub fn foreign_memory(opened: &Opened) {
+    let Opened { device, stream } = opened;
+    let Case { shape, generator, .. } = cases()[10];
+    let case = Case { shape, generator, shift: 0 };
+    let mut z = opened.upload(0, &vec![f32::NAN; case.len()]);
+    let address = z.device_ptr_mut(stream).0;
+    // SAFETY: the stream is of this context and outlives the wrapper, and all work is on it.
+    let foreign = unsafe { device.context().wrap_borrowed_stream(stream.cu_stream()) };
+    // SAFETY: the memory is that of `z`, which is alive and not used until the work is done.
+    let mut borrowed = unsafe { BorrowedTensor::<f32>::new(address, case.len(), &foreign) };
+    device.noise_fill(shape, generator, None, &mut borrowed, &foreign).unwrap();
+    let got: Vec<u32> = opened.download(0, &z).into_iter().map(f32::to_bits).collect();
+    assert!(got == case.want());
 }
