@@ -73,14 +73,24 @@ impl Gpu {
 
     /// `len` numbers in ±½: what a product takes depends on how many bits flip, so zeros would flatter it.
     pub fn values<T: Value>(&self, len: usize) -> Fallible<CudaSlice<T>> {
-        self.allocated.set(self.allocated.get() + len * size_of::<T>());
+        self.count::<T>(len);
         Ok(self.stream.clone_dtod(&T::values(self).slice(..len))?)
     }
 
     /// `len` zeros, for outputs.
-    pub fn zeros<T: Value>(&self, len: usize) -> Fallible<CudaSlice<T>> {
-        self.allocated.set(self.allocated.get() + len * size_of::<T>());
+    pub fn zeros<T: DeviceRepr + ValidAsZeroBits>(&self, len: usize) -> Fallible<CudaSlice<T>> {
+        self.count::<T>(len);
         Ok(self.stream.alloc_zeros(len)?)
+    }
+
+    /// A copy of numbers from the host.
+    pub fn upload(&self, values: &[i64]) -> Fallible<CudaSlice<i64>> {
+        self.count::<i64>(values.len());
+        Ok(self.stream.clone_htod(values)?)
+    }
+
+    fn count<T>(&self, len: usize) {
+        self.allocated.set(self.allocated.get() + len * size_of::<T>());
     }
 }
 

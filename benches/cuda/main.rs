@@ -5,13 +5,17 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod drop_path;
 mod gpu;
+mod loss;
 mod low_rank_linear;
 mod noise_fill;
 mod noisy_epilogue;
 mod noisy_linear;
+mod norms;
 mod references;
 mod report;
+mod weights;
 
 use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput};
 use gpu::{Batch, Gpu};
@@ -68,6 +72,10 @@ fn main() -> Fallible {
         noisy_epilogue::cases(),
         noisy_linear::cases(),
         low_rank_linear::cases(),
+        loss::cases(),
+        drop_path::cases(),
+        weights::cases(),
+        norms::cases(),
     ];
 
     let mut criterion = Criterion::default()
@@ -90,7 +98,8 @@ fn main() -> Fallible {
         let mut seconds = Vec::new();
         group.bench_function(id, |bencher| {
             let batch = batch.get_or_insert_with(|| {
-                Batch::new(&gpu, &case).unwrap_or_else(|error| panic!("{} {parameter}: {error}", case.operator))
+                Batch::new(&gpu, &case)
+                    .unwrap_or_else(|error| panic!("{} {parameter}: {error}", case.operator))
             });
             bencher.iter_custom(|iterations| {
                 let elapsed = batch
