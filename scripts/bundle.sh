@@ -3,8 +3,8 @@
 #
 #     scripts/bundle.sh [FOLDER]      by default cuda-bundle in cargo's target folder
 #
-# There, ./run.sh does it all. Both machines are x86-64 (or both the same other kind) with Linux, and the other's C library
-# is at least as new as this one's.
+# There, ./run.sh does it all. It has to have Linux on the same kind of processor, and a C library that is not much older than
+# this machine's.
 set -euo pipefail
 
 # Small enough for any way of copying it.
@@ -16,10 +16,11 @@ cd "$repository"
 
 # Without kernels there is nothing to bundle: no nvcc is an error here.
 export PACE_REQUIRE_NVCC=1
-# Absolute paths of the executables among cargo's messages.
+# `KIND_NAME PATH` of each executable, from cargo's messages.
+artifact='.*"target":{"kind":\["\(test\|bench\)"\][^}]*"name":"\([a-z_]*\)".*"executable":"\([^"]*\)".*'
 executables() {
     if ! cargo "$@" --locked --no-run --message-format=json-render-diagnostics \
-        | sed -n 's/.*"target":{"kind":\["\(test\|bench\)"\][^}]*"name":"\([a-z_]*\)".*"executable":"\([^"]*\)".*/\1_\2 \3/p'; then
+        | sed -n "s/$artifact/\1_\2 \3/p"; then
         echo "bundle.sh: the build failed, see above; the kernels need nvcc (CUDA_HOME, see README.md)" >&2
         return 1
     fi

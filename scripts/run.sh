@@ -6,6 +6,7 @@ set -uo pipefail
 cd "$(dirname "$0")" || exit 1
 mkdir -p results
 
+device="$(nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=csv,noheader 2>/dev/null | head -1)"
 failed=()
 # step NAME COMMAND...
 step() {
@@ -14,7 +15,7 @@ step() {
     if ! {
         echo "== $name"
         echo "date: $(date -u +%FT%TZ)"
-        echo "device: $(nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=csv,noheader 2>&1)"
+        echo "device: ${device:-nvidia-smi names none}"
         echo "command: $*"
         "$@"
     } 2>&1 | tee "results/$name.txt"; then
