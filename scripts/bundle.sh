@@ -3,8 +3,8 @@
 #
 #     scripts/bundle.sh [FOLDER]      by default cuda-bundle in cargo's target folder
 #
-# There, ./run.sh does it all. It has to have Linux on the same kind of processor, and a C library that is not much older than
-# this machine's.
+# There, ./run.sh does it all. It has to have Linux on the same kind of processor, and a C library at least as new as this
+# machine's.
 set -euo pipefail
 
 # Small enough for any way of copying it.

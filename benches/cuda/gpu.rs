@@ -104,7 +104,7 @@ pub struct Batch {
     launches: u64,
     start: CudaEvent,
     end: CudaEvent,
-    /// Own the buffers that the graph works on.
+    /// They own the buffers that the graph works on.
     _sets: Vec<Launch>,
 }
 
@@ -130,7 +130,7 @@ impl Batch {
             sets[i % count](gpu)?;
         }
         let graph = gpu.stream.end_capture(CUgraphInstantiate_flags(0))?.ok_or("nothing was captured")?;
-        // Without flags an event of cudarc's takes no time.
+        // Without flags, cudarc's events do not know the time.
         let event = || gpu.device.context().new_event(Some(CUevent_flags::CU_EVENT_DEFAULT));
         Ok(Self { graph, launches: launches as u64, start: event()?, end: event()?, _sets: sets })
     }

@@ -27,8 +27,11 @@ use std::time::Duration;
 /// Anything that fails ends the run: figures after an error mean nothing.
 pub type Fallible<T = ()> = Result<T, Box<dyn std::error::Error>>;
 
-/// Launches an operator once, on buffers of its own.
+/// Launches an operator once, on a set of buffers that it owns.
 pub type Launch = Box<dyn FnMut(&Gpu) -> Fallible>;
+
+/// Makes a set of buffers.
+pub type Set = Box<dyn Fn(&Gpu) -> Fallible<Launch>>;
 
 /// What to measure.
 pub struct Case {
@@ -44,8 +47,7 @@ pub struct Case {
     pub flop: usize,
     /// Whether to compare with cuBLASLt's product of the same type and shape.
     pub against_product: bool,
-    /// Makes a set of buffers.
-    pub set: Box<dyn Fn(&Gpu) -> Fallible<Launch>>,
+    pub set: Set,
 }
 
 /// A layer of a ViT-B on 2×64 images of 197 tokens.

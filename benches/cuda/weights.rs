@@ -1,7 +1,7 @@
 //! Weight builders and their gradients, rank 16, and merging, in bf16.
 
 use crate::gpu::{Gpu, Value};
-use crate::{Case, Fallible, Launch};
+use crate::{Case, Fallible, Launch, Set};
 use half::bf16;
 use pace_kernels::cuda::cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut};
 use pace_kernels::cuda::{Element, LoraFactors, LoraGrads, PromptBias, PromptGrads};
@@ -36,8 +36,6 @@ pub fn cases() -> Vec<Case> {
         })
         .collect()
 }
-
-type Set = Box<dyn Fn(&Gpu) -> Fallible<Launch>>;
 
 /// `D`, `U`, and `W0` for LoRA mul.
 struct Lora {
