@@ -1,6 +1,6 @@
 //! What tests of several operators need: element types, sources of noise, and the bounds on errors.
 
-use crate::machine::Machine;
+use crate::machine::{Machine, Target};
 use crate::uniform;
 use half::{bf16, f16};
 use pace_kernels::LinearShape;
@@ -76,6 +76,44 @@ pub fn assert_close<T: Type>(what: &str, got: &[T], unfused: &[T], exact: &[f64]
         _ => 2.0 * distance(&wide(unfused), exact) + T::EPSILON * largest,
     };
     assert!(error <= bound, "{what} {:?}: error {error:e}, allowed {bound:e}", T::DTYPE);
+}
+
+/// Runs a case and checks each of its results by [`assert_close`], and that they are the same bits in whatever order threads
+/// run.
+pub fn check_results<T: Type, const N: usize>(
+    target: &Target<'_>,
+    (case, shift): (&dyn std::fmt::Debug, usize),
+    names: [&str; N],
+    unfused: &[Vec<T>; N],
+    exact: &[Vec<f64>; N],
+    run: impl Fn(&mut Machine<'_>) -> [Vec<T>; N],
+) {
+    let first = std::cell::OnceCell::new();
+    target.run(shift, |machine| {
+        let results = run(machine);
+        for (i, name) in names.iter().enumerate() {
+            assert_close(&format!("{name} of {case:?}"), &results[i], &unfused[i], &exact[i]);
+        }
+        assert!(first.get_or_init(|| results.clone()) == &results, "{case:?} depends on the order");
+    });
+}
+
+/// The same for products in TF32, which keeps 10 fraction bits of each operand: errors up to `bound` of the largest value.
+pub fn check_tf32<const N: usize>(
+    target: &Target<'_>,
+    case: &dyn std::fmt::Debug,
+    names: [&str; N],
+    bound: f64,
+    exact: &[Vec<f64>; N],
+    run: impl Fn(&mut Machine<'_>) -> [Vec<f32>; N],
+) {
+    target.run(0, |machine| {
+        for (i, got) in run(machine).iter().enumerate() {
+            let largest = exact[i].iter().fold(0f64, |largest, value| largest.max(value.abs()));
+            let error = distance(&wide(got), &exact[i]);
+            assert!(error <= bound * largest, "{} of {case:?}: {error:e} of {largest:e}", names[i]);
+        }
+    });
 }
 
 /// Where `z` comes from in a case.
