@@ -1,0 +1,114 @@
+//! Low-rank noisy layer (LoRA add), rank 16: forward, and backward with all gradients.
+
+use crate::gpu::{Gpu, Value};
+use crate::{Case, Fallible, Launch, common, layer};
+use half::bf16;
+use pace_kernels::LinearShape;
+use pace_kernels::cuda::cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut};
+use pace_kernels::cuda::{Base, LowRankGrads, LowRankLinear, Noise};
+use pace_kernels::noise::NoiseShape;
+
+const RANK: usize = 16;
+
+pub fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for layer in common::VIT_B.map(layer) {
+        cases.extend([forward::<bf16>(layer), backward::<bf16>(layer)]);
+    }
+    let layer = layer(common::VIT_B[0]);
+    cases.extend([forward::<f32>(layer), backward::<f32>(layer)]);
+    cases
+}
+
+/// What both passes read.
+struct Tensors<T> {
+    x: CudaSlice<T>,
+    weight: CudaSlice<T>,
+    bias: CudaSlice<T>,
+    down: CudaSlice<T>,
+    up: CudaSlice<T>,
+    delta_bias: CudaSlice<T>,
+}
+
+impl<T: Value> Tensors<T> {
+    fn new(gpu: &Gpu, shape: LinearShape) -> Fallible<Self> {
+        let (k, n) = (shape.in_features, shape.out_features);
+        Ok(Self {
+            x: gpu.values(shape.in_rows() * k)?,
+            weight: gpu.values(n * k)?,
+            bias: gpu.values(n)?,
+            down: gpu.values(n * RANK)?,
+            up: gpu.values(RANK * k)?,
+            delta_bias: gpu.values(n)?,
+        })
+    }
+
+    fn layer(&self, shape: LinearShape) -> LowRankLinear<&dyn DevicePtr<T>, Noise<'_>> {
+        LowRankLinear {
+            shape,
+            noise: Noise::Generated { generator: common::generator(NoiseShape::PerSample), key: None },
+            base: Some(Base { weight: &self.weight, bias: Some(&self.bias) }),
+            rank: RANK,
+            down: &self.down,
+            up: &self.up,
+            delta_bias: Some(&self.delta_bias),
+            scale: 1.0,
+            allow_tf32: false,
+        }
+    }
+}
+
+fn forward<T: Value>(shape: LinearShape) -> Case {
+    let (m, k, n) = (shape.out_rows(), shape.in_features, shape.out_features);
+    Case {
+        operator: "low_rank_linear forward",
+        dtype: T::NAME,
+        shape: common::name(&shape),
+        bytes: size_of::<T>() * (m * k + n * k + 2 * n + RANK * (n + k) + m * RANK + m * n),
+        flop: 2 * m * k * n,
+        against_product: true,
+        set: Box::new(move |gpu| {
+            let tensors = Tensors::<T>::new(gpu, shape)?;
+            let (mut s, mut y) = (gpu.zeros::<T>(m * RANK)?, gpu.zeros::<T>(m * n)?);
+            let launch: Launch = Box::new(move |gpu: &Gpu| {
+                let layer = tensors.layer(shape);
+                Ok(gpu.device.low_rank_linear(&layer, &tensors.x, &mut s, &mut y, &gpu.stream)?)
+            });
+            Ok(launch)
+        }),
+    }
+}
+
+fn backward<T: Value>(shape: LinearShape) -> Case {
+    let (m, k, n) = (shape.out_rows(), shape.in_features, shape.out_features);
+    Case {
+        operator: "low_rank_linear backward",
+        dtype: T::NAME,
+        shape: common::name(&shape),
+        // x, s, dy, W0, D, U; dx, dD, dU, dδb.
+        bytes: size_of::<T>() * (2 * m * k + m * RANK + m * n + n * k + 2 * RANK * (n + k) + n),
+        // dx.
+        flop: 2 * m * k * n,
+        against_product: false,
+        set: Box::new(move |gpu| {
+            let tensors = Tensors::<T>::new(gpu, shape)?;
+            let (s, dy) = (gpu.values::<T>(m * RANK)?, gpu.values::<T>(m * n)?);
+            let mut dx = gpu.zeros::<T>(m * k)?;
+            let (mut dd, mut du) = (gpu.zeros::<T>(n * RANK)?, gpu.zeros::<T>(RANK * k)?);
+            let mut db = gpu.zeros::<T>(n)?;
+            let mut workspace = gpu.zeros::<f32>(tensors.layer(shape).workspace_len(T::DTYPE))?;
+            let launch: Launch = Box::new(move |gpu: &Gpu| {
+                let layer = tensors.layer(shape);
+                let grads = LowRankGrads {
+                    input: Some(&mut dx as &mut dyn DevicePtrMut<T>),
+                    down: Some(&mut dd),
+                    up: Some(&mut du),
+                    delta_bias: Some(&mut db),
+                };
+                let (x, stream) = (&tensors.x, &gpu.stream);
+                Ok(gpu.device.low_rank_linear_backward(&layer, x, &s, &dy, grads, &mut workspace, stream)?)
+            });
+            Ok(launch)
+        }),
+    }
+}

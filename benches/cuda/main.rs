@@ -1,0 +1,128 @@
+//! The CUDA operators on device 0, at the sizes of a ViT-B, beside a copy and a product by cuBLASLt.
+//!
+//! Criterion measures; times come from the device's clock. Afterwards one table in Markdown has every operator, also as
+//! JSON in the file that `PACE_BENCH_JSON` names. Without a device the program says so and does nothing.
+
+#[path = "../common/mod.rs"]
+mod common;
+mod drop_path;
+mod gpu;
+mod loss;
+mod low_rank_linear;
+mod noise_fill;
+mod noisy_epilogue;
+mod noisy_linear;
+mod norms;
+mod references;
+mod report;
+mod weights;
+
+use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput};
+use gpu::{Batch, Gpu};
+use pace_kernels::LinearShape;
+use pace_kernels::cuda::Device;
+use report::Row;
+use std::time::Duration;
+
+/// Anything that fails ends the run: figures after an error mean nothing.
+pub type Fallible<T = ()> = Result<T, Box<dyn std::error::Error>>;
+
+/// Launches an operator once, on a set of buffers that it owns.
+pub type Launch = Box<dyn FnMut(&Gpu) -> Fallible>;
+
+/// Makes a set of buffers.
+pub type Set = Box<dyn Fn(&Gpu) -> Fallible<Launch>>;
+
+/// What to measure.
+pub struct Case {
+    /// Operator and pass.
+    pub operator: &'static str,
+    /// Type of the tensors.
+    pub dtype: &'static str,
+    pub shape: String,
+    /// Bytes that have to move at least: each input read once, each output written once.
+    pub bytes: usize,
+    /// Operations of the products that a layer with merged weights and no noise would have, so that figures compare with a
+    /// plain product's; 0 where there are none.
+    pub flop: usize,
+    /// Whether to compare with cuBLASLt's product of the same type and shape.
+    pub against_product: bool,
+    pub set: Set,
+}
+
+/// A layer of a ViT-B on 2×64 images of 197 tokens.
+pub fn layer((in_features, out_features): (usize, usize)) -> LinearShape {
+    LinearShape { branches: 2, batch: 64, tokens: 197, in_features, out_features, shared_input: false }
+}
+
+/// Times that criterion takes of each case.
+const SAMPLES: usize = 20;
+
+fn main() -> Fallible {
+    let device = match Device::open(0) {
+        Ok(device) => device,
+        Err(why) => {
+            println!("no CUDA device: {why}");
+            return Ok(());
+        }
+    };
+    let gpu = Gpu::new(device)?;
+    println!("{}", gpu.describe()?);
+    let cases = [
+        references::cases(&gpu)?,
+        noise_fill::cases(),
+        noisy_epilogue::cases(),
+        noisy_linear::cases(),
+        low_rank_linear::cases(),
+        loss::cases(),
+        drop_path::cases(),
+        weights::cases(),
+        norms::cases(),
+    ];
+
+    let mut criterion = Criterion::default()
+        .sample_size(SAMPLES)
+        .warm_up_time(Duration::from_millis(200))
+        .measurement_time(Duration::from_millis(400))
+        .configure_from_args();
+    let mut group = criterion.benchmark_group("cuda");
+    group.sampling_mode(SamplingMode::Flat);
+    let mut rows = Vec::new();
+    for case in cases.into_iter().flatten() {
+        group.throughput(match case.flop {
+            0 => Throughput::Bytes(case.bytes as u64),
+            flop => Throughput::Elements(flop as u64),
+        });
+        let parameter = format!("{} {}", case.dtype, case.shape);
+        let id = BenchmarkId::new(case.operator, &parameter);
+        // Criterion comes back for every sample, and not at all if the case is filtered out.
+        let mut batch = None;
+        let mut seconds = Vec::new();
+        group.bench_function(id, |bencher| {
+            let batch = batch.get_or_insert_with(|| {
+                Batch::new(&gpu, &case)
+                    .unwrap_or_else(|error| panic!("{} {parameter}: {error}", case.operator))
+            });
+            bencher.iter_custom(|iterations| {
+                let elapsed = batch
+                    .time(&gpu, iterations)
+                    .unwrap_or_else(|error| panic!("{} {parameter}: {error}", case.operator));
+                seconds.push(elapsed.as_secs_f64() / iterations as f64);
+                elapsed
+            });
+        });
+        // Samples come last, after those of the warm-up.
+        let mut samples = seconds.split_off(seconds.len().saturating_sub(SAMPLES));
+        samples.sort_by(f64::total_cmp);
+        if let Some(&median) = samples.get(samples.len() / 2) {
+            rows.push(Row { case, seconds: median });
+        }
+    }
+    group.finish();
+    criterion.final_summary();
+    report::print(&rows);
+    if let Some(path) = std::env::var_os("PACE_BENCH_JSON") {
+        std::fs::write(path, report::json(&gpu, &rows)?)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Builds a folder that tests and measures the CUDA kernels on a machine with an NVIDIA driver and no Rust:
+#
+#     scripts/bundle.sh [FOLDER]      by default cuda-bundle in cargo's target folder
+#
+# There, ./run.sh does it all. It has to have Linux on the same kind of processor, and a C library at least as new as this
+# machine's.
+set -euo pipefail
+
+# Small enough for any way of copying it.
+limit_mib=60
+
+repository="$(cd "$(dirname "$0")/.." && pwd)"
+folder="$(realpath -m "${1:-${CARGO_TARGET_DIR:-$repository/target}/cuda-bundle}")"
+cd "$repository"
+
+# Without kernels there is nothing to bundle: no nvcc is an error here.
+export PACE_REQUIRE_NVCC=1
+# `KIND_NAME PATH` of each executable, from cargo's messages.
+artifact='.*"target":{"kind":\["\(test\|bench\)"\][^}]*"name":"\([a-z_]*\)".*"executable":"\([^"]*\)".*'
+executables() {
+    if ! cargo "$@" --locked --no-run --message-format=json-render-diagnostics \
+        | sed -n "s/$artifact/\1_\2 \3/p"; then
+        echo "bundle.sh: the build failed, see above; the kernels need nvcc (CUDA_HOME, see README.md)" >&2
+        return 1
+    fi
+}
+tests="$(executables test --release --test cuda --test cuda_plan)"
+bench="$(executables bench --bench cuda)"
+
+mkdir -p "$folder"
+while read -r name executable; do
+    strip -o "$folder/$name" "$executable"
+done <<<"$tests"$'\n'"$bench"
+cp scripts/run.sh "$folder/run.sh"
+
+mib=$(( ($(du -sb "$folder" | cut -f1) + (1 << 20) - 1) >> 20 ))
+echo "$folder: $mib MiB"
+if [ "$mib" -gt "$limit_mib" ]; then
+    echo "bundle.sh: more than $limit_mib MiB" >&2
+    exit 1
+fi
