@@ -37,13 +37,17 @@ PACE_PARAM(NoiseSource, batch, 32);
 PACE_PARAM(NoiseSource, kind, 36);
 PACE_PARAM(NoiseSource, sigma, 40);
 
-// The key in effect. A captured graph holds the address, so that each replay reads the key anew.
-__device__ __forceinline__ noise::Key key_of(const NoiseSource &source) {
-    if (source.key_address == nullptr) {
-        return source.key;
+// The key in effect: the one at `address`, or `key` if there is no address. A captured graph holds the address, so that
+// each replay reads the key anew.
+__device__ __forceinline__ noise::Key key_of(const noise::Key *address, noise::Key key) {
+    if (address == nullptr) {
+        return key;
     }
-    const u32 *words = source.key_address->word;
-    return {{load(words), load(words + 1)}};
+    return {{load(address->word), load(address->word + 1)}};
+}
+
+__device__ __forceinline__ noise::Key key_of(const NoiseSource &source) {
+    return key_of(source.key_address, source.key);
 }
 
 __device__ __forceinline__ bool is_per_token(const NoiseSource &source) {

@@ -1,9 +1,10 @@
 // How kernels are declared and how they touch memory: storage types f32, f16 and bf16, single elements and 16-byte
 // vectors.
 //
-// All global memory is read and written through `load`, `store`, `load_vector` and `store_vector`. The compiler sees
-// plain accesses; the simulator of the tests (tests/simt) sees each one and checks bounds, alignment and whether what is
-// read was ever written. Arithmetic is in f32: `to_float` is exact, `from_float` rounds once, to nearest even.
+// All global memory is read and written through `load`, `store`, `load_vector`, `store_vector` and `count_up`. The
+// compiler sees plain accesses; the simulator of the tests (tests/simt) sees each one and checks bounds, alignment and
+// whether what is read was ever written. Arithmetic is in f32: `to_float` is exact, `from_float` rounds once, to nearest
+// even.
 
 #ifndef PACE_STORAGE_CUH
 #define PACE_STORAGE_CUH
@@ -40,6 +41,7 @@ namespace pace {
 
 using u32 = unsigned int;
 using u64 = unsigned long long;
+using i64 = long long;
 using bf16 = __nv_bfloat16;
 using f16 = __half;
 
@@ -60,6 +62,13 @@ template <class T> __device__ __forceinline__ T load(const T *address) {
 template <class T> __device__ __forceinline__ void store(T *address, T value) {
     PACE_ACCESS(address, sizeof(T), true);
     *address = value;
+}
+
+// Adds 1 to a counter in global memory, or sets it to 0 if it has reached `last`, and gives what it held before.
+__device__ __forceinline__ u32 count_up(u32 *counter, u32 last) {
+    PACE_ACCESS(counter, sizeof(u32), false);
+    PACE_ACCESS(counter, sizeof(u32), true);
+    return atomicInc(counter, last);
 }
 
 // 16 bytes of T, moved by one instruction where the address is a multiple of 16.

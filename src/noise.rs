@@ -288,16 +288,20 @@ pub fn drop_path_mask<T: Real>(
     first_sample: u64,
     mask: &mut [T],
 ) -> Result<()> {
-    check_drop_probability(drop_probability)?;
+    let threshold = keep_threshold(drop_probability)?;
     check_samples(first_sample, mask.len())?;
-    // Keep when the 32-bit word is below this; 2³² (always) does not fit 32 bits.
-    let threshold = ((1.0 - drop_probability) * (1u64 << 32) as f64).round() as u64;
     for (sample, out) in (first_sample..).zip(mask) {
         let counter = [0, u32::MAX - 1, sample as u32, (sample >> 32) as u32];
         let word = philox4x32_10(counter, key.0)[0];
         *out = if u64::from(word) < threshold { T::one() } else { T::zero() };
     }
     Ok(())
+}
+
+/// A sample is kept when its 32-bit word is below this; 2³² (always) does not fit 32 bits.
+pub(crate) fn keep_threshold(drop_probability: f64) -> Result<u64> {
+    check_drop_probability(drop_probability)?;
+    Ok(((1.0 - drop_probability) * (1u64 << 32) as f64).round() as u64)
 }
 
 pub(crate) fn check_drop_probability(p: f64) -> Result<()> {

@@ -33,12 +33,25 @@ const TRANSPOSED: &[&str] = &["HMMA", "LDGSTS.128"];
 /// File, how a kernel's name begins, and the instructions that its machine code must have on every architecture: an opcode
 /// and some of its modifiers, `|` between alternatives. A kernel takes the first line that fits it.
 const INSTRUCTIONS: &[(&str, &str, &[&str])] = &[
+    ("drop_path", "drop_path_", VECTORS),
+    ("loss", "loss_scan_", LOADS),
+    ("loss", "loss_", VECTORS),
     ("noise_fill", "noise_fill", &["STG.128"]),
     ("noisy_epilogue", "noisy_epilogue_", VECTORS),
     ("noisy_linear", "noisy_linear_weight_f32", TRANSPOSED),
     ("noisy_linear", "noisy_linear_weight_tf32", TRANSPOSED),
     ("noisy_linear", "noisy_linear_", PRODUCT),
+    ("norms", "grad_norm_", LOADS),
+    ("norms", "fp_distance_", LOADS),
+    // Reads partial sums only.
+    ("norms", "norm_total", &[]),
     ("partial_sums", "partial_sums_", LOADS),
+    ("weights", "low_rank_weight_", VECTORS),
+    ("weights", "prompt_bias_columns_", VECTORS),
+    // Reads and writes factors only.
+    ("weights", "prompt_bias_grads_", &[]),
+    ("weights", "prompt_bias_", LOADS),
+    ("weights", "merge_", VECTORS),
 ];
 
 const DOCS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/kernels.md");

@@ -1,8 +1,9 @@
 //! Plans refuse wrong arguments with the error that names them, and opening a device never panics.
 
 use pace_kernels::cuda::{
-    Base, Buffer, DType, Device, Direction, LowRankGrads, LowRankLinear, NoiseFill, NoisyEpilogue,
-    NoisyLinear, NoisyLinearGrads, Plan, Source,
+    Base, Buffer, DType, Device, Direction, DropPath, Finding, FpDistance, GradNorm, LoraFactors, LoraGrads,
+    Loss, LossSettings, LossStatus, LowRankGrads, LowRankLinear, MaskSource, Merge, MergeSign, NoiseFill,
+    NoisyEpilogue, NoisyLinear, NoisyLinearGrads, Partner, Plan, PromptBias, PromptGrads, Source,
 };
 use pace_kernels::noise::NoiseShape::{PerSample, PerToken};
 use pace_kernels::noise::{Generator, Key, NoiseShape};
@@ -34,6 +35,30 @@ fn epilogue() -> NoisyEpilogue {
         dtype: DType::F16,
         input: buffer(4096, M * 24),
         output: buffer(8192, M * 24),
+    }
+}
+
+const NULL: &str = "is a null pointer";
+const MISALIGNED: &str = "does not start at a multiple of its element size";
+/// Classes, samples and remembered samples of `loss`.
+const C: usize = 24;
+const B: usize = 6;
+const ROWS: usize = 10;
+const SETTINGS: LossSettings =
+    LossSettings { classes: C, lambda: 0.5, label_smoothing: 0.1, ignore_label: None };
+
+/// Its tensors lie at multiples of 4096, in their order here.
+fn loss() -> Loss {
+    Loss {
+        settings: SETTINGS,
+        dtype: DType::F16,
+        logits: buffer(4096, B * C),
+        labels: buffer(2 * 4096, B),
+        partner: Partner::History { table: buffer(3 * 4096, ROWS * C), index: buffer(4 * 4096, B) },
+        gradient: Some(buffer(5 * 4096, B * C)),
+        values: buffer(6 * 4096, 3),
+        status: buffer(7 * 4096, LossStatus::WORDS),
+        workspace: buffer(8 * 4096, SETTINGS.workspace_len(B)),
     }
 }
 
@@ -124,7 +149,7 @@ fn wrong_sizes_are_refused() {
 
 #[test]
 fn wrong_buffers_are_refused() {
-    let (null, misaligned) = ("is a null pointer", "does not start at a multiple of its element size");
+    let (null, misaligned) = (NULL, MISALIGNED);
     let fills = [
         (buffer(4096, M * 24 - 1), length("z", "[R, T, N]", M * 24, M * 24 - 1)),
         (buffer(0, M * 24), argument("z", null)),
@@ -173,6 +198,523 @@ fn wrong_buffers_are_refused() {
     ] {
         assert_error(NoisyEpilogue { noise: Source::Given { z, shape }, ..epilogue() }.plan(), &want);
     }
+}
+
+fn drop_path() -> DropPath {
+    DropPath {
+        branches: 2,
+        batch: 3,
+        features: 1000,
+        mask: MaskSource::Given(buffer(256, 3)),
+        direction: Direction::Forward,
+        dtype: DType::BF16,
+        input: buffer(1 << 16, 6000),
+        output: buffer(1 << 17, 6000),
+    }
+}
+
+#[test]
+fn drop_path_plans() {
+    let plan = drop_path().plan().unwrap();
+    // 125 vectors: four per thread, 32 threads on a row, 8 rows side by side.
+    assert_eq!((plan.kernel.name, plan.grid, plan.block), ("drop_path_bf16", [1, 1, 1], [256, 1, 1]));
+    // As many blocks as suit every device; of a large sample as many as it needs.
+    for (batch, features, grid) in
+        [(128, 151_296, [19, 53, 1]), (65536, 1000, [1, 1024, 1]), (1, 1 << 24, [2048, 1, 1])]
+    {
+        let total = 2 * batch * features;
+        let mask = MaskSource::Given(buffer(1 << 20, batch));
+        let (input, output) = (buffer(1 << 40, total), buffer(1 << 41, total));
+        let operator = DropPath { batch, features, mask, input, output, ..drop_path() };
+        assert_eq!(operator.plan().unwrap().grid, grid);
+    }
+
+    let zero = |argument| Error::Size { argument, expected: "at least 1", got: 0 };
+    let shape = "[branches·B, features]";
+    let refused = |operator: DropPath, want: Error| assert_error(operator.plan(), &want);
+    refused(
+        DropPath { branches: 3, ..drop_path() },
+        Error::Size { argument: "branches", expected: "1 or 2", got: 3 },
+    );
+    refused(DropPath { batch: 0, ..drop_path() }, zero("batch"));
+    refused(DropPath { features: 0, ..drop_path() }, zero("features"));
+    refused(
+        DropPath { features: usize::MAX, ..drop_path() },
+        Error::Overflow { argument: "x", shape: "[branches·B, features]" },
+    );
+    let large = |argument| Error::Size { argument, expected: "at most 2^31", got: (1 << 31) + 2 };
+    refused(DropPath { batch: (1 << 30) + 1, features: 1, ..drop_path() }, large("branches * batch"));
+    refused(DropPath { batch: 1, features: (1 << 31) + 2, ..drop_path() }, large("features"));
+    for (direction, input, output) in [(Direction::Forward, "x", "y"), (Direction::Backward, "dy", "dx")] {
+        let operator = DropPath { direction, ..drop_path() };
+        let wrong = |input, want| refused(DropPath { input, ..operator }, want);
+        wrong(buffer(1 << 16, 5999), length(input, shape, 6000, 5999));
+        wrong(buffer(0, 6000), argument(input, NULL));
+        wrong(buffer(1 << 17, 6000), argument(input, "overlaps the output"));
+        let wrong = |output, want| refused(DropPath { output, ..operator }, want);
+        wrong(buffer(1 << 17, 1), length(output, shape, 6000, 1));
+        wrong(buffer((1 << 17) + 1, 6000), argument(output, MISALIGNED));
+    }
+    let wrong = |mask, want| refused(DropPath { mask, ..drop_path() }, want);
+    wrong(MaskSource::Given(buffer(256, 6)), length("mask", "[B]", 3, 6));
+    wrong(MaskSource::Given(buffer(258, 3)), argument("mask", MISALIGNED));
+    wrong(MaskSource::Given(buffer(1 << 17, 3)), argument("mask", "overlaps the output"));
+    let generated = |drop_probability, first_sample, key_address| MaskSource::Generated {
+        key: Key([1, 2]),
+        key_address,
+        drop_probability,
+        first_sample,
+    };
+    for got in [1.0, -0.1, f64::INFINITY] {
+        let want = Error::Value { argument: "drop_probability", expected: "in [0, 1)", got };
+        wrong(generated(got, 0, None), want);
+    }
+    let want = Error::Value {
+        argument: "first_sample",
+        expected: "at most 2^56 with the batch added",
+        got: ((1u64 << 56) - 2) as f64,
+    };
+    wrong(generated(0.1, (1 << 56) - 2, None), want);
+    wrong(generated(0.1, 0, Some(buffer(256, 2))), length("key", "[1]", 1, 2));
+    wrong(generated(0.1, 0, Some(buffer(1 << 17, 1))), argument("key", "overlaps the output"));
+}
+
+const ENDLESS: &str = "reaches past the end of the address space";
+
+/// Rank 3 under a weight [40, 520]: three strips of 256 columns and three parts of 16 rows.
+const LORA: LoraFactors<Buffer> = LoraFactors {
+    out_features: 40,
+    in_features: 520,
+    rank: 3,
+    down: Buffer { address: 1 << 16, len: 120 },
+    up: Buffer { address: 1 << 17, len: 1560 },
+    scale: 0.5,
+};
+const WEIGHT: Buffer = Buffer { address: 1 << 20, len: 40 * 520 };
+const LORA_GRADS: LoraGrads<Buffer> =
+    LoraGrads { down: Buffer { address: 1 << 21, len: 120 }, up: Buffer { address: 1 << 22, len: 1560 } };
+/// Of `LORA`'s gradients, in the 16-bit types.
+const LORA_WORKSPACE: Buffer = Buffer { address: 1 << 23, len: 3 * 1560 + 3 * 120 };
+
+#[test]
+fn low_rank_plans() {
+    let out = buffer(1 << 24, 40 * 520);
+    let plan = LORA.weight(DType::F16, None, out).unwrap();
+    assert_eq!((plan.kernel.name, plan.grid, plan.block), ("low_rank_weight_f16", [3, 3, 1], [128, 1, 1]));
+    assert_eq!(LORA.weight(DType::F32, Some(WEIGHT), out).unwrap().grid, [5, 3, 1]);
+    let workspace = buffer(1 << 23, LORA.workspace_len(DType::BF16));
+    assert_eq!(workspace, LORA_WORKSPACE);
+    let plan = LORA.backward(DType::BF16, Some(WEIGHT), out, LORA_GRADS, workspace).unwrap();
+    assert_eq!((plan.partials.kernel.name, plan.partials.grid), ("low_rank_weight_backward_bf16", [3, 3, 1]));
+    let (down, up) = plan.sums;
+    assert_eq!((down.kernel.name, down.grid, up.grid), ("partial_sums_bf16", [1, 1, 1], [2, 1, 1]));
+    // Parts have at most 128 rows; grids at most 65535.
+    for (out_features, grid) in [(1 << 20, 8192), (1 << 24, 65535)] {
+        let down = buffer(1 << 40, 3 * out_features);
+        let up = buffer(1 << 50, 3);
+        let lora = LoraFactors { out_features, in_features: 1, down, up, ..LORA };
+        let grads = LoraGrads { down: buffer(1 << 41, 3 * out_features), up: buffer(1 << 51, 3) };
+        let workspace = buffer(1 << 42, lora.workspace_len(DType::F16));
+        let grad = buffer(1 << 43, out_features);
+        let plan = lora.backward(DType::F16, None, grad, grads, workspace).unwrap();
+        assert_eq!(plan.partials.grid, [1, grid, 1]);
+        assert_eq!(lora.weight(DType::F16, None, grad).unwrap().grid, [1, 65535, 1]);
+    }
+
+    let zero = |argument| Error::Size { argument, expected: "at least 1", got: 0 };
+    let large = |argument| Error::Size { argument, expected: "at most 2^31", got: (1 << 31) + 1 };
+    for (lora, want) in [
+        (LoraFactors { out_features: 0, ..LORA }, zero("out_features")),
+        (LoraFactors { in_features: 0, ..LORA }, zero("in_features")),
+        (LoraFactors { rank: 0, ..LORA }, zero("rank")),
+        (LoraFactors { out_features: (1 << 31) + 1, ..LORA }, large("out_features")),
+        (LoraFactors { rank: (1 << 31) + 1, ..LORA }, large("rank")),
+        (
+            LoraFactors { out_features: 1 << 31, in_features: 1 << 31, ..LORA },
+            Error::Overflow { argument: "weight", shape: "[N, K]" },
+        ),
+        (
+            LoraFactors { in_features: 1 << 21, rank: 1 << 20, down: buffer(256, 40 << 20), ..LORA },
+            Error::Overflow { argument: "up", shape: "[r, K]" },
+        ),
+        (LoraFactors { down: buffer(1 << 16, 119), ..LORA }, length("down", "[N, r]", 120, 119)),
+        (LoraFactors { up: buffer(1 << 16, 1), ..LORA }, length("up", "[r, K]", 1560, 1)),
+        (LoraFactors { up: buffer(1, 1560), ..LORA }, argument("up", MISALIGNED)),
+        (LoraFactors { down: buffer(u64::MAX - 237, 120), ..LORA }, argument("down", ENDLESS)),
+        (
+            LoraFactors { scale: f32::INFINITY, ..LORA },
+            Error::Value { argument: "scale", expected: "finite", got: f64::INFINITY },
+        ),
+        (LoraFactors { up: out, ..LORA }, length("up", "[r, K]", 1560, 40 * 520)),
+        (LoraFactors { up: buffer((1 << 24) + 64, 1560), ..LORA }, argument("up", "overlaps an output")),
+    ] {
+        assert_error(lora.weight(DType::F16, None, out), &want);
+        let grads = LoraGrads { down: buffer((1 << 24) + 2, 120), ..LORA_GRADS };
+        assert_error(lora.backward(DType::F16, None, WEIGHT, grads, LORA_WORKSPACE), &want);
+    }
+    let wrong = |base, out, want| assert_error(LORA.weight(DType::F16, base, out), &want);
+    wrong(Some(buffer(1 << 20, 7)), out, length("base_weight", "[N, K]", 20800, 7));
+    wrong(Some(out), out, argument("base_weight", "overlaps an output"));
+    wrong(None, buffer(0, 20800), argument("out", NULL));
+    wrong(None, buffer(1 << 24, 20801), length("out", "[N, K]", 20800, 20801));
+    let wrong = |grad, grads, workspace, want| {
+        assert_error(LORA.backward(DType::F16, Some(WEIGHT), grad, grads, workspace), &want);
+    };
+    wrong(buffer(1 << 24, 1), LORA_GRADS, LORA_WORKSPACE, length("delta_weight_grad", "[N, K]", 20800, 1));
+    let grads = LoraGrads { down: buffer(1 << 21, 1), ..LORA_GRADS };
+    wrong(out, grads, LORA_WORKSPACE, length("grads.down", "[N, r]", 120, 1));
+    let grads = LoraGrads { up: buffer((1 << 22) + 1, 1560), ..LORA_GRADS };
+    wrong(out, grads, LORA_WORKSPACE, argument("grads.up", MISALIGNED));
+    let grads = LoraGrads { down: buffer(1 << 22, 120), ..LORA_GRADS };
+    wrong(out, grads, LORA_WORKSPACE, argument("grads.up", "overlaps another output"));
+    wrong(out, LORA_GRADS, buffer(1 << 23, 5039), length("workspace", "[workspace_len()]", 5040, 5039));
+    wrong(out, LORA_GRADS, buffer((1 << 24) - 4, 5040), argument("delta_weight_grad", "overlaps an output"));
+    wrong(out, LORA_GRADS, buffer((1 << 22) - 4, 5040), argument("workspace", "overlaps another output"));
+    // Partial sums of a weight that can be addressed need not be.
+    let lora = LoraFactors { out_features: 1 << 31, in_features: 1 << 28, rank: 1 << 9, ..LORA };
+    assert_eq!(lora.workspace_len(DType::F16), (1 << 24 << 28 << 9) + (1 << 20 << 31 << 9));
+}
+
+fn prompt() -> PromptBias<Buffer> {
+    PromptBias {
+        out_features: 40,
+        in_features: 520,
+        rank: 3,
+        base_weight: WEIGHT,
+        base_bias: Some(buffer(1 << 12, 40)),
+        prompt_down: buffer(1 << 16, 1560),
+        prompt_up: buffer(1 << 10, 3),
+        delta_bias: Some(buffer(1 << 13, 40)),
+    }
+}
+
+#[test]
+fn prompt_plans() {
+    let grads = PromptGrads {
+        prompt_down: buffer(1 << 21, 1560),
+        prompt_up: buffer(1 << 22, 3),
+        delta_bias: Some(buffer(1 << 25, 40)),
+    };
+    let out = buffer(1 << 24, 40);
+    // Three parts of q and q itself, and nine parts of dPu.
+    let len = 4 * 520 + 9 * 3;
+    assert_eq!(prompt().workspace_len(DType::F16), len);
+    let workspace = buffer(1 << 23, len);
+    let (product, bias) = prompt().forward(DType::F16, out, workspace).unwrap();
+    assert_eq!((product.kernel.name, product.grid), ("prompt_bias_product_f16", [65, 1, 1]));
+    assert_eq!((bias.kernel.name, bias.grid), ("prompt_bias_f16", [5, 1, 1]));
+    let plan = prompt().backward(DType::F16, out, grads, workspace).unwrap();
+    assert_eq!((plan.columns.0.kernel.name, plan.columns.0.grid), ("prompt_bias_columns_f16", [3, 3, 1]));
+    assert_eq!((plan.grads.0.kernel.name, plan.grads.0.grid), ("prompt_bias_grads_f16", [9, 1, 1]));
+    let names = [plan.columns.1, plan.grads.1].map(|sums| sums.kernel.name);
+    assert_eq!(names, ["partial_sums_f32", "partial_sums_f16"]);
+
+    let zero = |argument| Error::Size { argument, expected: "at least 1", got: 0 };
+    for (prompt, want) in [
+        (PromptBias { out_features: 0, ..prompt() }, zero("out_features")),
+        (PromptBias { rank: 0, ..prompt() }, zero("rank")),
+        (PromptBias { base_weight: out, ..prompt() }, length("base_weight", "[N, K]", 20800, 40)),
+        (PromptBias { base_bias: Some(buffer(256, 41)), ..prompt() }, length("base_bias", "[N]", 40, 41)),
+        (PromptBias { prompt_down: buffer(256, 3), ..prompt() }, length("prompt_down", "[K, r]", 1560, 3)),
+        (PromptBias { prompt_up: buffer(0, 3), ..prompt() }, argument("prompt_up", NULL)),
+        (PromptBias { delta_bias: Some(buffer(257, 40)), ..prompt() }, argument("delta_bias", MISALIGNED)),
+        (
+            PromptBias { prompt_up: buffer((1 << 23) + 8, 3), ..prompt() },
+            argument("prompt_up", "overlaps an output"),
+        ),
+    ] {
+        assert_error(prompt.forward(DType::F16, out, workspace), &want);
+        assert_error(prompt.backward(DType::F16, out, grads, workspace), &want);
+    }
+    let wrong = |out, workspace, want| assert_error(prompt().forward(DType::F16, out, workspace), &want);
+    wrong(buffer(1 << 24, 39), workspace, length("out", "[N]", 40, 39));
+    wrong(buffer(1 << 13, 40), workspace, argument("delta_bias", "overlaps an output"));
+    wrong(out, buffer(1 << 23, len - 1), length("workspace", "[workspace_len()]", len, len - 1));
+    wrong(out, buffer((1 << 23) + 2, len), argument("workspace", MISALIGNED));
+    wrong(out, buffer((1 << 24) - 4, len), argument("workspace", "overlaps another output"));
+    let wrong =
+        |grad, grads, want| assert_error(prompt().backward(DType::F16, grad, grads, workspace), &want);
+    wrong(buffer(1 << 24, 1), grads, length("delta_bias_grad", "[N]", 40, 1));
+    let prompt_down = buffer(1 << 21, 1);
+    wrong(out, PromptGrads { prompt_down, ..grads }, length("grads.prompt_down", "[K, r]", 1560, 1));
+    let prompt_up = buffer(1 << 22, 4);
+    wrong(out, PromptGrads { prompt_up, ..grads }, length("grads.prompt_up", "[r]", 3, 4));
+    let delta_bias = Some(buffer(1 << 25, 4));
+    wrong(out, PromptGrads { delta_bias, ..grads }, length("grads.delta_bias", "[N]", 40, 4));
+    let delta_bias = Some(out);
+    wrong(out, PromptGrads { delta_bias, ..grads }, argument("delta_bias_grad", "overlaps an output"));
+}
+
+#[test]
+fn merge_plans() {
+    let merge = Merge {
+        sign: MergeSign::Unmerge,
+        dtype: DType::BF16,
+        target: buffer(1 << 16, 9000),
+        delta: buffer(1 << 17, 9000),
+    };
+    let plan = merge.plan().unwrap().unwrap();
+    assert_eq!((plan.kernel.name, plan.grid, plan.block), ("merge_bf16", [2, 1, 1], [256, 1, 1]));
+    let (target, delta) = (buffer(1 << 40, 1 << 34), buffer(1 << 41, 1 << 34));
+    assert_eq!(Merge { target, delta, ..merge }.plan().unwrap().unwrap().grid, [2048, 1, 1]);
+    let empty = buffer(0, 0);
+    assert_eq!(Merge { target: empty, delta: empty, ..merge }.plan(), Ok(None));
+    let refused = |merge: Merge, want| assert_error(merge.plan(), &want);
+    refused(Merge { delta: empty, ..merge }, length("delta", "[target.len()]", 9000, 0));
+    refused(Merge { target: empty, ..merge }, length("delta", "[target.len()]", 0, 9000));
+    refused(Merge { target: buffer(0, 9000), ..merge }, argument("target", NULL));
+    refused(Merge { target: buffer(1 << 17, 9000), ..merge }, argument("delta", "overlaps an output"));
+    let target = buffer(1 << 16, usize::MAX);
+    refused(Merge { target, ..merge }, Error::Overflow { argument: "target", shape: "any" });
+}
+
+#[test]
+fn norm_plans() {
+    let gradients = [buffer(1 << 16, 16385), buffer(0, 0), buffer(1 << 20, 5)];
+    let norm = buffer(1 << 8, 1);
+    let workspace = buffer(1 << 10, 3);
+    let operator = GradNorm { dtype: DType::F16, gradients: &gradients, norm, workspace };
+    assert_eq!(GradNorm::workspace_len([16385, 0, 5]), 3);
+    let (launches, total) = operator.plan().unwrap();
+    assert_eq!((launches.len(), launches[0].kernel.name, launches[0].grid), (1, "grad_norm_f16", [3, 1, 1]));
+    assert_eq!((total.kernel.name, total.grid), ("norm_total", [1, 1, 1]));
+    assert_eq!(GradNorm { gradients: &[], workspace: buffer(0, 0), ..operator }.plan().unwrap().0, []);
+    let refused = |operator: GradNorm<'_>, want| assert_error(operator.plan(), &want);
+    let with = |gradients: &[Buffer], want| refused(GradNorm { gradients, ..operator }, want);
+    with(&[gradients[0], buffer(0, 3)], argument("gradients", NULL));
+    with(&[buffer(1, 3)], argument("gradients", MISALIGNED));
+    with(&[buffer(u64::MAX - 1, 3)], argument("gradients", ENDLESS));
+    with(&[buffer(2, usize::MAX)], Error::Overflow { argument: "gradients", shape: "any" });
+    let endless = Error::Overflow { argument: "workspace", shape: "[workspace_len()]" };
+    with(&[buffer(2, 1 << 45)], endless.clone());
+    with(&[buffer((1 << 10) + 4, 2)], argument("gradients", "overlaps an output"));
+    refused(GradNorm { norm: buffer(1 << 8, 2), ..operator }, length("norm", "[1]", 1, 2));
+    refused(GradNorm { norm: buffer(260, 1), ..operator }, argument("norm", MISALIGNED));
+    refused(
+        GradNorm { norm: buffer((1 << 10) + 16, 1), ..operator },
+        argument("workspace", "overlaps another output"),
+    );
+    let shape = "[workspace_len()]";
+    refused(GradNorm { workspace: buffer(1 << 10, 2), ..operator }, length("workspace", shape, 3, 2));
+    refused(GradNorm { workspace: buffer((1 << 10) + 4, 3), ..operator }, argument("workspace", MISALIGNED));
+
+    let operator = FpDistance {
+        samples: 10,
+        features: 2000,
+        dtype: DType::F32,
+        fine_tuned: buffer(1 << 20, 20_000),
+        pre_trained: buffer(1 << 21, 20_000),
+        distance: norm,
+        workspace,
+    };
+    assert_eq!(FpDistance::workspace_len(10, 2000), 2);
+    let (sums, _) = operator.plan().unwrap();
+    assert_eq!((sums.kernel.name, sums.grid), ("fp_distance_f32", [2, 1, 1]));
+    let shape = "[samples, features]";
+    let zero = |argument| Error::Size { argument, expected: "at least 1", got: 0 };
+    for (operator, want) in [
+        (FpDistance { samples: 0, ..operator }, zero("samples")),
+        (FpDistance { features: 0, ..operator }, zero("features")),
+        (FpDistance { features: usize::MAX, ..operator }, Error::Overflow { argument: "fine_tuned", shape }),
+        (FpDistance { fine_tuned: norm, ..operator }, length("fine_tuned", shape, 20_000, 1)),
+        (FpDistance { pre_trained: buffer(2, 20_000), ..operator }, argument("pre_trained", MISALIGNED)),
+        (
+            FpDistance { distance: buffer((1 << 21) + 8, 1), ..operator },
+            argument("pre_trained", "overlaps an output"),
+        ),
+        (FpDistance { distance: buffer(0, 1), ..operator }, argument("distance", NULL)),
+        (
+            FpDistance { workspace: buffer(1 << 10, 1), ..operator },
+            length("workspace", "[workspace_len()]", 2, 1),
+        ),
+    ] {
+        assert_error(operator.plan(), &want);
+    }
+    let (samples, features) = (1 << 23, 1 << 22);
+    let [fine_tuned, pre_trained] = [1 << 50, 1 << 51].map(|address| buffer(address, 1 << 45));
+    assert_error(FpDistance { samples, features, fine_tuned, pre_trained, ..operator }.plan(), &endless);
+}
+
+#[test]
+fn a_loss_has_the_documented_geometry() {
+    // A warp per sample of up to 256 classes; a block per sample while the batch is small.
+    let (first, launch) = loss().plan().unwrap();
+    assert!(first.is_none());
+    assert_eq!((launch.kernel.name, launch.grid, launch.block), ("loss_f16", [1, 6, 1], [32, 1, 1]));
+    // Two slices of 2056 and 2048 classes.
+    let settings = LossSettings { classes: 4104, ..SETTINGS };
+    let wide = Loss {
+        settings,
+        logits: buffer(1 << 20, B * 4104),
+        partner: Partner::None,
+        gradient: Some(buffer(1 << 21, B * 4104)),
+        workspace: buffer(1 << 22, settings.workspace_len(B)),
+        ..loss()
+    };
+    let (first, launch) = wide.plan().unwrap();
+    let first = first.unwrap();
+    assert_eq!((first.kernel.name, first.grid, first.block), ("loss_scan_f16", [2, 6, 1], [512, 1, 1]));
+    assert_eq!((launch.kernel.name, launch.grid, launch.block), ("loss_apply_f16", [2, 6, 1], [512, 1, 1]));
+    // Only what combines the slices is left.
+    let (_, launch) = Loss { gradient: None, ..wide }.plan().unwrap();
+    assert_eq!(launch.grid, [1, 6, 1]);
+    // Whatever the sizes, blocks have at most 512 threads, and grids at most 65535 rows.
+    for classes in [1, 33, 256, 257, 4096, 4097, 50257, 1 << 20, 1 << 30] {
+        for batch in [1, 63, 64, 130, 1 << 12, 1 << 24] {
+            let settings = LossSettings { classes, ..SETTINGS };
+            let operator = Loss {
+                settings,
+                logits: buffer(1 << 60, 2 * batch * classes),
+                labels: buffer(1 << 61, batch),
+                partner: Partner::OtherBranch,
+                gradient: Some(buffer(1 << 62, 2 * batch * classes)),
+                workspace: buffer(1 << 63, settings.workspace_len(batch)),
+                ..loss()
+            };
+            let (first, launch) = operator.plan().unwrap();
+            for launch in first.iter().chain([&launch]) {
+                let ([x, y, _], [threads, ..]) = (launch.grid, launch.block);
+                assert!(x > 0 && (1..=65535).contains(&y), "{classes} {batch}: {launch:?}");
+                assert!((32..=512).contains(&threads) && threads % 32 == 0, "{classes} {batch}: {launch:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn wrong_arguments_of_a_loss_are_refused() {
+    let wrong = |operator: Loss, want: Error| assert_error(operator.plan(), &want);
+    let size = |argument, expected, got| Error::Size { argument, expected, got };
+    let settings = |settings, want| wrong(Loss { settings, ..loss() }, want);
+    settings(LossSettings { classes: 0, ..SETTINGS }, size("classes", "at least 1", 0));
+    let classes = (1 << 30) + 1;
+    settings(LossSettings { classes, ..SETTINGS }, size("classes", "at most 2^30", classes));
+    for lambda in [-0.5, f64::INFINITY, f64::NEG_INFINITY, 1e39] {
+        let got = if lambda == 1e39 { f64::INFINITY } else { lambda };
+        let want = Error::Value { argument: "lambda", expected: "finite and not negative", got };
+        settings(LossSettings { lambda, ..SETTINGS }, want);
+    }
+    for label_smoothing in [-0.1, 1.1, f64::INFINITY] {
+        let want = Error::Value { argument: "label_smoothing", expected: "in [0, 1]", got: label_smoothing };
+        settings(LossSettings { label_smoothing, ..SETTINGS }, want);
+    }
+    for operator in [
+        LossSettings { lambda: f64::NAN, ..SETTINGS },
+        LossSettings { label_smoothing: f64::NAN, ..SETTINGS },
+    ] {
+        assert!(matches!(Loss { settings: operator, ..loss() }.plan(), Err(Error::Value { .. })));
+    }
+    wrong(Loss { labels: buffer(8192, 0), ..loss() }, size("labels.len()", "at least 1", 0));
+    let batch = (1 << 24) + 1;
+    wrong(Loss { labels: buffer(8192, batch), ..loss() }, size("labels.len()", "at most 2^24", batch));
+
+    // Each tensor in turn: what it is called, its shape and length, the bytes of an element, and the loss with another one.
+    type With = fn(Buffer) -> Loss;
+    let needed = SETTINGS.workspace_len(B);
+    let tensors: [(&'static str, &'static str, usize, u64, With); 8] = [
+        ("logits", "[B, C]", B * C, 2, |logits| Loss { logits, ..loss() }),
+        ("labels", "[B]", B, 8, |labels| Loss { labels, ..loss() }),
+        ("history", "[n, C]", ROWS * C, 4, |table| {
+            let index = buffer(4 * 4096, B);
+            Loss { partner: Partner::History { table, index }, ..loss() }
+        }),
+        ("index", "[B]", B, 8, |index| {
+            let table = buffer(3 * 4096, ROWS * C);
+            Loss { partner: Partner::History { table, index }, ..loss() }
+        }),
+        ("gradient", "[B, C]", B * C, 2, |gradient| Loss { gradient: Some(gradient), ..loss() }),
+        ("values", "[3]", 3, 4, |values| Loss { values, ..loss() }),
+        ("status", "[9]", LossStatus::WORDS, 8, |status| Loss { status, ..loss() }),
+        ("workspace", "[workspace_len()]", needed, 4, |workspace| Loss { workspace, ..loss() }),
+    ];
+    for (i, (name, shape, len, bytes, with)) in tensors.into_iter().enumerate() {
+        let address = 4096 * (i as u64 + 1);
+        assert_eq!(with(buffer(address, len)), loss(), "{name}");
+        wrong(with(buffer(0, len)), argument(name, "is a null pointer"));
+        let misaligned = argument(name, "does not start at a multiple of its element size");
+        wrong(with(buffer(address + bytes / 2, len)), misaligned);
+        match name {
+            "history" => {
+                let expected = "a multiple of the number of classes, and not 0";
+                for got in [0, 1, len - 1, len + 1] {
+                    wrong(with(buffer(address, got)), size("history.len()", expected, got));
+                }
+                let want = Error::Overflow { argument: "history", shape: "[n, C]" };
+                wrong(with(buffer(address, usize::MAX - usize::MAX % C)), want);
+            }
+            // Another length is another batch.
+            "labels" => wrong(with(buffer(address, B + 1)), length("logits", "[B, C]", (B + 1) * C, B * C)),
+            // More is fine.
+            "workspace" => {
+                wrong(with(buffer(address, len - 1)), length(name, shape, len, len - 1));
+                assert!(with(buffer(address, usize::MAX)).plan().is_ok());
+            }
+            _ => {
+                for got in [0, len - 1, len + 1, usize::MAX] {
+                    wrong(with(buffer(address, got)), length(name, shape, len, got));
+                }
+            }
+        }
+        // No output may touch anything else, by one element at either end; inputs may touch inputs.
+        let input = |name| ["logits", "labels", "index"].contains(&name);
+        for (j, &(other, _, other_len, other_bytes, _)) in tensors.iter().enumerate().filter(|&(j, _)| j != i)
+        {
+            // Addresses are multiples of 8 as well as of the element.
+            let (start, end) =
+                (4096 * (j as u64 + 1), 4096 * (j as u64 + 1) + other_bytes * other_len as u64);
+            let behind = (end - 1) / 8 * 8;
+            let before = (start - bytes * len as u64) / 8 * 8 + 8;
+            for at in [behind, before] {
+                let moved = with(buffer(at, len));
+                match moved.plan() {
+                    Ok(_) => assert!(input(name) && input(other), "{name} over {other}"),
+                    Err(Error::Argument { argument, problem }) => {
+                        let outputs = !input(name) && !input(other);
+                        assert_eq!(
+                            problem,
+                            if outputs { "overlaps another output" } else { "overlaps an output" }
+                        );
+                        // With an input it is the one that is named.
+                        assert!([name, other].contains(&argument) && (outputs || input(argument)));
+                    }
+                    Err(error) => panic!("{name} over {other}: {error}"),
+                }
+            }
+        }
+    }
+    // The length saturates for sizes that no plan accepts.
+    for classes in [0, usize::MAX] {
+        let settings = LossSettings { classes, ..SETTINGS };
+        assert_eq!(settings.workspace_len(usize::MAX), usize::MAX);
+    }
+    let both = Loss { partner: Partner::OtherBranch, ..loss() };
+    wrong(both, length("logits", "[2B, C]", 2 * B * C, B * C));
+    let both = Loss { logits: buffer(4096, 2 * B * C), ..both };
+    wrong(both, length("gradient", "[2B, C]", 2 * B * C, B * C));
+    let huge = LossSettings { classes: 1 << 30, ..SETTINGS };
+    let huge =
+        Loss { settings: huge, labels: buffer(8192, 1 << 24), logits: buffer(4096, usize::MAX), ..both };
+    assert!(matches!(huge.plan(), Err(Error::Length { argument: "logits", .. })));
+}
+
+#[test]
+fn a_status_becomes_the_error_of_the_first_wrong_element() {
+    let words = [2, 5, (-7i64).cast_unsigned(), 1, 3, 99, 4, 1, 8];
+    let status = LossStatus::new(words);
+    let finding = |count, position, value| Finding { count, position, value };
+    let [labels, indices, repeated] = [finding(2, 5, -7), finding(1, 3, 99), finding(4, 1, 8)];
+    assert_eq!(status, LossStatus { labels, indices, repeated });
+    let none = Finding::default();
+    let check = |status: LossStatus| status.check(C, ROWS);
+    assert_eq!(check(LossStatus::default()), Ok(()));
+    assert_eq!(check(status), Err(Error::Label { position: 5, label: -7, classes: C }));
+    let duplicate = Err(Error::DuplicateIndex { position: 1, index: 8 });
+    assert_eq!(check(LossStatus { labels: none, ..status }), duplicate);
+    assert_eq!(check(LossStatus { labels: none, indices: none, repeated }), duplicate);
+    let index = Err(Error::Index { position: 3, index: 99, rows: ROWS });
+    let later = finding(1, 4, 8);
+    assert_eq!(check(LossStatus { labels: none, indices, repeated: later }), index);
+    assert_eq!(check(LossStatus { labels: none, indices, repeated: none }), index);
 }
 
 #[test]

@@ -67,13 +67,7 @@ impl Loss<'_> {
         nonzero("classes", self.classes)?;
         nonzero("labels.len()", self.labels.len())?;
         check_lambda(self.lambda)?;
-        if !(0.0..=1.0).contains(&self.label_smoothing) {
-            return Err(Error::Value {
-                argument: "label_smoothing",
-                expected: "in [0, 1]",
-                got: self.label_smoothing,
-            });
-        }
+        check_label_smoothing(self.label_smoothing)?;
         for (position, &label) in self.labels.iter().enumerate() {
             if Some(label) != self.ignore_label && !in_range(label, self.classes) {
                 return Err(Error::Label { position, label, classes: self.classes });
@@ -203,20 +197,33 @@ pub(crate) fn check_lambda(lambda: f64) -> Result<()> {
     }
 }
 
+pub(crate) fn check_label_smoothing(smoothing: f64) -> Result<()> {
+    if (0.0..=1.0).contains(&smoothing) {
+        Ok(())
+    } else {
+        Err(Error::Value { argument: "label_smoothing", expected: "in [0, 1]", got: smoothing })
+    }
+}
+
+/// The rows of a history table of `len` elements.
+pub(crate) fn history_rows(len: usize, classes: usize) -> Result<usize> {
+    if len == 0 || !len.is_multiple_of(classes) {
+        return Err(Error::Size {
+            argument: "history.len()",
+            expected: "a multiple of the number of classes, and not 0",
+            got: len,
+        });
+    }
+    Ok(len / classes)
+}
+
 fn in_range(index: i64, len: usize) -> bool {
     usize::try_from(index).is_ok_and(|index| index < len)
 }
 
 fn check_history<T>(table: &[T], index: &[i64], batch: usize, classes: usize) -> Result<()> {
     length("index", "[B]", index, batch)?;
-    if table.is_empty() || !table.len().is_multiple_of(classes) {
-        return Err(Error::Size {
-            argument: "history.len()",
-            expected: "a multiple of the number of classes, and not 0",
-            got: table.len(),
-        });
-    }
-    let rows = table.len() / classes;
+    let rows = history_rows(table.len(), classes)?;
     let mut seen = std::collections::HashSet::with_capacity(batch);
     for (position, &at) in index.iter().enumerate() {
         if !in_range(at, rows) {

@@ -15,9 +15,10 @@ mod rows;
 mod weights;
 
 pub use drop_path::{shared_drop_path, shared_drop_path_backward};
-#[cfg(feature = "candle")]
+#[cfg(any(feature = "candle", feature = "cuda"))]
 pub(crate) use loss::check_lambda;
 pub use loss::{Consistency, Loss, LossValues};
+pub(crate) use loss::{check_label_smoothing, history_rows};
 #[cfg(feature = "cuda")]
 pub(crate) use low_rank_linear::check_scale;
 pub use low_rank_linear::{LowRankGrads, LowRankLinear};

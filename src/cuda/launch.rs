@@ -90,9 +90,22 @@ impl<P: Plan> Plan for Option<P> {
     }
 }
 
+impl<P: Plan> Plan for Vec<P> {
+    fn for_each(&self, run: &mut dyn FnMut(RawLaunch<'_>) -> Result<()>) -> Result<()> {
+        self.iter().try_for_each(|plan| plan.for_each(run))
+    }
+}
+
 impl<P: Plan, const N: usize> Plan for [P; N] {
     fn for_each(&self, run: &mut dyn FnMut(RawLaunch<'_>) -> Result<()>) -> Result<()> {
         self.iter().try_for_each(|plan| plan.for_each(run))
+    }
+}
+
+impl<A: Plan, B: Plan> Plan for (A, B) {
+    fn for_each(&self, run: &mut dyn FnMut(RawLaunch<'_>) -> Result<()>) -> Result<()> {
+        self.0.for_each(run)?;
+        self.1.for_each(run)
     }
 }
 
@@ -106,7 +119,7 @@ pub struct Buffer {
 }
 
 impl Buffer {
-    /// Checks that there are `expected` elements of `bytes` bytes each, properly aligned.
+    /// Checks that there are `expected` elements of `bytes` bytes each, properly aligned and inside the address space.
     pub(super) fn check(
         &self,
         argument: &'static str,
@@ -126,14 +139,26 @@ impl Buffer {
                 problem: "does not start at a multiple of its element size",
             });
         }
+        if (expected as u64)
+            .checked_mul(bytes as u64)
+            .and_then(|size| size.checked_add(self.address))
+            .is_none()
+        {
+            return Err(Error::Argument { argument, problem: "reaches past the end of the address space" });
+        }
         Ok(())
     }
 
-    /// Checks that it has at least `needed` `f32` elements.
+    /// Checks that it has at least `needed` elements of 4 bytes.
     pub(super) fn check_workspace(&self, needed: usize) -> Result<Buffer> {
+        self.check_workspace_of(needed, 4)
+    }
+
+    /// Checks that it has at least `needed` elements of `bytes` bytes each.
+    pub(super) fn check_workspace_of(&self, needed: usize, bytes: usize) -> Result<Buffer> {
         let workspace = Buffer { len: self.len.min(needed), ..*self };
         if needed > 0 {
-            workspace.check("workspace", "[workspace_len()]", needed, 4)?;
+            workspace.check("workspace", "[workspace_len()]", needed, bytes)?;
         }
         Ok(workspace)
     }
@@ -207,7 +232,7 @@ impl Element for half::bf16 {
 }
 
 /// Most token rows of an operator, so that a kernel can count them in 32 bits and step over the end.
-const MAX_ROWS: usize = 1 << 31;
+pub(super) const MAX_ROWS: usize = 1 << 31;
 
 /// Checks the sizes of an operator on `[M, N]` tensors; `in_features` does not matter.
 pub(super) fn check_output_shape(shape: LinearShape) -> Result<LinearShape> {

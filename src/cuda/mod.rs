@@ -13,17 +13,23 @@
 //! All operators are deterministic run to run, and the noise is bitwise that of the CPU.
 
 mod device;
+mod drop_path;
 mod launch;
+mod loss;
 mod low_rank_linear;
 mod noise_fill;
 mod noise_source;
 mod noisy_epilogue;
 mod noisy_linear;
+mod norms;
 mod partial_sums;
+mod weights;
 
 pub use cudarc;
 pub use device::{Device, Noise};
+pub use drop_path::{DropPath, DropPathParams, Mask, MaskSource};
 pub use launch::{Buffer, DType, Element, Kernel, Launch, Params, Plan, RawLaunch};
+pub use loss::{Consistency, Finding, Loss, LossOutputs, LossParams, LossSettings, LossStatus, Partner};
 pub use low_rank_linear::{
     LowRankBackward, LowRankFactorsParams, LowRankForward, LowRankGrads, LowRankLinear, LowRankLinearParams,
 };
@@ -34,7 +40,12 @@ pub use noisy_linear::{
     Base, NoisyLinear, NoisyLinearBackward, NoisyLinearGrads, NoisyLinearInputParams, NoisyLinearParams,
     NoisyLinearWeightParams, Segment, WeightPlan,
 };
+pub use norms::{FpDistance, FpDistanceParams, GradNorm, GradNormParams, NormTotalParams};
 pub use partial_sums::PartialSumsParams;
+pub use weights::{
+    LoraBackward, LoraFactors, LoraGrads, LowRankBackwardParams, LowRankWeightParams, Merge, MergeParams,
+    MergeSign, PromptBackward, PromptBias, PromptBiasParams, PromptGrads, PromptGradsParams,
+};
 
 /// Every kernel, by operator.
 pub const KERNELS: &[&[Kernel]] = &[
@@ -42,13 +53,27 @@ pub const KERNELS: &[&[Kernel]] = &[
     &low_rank_linear::FORWARD[1],
     &low_rank_linear::FACTORS[0],
     &low_rank_linear::FACTORS[1],
+    &drop_path::KERNELS,
     &[noise_fill::KERNEL],
     &noisy_epilogue::FORWARD,
     &noisy_epilogue::BACKWARD,
+    &loss::WHOLE,
+    &loss::SCAN,
+    &loss::APPLY,
     &noisy_linear::ONE,
     &noisy_linear::TWO,
     &noisy_linear::FOLDED,
     &noisy_linear::INPUT,
     &noisy_linear::WEIGHT,
+    &norms::GRAD_NORM,
+    &norms::FP_DISTANCE,
+    &[norms::TOTAL],
     &partial_sums::KERNELS,
+    &weights::LOW_RANK,
+    &weights::LOW_RANK_BACKWARD,
+    &weights::PROMPT_PRODUCT,
+    &weights::PROMPT_BIAS,
+    &weights::PROMPT_COLUMNS,
+    &weights::PROMPT_GRADS,
+    &weights::MERGE,
 ];

@@ -2,12 +2,16 @@
 //! needs no GPU, and on device 0 (`device::…`), which is reported as ignored, with the reason, where there is none.
 
 mod device;
+mod drop_path;
+mod loss;
 mod low_rank_linear;
 mod machine;
 mod noise_fill;
 mod noisy_epilogue;
 mod noisy_linear;
+mod norms;
 mod support;
+mod weights;
 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use machine::Target;
@@ -26,6 +30,13 @@ const TESTS: &[(&str, Test)] = &[
     ("low_rank_linear::f16", low_rank_linear::f16),
     ("low_rank_linear::bf16", low_rank_linear::bf16),
     ("low_rank_linear::one_gradient", low_rank_linear::one_gradient),
+    ("drop_path", drop_path::test),
+    ("loss", loss::test),
+    ("loss::streamed", loss::streamed),
+    ("loss::any_grid", loss::any_grid),
+    ("loss::again", loss::again),
+    ("loss::wrong_data", loss::wrong_data),
+    ("loss::not_a_number", loss::not_a_number),
     ("noise_fill", noise_fill::test),
     ("noise_fill::key_in_memory", noise_fill::key_in_memory),
     ("noisy_epilogue", noisy_epilogue::test),
@@ -35,16 +46,26 @@ const TESTS: &[(&str, Test)] = &[
     ("noisy_linear::f16", noisy_linear::f16),
     ("noisy_linear::bf16", noisy_linear::bf16),
     ("noisy_linear::batch_split", noisy_linear::batch_split),
+    ("norms::fp_distance", norms::fp_distance),
+    ("norms::grad_norm", norms::grad_norm),
+    ("weights::low_rank", weights::low_rank),
+    ("weights::prompt", weights::prompt),
+    ("weights::merge", weights::merge),
 ];
 
 /// Tests of what only a device has: the safe methods over `cudarc`'s tensors, and graphs.
 const DEVICE_TESTS: &[(&str, DeviceTest)] = &[
     ("low_rank_linear::safe_methods", low_rank_linear::safe_methods),
+    ("loss::safe_method", loss::safe_method),
+    ("loss::in_a_graph", loss::in_a_graph),
     ("noise_fill::safe_method", noise_fill::safe_method),
     ("noise_fill::in_a_graph", noise_fill::in_a_graph),
     ("noisy_epilogue::safe_methods", noisy_epilogue::safe_methods),
     ("noisy_linear::safe_methods", noisy_linear::safe_methods),
     ("noisy_linear::in_a_graph", noisy_linear::in_a_graph),
+    ("drop_path::safe_methods", drop_path::safe_methods),
+    ("norms::safe_methods", norms::safe_methods),
+    ("weights::safe_methods", weights::safe_methods),
 ];
 
 fn main() {

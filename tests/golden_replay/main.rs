@@ -5,14 +5,24 @@
 //! an unknown kind, or with a tensor that no check looked at fails, and so does a folder without cases.
 
 mod case;
+// The tests of kernels have it too, and more to do with it.
+#[path = "../cuda/device.rs"]
+#[allow(dead_code)]
+mod device;
+mod kernels;
+#[path = "../cuda/machine.rs"]
+#[allow(dead_code)]
+mod machine;
 mod operators;
 mod vit;
 
 use case::Case;
-use libtest_mimic::{Arguments, Failed, Trial};
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use machine::Target;
 use std::path::{Path, PathBuf};
 
 type Check = fn(&Case) -> Result<(), Failed>;
+type KernelCheck = fn(&Case, &Target<'_>) -> Result<(), Failed>;
 
 /// The checks of each kind of case, by the precision they run in.
 const CHECKS: &[(&str, &str, Check)] = &[
@@ -25,6 +35,11 @@ const CHECKS: &[(&str, &str, Check)] = &[
     ("drop_path", "cpu_f32", operators::drop_path::<f32>),
     ("vit_training", "candle_f64", vit::training),
 ];
+
+/// The checks of the CUDA kernels, which run in the simulator and on device 0. The models of whole training runs are made
+/// of candle's operations, and of these.
+const KERNEL_CHECKS: &[(&str, KernelCheck)] =
+    &[("adapter", kernels::adapter), ("loss", kernels::loss), ("drop_path", kernels::drop_path)];
 
 fn main() {
     let arguments = Arguments::from_args();
@@ -66,6 +81,24 @@ fn trials(folder: &Path) -> Vec<Trial> {
                 let case = Case::read(&file)?;
                 check(&case)?;
                 case.all_tensors_used()
+            }));
+        }
+        for &(_, check) in KERNEL_CHECKS.iter().filter(|check| check.0 == kind) {
+            let simulated = file.clone();
+            trials.push(Trial::test(format!("{stem}::simt_f32"), move || {
+                let case = Case::read(&simulated)?;
+                check(&case, &Target::Simulator)?;
+                case.all_tensors_used()
+            }));
+            let file = file.clone();
+            trials.push(Trial::ignorable_test(format!("{stem}::cuda_f32"), move || match device::open() {
+                Ok(opened) => {
+                    let case = Case::read(&file)?;
+                    check(&case, &Target::Device(&opened))?;
+                    case.all_tensors_used()?;
+                    Ok(Completion::Completed)
+                }
+                Err(why) => Ok(Completion::ignored_with(format!("no CUDA device: {why}"))),
             }));
         }
     }

@@ -56,6 +56,15 @@ void pace_simt_access(const void *address, size_t bytes, bool is_write);
 #define __shfl_xor_sync(...) pace::simt::shuffle_xor(__FILE__, __LINE__, __VA_ARGS__)
 #define __shfl_down_sync(...) pace::simt::shuffle_down(__FILE__, __LINE__, __VA_ARGS__)
 
+// Blocks run one after the other, and a thread is interrupted at switch points only.
+#define __threadfence() static_cast<void>(0)
+
+inline unsigned atomicInc(unsigned *address, unsigned last) {
+    const unsigned before = *address;
+    *address = before >= last ? 0 : before + 1;
+    return before;
+}
+
 inline unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
 
 namespace pace {

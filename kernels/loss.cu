@@ -1,0 +1,430 @@
+// The PACE loss and its gradient to the logits.
+//
+//   total = cls + lambda * pace                                (paper equation 11)
+//   cls   = mean over labelled samples of CE(l0_i, label_i)    branch 0 only, with label smoothing s
+//   pace  = mean over all samples of sum_c (l0_ic - m_ic)^2    m: branch 1, the remembered logits H[index_i], or no term
+//
+//   logits, gradient [2B, C] with two branches, otherwise [B, C], in f32, f16 or bf16; labels, index [B] i64; H [n, C] f32,
+//   read, then overwritten with the logits; values [3] f32: total, cls, pace; status [9] u64: what is wrong with labels and
+//   indices. Arithmetic in f32, one rounding of each gradient to storage.
+//
+//   with M = max_c l_c, e_c = exp(l_c - M), O = sum of e_c without the label y, S = O + e_y:
+//   CE   = log S + (1 - s) (M - l_y) + s/C sum_c (M - l_c)     log S = log1p(O) where l_y = M: nothing is lost near 0
+//   g0_c = (e_c / S - [c = y] (1 - s) - s/C) / labelled + 2 lambda/B (l0_c - m_c);   the label's e_y / S - 1 is -O / S
+//   g1_c = - 2 lambda/B (l0_c - m_c)
+//
+// A label that is neither a class nor the ignored one counts as ignored. A sample whose index is not a row of H, or that
+// of an earlier sample, has no consistency term, and H is neither read nor written for it. Status counts both.
+//
+// A row (of both branches) is cut into slices of at most 8 elements per thread of a group of whole warps, which holds its
+// slice in registers: the maximum, the sums and the gradient need no second read. Groups stride over the samples, by y.
+//   loss        a slice is the row (C <= 4096): one launch.
+//   loss_scan   more slices, by x: first launch. Writes M, O, sum_c (M - l_c) and the distance of each slice,
+//   loss_apply  which the second launch combines before it reads the logits again for the gradient.
+// Where rows are aligned, a thread has vectors of 16 bytes, otherwise every 32nd element: the lanes of a warp always touch
+// adjacent memory. Each sample leaves a record; the block that finishes last adds them up.
+//
+// Bytes: logits and H read once (loss) or twice (the others), gradient and H written once; each block reads all labels to
+// count them, and for each row or slice the indices before its own, which are B^2 / 2 * 8 bytes in all for rows of one
+// slice. Operations: 1 exponential (loss) or 2 (the others) and about 20 more per pair of logits, so memory sets the time,
+// and for small losses the chain of a launch, two loads, the ticket of the last block and its loads.
+// Determinism: run-to-run bitwise, for tensors of the same alignment; the grid does not depend on the device, so
+// gpu-to-gpu as far as the compiled exp and log are the same.
+
+#include "reduce.cuh"
+
+namespace pace {
+
+struct LossParams {
+    const void *logits;
+    const i64 *labels;
+    float *history; // null: none
+    const i64 *index;
+    void *gradient; // null: not wanted
+    float *values;
+    u64 *status;
+    u32 *workspace;
+    u64 history_rows;
+    i64 ignore_label;
+    u32 has_ignore_label;
+    u32 two_branches;
+    u32 batch;     // B, below 2^24: counts and positions are exact in f32
+    u32 classes;   // C
+    u32 slice;     // elements of a slice; the last may have fewer
+    u32 slices;    // slices of a row
+    u32 group;     // threads of a group
+    u32 aligned;   // rows and slices of every tensor start at multiples of 16 bytes and hold whole vectors
+    float lambda;
+    float smoothing; // s
+    float spread;    // s / C
+    float pull;      // 2 lambda / B
+};
+
+PACE_PARAMS(LossParams, 128);
+PACE_PARAM(LossParams, labels, 8);
+PACE_PARAM(LossParams, history, 16);
+PACE_PARAM(LossParams, index, 24);
+PACE_PARAM(LossParams, gradient, 32);
+PACE_PARAM(LossParams, values, 40);
+PACE_PARAM(LossParams, status, 48);
+PACE_PARAM(LossParams, workspace, 56);
+PACE_PARAM(LossParams, history_rows, 64);
+PACE_PARAM(LossParams, ignore_label, 72);
+PACE_PARAM(LossParams, has_ignore_label, 80);
+PACE_PARAM(LossParams, two_branches, 84);
+PACE_PARAM(LossParams, batch, 88);
+PACE_PARAM(LossParams, classes, 92);
+PACE_PARAM(LossParams, slice, 96);
+PACE_PARAM(LossParams, slices, 100);
+PACE_PARAM(LossParams, group, 104);
+PACE_PARAM(LossParams, aligned, 108);
+PACE_PARAM(LossParams, lambda, 112);
+PACE_PARAM(LossParams, smoothing, 116);
+PACE_PARAM(LossParams, spread, 120);
+PACE_PARAM(LossParams, pull, 124);
+
+namespace loss {
+
+constexpr u32 ELEMENTS = 8; // of a row in a thread's registers
+constexpr u32 NONE = 0xffffffffu;
+constexpr float INF = __builtin_huge_valf();
+// Where maxima start. Not at -inf: exp(-inf - -inf) would make NaN of a slice of -inf only, whose row may have more.
+constexpr float LOWEST = -3.402823466e+38f;
+
+enum Form {
+    WHOLE, // a row has one slice
+    SCAN,  // first launch for more
+    APPLY, // second
+};
+
+__device__ __forceinline__ bool is_ignored(const LossParams &p, i64 label) {
+    return p.has_ignore_label != 0u && label == p.ignore_label;
+}
+
+__device__ __forceinline__ bool is_below(i64 value, u64 end) { return static_cast<u64>(value) < end; }
+
+__device__ __forceinline__ bool is_labelled(const LossParams &p, i64 label) {
+    return is_below(label, p.classes) && !is_ignored(p, label);
+}
+
+// What a thread has of one slice: a warp holds 32 * ELEMENTS adjacent elements, a thread of it vectors or every 32nd one.
+template <class T, bool ALIGNED> struct Slice {
+    u32 first; // the thread's first element
+    u32 left;  // elements of the slice from there on
+
+    __device__ __forceinline__ Slice(u32 thread, u32 count) {
+        const u32 lane = thread % WARP;
+        first = (thread - lane) * ELEMENTS + (ALIGNED ? lane * Vector<T>::SIZE : lane);
+        left = count > first ? count - first : 0u;
+    }
+
+    // Where the thread's element k lies, from the first on.
+    static __device__ __forceinline__ constexpr u32 at(u32 k) {
+        constexpr u32 W = Vector<T>::SIZE;
+        return ALIGNED ? k / W * W * WARP + k % W : k * WARP;
+    }
+
+    __device__ __forceinline__ bool has(u32 k) const { return at(k) < left; }
+
+    // -inf stands for what there is not: it is no maximum and its exponential is zero.
+    template <class S> __device__ __forceinline__ void read(const S *slice, float (&value)[ELEMENTS]) const {
+        constexpr u32 STEP = ALIGNED ? Vector<S>::SIZE : 1;
+#pragma unroll
+        for (u32 k = 0; k < ELEMENTS; k += STEP) {
+            Vector<S> vector;
+            if (has(k)) {
+                if (ALIGNED) {
+                    vector = load_vector(slice + first + at(k));
+                } else {
+                    vector.value[0] = load(slice + first + at(k));
+                }
+            }
+#pragma unroll
+            for (u32 i = 0; i < STEP; ++i) {
+                value[k + i] = has(k) ? to_float(vector.value[i]) : -INF;
+            }
+        }
+    }
+
+    template <class S> __device__ __forceinline__ void write(S *slice, const float (&value)[ELEMENTS]) const {
+        constexpr u32 STEP = ALIGNED ? Vector<S>::SIZE : 1;
+#pragma unroll
+        for (u32 k = 0; k < ELEMENTS; k += STEP) {
+            if (has(k)) {
+                Vector<S> vector;
+#pragma unroll
+                for (u32 i = 0; i < STEP; ++i) {
+                    vector.value[i] = from_float<S>(value[k + i]);
+                }
+                if (ALIGNED) {
+                    store_vector(slice + first + at(k), vector);
+                } else {
+                    store(slice + first + at(k), vector.value[0]);
+                }
+            }
+        }
+    }
+};
+
+// What is known of a slice, or of a row.
+struct Summary {
+    float max;      // M
+    float others;   // O: sum of exp(l_c - M), without the label
+    float below;    // sum of M - l_c
+    float distance; // sum of (l0_c - m_c)^2
+};
+
+// The workspace: the ticket counter; a record per sample, which is its cross-entropy, its distance and whether its index is
+// repeated; with more than one slice a Summary of each.
+__device__ __forceinline__ float *record_of(const LossParams &p, u32 sample) {
+    return reinterpret_cast<float *>(p.workspace) + 1 + 3 * static_cast<u64>(sample);
+}
+
+__device__ __forceinline__ float *summary_of(const LossParams &p, u32 sample, u32 slice) {
+    return record_of(p, p.batch) + 4 * (static_cast<u64>(sample) * p.slices + slice);
+}
+
+// Shared memory, in words per warp of the block. A part is written again only behind a barrier that follows its last use.
+constexpr u32 REPEATED = 0, PEAKS = 1, SUMS = 2, LABELLED = 5;
+constexpr u32 TOTALS = 0, POSITIONS = 6; // in finish()
+constexpr u32 FLAG = 9;                  // one word
+
+__device__ __forceinline__ float *shared(u32 part) {
+    PACE_SHARED(float, words);
+    return words + part * (blockDim.x / WARP);
+}
+
+// Labelled samples of the batch; a whole block computes it.
+__device__ __forceinline__ float labelled(const LossParams &p) {
+    float count[1] = {0.0f};
+    for (u32 i = threadIdx.x; i < p.batch; i += blockDim.x) {
+        count[0] += is_labelled(p, load(p.labels + i)) ? 1.0f : 0.0f;
+    }
+    group_reduce<Sum>(count, blockDim.x / WARP, shared(LABELLED));
+    return count[0];
+}
+
+// Whether an earlier sample has the same index; a whole group computes it.
+__device__ __forceinline__ bool is_repeated(const LossParams &p, u32 sample, i64 index, u32 thread) {
+    float count[1] = {0.0f};
+    for (u32 i = thread; i < min(sample, p.batch); i += p.group) {
+        count[0] += load(p.index + i) == index ? 1.0f : 0.0f;
+    }
+    group_reduce<Sum>(count, p.group / WARP, shared(REPEATED));
+    return count[0] > 0.0f;
+}
+
+// The summary of the slice that a group holds; `logit` becomes exp(logit - max). `label`: where it lies, from the thread's
+// first element on.
+template <class T, bool ALIGNED>
+__device__ __forceinline__ Summary summarise(const Slice<T, ALIGNED> &slice, u32 warps, float (&logit)[ELEMENTS],
+                                             const float (&difference)[ELEMENTS], u32 label) {
+    float peak[1] = {LOWEST};
+#pragma unroll
+    for (u32 k = 0; k < ELEMENTS; ++k) {
+        peak[0] = fmaxf(peak[0], logit[k]);
+    }
+    group_reduce<Max>(peak, warps, shared(PEAKS));
+    float sum[3] = {0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (u32 k = 0; k < ELEMENTS; ++k) {
+        const float below = peak[0] - logit[k];
+        logit[k] = expf(-below);
+        sum[0] += slice.at(k) == label ? 0.0f : logit[k];
+        sum[1] += slice.has(k) ? below : 0.0f;
+        sum[2] += difference[k] * difference[k];
+    }
+    group_reduce<Sum>(sum, warps, shared(SUMS));
+    return {peak[0], sum[0], sum[1], sum[2]};
+}
+
+// The summary of a row from those of its slices; a whole group computes it.
+__device__ __forceinline__ Summary combine(const LossParams &p, u32 sample, u32 thread) {
+    float peak[1] = {LOWEST};
+    for (u32 i = thread; i < p.slices; i += p.group) {
+        peak[0] = fmaxf(peak[0], load(summary_of(p, sample, i)));
+    }
+    group_reduce<Max>(peak, p.group / WARP, shared(PEAKS));
+    float sum[3] = {0.0f, 0.0f, 0.0f};
+    for (u32 i = thread; i < p.slices; i += p.group) {
+        const float *part = summary_of(p, sample, i);
+        const float below = peak[0] - load(part);
+        sum[0] += expf(-below) * load(part + 1);
+        sum[1] += load(part + 2) + static_cast<float>(min(p.slice, p.classes - i * p.slice)) * below;
+        sum[2] += load(part + 3);
+    }
+    group_reduce<Sum>(sum, p.group / WARP, shared(SUMS));
+    return {peak[0], sum[0], sum[1], sum[2]};
+}
+
+// What is wrong with one kind of argument: how often, where first, and what is there. Words of the status.
+__device__ __forceinline__ void report(u64 *status, float count, float position, const i64 *values) {
+    const bool any = count > 0.0f;
+    const u32 first = any ? static_cast<u32>(position) : 0u;
+    store(status, static_cast<u64>(count));
+    store(status + 1, static_cast<u64>(first));
+    store(status + 2, any ? static_cast<u64>(load(values + first)) : 0ull);
+}
+
+// Values and status from the records; the last block computes them.
+__device__ __forceinline__ void finish(const LossParams &p) {
+    const u32 warps = blockDim.x / WARP;
+    // Cross-entropy, distance, labelled; wrong labels, wrong indices, repeated indices.
+    float total[6] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
+    // Minus the first position of each of the last three.
+    float first[3] = {-INF, -INF, -INF};
+    for (u32 i = threadIdx.x; i < p.batch; i += blockDim.x) {
+        const float *record = record_of(p, i);
+        const i64 label = load(p.labels + i);
+        total[0] += load(record);
+        total[1] += load(record + 1);
+        total[2] += is_labelled(p, label) ? 1.0f : 0.0f;
+        const bool wrong[3] = {
+            !is_ignored(p, label) && !is_below(label, p.classes),
+            p.history != nullptr && !is_below(load(p.index + i), p.history_rows),
+            load(record + 2) != 0.0f,
+        };
+#pragma unroll
+        for (u32 kind = 0; kind < 3; ++kind) {
+            if (wrong[kind]) {
+                total[3 + kind] += 1.0f;
+                first[kind] = fmaxf(first[kind], -static_cast<float>(i));
+            }
+        }
+    }
+    group_reduce<Sum>(total, warps, shared(TOTALS));
+    group_reduce<Max>(first, warps, shared(POSITIONS));
+    if (threadIdx.x == 0) {
+        const float classification = total[2] > 0.0f ? total[0] / total[2] : 0.0f;
+        const float consistency = total[1] / static_cast<float>(p.batch);
+        store(p.values, classification + p.lambda * consistency);
+        store(p.values + 1, classification);
+        store(p.values + 2, consistency);
+        report(p.status, total[3], -first[0], p.labels);
+        report(p.status + 3, total[4], -first[1], p.index);
+        report(p.status + 6, total[5], -first[2], p.index);
+    }
+}
+
+template <class T, Form FORM, bool ALIGNED> __device__ __forceinline__ void evaluate(const LossParams &p) {
+    const u32 thread = threadIdx.x % p.group, groups = blockDim.x / p.group;
+    const u32 start = blockIdx.x * p.slice;
+    const T *const logits = static_cast<const T *>(p.logits);
+    T *const gradient = static_cast<T *>(p.gradient);
+    const u64 branch = static_cast<u64>(p.batch) * p.classes;
+    const u32 first = blockIdx.y * groups;
+    float weight = 0.0f; // of a sample's cross-entropy
+    for (u32 base = first; base < p.batch; base += gridDim.y * groups) {
+        // A group without a sample goes along with nothing to read or write: the others may wait for it at a barrier.
+        const u32 sample = base + threadIdx.x / p.group;
+        const bool exists = sample < p.batch;
+        const u64 row = static_cast<u64>(sample) * p.classes;
+        const Slice<T, ALIGNED> slice(thread, exists ? min(p.slice, p.classes - start) : 0u);
+        const i64 label = exists ? load(p.labels + sample) : -1;
+        float logit[ELEMENTS], difference[ELEMENTS];
+        slice.read(logits + row + start, logit);
+
+        bool has_partner = p.two_branches != 0u, repeated = false;
+        if (has_partner) {
+            slice.read(logits + branch + row + start, difference);
+        } else if (p.history != nullptr) {
+            const i64 index = exists ? load(p.index + sample) : -1;
+            const bool is_row = is_below(index, p.history_rows);
+            repeated = is_repeated(p, sample, index, thread) && is_row;
+            has_partner = is_row && !repeated;
+            if (has_partner) {
+                float *const remembered = p.history + static_cast<u64>(index) * p.classes + start;
+                slice.read(remembered, difference);
+                if (FORM != SCAN) {
+                    slice.write(remembered, logit);
+                }
+            }
+        }
+        const bool has_label = is_labelled(p, label);
+        const float label_logit = has_label ? to_float(load(logits + row + label)) : 0.0f;
+        const u32 label_at = has_label ? static_cast<u32>(label) - start - slice.first : NONE;
+        // Counted here, with all loads of the first samples under way.
+        if (FORM != SCAN && gradient != nullptr && base == first) {
+            const float count = labelled(p);
+            weight = count > 0.0f ? 1.0f / count : 0.0f;
+        }
+#pragma unroll
+        for (u32 k = 0; k < ELEMENTS; ++k) {
+            difference[k] = has_partner && slice.has(k) ? logit[k] - difference[k] : 0.0f;
+        }
+        Summary all;
+        if (FORM == APPLY) {
+            all = combine(p, sample, thread);
+#pragma unroll
+            for (u32 k = 0; k < ELEMENTS; ++k) {
+                logit[k] = expf(logit[k] - all.max);
+            }
+        } else {
+            all = summarise(slice, p.group / WARP, logit, difference, label_at);
+        }
+        if (FORM == SCAN) {
+            if (thread == 0 && exists) {
+                float *const part = summary_of(p, sample, blockIdx.x);
+                store(part, all.max);
+                store(part + 1, all.others);
+                store(part + 2, all.below);
+                store(part + 3, all.distance);
+            }
+            continue;
+        }
+        const float sum = all.others + (has_label ? expf(label_logit - all.max) : 0.0f);
+        if (blockIdx.x == 0 && thread == 0 && exists) {
+            float cross_entropy = 0.0f;
+            if (has_label) {
+                const float log_sum = label_logit == all.max ? log1pf(all.others) : logf(sum);
+                cross_entropy = log_sum + (1.0f - p.smoothing) * (all.max - label_logit);
+                if (p.spread != 0.0f) {
+                    cross_entropy += p.spread * all.below;
+                }
+            }
+            float *const record = record_of(p, sample);
+            store(record, cross_entropy);
+            store(record + 1, all.distance);
+            store(record + 2, repeated ? 1.0f : 0.0f);
+        }
+        if (gradient != nullptr) {
+            const float inverse = 1.0f / sum;
+#pragma unroll
+            for (u32 k = 0; k < ELEMENTS; ++k) {
+                const float probability =
+                    slice.at(k) == label_at ? p.smoothing - all.others * inverse : logit[k] * inverse;
+                const float pull = p.pull * difference[k];
+                logit[k] = pull + (has_label ? (probability - p.spread) * weight : 0.0f);
+                difference[k] = -pull;
+            }
+            slice.write(gradient + row + start, logit);
+            if (p.two_branches != 0u) {
+                slice.write(gradient + branch + row + start, difference);
+            }
+        }
+    }
+    if (FORM != SCAN && is_last_block(p.workspace, reinterpret_cast<u32 *>(shared(FLAG)))) {
+        finish(p);
+    }
+}
+
+template <class T, Form FORM> __device__ __forceinline__ void evaluate(const LossParams &p) {
+    if (p.aligned != 0u) {
+        evaluate<T, FORM, true>(p);
+    } else {
+        evaluate<T, FORM, false>(p);
+    }
+}
+
+} // namespace loss
+} // namespace pace
+
+PACE_KERNEL(loss_f32, pace::LossParams, 512) { pace::loss::evaluate<float, pace::loss::WHOLE>(p); }
+PACE_KERNEL(loss_f16, pace::LossParams, 512) { pace::loss::evaluate<pace::f16, pace::loss::WHOLE>(p); }
+PACE_KERNEL(loss_bf16, pace::LossParams, 512) { pace::loss::evaluate<pace::bf16, pace::loss::WHOLE>(p); }
+PACE_KERNEL(loss_scan_f32, pace::LossParams, 512) { pace::loss::evaluate<float, pace::loss::SCAN>(p); }
+PACE_KERNEL(loss_scan_f16, pace::LossParams, 512) { pace::loss::evaluate<pace::f16, pace::loss::SCAN>(p); }
+PACE_KERNEL(loss_scan_bf16, pace::LossParams, 512) { pace::loss::evaluate<pace::bf16, pace::loss::SCAN>(p); }
+PACE_KERNEL(loss_apply_f32, pace::LossParams, 512) { pace::loss::evaluate<float, pace::loss::APPLY>(p); }
+PACE_KERNEL(loss_apply_f16, pace::LossParams, 512) { pace::loss::evaluate<pace::f16, pace::loss::APPLY>(p); }
+PACE_KERNEL(loss_apply_bf16, pace::LossParams, 512) { pace::loss::evaluate<pace::bf16, pace::loss::APPLY>(p); }

@@ -1,0 +1,158 @@
+// The two quantities that the paper plots: gradient norm, over many tensors at once, and FP-distance.
+//
+//   grad_norm    partial[chunk] = sum of g^2 over a chunk of one tensor
+//   fp_distance  partial[chunk] = sum of (a - b)^2 over a chunk
+//   norm_total   out = sqrt(sum of partial), or (sum of partial) / divisor
+//
+//   g any number of tensors of any length, a and b [samples, features], in f32, f16 or bf16; partial [chunks] and out [1]
+//   in f64. a - b is rounded to f32; squares and sums are in f64, so that nothing overflows or vanishes.
+//
+// A chunk is CHUNK elements and has a block; a thread takes vectors of 16 bytes of it, four loads in flight. A launch of
+// grad_norm takes up to TENSORS tensors, whose addresses and lengths are in the parameter struct; a block finds the tensor of
+// its chunk by bisection. One block adds up the partial sums.
+//
+// Bytes: the tensors once, in 16-byte accesses where they start at multiples of 16 bytes and otherwise element by element;
+// 16 per chunk. Operations: a conversion and a fused multiply-add in f64 per element.
+// Determinism: gpu-to-gpu bitwise: chunks and the order of their sums depend on the lengths only.
+
+#include "reduce.cuh"
+
+#include <cmath>
+
+namespace pace {
+
+constexpr u32 CHUNK = 16384;
+constexpr u32 TENSORS = 128;
+
+// Sum of the squares of `count` elements, or of their differences to `other`, which is null if there is none. All threads
+// of the block have to come; every one gets it.
+template <class T>
+__device__ __forceinline__ double sum_of_squares(const T *values, const T *other, u32 count, bool aligned) {
+    constexpr u32 W = Vector<T>::SIZE, BATCH = 4;
+    double sum = 0.0;
+    for (u32 first = threadIdx.x * W; first < count; first += BATCH * blockDim.x * W) {
+        Vector<T> left[BATCH] = {}, right[BATCH] = {};
+#pragma unroll
+        for (u32 i = 0; i < BATCH; ++i) {
+            const u32 at = first + i * blockDim.x * W;
+            if (at < count) {
+                const bool whole = aligned && count - at >= W;
+                left[i] = load_some(values + at, count - at, whole);
+                if (other != nullptr) {
+                    right[i] = load_some(other + at, count - at, whole);
+                }
+            }
+        }
+#pragma unroll
+        for (u32 i = 0; i < BATCH; ++i) {
+#pragma unroll
+            for (u32 j = 0; j < W; ++j) {
+                const double value = to_float(left[i].value[j]) - to_float(right[i].value[j]);
+                sum += value * value;
+            }
+        }
+    }
+    PACE_SHARED(double, scratch);
+    return block_sum(sum, scratch);
+}
+
+// Elements of a chunk of a tensor, from `first` on.
+__device__ __forceinline__ u32 chunk_size(u64 length, u64 first) {
+    return static_cast<u32>(length - first < CHUNK ? length - first : CHUNK);
+}
+
+struct GradNormParams {
+    const void *tensors[TENSORS];
+    u64 lengths[TENSORS];     // none is zero
+    double *partial;          // of the launch's first chunk
+    u32 first_chunk[TENSORS]; // of each tensor, counted from the launch's first
+    u32 count;                // tensors that there are
+    u32 reserved;
+};
+
+PACE_PARAMS(GradNormParams, 2576);
+PACE_PARAM(GradNormParams, lengths, 1024);
+PACE_PARAM(GradNormParams, partial, 2048);
+PACE_PARAM(GradNormParams, first_chunk, 2056);
+PACE_PARAM(GradNormParams, count, 2568);
+
+template <class T> __device__ __forceinline__ void grad_norm(const GradNormParams &p) {
+    // The last tensor that starts at this chunk or before it.
+    u32 tensor = 0, end = p.count;
+    while (end - tensor > 1) {
+        const u32 middle = (tensor + end) / 2;
+        if (p.first_chunk[middle] <= blockIdx.x) {
+            tensor = middle;
+        } else {
+            end = middle;
+        }
+    }
+    const T *values = static_cast<const T *>(p.tensors[tensor]);
+    const u64 first = static_cast<u64>(blockIdx.x - p.first_chunk[tensor]) * CHUNK;
+    const bool aligned = reinterpret_cast<u64>(values) % 16 == 0;
+    const double sum = sum_of_squares<T>(values + first, nullptr, chunk_size(p.lengths[tensor], first), aligned);
+    if (threadIdx.x == 0u) {
+        store(p.partial + blockIdx.x, sum);
+    }
+}
+
+struct FpDistanceParams {
+    const void *fine_tuned;
+    const void *pre_trained;
+    double *partial;
+    u64 length;
+    u32 aligned; // both tensors start at multiples of 16 bytes
+    u32 reserved;
+};
+
+PACE_PARAMS(FpDistanceParams, 40);
+PACE_PARAM(FpDistanceParams, pre_trained, 8);
+PACE_PARAM(FpDistanceParams, partial, 16);
+PACE_PARAM(FpDistanceParams, length, 24);
+PACE_PARAM(FpDistanceParams, aligned, 32);
+
+template <class T> __device__ __forceinline__ void fp_distance(const FpDistanceParams &p) {
+    const u64 first = static_cast<u64>(blockIdx.x) * CHUNK;
+    const double sum = sum_of_squares(static_cast<const T *>(p.fine_tuned) + first,
+                                      static_cast<const T *>(p.pre_trained) + first, chunk_size(p.length, first),
+                                      p.aligned != 0u);
+    if (threadIdx.x == 0u) {
+        store(p.partial + blockIdx.x, sum);
+    }
+}
+
+struct NormTotalParams {
+    const double *partial;
+    double *out;
+    double divisor;
+    u32 parts;
+    u32 root; // whether the root is asked for, instead of the quotient
+};
+
+PACE_PARAMS(NormTotalParams, 32);
+PACE_PARAM(NormTotalParams, out, 8);
+PACE_PARAM(NormTotalParams, divisor, 16);
+PACE_PARAM(NormTotalParams, parts, 24);
+PACE_PARAM(NormTotalParams, root, 28);
+
+__device__ __forceinline__ void total(const NormTotalParams &p) {
+    PACE_SHARED(double, scratch);
+    double sum = 0.0;
+    for (u32 part = threadIdx.x; part < p.parts; part += blockDim.x) {
+        sum += load(p.partial + part);
+    }
+    sum = block_sum(sum, scratch);
+    if (threadIdx.x == 0u) {
+        store(p.out, p.root != 0u ? sqrt(sum) : sum / p.divisor);
+    }
+}
+
+} // namespace pace
+
+PACE_KERNEL(grad_norm_f32, pace::GradNormParams, 256) { pace::grad_norm<float>(p); }
+PACE_KERNEL(grad_norm_f16, pace::GradNormParams, 256) { pace::grad_norm<pace::f16>(p); }
+PACE_KERNEL(grad_norm_bf16, pace::GradNormParams, 256) { pace::grad_norm<pace::bf16>(p); }
+PACE_KERNEL(fp_distance_f32, pace::FpDistanceParams, 256) { pace::fp_distance<float>(p); }
+PACE_KERNEL(fp_distance_f16, pace::FpDistanceParams, 256) { pace::fp_distance<pace::f16>(p); }
+PACE_KERNEL(fp_distance_bf16, pace::FpDistanceParams, 256) { pace::fp_distance<pace::bf16>(p); }
+PACE_KERNEL(norm_total, pace::NormTotalParams, 1024) { pace::total(p); }

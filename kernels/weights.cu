@@ -1,0 +1,495 @@
+// Weight builders: the weight and bias differences of adapters from their trained factors, their gradients, and merging.
+//
+//   low_rank_weight           dW = [W0 *] scale * D U       LoRA add, or LoRA mul where there is W0 (* elementwise)
+//   low_rank_weight_backward  dD = scale * Q U^T, dU = scale * D^T Q, with Q = [W0 *] the gradient to dW
+//   prompt_bias               db = W0 (Pd Pu) + b0 * d      VPT add; prompt_bias_product is the product in parentheses
+//   prompt_bias_columns       q = W0^T g                    g: the gradient to db
+//   prompt_bias_grads         dPd = q Pu^T, dPu = Pd^T q, dd = b0 * g
+//   merge                     target += sign * delta        sign 1 or -1
+//
+//   D [N, r], U [r, K], W0, dW, Q [N, K]; Pd [K, r], Pu [r], b0, d, db, g [N]; all of one type, f32, f16 or bf16.
+//   Arithmetic in f32; every result is rounded once. Pd Pu and q stay in f32.
+//
+// low_rank_weight: a warp owns a strip of 16 bytes per lane along K and 4 rows; a block has 4 warps below each other and
+// goes through r in chunks of 16, whose parts of U and D it keeps in shared memory, in f32.
+// low_rank_weight_backward: the same strips; a block owns `part` rows, which its warps visit 4 at a time, and goes through r
+// in chunks of 8: a lane holds its columns of the chunk of U in registers and adds up theirs of dU. The 32 sums of 4 rows
+// by 8 of dD go over the lanes at once. Q is read again for each chunk: a part of it stays in the cache. Sums over the
+// strips (dD) and over the parts (dU) are left to partial_sums. prompt_bias_columns is the same with one sum, and no dD.
+// prompt_bias, prompt_bias_product: a warp per row. merge: 16 bytes per thread and turn, four loads in flight.
+//
+// Bytes: low_rank_weight 1 or 2 (with W0) times N * K * sizeof(T); its gradient as many, and ceil(K / strip) * N * r +
+// parts * r * K floats out and back; prompt_bias and prompt_bias_columns N * K * sizeof(T); merge 3 * length * sizeof(T).
+// In 16-byte accesses where rows are aligned, and otherwise element by element; factors are read element by element.
+// Operations: r fused multiply-adds per element of dW, 2 r of its gradient, 1 of the others.
+// Determinism: gpu-to-gpu bitwise; nothing depends on the grid.
+
+#include "reduce.cuh"
+
+namespace pace {
+
+constexpr u32 WARPS = 4; // of a block, where rows are shared by warps
+constexpr u32 ROWS = 4;  // of a warp at a time
+constexpr u32 TILE = WARPS * ROWS;
+
+// W floats from `address` on, of which `count` exist; the rest is zero.
+template <u32 W, class T>
+__device__ __forceinline__ void load_floats(const T *address, u32 count, bool aligned, float (&value)[W]) {
+    constexpr u32 SIZE = Vector<T>::SIZE;
+#pragma unroll
+    for (u32 i = 0; i < W; i += SIZE) {
+        const Vector<T> vector = load_some(address + i, count > i ? count - i : 0u, aligned);
+#pragma unroll
+        for (u32 j = 0; j < SIZE; ++j) {
+            value[i + j] = to_float(vector.value[j]);
+        }
+    }
+}
+
+struct LowRankWeightParams {
+    const void *down;
+    const void *up;
+    const void *base; // W0, or null
+    void *out;
+    u32 rows;    // N
+    u32 columns; // K
+    u32 rank;
+    float scale;
+    u32 aligned; // rows of U, W0 and the output start at multiples of 16 bytes and hold whole vectors
+    u32 reserved;
+};
+
+PACE_PARAMS(LowRankWeightParams, 56);
+PACE_PARAM(LowRankWeightParams, up, 8);
+PACE_PARAM(LowRankWeightParams, base, 16);
+PACE_PARAM(LowRankWeightParams, out, 24);
+PACE_PARAM(LowRankWeightParams, rows, 32);
+PACE_PARAM(LowRankWeightParams, columns, 36);
+PACE_PARAM(LowRankWeightParams, rank, 40);
+PACE_PARAM(LowRankWeightParams, scale, 44);
+PACE_PARAM(LowRankWeightParams, aligned, 48);
+
+template <class T> __device__ __forceinline__ void low_rank_weight(const LowRankWeightParams &p) {
+    constexpr u32 W = Vector<T>::SIZE, RANKS = 16, FOURS = W / 4;
+    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    // Four columns of a lane lie beside those of the next one, so that a warp reads all banks at once.
+    PACE_SHARED(Vector<float>, up); // [RANKS, FOURS, WARP]
+    Vector<float> *down = up + RANKS * FOURS * WARP; // [RANKS, WARPS], ROWS of each warp
+    const u32 first = (blockIdx.x * WARP + lane) * W;
+    const u32 count = first < p.columns ? p.columns - first : 0u;
+    const bool aligned = p.aligned != 0u;
+    const T *base = static_cast<const T *>(p.base);
+
+    for (u32 tile = blockIdx.y * TILE; tile < p.rows; tile += gridDim.y * TILE) {
+        const u32 row = tile + warp * ROWS;
+        Vector<T> factor[ROWS] = {};
+        if (base != nullptr && count > 0u) {
+#pragma unroll
+            for (u32 i = 0; i < ROWS; ++i) {
+                if (row + i < p.rows) {
+                    factor[i] = load_some(base + static_cast<u64>(row + i) * p.columns + first, count, aligned);
+                }
+            }
+        }
+        float sum[ROWS][W] = {};
+        for (u32 chunk = 0; chunk < p.rank; chunk += RANKS) {
+            const u32 ranks = min(RANKS, p.rank - chunk);
+            __syncthreads(); // the last chunk is used up
+            for (u32 i = warp; i < ranks; i += WARPS) {
+                float value[W] = {};
+                if (count > 0u) {
+                    const u64 at = static_cast<u64>(chunk + i) * p.columns + first;
+                    load_floats(static_cast<const T *>(p.up) + at, count, aligned, value);
+                }
+#pragma unroll
+                for (u32 j = 0; j < W; ++j) {
+                    up[(i * FOURS + j / 4) * WARP + lane].value[j % 4] = value[j];
+                }
+            }
+            for (u32 i = threadIdx.x; i < TILE * RANKS; i += WARPS * WARP) {
+                const u32 r = i % RANKS, n = i / RANKS;
+                const u64 at = static_cast<u64>(tile + n) * p.rank + chunk + r;
+                const bool exists = r < ranks && tile + n < p.rows;
+                down[r * WARPS + n / ROWS].value[n % ROWS] =
+                    exists ? to_float(load(static_cast<const T *>(p.down) + at)) : 0.0f;
+            }
+            __syncthreads();
+#pragma unroll 4
+            for (u32 r = 0; r < ranks; ++r) {
+                const Vector<float> d = down[r * WARPS + warp];
+#pragma unroll
+                for (u32 four = 0; four < FOURS; ++four) {
+                    const Vector<float> u = up[(r * FOURS + four) * WARP + lane];
+#pragma unroll
+                    for (u32 i = 0; i < ROWS; ++i) {
+#pragma unroll
+                        for (u32 j = 0; j < 4; ++j) {
+                            sum[i][four * 4 + j] += d.value[i] * u.value[j];
+                        }
+                    }
+                }
+            }
+        }
+#pragma unroll
+        for (u32 i = 0; i < ROWS; ++i) {
+            if (row + i < p.rows && count > 0u) {
+                Vector<T> out;
+#pragma unroll
+                for (u32 j = 0; j < W; ++j) {
+                    const float product = p.scale * sum[i][j];
+                    out.value[j] =
+                        from_float<T>(base != nullptr ? to_float(factor[i].value[j]) * product : product);
+                }
+                T *to = static_cast<T *>(p.out) + static_cast<u64>(row + i) * p.columns + first;
+                store_some(to, out, count, aligned);
+            }
+        }
+    }
+}
+
+struct LowRankBackwardParams {
+    const void *grad; // gradient to dW
+    const void *base; // W0, or null
+    const void *down;
+    const void *up;
+    float *up_partial;   // [parts, r, K]
+    float *down_partial; // [strips, N, r]
+    u32 rows;            // N
+    u32 columns;         // K
+    u32 rank;
+    float scale;
+    u32 part;    // rows of a part, at most MAX_PART
+    u32 aligned; // rows of the gradient, W0, U and `up_partial` start at multiples of 16 bytes and hold whole vectors
+};
+
+PACE_PARAMS(LowRankBackwardParams, 72);
+PACE_PARAM(LowRankBackwardParams, base, 8);
+PACE_PARAM(LowRankBackwardParams, down, 16);
+PACE_PARAM(LowRankBackwardParams, up, 24);
+PACE_PARAM(LowRankBackwardParams, up_partial, 32);
+PACE_PARAM(LowRankBackwardParams, down_partial, 40);
+PACE_PARAM(LowRankBackwardParams, rows, 48);
+PACE_PARAM(LowRankBackwardParams, columns, 52);
+PACE_PARAM(LowRankBackwardParams, rank, 56);
+PACE_PARAM(LowRankBackwardParams, scale, 60);
+PACE_PARAM(LowRankBackwardParams, part, 64);
+PACE_PARAM(LowRankBackwardParams, aligned, 68);
+
+// RANKS: of a chunk. DOWN: whether dD is wanted.
+template <class T, u32 RANKS, bool DOWN>
+__device__ __forceinline__ void low_rank_backward(const LowRankBackwardParams &p) {
+    constexpr u32 W = Vector<T>::SIZE, FOURS = W / 4;
+    static_assert(!DOWN || ROWS * RANKS == WARP, "a warp adds up one sum per lane");
+    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    PACE_SHARED(Vector<float>, sums); // [WARPS, RANKS, FOURS, WARP]
+    float *down = reinterpret_cast<float *>(sums + WARPS * RANKS * FOURS * WARP); // [part, RANKS]
+    const u32 first = (blockIdx.x * WARP + lane) * W;
+    const u32 count = first < p.columns ? p.columns - first : 0u;
+    const bool aligned = p.aligned != 0u;
+    const T *grad = static_cast<const T *>(p.grad) + first, *base = static_cast<const T *>(p.base);
+
+    for (u32 part = blockIdx.y; static_cast<u64>(part) * p.part < p.rows; part += gridDim.y) {
+        const u32 begin = part * p.part, rows = min(p.part, p.rows - begin);
+        for (u32 chunk = 0; chunk < p.rank; chunk += RANKS) {
+            const u32 ranks = min(RANKS, p.rank - chunk);
+            for (u32 i = threadIdx.x; i < rows * RANKS; i += WARPS * WARP) {
+                const u32 r = i % RANKS, n = i / RANKS;
+                const u64 at = static_cast<u64>(begin + n) * p.rank + chunk + r;
+                down[i] = r < ranks ? to_float(load(static_cast<const T *>(p.down) + at)) : 0.0f;
+            }
+            float up[RANKS][W] = {}, up_sum[RANKS][W] = {};
+#pragma unroll
+            for (u32 r = 0; r < RANKS; ++r) {
+                if (DOWN && r < ranks && count > 0u) {
+                    const u64 at = static_cast<u64>(chunk + r) * p.columns + first;
+                    load_floats(static_cast<const T *>(p.up) + at, count, aligned, up[r]);
+                }
+            }
+            __syncthreads();
+            for (u32 row = warp * ROWS; row < rows; row += TILE) {
+                Vector<T> left[ROWS] = {}, right[ROWS] = {};
+#pragma unroll
+                for (u32 i = 0; i < ROWS; ++i) {
+                    if (row + i < rows && count > 0u) {
+                        const u64 at = static_cast<u64>(begin + row + i) * p.columns;
+                        left[i] = load_some(grad + at, count, aligned);
+                        if (base != nullptr) {
+                            right[i] = load_some(base + at + first, count, aligned);
+                        }
+                    }
+                }
+                float down_sum[WARP] = {};
+#pragma unroll
+                for (u32 i = 0; i < ROWS; ++i) {
+                    float q[W];
+#pragma unroll
+                    for (u32 j = 0; j < W; ++j) {
+                        q[j] = to_float(left[i].value[j]);
+                        q[j] *= base != nullptr ? to_float(right[i].value[j]) : 1.0f;
+                    }
+#pragma unroll
+                    for (u32 r = 0; r < RANKS; ++r) {
+                        const float d = row + i < rows ? down[(row + i) * RANKS + r] : 0.0f;
+#pragma unroll
+                        for (u32 j = 0; j < W; ++j) {
+                            up_sum[r][j] += d * q[j];
+                            if (DOWN) {
+                                down_sum[i * RANKS + r] += q[j] * up[r][j];
+                            }
+                        }
+                    }
+                }
+                if (DOWN) {
+                    const float sum = warp_sums(down_sum);
+                    const u32 n = row + lane / RANKS, r = lane % RANKS;
+                    if (n < rows && r < ranks) {
+                        const u64 at = static_cast<u64>(blockIdx.x) * p.rows + begin + n;
+                        store(p.down_partial + at * p.rank + chunk + r, p.scale * sum);
+                    }
+                }
+            }
+#pragma unroll
+            for (u32 r = 0; r < RANKS; ++r) {
+#pragma unroll
+                for (u32 j = 0; j < W; ++j) {
+                    sums[((warp * RANKS + r) * FOURS + j / 4) * WARP + lane].value[j % 4] = up_sum[r][j];
+                }
+            }
+            __syncthreads();
+            // The warps' sums, added in order; a row of the chunk per warp.
+            for (u32 r = warp; r < ranks; r += WARPS) {
+                const u64 at = (static_cast<u64>(part) * p.rank + chunk + r) * p.columns + first;
+#pragma unroll
+                for (u32 four = 0; four < FOURS; ++four) {
+                    Vector<float> total = {};
+#pragma unroll
+                    for (u32 from = 0; from < WARPS; ++from) {
+                        const Vector<float> sum = sums[((from * RANKS + r) * FOURS + four) * WARP + lane];
+#pragma unroll
+                        for (u32 j = 0; j < 4; ++j) {
+                            total.value[j] += sum.value[j];
+                        }
+                    }
+#pragma unroll
+                    for (u32 j = 0; j < 4; ++j) {
+                        total.value[j] *= p.scale;
+                    }
+                    if (count > four * 4) {
+                        store_some(p.up_partial + at + four * 4, total, count - four * 4, aligned);
+                    }
+                }
+            }
+            // Nobody overwrites `sums` before all have passed the next chunk's first barrier, and `down` is free by now.
+        }
+    }
+}
+
+struct PromptBiasParams {
+    const void *matrix;     // [rows, columns]
+    const void *vector;     // [columns]
+    const void *base_bias;  // [rows], or null
+    const void *delta_bias; // [rows], or null
+    void *out;              // [rows]
+    u32 rows;
+    u32 columns;
+    u32 aligned; // the vector and rows of the matrix start at multiples of 16 bytes, and the rows hold whole vectors
+    u32 reserved;
+};
+
+PACE_PARAMS(PromptBiasParams, 56);
+PACE_PARAM(PromptBiasParams, vector, 8);
+PACE_PARAM(PromptBiasParams, base_bias, 16);
+PACE_PARAM(PromptBiasParams, delta_bias, 24);
+PACE_PARAM(PromptBiasParams, out, 32);
+PACE_PARAM(PromptBiasParams, rows, 40);
+PACE_PARAM(PromptBiasParams, columns, 44);
+PACE_PARAM(PromptBiasParams, aligned, 48);
+
+// Matrix and biases are T, the vector V, the output Out.
+template <class T, class V, class Out> __device__ __forceinline__ void prompt_bias(const PromptBiasParams &p) {
+    constexpr u32 W = Vector<T>::SIZE;
+    const u32 lane = threadIdx.x % WARP, row = (blockIdx.x * blockDim.x + threadIdx.x) / WARP;
+    if (row >= p.rows) {
+        return; // the whole warp
+    }
+    const T *matrix = static_cast<const T *>(p.matrix) + static_cast<u64>(row) * p.columns;
+    float sum = 0.0f;
+#pragma unroll 4
+    for (u32 at = lane * W; at < p.columns; at += WARP * W) {
+        float left[W], right[W];
+        load_floats(matrix + at, p.columns - at, p.aligned != 0u, left);
+        load_floats(static_cast<const V *>(p.vector) + at, p.columns - at, p.aligned != 0u, right);
+#pragma unroll
+        for (u32 j = 0; j < W; ++j) {
+            sum += left[j] * right[j];
+        }
+    }
+    sum = warp_sum(sum);
+    if (lane == 0u) {
+        if (p.base_bias != nullptr && p.delta_bias != nullptr) {
+            sum += to_float(load(static_cast<const T *>(p.base_bias) + row)) *
+                   to_float(load(static_cast<const T *>(p.delta_bias) + row));
+        }
+        store(static_cast<Out *>(p.out) + row, from_float<Out>(sum));
+    }
+}
+
+struct PromptGradsParams {
+    const float *q;        // [K]
+    const void *down;      // Pd
+    const void *up;        // Pu
+    const void *grad;      // g
+    const void *base_bias; // b0; null is zero
+    void *down_grad;       // dPd
+    float *up_partial;     // [parts, r]
+    void *delta_bias;      // dd, or null
+    u32 columns;           // K
+    u32 rank;
+    u32 rows;  // N
+    u32 part;  // of K, for a block
+    u32 width; // threads side by side along r: a power of two, not less than r or the whole block
+    u32 reserved;
+};
+
+PACE_PARAMS(PromptGradsParams, 88);
+PACE_PARAM(PromptGradsParams, down, 8);
+PACE_PARAM(PromptGradsParams, up, 16);
+PACE_PARAM(PromptGradsParams, grad, 24);
+PACE_PARAM(PromptGradsParams, base_bias, 32);
+PACE_PARAM(PromptGradsParams, down_grad, 40);
+PACE_PARAM(PromptGradsParams, up_partial, 48);
+PACE_PARAM(PromptGradsParams, delta_bias, 56);
+PACE_PARAM(PromptGradsParams, columns, 64);
+PACE_PARAM(PromptGradsParams, rank, 68);
+PACE_PARAM(PromptGradsParams, rows, 72);
+PACE_PARAM(PromptGradsParams, part, 76);
+PACE_PARAM(PromptGradsParams, width, 80);
+
+template <class T> __device__ __forceinline__ void prompt_grads(const PromptGradsParams &p) {
+    PACE_SHARED(float, sums);
+    const T *down = static_cast<const T *>(p.down);
+    T *down_grad = static_cast<T *>(p.down_grad);
+    const u32 x = threadIdx.x % p.width, y = threadIdx.x / p.width, height = blockDim.x / p.width;
+    const u32 begin = blockIdx.x * p.part, end = min(p.columns, begin + p.part);
+    for (u32 chunk = 0; chunk < p.rank; chunk += p.width) {
+        const u32 r = chunk + x;
+        float sum = 0.0f;
+        if (r < p.rank) {
+            const float up = to_float(load(static_cast<const T *>(p.up) + r));
+            for (u32 k = begin + y; k < end; k += height) {
+                const u64 at = static_cast<u64>(k) * p.rank + r;
+                const float q = load(p.q + k);
+                sum += to_float(load(down + at)) * q;
+                store(down_grad + at, from_float<T>(q * up));
+            }
+        }
+        sums[threadIdx.x] = sum;
+        __syncthreads();
+        if (y == 0u && r < p.rank) {
+            for (u32 other = 1; other < height; ++other) {
+                sum += sums[other * p.width + x];
+            }
+            store(p.up_partial + static_cast<u64>(blockIdx.x) * p.rank + r, sum);
+        }
+        // Another chunk follows only where the block is as wide as a chunk, and then nobody reads the others' sums.
+    }
+    if (p.delta_bias != nullptr) {
+        for (u64 n = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x; n < p.rows;
+             n += static_cast<u64>(gridDim.x) * blockDim.x) {
+            float value = 0.0f;
+            if (p.base_bias != nullptr) {
+                value = to_float(load(static_cast<const T *>(p.base_bias) + n)) *
+                        to_float(load(static_cast<const T *>(p.grad) + n));
+            }
+            store(static_cast<T *>(p.delta_bias) + n, from_float<T>(value));
+        }
+    }
+}
+
+struct MergeParams {
+    void *target;
+    const void *delta;
+    u64 length;
+    float sign;
+    u32 aligned; // both start at multiples of 16 bytes
+};
+
+PACE_PARAMS(MergeParams, 32);
+PACE_PARAM(MergeParams, delta, 8);
+PACE_PARAM(MergeParams, length, 16);
+PACE_PARAM(MergeParams, sign, 24);
+PACE_PARAM(MergeParams, aligned, 28);
+
+template <class T> __device__ __forceinline__ void merge(const MergeParams &p) {
+    constexpr u32 W = Vector<T>::SIZE, BATCH = 4;
+    T *target = static_cast<T *>(p.target);
+    const T *delta = static_cast<const T *>(p.delta);
+    const u64 step = static_cast<u64>(gridDim.x) * blockDim.x * W;
+    for (u64 first = (static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x) * W; first < p.length;
+         first += BATCH * step) {
+        Vector<T> sum[BATCH] = {}, change[BATCH] = {};
+        // Elements of a vector, and whether it is full and aligned.
+        const auto count = [&](u64 at) { return static_cast<u32>(p.length - at < W ? p.length - at : W); };
+        const auto whole = [&](u64 at) { return p.aligned != 0u && count(at) == W; };
+#pragma unroll
+        for (u32 i = 0; i < BATCH; ++i) {
+            const u64 at = first + i * step;
+            if (at < p.length) {
+                sum[i] = load_some<T>(target + at, count(at), whole(at));
+                change[i] = load_some(delta + at, count(at), whole(at));
+            }
+        }
+#pragma unroll
+        for (u32 i = 0; i < BATCH; ++i) {
+            const u64 at = first + i * step;
+            if (at < p.length) {
+#pragma unroll
+                for (u32 j = 0; j < W; ++j) {
+                    sum[i].value[j] =
+                        from_float<T>(to_float(sum[i].value[j]) + p.sign * to_float(change[i].value[j]));
+                }
+                store_some(target + at, sum[i], count(at), whole(at));
+            }
+        }
+    }
+}
+
+} // namespace pace
+
+PACE_KERNEL(low_rank_weight_f32, pace::LowRankWeightParams, 128) { pace::low_rank_weight<float>(p); }
+PACE_KERNEL(low_rank_weight_f16, pace::LowRankWeightParams, 128) { pace::low_rank_weight<pace::f16>(p); }
+PACE_KERNEL(low_rank_weight_bf16, pace::LowRankWeightParams, 128) { pace::low_rank_weight<pace::bf16>(p); }
+PACE_KERNEL(low_rank_weight_backward_f32, pace::LowRankBackwardParams, 128) {
+    pace::low_rank_backward<float, 8, true>(p);
+}
+PACE_KERNEL(low_rank_weight_backward_f16, pace::LowRankBackwardParams, 128) {
+    pace::low_rank_backward<pace::f16, 8, true>(p);
+}
+PACE_KERNEL(low_rank_weight_backward_bf16, pace::LowRankBackwardParams, 128) {
+    pace::low_rank_backward<pace::bf16, 8, true>(p);
+}
+PACE_KERNEL(prompt_bias_product_f32, pace::PromptBiasParams, 256) { pace::prompt_bias<float, float, float>(p); }
+PACE_KERNEL(prompt_bias_product_f16, pace::PromptBiasParams, 256) {
+    pace::prompt_bias<pace::f16, pace::f16, float>(p);
+}
+PACE_KERNEL(prompt_bias_product_bf16, pace::PromptBiasParams, 256) {
+    pace::prompt_bias<pace::bf16, pace::bf16, float>(p);
+}
+PACE_KERNEL(prompt_bias_f32, pace::PromptBiasParams, 256) { pace::prompt_bias<float, float, float>(p); }
+PACE_KERNEL(prompt_bias_f16, pace::PromptBiasParams, 256) { pace::prompt_bias<pace::f16, float, pace::f16>(p); }
+PACE_KERNEL(prompt_bias_bf16, pace::PromptBiasParams, 256) { pace::prompt_bias<pace::bf16, float, pace::bf16>(p); }
+PACE_KERNEL(prompt_bias_columns_f32, pace::LowRankBackwardParams, 128) {
+    pace::low_rank_backward<float, 1, false>(p);
+}
+PACE_KERNEL(prompt_bias_columns_f16, pace::LowRankBackwardParams, 128) {
+    pace::low_rank_backward<pace::f16, 1, false>(p);
+}
+PACE_KERNEL(prompt_bias_columns_bf16, pace::LowRankBackwardParams, 128) {
+    pace::low_rank_backward<pace::bf16, 1, false>(p);
+}
+PACE_KERNEL(prompt_bias_grads_f32, pace::PromptGradsParams, 256) { pace::prompt_grads<float>(p); }
+PACE_KERNEL(prompt_bias_grads_f16, pace::PromptGradsParams, 256) { pace::prompt_grads<pace::f16>(p); }
+PACE_KERNEL(prompt_bias_grads_bf16, pace::PromptGradsParams, 256) { pace::prompt_grads<pace::bf16>(p); }
+PACE_KERNEL(merge_f32, pace::MergeParams, 256) { pace::merge<float>(p); }
+PACE_KERNEL(merge_f16, pace::MergeParams, 256) { pace::merge<pace::f16>(p); }
+PACE_KERNEL(merge_bf16, pace::MergeParams, 256) { pace::merge<pace::bf16>(p); }

@@ -1,0 +1,405 @@
+//! The training loss and its gradient to the logits; plans `kernels/loss.cu`.
+
+use super::device::Device;
+use super::launch::{Buffer, DType, Element, Kernel, Launch, Named, check_disjoint, params};
+use crate::cpu::{check_label_smoothing, check_lambda, history_rows};
+use crate::error::{Error, Result};
+use crate::shape::{nonzero, product};
+use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
+
+const fn kernel(name: &'static str) -> Kernel {
+    Kernel { file: "loss", name }
+}
+
+pub(super) const WHOLE: [Kernel; 3] = [kernel("loss_f32"), kernel("loss_f16"), kernel("loss_bf16")];
+pub(super) const SCAN: [Kernel; 3] =
+    [kernel("loss_scan_f32"), kernel("loss_scan_f16"), kernel("loss_scan_bf16")];
+pub(super) const APPLY: [Kernel; 3] =
+    [kernel("loss_apply_f32"), kernel("loss_apply_f16"), kernel("loss_apply_bf16")];
+
+/// `ELEMENTS` of the kernels: what a thread holds of a row.
+const ELEMENTS: usize = 8;
+const WARP: usize = 32;
+/// Threads that share a row or a slice of one, at most; then they are the block.
+const MAX_GROUP: usize = 512;
+/// Elements of a slice, at most.
+const MAX_SLICE: usize = MAX_GROUP * ELEMENTS;
+/// Threads of a block of several groups, at most.
+const THREADS: usize = 256;
+/// A batch is spread over so many blocks before a block gets several samples.
+const SPREAD: usize = 64;
+/// Blocks, at most, unless a row alone needs more: each of them counts the labels of the whole batch.
+const MAX_BLOCKS: usize = 1024;
+/// Words of shared memory for each warp of a block; one more is for all of them.
+const SHARED_WORDS: usize = 9;
+/// Samples, at most: the kernels count them in `f32`.
+const MAX_BATCH: usize = 1 << 24;
+const MAX_CLASSES: usize = 1 << 30;
+/// Words of the workspace: the counter of finished blocks, then for each sample its record, then for each of its slices.
+const TICKET_WORDS: usize = 1;
+const RECORD_WORDS: usize = 3;
+const SUMMARY_WORDS: usize = 4;
+
+/// What a loss is made of (paper equation 11); [`cpu::Loss`](crate::cpu::Loss) has the formula.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LossSettings {
+    /// Number of classes `C`.
+    pub classes: usize,
+    /// Strength λ of the consistency term: finite, not negative.
+    pub lambda: f64,
+    /// Share of the target spread evenly over all classes, in `[0, 1]`.
+    pub label_smoothing: f64,
+    /// Samples with this label take no part in the cross-entropy (unlabelled data); they do in the consistency.
+    pub ignore_label: Option<i64>,
+}
+
+impl LossSettings {
+    /// Words of workspace for a batch of that many samples.
+    pub fn workspace_len(&self, batch: usize) -> usize {
+        let summaries = match self.slices() {
+            1 => 0,
+            slices => slices.saturating_mul(SUMMARY_WORDS),
+        };
+        batch.saturating_mul(summaries.saturating_add(RECORD_WORDS)).saturating_add(TICKET_WORDS)
+    }
+
+    /// Elements of a slice; the last slice of a row may have fewer.
+    fn slice(&self) -> usize {
+        if self.classes <= MAX_SLICE {
+            return self.classes;
+        }
+        // Whole vectors of every type, and about the same for all.
+        self.classes.div_ceil(self.classes.div_ceil(MAX_SLICE)).next_multiple_of(8)
+    }
+
+    fn slices(&self) -> usize {
+        self.classes.div_ceil(self.slice().max(1))
+    }
+}
+
+/// What the logits of branch 0 are kept consistent with, for planning.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Partner {
+    /// Nothing: plain cross-entropy over logits `[B, C]`.
+    None,
+    /// The other branch: logits `[2B, C]`; the gradient flows into both.
+    OtherBranch,
+    /// PACE-fast: the logits `[B, C]` that the same training samples had last time. Read, then overwritten.
+    History {
+        /// `H [n, C]`, `f32`.
+        table: Buffer,
+        /// The row of each sample, `[B]`, `i64`.
+        index: Buffer,
+    },
+}
+
+/// Arguments of a loss.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Loss {
+    /// What it is made of.
+    pub settings: LossSettings,
+    /// Type of the logits and of their gradient.
+    pub dtype: DType,
+    /// `[2B, C]` for [`Partner::OtherBranch`], otherwise `[B, C]`.
+    pub logits: Buffer,
+    /// `[B]`, `i64`.
+    pub labels: Buffer,
+    /// What branch 0 is kept consistent with.
+    pub partner: Partner,
+    /// Output: the gradient of the total, of the logits' shape and type.
+    pub gradient: Option<Buffer>,
+    /// Output, `f32 [3]`: total, classification, consistency.
+    pub values: Buffer,
+    /// Output, `u64 [9]`: what [`LossStatus::new`] takes.
+    pub status: Buffer,
+    /// `u32`, at least [`LossSettings::workspace_len`]. The first word must be zero before the launch and is again after it;
+    /// the others may hold anything.
+    pub workspace: Buffer,
+}
+
+params! {
+    /// `pace::LossParams` of the kernels.
+    LossParams, 128 bytes {
+        0 logits: u64,
+        8 labels: u64,
+        16 history: u64,
+        24 index: u64,
+        32 gradient: u64,
+        40 values: u64,
+        48 status: u64,
+        56 workspace: u64,
+        64 history_rows: u64,
+        72 ignore_label: i64,
+        80 has_ignore_label: u32,
+        84 two_branches: u32,
+        88 batch: u32,
+        92 classes: u32,
+        96 slice: u32,
+        100 slices: u32,
+        104 group: u32,
+        108 aligned: u32,
+        112 lambda: f32,
+        116 smoothing: f32,
+        120 spread: f32,
+        124 pull: f32,
+    }
+}
+
+impl Loss {
+    /// The launch that computes everything; for more than 4096 classes another one goes before it.
+    ///
+    /// # Errors
+    /// If a size is zero or too large, λ or the smoothing is out of range, or a buffer has the wrong length, is not aligned
+    /// to its element or overlaps an output.
+    pub fn plan(&self) -> Result<(Option<Launch<LossParams>>, Launch<LossParams>)> {
+        let LossSettings { classes, lambda, label_smoothing, ignore_label } = self.settings;
+        let (batch, bytes) = (self.labels.len, self.dtype.bytes());
+        let history_rows = self.check()?;
+        let (history, index) = match self.partner {
+            Partner::History { table, index } => (Some(table), index.address),
+            Partner::None | Partner::OtherBranch => (None, 0),
+        };
+
+        let (slice, slices) = (self.settings.slice(), self.settings.slices());
+        let group = match slices {
+            1 => classes.div_ceil(ELEMENTS).next_power_of_two().max(WARP),
+            _ => MAX_GROUP,
+        };
+        let groups = (batch / SPREAD).clamp(1, (THREADS / group).max(1));
+        let threads = groups * group;
+        let aligned = classes.is_multiple_of(16 / bytes)
+            && [Some(self.logits), self.gradient, history].iter().flatten().all(Buffer::is_vector_aligned);
+        let params = LossParams {
+            logits: self.logits.address,
+            labels: self.labels.address,
+            history: history.map_or(0, |table| table.address),
+            index,
+            gradient: self.gradient.map_or(0, |gradient| gradient.address),
+            values: self.values.address,
+            status: self.status.address,
+            workspace: self.workspace.address,
+            history_rows: history_rows as u64,
+            ignore_label: ignore_label.unwrap_or_default(),
+            has_ignore_label: ignore_label.is_some().into(),
+            two_branches: (self.partner == Partner::OtherBranch).into(),
+            batch: batch as u32,
+            classes: classes as u32,
+            slice: slice as u32,
+            slices: slices as u32,
+            group: group as u32,
+            aligned: aligned.into(),
+            lambda: lambda as f32,
+            smoothing: label_smoothing as f32,
+            spread: (label_smoothing / classes as f64) as f32,
+            pull: (2.0 * lambda / batch as f64) as f32,
+        };
+        let launch = |kernels: [Kernel; 3], columns: usize| Launch {
+            kernel: self.dtype.choose(kernels),
+            grid: [columns as u32, batch.div_ceil(groups).min((MAX_BLOCKS / columns).max(1)) as u32, 1],
+            block: [threads as u32, 1, 1],
+            shared_bytes: (4 * (SHARED_WORDS * threads / WARP + 1)) as u32,
+            params,
+        };
+        if slices == 1 {
+            return Ok((None, launch(WHOLE, 1)));
+        }
+        // Without something to write for every element, one block per row combines what the first launch found.
+        let writes = self.gradient.is_some() || history.is_some();
+        Ok((Some(launch(SCAN, slices)), launch(APPLY, if writes { slices } else { 1 })))
+    }
+
+    /// Checks everything and gives the rows of the history table, 0 without one.
+    fn check(&self) -> Result<usize> {
+        let LossSettings { classes, lambda, label_smoothing, .. } = self.settings;
+        let batch = self.labels.len;
+        nonzero("classes", classes)?;
+        nonzero("labels.len()", batch)?;
+        if classes > MAX_CLASSES {
+            return Err(Error::Size { argument: "classes", expected: "at most 2^30", got: classes });
+        }
+        if batch > MAX_BATCH {
+            return Err(Error::Size { argument: "labels.len()", expected: "at most 2^24", got: batch });
+        }
+        check_lambda(lambda)?;
+        // As the kernels have it.
+        check_lambda(f64::from(lambda as f32))?;
+        check_label_smoothing(label_smoothing)?;
+
+        let bytes = self.dtype.bytes();
+        let (shape, rows) = match self.partner {
+            Partner::OtherBranch => ("[2B, C]", 2 * batch),
+            Partner::None | Partner::History { .. } => ("[B, C]", batch),
+        };
+        let len = product("logits", shape, &[rows, classes])?;
+        self.logits.check("logits", shape, len, bytes)?;
+        self.labels.check("labels", "[B]", batch, 8)?;
+        if let Some(gradient) = self.gradient {
+            gradient.check("gradient", shape, len, bytes)?;
+        }
+        self.values.check("values", "[3]", 3, 4)?;
+        self.status.check("status", "[9]", LossStatus::WORDS, 8)?;
+        let workspace = self.workspace.check_workspace(self.settings.workspace_len(batch))?;
+        let (table, index) = match self.partner {
+            Partner::History { table, index } => (Some(table), Some(index)),
+            Partner::None | Partner::OtherBranch => (None, None),
+        };
+        let mut history = 0;
+        if let Some(index) = index {
+            index.check("index", "[B]", batch, 8)?;
+        }
+        if let Some(table) = table {
+            history = history_rows(product("history", "[n, C]", &[table.len])?, classes)?;
+            table.check("history", "[n, C]", table.len, 4)?;
+        }
+        let outputs = [
+            self.gradient.map(|gradient| in_bytes("gradient", gradient, bytes)),
+            table.map(|table| in_bytes("history", table, 4)),
+            Some(in_bytes("values", self.values, 4)),
+            Some(in_bytes("status", self.status, 8)),
+            Some(in_bytes("workspace", workspace, 4)),
+        ];
+        let inputs = [
+            Some(in_bytes("logits", self.logits, bytes)),
+            Some(in_bytes("labels", self.labels, 8)),
+            index.map(|index| in_bytes("index", index, 8)),
+        ];
+        let [inputs, outputs] =
+            [&inputs[..], &outputs].map(|named| named.iter().copied().flatten().collect::<Vec<_>>());
+        check_disjoint(&inputs, &outputs, 1, None)?;
+        Ok(history)
+    }
+}
+
+/// A tensor and its name for `check_disjoint`, in bytes: elements differ in size.
+fn in_bytes(argument: &'static str, buffer: Buffer, bytes: usize) -> Named {
+    (argument, Buffer { len: buffer.len * bytes, ..buffer })
+}
+
+/// One kind of wrong element among the labels or indices of a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Finding {
+    /// How many there are; the rest is zero if there are none.
+    pub count: u64,
+    /// Position of the first.
+    pub position: u64,
+    /// What stands there.
+    pub value: i64,
+}
+
+/// What a loss found wrong with data that only the device has seen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct LossStatus {
+    /// Labels that are neither a class nor the ignored label. They count as ignored.
+    pub labels: Finding,
+    /// Indices that are not a row of the history table. Their samples have no consistency term.
+    pub indices: Finding,
+    /// Indices that an earlier sample of the batch has as well. Their samples have no consistency term, and the table keeps
+    /// the logits of the first.
+    pub repeated: Finding,
+}
+
+impl LossStatus {
+    /// Length of the status in device memory.
+    pub const WORDS: usize = 9;
+
+    /// The status from what was downloaded.
+    pub fn new(words: [u64; Self::WORDS]) -> Self {
+        let finding =
+            |i: usize| Finding { count: words[i], position: words[i + 1], value: words[i + 2].cast_signed() };
+        Self { labels: finding(0), indices: finding(3), repeated: finding(6) }
+    }
+
+    /// The error that the CPU operator would have given, for a loss over that many classes and rows of history.
+    ///
+    /// # Errors
+    /// [`Error::Label`] for the first wrong label; if there is none, [`Error::Index`] or [`Error::DuplicateIndex`] for the
+    /// first wrong index.
+    pub fn check(&self, classes: usize, rows: usize) -> Result<()> {
+        let at = |finding: Finding| finding.position as usize;
+        let Self { labels, indices, repeated } = *self;
+        if labels.count > 0 {
+            return Err(Error::Label { position: at(labels), label: labels.value, classes });
+        }
+        if indices.count > 0 && (repeated.count == 0 || indices.position < repeated.position) {
+            return Err(Error::Index { position: at(indices), index: indices.value, rows });
+        }
+        if repeated.count > 0 {
+            return Err(Error::DuplicateIndex { position: at(repeated), index: repeated.value });
+        }
+        Ok(())
+    }
+}
+
+/// What the logits of branch 0 are kept consistent with.
+pub enum Consistency<'a> {
+    /// Nothing: plain cross-entropy over logits `[B, C]` (the lazy variant's full-batch iterations).
+    None,
+    /// The other branch: logits `[2B, C]`; the gradient flows into both.
+    TwoBranch,
+    /// PACE-fast: the logits `[B, C]` that the same training samples had last time. Read, then overwritten.
+    History {
+        /// `H [n, C]`, zeros at the start.
+        table: &'a mut dyn DevicePtrMut<f32>,
+        /// The row of each sample, `[B]`; no row twice.
+        index: &'a dyn DevicePtr<i64>,
+    },
+}
+
+/// Where [`Device::loss`] writes.
+pub struct LossOutputs<'a, T> {
+    /// The gradient of the total, of the logits' shape, if it is wanted.
+    pub gradient: Option<&'a mut dyn DevicePtrMut<T>>,
+    /// `[3]`: total, classification, consistency, as [`LossValues`](crate::cpu::LossValues) has them.
+    pub values: &'a mut dyn DevicePtrMut<f32>,
+    /// `[9]`, [`LossStatus::WORDS`]: what [`LossStatus::new`] takes.
+    pub status: &'a mut dyn DevicePtrMut<u64>,
+    /// At least [`LossSettings::workspace_len`] words. The first must be zero before the first call, or values and status mean
+    /// nothing; every call leaves it zero. Allocate zeros once, and use them for one stream.
+    pub workspace: &'a mut dyn DevicePtrMut<u32>,
+}
+
+impl Device {
+    /// The loss of `logits`, and its gradient if it is wanted: [`cpu::Loss`](crate::cpu::Loss) in `f32` arithmetic.
+    ///
+    /// `logits` are `[2B, C]` for [`Consistency::TwoBranch`], otherwise `[B, C]`; `labels` are `[B]`, each in `0..C` or the
+    /// ignored label. Labels and indices lie on the device, so what is wrong with them is not an error of this call, and
+    /// nothing is read or written out of bounds because of it: a wrong label counts as ignored; for an index that is no row
+    /// of the table, or that of an earlier sample (found by comparing all of the batch), there is no consistency term and
+    /// the table is left alone. Download the status when it suits, and ask [`LossStatus::check`].
+    ///
+    /// # Errors
+    /// As [`Loss::plan`]; also if an argument belongs to another device, or the launch fails.
+    pub fn loss<'a, T: Element>(
+        &'a self,
+        settings: &LossSettings,
+        logits: &'a dyn DevicePtr<T>,
+        labels: &'a dyn DevicePtr<i64>,
+        consistency: Consistency<'a>,
+        outputs: LossOutputs<'a, T>,
+        stream: &'a CudaStream,
+    ) -> Result<()> {
+        let mut borrows = self.borrows(stream);
+        let plan = Loss {
+            settings: *settings,
+            dtype: T::DTYPE,
+            logits: borrows.input("logits", logits)?,
+            labels: borrows.input("labels", labels)?,
+            partner: match consistency {
+                Consistency::None => Partner::None,
+                Consistency::TwoBranch => Partner::OtherBranch,
+                Consistency::History { table, index } => Partner::History {
+                    table: borrows.output("history", table)?,
+                    index: borrows.input("index", index)?,
+                },
+            },
+            gradient: borrows.optional_output("gradient", outputs.gradient)?,
+            values: borrows.output("values", outputs.values)?,
+            status: borrows.output("status", outputs.status)?,
+            workspace: borrows.output("workspace", outputs.workspace)?,
+        }
+        .plan()?;
+        // SAFETY: the plan's addresses are those of live device tensors of this context, whose guards outlive the launch,
+        // and the plan checked their lengths against what the kernels touch.
+        unsafe { self.launch(&plan, stream) }
+    }
+}

@@ -1,0 +1,270 @@
+//! Gradient norm and FP-distance; plans `kernels/norms.cu`.
+
+use super::device::Device;
+use super::launch::{Buffer, DType, Element, Kernel, Launch, Named, check_disjoint, params};
+use crate::error::{Error, Result};
+use crate::shape::{nonzero, product};
+use bytemuck::Zeroable;
+use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
+
+const fn kernel(name: &'static str) -> Kernel {
+    Kernel { file: "norms", name }
+}
+
+pub(super) const GRAD_NORM: [Kernel; 3] =
+    [kernel("grad_norm_f32"), kernel("grad_norm_f16"), kernel("grad_norm_bf16")];
+pub(super) const FP_DISTANCE: [Kernel; 3] =
+    [kernel("fp_distance_f32"), kernel("fp_distance_f16"), kernel("fp_distance_bf16")];
+pub(super) const TOTAL: Kernel = kernel("norm_total");
+
+const THREADS: usize = 256;
+const TOTAL_THREADS: usize = 1024;
+const WARP: usize = 32;
+/// Elements of a block.
+const CHUNK: usize = 16384;
+/// Tensors of a launch.
+const TENSORS: usize = 128;
+/// Bytes of `f64`.
+const WIDE: usize = 8;
+
+/// Arguments of a gradient norm, `norm = √(Σ g²)` over all elements of all tensors.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct GradNorm<'a> {
+    /// Type of the gradients.
+    pub dtype: DType,
+    /// Tensors of any shape; none, and empty ones, are allowed.
+    pub gradients: &'a [Buffer],
+    /// `f64`, `[1]`.
+    pub norm: Buffer,
+    /// `f64`, at least [`GradNorm::workspace_len`] elements.
+    pub workspace: Buffer,
+}
+
+/// Arguments of an FP-distance, `mean_i ‖f(θ; x_i) − f(θ0; x_i)‖²` (paper section 3.2).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct FpDistance {
+    /// Samples that the mean is over.
+    pub samples: usize,
+    /// Outputs of a sample.
+    pub features: usize,
+    /// Type of both outputs.
+    pub dtype: DType,
+    /// `f(θ; x)`, `[samples, features]`.
+    pub fine_tuned: Buffer,
+    /// `f(θ0; x)`, `[samples, features]`.
+    pub pre_trained: Buffer,
+    /// `f64`, `[1]`.
+    pub distance: Buffer,
+    /// `f64`, at least [`FpDistance::workspace_len`] elements.
+    pub workspace: Buffer,
+}
+
+params! {
+    /// `pace::GradNormParams` of the kernels.
+    GradNormParams, 2576 bytes {
+        0 tensors: [u64; TENSORS],
+        1024 lengths: [u64; TENSORS],
+        2048 partial: u64,
+        2056 first_chunk: [u32; TENSORS],
+        2568 count: u32,
+        2572 reserved: u32,
+    }
+}
+
+params! {
+    /// `pace::FpDistanceParams` of the kernels.
+    FpDistanceParams, 40 bytes {
+        0 fine_tuned: u64,
+        8 pre_trained: u64,
+        16 partial: u64,
+        24 length: u64,
+        32 aligned: u32,
+        36 reserved: u32,
+    }
+}
+
+params! {
+    /// `pace::NormTotalParams` of the kernel.
+    NormTotalParams, 32 bytes {
+        0 partial: u64,
+        8 out: u64,
+        16 divisor: f64,
+        24 parts: u32,
+        28 root: u32,
+    }
+}
+
+/// Checks the outputs against each other and the inputs, and the number of partial sums.
+fn check(dtype: DType, inputs: &[Named], out: Named, workspace: Buffer, parts: usize) -> Result<()> {
+    if i32::try_from(parts).is_err() {
+        return Err(Error::Overflow { argument: "workspace", shape: "[workspace_len()]" });
+    }
+    out.1.check(out.0, "[1]", 1, WIDE)?;
+    let workspace = workspace.check_workspace_of(parts, WIDE)?;
+    // In elements of the inputs.
+    let wide = |buffer: Buffer| Buffer { len: buffer.len * (WIDE / dtype.bytes()), ..buffer };
+    let outputs = [(out.0, wide(out.1)), ("workspace", wide(workspace))];
+    check_disjoint(inputs, &outputs, dtype.bytes(), None)
+}
+
+/// The launch that adds up `parts` partial sums and takes the root, or the quotient by `divisor`.
+fn total(partial: Buffer, parts: usize, out: Buffer, divisor: Option<usize>) -> Launch<NormTotalParams> {
+    Launch {
+        kernel: TOTAL,
+        grid: [1, 1, 1],
+        block: [TOTAL_THREADS as u32, 1, 1],
+        shared_bytes: (TOTAL_THREADS / WARP * WIDE) as u32,
+        params: NormTotalParams {
+            partial: partial.address,
+            out: out.address,
+            divisor: divisor.map_or(1.0, |divisor| divisor as f64),
+            parts: parts as u32,
+            root: u32::from(divisor.is_none()),
+        },
+    }
+}
+
+/// A launch that has a block for each of `chunks` chunks.
+fn chunked<P>(kernel: Kernel, chunks: u32, params: P) -> Launch<P> {
+    Launch {
+        kernel,
+        grid: [chunks, 1, 1],
+        block: [THREADS as u32, 1, 1],
+        shared_bytes: (THREADS / WARP * WIDE) as u32,
+        params,
+    }
+}
+
+impl GradNorm<'_> {
+    /// The `f64` elements of workspace for tensors of these lengths; saturates.
+    pub fn workspace_len(lengths: impl IntoIterator<Item = usize>) -> usize {
+        lengths.into_iter().fold(0, |sum, length| sum.saturating_add(length.div_ceil(CHUNK)))
+    }
+
+    /// The launches that compute the norm: one for each 128 tensors that are not empty, and one for the total.
+    ///
+    /// # Errors
+    /// If a buffer is not aligned to its element or overlaps an output, there are more than 2³¹ chunks of 16384 elements,
+    /// the norm has not one element or the workspace is too small.
+    pub fn plan(&self) -> Result<(Vec<Launch<GradNormParams>>, Launch<NormTotalParams>)> {
+        let &Self { dtype, gradients, norm, workspace } = self;
+        let full: Vec<Named> = gradients
+            .iter()
+            .filter(|gradient| gradient.len > 0)
+            .map(|&gradient| ("gradients", gradient))
+            .collect();
+        for (argument, gradient) in &full {
+            let length = product(argument, "any", &[gradient.len])?;
+            gradient.check(argument, "any", length, dtype.bytes())?;
+        }
+        let parts = Self::workspace_len(full.iter().map(|(_, gradient)| gradient.len));
+        check(dtype, &full, ("norm", norm), workspace, parts)?;
+
+        let mut partial = workspace.address;
+        let launches = full.chunks(TENSORS).map(|tensors| {
+            let mut params =
+                GradNormParams { partial, count: tensors.len() as u32, ..GradNormParams::zeroed() };
+            let mut chunks = 0;
+            for (i, (_, gradient)) in tensors.iter().enumerate() {
+                params.tensors[i] = gradient.address;
+                params.lengths[i] = gradient.len as u64;
+                params.first_chunk[i] = chunks;
+                chunks += gradient.len.div_ceil(CHUNK) as u32;
+            }
+            partial += u64::from(chunks) * WIDE as u64;
+            chunked(dtype.choose(GRAD_NORM), chunks, params)
+        });
+        Ok((launches.collect(), total(workspace, parts, norm, None)))
+    }
+}
+
+impl FpDistance {
+    /// The `f64` elements of workspace for outputs `[samples, features]`; saturates for sizes that are refused.
+    pub fn workspace_len(samples: usize, features: usize) -> usize {
+        samples.saturating_mul(features).div_ceil(CHUNK)
+    }
+
+    /// The launches that compute the distance.
+    ///
+    /// # Errors
+    /// If a size is zero or they are too large, a buffer has the wrong length, is not aligned to its element or overlaps an
+    /// output, or the workspace is too small.
+    pub fn plan(&self) -> Result<(Launch<FpDistanceParams>, Launch<NormTotalParams>)> {
+        let &Self { samples, features, dtype, fine_tuned, pre_trained, distance, workspace } = self;
+        nonzero("samples", samples)?;
+        nonzero("features", features)?;
+        let shape = "[samples, features]";
+        let length = product("fine_tuned", shape, &[samples, features])?;
+        let inputs = [("fine_tuned", fine_tuned), ("pre_trained", pre_trained)];
+        for (argument, input) in inputs {
+            input.check(argument, shape, length, dtype.bytes())?;
+        }
+        let parts = Self::workspace_len(samples, features);
+        check(dtype, &inputs, ("distance", distance), workspace, parts)?;
+        let params = FpDistanceParams {
+            fine_tuned: fine_tuned.address,
+            pre_trained: pre_trained.address,
+            partial: workspace.address,
+            length: length as u64,
+            aligned: u32::from(fine_tuned.is_vector_aligned() && pre_trained.is_vector_aligned()),
+            reserved: 0,
+        };
+        let sums = chunked(dtype.choose(FP_DISTANCE), parts as u32, params);
+        Ok((sums, total(workspace, parts, distance, Some(samples))))
+    }
+}
+
+impl Device {
+    /// Euclidean norm of all gradients together, `√(Σ g²)`, accumulated in `f64`, into `norm [1]`. `workspace` has at least
+    /// [`GradNorm::workspace_len`] elements; what it holds does not matter.
+    ///
+    /// # Errors
+    /// As [`GradNorm::plan`]; also if an argument belongs to another device, or a launch fails.
+    pub fn grad_norm<'a, T: Element>(
+        &'a self,
+        gradients: &[&'a dyn DevicePtr<T>],
+        norm: &'a mut dyn DevicePtrMut<f64>,
+        workspace: &'a mut dyn DevicePtrMut<f64>,
+        stream: &'a CudaStream,
+    ) -> Result<()> {
+        let mut borrows = self.borrows(stream);
+        let gradients = gradients
+            .iter()
+            .map(|&gradient| borrows.input("gradients", gradient))
+            .collect::<Result<Vec<_>>>()?;
+        let (norm, workspace) = (borrows.output("norm", norm)?, borrows.output("workspace", workspace)?);
+        let plan = GradNorm { dtype: T::DTYPE, gradients: &gradients, norm, workspace }.plan()?;
+        // SAFETY: the plan's addresses are those of live device tensors of this context, whose guards outlive the launch,
+        // and the plan checked their lengths against what the kernels touch.
+        unsafe { self.launch(&plan, stream) }
+    }
+
+    /// FP-distance of a fine-tuned model to its pre-trained self, `mean_i ‖f(θ; x_i) − f(θ0; x_i)‖²` (paper section 3.2),
+    /// from both models' outputs `[samples, features]`, into `distance [1]`. `workspace` has at least
+    /// [`FpDistance::workspace_len`] elements; what it holds does not matter.
+    ///
+    /// # Errors
+    /// As [`FpDistance::plan`]; also if an argument belongs to another device, or a launch fails.
+    #[allow(clippy::too_many_arguments)] // two sizes and what the formula has
+    pub fn fp_distance<T: Element>(
+        &self,
+        samples: usize,
+        features: usize,
+        fine_tuned: &dyn DevicePtr<T>,
+        pre_trained: &dyn DevicePtr<T>,
+        distance: &mut dyn DevicePtrMut<f64>,
+        workspace: &mut dyn DevicePtrMut<f64>,
+        stream: &CudaStream,
+    ) -> Result<()> {
+        let mut borrows = self.borrows(stream);
+        let fine_tuned = borrows.input("fine_tuned", fine_tuned)?;
+        let pre_trained = borrows.input("pre_trained", pre_trained)?;
+        let distance = borrows.output("distance", distance)?;
+        let workspace = borrows.output("workspace", workspace)?;
+        let dtype = T::DTYPE;
+        let plan =
+            FpDistance { samples, features, dtype, fine_tuned, pre_trained, distance, workspace }.plan()?;
+        // SAFETY: as in `grad_norm`.
+        unsafe { self.launch(&plan, stream) }
+    }
+}
