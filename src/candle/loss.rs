@@ -1,7 +1,7 @@
 //! One training step of PACE and its variants.
 
 use super::layers::PaceContext;
-use super::ops::{Element, ScalarKernel, apply1, with_slices, wrap};
+use super::ops::{Element, scalar, with_slices, wrap};
 use crate::cpu::{Consistency, Loss, LossValues};
 use crate::schedule::LazySchedule;
 use candle_core::{DType, Error, Result, Tensor};
@@ -167,7 +167,7 @@ impl Objective {
             DType::F64 => self.evaluate::<f64>(loss, &logits, batch.index, branches)?,
             other => candle_core::bail!("logits are {other:?}, expected F32 or F64"),
         };
-        let loss = apply1(ScalarKernel { value: values.total, gradient }, &logits)?;
+        let loss = scalar(&logits, values.total, gradient)?;
         Ok(Step { loss, values, logits: logits.narrow(0, 0, used)?.detach() })
     }
 
