@@ -37,6 +37,8 @@
 //! # }
 //! ```
 
+#[cfg(feature = "candle-cuda")]
+mod cuda;
 mod layers;
 mod loss;
 mod ops;

@@ -14,12 +14,12 @@ use crate::noise::{Generator, Key, Noise, NoiseShape, drop_path_mask};
 use crate::real::Real;
 use crate::shape::LinearShape;
 use candle_core::backend::BackendStorage;
-#[cfg(feature = "candle-cuda")]
-use candle_core::{CudaStorage, backend::BackendDevice};
 use candle_core::{
     CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Error, Layout, Result, Shape, Storage, Tensor,
     WithDType,
 };
+#[cfg(feature = "candle-cuda")]
+use candle_core::{CudaStorage, backend::BackendDevice};
 #[cfg(feature = "candle-cuda")]
 pub(super) use cuda::OnDevice;
 #[cfg(feature = "candle-cuda")]
