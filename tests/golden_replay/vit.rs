@@ -108,7 +108,7 @@ fn our_name(recorded: &str) -> String {
 
 /// A whole training run of a small vision transformer, step by step.
 pub fn training(case: &Case, on: &On) -> Result<(), Failed> {
-    let tolerance = on.tolerance(1e-8, 1e-3);
+    let tolerance = on.tolerance(1e-8, 1e-4);
     let adapter = Adapter::from_name(case.text("adapter")?).ok_or("unknown adapter")?;
     let embed_dim: usize = case.number("embed_dim")?;
     let config = VitConfig {
@@ -194,8 +194,10 @@ pub fn training(case: &Case, on: &On) -> Result<(), Failed> {
         close("grad_norm", &[grad_norm(trained.values(), &grads)?], &[norms[step]], tolerance)?;
         optimizer.step(&grads)?;
     }
+    // Attention does not depend on the keys' bias: its gradient is rounding, which AdamW scales up.
+    let final_tolerance = on.tolerance(tolerance, 1e-2);
     for (name, var) in &trained {
-        expect(case, &format!("final.{name}"), var, tolerance)?;
+        expect(case, &format!("final.{name}"), var, final_tolerance)?;
     }
     context.evaluate();
     expect(case, "eval.logits", &model.forward(&tensor(case, on, "eval.x")?)?, tolerance)
