@@ -24,7 +24,8 @@ type Test = fn(&On) -> Result<()>;
 
 /// Tests of what a device computes.
 const TESTS: &[(&str, Test)] = &[
-    ("results_are_those_of_the_cpu", results_are_those_of_the_cpu),
+    ("layers_are_those_of_the_cpu", layers_are_those_of_the_cpu),
+    ("training_steps_are_those_of_the_cpu", training_steps_are_those_of_the_cpu),
     ("noise_is_new_every_step", noise_is_new_every_step_and_the_same_for_split_batches),
     ("parting_late_equals_a_doubled_batch", parting_late_equals_a_doubled_batch),
     ("drop_path_is_shared_by_the_branches", drop_path_is_shared_by_the_branches),
@@ -50,12 +51,20 @@ fn main() {
     for &(name, test) in TESTS {
         trials.push(Trial::test(format!("cpu_f64::{name}"), move || Ok(test(&On::CPU)?)));
         trials.push(Trial::test(format!("cpu_f32::{name}"), move || Ok(test(&On::CPU_F32)?)));
-        trials.push(Trial::ignorable_test(format!("cuda_f32::{name}"), move || match On::cuda() {
-            Ok(on) => test(&on).map(|()| Completion::Completed).map_err(Failed::from),
-            Err(why) => Ok(Completion::ignored_with(why)),
-        }));
+        trials.push(on_cuda(format!("cuda_f32::{name}"), DType::F32, test));
+    }
+    for (dtype, name) in [(DType::F16, "f16"), (DType::BF16, "bf16")] {
+        let name = format!("cuda_{name}::layers_are_those_of_the_cpu");
+        trials.push(on_cuda(name, dtype, layers_are_those_of_the_cpu));
     }
     libtest_mimic::run(&arguments, trials).exit();
+}
+
+fn on_cuda(name: String, dtype: DType, test: Test) -> Trial {
+    Trial::ignorable_test(name, move || match On::cuda(dtype) {
+        Ok(on) => test(&on).map(|()| Completion::Completed).map_err(Failed::from),
+        Err(why) => Ok(Completion::ignored_with(why)),
+    })
 }
 
 /// Standard normals, the same in every run.
@@ -171,25 +180,28 @@ fn layer_gradients_match_finite_differences() -> Result<()> {
     Ok(())
 }
 
-/// Results and gradients of layers and of training steps, with the CPU in double precision as the oracle.
-fn results_are_those_of_the_cpu(on: &On) -> Result<()> {
-    fn compare(on: &On, run: impl Fn(&On) -> Result<Vec<Vec<f64>>>) -> Result<()> {
-        let (got, expected) = (run(on)?, run(&On::CPU)?);
+/// Compares what `run` gives in a place with what it gives on the CPU in double precision.
+fn compare(on: &On, run: impl Fn(&On) -> Result<Vec<Vec<f64>>>) -> Result<()> {
+    let (got, expected) = (run(on)?, run(&On::CPU)?);
+    assert_eq!(got.len(), expected.len());
+    for (i, (got, expected)) in got.iter().zip(&expected).enumerate() {
         assert_eq!(got.len(), expected.len());
-        for (i, (got, expected)) in got.iter().zip(&expected).enumerate() {
-            assert_eq!(got.len(), expected.len());
-            let largest = expected.iter().fold(1.0f64, |max, v| max.max(v.abs()));
-            for (got, expected) in got.iter().zip(expected) {
-                let error = (got - expected).abs() / largest;
-                assert!(error < on.tolerance(1e-12, 1e-4), "result {i}: {got}, expected {expected}");
-            }
+        let largest = expected.iter().fold(1.0f64, |max, v| max.max(v.abs()));
+        for (got, expected) in got.iter().zip(expected) {
+            let error = (got - expected).abs() / largest;
+            assert!(error < on.tolerance(1e-12, 1e-4), "result {i}: {got}, expected {expected}");
         }
-        Ok(())
     }
-    let gradients = |vars: &VarMap, grads: &GradStore| -> Result<Vec<Vec<f64>>> {
-        let vars: BTreeMap<_, _> = vars.data().lock().unwrap().clone().into_iter().collect();
-        vars.iter().map(|(name, var)| on::values(grads.get(var).expect(name))).collect()
-    };
+    Ok(())
+}
+
+/// The gradients of all variables, by name.
+fn gradients(vars: &VarMap, grads: &GradStore) -> Vec<Vec<f64>> {
+    let vars: BTreeMap<_, _> = vars.data().lock().unwrap().clone().into_iter().collect();
+    vars.iter().map(|(name, var)| values(grads.get(var).expect(name))).collect()
+}
+
+fn layers_are_those_of_the_cpu(on: &On) -> Result<()> {
     for adapter in Adapter::ALL {
         for shape in [NoiseShape::PerSample, NoiseShape::PerToken] {
             for branching in [false, true] {
@@ -199,10 +211,9 @@ fn results_are_those_of_the_cpu(on: &On) -> Result<()> {
                     context.train(11, 2, 5)?;
                     let x = Var::from_tensor(&on.random("x", &[4, 3, 4]))?;
                     let y = if branching { layer.forward_branching(&x)? } else { layer.forward(&x)? };
-                    let weights = on.random("w", y.dims());
-                    let grads = (&y * weights)?.sum_all()?.backward()?;
-                    let mut results = vec![values(&y), values(grads.get(&x).expect("gradient"))];
-                    results.extend(gradients(&vars, &grads)?);
+                    let grads = (&y * on.random("w", y.dims()))?.sum_all()?.backward()?;
+                    let mut results = gradients(&vars, &grads);
+                    results.extend([values(&y), values(grads.get(&x).expect("gradient"))]);
                     context.evaluate();
                     results.push(values(&layer.forward(&x)?));
                     Ok(results)
@@ -210,6 +221,10 @@ fn results_are_those_of_the_cpu(on: &On) -> Result<()> {
             }
         }
     }
+    Ok(())
+}
+
+fn training_steps_are_those_of_the_cpu(on: &On) -> Result<()> {
     for variant in [Variant::CrossEntropy, Variant::Pace, Variant::Fast { samples: 4 }] {
         compare(on, |on| {
             let context = PaceContext::new(0);
@@ -225,7 +240,7 @@ fn results_are_those_of_the_cpu(on: &On) -> Result<()> {
                 results.push(vec![out.values.total, out.values.classification, out.values.consistency]);
                 results.push(vec![grad_norm(&vars.all_vars(), &grads)?]);
                 results.extend([values(&out.loss), values(&out.logits)]);
-                results.extend(gradients(&vars, &grads)?);
+                results.extend(gradients(&vars, &grads));
             }
             Ok(results)
         })?;
@@ -457,7 +472,7 @@ fn wrong_use_is_an_error(on: &On) -> Result<()> {
     assert!(layer.forward(&on.random("x", &[3, 4])).is_err(), "odd rows");
     assert!(layer.forward(&on.random("x", &[4, 5])).is_err(), "wrong features");
     assert!(layer.forward(&on.random("x", &[4])).is_err(), "no rows");
-    assert!(layer.forward(&on.random("x", &[0, 4])).is_err(), "empty batch");
+    assert!(layer.forward(&on.random("x", &[2, 4]).narrow(0, 0, 0)?).is_err(), "empty batch");
     assert!(layer.forward(&on.random("x", &[4, 4]).to_dtype(other)?).is_err(), "mixed types");
     assert!(layer.forward(&on.random("x", &[4, 4]).to_dtype(DType::F16)?).is_err(), "half");
     context.set_noise("layer", Some(on.random("z", &[4, 5])));

@@ -66,7 +66,8 @@ impl PaceContext {
 
     /// Replaces the noise of the layer `name` in training by `z`, `[R, N]` or `[R, T, N]`; `None` gives it back.
     ///
-    /// A layer with σ = 0 has no noise to replace.
+    /// `z` is where the layer's tensors are and of their type; on CUDA it is rounded to `F32`. A layer with σ = 0 has no
+    /// noise to replace.
     pub fn set_noise(&self, name: &str, z: Option<Tensor>) {
         self.change(|state| match z {
             Some(z) => state.given.insert(name.to_owned(), z),

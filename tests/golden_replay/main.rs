@@ -18,6 +18,7 @@ mod on;
 mod operators;
 mod vit;
 
+use candle_core::DType;
 use case::Case;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use machine::Target;
@@ -113,7 +114,7 @@ fn trials(folder: &Path) -> Vec<Trial> {
         for &(_, check) in CANDLE_CHECKS.iter().filter(|check| check.0 == kind) {
             let file = file.clone();
             trials.push(Trial::ignorable_test(format!("{stem}::candle_cuda_f32"), move || {
-                match On::cuda() {
+                match On::cuda(DType::F32) {
                     Ok(on) => {
                         let case = Case::read(&file)?;
                         check(&case, &on)?;
