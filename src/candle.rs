@@ -10,10 +10,10 @@
 //! operators behind them are those of [`cpu`](crate::cpu) and `cuda`; the backward pass makes the noise again.
 //!
 //! The feature `candle-cuda` takes what candle's own CUDA support takes to build, nvcc and NVIDIA's libraries, and a device
-//! that `cuda::Device::open` accepts. Operators run on the stream of the candle device and
-//! allocate from it; only [`Objective::step`] and [`grad_norm`] wait for the device. Products of `f32` follow candle's own
-//! switch for TF32, `candle_core::cuda::set_gemm_reduced_precision_f32`, which is off at the start. The operators of [`vit`]
-//! that are not PACE's (layer norm, attention, GELU) are composed of candle's on CUDA.
+//! that `cuda::Device::open` accepts. Operators run on the stream of the candle device and allocate from it; only
+//! [`Objective::step`] and [`grad_norm`] wait for the device. Products of `f32` follow candle's own switch for TF32,
+//! `candle_core::cuda::set_gemm_reduced_precision_f32`, which is off at the start. The operators of [`vit`] that are not
+//! PACE's (layer norm, attention, GELU) are composed of candle's on CUDA.
 //!
 //! ```
 //! use candle_core::{DType, Device, Module, Tensor};

@@ -21,6 +21,7 @@ use std::collections::{BTreeMap, HashMap};
 const CPU: Device = Device::Cpu;
 
 type Test = fn(&On) -> Result<()>;
+type CpuTest = fn() -> Result<()>;
 
 /// Tests of what a device computes.
 const TESTS: &[(&str, Test)] = &[
@@ -35,7 +36,7 @@ const TESTS: &[(&str, Test)] = &[
 ];
 
 /// Tests that need double precision, or are about files.
-const CPU_TESTS: &[(&str, fn() -> Result<()>)] = &[
+const CPU_TESTS: &[(&str, CpuTest)] = &[
     ("layer_gradients_match_finite_differences", layer_gradients_match_finite_differences),
     ("weights_round_trip_through_a_file", weights_round_trip_through_a_file),
     ("bad_weight_files_are_errors", bad_weight_files_are_errors_that_say_what_is_missing),
