@@ -130,7 +130,8 @@ impl Objective {
     /// [`forward_branching`]: super::PaceLinear::forward_branching
     ///
     /// # Errors
-    /// If the model fails, its logits have another shape, or a label or index is out of range.
+    /// If the model fails, its logits have another shape, or a label or index is out of range. With CUDA logits the device
+    /// finds the last: the history of [`Variant::Fast`] then has the logits of the samples that nothing was wrong with.
     pub fn step(
         &mut self,
         step: u64,
@@ -217,7 +218,7 @@ impl Objective {
         Ok((values, Tensor::from_vec(gradient, logits.shape(), logits.device())?))
     }
 
-    /// The same for CUDA logits. What is wrong with a label or index shows afterwards: other samples are in the history then.
+    /// The same for CUDA logits.
     #[cfg(feature = "candle-cuda")]
     fn evaluate_on_device(
         &mut self,

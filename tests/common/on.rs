@@ -14,9 +14,9 @@ impl On {
     /// CUDA device 0, or why there is none.
     #[cfg(feature = "candle-cuda")]
     pub fn cuda(dtype: DType) -> std::result::Result<Self, String> {
-        // Asked first: candle panics where there is no driver.
+        // Asked first: it says what is missing, a device or the kernels.
         pace_kernels::cuda::Device::open(0).map_err(|error| format!("no CUDA device: {error}"))?;
-        let device = Device::new_cuda(0).map_err(|error| format!("no CUDA device: {error}"))?;
+        let device = Device::new_cuda(0).map_err(|error| format!("no CUDA device in candle: {error}"))?;
         Ok(Self { device, dtype })
     }
 
