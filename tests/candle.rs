@@ -261,10 +261,10 @@ fn noise_is_new_every_step_and_the_same_for_split_batches(on: &On) -> Result<()>
     assert_eq!(values(&whole), values(&run(0, 0, &x)?));
     assert_ne!(values(&whole), values(&run(1, 0, &x)?));
     let parts = [run(0, 0, &x.narrow(0, 0, 2)?)?, run(0, 2, &x.narrow(0, 2, 4)?)?];
-    assert!(largest_difference(&whole, &Tensor::cat(&parts, 0)?) < on.tolerance(1e-14, 1e-5));
+    assert!(largest_difference(&whole, &Tensor::cat(&parts, 0)?) < on.tolerance(1e-14, 1e-4));
     context.evaluate();
     assert!(
-        largest_difference(&layer.forward(&x)?, &layer.merged()?.forward(&x)?) < on.tolerance(1e-14, 1e-5)
+        largest_difference(&layer.forward(&x)?, &layer.merged()?.forward(&x)?) < on.tolerance(1e-14, 1e-4)
     );
     assert_ne!(values(&whole), values(&layer.forward(&x)?));
     Ok(())
