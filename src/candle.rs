@@ -5,8 +5,15 @@
 //! * [`Objective`] evaluates one training step: plain, PACE, PACE-lazy or PACE-fast.
 //! * [`vit`] is a vision transformer in timm's layout, to fine-tune or to copy from.
 //!
-//! Layers work on CPU tensors of `f32` and `f64`, and on any number of token dimensions: `[rows, …, features]`.
-//! The operators behind them are those of [`cpu`](crate::cpu); the backward pass makes the noise again.
+//! Layers work on any number of token dimensions, `[rows, …, features]`, of CPU tensors of `f32` and `f64`, and with the
+//! feature `candle-cuda` of CUDA tensors of `f32`, `f16` and `bf16`; all tensors of an operation are in one place. The
+//! operators behind them are those of [`cpu`](crate::cpu) and `cuda`; the backward pass makes the noise again.
+//!
+//! The feature `candle-cuda` takes what candle's own CUDA support takes to build, nvcc and NVIDIA's libraries, and a device
+//! that `cuda::Device::open` accepts. Operators run on the stream of the candle device and allocate from it; only
+//! [`Objective::step`] and [`grad_norm`] wait for the device. Products of `f32` follow candle's own switch for TF32,
+//! `candle_core::cuda::set_gemm_reduced_precision_f32`, which is off at the start. The operators of [`vit`] that are not
+//! PACE's (layer norm, attention, GELU) are composed of candle's on CUDA.
 //!
 //! ```
 //! use candle_core::{DType, Device, Module, Tensor};
@@ -37,6 +44,8 @@
 //! # }
 //! ```
 
+#[cfg(feature = "candle-cuda")]
+mod cuda;
 mod layers;
 mod loss;
 mod ops;

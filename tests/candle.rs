@@ -1,17 +1,72 @@
-//! The door to candle: gradients, branches, variants, weight files, and errors instead of panics.
+//! The door to candle: gradients, branches, variants, weight files, and errors instead of panics. What depends on the
+//! device runs on the CPU and on CUDA device 0, and is reported as ignored, with the reason, where there is none.
 
+#[path = "common/on.rs"]
+mod on;
+
+use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
 use candle_nn::{Linear, VarBuilder, VarMap};
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use on::On;
 use pace_kernels::adapter::Adapter;
 use pace_kernels::candle::vit::{Vit, VitConfig, read_weights};
 use pace_kernels::candle::{
-    Batch, Injector, Objective, PaceContext, PaceLinear, Variant, noisy_add, seeded_builder,
+    Batch, Injector, Objective, PaceContext, PaceLinear, Variant, grad_norm, noisy_add, seeded_builder,
 };
 use pace_kernels::noise::{Generator, Key, NoiseShape};
 use pace_kernels::schedule::sigma_by_block;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 const CPU: Device = Device::Cpu;
+
+type Test = fn(&On) -> Result<()>;
+type CpuTest = fn() -> Result<()>;
+
+/// Tests of what a device computes.
+const TESTS: &[(&str, Test)] = &[
+    ("layers_are_those_of_the_cpu", layers_are_those_of_the_cpu),
+    ("training_steps_are_those_of_the_cpu", training_steps_are_those_of_the_cpu),
+    ("noise_is_new_every_step", noise_is_new_every_step_and_the_same_for_split_batches),
+    ("parting_late_equals_a_doubled_batch", parting_late_equals_a_doubled_batch),
+    ("drop_path_is_shared_by_the_branches", drop_path_is_shared_by_the_branches),
+    ("variants_use_the_rows_they_should", variants_use_the_rows_they_should),
+    ("noisy_add_is_the_layers_epilogue", noisy_add_is_the_layers_epilogue),
+    ("wrong_use_is_an_error", wrong_use_is_an_error),
+];
+
+/// Tests that need double precision, or are about files.
+const CPU_TESTS: &[(&str, CpuTest)] = &[
+    ("layer_gradients_match_finite_differences", layer_gradients_match_finite_differences),
+    ("weights_round_trip_through_a_file", weights_round_trip_through_a_file),
+    ("bad_weight_files_are_errors", bad_weight_files_are_errors_that_say_what_is_missing),
+    ("wrong_sizes_are_errors", wrong_sizes_are_errors),
+];
+
+fn main() {
+    let arguments = Arguments::from_args();
+    let mut trials: Vec<Trial> = Vec::new();
+    for &(name, test) in CPU_TESTS {
+        trials.push(Trial::test(name, move || Ok(test()?)));
+    }
+    for &(name, test) in TESTS {
+        trials.push(Trial::test(format!("cpu_f64::{name}"), move || Ok(test(&On::CPU)?)));
+        trials.push(Trial::test(format!("cpu_f32::{name}"), move || Ok(test(&On::CPU_F32)?)));
+        trials.push(on_cuda(format!("cuda_f32::{name}"), DType::F32, test));
+    }
+    for (dtype, name) in [(DType::F16, "f16"), (DType::BF16, "bf16")] {
+        let name = format!("cuda_{name}::layers_are_those_of_the_cpu");
+        trials.push(on_cuda(name, dtype, layers_are_those_of_the_cpu));
+    }
+    libtest_mimic::run(&arguments, trials).exit();
+}
+
+fn on_cuda(name: String, dtype: DType, test: Test) -> Trial {
+    Trial::ignorable_test(name, move || match On::cuda(dtype) {
+        Ok(on) => test(&on).map(|()| Completion::Completed).map_err(Failed::from),
+        Err(why) => Ok(Completion::ignored_with(why)),
+    })
+}
 
 /// Standard normals, the same in every run.
 fn random(name: &str, shape: &[usize]) -> Tensor {
@@ -20,7 +75,17 @@ fn random(name: &str, shape: &[usize]) -> Tensor {
 }
 
 fn values(tensor: &Tensor) -> Vec<f64> {
-    tensor.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+    on::values(tensor).unwrap()
+}
+
+impl On {
+    fn random(&self, name: &str, shape: &[usize]) -> Tensor {
+        self.place(&random(name, shape)).unwrap()
+    }
+
+    fn builder(&self, vars: &VarMap, seed: u64) -> VarBuilder<'static> {
+        seeded_builder(vars, seed, self.dtype, &self.device)
+    }
 }
 
 fn largest_difference(a: &Tensor, b: &Tensor) -> f64 {
@@ -30,6 +95,7 @@ fn largest_difference(a: &Tensor, b: &Tensor) -> f64 {
 
 /// An adapted layer whose factors are all random, not zero as at the start.
 fn layer(
+    on: &On,
     adapter: Adapter,
     sigma: f64,
     shape: NoiseShape,
@@ -39,11 +105,11 @@ fn layer(
     let (out, inp, rank) = (6, 4, 2);
     for parameter in adapter.parameters(out, inp, rank).unwrap() {
         let dims: Vec<usize> = std::iter::once(parameter.rows).chain(parameter.columns).collect();
-        let var = Var::from_tensor(&random(parameter.name, &dims)).unwrap();
+        let var = Var::from_tensor(&on.random(parameter.name, &dims)).unwrap();
         vars.data().lock().unwrap().insert(format!("layer.{}", parameter.name), var);
     }
-    let vb = VarBuilder::from_varmap(vars, DType::F64, &CPU);
-    let base = Linear::new(random("weight", &[out, inp]), Some(random("bias", &[out])));
+    let vb = VarBuilder::from_varmap(vars, on.dtype, &on.device);
+    let base = Linear::new(on.random("weight", &[out, inp]), Some(on.random("bias", &[out])));
     Injector::new(context, adapter, rank, &[sigma], vb)
         .with_noise_shape(shape)
         .with_scale(1.5)
@@ -65,25 +131,22 @@ const CONFIG: VitConfig = VitConfig {
 };
 
 /// A transformer with adapters that have left the identity.
-fn vit(context: &PaceContext, config: &VitConfig, sigmas: &[f64]) -> (Vit, VarMap) {
+fn vit(on: &On, context: &PaceContext, config: &VitConfig, sigmas: &[f64]) -> (Vit, VarMap) {
     let (frozen, vars) = (VarMap::new(), VarMap::new());
-    let mut injector =
-        Injector::new(context, Adapter::LoraMulVptAdd, 2, sigmas, seeded_builder(&vars, 1, DType::F64, &CPU));
-    let model =
-        Vit::with_adapters(config, seeded_builder(&frozen, 2, DType::F64, &CPU), &mut injector).unwrap();
+    let mut injector = Injector::new(context, Adapter::LoraMulVptAdd, 2, sigmas, on.builder(&vars, 1));
+    let model = Vit::with_adapters(config, on.builder(&frozen, 2), &mut injector).unwrap();
     for (name, var) in vars.data().lock().unwrap().iter() {
-        var.set(&(random(name, var.dims()) * 0.3).unwrap()).unwrap();
+        var.set(&(on.random(name, var.dims()) * 0.3).unwrap()).unwrap();
     }
     (model, vars)
 }
 
-#[test]
 fn layer_gradients_match_finite_differences() -> Result<()> {
     for adapter in Adapter::ALL {
         for shape in [NoiseShape::PerSample, NoiseShape::PerToken] {
             for branching in [false, true] {
                 let (context, vars) = (PaceContext::new(3), VarMap::new());
-                let layer = layer(adapter, 0.7, shape, &context, &vars);
+                let layer = layer(&On::CPU, adapter, 0.7, shape, &context, &vars);
                 context.train(11, 2, 5)?;
                 let x = Var::from_tensor(&random("x", &[4, 3, 4]))?;
                 let weights = random("w", &[if branching { 8 } else { 4 }, 3, 6]);
@@ -118,11 +181,78 @@ fn layer_gradients_match_finite_differences() -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn noise_is_new_every_step_and_the_same_for_split_batches() -> Result<()> {
+/// Compares what `run` gives in a place with what it gives on the CPU in double precision.
+fn compare(on: &On, run: impl Fn(&On) -> Result<Vec<Vec<f64>>>) -> Result<()> {
+    let (got, expected) = (run(on)?, run(&On::CPU)?);
+    assert_eq!(got.len(), expected.len());
+    for (i, (got, expected)) in got.iter().zip(&expected).enumerate() {
+        assert_eq!(got.len(), expected.len());
+        let largest = expected.iter().fold(1.0f64, |max, v| max.max(v.abs()));
+        for (got, expected) in got.iter().zip(expected) {
+            let error = (got - expected).abs() / largest;
+            assert!(error < on.tolerance(1e-12, 1e-4), "result {i}: {got}, expected {expected}");
+        }
+    }
+    Ok(())
+}
+
+/// The gradients of all variables, by name.
+fn gradients(vars: &VarMap, grads: &GradStore) -> Vec<Vec<f64>> {
+    let vars: BTreeMap<_, _> = vars.data().lock().unwrap().clone().into_iter().collect();
+    vars.iter().map(|(name, var)| values(grads.get(var).expect(name))).collect()
+}
+
+fn layers_are_those_of_the_cpu(on: &On) -> Result<()> {
+    for adapter in Adapter::ALL {
+        for shape in [NoiseShape::PerSample, NoiseShape::PerToken] {
+            for branching in [false, true] {
+                compare(on, |on| {
+                    let (context, vars) = (PaceContext::new(3), VarMap::new());
+                    let layer = layer(on, adapter, 0.7, shape, &context, &vars);
+                    context.train(11, 2, 5)?;
+                    let x = Var::from_tensor(&on.random("x", &[4, 3, 4]))?;
+                    let y = if branching { layer.forward_branching(&x)? } else { layer.forward(&x)? };
+                    let grads = (&y * on.random("w", y.dims()))?.sum_all()?.backward()?;
+                    let mut results = gradients(&vars, &grads);
+                    results.extend([values(&y), values(grads.get(&x).expect("gradient"))]);
+                    context.evaluate();
+                    results.push(values(&layer.forward(&x)?));
+                    Ok(results)
+                })?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn training_steps_are_those_of_the_cpu(on: &On) -> Result<()> {
+    for variant in [Variant::CrossEntropy, Variant::Pace, Variant::Fast { samples: 4 }] {
+        compare(on, |on| {
+            let context = PaceContext::new(0);
+            let (model, vars) = vit(on, &context, &CONFIG, &sigma_by_block(3, 1.0, 1).unwrap());
+            let images = on.random("images", &[3, 3, 8, 8]);
+            let batch = Batch { index: Some(&[3, 0, 1]), ..Batch::new(&images, &[0, -1, 4]) };
+            let mut objective = Objective::new(&context, variant, 0.5)?;
+            (objective.label_smoothing, objective.ignore_label) = (0.1, Some(-1));
+            let mut results = Vec::new();
+            for step in 0..2 {
+                let out = objective.step(step, &batch, |x| model.forward(x))?;
+                let grads = out.loss.backward()?;
+                results.push(vec![out.values.total, out.values.classification, out.values.consistency]);
+                results.push(vec![grad_norm(&vars.all_vars(), &grads)?]);
+                results.extend([values(&out.loss), values(&out.logits)]);
+                results.extend(gradients(&vars, &grads));
+            }
+            Ok(results)
+        })?;
+    }
+    Ok(())
+}
+
+fn noise_is_new_every_step_and_the_same_for_split_batches(on: &On) -> Result<()> {
     let context = PaceContext::new(3);
-    let layer = layer(Adapter::LoraAdd, 0.7, NoiseShape::PerSample, &context, &VarMap::new());
-    let x = random("x", &[6, 4]);
+    let layer = layer(on, Adapter::LoraAdd, 0.7, NoiseShape::PerSample, &context, &VarMap::new());
+    let x = on.random("x", &[6, 4]);
     let run = |step, first, x: &Tensor| {
         context.train(step, 1, first)?;
         layer.forward(x)
@@ -131,20 +261,21 @@ fn noise_is_new_every_step_and_the_same_for_split_batches() -> Result<()> {
     assert_eq!(values(&whole), values(&run(0, 0, &x)?));
     assert_ne!(values(&whole), values(&run(1, 0, &x)?));
     let parts = [run(0, 0, &x.narrow(0, 0, 2)?)?, run(0, 2, &x.narrow(0, 2, 4)?)?];
-    assert!(largest_difference(&whole, &Tensor::cat(&parts, 0)?) < 1e-14);
+    assert!(largest_difference(&whole, &Tensor::cat(&parts, 0)?) < on.tolerance(1e-14, 1e-4));
     context.evaluate();
-    assert!(largest_difference(&layer.forward(&x)?, &layer.merged()?.forward(&x)?) < 1e-14);
+    assert!(
+        largest_difference(&layer.forward(&x)?, &layer.merged()?.forward(&x)?) < on.tolerance(1e-14, 1e-4)
+    );
     assert_ne!(values(&whole), values(&layer.forward(&x)?));
     Ok(())
 }
 
-#[test]
-fn parting_late_equals_a_doubled_batch() -> Result<()> {
-    let images = random("images", &[3, 3, 8, 8]);
+fn parting_late_equals_a_doubled_batch(on: &On) -> Result<()> {
+    let images = on.random("images", &[3, 3, 8, 8]);
     // Noise from block 1 on, from block 0 on, in the head alone, and nowhere.
     for sigmas in [[0.0, 0.9, 0.5], [0.8, 0.6, 0.3], [0.0, 0.0, 0.5], [0.0; 3]] {
         let context = PaceContext::new(8);
-        let model = vit(&context, &VitConfig { drop_path: 0.0, ..CONFIG }, &sigmas).0;
+        let model = vit(on, &context, &VitConfig { drop_path: 0.0, ..CONFIG }, &sigmas).0;
         context.train(4, 2, 0)?;
         let late = model.forward(&images)?;
         assert_eq!(late.dims(), [6, CONFIG.classes]);
@@ -168,27 +299,26 @@ fn parting_late_equals_a_doubled_batch() -> Result<()> {
         for (name, layer, width, sigma) in layers {
             let noise =
                 Generator::new(Key::derive(8, 4, layer), sigma as f32, NoiseShape::PerSample, 0).unwrap();
-            let mut z = vec![0.0; 6 * width];
+            let mut z = vec![0.0f64; 6 * width];
             for (row, z) in z.chunks_mut(width).enumerate() {
                 noise.fill((row / 3) as u8, (row % 3) as u64, 0, 0, z);
             }
-            context.set_noise(&name, Some(Tensor::from_vec(z, (6, width), &CPU)?));
+            context.set_noise(&name, Some(on.place(&Tensor::from_vec(z, (6, width), &CPU)?)?));
         }
         context.train(4, 1, 0)?;
         let doubled = model.forward(&Tensor::cat(&[&images, &images], 0)?)?;
-        assert!(largest_difference(&late, &doubled) < 1e-12);
-        let differ = largest_difference(&late.narrow(0, 0, 3)?, &late.narrow(0, 3, 3)?) > 1e-6;
+        assert!(largest_difference(&late, &doubled) < on.tolerance(1e-12, 1e-4));
+        let differ = largest_difference(&late.narrow(0, 0, 3)?, &late.narrow(0, 3, 3)?) > 1e-3;
         assert_eq!(differ, sigmas.iter().any(|&sigma| sigma > 0.0));
     }
     Ok(())
 }
 
-#[test]
-fn drop_path_is_shared_by_the_branches() -> Result<()> {
+fn drop_path_is_shared_by_the_branches(on: &On) -> Result<()> {
     let context = PaceContext::new(8);
-    let vb = seeded_builder(&VarMap::new(), 0, DType::F64, &CPU);
+    let vb = on.builder(&VarMap::new(), 0);
     let drop_path = Injector::new(&context, Adapter::VptAdd, 1, &[], vb).drop_path(0.5)?;
-    let x = Var::from_tensor(&Tensor::ones((8, 3), DType::F64, &CPU)?)?;
+    let x = Var::from_tensor(&Tensor::ones((8, 3), on.dtype, &on.device)?)?;
     assert_eq!(values(&drop_path.forward_rows(&x, 2)?), vec![1.0; 24], "evaluation");
     context.train(0, 2, 0)?;
     let y = drop_path.forward_rows(&x, 2)?;
@@ -197,16 +327,15 @@ fn drop_path_is_shared_by_the_branches() -> Result<()> {
     assert_eq!(values(grads.get(&x).expect("gradient")), values(&y));
     // Dropped or scaled by the mask's own mean: the mean stays.
     let y = values(&y);
-    assert!(y.contains(&0.0) && (y.iter().sum::<f64>() / 24.0 - 1.0).abs() < 1e-9);
+    assert!(y.contains(&0.0) && (y.iter().sum::<f64>() / 24.0 - 1.0).abs() < on.tolerance(1e-9, 1e-6));
     assert!(drop_path.forward_rows(&x, 3).is_err());
     Ok(())
 }
 
-#[test]
-fn variants_use_the_rows_they_should() -> Result<()> {
+fn variants_use_the_rows_they_should(on: &On) -> Result<()> {
     let context = PaceContext::new(0);
-    let (model, vars) = vit(&context, &CONFIG, &sigma_by_block(3, 1.0, 1).unwrap());
-    let images = random("images", &[5, 3, 8, 8]);
+    let (model, vars) = vit(on, &context, &CONFIG, &sigma_by_block(3, 1.0, 1).unwrap());
+    let images = on.random("images", &[5, 3, 8, 8]);
     let labels = [0, 1, 2, 3, 4];
     let index = [2, 0, 1, 6, 5];
     let batch = Batch { index: Some(&index), ..Batch::new(&images, &labels) };
@@ -234,26 +363,24 @@ fn variants_use_the_rows_they_should() -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn noisy_add_is_the_layers_epilogue() -> Result<()> {
+fn noisy_add_is_the_layers_epilogue(on: &On) -> Result<()> {
     let (base, a) =
-        (Var::from_tensor(&random("b", &[4, 3, 5]))?, Var::from_tensor(&random("a", &[4, 3, 5]))?);
+        (Var::from_tensor(&on.random("b", &[4, 3, 5]))?, Var::from_tensor(&on.random("a", &[4, 3, 5]))?);
     let generator = Generator::new(Key::derive(1, 2, 3), 0.5, NoiseShape::PerSample, 0).unwrap();
     let y = noisy_add(&base, &a, Some(generator), 2)?;
     let z = ((&y - base.as_tensor())? / a.as_tensor())?;
     // Tokens of a sample share z, branches do not.
-    assert!(largest_difference(&z.narrow(1, 0, 1)?, &z.narrow(1, 2, 1)?) < 1e-12);
+    assert!(largest_difference(&z.narrow(1, 0, 1)?, &z.narrow(1, 2, 1)?) < on.tolerance(1e-12, 1e-4));
     assert!(largest_difference(&z.narrow(0, 0, 2)?, &z.narrow(0, 2, 2)?) > 1e-3);
     let grads = y.sum_all()?.backward()?;
-    assert!(largest_difference(grads.get(&a).expect("gradient"), &z) < 1e-9);
+    assert!(largest_difference(grads.get(&a).expect("gradient"), &z) < on.tolerance(1e-9, 1e-4));
     assert_eq!(values(grads.get(&base).expect("gradient")), vec![1.0; 60]);
-    assert!(noisy_add(&base, &random("c", &[4, 3, 6]), None, 2).is_err());
+    assert!(noisy_add(&base, &on.random("c", &[4, 3, 6]), None, 2).is_err());
     assert!(noisy_add(&base, &a, None, 3).is_err());
     assert!(noisy_add(&base, &a, None, 0).is_err());
     Ok(())
 }
 
-#[test]
 fn weights_round_trip_through_a_file() -> Result<()> {
     let vars = VarMap::new();
     let model = Vit::new(&CONFIG, seeded_builder(&vars, 2, DType::F32, &CPU))?;
@@ -275,8 +402,7 @@ fn weights_round_trip_through_a_file() -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn bad_weight_files_are_errors_that_say_what_is_missing() {
+fn bad_weight_files_are_errors_that_say_what_is_missing() -> Result<()> {
     let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR"));
     let vars = VarMap::new();
     Vit::new(&CONFIG, seeded_builder(&vars, 2, DType::F32, &CPU)).unwrap();
@@ -336,31 +462,32 @@ fn bad_weight_files_are_errors_that_say_what_is_missing() {
     assert!(error.to_string().contains("blocks.0.attn.qkv.bias"), "{error}");
     assert!(VitConfig::infer(&weights, Some(5)).unwrap_err().to_string().contains("5 heads"));
     assert!(VitConfig::infer(&weights, Some(0)).is_err());
+    Ok(())
 }
 
-#[test]
-fn wrong_use_is_an_error() -> Result<()> {
+fn wrong_use_is_an_error(on: &On) -> Result<()> {
     let context = PaceContext::new(0);
-    let layer = layer(Adapter::LoraMulVptAdd, 1.0, NoiseShape::PerSample, &context, &VarMap::new());
+    let layer = layer(on, Adapter::LoraMulVptAdd, 1.0, NoiseShape::PerSample, &context, &VarMap::new());
+    let other = if on.dtype == DType::F64 { DType::F32 } else { DType::F64 };
     context.train(0, 2, 0)?;
-    assert!(layer.forward(&random("x", &[3, 4])).is_err(), "odd rows");
-    assert!(layer.forward(&random("x", &[4, 5])).is_err(), "wrong features");
-    assert!(layer.forward(&random("x", &[4])).is_err(), "no rows");
-    assert!(layer.forward(&random("x", &[0, 4])).is_err(), "empty batch");
-    assert!(layer.forward(&random("x", &[4, 4]).to_dtype(DType::F32)?).is_err(), "mixed types");
-    assert!(layer.forward(&random("x", &[4, 4]).to_dtype(DType::F16)?).is_err(), "half");
-    context.set_noise("layer", Some(random("z", &[4, 5])));
-    assert!(layer.forward(&random("x", &[4, 4])).is_err(), "wrong z");
+    assert!(layer.forward(&on.random("x", &[3, 4])).is_err(), "odd rows");
+    assert!(layer.forward(&on.random("x", &[4, 5])).is_err(), "wrong features");
+    assert!(layer.forward(&on.random("x", &[4])).is_err(), "no rows");
+    assert!(layer.forward(&on.random("x", &[2, 4]).narrow(0, 0, 0)?).is_err(), "empty batch");
+    assert!(layer.forward(&on.random("x", &[4, 4]).to_dtype(other)?).is_err(), "mixed types");
+    assert!(layer.forward(&on.random("x", &[4, 4]).to_dtype(DType::F16)?).is_err(), "half");
+    context.set_noise("layer", Some(on.random("z", &[4, 5])));
+    assert!(layer.forward(&on.random("x", &[4, 4])).is_err(), "wrong z");
     context.set_noise("layer", None);
-    assert!(layer.forward(&random("x", &[4, 4])).is_ok());
+    assert!(layer.forward(&on.random("x", &[4, 4])).is_ok());
     for branches in [0, 3] {
         assert!(context.train(0, branches, 0).is_err());
     }
     context.train(0, 2, u64::MAX)?;
-    assert!(layer.forward(&random("x", &[4, 4])).is_err(), "sample number");
+    assert!(layer.forward(&on.random("x", &[4, 4])).is_err(), "sample number");
 
-    let vb = || seeded_builder(&VarMap::new(), 0, DType::F64, &CPU);
-    let base = || Linear::new(random("weight", &[6, 4]), None);
+    let vb = || on.builder(&VarMap::new(), 0);
+    let base = || Linear::new(on.random("weight", &[6, 4]), None);
     assert!(
         Injector::new(&context, Adapter::LoraAdd, 0, &[1.0], vb()).wrap("l", 0, base()).is_err(),
         "rank 0"
@@ -374,9 +501,10 @@ fn wrong_use_is_an_error() -> Result<()> {
     }
     let mut injector = Injector::new(&context, Adapter::LoraAdd, 1, &[1.0], vb());
     assert!(injector.drop_path(1.0).is_err() && injector.drop_path(f64::NAN).is_err());
-    assert!(injector.wrap_dense("l", 0, base(), random("d", &[6, 5]), None).is_err(), "wrong ΔW");
-    assert!(injector.wrap_dense("l", 0, base(), random("d", &[6, 4]), None).is_ok());
-    let mut dense = |bias| injector.wrap_dense("l", 0, base(), random("d", &[6, 4]), Some(random("b", bias)));
+    assert!(injector.wrap_dense("l", 0, base(), on.random("d", &[6, 5]), None).is_err(), "wrong ΔW");
+    assert!(injector.wrap_dense("l", 0, base(), on.random("d", &[6, 4]), None).is_ok());
+    let mut dense =
+        |bias| injector.wrap_dense("l", 0, base(), on.random("d", &[6, 4]), Some(on.random("b", bias)));
     assert!(dense(&[6]).is_ok() && dense(&[4]).is_err() && dense(&[1, 6]).is_err(), "Δb");
 
     for lambda in [-1.0, f64::NAN, f64::INFINITY] {
@@ -384,7 +512,7 @@ fn wrong_use_is_an_error() -> Result<()> {
     }
     assert!(Objective::new(&context, Variant::Lazy { interval: 0 }, 1.0).is_err());
     assert!(Objective::new(&context, Variant::Fast { samples: 0 }, 1.0).is_err());
-    let x = random("x", &[2, 4]);
+    let x = on.random("x", &[2, 4]);
     let step = |variant, labels: &[i64], index: Option<&[i64]>| {
         let batch = Batch { index, ..Batch::new(&x, labels) };
         Objective::new(&context, variant, 1.0)?.step(0, &batch, |x| layer.forward_branching(x)).map(|_| ())
@@ -409,9 +537,15 @@ fn wrong_use_is_an_error() -> Result<()> {
         "not parted"
     );
 
-    let model = vit(&PaceContext::new(0), &CONFIG, &[0.0; 3]).0;
-    assert!(model.forward(&random("i", &[2, 3, 8, 9])).is_err());
-    assert!(model.forward(&random("i", &[2, 1, 8, 8])).is_err());
+    let model = vit(on, &PaceContext::new(0), &CONFIG, &[0.0; 3]).0;
+    assert!(model.forward(&on.random("i", &[2, 3, 8, 9])).is_err());
+    assert!(model.forward(&on.random("i", &[2, 1, 8, 8])).is_err());
+    Ok(())
+}
+
+fn wrong_sizes_are_errors() -> Result<()> {
+    let context = PaceContext::new(0);
+    let vb = || On::CPU.builder(&VarMap::new(), 0);
     for (config, argument) in [
         (VitConfig { heads: 5, ..CONFIG }, "heads"),
         (VitConfig { heads: 0, ..CONFIG }, "heads"),

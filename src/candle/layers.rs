@@ -1,11 +1,11 @@
 //! Noisy layers, the state they share, and how they get into a model.
 
 use super::ops::{
-    DropPathKernel, FrozenLinear, Layer, LayerNoise, LowRankKernel, apply1, apply3, lora_mul_weight,
-    noisy_linear, prompt_bias, wrap,
+    DropPathKernel, FrozenLinear, Layer, LayerNoise, apply1, lora_mul_weight, low_rank_linear, noisy_linear,
+    prompt_bias, wrap,
 };
 use crate::adapter::{self, Adapter, Init, Parameter};
-use crate::noise::{Generator, Key, NoiseShape, drop_path_mask};
+use crate::noise::{Generator, Key, NoiseShape};
 use crate::shape::LinearShape;
 use candle_core::{Module, Result, Tensor};
 use candle_nn::{Linear, VarBuilder};
@@ -66,7 +66,8 @@ impl PaceContext {
 
     /// Replaces the noise of the layer `name` in training by `z`, `[R, N]` or `[R, T, N]`; `None` gives it back.
     ///
-    /// A layer with σ = 0 has no noise to replace.
+    /// `z` is where the layer's tensors are and of their type; on CUDA it is rounded to `F32`. A layer with σ = 0 has no
+    /// noise to replace.
     pub fn set_noise(&self, name: &str, z: Option<Tensor>) {
         self.change(|state| match z {
             Some(z) => state.given.insert(name.to_owned(), z),
@@ -245,13 +246,7 @@ impl PaceLinear {
         let base = Some(self.base.clone());
         match &self.parameters {
             Parameters::LoraAdd { down, up, delta_bias } => {
-                let joined = Tensor::cat(&[down, &delta_bias.unsqueeze(1)?], 1)?;
-                let kernel = LowRankKernel {
-                    layer: Layer { shape, noise, base },
-                    rank: up.dim(0)?,
-                    scale: self.scale,
-                };
-                apply3(kernel, x, &joined, up)
+                low_rank_linear(Layer { shape, noise, base }, x, down, up, delta_bias, self.scale)
             }
             parameters => {
                 let base = if matches!(parameters, Parameters::Head) { None } else { base };
@@ -296,9 +291,8 @@ impl SharedDropPath {
         if rows == 0 || branches == 0 || rows % branches != 0 {
             candle_core::bail!("DropPath: {rows} rows do not divide into {branches} branches");
         }
-        let mut mask = vec![0.0; rows / branches];
-        wrap(drop_path_mask(key, self.probability, first_sample, &mut mask))?;
-        apply1(DropPathKernel { branches, features: x.elem_count() / rows, mask }, x)
+        let (batch, features, probability) = (rows / branches, x.elem_count() / rows, self.probability);
+        apply1(DropPathKernel { branches, batch, features, key, probability, first_sample }, x)
     }
 }
 

@@ -1,7 +1,10 @@
 //! One training step of PACE and its variants.
 
+#[cfg(feature = "candle-cuda")]
+mod cuda;
+
 use super::layers::PaceContext;
-use super::ops::{Element, ScalarKernel, apply1, with_slices, wrap};
+use super::ops::{Element, scalar, with_slices, wrap};
 use crate::cpu::{Consistency, Loss, LossValues};
 use crate::schedule::LazySchedule;
 use candle_core::{DType, Error, Result, Tensor};
@@ -69,11 +72,13 @@ pub struct Objective {
     history: Option<History>,
 }
 
-/// The logits that every training sample had last time, in the precision of the model.
+/// The logits that every training sample had last time: in the precision of the model, on a device in `f32`.
 #[derive(Debug)]
 enum History {
     F32(Vec<f32>),
     F64(Vec<f64>),
+    #[cfg(feature = "candle-cuda")]
+    Device(candle_core::cuda_backend::cudarc::driver::CudaSlice<f32>),
 }
 
 /// A model's element type, with its kind of history.
@@ -125,7 +130,8 @@ impl Objective {
     /// [`forward_branching`]: super::PaceLinear::forward_branching
     ///
     /// # Errors
-    /// If the model fails, its logits have another shape, or a label or index is out of range.
+    /// If the model fails, its logits have another shape, or a label or index is out of range. With CUDA logits the device
+    /// finds the last: the history of [`Variant::Fast`] then has the logits of the samples that nothing was wrong with.
     pub fn step(
         &mut self,
         step: u64,
@@ -162,12 +168,16 @@ impl Objective {
             label_smoothing: self.label_smoothing,
             ignore_label: self.ignore_label,
         };
-        let (values, gradient) = match logits.dtype() {
-            DType::F32 => self.evaluate::<f32>(loss, &logits, batch.index, branches)?,
-            DType::F64 => self.evaluate::<f64>(loss, &logits, batch.index, branches)?,
-            other => candle_core::bail!("logits are {other:?}, expected F32 or F64"),
+        let (values, gradient) = match (logits.device(), logits.dtype()) {
+            #[cfg(feature = "candle-cuda")]
+            (candle_core::Device::Cuda(device), _) => {
+                self.evaluate_on_device(device, loss, &logits, batch.index, branches)?
+            }
+            (_, DType::F32) => self.evaluate::<f32>(loss, &logits, batch.index, branches)?,
+            (_, DType::F64) => self.evaluate::<f64>(loss, &logits, batch.index, branches)?,
+            (_, other) => candle_core::bail!("logits are {other:?}, expected F32 or F64"),
         };
-        let loss = apply1(ScalarKernel { value: values.total, gradient }, &logits)?;
+        let loss = scalar(&logits, values.total, gradient)?;
         Ok(Step { loss, values, logits: logits.narrow(0, 0, used)?.detach() })
     }
 
@@ -181,13 +191,7 @@ impl Objective {
     ) -> Result<(LossValues, Tensor)> {
         let consistency = match (self.variant, branches) {
             (Variant::Fast { samples }, _) => {
-                let index = index.ok_or_else(|| {
-                    Error::wrap(crate::Error::Argument {
-                        argument: "index",
-                        problem: "is required by the fast variant",
-                    })
-                })?;
-                let elements = wrap(crate::shape::product("history", "[n, C]", &[samples, loss.classes]))?;
+                let (index, elements) = remembered(samples, loss.classes, index)?;
                 if self.history.is_none() {
                     let mut table = Vec::new();
                     if table.try_reserve_exact(elements).is_err() {
@@ -201,7 +205,7 @@ impl Objective {
                     .as_mut()
                     .and_then(T::table)
                     .filter(|table| table.len() == elements)
-                    .ok_or_else(|| Error::Msg("the logits' type or classes changed between steps".into()))?;
+                    .ok_or_else(other_logits)?;
                 Consistency::History { table, index }
             }
             (_, 2) => Consistency::TwoBranch,
@@ -213,4 +217,45 @@ impl Objective {
         })?;
         Ok((values, Tensor::from_vec(gradient, logits.shape(), logits.device())?))
     }
+
+    /// The same for CUDA logits.
+    #[cfg(feature = "candle-cuda")]
+    fn evaluate_on_device(
+        &mut self,
+        device: &candle_core::CudaDevice,
+        loss: Loss<'_>,
+        logits: &Tensor,
+        index: Option<&[i64]>,
+        branches: usize,
+    ) -> Result<(LossValues, Tensor)> {
+        let partner = match (self.variant, branches) {
+            (Variant::Fast { samples }, _) => {
+                let (index, elements) = remembered(samples, loss.classes, index)?;
+                if self.history.is_none() {
+                    self.history = Some(History::Device(device.alloc_zeros(elements)?));
+                }
+                match &mut self.history {
+                    Some(History::Device(table)) if table.len() == elements => {
+                        cuda::Partner::History { table, index }
+                    }
+                    _ => return Err(other_logits()),
+                }
+            }
+            (_, 2) => cuda::Partner::OtherBranch,
+            _ => cuda::Partner::None,
+        };
+        cuda::evaluate(device, loss, logits, partner)
+    }
+}
+
+/// The index that the fast variant needs, and the elements of its history.
+fn remembered(samples: usize, classes: usize, index: Option<&[i64]>) -> Result<(&[i64], usize)> {
+    let index = index.ok_or_else(|| {
+        Error::wrap(crate::Error::Argument { argument: "index", problem: "is required by the fast variant" })
+    })?;
+    Ok((index, wrap(crate::shape::product("history", "[n, C]", &[samples, classes]))?))
+}
+
+fn other_logits() -> Error {
+    Error::Msg("the logits' type, classes or device changed between steps".into())
 }

@@ -1,12 +1,16 @@
-//! The CPU operators as candle custom operations.
+//! The operators as candle custom operations.
 //!
-//! A [`Kernel`] is an operator on slices with its backward pass; [`Op`] makes a candle operation of it.
+//! A [`Kernel`] is an operator on slices with its backward pass; [`Op`] makes a candle operation of it. What the operators
+//! do with CUDA tensors is in `ops/cuda.rs`.
+
+#[cfg(feature = "candle-cuda")]
+mod cuda;
 
 use crate::cpu::{
     self, Base, LoraFactors, LoraGrads, LowRankGrads, LowRankLinear, NoisyLinear, NoisyLinearGrads,
     PromptBias, PromptGrads,
 };
-use crate::noise::{Generator, Noise, NoiseShape};
+use crate::noise::{Generator, Key, Noise, NoiseShape, drop_path_mask};
 use crate::real::Real;
 use crate::shape::LinearShape;
 use candle_core::backend::BackendStorage;
@@ -14,6 +18,12 @@ use candle_core::{
     CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Error, Layout, Result, Shape, Storage, Tensor,
     WithDType,
 };
+#[cfg(feature = "candle-cuda")]
+use candle_core::{CudaStorage, backend::BackendDevice};
+#[cfg(feature = "candle-cuda")]
+pub(super) use cuda::OnDevice;
+#[cfg(feature = "candle-cuda")]
+use std::sync::OnceLock;
 
 /// The element types of the operators, to candle, and the functions that the transformer needs of them.
 pub(super) trait Element: Real + WithDType {
@@ -84,8 +94,15 @@ impl Element for f64 {
     }
 }
 
+/// Without the feature `candle-cuda` an operator has nothing to do with devices.
+#[cfg(not(feature = "candle-cuda"))]
+pub(super) trait OnDevice {}
+
+#[cfg(not(feature = "candle-cuda"))]
+impl<K> OnDevice for K {}
+
 /// An operator on one to three tensors: a forward pass on slices, and the gradients of its arguments.
-pub(super) trait Kernel: Send + Sync + 'static {
+pub(super) trait Kernel: OnDevice + Send + Sync + 'static {
     const NAME: &'static str;
 
     /// The shape of the result, from the arguments' shapes.
@@ -121,7 +138,7 @@ fn view<'a, T: Element>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a 
 fn on_cpu<'a>(storage: &'a Storage, name: &str) -> Result<&'a CpuStorage> {
     match storage {
         Storage::Cpu(storage) => Ok(storage),
-        _ => candle_core::bail!("{name}: only CPU tensors are supported"),
+        _ => candle_core::bail!("{name}: a tensor is not on the CPU, as the others are"),
     }
 }
 
@@ -177,6 +194,10 @@ impl<K: Kernel> Op<K> {
 
     fn bwd<const N: usize>(&self, arguments: [&Tensor; N], grad: &Tensor) -> Result<[Option<Tensor>; N]> {
         let grad = grad.contiguous()?;
+        #[cfg(feature = "candle-cuda")]
+        if let candle_core::Device::Cuda(device) = grad.device() {
+            return cuda::backward(&self.0, device, arguments, &grad);
+        }
         by_dtype!(K::NAME, grad.dtype(), T => {
             let mut grads = arguments.map(|argument| argument.track_op().then(|| vec![0.0; argument.elem_count()]));
             let places: Grads<'_, T> = grads.iter_mut().map(Option::as_deref_mut).collect();
@@ -203,6 +224,10 @@ impl<K: Kernel> CustomOp1 for Op<K> {
     fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
         self.fwd(&[(s, l)])
     }
+    #[cfg(feature = "candle-cuda")]
+    fn cuda_fwd(&self, s: &CudaStorage, l: &Layout) -> Result<(CudaStorage, Shape)> {
+        cuda::forward(&self.0, &[(s, l)])
+    }
     fn bwd(&self, a: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let [a] = Op::bwd(self, [a], grad)?;
         Ok(a)
@@ -221,6 +246,16 @@ impl<K: Kernel> CustomOp2 for Op<K> {
         l2: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         self.fwd(&[(s1, l1), (s2, l2)])
+    }
+    #[cfg(feature = "candle-cuda")]
+    fn cuda_fwd(
+        &self,
+        s1: &CudaStorage,
+        l1: &Layout,
+        s2: &CudaStorage,
+        l2: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        cuda::forward(&self.0, &[(s1, l1), (s2, l2)])
     }
     fn bwd(
         &self,
@@ -248,6 +283,18 @@ impl<K: Kernel> CustomOp3 for Op<K> {
         l3: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         self.fwd(&[(s1, l1), (s2, l2), (s3, l3)])
+    }
+    #[cfg(feature = "candle-cuda")]
+    fn cuda_fwd(
+        &self,
+        s1: &CudaStorage,
+        l1: &Layout,
+        s2: &CudaStorage,
+        l2: &Layout,
+        s3: &CudaStorage,
+        l3: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        cuda::forward(&self.0, &[(s1, l1), (s2, l2), (s3, l3)])
     }
     fn bwd(
         &self,
@@ -351,6 +398,7 @@ impl Kernel for DenseKernel {
 
     fn forward<T: Element>(&self, arguments: &[&[T]], out: &mut [T]) -> Result<()> {
         let (delta_weight, delta_bias) = dense_arguments(arguments);
+        let (delta_weight, delta_bias) = (delta_weight.copied(), delta_bias.copied());
         self.0.with(|noise, base| {
             let layer = NoisyLinear { shape: self.0.shape, noise, base, delta_weight, delta_bias };
             wrap(layer.forward(arguments[0], out))
@@ -359,6 +407,7 @@ impl Kernel for DenseKernel {
 
     fn backward<T: Element>(&self, arguments: &[&[T]], grad: &[T], out: Grads<'_, T>) -> Result<()> {
         let (delta_weight, delta_bias) = dense_arguments(arguments);
+        let (delta_weight, delta_bias) = (delta_weight.copied(), delta_bias.copied());
         let mut out = out.into_iter();
         let mut next = || out.next().flatten();
         let input = next();
@@ -374,7 +423,8 @@ impl Kernel for DenseKernel {
     }
 }
 
-fn dense_arguments<'a, T>(arguments: &[&'a [T]]) -> (Option<&'a [T]>, Option<&'a [T]>) {
+/// ΔW and Δb among the arguments of a [`DenseKernel`].
+fn dense_arguments<A>(arguments: &[A]) -> (Option<&A>, Option<&A>) {
     match arguments {
         [_, weight, bias] => (Some(weight), Some(bias)),
         [_, bias] => (None, Some(bias)),
@@ -382,11 +432,14 @@ fn dense_arguments<'a, T>(arguments: &[&'a [T]]) -> (Option<&'a [T]>, Option<&'a
     }
 }
 
-/// `(x, [D | δb] [N, r + 1], U)`, see [`LowRankLinear`]: candle's operations take three tensors at most.
+/// `(x, [D, δb] [N·r + N], U)`, see [`LowRankLinear`]: candle's operations take three tensors at most.
 pub(super) struct LowRankKernel {
-    pub(super) layer: Layer,
-    pub(super) rank: usize,
-    pub(super) scale: f64,
+    layer: Layer,
+    rank: usize,
+    scale: f64,
+    /// `scale·x·Uᵀ` of the forward pass on a device; the CPU computes it again.
+    #[cfg(feature = "candle-cuda")]
+    s: OnceLock<CudaStorage>,
 }
 
 impl LowRankKernel {
@@ -394,10 +447,10 @@ impl LowRankKernel {
         &self,
         noise: Noise<'a, T>,
         base: Option<Base<'a, T>>,
-        down: &'a [T],
+        joined: &'a [T],
         up: &'a [T],
-        bias: &'a [T],
     ) -> LowRankLinear<'a, T> {
+        let (down, bias) = joined.split_at(self.down_len());
         LowRankLinear {
             shape: self.layer.shape,
             noise,
@@ -410,17 +463,9 @@ impl LowRankKernel {
         }
     }
 
-    /// `D` and `δb` out of their common tensor.
-    fn split<T: Element>(&self, joined: &[T]) -> (Vec<T>, Vec<T>) {
-        let rows = joined.chunks_exact(self.rank + 1);
-        rows.map(|row| (&row[..self.rank], row[self.rank])).fold(
-            (Vec::new(), Vec::new()),
-            |(mut down, mut bias), (d, b)| {
-                down.extend_from_slice(d);
-                bias.push(b);
-                (down, bias)
-            },
-        )
+    /// Where `δb` begins behind `D`.
+    fn down_len(&self) -> usize {
+        self.layer.shape.out_features * self.rank
     }
 }
 
@@ -432,34 +477,19 @@ impl Kernel for LowRankKernel {
     }
 
     fn forward<T: Element>(&self, arguments: &[&[T]], out: &mut [T]) -> Result<()> {
-        let (down, bias) = self.split(arguments[1]);
         self.layer.with(|noise, base| {
-            let layer = self.linear(noise, base, &down, arguments[2], &bias);
+            let layer = self.linear(noise, base, arguments[1], arguments[2]);
             wrap(layer.forward(arguments[0], out))
         })
     }
 
     fn backward<T: Element>(&self, arguments: &[&[T]], grad: &[T], mut out: Grads<'_, T>) -> Result<()> {
-        let (down, bias) = self.split(arguments[1]);
-        let (mut down_grad, mut bias_grad) = (vec![T::zero(); down.len()], vec![T::zero(); bias.len()]);
-        let grads = LowRankGrads {
-            input: out[0].take(),
-            down: out[1].is_some().then_some(&mut down_grad[..]),
-            up: out[2].take(),
-            delta_bias: out[1].is_some().then_some(&mut bias_grad[..]),
-        };
+        let (down, delta_bias) = out[1].take().map(|joined| joined.split_at_mut(self.down_len())).unzip();
+        let grads = LowRankGrads { input: out[0].take(), down, up: out[2].take(), delta_bias };
         self.layer.with(|noise, base| {
-            let layer = self.linear(noise, base, &down, arguments[2], &bias);
+            let layer = self.linear(noise, base, arguments[1], arguments[2]);
             wrap(layer.backward(arguments[0], grad, grads))
-        })?;
-        if let Some(joined) = &mut out[1] {
-            let rows = joined.chunks_exact_mut(self.rank + 1);
-            for ((row, down), &bias) in rows.zip(down_grad.chunks_exact(self.rank)).zip(&bias_grad) {
-                row[..self.rank].copy_from_slice(down);
-                row[self.rank] = bias;
-            }
-        }
-        Ok(())
+        })
     }
 }
 
@@ -601,16 +631,21 @@ impl Kernel for NoisyAddKernel {
     }
 }
 
-/// Shared DropPath with its mask drawn before, see [`cpu::shared_drop_path`].
+/// Shared DropPath, see [`cpu::shared_drop_path`]; both passes draw the same mask.
 pub(super) struct DropPathKernel {
     pub(super) branches: usize,
+    pub(super) batch: usize,
     pub(super) features: usize,
-    pub(super) mask: Vec<f64>,
+    pub(super) key: Key,
+    pub(super) probability: f64,
+    pub(super) first_sample: u64,
 }
 
 impl DropPathKernel {
-    fn mask<T: Element>(&self) -> Vec<T> {
-        self.mask.iter().map(|&m| <T as Real>::from_f64(m)).collect()
+    fn mask<T: Element>(&self) -> Result<Vec<T>> {
+        let mut mask = vec![T::zero(); self.batch];
+        wrap(drop_path_mask(self.key, self.probability, self.first_sample, &mut mask))?;
+        Ok(mask)
     }
 }
 
@@ -622,50 +657,48 @@ impl Kernel for DropPathKernel {
     }
 
     fn forward<T: Element>(&self, arguments: &[&[T]], out: &mut [T]) -> Result<()> {
-        wrap(cpu::shared_drop_path(self.branches, self.features, &self.mask::<T>(), arguments[0], out))
+        let mask = self.mask::<T>()?;
+        wrap(cpu::shared_drop_path(self.branches, self.features, &mask, arguments[0], out))
     }
 
     fn backward<T: Element>(&self, _: &[&[T]], grad: &[T], mut out: Grads<'_, T>) -> Result<()> {
-        match &mut out[0] {
-            Some(dx) => wrap(cpu::shared_drop_path_backward(
-                self.branches,
-                self.features,
-                &self.mask::<T>(),
-                grad,
-                dx,
-            )),
-            None => Ok(()),
-        }
+        let Some(dx) = &mut out[0] else { return Ok(()) };
+        let mask = self.mask::<T>()?;
+        wrap(cpu::shared_drop_path_backward(self.branches, self.features, &mask, grad, dx))
     }
 }
 
 /// A scalar whose value and gradient were computed together beforehand.
-pub(super) struct ScalarKernel {
-    pub(super) value: f64,
-    pub(super) gradient: Tensor,
+struct Scalar {
+    value: f64,
+    gradient: Tensor,
 }
 
-impl Kernel for ScalarKernel {
-    const NAME: &'static str = "pace_loss";
-
-    fn shape(&self, _: &[&Shape]) -> Result<Shape> {
-        Ok(Shape::from(()))
+impl CustomOp1 for Scalar {
+    fn name(&self) -> &'static str {
+        "pace_loss"
     }
-
-    fn forward<T: Element>(&self, _: &[&[T]], out: &mut [T]) -> Result<()> {
-        out[0] = <T as Real>::from_f64(self.value);
-        Ok(())
-    }
-
-    fn backward<T: Element>(&self, _: &[&[T]], grad: &[T], mut out: Grads<'_, T>) -> Result<()> {
-        let Some(out) = &mut out[0] else { return Ok(()) };
-        with_slices::<T, _>(Self::NAME, &[&self.gradient], |gradient| {
-            for (out, &gradient) in out.iter_mut().zip(gradient[0]) {
-                *out = grad[0] * gradient;
-            }
-            Ok(())
+    fn cpu_fwd(&self, s: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        by_dtype!(self.name(), s.dtype(), T => {
+            let value: T = Element::from_f64(self.value);
+            Ok((T::to_cpu_storage_owned(vec![value]), Shape::from(())))
         })
     }
+    #[cfg(feature = "candle-cuda")]
+    fn cuda_fwd(&self, s: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        cuda::by_dtype!(self.name(), s.dtype(), T => {
+            let value = <T as WithDType>::from_f64(self.value);
+            Ok((s.device().storage_from_slice(&[value])?, Shape::from(())))
+        })
+    }
+    fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(self.gradient.broadcast_mul(grad)?))
+    }
+}
+
+/// The scalar `value`, whose gradient to `x` is `gradient`.
+pub(super) fn scalar(x: &Tensor, value: f64, gradient: Tensor) -> Result<Tensor> {
+    x.apply_op1(Scalar { value, gradient })
 }
 
 /// `ΔW = W0 ⊙ (scale·D·U)`, differentiable in `D [N, r]` and `U [r, K]`.
@@ -696,6 +729,26 @@ pub(super) fn prompt_bias(
     }
 }
 
+/// The low-rank layer, differentiable in `x`, `D [N, r]`, `U [r, K]` and `δb [N]`.
+pub(super) fn low_rank_linear(
+    layer: Layer,
+    x: &Tensor,
+    down: &Tensor,
+    up: &Tensor,
+    delta_bias: &Tensor,
+    scale: f64,
+) -> Result<Tensor> {
+    let joined = Tensor::cat(&[&down.flatten_all()?, delta_bias], 0)?;
+    let kernel = LowRankKernel {
+        layer,
+        rank: up.dim(0)?,
+        scale,
+        #[cfg(feature = "candle-cuda")]
+        s: OnceLock::new(),
+    };
+    apply3(kernel, x, &joined, up)
+}
+
 /// `y = base + ΔW and Δb under noise`, differentiable in `x`, `ΔW` and `Δb`.
 pub(super) fn noisy_linear(
     layer: Layer,
@@ -714,7 +767,7 @@ pub(super) fn noisy_linear(
 /// `generator` is the noise and `branches` says how many branches the rows hold; `None` is plain addition.
 ///
 /// # Errors
-/// If the shapes differ or do not fit the branches, or the tensors are not on the CPU.
+/// If the shapes differ or do not fit the branches, or the tensors are on a device that has no such operator.
 pub fn noisy_add(base: &Tensor, a: &Tensor, generator: Option<Generator>, branches: usize) -> Result<Tensor> {
     let dims = a.dims();
     let Some(rows) = dims.first().filter(|&&rows| branches > 0 && rows % branches == 0 && dims.len() >= 2)

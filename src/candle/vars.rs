@@ -65,8 +65,9 @@ impl SeededVars {
 impl SimpleBackend for SeededVars {
     fn get(&self, shape: Shape, name: &str, init: Init, dtype: DType, device: &Device) -> Result<Tensor> {
         if !self.contains_tensor(name) {
-            let start = Tensor::from_vec(self.start(&shape, name, init)?, &shape, device)?.to_dtype(dtype)?;
-            let var = Var::from_tensor(&start)?;
+            // Rounded on the CPU, so that all devices start from the same.
+            let start = Tensor::from_vec(self.start(&shape, name, init)?, &shape, &Device::Cpu)?;
+            let var = Var::from_tensor(&start.to_dtype(dtype)?.to_device(device)?)?;
             if let Ok(mut vars) = self.vars.data().lock() {
                 vars.insert(name.to_owned(), var);
             }
@@ -87,15 +88,26 @@ impl SimpleBackend for SeededVars {
 /// Euclidean norm of the gradients of `vars` together; variables without a gradient count as zero.
 ///
 /// # Errors
-/// If a gradient is neither `F32` nor `F64`, or not on the CPU.
+/// If a gradient has an element type that the operators on its device do not have.
 pub fn grad_norm<'a>(vars: impl IntoIterator<Item = &'a Var>, grads: &GradStore) -> Result<f64> {
     let mut sum = 0.0;
+    #[cfg(feature = "candle-cuda")]
+    let mut on_device = Vec::new();
     for grad in vars.into_iter().filter_map(|var| grads.get(var)) {
+        #[cfg(feature = "candle-cuda")]
+        if grad.device().is_cuda() {
+            on_device.push(grad.clone());
+            continue;
+        }
         let norm = match grad.dtype() {
             DType::F32 => crate::cpu::grad_norm(&[&grad.flatten_all()?.to_vec1::<f32>()?]),
             _ => crate::cpu::grad_norm(&[&grad.flatten_all()?.to_vec1::<f64>()?]),
         };
         sum += norm * norm;
+    }
+    #[cfg(feature = "candle-cuda")]
+    {
+        sum += super::cuda::sum_of_squares(on_device)?;
     }
     Ok(sum.sqrt())
 }

@@ -13,33 +13,43 @@ mod kernels;
 #[path = "../cuda/machine.rs"]
 #[allow(dead_code)]
 mod machine;
+#[path = "../common/on.rs"]
+mod on;
 mod operators;
 mod vit;
 
+use candle_core::DType;
 use case::Case;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use machine::Target;
+use on::On;
 use std::path::{Path, PathBuf};
 
 type Check = fn(&Case) -> Result<(), Failed>;
 type KernelCheck = fn(&Case, &Target<'_>) -> Result<(), Failed>;
+type CandleCheck = fn(&Case, &On) -> Result<(), Failed>;
 
 /// The checks of each kind of case, by the precision they run in.
 const CHECKS: &[(&str, &str, Check)] = &[
     ("adapter", "cpu_f64", operators::adapter::<f64>),
     ("adapter", "cpu_f32", operators::adapter::<f32>),
-    ("adapter", "candle_f64", vit::adapter),
+    ("adapter", "candle_f64", |case| vit::adapter(case, &On::CPU)),
+    ("adapter", "candle_f32", |case| vit::adapter(case, &On::CPU_F32)),
     ("loss", "cpu_f64", operators::loss::<f64>),
     ("loss", "cpu_f32", operators::loss::<f32>),
     ("drop_path", "cpu_f64", operators::drop_path::<f64>),
     ("drop_path", "cpu_f32", operators::drop_path::<f32>),
-    ("vit_training", "candle_f64", vit::training),
+    ("vit_training", "candle_f64", |case| vit::training(case, &On::CPU)),
+    ("vit_training", "candle_f32", |case| vit::training(case, &On::CPU_F32)),
 ];
 
 /// The checks of the CUDA kernels, which run in the simulator and on device 0. The models of whole training runs are made
 /// of candle's operations, and of these.
 const KERNEL_CHECKS: &[(&str, KernelCheck)] =
     &[("adapter", kernels::adapter), ("loss", kernels::loss), ("drop_path", kernels::drop_path)];
+
+/// The checks of candle's CUDA tensors, on device 0.
+const CANDLE_CHECKS: &[(&str, CandleCheck)] = &[("adapter", vit::adapter), ("vit_training", vit::training)];
 
 fn main() {
     let arguments = Arguments::from_args();
@@ -99,6 +109,20 @@ fn trials(folder: &Path) -> Vec<Trial> {
                     Ok(Completion::Completed)
                 }
                 Err(why) => Ok(Completion::ignored_with(format!("no CUDA device: {why}"))),
+            }));
+        }
+        for &(_, check) in CANDLE_CHECKS.iter().filter(|check| check.0 == kind) {
+            let file = file.clone();
+            trials.push(Trial::ignorable_test(format!("{stem}::candle_cuda_f32"), move || {
+                match On::cuda(DType::F32) {
+                    Ok(on) => {
+                        let case = Case::read(&file)?;
+                        check(&case, &on)?;
+                        case.all_tensors_used()?;
+                        Ok(Completion::Completed)
+                    }
+                    Err(why) => Ok(Completion::ignored_with(why)),
+                }
             }));
         }
     }

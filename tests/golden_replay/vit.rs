@@ -1,8 +1,9 @@
 //! Replays adapters and whole training runs through the candle layers.
 
 use super::case::{Case, close};
+use super::on::{On, values};
 use super::operators::{adapter_kind, noise_shape, shape};
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{Device, Tensor, Var};
 use candle_nn::{AdamW, Linear, Module, Optimizer, ParamsAdamW, VarBuilder, VarMap};
 use libtest_mimic::Failed;
 use pace_kernels::adapter::{Adapter, DELTA_BIAS, PROMPT_DOWN};
@@ -11,18 +12,17 @@ use pace_kernels::candle::{Batch, Injector, Objective, PaceContext, Variant, gra
 use pace_kernels::schedule::sigma_by_block;
 use std::collections::BTreeMap;
 
-const DEVICE: Device = Device::Cpu;
-
-fn tensor(case: &Case, name: &str) -> Result<Tensor, Failed> {
-    Ok(Tensor::from_vec(case.floats(name)?.to_vec(), &case.tensor(name)?.shape[..], &DEVICE)?)
+fn tensor(case: &Case, on: &On, name: &str) -> Result<Tensor, Failed> {
+    let shape = &case.tensor(name)?.shape[..];
+    Ok(on.place(&Tensor::from_vec(case.floats(name)?.to_vec(), shape, &Device::Cpu)?)?)
 }
 
 fn expect(case: &Case, name: &str, got: &Tensor, tolerance: f64) -> Result<(), Failed> {
-    case.expect(name, &got.flatten_all()?.to_vec1::<f64>()?, tolerance)
+    case.expect(name, &values(got)?, tolerance)
 }
 
-fn builder(vars: &VarMap) -> VarBuilder<'static> {
-    VarBuilder::from_varmap(vars, DType::F64, &DEVICE)
+fn builder(vars: &VarMap, on: &On) -> VarBuilder<'static> {
+    VarBuilder::from_varmap(vars, on.dtype, &on.device)
 }
 
 /// Adds a variable to a map and returns it.
@@ -33,8 +33,8 @@ fn insert(vars: &VarMap, name: &str, value: &Tensor) -> Result<Var, Failed> {
 }
 
 /// One adapter: forward, backward and evaluation of a [`PaceLinear`](pace_kernels::candle::PaceLinear).
-pub fn adapter(case: &Case) -> Result<(), Failed> {
-    let tolerance = 1e-10;
+pub fn adapter(case: &Case, on: &On) -> Result<(), Failed> {
+    let tolerance = on.tolerance(1e-10, 1e-5);
     let shape = shape(case)?;
     let kind = adapter_kind(case)?;
     let vars = VarMap::new();
@@ -44,12 +44,12 @@ pub fn adapter(case: &Case) -> Result<(), Failed> {
         None => vec![],
     };
     for parameter in &parameters {
-        let var = insert(&vars, &format!("layer.{}", parameter.name), &tensor(case, parameter.name)?)?;
+        let var = insert(&vars, &format!("layer.{}", parameter.name), &tensor(case, on, parameter.name)?)?;
         trained.insert(parameter.name, var);
     }
-    let (mut weight, mut bias) = (tensor(case, "base_weight")?, None);
+    let (mut weight, mut bias) = (tensor(case, on, "base_weight")?, None);
     if case.has("base_bias") {
-        bias = Some(tensor(case, "base_bias")?);
+        bias = Some(tensor(case, on, "base_bias")?);
     }
     if kind.is_none() {
         let var = Var::from_tensor(&weight)?;
@@ -68,7 +68,7 @@ pub fn adapter(case: &Case) -> Result<(), Failed> {
         kind.unwrap_or(Adapter::LoraAdd),
         case.number("rank")?,
         &sigma,
-        builder(&vars),
+        builder(&vars, on),
     )
     .with_noise_shape(noise_shape(case)?);
     let linear = Linear::new(weight, bias);
@@ -77,16 +77,16 @@ pub fn adapter(case: &Case) -> Result<(), Failed> {
         None => injector.wrap_head("layer", 0, linear)?,
     };
 
-    let x = Var::from_tensor(&tensor(case, "x")?)?;
+    let x = Var::from_tensor(&tensor(case, on, "x")?)?;
     expect(case, "y_eval", &layer.forward(&x)?, tolerance)?;
     expect(case, "y_eval", &layer.merged()?.forward(&x)?, tolerance)?;
     context.train(0, shape.branches, 0)?;
     if case.has("noise_z") {
-        context.set_noise("layer", Some(tensor(case, "noise_z")?));
+        context.set_noise("layer", Some(tensor(case, on, "noise_z")?));
     }
     let y = layer.forward(&x)?;
     expect(case, "y", &y, tolerance)?;
-    let grads = (y * tensor(case, "dy")?)?.sum_all()?.backward()?;
+    let grads = (y * tensor(case, on, "dy")?)?.sum_all()?.backward()?;
     let gradient = |var: &Var| grads.get(var).ok_or("a variable has no gradient");
     expect(case, "dx", gradient(&x)?, tolerance)?;
     for (name, var) in &trained {
@@ -107,8 +107,8 @@ fn our_name(recorded: &str) -> String {
 }
 
 /// A whole training run of a small vision transformer, step by step.
-pub fn training(case: &Case) -> Result<(), Failed> {
-    let tolerance = 1e-8;
+pub fn training(case: &Case, on: &On) -> Result<(), Failed> {
+    let tolerance = on.tolerance(1e-8, 1e-4);
     let adapter = Adapter::from_name(case.text("adapter")?).ok_or("unknown adapter")?;
     let embed_dim: usize = case.number("embed_dim")?;
     let config = VitConfig {
@@ -130,7 +130,7 @@ pub fn training(case: &Case) -> Result<(), Failed> {
     let (frozen, vars) = (VarMap::new(), VarMap::new());
     let mut trained = BTreeMap::new();
     for recorded in case.names().filter_map(|name| name.strip_prefix("init.")) {
-        let value = tensor(case, &format!("init.{recorded}"))?;
+        let value = tensor(case, on, &format!("init.{recorded}"))?;
         if recorded.contains("delta") || recorded.starts_with("head") {
             trained.insert(recorded.to_owned(), insert(&vars, &our_name(recorded), &value)?);
         } else {
@@ -138,8 +138,8 @@ pub fn training(case: &Case) -> Result<(), Failed> {
         }
     }
     let context = PaceContext::new(0);
-    let mut injector = Injector::new(&context, adapter, case.number("rank")?, &sigmas, builder(&vars));
-    let model = Vit::with_adapters(&config, builder(&frozen), &mut injector)?;
+    let mut injector = Injector::new(&context, adapter, case.number("rank")?, &sigmas, builder(&vars, on));
+    let model = Vit::with_adapters(&config, builder(&frozen, on), &mut injector)?;
 
     let steps = case.tensor("grad_norm")?.shape[0];
     let all_index: Vec<i64> = (0..steps)
@@ -170,9 +170,9 @@ pub fn training(case: &Case) -> Result<(), Failed> {
         let noise = format!("{prefix}z.");
         let layers: Vec<_> = case.names().filter_map(|name| name.strip_prefix(&noise)).collect();
         for layer in layers {
-            context.set_noise(layer, Some(tensor(case, &format!("{noise}{layer}"))?));
+            context.set_noise(layer, Some(tensor(case, on, &format!("{noise}{layer}"))?));
         }
-        let x = tensor(case, &format!("{prefix}x"))?;
+        let x = tensor(case, on, &format!("{prefix}x"))?;
         let batch = Batch {
             x: &x,
             labels: case.integers(&format!("{prefix}labels"))?,
@@ -194,9 +194,11 @@ pub fn training(case: &Case) -> Result<(), Failed> {
         close("grad_norm", &[grad_norm(trained.values(), &grads)?], &[norms[step]], tolerance)?;
         optimizer.step(&grads)?;
     }
+    // Attention does not depend on the keys' bias: its gradient is rounding, which AdamW scales up.
+    let final_tolerance = on.tolerance(tolerance, 1e-2);
     for (name, var) in &trained {
-        expect(case, &format!("final.{name}"), var, tolerance)?;
+        expect(case, &format!("final.{name}"), var, final_tolerance)?;
     }
     context.evaluate();
-    expect(case, "eval.logits", &model.forward(&tensor(case, "eval.x")?)?, tolerance)
+    expect(case, "eval.logits", &model.forward(&tensor(case, on, "eval.x")?)?, tolerance)
 }

@@ -1,8 +1,13 @@
 //! The transformer's own operators, with backward passes: layer norm, attention and GELU.
 //!
 //! candle's fused layer norm and softmax have no backward pass, and its composed ones take a dozen passes over
-//! memory each; around noisy layers that cost nearly nothing they would be most of a training step.
+//! memory each; around noisy layers that cost nearly nothing they would be most of a training step. Off the CPU they are
+//! composed all the same ([`composed`]).
 
+mod composed;
+
+#[cfg(feature = "candle-cuda")]
+use crate::candle::ops::OnDevice;
 use crate::candle::ops::{Element, Grads, Kernel, apply1, apply3};
 use crate::vector::{Loop, widest, zip1, zip2};
 use candle_core::{Result, Shape, Tensor};
@@ -292,9 +297,22 @@ impl Kernel for GeluKernel {
     }
 }
 
+// On devices these are composed.
+#[cfg(feature = "candle-cuda")]
+impl OnDevice for LayerNormKernel {}
+#[cfg(feature = "candle-cuda")]
+impl OnDevice for AttentionKernel {}
+#[cfg(feature = "candle-cuda")]
+impl OnDevice for GeluKernel {}
+
 /// Layer norm over the last dimension of `x`, differentiable in all three.
 pub(super) fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, epsilon: f64) -> Result<Tensor> {
-    apply3(LayerNormKernel { epsilon }, x, weight, bias)
+    let kernel = LayerNormKernel { epsilon };
+    if x.device().is_cpu() {
+        return apply3(kernel, x, weight, bias);
+    }
+    kernel.shape(&[x.shape(), weight.shape(), bias.shape()])?;
+    composed::layer_norm(x, weight, bias, epsilon)
 }
 
 /// Multi-head self-attention from `qkv [rows, T, 3·C]` to `[rows, T, C]`, differentiable.
@@ -303,12 +321,17 @@ pub(super) fn attention(qkv: &Tensor, heads: usize) -> Result<Tensor> {
     if heads == 0 || width == 0 || tokens == 0 || width % (3 * heads) != 0 {
         candle_core::bail!("attention: qkv is {:?}, which does not divide into {heads} heads", qkv.dims());
     }
-    apply1(AttentionKernel { tokens, heads, head_dim: width / 3 / heads }, qkv)
+    let head_dim = width / 3 / heads;
+    if qkv.device().is_cpu() {
+        apply1(AttentionKernel { tokens, heads, head_dim }, qkv)
+    } else {
+        composed::attention(qkv, heads, head_dim)
+    }
 }
 
 /// GELU with the exact normal distribution function, differentiable.
 pub(super) fn gelu(x: &Tensor) -> Result<Tensor> {
-    apply1(GeluKernel, x)
+    if x.device().is_cpu() { apply1(GeluKernel, x) } else { composed::gelu(x) }
 }
 
 #[cfg(test)]
@@ -356,6 +379,34 @@ mod tests {
         })?;
         check_gradients(&[random((2, 4, 12))?], |v| attention(&v[0], 2))?;
         check_gradients(&[random((2, 9))?], |v| gelu(&v[0]))
+    }
+
+    #[test]
+    fn composed_operators_are_the_same() -> Result<()> {
+        let vars: Vec<Var> = [random((3, 5, 12))?, random(12)?, random(12)?]
+            .iter()
+            .map(Var::from_tensor)
+            .collect::<Result<_>>()?;
+        let [x, weight, bias] = &vars[..] else { unreachable!("three were made") };
+        let difference = |a: &Tensor, b: &Tensor| (a - b)?.abs()?.max_all()?.to_scalar::<f64>();
+        for (fused, composed) in [
+            (layer_norm(x, weight, bias, 1e-3)?, composed::layer_norm(x, weight, bias, 1e-3)?),
+            (attention(x, 2)?, composed::attention(x, 2, 2)?),
+            (gelu(x)?, composed::gelu(x)?),
+        ] {
+            assert!(difference(&fused, &composed)? < 1e-12);
+            let scale = random(fused.shape())?;
+            let grads = [fused, composed].map(|out| (out * &scale)?.sum_all()?.backward());
+            let [fused, composed] = grads;
+            let (fused, composed) = (fused?, composed?);
+            for var in &vars {
+                match (fused.get(var), composed.get(var)) {
+                    (Some(fused), Some(composed)) => assert!(difference(fused, composed)? < 1e-12),
+                    (fused, composed) => assert_eq!(fused.is_some(), composed.is_some()),
+                }
+            }
+        }
+        Ok(())
     }
 
     #[test]

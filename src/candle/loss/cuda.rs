@@ -1,0 +1,73 @@
+//! The loss of CUDA logits.
+
+use crate::candle::cuda::{Element, Gpu, by_dtype, with_views};
+use crate::candle::ops::wrap;
+use crate::cpu::{Loss, LossValues};
+use crate::cuda::{Consistency, LossOutputs, LossSettings, LossStatus};
+use crate::shape::{length, nonzero};
+use candle_core::cuda_backend::cudarc::driver::CudaSlice;
+use candle_core::{CudaDevice, Result, Tensor};
+
+/// What the logits of branch 0 are kept consistent with; labels and indices are the host's.
+pub(super) enum Partner<'a> {
+    None,
+    OtherBranch,
+    History { table: &'a mut CudaSlice<f32>, index: &'a [i64] },
+}
+
+/// The loss of some logits, and its gradient to them. Waits for the device.
+pub(super) fn evaluate(
+    device: &CudaDevice,
+    loss: Loss<'_>,
+    logits: &Tensor,
+    partner: Partner<'_>,
+) -> Result<(LossValues, Tensor)> {
+    by_dtype!("pace_loss", logits.dtype(), T => evaluate_as::<T>(&Gpu::of(device)?, loss, logits, partner))
+}
+
+fn evaluate_as<T: Element>(
+    gpu: &Gpu,
+    loss: Loss<'_>,
+    logits: &Tensor,
+    partner: Partner<'_>,
+) -> Result<(LossValues, Tensor)> {
+    let Loss { classes, labels, lambda, label_smoothing, ignore_label } = loss;
+    let settings = LossSettings { classes, lambda, label_smoothing, ignore_label };
+    wrap(nonzero("classes", classes))?;
+    wrap(nonzero("labels.len()", labels.len()))?;
+    let two_branches = matches!(partner, Partner::OtherBranch);
+    let (mut history, mut rows) = (None, 0);
+    if let Partner::History { table, index } = partner {
+        wrap(length("index", "[B]", index, labels.len()))?;
+        rows = table.len() / classes;
+        history = Some((table, gpu.candle.clone_htod(index)?));
+    }
+    let workspace_len = settings.workspace_len(labels.len());
+    let labels = gpu.candle.clone_htod(labels)?;
+    let mut gradient = gpu.alloc::<T>(logits.elem_count())?;
+    let mut values = gpu.alloc::<f32>(3)?;
+    let mut status = gpu.alloc::<u64>(LossStatus::WORDS)?;
+    let mut workspace = gpu.candle.alloc_zeros::<u32>(workspace_len)?;
+    with_views::<T, _>("pace_loss", &[logits], |views| {
+        let consistency = match &mut history {
+            Some((table, index)) => Consistency::History { table: *table, index },
+            None if two_branches => Consistency::TwoBranch,
+            None => Consistency::None,
+        };
+        let outputs = LossOutputs {
+            gradient: Some(&mut gradient),
+            values: &mut values,
+            status: &mut status,
+            workspace: &mut workspace,
+        };
+        wrap(gpu.operators.loss(&settings, &views[0], &labels, consistency, outputs, &gpu.stream))
+    })?;
+    // The copies wait for the device.
+    let (status, values) = (gpu.candle.clone_dtoh(&status)?, gpu.candle.clone_dtoh(&values)?);
+    let (Ok(status), &[total, classification, consistency]) = (status.try_into(), &values[..]) else {
+        candle_core::bail!("pace_loss: the device gave back less than it was asked for");
+    };
+    wrap(LossStatus::new(status).check(classes, rows))?;
+    let [total, classification, consistency] = [total, classification, consistency].map(f64::from);
+    Ok((LossValues { total, classification, consistency }, gpu.tensor(gradient, logits.shape())))
+}
