@@ -70,6 +70,7 @@ template <> __device__ __forceinline__ u32 folded<float>(u32 base, u32 delta, fl
 
 template <class T_> struct SixteenBit {
     using T = T_;
+    static constexpr u32 UNROLL = STEPS; // of steps in a tile
     struct Left {
         u32 value[4];
     };
@@ -87,6 +88,7 @@ template <class T_> struct SixteenBit {
 
 struct Tf32 {
     using T = float;
+    static constexpr u32 UNROLL = STEPS;
     struct Left {
         u32 value[4];
     };
@@ -107,6 +109,7 @@ struct Tf32 {
 
 struct Float32 {
     using T = float;
+    static constexpr u32 UNROLL = 1; // or registers do not suffice
     struct Left {
         u32 high[4], low[4];
     };
@@ -116,7 +119,7 @@ struct Float32 {
     static __device__ __forceinline__ void split(u32 bits, u32 &high, u32 &low) {
         const float value = unpack<float>(bits, 0);
         high = to_tf32(value);
-        // An infinite value has no low part; infinity - infinity would make it NaN.
+        // An infinite value has no low part. Its products are infinite or NaN: here 0 * infinity adds to them.
         low = (high & 0x7f800000u) == 0x7f800000u ? 0u : to_tf32(value - unpack<float>(high, 0));
     }
     static __device__ __forceinline__ Left left(const u32 (&bits)[4]) {
@@ -134,12 +137,21 @@ struct Float32 {
         return result;
     }
     static __device__ __forceinline__ Right ones() { return {{to_bits(1.0f), to_bits(1.0f)}, {0u, 0u}}; }
-    // Small products first.
+    // Tensor cores cut off what does not fit the accumulator, so that long sums would shrink: they add up 8 products only, small
+    // ones first, and the sums go on in the registers.
     template <u32 COUNT>
     static __device__ __forceinline__ void multiply(float (&c)[COUNT][4], const Left &a, const Right (&b)[COUNT]) {
-        PACE_MULTIPLY(MmaTf32, c, a.low, b, high);
-        PACE_MULTIPLY(MmaTf32, c, a.high, b, low);
-        PACE_MULTIPLY(MmaTf32, c, a.high, b, high);
+        float sum[COUNT][4] = {};
+        PACE_MULTIPLY(MmaTf32, sum, a.low, b, high);
+        PACE_MULTIPLY(MmaTf32, sum, a.high, b, low);
+        PACE_MULTIPLY(MmaTf32, sum, a.high, b, high);
+#pragma unroll
+        for (u32 i = 0; i < COUNT; ++i) {
+#pragma unroll
+            for (u32 j = 0; j < 4; ++j) {
+                c[i][j] += sum[i][j];
+            }
+        }
     }
 };
 
@@ -266,7 +278,7 @@ template <class Numbers, bool LEFT_TRANSPOSED, bool RIGHT_TRANSPOSED, class Scal
 __device__ __forceinline__ void multiply_tile(Accumulators &c, const unsigned char *left, const unsigned char *right,
                                               const Scale &scale, const More &more) {
     using T = typename Numbers::T;
-#pragma unroll
+#pragma unroll(Numbers::UNROLL)
     for (u32 step = 0; step < STEPS; ++step) {
         typename Numbers::Right b[4];
 #pragma unroll

@@ -308,7 +308,7 @@ PACE_PARAM(PromptBiasParams, aligned, 48);
 // Matrix and biases are T, the vector V, the output Out.
 template <class T, class V, class Out> __device__ __forceinline__ void prompt_bias(const PromptBiasParams &p) {
     constexpr u32 W = Vector<T>::SIZE;
-    const u32 lane = threadIdx.x % WARP, row = (blockIdx.x * blockDim.x + threadIdx.x) / WARP;
+    const u32 lane = threadIdx.x % WARP, row = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
     if (row >= p.rows) {
         return; // the whole warp
     }

@@ -862,8 +862,9 @@ fn wrong_arguments_of_linear_layers_are_refused() {
         low(LowRankLinear { shape, ..low_rank_linear() }, X, S, Y, want);
     }
     low(LowRankLinear { rank: 0, ..low_rank_linear() }, X, S, Y, zero("rank"));
-    let overflow = Error::Overflow { argument: "down", shape: "[N, r]" };
-    low(LowRankLinear { rank: usize::MAX / 2, ..low_rank_linear() }, X, S, Y, overflow);
+    let rank = (1 << 31) + 1;
+    let large = Error::Size { argument: "rank", expected: "at most 2^31", got: rank };
+    low(LowRankLinear { rank, ..low_rank_linear() }, X, S, Y, large);
     for scale in [f32::NAN, f32::INFINITY] {
         let layer = LowRankLinear { scale, ..low_rank_linear() };
         match layer.forward(DType::F32, X, S, Y) {
@@ -964,4 +965,43 @@ fn wrong_gradients_of_linear_layers_are_refused() {
     low(no(), Buffer { address: 4097, ..WORKSPACE }, argument("workspace", misaligned));
     assert_eq!(noisy_linear().workspace_len(), 0);
     noisy_linear().backward(DType::F32, X, DY, none(), buffer(0, 0)).unwrap();
+}
+
+/// What is asked before anything is checked: no size panics, and those that are refused need nothing or more than there is.
+#[test]
+fn workspaces_of_any_size() {
+    let sizes = [0, 1, 7, 1 << 20, 1 << 31, 1 << 40, usize::MAX / 2, usize::MAX];
+    for dtype in [DType::F32, DType::BF16] {
+        for a in sizes {
+            for b in sizes {
+                for c in sizes {
+                    let shape = LinearShape { batch: a, tokens: 1, in_features: b, out_features: c, ..LAYER };
+                    let dense = NoisyLinear { shape, ..noisy_linear() };
+                    let low = LowRankLinear { shape, rank: a, ..low_rank_linear() };
+                    if a == 0 || b == 0 || c == 0 {
+                        assert_eq!((dense.workspace_len(), low.workspace_len(dtype)), (0, 0));
+                    }
+                    dense.backward(dtype, X, DY, NoisyLinearGrads::default(), WORKSPACE).unwrap_err();
+                    low.backward(dtype, X, S, DY, LowRankGrads::default(), WORKSPACE).unwrap_err();
+                    let weight = tensor(3, 1);
+                    let (out_features, in_features, rank) = (a, b, c);
+                    let (down, up, scale) = (weight, weight, 1.0);
+                    LoraFactors { out_features, in_features, rank, down, up, scale }.workspace_len(dtype);
+                    let (base_weight, prompt_down, prompt_up) = (weight, weight, weight);
+                    let (base_bias, delta_bias) = (None, None);
+                    PromptBias {
+                        out_features,
+                        in_features,
+                        rank,
+                        base_weight,
+                        base_bias,
+                        prompt_down,
+                        prompt_up,
+                        delta_bias,
+                    }
+                    .workspace_len(dtype);
+                }
+            }
+        }
+    }
 }

@@ -8,8 +8,7 @@ use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream, CudaView,
 use candle_core::cuda_backend::{CudaDType, CudaDevice, CudaStorage};
 use candle_core::op::BackpropOp;
 use candle_core::{DType, Error, Layout, Result, Shape, Storage, Tensor};
-use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 /// The element types of the operators on devices, to candle.
 pub(super) trait Element: cuda::Element + CudaDType + DeviceRepr {}
@@ -54,19 +53,8 @@ pub(super) struct Gpu {
 impl Gpu {
     /// The kernels are loaded on first use and stay.
     pub(super) fn of(candle: &CudaDevice) -> Result<Self> {
-        static OPENED: Mutex<BTreeMap<usize, Device>> = Mutex::new(BTreeMap::new());
         let stream = candle.cuda_stream();
-        let ordinal = stream.context().ordinal();
-        // A panic elsewhere cannot leave the map half changed.
-        let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
-        let operators = match opened.get(&ordinal) {
-            Some(device) => device.clone(),
-            None => {
-                let device = wrap(Device::open(ordinal))?;
-                opened.insert(ordinal, device.clone());
-                device
-            }
-        };
+        let operators = wrap(Device::open(stream.context().ordinal()))?;
         Ok(Self { operators, candle: candle.clone(), stream })
     }
 

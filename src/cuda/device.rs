@@ -11,8 +11,8 @@ use cudarc::driver::{
 };
 use cudarc::driver::{result, sys};
 use cudarc::nvrtc::Ptx;
-use std::collections::HashMap;
-use std::sync::Arc;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
 
 // `FATBINS` and `WHY_NOT_BUILT`, by build.rs.
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
@@ -51,12 +51,26 @@ pub struct Device {
 }
 
 impl Device {
-    /// Opens device number `ordinal` (from 0) and loads the kernels, so that no launch has to.
+    /// Opens device number `ordinal` (from 0) and loads the kernels, so that no launch has to. Later calls give the same device;
+    /// the kernels stay loaded until the process ends.
     ///
     /// # Errors
     /// [`Error::NoDriver`], [`Error::NoDevice`], [`Error::DeviceTooOld`], [`Error::KernelsNotBuilt`] as their names say;
     /// [`Error::Driver`] for anything else that the driver reports.
     pub fn open(ordinal: usize) -> Result<Self> {
+        // Once loaded, kernels stay: a captured graph, or work that is under way, may need them longer than any handle lives.
+        static OPENED: Mutex<BTreeMap<usize, Device>> = Mutex::new(BTreeMap::new());
+        // A panic elsewhere cannot leave the map half changed.
+        let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(device) = opened.get(&ordinal) {
+            return Ok(device.clone());
+        }
+        let device = Self::load(ordinal)?;
+        opened.insert(ordinal, device.clone());
+        Ok(device)
+    }
+
+    fn load(ordinal: usize) -> Result<Self> {
         probe_driver()?;
         let count = match CudaContext::device_count() {
             Ok(count) => count as usize,
@@ -145,7 +159,7 @@ impl Device {
         tensor: &'a dyn DevicePtr<T>,
         stream: &'a CudaStream,
     ) -> Result<(Buffer, SyncOnDrop<'a>)> {
-        self.check_context(argument, tensor.stream().context())?;
+        self.check_streams(argument, tensor.stream(), stream)?;
         let len = tensor.len();
         let (address, guard) = tensor.device_ptr(stream);
         Ok((Buffer { address, len }, guard))
@@ -158,7 +172,7 @@ impl Device {
         tensor: &'a mut dyn DevicePtrMut<T>,
         stream: &'a CudaStream,
     ) -> Result<(Buffer, SyncOnDrop<'a>)> {
-        self.check_context(argument, tensor.stream().context())?;
+        self.check_streams(argument, tensor.stream(), stream)?;
         let len = tensor.len();
         let (address, guard) = tensor.device_ptr_mut(stream);
         Ok((Buffer { address, len }, guard))
@@ -189,6 +203,21 @@ impl Device {
     /// Borrows the tensors of an operator for work on `stream`.
     pub(super) fn borrows<'a>(&'a self, stream: &'a CudaStream) -> Borrows<'a> {
         Borrows { device: self, stream, guards: Vec::new() }
+    }
+
+    /// Checks that `stream` can work on a tensor of the stream `own`.
+    fn check_streams(&self, argument: &'static str, own: &CudaStream, stream: &CudaStream) -> Result<()> {
+        // Before cudarc records anything on them.
+        self.check_context("stream", stream.context())?;
+        self.check_context(argument, own.context())?;
+        // cudarc lets streams wait for each other if one context object has made them all, and frees memory by the same account.
+        if !Arc::ptr_eq(own.context(), stream.context()) && own.cu_stream() != stream.cu_stream() {
+            return Err(Error::Argument {
+                argument,
+                problem: "is of another `CudaContext` object than the stream, so nothing would order their work",
+            });
+        }
+        Ok(())
     }
 
     fn check_context(&self, argument: &'static str, context: &CudaContext) -> Result<()> {

@@ -222,7 +222,7 @@ impl Loss {
         }
         check_lambda(lambda)?;
         // As the kernels have it.
-        check_lambda(f64::from(lambda as f32))?;
+        check_lambda(f64::from((2.0 * lambda) as f32))?;
         check_label_smoothing(label_smoothing)?;
 
         let bytes = self.dtype.bytes();

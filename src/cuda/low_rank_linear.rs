@@ -3,7 +3,8 @@
 
 use super::device::{Borrows, Device, Noise};
 use super::launch::{
-    Buffer, DType, Element, Kernel, Launch, Plan, RawLaunch, check_disjoint, check_linear_shape, params,
+    Buffer, DType, Element, Kernel, Launch, MAX_ROWS, Plan, RawLaunch, check_disjoint, check_linear_shape,
+    params,
 };
 use super::noise_source::{NoiseSource, Source};
 use super::noisy_linear::{
@@ -12,7 +13,7 @@ use super::noisy_linear::{
 };
 use super::partial_sums::{PartialSumsParams, partial_sums};
 use crate::cpu::check_scale;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::shape::{LinearShape, nonzero, product};
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
 
@@ -253,18 +254,19 @@ impl<B, N> LowRankLinear<B, N> {
 
     fn workspace(&self, dtype: DType) -> Workspace {
         let (m, n, r) = (self.shape.out_rows(), self.shape.out_features, self.rank);
-        let mut len = 0;
+        let mut len = 0usize;
         let mut take = |elements: usize| {
             let start = len;
             // Every place is aligned as the workspace is.
-            len += elements.next_multiple_of(4);
+            len = len.saturating_add(elements.checked_next_multiple_of(4).unwrap_or(usize::MAX));
             start
         };
-        let ds = take((m * r * dtype.bytes()).div_ceil(4));
+        let times = |a: usize, b: usize, c: usize| a.saturating_mul(b).saturating_mul(c);
+        let ds = take(times(m, r, dtype.bytes()).div_ceil(4));
         let (sums, products) = match self.columns() {
             Some(_) => {
                 let (chunks, parts, _) = self.parts(dtype);
-                ([take(chunks * m * r), take(parts * n * r), take(parts * n)], 0)
+                ([take(times(chunks, m, r)), take(times(parts, n, r)), take(times(parts, n, 1))], 0)
             }
             None => ([0; 3], Weight::workspace_len(&self.down_shape())),
         };
@@ -272,9 +274,13 @@ impl<B, N> LowRankLinear<B, N> {
         Workspace { ds, sums, products, len }
     }
 
-    /// The `f32` elements of workspace that a backward pass needs, whichever gradients are asked for.
+    /// The `f32` elements of workspace that a backward pass needs, whichever gradients are asked for; 0 for sizes that are
+    /// refused.
     pub fn workspace_len(&self, dtype: DType) -> usize {
-        self.workspace(dtype).len
+        match check_linear_shape(&self.shape) {
+            Ok(()) if (1..=MAX_ROWS).contains(&self.rank) => self.workspace(dtype).len,
+            _ => 0,
+        }
     }
 }
 
@@ -285,6 +291,9 @@ impl LowRankLinear<Buffer, Source> {
         let noise = self.noise.plan(shape)?;
         check_base(self.base, shape, dtype)?;
         nonzero("rank", r)?;
+        if r > MAX_ROWS {
+            return Err(Error::Size { argument: "rank", expected: "at most 2^31", got: r });
+        }
         let (k, n) = (shape.in_features, shape.out_features);
         self.down.check("down", "[N, r]", product("down", "[N, r]", &[n, r])?, bytes)?;
         self.up.check("up", "[r, K]", product("up", "[r, K]", &[r, k])?, bytes)?;

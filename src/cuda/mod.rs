@@ -12,6 +12,9 @@
 //!
 //! Streams and tensors of other libraries come in as [`BorrowedTensor`] and `cudarc`'s `wrap_borrowed_stream`.
 //!
+//! A graph needs its tensors, workspaces and key for as long as it is replayed. Like `cudarc`, safe methods trust an
+//! implementation of `DevicePtr` to tell the truth about its memory.
+//!
 //! All operators are deterministic run to run, and the noise is bitwise that of the CPU. Tensors are `f32`, `f16` or `bf16`;
 //! sums are in `f32`.
 //!

@@ -416,7 +416,10 @@ impl Weight {
     pub(super) fn workspace_len(shape: &LinearShape) -> usize {
         match Self::parts(shape) {
             (1, _) => 0,
-            (parts, _) => parts * (shape.out_features * shape.in_features + shape.out_features),
+            (parts, _) => {
+                let (n, k) = (shape.out_features, shape.in_features);
+                parts.saturating_mul(n).saturating_mul(k.saturating_add(1))
+            }
         }
     }
 
@@ -518,7 +521,10 @@ pub(super) fn is_z_aligned(noise: &Source, shape: &LinearShape) -> bool {
 impl<B, N> NoisyLinear<B, N> {
     /// The `f32` elements of workspace that a backward pass needs, whichever gradients are asked for.
     pub fn workspace_len(&self) -> usize {
-        Weight::workspace_len(&self.shape)
+        match check_linear_shape(&self.shape) {
+            Ok(()) => Weight::workspace_len(&self.shape),
+            Err(_) => 0,
+        }
     }
 }
 

@@ -51,7 +51,7 @@ const BACKWARD_RANKS: usize = 8;
 /// Most rows of a partial sum over rows.
 const MAX_PART: usize = 128;
 /// Most elements of a factor.
-const MAX_FACTOR: usize = 1 << 40;
+const MAX_FACTOR: usize = 1 << 36;
 /// Blocks that keep a large device busy.
 const BLOCKS: usize = 264;
 /// Threads of a block of the other kernels.
@@ -294,8 +294,9 @@ struct Parts {
 
 impl Parts {
     fn new(n: usize, k: usize, dtype: DType) -> Self {
-        let strips = k.div_ceil(WARP * 16 / dtype.bytes());
-        let part = n.div_ceil((BLOCKS / strips).max(1)).next_multiple_of(TILE).min(MAX_PART);
+        let strips = k.div_ceil(WARP * 16 / dtype.bytes()).max(1);
+        let rows = n.div_ceil((BLOCKS / strips).max(1)).clamp(1, MAX_PART);
+        let part = rows.next_multiple_of(TILE);
         Self { strips, parts: n.div_ceil(part), part }
     }
 

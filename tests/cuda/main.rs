@@ -45,6 +45,7 @@ const TESTS: &[(&str, Test)] = &[
     ("noisy_linear::tf32", noisy_linear::tf32),
     ("noisy_linear::f16", noisy_linear::f16),
     ("noisy_linear::bf16", noisy_linear::bf16),
+    ("noisy_linear::long_sums", noisy_linear::long_sums),
     ("noisy_linear::batch_split", noisy_linear::batch_split),
     ("norms::fp_distance", norms::fp_distance),
     ("norms::grad_norm", norms::grad_norm),

@@ -245,6 +245,19 @@ pub fn tf32(target: &Target<'_>) {
     }
 }
 
+/// Sums over thousands of products keep f32 accuracy, though tensor cores cut off: over in-features, channels and rows.
+pub fn long_sums(target: &Target<'_>) {
+    for (tokens, in_features, out_features) in [(8, 6144, 8), (8, 8, 6144), (6144, 8, 264)] {
+        let shape =
+            LinearShape { branches: 1, batch: 1, tokens, in_features, out_features, shared_input: false };
+        let z = Z::Generated(PerSample);
+        typed::<f32>(
+            &Case { shape, z, base: true, delta: true, biases: true, fold: false, shift: 0 },
+            target,
+        );
+    }
+}
+
 /// A sample's output and input gradient do not depend on the batch that it is in.
 pub fn batch_split(target: &Target<'_>) {
     let shape = |batch| LinearShape {

@@ -1,14 +1,17 @@
 // Host twins of kernels/tensor_core.cuh: the fragment layouts that the PTX ISA documents for ldmatrix and mma.sync, and
 // asynchronous copies that arrive some time between their issue and the wait for them (Schedule in src/machine.rs).
 //
-// Products of a fragment are summed in double, with the accumulator last, and rounded to float once. Hardware sums them
-// in float with its own order and rounding; results agree to a few units in the last place, not bit for bit.
+// Products of a fragment are summed in double, with the accumulator last, and cut off to float once, toward zero, as tensor
+// cores do (Fasi et al. 2021, doi:10.7717/peerj-cs.330). Hardware cuts off each term as well; results agree to a few units in
+// the last place, not bit for bit.
 
 #ifndef PACE_SIMT_TENSOR_CORE_H
 #define PACE_SIMT_TENSOR_CORE_H
 
 #include "cuda_bf16.h"
 #include "cuda_fp16.h"
+
+#include <cmath>
 
 extern "C" {
 void pace_simt_collective(const char *file, unsigned line, void (*operation)(void *const *lanes), void *operands);
@@ -61,6 +64,18 @@ template <unsigned COUNT> struct Fragments {
 // A row of b in registers: left to itself, GCC makes vectors along the other index, and far slower code.
 typedef double Columns __attribute__((vector_size(64)));
 
+// Cut off, not rounded, as tensor cores do.
+inline float cut(double value) {
+    float result = static_cast<float>(value);
+    if (std::fabs(static_cast<double>(result)) > std::fabs(value)) {
+        uint32_t bits;
+        std::memcpy(&bits, &result, 4);
+        --bits;
+        std::memcpy(&result, &bits, 4);
+    }
+    return result;
+}
+
 // c += a * b for COUNT matrices b, given those of the whole warp. In an accumulator [16, 8] with group g = lane / 4 and
 // t = lane % 4 a lane holds c[0..3]: rows g, g, g + 8, g + 8; columns 2 t, 2 t + 1, 2 t, 2 t + 1.
 template <unsigned K, unsigned COUNT>
@@ -75,8 +90,8 @@ void multiply(void *const *lanes, const double (&a)[16][K], const Columns (&b)[C
             for (unsigned column = 0; column < 8; ++column) {
                 float(&c)[4] = static_cast<Fragments<COUNT> *>(lanes[row * 4 + column / 2])->c[matrix];
                 const unsigned i = column % 2;
-                c[i] = static_cast<float>(low[column] + static_cast<double>(c[i]));
-                c[i + 2] = static_cast<float>(high[column] + static_cast<double>(c[i + 2]));
+                c[i] = cut(low[column] + static_cast<double>(c[i]));
+                c[i + 2] = cut(high[column] + static_cast<double>(c[i + 2]));
             }
         }
     }
