@@ -4,9 +4,11 @@ use crate::device::Opened;
 use crate::machine::{Machine, Target};
 use crate::support::{SOURCES, Type, Z, check_results, check_tf32, rounded, wide};
 use half::{bf16, f16};
-use pace_kernels::cuda::cudarc::driver::{DevicePtr, DevicePtrMut};
+use pace_kernels::cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+use pace_kernels::cuda::cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut};
 use pace_kernels::cuda::{self, Base, Buffer, Source};
 use pace_kernels::noise::NoiseShape::{PerSample, PerToken};
+use pace_kernels::noise::{Generator, Key};
 use pace_kernels::{LinearShape, cpu};
 
 #[derive(Debug, Clone, Copy)]
@@ -211,8 +213,16 @@ fn unfused<T: Type>(case: &Case, data: &Data<T>) -> Results<T> {
 
 fn run<T: Type>(case: &Case, data: &Data<T>, allow_tf32: bool, machine: &mut Machine<'_>) -> Results<T> {
     let layer = data.layer(case, machine, allow_tf32);
+    launch(&layer, data, machine)
+}
+
+fn launch<T: Type>(
+    layer: &cuda::LowRankLinear<Buffer, Source>,
+    data: &Data<T>,
+    machine: &mut Machine<'_>,
+) -> Results<T> {
     let (x, dy) = (machine.input("x", &data.x), machine.input("dy", &data.dy));
-    let s = machine.output::<T>("s", case.shape.in_rows() * case.rank);
+    let s = machine.output::<T>("s", layer.shape.in_rows() * layer.rank);
     let y = machine.output::<T>("y", data.dy.len());
     machine.launch(&layer.forward(T::DTYPE, x, s, y).unwrap());
     let mut grad = |name: &str, like: &[T]| machine.output::<T>(name, like.len());
@@ -291,6 +301,49 @@ pub fn one_gradient(target: &Target<'_>) {
     }
 }
 
+/// A sample's output and input gradient do not depend on the batch that it is in.
+pub fn batch_split(target: &Target<'_>) {
+    let on = |samples: std::ops::Range<usize>, rank, noise| {
+        let shape = |batch| LinearShape {
+            branches: 1,
+            batch,
+            tokens: 50,
+            in_features: 24,
+            out_features: 40,
+            shared_input: false,
+        };
+        let case = |batch| Case {
+            shape: shape(batch),
+            rank,
+            z: Z::Generated(noise),
+            base: true,
+            biases: true,
+            scale: 0.5,
+            shift: 0,
+        };
+        let mut data = Data::<f16>::new(&case(5));
+        let (x, dy) = (50 * 24, 50 * 40);
+        data.x = data.x[samples.start * x..samples.end * x].to_vec();
+        data.dy = data.dy[samples.start * dy..samples.end * dy].to_vec();
+        let results = std::cell::RefCell::new(Results::default());
+        target.run(0, |machine| {
+            let mut layer = data.layer(&case(samples.len()), machine, false);
+            let from = crate::support::generator(noise, crate::support::key());
+            let first = from.first_sample() + samples.start as u64;
+            let generator = Generator::new(from.key(), from.sigma(), noise, first).unwrap();
+            layer.noise = Source::Generated { generator, key: None };
+            *results.borrow_mut() = launch(&layer, &data, machine);
+        });
+        results.into_inner()
+    };
+    for (rank, noise) in [(10, PerSample), (10, PerToken), (40, PerSample)] {
+        let (whole, first, rest) = (on(0..5, rank, noise), on(0..2, rank, noise), on(2..5, rank, noise));
+        for i in 0..3 {
+            assert!([&first[i][..], &rest[i]].concat() == whole[i], "{}, rank {rank}, {noise:?}", NAMES[i]);
+        }
+    }
+}
+
 /// The safe methods, on views into larger tensors, give what plans give.
 pub fn safe_methods(opened: &Opened) {
     let Opened { device, stream } = opened;
@@ -336,6 +389,53 @@ pub fn safe_methods(opened: &Opened) {
         }
         for (i, output) in outputs.iter().enumerate() {
             assert!(opened.download(shift, output) == want[i], "{} of {case:?}", NAMES[i]);
+        }
+    }
+}
+
+/// A captured forward and backward pass has the noise of the key that lies in memory when it is replayed.
+pub fn in_a_graph(opened: &Opened) {
+    let Opened { device, stream } = opened;
+    for case in [10, 40].map(|rank| Case { rank, z: Z::Keyed(PerSample), base: true, shift: 0, ..cases()[0] })
+    {
+        let Case { shape, rank, scale, .. } = case;
+        let data = Data::<bf16>::new(&case);
+        let [x, dy, weight, down, up] =
+            [&data.x, &data.dy, &data.weight, &data.down, &data.up].map(|values| opened.upload(0, values));
+        let mut key = opened.upload(0, &[0u64]);
+        let generator = |key| crate::support::generator(PerSample, key);
+        let mut s = opened.upload(0, &vec![bf16::NAN; shape.in_rows() * rank]);
+        let mut workspace = stream.alloc_zeros::<f32>(1 << 16).unwrap();
+        let outputs = || [&data.dy, &data.x].map(|like| opened.upload(0, &vec![bf16::NAN; like.len()]));
+        let mut pass = |noise: cuda::Noise<'_>, [y, dx]: &mut [CudaSlice<bf16>; 2]| {
+            let layer: cuda::LowRankLinear<&dyn DevicePtr<bf16>, _> = cuda::LowRankLinear {
+                shape,
+                noise,
+                base: Some(Base { weight: &weight, bias: None }),
+                rank,
+                down: &down,
+                up: &up,
+                delta_bias: None,
+                scale,
+                allow_tf32: false,
+            };
+            device.low_rank_linear(&layer, &x, &mut s, y, stream).unwrap();
+            let grads = cuda::LowRankGrads { input: Some(dx as _), ..Default::default() };
+            device.low_rank_linear_backward(&layer, &x, &s, &dy, grads, &mut workspace, stream).unwrap();
+        };
+        let mut replayed = outputs();
+        stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
+        let noise = cuda::Noise::Generated { generator: generator(Key([0, 0])), key: Some(&key) };
+        pass(noise, &mut replayed);
+        let graph = stream.end_capture(CUgraphInstantiate_flags(0)).unwrap().expect("something was captured");
+        for fresh in [Key::derive(1, 0, 0), Key::derive(1, 1, 0)] {
+            stream.memcpy_htod(&[u64::from(fresh)], &mut key).unwrap();
+            graph.launch().unwrap();
+            let mut direct = outputs();
+            pass(cuda::Noise::Generated { generator: generator(fresh), key: None }, &mut direct);
+            for (replayed, direct) in replayed.iter().zip(&direct) {
+                assert!(opened.download(0, replayed) == opened.download(0, direct), "rank {rank}");
+            }
         }
     }
 }
