@@ -23,34 +23,34 @@ impl Target<'_> {
     /// Runs `body` on an empty machine whose tensors start `shift` elements past an aligned address. In the simulator it
     /// runs again and again with threads in other orders, and has to find the same each time.
     pub fn run(&self, shift: usize, body: impl Fn(&mut Machine<'_>)) {
-        let on = |place| {
-            let mut machine = Machine { shift, place };
-            body(&mut machine);
-            machine
-        };
+        let threads = self.once(shift, &body);
+        if let Target::Simulator = self {
+            let seeds = if threads <= SMALL { SCHEDULES } else { 1 };
+            (0..seeds).for_each(|seed| {
+                simulate(shift, Schedule::Random(seed), &body);
+            });
+        }
+    }
+
+    /// The same, but once and with threads in their order. Gives the threads that were launched in the simulator.
+    pub fn once(&self, shift: usize, body: impl Fn(&mut Machine<'_>)) -> usize {
         match self {
             Target::Device(opened) => {
-                on(Place::Device { opened, memory: HashMap::new() });
+                body(&mut Machine { shift, place: Place::Device { opened, memory: HashMap::new() } });
+                0
             }
-            Target::Simulator => {
-                let simulated = |schedule| {
-                    let machine = on(Place::Simulator {
-                        memory: Memory::new(shift),
-                        tensors: HashMap::new(),
-                        schedule,
-                        threads: 0,
-                    });
-                    match machine.place {
-                        Place::Simulator { threads, .. } => threads,
-                        Place::Device { .. } => unreachable!("the place does not change"),
-                    }
-                };
-                let seeds = if simulated(Schedule::InOrder) <= SMALL { SCHEDULES } else { 1 };
-                (0..seeds).for_each(|seed| {
-                    simulated(Schedule::Random(seed));
-                });
-            }
+            Target::Simulator => simulate(shift, Schedule::InOrder, &body),
         }
+    }
+}
+
+fn simulate(shift: usize, schedule: Schedule, body: &impl Fn(&mut Machine<'_>)) -> usize {
+    let (memory, tensors) = (Memory::new(shift), HashMap::new());
+    let mut machine = Machine { shift, place: Place::Simulator { memory, tensors, schedule, threads: 0 } };
+    body(&mut machine);
+    match machine.place {
+        Place::Simulator { threads, .. } => threads,
+        Place::Device { .. } => unreachable!("the place does not change"),
     }
 }
 

@@ -16,6 +16,7 @@ mod machine;
 #[path = "../common/on.rs"]
 mod on;
 mod operators;
+mod simulated;
 mod vit;
 
 use candle_core::DType;
@@ -41,10 +42,10 @@ const CHECKS: &[(&str, &str, Check)] = &[
     ("drop_path", "cpu_f32", operators::drop_path::<f32>),
     ("vit_training", "candle_f64", |case| vit::training(case, &On::CPU)),
     ("vit_training", "candle_f32", |case| vit::training(case, &On::CPU_F32)),
+    ("vit_training", "simt_f32", simulated::training),
 ];
 
-/// The checks of the CUDA kernels, which run in the simulator and on device 0. The models of whole training runs are made
-/// of candle's operations, and of these.
+/// The checks of the CUDA kernels, which run in the simulator and on device 0.
 const KERNEL_CHECKS: &[(&str, KernelCheck)] =
     &[("adapter", kernels::adapter), ("loss", kernels::loss), ("drop_path", kernels::drop_path)];
 

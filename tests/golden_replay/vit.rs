@@ -12,7 +12,7 @@ use pace_kernels::candle::{Batch, Injector, Objective, PaceContext, Variant, gra
 use pace_kernels::schedule::sigma_by_block;
 use std::collections::BTreeMap;
 
-fn tensor(case: &Case, on: &On, name: &str) -> Result<Tensor, Failed> {
+pub fn tensor(case: &Case, on: &On, name: &str) -> Result<Tensor, Failed> {
     let shape = &case.tensor(name)?.shape[..];
     Ok(on.place(&Tensor::from_vec(case.floats(name)?.to_vec(), shape, &Device::Cpu)?)?)
 }
@@ -108,7 +108,6 @@ fn our_name(recorded: &str) -> String {
 
 /// A whole training run of a small vision transformer, step by step.
 pub fn training(case: &Case, on: &On) -> Result<(), Failed> {
-    let tolerance = on.tolerance(1e-8, 1e-4);
     let adapter = Adapter::from_name(case.text("adapter")?).ok_or("unknown adapter")?;
     let embed_dim: usize = case.number("embed_dim")?;
     let config = VitConfig {
@@ -124,7 +123,6 @@ pub fn training(case: &Case, on: &On) -> Result<(), Failed> {
         drop_path: case.number("drop_path")?,
     };
     let sigmas = sigma_by_block(config.depth + 1, case.number("sigma")?, 1)?;
-    case.expect("sigmas_by_block", &sigmas, 1e-15)?;
 
     // Trained: every tensor of an adapter, and the head.
     let (frozen, vars) = (VarMap::new(), VarMap::new());
@@ -141,6 +139,23 @@ pub fn training(case: &Case, on: &On) -> Result<(), Failed> {
     let mut injector = Injector::new(&context, adapter, case.number("rank")?, &sigmas, builder(&vars, on));
     let model = Vit::with_adapters(&config, builder(&frozen, on), &mut injector)?;
 
+    train(case, on, &context, &trained, &|x, _| Ok(model.forward(x)?))
+}
+
+/// A model of a training run: inputs, and the step if it is in training, to logits.
+pub type Model<'a> = dyn Fn(&Tensor, Option<usize>) -> Result<Tensor, Failed> + 'a;
+
+/// Trains a model, and compares with the record at each step.
+pub fn train(
+    case: &Case,
+    on: &On,
+    context: &PaceContext,
+    trained: &BTreeMap<String, Var>,
+    model: &Model<'_>,
+) -> Result<(), Failed> {
+    let tolerance = on.tolerance(1e-8, 1e-4);
+    let sigmas = sigma_by_block(case.number::<usize>("depth")? + 1, case.number("sigma")?, 1)?;
+    case.expect("sigmas_by_block", &sigmas, 1e-15)?;
     let steps = case.tensor("grad_norm")?.shape[0];
     let all_index: Vec<i64> = (0..steps)
         .map(|step| case.integers(&format!("step{step}.index")))
@@ -153,7 +168,7 @@ pub fn training(case: &Case, on: &On) -> Result<(), Failed> {
         "fast" => Variant::Fast { samples },
         other => return Err(format!("unknown mode `{other}`").into()),
     };
-    let mut objective = Objective::new(&context, variant, case.number("lambda_")?)?;
+    let mut objective = Objective::new(context, variant, case.number("lambda_")?)?;
     let (beta1, beta2) = case.text("betas")?.split_once(',').ok_or("`betas` is not a pair")?;
     let parameters = ParamsAdamW {
         lr: case.number("lr")?,
@@ -179,7 +194,10 @@ pub fn training(case: &Case, on: &On) -> Result<(), Failed> {
             index: Some(case.integers(&format!("{prefix}index"))?),
             first_sample: 0,
         };
-        let out = objective.step(step as u64, &batch, |x| model.forward(x))?;
+        let out = objective.step(step as u64, &batch, |x| {
+            model(x, Some(step))
+                .map_err(|e| candle_core::Error::Msg(e.message().unwrap_or_default().to_owned()))
+        })?;
         expect(case, &format!("{prefix}logits"), &out.logits, tolerance)?;
         let [total, cls, pace] = losses[3 * step..][..3] else { unreachable!("three were taken") };
         close("total", &[out.values.total], &[total], tolerance)?;
@@ -196,9 +214,9 @@ pub fn training(case: &Case, on: &On) -> Result<(), Failed> {
     }
     // Attention does not depend on the keys' bias: its gradient is rounding, which AdamW scales up.
     let final_tolerance = on.tolerance(tolerance, 1e-2);
-    for (name, var) in &trained {
+    for (name, var) in trained {
         expect(case, &format!("final.{name}"), var, final_tolerance)?;
     }
     context.evaluate();
-    expect(case, "eval.logits", &model.forward(&tensor(case, on, "eval.x")?)?, tolerance)
+    expect(case, "eval.logits", &model(&tensor(case, on, "eval.x")?, None)?, tolerance)
 }
