@@ -16,7 +16,7 @@ mod machine;
 #[path = "../common/on.rs"]
 mod on;
 mod operators;
-mod simulated;
+mod training;
 mod vit;
 
 use candle_core::DType;
@@ -42,12 +42,15 @@ const CHECKS: &[(&str, &str, Check)] = &[
     ("drop_path", "cpu_f32", operators::drop_path::<f32>),
     ("vit_training", "candle_f64", |case| vit::training(case, &On::CPU)),
     ("vit_training", "candle_f32", |case| vit::training(case, &On::CPU_F32)),
-    ("vit_training", "simt_f32", simulated::training),
 ];
 
 /// The checks of the CUDA kernels, which run in the simulator and on device 0.
-const KERNEL_CHECKS: &[(&str, KernelCheck)] =
-    &[("adapter", kernels::adapter), ("loss", kernels::loss), ("drop_path", kernels::drop_path)];
+const KERNEL_CHECKS: &[(&str, KernelCheck)] = &[
+    ("adapter", kernels::adapter),
+    ("loss", kernels::loss),
+    ("drop_path", kernels::drop_path),
+    ("vit_training", training::training),
+];
 
 /// The checks of candle's CUDA tensors, on device 0.
 const CANDLE_CHECKS: &[(&str, CandleCheck)] = &[("adapter", vit::adapter), ("vit_training", vit::training)];

@@ -1,7 +1,8 @@
-//! The recorded training runs with every noisy layer computed by the CUDA kernels, in the simulator and in f32: a vision
-//! transformer of candle's operations around them.
+//! The recorded training runs with every noisy layer computed by the CUDA kernels in f32, in the simulator or on a device: a
+//! vision transformer of candle's CPU operations around them.
 
 use super::case::Case;
+use super::device;
 use super::machine::{Machine, Target};
 use super::on::On;
 use super::vit::{tensor, train};
@@ -26,12 +27,24 @@ type Backward = Box<dyn Fn(&mut Machine<'_>, &Slices<'_>, &[f32]) -> Vec<Buffer>
 
 /// An operator that runs on a machine of its own, forward and backward.
 struct Op {
+    /// On a device, not in the simulator.
+    on_device: bool,
     shape: Shape,
     forward: Forward,
     backward: Backward,
 }
 
 impl Op {
+    fn run(&self, body: impl Fn(&mut Machine<'_>)) -> candle_core::Result<()> {
+        if self.on_device {
+            let opened = device::open().map_err(candle_core::Error::Msg)?;
+            Target::Device(&opened).once(0, body);
+        } else {
+            Target::Simulator.once(0, body);
+        }
+        Ok(())
+    }
+
     fn fwd(&self, arguments: &[(&CpuStorage, &Layout)]) -> candle_core::Result<(CpuStorage, Shape)> {
         let slices: Vec<&[f32]> = arguments
             .iter()
@@ -41,10 +54,10 @@ impl Op {
             })
             .collect::<candle_core::Result<_>>()?;
         let out = RefCell::new(Vec::new());
-        Target::Simulator.once(0, |machine| {
+        self.run(|machine| {
             let result = (self.forward)(machine, &slices);
             *out.borrow_mut() = machine.read::<f32>(result);
-        });
+        })?;
         Ok((CpuStorage::F32(out.into_inner()), self.shape.clone()))
     }
 
@@ -54,10 +67,10 @@ impl Op {
         let slices: Vec<&[f32]> = owned.iter().map(Vec::as_slice).collect();
         let grad = values(&grad)?;
         let out = RefCell::new(Vec::new());
-        Target::Simulator.once(0, |machine| {
+        self.run(|machine| {
             let results = (self.backward)(machine, &slices, &grad);
             *out.borrow_mut() = results.into_iter().map(|result| machine.read::<f32>(result)).collect();
-        });
+        })?;
         let tensors = out.into_inner().into_iter().zip(arguments);
         tensors.map(|(grad, like)| Tensor::from_vec(grad, like.shape(), like.device()).map(Some)).collect()
     }
@@ -65,7 +78,7 @@ impl Op {
 
 impl CustomOp2 for Op {
     fn name(&self) -> &'static str {
-        "simulated"
+        "kernels"
     }
     fn cpu_fwd(
         &self,
@@ -90,7 +103,7 @@ impl CustomOp2 for Op {
 
 impl CustomOp3 for Op {
     fn name(&self) -> &'static str {
-        "simulated"
+        "kernels"
     }
     fn cpu_fwd(
         &self,
@@ -158,6 +171,7 @@ impl Layer {
     fn dense_op(self, shape: Shape) -> Op {
         let other = self.clone();
         Op {
+            on_device: false,
             shape,
             forward: Box::new(move |machine, arguments| {
                 let layer = self.dense(machine, arguments);
@@ -211,6 +225,7 @@ impl Layer {
             (s, y)
         };
         Op {
+            on_device: false,
             shape,
             forward: Box::new(move |machine, arguments| {
                 let layer = self.low_rank(machine, arguments);
@@ -250,6 +265,7 @@ fn lora_mul(base: Vec<f32>, [n, k]: [usize; 2]) -> Op {
     };
     let other = base.clone();
     Op {
+        on_device: false,
         shape: Shape::from((n, k)),
         forward: Box::new(move |machine, arguments| {
             let (factors, base) = factors(machine, arguments, &base);
@@ -283,6 +299,7 @@ fn prompt(base: (Vec<f32>, Vec<f32>), [n, k]: [usize; 2]) -> Op {
         };
     let other = base.clone();
     Op {
+        on_device: false,
         shape: Shape::from(n),
         forward: Box::new(move |machine, arguments| {
             let prompt = prompt(machine, arguments, &base);
@@ -307,6 +324,7 @@ fn prompt(base: (Vec<f32>, Vec<f32>), [n, k]: [usize; 2]) -> Op {
 
 /// The recorded transformer.
 struct Model<'a> {
+    on_device: bool,
     case: &'a Case,
     on: &'a On,
     context: &'a PaceContext,
@@ -320,6 +338,10 @@ impl Model<'_> {
 
     fn trained(&self, name: &str) -> Option<&Tensor> {
         self.trained.get(name).map(Var::as_tensor)
+    }
+
+    fn place(&self, op: Op) -> Op {
+        Op { on_device: self.on_device, ..op }
     }
 
     /// A noisy layer in training step `step`, or in evaluation.
@@ -351,7 +373,11 @@ impl Model<'_> {
         };
         let (x, dims) = (x.contiguous()?, Shape::from(dims));
         if let Some((weight, bias)) = head {
-            return Ok(x.apply_op3(weight, bias, Layer { shape, z, base: None }.dense_op(dims))?);
+            return Ok(x.apply_op3(
+                weight,
+                bias,
+                self.place(Layer { shape, z, base: None }.dense_op(dims)),
+            )?);
         }
         let values = |tensor: &Tensor| tensor.flatten_all()?.to_vec1::<f32>();
         let base = (values(&weight)?, values(&self.frozen(&format!("{name}.base_bias"))?)?);
@@ -361,16 +387,16 @@ impl Model<'_> {
         Ok(match (factors, bias, prompts) {
             (Some((down, up)), Some(bias), None) => {
                 let joined = Tensor::cat(&[&down.flatten_all()?, bias], 0)?;
-                x.apply_op3(&joined, up, layer.low_rank_op(dims))?
+                x.apply_op3(&joined, up, self.place(layer.low_rank_op(dims)))?
             }
             (Some((down, up)), Some(bias), Some((prompt_down, prompt_up))) => {
-                let delta_weight = down.apply_op2(up, lora_mul(base.0.clone(), [n, k]))?;
-                let delta_bias = prompt_down.apply_op3(prompt_up, bias, prompt(base, [n, k]))?;
-                x.apply_op3(&delta_weight, &delta_bias, layer.dense_op(dims))?
+                let delta_weight = down.apply_op2(up, self.place(lora_mul(base.0.clone(), [n, k])))?;
+                let delta_bias = prompt_down.apply_op3(prompt_up, bias, self.place(prompt(base, [n, k])))?;
+                x.apply_op3(&delta_weight, &delta_bias, self.place(layer.dense_op(dims)))?
             }
             (None, None, Some((prompt_down, prompt_up))) => {
-                let delta_bias = prompt_down.apply_op2(prompt_up, prompt(base, [n, k]))?;
-                x.apply_op2(&delta_bias, layer.dense_op(dims))?
+                let delta_bias = prompt_down.apply_op2(prompt_up, self.place(prompt(base, [n, k])))?;
+                x.apply_op2(&delta_bias, self.place(layer.dense_op(dims)))?
             }
             _ => return Err(format!("`{name}` has the parameters of no adapter").into()),
         })
@@ -424,7 +450,7 @@ impl Model<'_> {
 }
 
 /// One training run.
-pub fn training(case: &Case) -> Result<(), Failed> {
+pub fn training(case: &Case, target: &Target<'_>) -> Result<(), Failed> {
     let (on, context) = (On::CPU_F32, PaceContext::new(0));
     let mut trained = BTreeMap::new();
     for recorded in case.names().filter_map(|name| name.strip_prefix("init.")) {
@@ -433,6 +459,7 @@ pub fn training(case: &Case) -> Result<(), Failed> {
             trained.insert(recorded.to_owned(), Var::from_tensor(&value)?);
         }
     }
-    let model = Model { case, on: &on, context: &context, trained: &trained };
+    let on_device = matches!(target, Target::Device(_));
+    let model = Model { on_device, case, on: &on, context: &context, trained: &trained };
     train(case, &on, &context, &trained, &|x, step| model.forward(x, step))
 }
