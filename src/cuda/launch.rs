@@ -180,6 +180,11 @@ impl Buffer {
     }
 }
 
+/// The address of a tensor for a kernel, which takes 0 for one that is absent.
+pub(super) fn address(buffer: Option<Buffer>) -> u64 {
+    buffer.map_or(0, |buffer| buffer.address)
+}
+
 /// Element types of tensors in device memory; arithmetic is in `f32` for all of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum DType {

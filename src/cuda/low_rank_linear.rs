@@ -3,8 +3,8 @@
 
 use super::device::{Borrows, Device, Noise};
 use super::launch::{
-    Buffer, DType, Element, Kernel, Launch, MAX_ROWS, Plan, RawLaunch, check_disjoint, check_linear_shape,
-    params,
+    Buffer, DType, Element, Kernel, Launch, MAX_ROWS, Plan, RawLaunch, address, check_disjoint,
+    check_linear_shape, params,
 };
 use super::noise_source::{NoiseSource, Source};
 use super::noisy_linear::{
@@ -339,7 +339,6 @@ impl LowRankLinear<Buffer, Source> {
             let slices = rank.div_ceil(64 / bytes);
             let ring = (STAGES * (2 * TILE + rank) * 64).max(TILE * TILE * 4);
             let tile_columns = n.div_ceil(TILE);
-            let address = |buffer: Option<Buffer>| buffer.map_or(0, |buffer| buffer.address);
             return Ok(LowRankForward(ForwardSteps::Fused(Launch {
                 kernel: choose(FORWARD[columns], run),
                 grid: blocks("y", &[tile_columns, m.div_ceil(TILE)])?,

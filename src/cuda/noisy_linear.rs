@@ -2,7 +2,8 @@
 
 use super::device::{Borrows, Device, Noise};
 use super::launch::{
-    Buffer, DType, Element, Kernel, Launch, Plan, RawLaunch, check_disjoint, check_linear_shape, params,
+    Buffer, DType, Element, Kernel, Launch, Plan, RawLaunch, address, check_disjoint, check_linear_shape,
+    params,
 };
 use super::noise_source::{NoiseSource, Source};
 use super::partial_sums::{PartialSumsParams, partial_sums};
@@ -279,7 +280,6 @@ impl Forward<'_> {
             (false, _) => (ONE, FORWARD_STAGES, 2, m.div_ceil(TILE)),
         };
         let z_bytes = if two && self.fold { TILE * 4 } else { 0 };
-        let address = |buffer: Option<Buffer>| buffer.map_or(0, |buffer| buffer.address);
         Ok(Launch {
             kernel: choose(kernels, self.run),
             grid: blocks("y", &[columns, rows])?,

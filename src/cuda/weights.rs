@@ -5,7 +5,8 @@
 
 use super::device::{Borrows, Device};
 use super::launch::{
-    Buffer, DType, Element, Kernel, Launch, MAX_ROWS, Named, Plan, RawLaunch, check_disjoint, grid, params,
+    Buffer, DType, Element, Kernel, Launch, MAX_ROWS, Named, Plan, RawLaunch, address, check_disjoint, grid,
+    params,
 };
 use super::noisy_linear::aligned;
 use super::partial_sums::{PartialSumsParams, partial_sums};
@@ -317,10 +318,6 @@ impl Parts {
             params: LowRankBackwardParams { part: self.part as u32, ..params },
         }
     }
-}
-
-fn address(buffer: Option<Buffer>) -> u64 {
-    buffer.map_or(0, |buffer| buffer.address)
 }
 
 /// Checks a workspace of `needed` elements, a number that saturates.

@@ -2,7 +2,7 @@
 
 use crate::device::Opened;
 use crate::machine::{Machine, Target};
-use crate::support::{SOURCES, Type, Z, check_results, check_tf32, rounded, wide};
+use crate::support::{SOURCES, Type, Z, check_results, check_tf32, rounded, shape, wide};
 use half::{bf16, f16};
 use pace_kernels::cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use pace_kernels::cuda::cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut};
@@ -24,14 +24,6 @@ struct Case {
 }
 
 fn cases() -> Vec<Case> {
-    let shape = |branches, batch, tokens, in_features, out_features, shared_input| LinearShape {
-        branches,
-        batch,
-        tokens,
-        in_features,
-        out_features,
-        shared_input,
-    };
     let mut cases = Vec::new();
     // Every source of noise and every absent part, over sizes around vectors, fragments and tiles.
     let sizes = [

@@ -46,6 +46,18 @@ impl Type for bf16 {
     }
 }
 
+/// A linear layer's sizes.
+pub fn shape(
+    branches: usize,
+    batch: usize,
+    tokens: usize,
+    in_features: usize,
+    out_features: usize,
+    shared_input: bool,
+) -> LinearShape {
+    LinearShape { branches, batch, tokens, in_features, out_features, shared_input }
+}
+
 /// Exactly the values, in the oracle's type.
 pub fn wide<T: Type>(values: &[T]) -> Vec<f64> {
     values.iter().map(|value| f64::from(value.widen())).collect()
