@@ -87,3 +87,19 @@ fn cpp_program() {
     let printed = linked_to_the_shared_library("c++", &["-std=c++17"], "examples/cpp/noisy_linear.cpp");
     assert!(printed.contains("finite differences"), "{printed}");
 }
+
+#[test]
+fn the_guide_shows_what_the_programs_do() {
+    let guide = std::fs::read_to_string(root().join("docs/embedding.md")).unwrap();
+    let read = |path: &str| std::fs::read_to_string(root().join(path)).unwrap();
+    let sources = [("c", read("examples/c/pace_step.c")), ("cpp", read("examples/cpp/noisy_linear.cpp"))];
+    for (language, source) in sources {
+        let start = format!("```{language}\n");
+        let blocks = guide.split(&start).skip(1).map(|rest| rest.split("```").next().unwrap());
+        let blocks: Vec<&str> = blocks.collect();
+        assert!(!blocks.is_empty());
+        for block in blocks {
+            assert!(source.contains(block), "not in the {language} program:\n{block}");
+        }
+    }
+}
