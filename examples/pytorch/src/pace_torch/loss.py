@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import _library as lib
 from ._library import PaceError
-from .ops import _loss, _real
+from .ops import _loss, _loss_total, _real
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,6 @@ def pace_loss(
             raise PaceError(f"`history` is {tuple(history.shape)} of {history.dtype}, expected [n, {classes}] of {expected}")
         if not history.is_contiguous() or history.device != logits.device:
             raise PaceError(f"`history` must be contiguous and on {logits.device}")
-    values, _, status = _loss(logits, labels, history, index, lambda_, label_smoothing, ignore_index)
-    detached = values.detach()
-    rows = 0 if history is None else history.shape[0]
-    return Losses(values[0], detached[1], detached[2], status, classes, rows)
+    values, gradient, status = _loss(logits.detach(), labels, history, index, lambda_, label_smoothing, ignore_index)
+    total = _loss_total(logits, values, gradient)
+    return Losses(total, values[1], values[2], status, classes, 0 if history is None else history.shape[0])

@@ -873,35 +873,41 @@ def _(logits, labels, history, index, lambda_, label_smoothing, ignore_index):
     )
 
 
-def _loss_setup(ctx, inputs, output):
-    _, gradient, status = output
-    ctx.mark_non_differentiable(gradient, status)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(gradient)
+@torch.library.custom_op("pace::loss_total", mutates_args=())
+def _loss_total(logits: Tensor, values: Tensor, gradient: Tensor) -> Tensor:
+    """The total among the values of `_loss`, as the function of the logits that has this gradient.
+
+    A separate operator because one that writes to its arguments (the history) cannot be differentiated.
+    """
+    return values[0].clone()
 
 
-def _loss_grads(ctx, dvalues, *_):
-    if dvalues is None:
-        return (None,) * 7
-    (gradient,) = ctx.saved_tensors
-    # Of the three values only the total is handed out with its graph.
-    return _ScaledOnce.apply(dvalues[0], gradient), *[None] * 6
+@_loss_total.register_fake
+def _(logits, values, gradient):
+    return values.new_empty(())
 
 
-_loss.register_autograd(_loss_grads, setup_context=_loss_setup)
+@torch.library.custom_op("pace::loss_backward", mutates_args=())
+def _loss_backward(dtotal: Tensor, logits: Tensor, gradient: Tensor) -> Tensor:
+    # The logits make the result depend on them, so that a second derivative is an error and not a zero.
+    return (dtotal * gradient).to(gradient.dtype)
 
 
-class _ScaledOnce(torch.autograd.Function):
-    """`scale * gradient`, where `gradient` stands for a function of the logits whose derivative there is none of."""
+@_loss_backward.register_fake
+def _(dtotal, logits, gradient):
+    return gradient.new_empty(gradient.shape)
 
-    @staticmethod
-    def forward(ctx, scale, gradient):
-        return (scale * gradient).to(gradient.dtype)
 
-    @staticmethod
-    def backward(ctx, _):
-        raise NotImplementedError("pace_loss is differentiable once")
+def _loss_total_setup(ctx, inputs, output):
+    logits, _, gradient = inputs
+    ctx.save_for_backward(logits, gradient)
 
+
+def _loss_total_grads(ctx, dtotal):
+    return _loss_backward(dtotal, *ctx.saved_tensors), None, None
+
+
+_loss_total.register_autograd(_loss_total_grads, setup_context=_loss_total_setup)
 
 # ---------------------------------------------------------------------------------------------------- functions
 
