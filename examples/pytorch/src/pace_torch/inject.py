@@ -142,7 +142,7 @@ def inject(
         pace.handles.append(model.register_forward_pre_hook(pace.before_forward, with_kwargs=True))
         doubled = model.get_submodule(_block(first_noisy_layer or next(reversed(linears))))
         pace.handles.append(doubled.register_forward_pre_hook(pace.double_rows))
-    return model
+    return model.train(model.training)
 
 
 def _is_trained(name: str) -> bool:
@@ -174,4 +174,4 @@ def merge(model: nn.Module) -> nn.Module:
         for handle in model.pace.handles:
             handle.remove()
         del model.pace, model._ddp_params_and_buffers_to_ignore
-    return model
+    return model.train(model.training)

@@ -1031,7 +1031,7 @@ def prompt_bias(
     prompt_up: Tensor,
     delta_bias: Optional[Tensor] = None,
 ) -> Tensor:
-    """`Δb [N] = W0·(Pd·Pu) + b0⊙δb` (VPT add): `prompt_down [K, r]`, `prompt_up [r, 1]`; `delta_bias` takes a base bias."""
+    """`Δb [N] = W0·(Pd·Pu) + b0⊙δb` (VPT add): `prompt_down [K, r]`, `prompt_up [r, 1]`; without a base bias δb plays no part."""
     return _prompt_bias(base_weight, base_bias, prompt_down, prompt_up, delta_bias)
 
 
