@@ -86,3 +86,14 @@ def test_processes_together_do_what_one_does(world_size, alone, tmp_path):
             if variant == "fast":
                 assert torch.equal(part["history"], parts[0]["history"])
                 close(part["history"], expected["history"], 1e-10)
+
+
+def test_a_sharded_history_needs_no_exchange():
+    # Each process numbers its own samples; what the others have is not here, so an exchange would hang or fail.
+    model = pace_torch.inject(vit(), rank=2, variant="fast", samples=4).train()
+    model.pace.shard = (1, 2)
+    x, labels, _ = data(0)
+    for _ in range(2):
+        losses = model.pace.training_step(model, x[:4], labels[:4], torch.arange(4))
+    assert model.pace.first_sample == 4 and losses.consistency > 0
+    assert (model.pace.history.abs().sum(1) > 0).all()

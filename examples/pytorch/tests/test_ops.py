@@ -33,8 +33,6 @@ def adapter_of(case, dtype):
     names = {"base_weight": "base_module.weight", "base_bias": "base_module.bias"}
     values = {names.get(name, name): t for name, t in case.tensors.items() if name.startswith(("base_", "delta_"))}
     adapter.load_state_dict(values)
-    if kind is not pace_torch.Head:
-        adapter.base_module.requires_grad_(False)
     return adapter
 
 
@@ -109,11 +107,8 @@ def pair(kind, n=20, k=24, rank=4, bias=True, dtype=torch.float64):
     else:
         ours, theirs = ours(base, rank), theirs[kind](torch.nn.Linear(k, n, bias=bias, dtype=torch.float64), rank)
     with torch.no_grad():
-        for name, parameter in ours.named_parameters():
+        for parameter in ours.parameters():
             parameter.copy_(0.3 * torch.randn_like(parameter))
-            parameter.requires_grad_("delta" in name or kind == "Head")
-        if not bias and kind == "LoraMulVptAdd":
-            ours.delta_b.requires_grad_(False)
     theirs.load_state_dict(ours.state_dict())
     for (_, a), (_, b) in zip(ours.named_parameters(), theirs.named_parameters()):
         b.requires_grad_(a.requires_grad)

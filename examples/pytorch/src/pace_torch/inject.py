@@ -130,10 +130,8 @@ def inject(
             _replace(model, name, SharedDropPath(module.drop_prob, pace, layer))
 
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(_is_trained(name))
-    for module in model.modules():
-        if isinstance(module, LoraMulVptAdd) and module.base_module.bias is None:
-            module.delta_b.requires_grad_(False)
+        if not _is_trained(name):
+            parameter.requires_grad_(False)
 
     model.pace = pace
     # Processes that share a model derive the same keys; DistributedDataParallel need not send them around.
