@@ -362,6 +362,35 @@ def test_autocast(adapter):
         assert not parameter.requires_grad or parameter.grad.dtype == torch.float32, name
 
 
+def test_what_is_kept_for_the_backward_pass():
+    """LoRA mul keeps no ΔW, and VPT add, which trains a bias only, not even its input."""
+    x = torch.randn(4, 17, 24, requires_grad=True)
+    noise = pace_torch.Noise(pace_torch.keys(0, 0, 1), 0.5, branches=2)
+    for adapter, expected in (
+        (pace_torch.LoraMulVptAdd(nn.Linear(24, 48), 4), {(4, 17, 24)}),
+        (pace_torch.LoraAdd(nn.Linear(24, 48), 4), {(4, 17, 24)}),
+        (pace_torch.VptAdd(nn.Linear(24, 48), 4), set()),
+        (pace_torch.Head(nn.Linear(24, 48)), {(4, 17, 24)}),
+    ):
+        owned = {parameter.data_ptr() for parameter in adapter.parameters()} | {noise.key.data_ptr(), 0}
+        kept = set()
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: (t.data_ptr() in owned or kept.add(tuple(t.shape)), t)[1], lambda t: t
+        ):
+            adapter(x, noise)
+        assert kept == expected, type(adapter).__name__
+
+
+def test_inference_mode():
+    model = perturb(pace_torch.inject(vit(), rank=2)).eval()
+    x, _ = batch()
+    expected = model(x)
+    with torch.inference_mode():
+        assert torch.equal(model(x), expected)
+        model.train()
+        assert len(model(x)) == 8
+
+
 def test_a_shard_draws_its_part_of_the_global_noise():
     whole = perturb(pace_torch.inject(swin(drop_path_rate=0.4), rank=2, seed=6)).train()
     x, _ = batch(4, image=32)
@@ -392,6 +421,8 @@ def test_wrong_use_is_named():
     model = pace_torch.inject(vit(), rank=2).train()
     with pytest.raises(PaceError, match="already"):
         pace_torch.inject(model)
+    with pytest.raises(PaceError, match="outside"):
+        model.blocks[1](torch.ones(4, 17, 24, dtype=torch.float64))
     with pytest.raises(PaceError, match="logits"):
         model.pace.loss(model(x)[:4], labels)
     lazy = pace_torch.inject(vit(), rank=2, variant="lazy").train()
