@@ -1,3 +1,7 @@
 //! The C interface: its header, programs that use it, and calls with anything in them.
 
+mod abi;
 mod header;
+#[path = "../common/installed.rs"]
+mod installed;
+mod programs;
