@@ -13,7 +13,7 @@ from timm.models.swin_transformer import SwinTransformer
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "benches" / "peers"))
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 class Case:

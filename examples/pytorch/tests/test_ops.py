@@ -344,11 +344,17 @@ def test_loss_of_16_bit_logits(dtype):
     exact = logits.detach().double().requires_grad_()
     expected = pace_torch.pace_loss(exact, labels)
     close(losses.total, expected.total, 1e-6)
-    # A loss scale reaches the gradient before it is rounded to float16.
-    scale = 2.0**-10 if dtype == torch.float16 else 1.0
-    (losses.total * scale).backward()
-    (expected.total * scale).backward()
+    losses.total.backward(), expected.total.backward()
     close(logits.grad, exact.grad, 2.0**-8 if dtype == torch.bfloat16 else 2.0**-10)
+
+
+def test_a_loss_scale_saves_the_small_gradients_of_float16():
+    # A confident prediction: the gradients to the other logits are below float16's normal numbers, scaled they are not.
+    logits = torch.tensor([[14.0, 0.0, 1.0]], dtype=torch.float16, requires_grad=True)
+    exact = logits.detach().double().requires_grad_()
+    for leaf in (logits, exact):
+        (4096 * pace_torch.pace_loss(leaf, torch.tensor([0])).total).backward()
+    assert ((logits.grad.double() - exact.grad) / exact.grad).abs().max() < 2.0**-10
 
 
 def test_norms():
@@ -359,6 +365,18 @@ def test_norms():
     close(pace_torch.fp_distance(a, other), (a - other).square().sum(1).mean())
 
 
+@pytest.mark.parametrize("setting", ["none", "tf32", "ieee"])
+def test_tf32_follows_pytorch(setting):
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("before PyTorch 2.9 there is only `allow_tf32`")
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = setting
+        assert pace_torch.ops._allows_tf32() == (setting == "tf32")
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
 @pytest.mark.parametrize("op", ["noisy_linear", "lora_mul_linear", "lora_linear", "prompt_bias", "low_rank_weight",
                                 "noisy_epilogue", "drop_path", "loss_total"])
 def test_operators_keep_what_pytorch_asks_of_them(op):
@@ -366,9 +384,9 @@ def test_operators_keep_what_pytorch_asks_of_them(op):
     w0, b0, noise = random(4, 5), random(4), (KEY, None, 0.8, False, 0, 2)
     layer = (KEY, None), (0.8, False, 0, 2, False)
     arguments = {
-        "noisy_linear": (leaf(4, 3, 5), w0, b0, leaf(4, 5), leaf(4), *layer[0], *layer[1], False, False),
-        "lora_mul_linear": (leaf(4, 3, 5), w0, b0, leaf(4, 2), leaf(2, 5), leaf(4), *layer[0], 1.0, *layer[1], False, False),
-        "lora_linear": (leaf(4, 3, 5), w0, b0, leaf(4, 2), leaf(2, 5), leaf(4), *layer[0], 1.0, *layer[1], False),
+        "noisy_linear": (leaf(4, 3, 5), w0, b0, leaf(4, 5), leaf(4), *layer[0], *layer[1], False),
+        "lora_mul_linear": (leaf(4, 3, 5), w0, b0, leaf(4, 2), leaf(2, 5), leaf(4), *layer[0], 1.0, *layer[1], False),
+        "lora_linear": (leaf(4, 3, 5), w0, b0, leaf(4, 2), leaf(2, 5), leaf(4), *layer[0], 1.0, *layer[1]),
         "prompt_bias": (w0, b0, leaf(5, 2), leaf(2, 1), leaf(4)),
         "low_rank_weight": (leaf(4, 2), leaf(2, 5), w0, 1.0),
         "noisy_epilogue": (leaf(4, 3, 5), leaf(4, 3, 5), *noise),
