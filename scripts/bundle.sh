@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds a folder that tests and measures the CUDA kernels on a machine with an NVIDIA driver and no Rust:
+# Builds a folder that tests and measures the CUDA kernels and the PyTorch package on a machine with an NVIDIA driver and no
+# Rust:
 #
 #     scripts/bundle.sh [FOLDER]      by default cuda-bundle in cargo's target folder
 #
@@ -28,11 +29,19 @@ executables() {
 tests="$(executables test --release --test cuda --test cuda_plan)"
 bench="$(executables bench --bench cuda)"
 
+library="$(cargo rustc --locked --release --lib --features capi --crate-type cdylib \
+    --message-format=json-render-diagnostics | grep -o '"[^"]*/libpace_kernels\.so"' | tail -n 1 | tr -d '"')"
+
 mkdir -p "$folder"
 while read -r name executable; do
     strip -o "$folder/$name" "$executable"
 done <<<"$tests"$'\n'"$bench"
+strip -o "$folder/libpace_kernels.so" "$library"
 cp scripts/run.sh "$folder/run.sh"
+# What the PyTorch package's tests and the side-by-side benchmark read, at the same places as here.
+rm -rf "$folder/repository" && mkdir "$folder/repository"
+git ls-files -z examples/pytorch 'benches/peers/*.py' tests/golden include \
+    | tar --null -T - -cf - | tar -xf - -C "$folder/repository"
 
 mib=$(( ($(du -sb "$folder" | cut -f1) + (1 << 20) - 1) >> 20 ))
 echo "$folder: $mib MiB"

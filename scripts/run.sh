@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Tests and measures the CUDA kernels on device 0, from a folder that scripts/bundle.sh made. Needs an NVIDIA driver only;
-# takes compute-sanitizer from PATH and cuBLASLt from LD_LIBRARY_PATH, where they are. Everything that is printed goes to
+# takes compute-sanitizer from PATH, cuBLASLt from LD_LIBRARY_PATH and torch, timm, peft and pytest from python3, where they are. Everything that is printed goes to
 # results/ too, one file per step, and the benchmark's table as bench.json.
 set -uo pipefail
 cd "$(dirname "$0")" || exit 1
@@ -32,6 +32,20 @@ if command -v compute-sanitizer >/dev/null; then
 else
     step sanitizer echo "skipped: no compute-sanitizer in PATH"
 fi
+export PACE_KERNELS_LIBRARY="$PWD/libpace_kernels.so" PYTHONPATH="$PWD/repository/examples/pytorch/src"
+# pytorch MODULES NAME COMMAND...: a step, if python3 has the modules
+pytorch() {
+    local modules="$1" name="$2"
+    shift 2
+    if python3 -c "import $modules" 2>/dev/null; then
+        step "$name" "$@"
+    else
+        step "$name" echo "skipped: python3 cannot import $modules"
+    fi
+}
+pytorch "torch, timm, safetensors, pytest" pytorch python3 -m pytest -q -rs repository/examples/pytorch/tests
+pytorch "torch, timm, numpy" peers \
+    python3 repository/benches/peers/peers.py --device cuda --out results/peers.json --chart results/peers.svg
 step bench env CRITERION_HOME=results/criterion PACE_BENCH_JSON=results/bench.json ./bench_cuda --bench
 
 if [ ${#failed[@]} -gt 0 ]; then
