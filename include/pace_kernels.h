@@ -4,7 +4,8 @@
  * An operator takes a device (NULL for the CPU), a stream (a CUstream as a void pointer; NULL for the default one, and on the
  * CPU) and a struct of arguments. Zero the struct, set `size` to its sizeof, fill in what you need: what stays zero is absent
  * or off. Every function gives a status, PACE_OK or a PACE_ERROR; pace_last_error() tells the last one of this thread in words.
- * On CUDA nothing waits and nothing is allocated; the caller's primary context is used.
+ * On CUDA nothing waits and nothing is allocated; the device's primary context is used, and the current one is left alone.
+ * A lack of host memory ends the process. CPU operators hang in a process that was forked after one has run.
  *
  * Generated from src/capi by `PACE_UPDATE_DOCS=1 cargo test --test capi`. */
 
@@ -130,7 +131,8 @@ typedef struct PaceNoisyLinear {
   struct PaceTensor delta_weight;
   // `Δb [N]`; absent for zero.
   struct PaceTensor delta_bias;
-  // `[M, K]`, or `[B·T, K]` if the input is shared.
+  // `[M, K]`, or `[B·T, K]` if the input is shared. The backward pass reads it for `grad_delta_weight` only; otherwise it may
+  // hold anything.
   struct PaceTensor x;
   // Output of the forward pass, `[M, N]`.
   struct PaceTensor y;
@@ -160,7 +162,7 @@ typedef struct PaceLowRankLinear {
   struct PaceNoise noise;
   // Rank `r`.
   uint64_t rank;
-  // Factor on `D·U` (the α/r of common LoRA code); 1 in the paper.
+  // Factor on `D·U` (the α/r of common LoRA code); 1 in the paper. Not 0.
   double scale;
   // `W0 [N, K]`; absent for a zero base term.
   struct PaceTensor base_weight;
@@ -355,7 +357,7 @@ typedef struct PaceLowRankWeight {
   uint64_t in_features;
   // Rank `r`.
   uint64_t rank;
-  // Factor on `D·U`; 1 in the paper.
+  // Factor on `D·U`; 1 in the paper. Not 0.
   double scale;
   // `D [N, r]`.
   struct PaceTensor down;
@@ -397,7 +399,7 @@ typedef struct PacePromptBias {
   struct PaceTensor prompt_down;
   // `Pu [r]`.
   struct PaceTensor prompt_up;
-  // `δb [N]`, or absent; takes a `base_bias`.
+  // `δb [N]`, or absent. Without a `base_bias` it plays no part.
   struct PaceTensor delta_bias;
   // Output of the forward pass: `Δb [N]`.
   struct PaceTensor out;
@@ -490,17 +492,21 @@ uint32_t pace_abi_version(void);
 const char *pace_version(void);
 
 // Sets how many threads the CPU operators use, instead of one for each core (or `RAYON_NUM_THREADS`). Only before the first
-// operator has run: later it is a `PACE_ERROR_VALUE`.
+// operator has run: later it is a `PACE_ERROR_VALUE`. A process that is forked after that has no such threads, and its operators
+// never return: start processes before, or afresh.
 PaceStatus pace_set_threads(uint64_t threads);
 
-// Opens device number `ordinal` (from 0) through its primary context and loads the kernels. `*device` is closed with
+// Opens device number `ordinal` (from 0) through its primary context and loads the kernels, which takes a moment and is not
+// allowed while a stream is being captured. Later calls for the same device are quick. `*device` is closed with
 // `pace_device_close`; it is NULL after an error.
 //
 // # Safety
 // `device` is NULL (an error) or points to a place for a pointer.
-PaceStatus pace_device_open(uint32_t ordinal, struct PaceDevice **device);
+PaceStatus pace_device_open(uint32_t ordinal,
+                            struct PaceDevice **device);
 
-// Closes a device; NULL is fine. Work that was launched on it goes on.
+// Frees the handle of a device; NULL is fine. Work that was launched goes on. Kernels and primary context stay until the process
+// ends: do not reset the device (`cudaDeviceReset`) and open it again.
 //
 // # Safety
 // `device` came from `pace_device_open`, is not in use by any thread, and not used again.
@@ -717,231 +723,6 @@ PaceStatus pace_merge(const struct PaceDevice *device, void *stream, const struc
 // # Safety
 // As `pace_merge`.
 PaceStatus pace_unmerge(const struct PaceDevice *device, void *stream, const struct PaceMerge *args);
-
-// Opens device number `ordinal` (from 0) through its primary context and loads the kernels. `*device` is closed with
-// `pace_device_close`; it is NULL after an error.
-//
-// # Safety
-// `device` is NULL (an error) or points to a place for a pointer.
-PaceStatus pace_device_open(uint32_t ordinal, struct PaceDevice **device);
-
-// Closes a device; NULL is fine. Work that was launched on it goes on.
-//
-// # Safety
-// `device` came from `pace_device_open`, is not in use by any thread, and not used again.
-void pace_device_close(struct PaceDevice *device);
-
-// The key of layer `layer` at step `step` of the run seeded with `seed`.
-uint64_t pace_key(uint64_t seed, uint64_t step, uint32_t layer);
-
-// Writes the σ of every block to `out`, which has `blocks` elements: zero before `first_noisy`, then
-// `sigma·(blocks − k)/(blocks − first_noisy)`; the classification head is the last block.
-//
-// # Safety
-// `out` is NULL or has room for `blocks` numbers.
-PaceStatus pace_sigma_by_block(uint64_t blocks, double sigma, uint64_t first_noisy, double *out);
-
-// Writes `z = 1 + σ·n` out, as the operators use it.
-//
-// # Safety
-// As `pace_noisy_linear_forward`.
-PaceStatus pace_noise_fill(const struct PaceDevice *device, void *stream, const struct PaceNoiseFill *args);
-
-// Computes `y` from `x`.
-//
-// # Safety
-// As `pace_noisy_linear_forward`.
-PaceStatus pace_drop_path_forward(const struct PaceDevice *device, void *stream, const struct PaceDropPath *args);
-
-// Computes `dx` from `dy`, with the same mask.
-//
-// # Safety
-// As `pace_noisy_linear_forward`.
-PaceStatus pace_drop_path_backward(const struct PaceDevice *device, void *stream, const struct PaceDropPath *args);
-
-// Writes a DropPath mask to host memory: 1 with probability `1 − drop_probability`, else 0, one for each of the samples from
-// `first_sample` on. `dtype` is `PACE_F32` or `PACE_F64`.
-//
-// # Safety
-// The mask is NULL or memory of its length.
-PaceStatus pace_drop_path_mask(uint32_t dtype,
-                               uint64_t key,
-                               double drop_probability,
-                               uint64_t first_sample,
-                               struct PaceTensor mask);
-
-// Computes `y` from `x`.
-//
-// # Safety
-// `device` is NULL or open; `stream` is NULL or a live stream of its primary context. `args` is NULL or points to as many bytes
-// as its `size` says. Every present tensor is memory of its length there, an input initialised, that nothing else touches in
-// conflict until the operator has run.
-PaceStatus pace_noisy_linear_forward(const struct PaceDevice *device,
-                                     void *stream,
-                                     const struct PaceNoisyLinear *args);
-
-// Computes gradients from `x` and `dy`, with the noise of the forward pass made again: `dx = g·W0 + e·ΔW`, `dΔW = eᵀ·x`,
-// `dΔb = Σ_rows e`, where `g = dy` and `e = z⊙g`; with a shared input, sums over the branches.
-//
-// # Safety
-// As `pace_noisy_linear_forward`.
-PaceStatus pace_noisy_linear_backward(const struct PaceDevice *device,
-                                      void *stream,
-                                      const struct PaceNoisyLinear *args);
-
-// The bytes of workspace that the backward pass needs; the tensors of `args` do not matter.
-//
-// # Safety
-// `args` is NULL or points to as many bytes as its `size` says, `bytes` is NULL or a place for a number.
-PaceStatus pace_noisy_linear_workspace(const struct PaceDevice *device,
-                                       const struct PaceNoisyLinear *args,
-                                       uint64_t *bytes);
-
-// Computes `y` from `x`, and on CUDA `s`.
-//
-// # Safety
-// As `pace_noisy_linear_forward`.
-PaceStatus pace_low_rank_linear_forward(const struct PaceDevice *device,
-                                        void *stream,
-                                        const struct PaceLowRankLinear *args);
-
-// Computes gradients from `x`, `dy` and on CUDA `s`, with the noise of the forward pass made again. With `g = dy`, `e = z⊙g`,
-// `ds = scale·e·D`: `dx = g·W0 + ds·U`, `dD = eᵀ·s`, `dU = dsᵀ·x`, `dδb = Σ_rows e`; with a shared input, sums over the
-// branches.
-//
-// # Safety
-// As `pace_noisy_linear_forward`.
-PaceStatus pace_low_rank_linear_backward(const struct PaceDevice *device,
-                                         void *stream,
-                                         const struct PaceLowRankLinear *args);
-
-// The bytes of workspace that the backward pass needs; the tensors of `args` do not matter.
-//
-// # Safety
-// As `pace_noisy_linear_workspace`.
-PaceStatus pace_low_rank_linear_workspace(const struct PaceDevice *device,
-                                          const struct PaceLowRankLinear *args,
-                                          uint64_t *bytes);
-
-// Adds `z ⊙ a` to `y`.
-//
-// # Safety
-// As `pace_noisy_linear_forward`; `y` is an input as well.
-PaceStatus pace_noisy_epilogue_forward(const struct PaceDevice *device,
-                                       void *stream,
-                                       const struct PaceNoisyEpilogue *args);
-
-// Computes `da = z ⊙ dy`, with the noise of the forward pass made again.
-//
-// # Safety
-// As `pace_noisy_linear_forward`.
-PaceStatus pace_noisy_epilogue_backward(const struct PaceDevice *device,
-                                        void *stream,
-                                        const struct PaceNoisyEpilogue *args);
-
-// Computes `out` from the factors.
-//
-// # Safety
-// As `pace_noisy_linear_forward`.
-PaceStatus pace_low_rank_weight_forward(const struct PaceDevice *device,
-                                        void *stream,
-                                        const struct PaceLowRankWeight *args);
-
-// Computes the factors' gradients from `dout`: with `Q = scale·dout` (`⊙ W0` for LoRA mul), `dD = Q·Uᵀ`, `dU = Dᵀ·Q`.
-//
-// # Safety
-// As `pace_noisy_linear_forward`.
-PaceStatus pace_low_rank_weight_backward(const struct PaceDevice *device,
-                                         void *stream,
-                                         const struct PaceLowRankWeight *args);
-
-// The bytes of workspace that the backward pass needs; the tensors of `args` do not matter.
-//
-// # Safety
-// As `pace_noisy_linear_workspace`.
-PaceStatus pace_low_rank_weight_workspace(const struct PaceDevice *device,
-                                          const struct PaceLowRankWeight *args,
-                                          uint64_t *bytes);
-
-// Computes `out = W0·(Pd·Pu) + b0⊙δb`.
-//
-// # Safety
-// As `pace_noisy_linear_forward`.
-PaceStatus pace_prompt_bias_forward(const struct PaceDevice *device, void *stream, const struct PacePromptBias *args);
-
-// Computes gradients from `dout`: `q = W0ᵀ·dout`, `dPd = q·Puᵀ`, `dPu = Pdᵀ·q`, `dδb = b0⊙dout`.
-//
-// # Safety
-// As `pace_noisy_linear_forward`.
-PaceStatus pace_prompt_bias_backward(const struct PaceDevice *device, void *stream, const struct PacePromptBias *args);
-
-// The bytes of workspace that either pass needs; the tensors of `args` do not matter.
-//
-// # Safety
-// As `pace_noisy_linear_workspace`.
-PaceStatus pace_prompt_bias_workspace(const struct PaceDevice *device,
-                                      const struct PacePromptBias *args,
-                                      uint64_t *bytes);
-
-// `target += delta`: folds an adapter into its layer, weight or bias.
-//
-// # Safety
-// As `pace_noisy_linear_forward`; `target` is an input as well.
-PaceStatus pace_merge(const struct PaceDevice *device, void *stream, const struct PaceMerge *args);
-
-// `target -= delta`: takes a merged adapter out again, up to rounding.
-//
-// # Safety
-// As `pace_merge`.
-PaceStatus pace_unmerge(const struct PaceDevice *device, void *stream, const struct PaceMerge *args);
-
-// Computes the loss and, if wanted, its gradient to the logits, in one pass. On an error on the CPU nothing is written, the
-// history included; on CUDA wrong labels count as ignored, samples with wrong indices have no consistency term, and `status`
-// tells.
-//
-// # Safety
-// As `pace_noisy_linear_forward`; the history is an input as well.
-PaceStatus pace_loss(const struct PaceDevice *device,
-                     void *stream,
-                     const struct PaceLoss *args);
-
-// The bytes of workspace that a loss needs; of the tensors of `args`, only the length of the labels matters.
-//
-// # Safety
-// As `pace_noisy_linear_workspace`.
-PaceStatus pace_loss_workspace(const struct PaceDevice *device, const struct PaceLoss *args, uint64_t *bytes);
-
-// The error that the CPU would have given for what a loss on CUDA found, from a host copy of its `status`.
-//
-// # Safety
-// `words` is NULL or points to 9 words.
-PaceStatus pace_loss_status(const uint64_t *words, uint64_t classes, uint64_t history_rows);
-
-// Computes the norm, accumulated in double precision.
-//
-// # Safety
-// As `pace_noisy_linear_forward`; `gradients` points to `count` tensors.
-PaceStatus pace_grad_norm(const struct PaceDevice *device, void *stream, const struct PaceGradNorm *args);
-
-// The bytes of workspace that a norm needs; of the gradients, only their lengths matter.
-//
-// # Safety
-// As `pace_noisy_linear_workspace`; `gradients` points to `count` tensors.
-PaceStatus pace_grad_norm_workspace(const struct PaceDevice *device, const struct PaceGradNorm *args, uint64_t *bytes);
-
-// Computes the distance, accumulated in double precision.
-//
-// # Safety
-// As `pace_noisy_linear_forward`.
-PaceStatus pace_fp_distance(const struct PaceDevice *device, void *stream, const struct PaceFpDistance *args);
-
-// The bytes of workspace that a distance needs; the tensors of `args` do not matter.
-//
-// # Safety
-// As `pace_noisy_linear_workspace`.
-PaceStatus pace_fp_distance_workspace(const struct PaceDevice *device,
-                                      const struct PaceFpDistance *args,
-                                      uint64_t *bytes);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -3,7 +3,8 @@
 #
 #   scripts/install_c.sh PREFIX            # /usr/local, or any folder
 #
-# PROFILE (release) is the cargo profile. On macOS the shared library is a .dylib.
+# PROFILE (release) is the cargo profile. On macOS the shared library is a .dylib. A folder that only root may write to: build
+# into another one first, and copy it.
 set -euo pipefail
 [ $# -eq 1 ] || { echo "usage: $0 PREFIX" >&2; exit 2; }
 mkdir -p "$1"
@@ -11,16 +12,21 @@ prefix=$(cd "$1" && pwd)
 cd "$(dirname "$0")/.."
 
 profile=${PROFILE:-release}
+# Without a name of its own, programs would remember where the library lay when they were linked.
+soname=()
+[ "$(uname)" = Linux ] && soname=(-C link-arg=-Wl,-soname,libpace_kernels.so)
 # Where cargo put things, from cargo itself; and what a static library needs besides itself.
 messages=$(cargo rustc --locked --profile "$profile" --lib --features capi --crate-type cdylib,staticlib \
-    --message-format json-render-diagnostics)
+    --message-format json-render-diagnostics -- "${soname[@]}")
 library() { grep -o "\"[^\"]*/libpace_kernels\.$1\"" <<<"$messages" | tail -n 1 | tr -d '"'; }
 static=$(library a)
 shared=$(library so || library dylib)
 
 mkdir -p "$prefix/include" "$prefix/lib/pkgconfig"
-cp include/pace_kernels.h "$prefix/include/"
-cp "$static" "$shared" "$prefix/lib/"
+# `install` makes new files: what runs with the old library keeps it.
+install -m 644 include/pace_kernels.h "$prefix/include/"
+install -m 644 "$static" "$prefix/lib/"
+install -m 755 "$shared" "$prefix/lib/"
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 cat >"$prefix/lib/pkgconfig/pace-kernels.pc" <<PC
 prefix=$prefix

@@ -14,7 +14,12 @@ use std::sync::LazyLock;
 /// The Python to use, or why there is none.
 static PYTHON: LazyLock<Result<String, String>> = LazyLock::new(|| {
     let named = std::env::var("PACE_PYTHON").ok();
-    let python = named.clone().unwrap_or_else(|| "python3".into());
+    // Trials run elsewhere, and a name alone is looked for in PATH.
+    let absolute = |path: String| match path.contains(std::path::MAIN_SEPARATOR) {
+        true => std::path::absolute(&path).map_or(path, |path| path.display().to_string()),
+        false => path,
+    };
+    let python = named.clone().map_or_else(|| "python3".into(), absolute);
     let output = Command::new(&python).args(["-c", "import torch, timm, pytest, safetensors"]).output();
     let problem = match output {
         Ok(output) if output.status.success() => return Ok(python),

@@ -1,6 +1,8 @@
 /* A noisy LoRA head trained with the PACE loss, in C, on the CPU: two perturbed passes of each sample, kept consistent.
  *
  *   cc pace_step.c $(pkg-config --cflags --libs pace-kernels) -lm -o pace_step && ./pace_step
+ *
+ * after scripts/install_c.sh (docs/embedding.md).
  */
 #include <math.h>
 #include <pace_kernels.h>

@@ -1,7 +1,9 @@
 // LoRA mul under noise in C++: a small wrapper with exceptions, gradients against finite differences, a batch that two threads
-// split without changing its noise, and the same on a CUDA device if there is one.
+// split without changing its noise.
 //
 //   c++ -std=c++17 noisy_linear.cpp $(pkg-config --cflags --libs pace-kernels) -pthread -o noisy_linear && ./noisy_linear
+//
+// after scripts/install_c.sh (docs/embedding.md).
 #include <pace_kernels.h>
 
 #include <cmath>

@@ -2,8 +2,8 @@
 
 use super::types::*;
 use super::{
-    Failure, PACE_ERROR_DTYPE, PACE_ERROR_SIZE, PACE_ERROR_VALUE, PACE_ERROR_VERSION, PaceDevice, PaceStatus,
-    Result, run,
+    Failure, PACE_ERROR_DTYPE, PACE_ERROR_LENGTH, PACE_ERROR_SIZE, PACE_ERROR_VALUE, PACE_ERROR_VERSION,
+    PaceDevice, PaceStatus, Result, run,
 };
 use crate::cuda::{self, Buffer, DType, Plan, Source};
 use crate::noise::{Generator, Key, Noise, NoiseShape};
@@ -387,10 +387,29 @@ pub(super) fn optional_buffer(tensor: PaceTensor) -> Option<Buffer> {
     present(tensor).map(buffer)
 }
 
-/// A workspace, whose length is in bytes, in elements of `bytes` bytes.
-pub(super) fn workspace_buffer(tensor: PaceTensor, bytes: usize) -> Buffer {
+/// A workspace, whose length is in bytes, in elements of `bytes` bytes, of which the operator needs `needed`.
+pub(super) fn workspace_buffer(tensor: PaceTensor, bytes: usize, needed: usize) -> Result<Buffer> {
     let buffer = buffer(tensor);
-    Buffer { len: buffer.len / bytes, ..buffer }
+    let needed = needed.saturating_mul(bytes);
+    if buffer.len < needed {
+        let text = format!(
+            "`workspace` has {} bytes, expected at least {needed}: ask the operator's query",
+            buffer.len
+        );
+        return Err(Failure::new(PACE_ERROR_LENGTH, text));
+    }
+    Ok(Buffer { len: buffer.len / bytes, ..buffer })
+}
+
+/// Checks a factor that nobody wants to be zero: in a zeroed struct it was forgotten.
+pub(super) fn check_scale(scale: f64) -> Result<f64> {
+    match scale {
+        0.0 => Err(Failure::new(
+            PACE_ERROR_VALUE,
+            "`scale` is 0, which switches the adapter off; the paper's is 1",
+        )),
+        scale => Ok(scale),
+    }
 }
 
 pub(super) fn base_buffer(weight: PaceTensor, bias: PaceTensor) -> Result<Option<cuda::Base<Buffer>>> {

@@ -2,7 +2,7 @@
 
 use super::{Failure, PaceStatus, Result, run};
 use crate::cuda::cudarc::driver::sys::CUstream;
-use crate::cuda::{Device, Plan};
+use crate::cuda::{Device, Plan, keeping_context, probe_driver};
 use std::ffi::c_void;
 
 /// Something that carries out plans: a device, or in tests a simulator.
@@ -19,8 +19,9 @@ pub trait Launcher: Send + Sync {
 
 impl Launcher for Device {
     unsafe fn launch(&self, plan: &dyn Plan, stream: *mut c_void) -> crate::Result<()> {
+        // The CUDA runtime takes the current context for the current device: a caller with several would notice.
         // SAFETY: the caller's promise is this function's.
-        unsafe { self.launch_on(plan, stream as CUstream) }
+        keeping_context(|| unsafe { self.launch_on(plan, stream as CUstream) })
     }
 }
 
@@ -49,7 +50,8 @@ impl PaceDevice {
     }
 }
 
-/// Opens device number `ordinal` (from 0) through its primary context and loads the kernels. `*device` is closed with
+/// Opens device number `ordinal` (from 0) through its primary context and loads the kernels, which takes a moment and is not
+/// allowed while a stream is being captured. Later calls for the same device are quick. `*device` is closed with
 /// `pace_device_close`; it is NULL after an error.
 ///
 /// # Safety
@@ -62,14 +64,17 @@ pub unsafe extern "C" fn pace_device_open(ordinal: u32, device: *mut *mut PaceDe
         }
         // SAFETY: the caller's promise, checked for what can be checked.
         unsafe { device.write(std::ptr::null_mut()) };
-        let opened = PaceDevice::new(Device::open(ordinal as usize)?);
+        // `keeping_context` needs a driver.
+        probe_driver()?;
+        let opened = PaceDevice::new(keeping_context(|| Device::open(ordinal as usize))?);
         // SAFETY: as above.
         unsafe { device.write(Box::into_raw(Box::new(opened))) };
         Ok(())
     })
 }
 
-/// Closes a device; NULL is fine. Work that was launched on it goes on.
+/// Frees the handle of a device; NULL is fine. Work that was launched goes on. Kernels and primary context stay until the process
+/// ends: do not reset the device (`cudaDeviceReset`) and open it again.
 ///
 /// # Safety
 /// `device` came from `pace_device_open`, is not in use by any thread, and not used again.

@@ -4,6 +4,7 @@ use super::call::*;
 use super::types::*;
 use super::{PaceDevice, PaceStatus, Result};
 use crate::cuda::{self, Buffer, DType, Direction, Plan, Source};
+use crate::shape::nonzero;
 use crate::{LinearShape, Real, cpu};
 use std::ffi::c_void;
 
@@ -78,9 +79,10 @@ impl Operator<PaceNoisyLinear> for Backward {
             delta_weight: optional_buffer(args.grad_delta_weight),
             delta_bias: optional_buffer(args.grad_delta_bias),
         };
-        let workspace = workspace_buffer(args.workspace, 4);
+        let layer = noisy_linear(args)?;
+        let workspace = workspace_buffer(args.workspace, 4, layer.workspace_len())?;
         let (x, dy) = (buffer(args.x), buffer(args.dy));
-        Ok(Box::new(noisy_linear(args)?.backward(dtype, x, dy, grads, workspace)?))
+        Ok(Box::new(layer.backward(dtype, x, dy, grads, workspace)?))
     }
 }
 
@@ -128,8 +130,10 @@ pub unsafe extern "C" fn pace_noisy_linear_workspace(
     // SAFETY: the caller's promise.
     unsafe {
         workspace(device, args, bytes, |args, _| {
+            let shape = linear_shape(&args.shape)?;
+            shape.check()?;
             let layer = cuda::NoisyLinear::<(), ()> {
-                shape: linear_shape(&args.shape)?,
+                shape,
                 noise: (),
                 base: None,
                 delta_weight: None,
@@ -152,7 +156,7 @@ fn low_rank_linear(args: &PaceLowRankLinear) -> Result<cuda::LowRankLinear<Buffe
         down: buffer(args.down),
         up: buffer(args.up),
         delta_bias: optional_buffer(args.delta_bias),
-        scale: args.scale as f32,
+        scale: check_scale(args.scale)? as f32,
         allow_tf32: args.flags & PACE_ALLOW_TF32 != 0,
     })
 }
@@ -172,7 +176,7 @@ unsafe fn low_rank_linear_on_cpu<'a, T: Real>(
             down: host.input("down", args.down)?,
             up: host.input("up", args.up)?,
             delta_bias: host.optional("delta_bias", args.delta_bias)?,
-            scale: T::from_f64(args.scale),
+            scale: T::from_f64(check_scale(args.scale)?),
         })
     }
 }
@@ -218,9 +222,10 @@ impl Operator<PaceLowRankLinear> for Backward {
             up: optional_buffer(args.grad_up),
             delta_bias: optional_buffer(args.grad_delta_bias),
         };
-        let workspace = workspace_buffer(args.workspace, 4);
+        let layer = low_rank_linear(args)?;
+        let workspace = workspace_buffer(args.workspace, 4, layer.workspace_len(dtype))?;
         let (x, s, dy) = (buffer(args.x), buffer(args.s), buffer(args.dy));
-        Ok(Box::new(low_rank_linear(args)?.backward(dtype, x, s, dy, grads, workspace)?))
+        Ok(Box::new(layer.backward(dtype, x, s, dy, grads, workspace)?))
     }
 }
 
@@ -267,11 +272,14 @@ pub unsafe extern "C" fn pace_low_rank_linear_workspace(
     // SAFETY: the caller's promise.
     unsafe {
         workspace(device, args, bytes, |args, dtype| {
+            let (shape, rank) = (linear_shape(&args.shape)?, size("rank", args.rank)?);
+            shape.check()?;
+            nonzero("rank", rank)?;
             let layer = cuda::LowRankLinear::<(), ()> {
-                shape: linear_shape(&args.shape)?,
+                shape,
                 noise: (),
                 base: None,
-                rank: size("rank", args.rank)?,
+                rank,
                 down: (),
                 up: (),
                 delta_bias: None,

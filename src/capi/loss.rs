@@ -4,6 +4,7 @@ use super::call::*;
 use super::types::*;
 use super::{Failure, PACE_ERROR_VALUE, PaceDevice, PaceStatus, Result, run};
 use crate::cuda::{self, DType, LossSettings, LossStatus, Partner, Plan};
+use crate::shape::nonzero;
 use crate::{Real, cpu};
 use std::ffi::c_void;
 
@@ -61,8 +62,10 @@ impl Operator<PaceLoss> for Evaluate {
             }
             other => return Err(bad_consistency(other)),
         };
+        let settings = settings(args)?;
+        let batch = size("labels.len", args.labels.len)?;
         let loss = cuda::Loss {
-            settings: settings(args)?,
+            settings,
             dtype,
             logits: buffer(args.logits),
             labels: buffer(args.labels),
@@ -70,7 +73,7 @@ impl Operator<PaceLoss> for Evaluate {
             gradient: optional_buffer(args.gradient),
             values: buffer(args.values),
             status: buffer(args.status),
-            workspace: workspace_buffer(args.workspace, 4),
+            workspace: workspace_buffer(args.workspace, 4, settings.workspace_len(batch))?,
         };
         Ok(Box::new(loss.plan()?))
     }
@@ -105,8 +108,10 @@ pub unsafe extern "C" fn pace_loss_workspace(
     // SAFETY: the caller's promise.
     unsafe {
         workspace(device, args, bytes, |args, _| {
-            let batch = size("labels.len", args.labels.len)?;
-            Ok(settings(args)?.workspace_len(batch).saturating_mul(4))
+            let (settings, batch) = (settings(args)?, size("labels.len", args.labels.len)?);
+            nonzero("classes", settings.classes)?;
+            nonzero("labels.len", batch)?;
+            Ok(settings.workspace_len(batch).saturating_mul(4))
         })
     }
 }

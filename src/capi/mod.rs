@@ -7,12 +7,13 @@
 //! older header is accepted, and one of a newer header as long as what this library does not know is zero.
 //!
 //! Every function gives a status; `PACE_OK` is 0. For any other, [`pace_last_error`] tells this thread in words what was wrong,
-//! and which argument; nothing was written then unless the status is one of a device. No panic leaves the library. Every
-//! function may be called from any thread.
+//! and which argument; nothing was written then, unless the status is `PACE_ERROR_DRIVER` or `PACE_ERROR_INTERNAL`. No panic
+//! leaves the library; a lack of host memory ends the process, as in any Rust program. Every function may be called from any
+//! thread, but the CPU operators not in a process that was forked after one has run: their threads are not in it.
 //!
 //! On CUDA nothing waits, and nothing is allocated: `pace_*_workspace` tells how many bytes of device memory an operator
-//! needs besides its tensors. Devices are used through their primary context, as PyTorch and the CUDA runtime do; a call makes
-//! it current on its thread.
+//! needs besides its tensors. Devices are used through their primary context, as PyTorch and the CUDA runtime do; the thread's
+//! current context stays what it was.
 
 mod call;
 mod device;
@@ -93,7 +94,8 @@ impl Failure {
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         let status = match &error {
-            Error::Argument { .. } => PACE_ERROR_ARGUMENT,
+            // No elements: it was forgotten.
+            Error::Argument { .. } | Error::Length { got: 0, .. } => PACE_ERROR_ARGUMENT,
             Error::Length { .. } => PACE_ERROR_LENGTH,
             Error::Size { .. } | Error::Overflow { .. } => PACE_ERROR_SIZE,
             Error::Value { .. } => PACE_ERROR_VALUE,
@@ -106,7 +108,19 @@ impl From<Error> for Failure {
             Error::Driver { .. } | Error::OtherDevice { .. } => PACE_ERROR_DRIVER,
             Error::Weights(_) => PACE_ERROR_INTERNAL,
         };
-        Self::new(status, error.to_string())
+        // The Rust interface's names of arguments, where they are others here.
+        const NAMES: [(&str, &str); 8] = [
+            ("`base.", "`base_"),
+            ("`grads.", "`grad_"),
+            ("`delta_weight_grad`", "`dout`"),
+            ("`delta_bias_grad`", "`dout`"),
+            ("`labels.len()`", "`labels.len`"),
+            ("`mask.len()`", "`batch`"),
+            ("`history.len()`", "`history.len`"),
+            ("`key`", "`key_address`"),
+        ];
+        let rename = |message: String, &(rust, c): &(&str, &str)| message.replace(rust, c);
+        Self::new(status, NAMES.iter().fold(error.to_string(), rename))
     }
 }
 
@@ -179,7 +193,8 @@ pub extern "C" fn pace_version() -> *const c_char {
 }
 
 /// Sets how many threads the CPU operators use, instead of one for each core (or `RAYON_NUM_THREADS`). Only before the first
-/// operator has run: later it is a `PACE_ERROR_VALUE`.
+/// operator has run: later it is a `PACE_ERROR_VALUE`. A process that is forked after that has no such threads, and its operators
+/// never return: start processes before, or afresh.
 #[unsafe(no_mangle)]
 pub extern "C" fn pace_set_threads(threads: u64) -> PaceStatus {
     run(|| {

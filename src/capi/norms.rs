@@ -48,7 +48,8 @@ impl Operator<PaceGradNorm> for Compute {
         // SAFETY: the list is in host memory, by the promise of whoever called the exported function.
         let list = unsafe { gradients(&mut Host::default(), args) }?;
         let gradients: Vec<Buffer> = list.iter().copied().map(buffer).collect();
-        let (norm, workspace) = (buffer(args.norm), workspace_buffer(args.workspace, 8));
+        let needed = cuda::GradNorm::workspace_len(gradients.iter().map(|gradient| gradient.len));
+        let (norm, workspace) = (buffer(args.norm), workspace_buffer(args.workspace, 8, needed)?);
         Ok(Box::new(cuda::GradNorm { dtype, gradients: &gradients, norm, workspace }.plan()?))
     }
 }
@@ -105,14 +106,16 @@ impl Operator<PaceFpDistance> for Compute {
 
     fn plan(args: &PaceFpDistance, dtype: DType) -> Result<Box<dyn Plan>> {
         check_flags(args.flags, 0)?;
+        let (samples, features) = (size("samples", args.samples)?, size("features", args.features)?);
+        let needed = cuda::FpDistance::workspace_len(samples, features);
         let distance = cuda::FpDistance {
-            samples: size("samples", args.samples)?,
-            features: size("features", args.features)?,
+            samples,
+            features,
             dtype,
             fine_tuned: buffer(args.fine_tuned),
             pre_trained: buffer(args.pre_trained),
             distance: buffer(args.distance),
-            workspace: workspace_buffer(args.workspace, 8),
+            workspace: workspace_buffer(args.workspace, 8, needed)?,
         };
         Ok(Box::new(distance.plan()?))
     }

@@ -130,7 +130,8 @@ pub struct PaceNoisyLinear {
     pub delta_weight: PaceTensor,
     /// `Δb [N]`; absent for zero.
     pub delta_bias: PaceTensor,
-    /// `[M, K]`, or `[B·T, K]` if the input is shared.
+    /// `[M, K]`, or `[B·T, K]` if the input is shared. The backward pass reads it for `grad_delta_weight` only; otherwise it may
+    /// hold anything.
     pub x: PaceTensor,
     /// Output of the forward pass, `[M, N]`.
     pub y: PaceTensor,
@@ -162,7 +163,7 @@ pub struct PaceLowRankLinear {
     pub noise: PaceNoise,
     /// Rank `r`.
     pub rank: u64,
-    /// Factor on `D·U` (the α/r of common LoRA code); 1 in the paper.
+    /// Factor on `D·U` (the α/r of common LoRA code); 1 in the paper. Not 0.
     pub scale: f64,
     /// `W0 [N, K]`; absent for a zero base term.
     pub base_weight: PaceTensor,
@@ -235,7 +236,7 @@ pub struct PaceLowRankWeight {
     pub in_features: u64,
     /// Rank `r`.
     pub rank: u64,
-    /// Factor on `D·U`; 1 in the paper.
+    /// Factor on `D·U`; 1 in the paper. Not 0.
     pub scale: f64,
     /// `D [N, r]`.
     pub down: PaceTensor,
@@ -279,7 +280,7 @@ pub struct PacePromptBias {
     pub prompt_down: PaceTensor,
     /// `Pu [r]`.
     pub prompt_up: PaceTensor,
-    /// `δb [N]`, or absent; takes a `base_bias`.
+    /// `δb [N]`, or absent. Without a `base_bias` it plays no part.
     pub delta_bias: PaceTensor,
     /// Output of the forward pass: `Δb [N]`.
     pub out: PaceTensor,

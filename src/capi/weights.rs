@@ -4,21 +4,33 @@ use super::call::*;
 use super::types::*;
 use super::{Failure, PaceDevice, PaceStatus, Result};
 use crate::cuda::{self, Buffer, DType, MergeSign, Plan};
+use crate::shape::nonzero;
 use crate::{Real, cpu};
 use std::ffi::c_void;
 
 enum Forward {}
 enum Backward {}
 
+fn sizes(out_features: u64, in_features: u64, rank: u64) -> Result<[usize; 3]> {
+    let sizes = [("out_features", out_features), ("in_features", in_features), ("rank", rank)];
+    let mut checked = [0; 3];
+    for (checked, (name, value)) in checked.iter_mut().zip(sizes) {
+        *checked = size(name, value)?;
+        nonzero(name, *checked)?;
+    }
+    Ok(checked)
+}
+
 fn factors(args: &PaceLowRankWeight) -> Result<cuda::LoraFactors<Buffer>> {
     check_flags(args.flags, 0)?;
+    let [out_features, in_features, rank] = sizes(args.out_features, args.in_features, args.rank)?;
     Ok(cuda::LoraFactors {
-        out_features: size("out_features", args.out_features)?,
-        in_features: size("in_features", args.in_features)?,
-        rank: size("rank", args.rank)?,
+        out_features,
+        in_features,
+        rank,
         down: buffer(args.down),
         up: buffer(args.up),
-        scale: args.scale as f32,
+        scale: check_scale(args.scale)? as f32,
     })
 }
 
@@ -29,13 +41,14 @@ unsafe fn factors_on_cpu<'a, T: Real>(
     check_flags(args.flags, 0)?;
     // SAFETY: the caller's promise.
     unsafe {
+        let [out_features, in_features, rank] = sizes(args.out_features, args.in_features, args.rank)?;
         let lora = cpu::LoraFactors {
-            out_features: size("out_features", args.out_features)?,
-            in_features: size("in_features", args.in_features)?,
-            rank: size("rank", args.rank)?,
+            out_features,
+            in_features,
+            rank,
             down: host.input("down", args.down)?,
             up: host.input("up", args.up)?,
-            scale: T::from_f64(args.scale),
+            scale: T::from_f64(check_scale(args.scale)?),
         };
         Ok((lora, host.optional("base_weight", args.base_weight)?))
     }
@@ -81,8 +94,9 @@ impl Operator<PaceLowRankWeight> for Backward {
     fn plan(args: &PaceLowRankWeight, dtype: DType) -> Result<Box<dyn Plan>> {
         let grads = cuda::LoraGrads { down: buffer(args.grad_down), up: buffer(args.grad_up) };
         let (base, dout) = (optional_buffer(args.base_weight), buffer(args.dout));
-        let workspace = workspace_buffer(args.workspace, 4);
-        Ok(Box::new(factors(args)?.backward(dtype, base, dout, grads, workspace)?))
+        let lora = factors(args)?;
+        let workspace = workspace_buffer(args.workspace, 4, lora.workspace_len(dtype))?;
+        Ok(Box::new(lora.backward(dtype, base, dout, grads, workspace)?))
     }
 }
 
@@ -134,10 +148,11 @@ pub unsafe extern "C" fn pace_low_rank_weight_workspace(
 
 fn prompt(args: &PacePromptBias) -> Result<cuda::PromptBias<Buffer>> {
     check_flags(args.flags, 0)?;
+    let [out_features, in_features, rank] = sizes(args.out_features, args.in_features, args.rank)?;
     Ok(cuda::PromptBias {
-        out_features: size("out_features", args.out_features)?,
-        in_features: size("in_features", args.in_features)?,
-        rank: size("rank", args.rank)?,
+        out_features,
+        in_features,
+        rank,
         base_weight: buffer(args.base_weight),
         base_bias: optional_buffer(args.base_bias),
         prompt_down: buffer(args.prompt_down),
@@ -153,10 +168,11 @@ unsafe fn prompt_on_cpu<'a, T: Real>(
     check_flags(args.flags, 0)?;
     // SAFETY: the caller's promise.
     unsafe {
+        let [out_features, in_features, rank] = sizes(args.out_features, args.in_features, args.rank)?;
         Ok(cpu::PromptBias {
-            out_features: size("out_features", args.out_features)?,
-            in_features: size("in_features", args.in_features)?,
-            rank: size("rank", args.rank)?,
+            out_features,
+            in_features,
+            rank,
             base_weight: host.input("base_weight", args.base_weight)?,
             base_bias: host.optional("base_bias", args.base_bias)?,
             prompt_down: host.input("prompt_down", args.prompt_down)?,
@@ -177,7 +193,9 @@ impl Operator<PacePromptBias> for Forward {
     }
 
     fn plan(args: &PacePromptBias, dtype: DType) -> Result<Box<dyn Plan>> {
-        Ok(Box::new(prompt(args)?.forward(dtype, buffer(args.out), workspace_buffer(args.workspace, 4))?))
+        let prompt = prompt(args)?;
+        let workspace = workspace_buffer(args.workspace, 4, prompt.workspace_len(dtype))?;
+        Ok(Box::new(prompt.forward(dtype, buffer(args.out), workspace)?))
     }
 }
 
@@ -203,8 +221,9 @@ impl Operator<PacePromptBias> for Backward {
             prompt_up: buffer(args.grad_prompt_up),
             delta_bias: optional_buffer(args.grad_delta_bias),
         };
-        let workspace = workspace_buffer(args.workspace, 4);
-        Ok(Box::new(prompt(args)?.backward(dtype, buffer(args.dout), grads, workspace)?))
+        let prompt = prompt(args)?;
+        let workspace = workspace_buffer(args.workspace, 4, prompt.workspace_len(dtype))?;
+        Ok(Box::new(prompt.backward(dtype, buffer(args.dout), grads, workspace)?))
     }
 }
 

@@ -299,8 +299,24 @@ impl<'a> Borrows<'a> {
     }
 }
 
+/// Runs something that makes a context current on this thread, and makes the one current again that was before.
+///
+/// There must be a driver.
+#[cfg(feature = "capi")]
+pub(crate) fn keeping_context<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
+    // An error here is a driver that nothing has initialised yet: no context is current.
+    let before = result::ctx::get_current().ok().flatten().unwrap_or(std::ptr::null_mut());
+    let done = body();
+    // SAFETY: null, or the context that was current a moment ago.
+    let restored = unsafe { result::ctx::set_current(before) };
+    // The body's error tells more than one that comes of it.
+    let done = done?;
+    restored.map_err(|error| driver_error("restore the current context", error))?;
+    Ok(done)
+}
+
 /// Whether there is a driver with all functions that are called here: `cudarc` panics where there is none.
-fn probe_driver() -> Result<()> {
+pub(crate) fn probe_driver() -> Result<()> {
     const LIBRARIES: &[&str] = if cfg!(windows) { &["nvcuda.dll"] } else { &["libcuda.so.1", "libcuda.so"] };
     const FUNCTIONS: [&str; 15] = [
         "cuInit",

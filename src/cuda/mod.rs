@@ -75,6 +75,8 @@ mod weights;
 pub use borrowed::BorrowedTensor;
 pub use cudarc;
 pub use device::{Device, Noise};
+#[cfg(feature = "capi")]
+pub(crate) use device::{keeping_context, probe_driver};
 pub use drop_path::{DropPath, DropPathParams, Mask, MaskSource};
 pub use launch::{Buffer, DType, Element, Kernel, Launch, Params, Plan, RawLaunch};
 pub use loss::{Consistency, Finding, Loss, LossOutputs, LossParams, LossSettings, LossStatus, Partner};

@@ -9,14 +9,14 @@ const ABOUT: &str = "/* pace-kernels: fused operators for PACE, parameter-effici
  * An operator takes a device (NULL for the CPU), a stream (a CUstream as a void pointer; NULL for the default one, and on the
  * CPU) and a struct of arguments. Zero the struct, set `size` to its sizeof, fill in what you need: what stays zero is absent
  * or off. Every function gives a status, PACE_OK or a PACE_ERROR; pace_last_error() tells the last one of this thread in words.
- * On CUDA nothing waits and nothing is allocated; the caller's primary context is used.
+ * On CUDA nothing waits and nothing is allocated; the device's primary context is used, and the current one is left alone.
+ * A lack of host memory ends the process. CPU operators hang in a process that was forked after one has run.
  *
  * Generated from src/capi by `PACE_UPDATE_DOCS=1 cargo test --test capi`. */";
 
 fn generate() -> String {
-    let source = |name: &str| Path::new(env!("CARGO_MANIFEST_DIR")).join("src/capi").join(name);
-    let files =
-        ["mod.rs", "types.rs", "device.rs", "noise.rs", "linear.rs", "weights.rs", "loss.rs", "norms.rs"];
+    // It follows the modules.
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/capi/mod.rs");
     let config = cbindgen::Config {
         language: cbindgen::Language::C,
         cpp_compat: true,
@@ -29,7 +29,7 @@ fn generate() -> String {
         documentation_style: cbindgen::DocumentationStyle::C99,
         ..Default::default()
     };
-    let builder = files.iter().fold(cbindgen::Builder::new(), |builder, file| builder.with_src(source(file)));
+    let builder = cbindgen::Builder::new().with_src(source);
     let mut header = Vec::new();
     builder.with_config(config).generate().expect("the source is understood").write(&mut header);
     String::from_utf8(header).unwrap()

@@ -22,7 +22,7 @@ fn compile(
     let mut command = Command::new(compiler);
     command
         .args(options)
-        .args(["-Wall", "-Wextra", "-Wpedantic", "-Werror"])
+        .args(["-Wall", "-Wextra", "-Wpedantic", "-Wredundant-decls", "-Werror"])
         .arg("-o")
         .arg(&program)
         .arg(source);

@@ -447,4 +447,31 @@ pub fn errors() {
     assert_eq!(call(&PaceMerge { target: tensor(0, 4), ..args }), PACE_ERROR_ARGUMENT);
     assert_eq!(call(&PaceMerge { delta: tensor(4100, 4), ..args }), PACE_ERROR_ARGUMENT);
     assert_eq!(call(&PaceMerge { size: 47, ..args }), PACE_ERROR_VERSION);
+    assert_eq!(call(&PaceMerge { delta: tensor(0, 0), ..args }), PACE_ERROR_ARGUMENT);
+
+    // What a zeroed struct has forgotten.
+    let mut weight: PaceLowRankWeight = zeroed();
+    let mut bytes = 7;
+    let query = |args: &PaceLowRankWeight, bytes: &mut u64| {
+        // SAFETY: the struct and the place for the number are live.
+        unsafe { pace_low_rank_weight_workspace(place.handle(), args, bytes) }
+    };
+    (weight.in_features, weight.out_features, weight.scale) = (40, 30, 1.0);
+    assert_eq!((query(&weight, &mut bytes), bytes), (PACE_ERROR_SIZE, 7));
+    weight.rank = 2;
+    assert_eq!(query(&weight, &mut bytes), PACE_OK);
+    weight.workspace = tensor(4096, bytes - 1);
+    let backward = |args: &PaceLowRankWeight| {
+        // SAFETY: nothing is launched.
+        let status = unsafe { pace_low_rank_weight_backward(place.handle(), null_mut(), args) };
+        // SAFETY: a string of the library.
+        (status, unsafe { CStr::from_ptr(pace_last_error()) }.to_str().unwrap().to_owned())
+    };
+    let (status, message) = backward(&weight);
+    assert_eq!(status, PACE_ERROR_LENGTH);
+    let expected = format!("`workspace` has {} bytes, expected at least {bytes}", bytes - 1);
+    assert!(message.starts_with(&expected), "{message}");
+    let (status, message) = backward(&PaceLowRankWeight { scale: 0.0, ..weight });
+    assert_eq!(status, PACE_ERROR_VALUE);
+    assert!(message.starts_with("`scale` is 0"), "{message}");
 }
