@@ -17,7 +17,7 @@ soname=()
 [ "$(uname)" = Linux ] && soname=(-C link-arg=-Wl,-soname,libpace_kernels.so)
 # Where cargo put things, from cargo itself; and what a static library needs besides itself.
 messages=$(cargo rustc --locked --profile "$profile" --lib --features capi --crate-type cdylib,staticlib \
-    --message-format json-render-diagnostics -- "${soname[@]}")
+    --message-format json-render-diagnostics -- ${soname[@]+"${soname[@]}"})
 library() { grep -o "\"[^\"]*/libpace_kernels\.$1\"" <<<"$messages" | tail -n 1 | tr -d '"'; }
 static=$(library a)
 shared=$(library so || library dylib)

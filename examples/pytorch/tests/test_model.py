@@ -336,6 +336,13 @@ def test_gradient_checkpointing():
     a, b = saving(x), saving(x)
     with pytest.raises(RuntimeError, match="gradient checkpointing"):
         (a.sum() + b.sum()).backward()
+    # So it does when keys are written in place.
+    plain.pace.manual_steps = True
+    plain.pace.advance()
+    logits = torch.utils.checkpoint.checkpoint(plain, x, use_reentrant=False)
+    plain.pace.advance()
+    with pytest.raises(RuntimeError, match="gradient checkpointing"):
+        logits.sum().backward()
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
@@ -426,6 +433,20 @@ def test_wrong_use_is_named():
         model.blocks[1](torch.ones(4, 17, 24, dtype=torch.float64))
     with pytest.raises(PaceError, match="logits"):
         model.pace.loss(model(x)[:4], labels)
+    with pytest.raises(PaceError, match="evaluation"):
+        model.eval().pace.training_step(model, x, labels)
+
+    class ReadsWeights(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.linear.weight)
+
+    for variant in ("pace", "baseline"):
+        with pytest.raises(AttributeError, match="VisionTransformer"):
+            pace_torch.inject(ReadsWeights(), variant=variant)(torch.ones(2, 4))
     lazy = pace_torch.inject(vit(), rank=2, variant="lazy").train()
     with pytest.raises(PaceError, match="half|halves"):
         lazy.pace.select(x[:1], labels[:1])

@@ -1,11 +1,13 @@
 """Operators against the official formulas: recorded values, the same formulas in plain PyTorch, numerical gradients."""
 
+import os
+
 import official
 import pace_torch
 import pytest
 import torch
 from conftest import close, error, golden
-from pace_torch import Noise, PaceError
+from pace_torch import Noise, PaceError, ops
 from torch.autograd import gradcheck
 
 ADAPTERS = {
@@ -394,3 +396,30 @@ def test_operators_keep_what_pytorch_asks_of_them(op):
         "loss_total": (leaf(4, 3), random(3), random(4, 3)),
     }[op]
     torch.library.opcheck(getattr(torch.ops.pace, op).default, arguments)
+
+
+def test_wrong_shapes_are_named():
+    ones = torch.ones
+    for call, message in (
+        (lambda: pace_torch.drop_path(ones(4, 2), None, 0.5), "key"),
+        (lambda: pace_torch.drop_path(ones(4, 2), None, 0.5, mask=ones(4), global_batch=8), "global_batch"),
+        (lambda: ops.noisy_epilogue(ones(4, 6), ones(2, 12), Noise(z=ones(2, 12))), "`y`"),
+        (lambda: ops.noisy_linear(ones(2, 3), ones(6, 3), ones(6), None, ones(2, 3)), "delta_bias"),
+        (lambda: ops.noisy_linear(ones(0, 3), ones(6, 3), None, None, None), "empty"),
+    ):
+        with pytest.raises(PaceError, match=message):
+            call()
+
+
+def test_a_forked_process_is_told_that_it_cannot():
+    """Its operators would wait for threads that are not there."""
+    layer = (torch.ones(2, 3), torch.ones(4, 3), None, None, None)
+    ops.noisy_linear(*layer)
+    child = os.fork()
+    if child == 0:
+        try:
+            ops.noisy_linear(*layer)
+        except PaceError as error:
+            os._exit(7 if "forked" in str(error) else 8)
+        os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7

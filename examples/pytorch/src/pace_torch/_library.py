@@ -230,11 +230,24 @@ def check(status: int) -> None:
 
 
 @functools.cache
-def _device(ordinal: int) -> c_void_p:
+def device_handle(ordinal: int) -> c_void_p:
     """The library's handle of a CUDA device, opened when it is first used and kept."""
     handle = c_void_p()
     check(library.pace_device_open(ordinal, ctypes.byref(handle)))
     return handle
+
+
+_process: int | None = None
+
+
+def _check_process() -> None:
+    """The library's threads do not live on in a process that is forked after they have started: it would wait forever."""
+    global _process
+    if _process is None:
+        _process = os.getpid()
+    elif _process != os.getpid():
+        raise PaceError("this process was forked from one that had used the CPU operators, and has none of their threads: "
+                        "start it afresh (the start method `spawn`)", "PACE_ERROR_INTERNAL")
 
 
 def call(name: str, arguments: Arguments, device: torch.device, workspace: str | None = None, zeroed=False) -> None:
@@ -243,8 +256,10 @@ def call(name: str, arguments: Arguments, device: torch.device, workspace: str |
     `workspace` names the query whose workspace the function takes; `zeroed` is whether it must start as zeros.
     """
     handle = stream = None
-    if device.type == "cuda":
-        handle = _device(device.index)
+    if device.type == "cpu":
+        _check_process()
+    else:
+        handle = device_handle(device.index)
         stream = c_void_p(torch.cuda.current_stream(device).cuda_stream)
         if workspace is not None:
             size = c_uint64()

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import ops
-from ._library import PaceError
+from ._library import PaceError, device_handle
 from .loss import Losses, pace_loss
 from .ops import Noise
 
@@ -69,9 +69,13 @@ class Pace(nn.Module):
     @torch.compiler.disable
     def advance(self) -> None:
         """Draws the noise of the next step. Not to be captured in a CUDA graph: replays would repeat the noise."""
-        if self.keys.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise PaceError("the noise of a step is drawn inside of a CUDA graph: set `manual_steps`, and call "
-                            "`model.pace.advance()` before each replay")
+        if self.keys.is_cuda:
+            with torch.cuda.device(self.keys.device):
+                if torch.cuda.is_current_stream_capturing():
+                    raise PaceError("the noise of a step is drawn inside of a CUDA graph: set `manual_steps`, and call "
+                                    "`model.pace.advance()` before each replay")
+            # Kernels cannot be loaded while a graph is captured, so not at its first layer.
+            device_handle(self.keys.device.index)
         keys = ops.keys(self.seed, self.step, self.layers, self.keys.device)
         if self.manual_steps:
             self.keys.copy_(keys)
@@ -148,6 +152,8 @@ class Pace(nn.Module):
         one branch at the others. Every other variant uses the batch as it is. With several processes each halves its
         own.
         """
+        if not self.training:
+            raise PaceError("the model is in evaluation: `select` and `training_step` are for training")
         if self.variant == "lazy":
             self.branches = 2 if self.iteration % self.lazy_interval == 0 else 1
             if self.branches == 2:

@@ -61,6 +61,9 @@ def inject(
 ) -> nn.Module:
     """Turns a timm vision transformer or Swin into a PACE model, in place, and returns it.
 
+    `VisionTransformer` and `SwinTransformer` are tested; any model will do that calls its linear layers. Some read their
+    weights instead (Swin V2, BEiT, EVA): those fail with an error that says so.
+
     Every `nn.Linear` gets an adapter of the given kind and rank; those with `head` in their path become the noisy head.
     The adapters and the head train, everything else is frozen. timm's DropPath becomes one that both branches share;
     other random layers (Dropout) draw for each branch by themselves. The standard deviation of the noise falls linearly

@@ -27,6 +27,19 @@ def _rename(state_dict: dict, prefix: str, new_name) -> None:
             state_dict[renamed] = state_dict.pop(name)
 
 
+def _no_linear_layer(getattr_, name: str):
+    """Explains to a model that reads the weights of its linear layers, rather than calling them, why it cannot."""
+    try:
+        return getattr_(name)
+    except AttributeError as error:
+        if name not in ("weight", "bias"):
+            raise
+        raise AttributeError(
+            f"the model reads the {name} of one of its linear layers itself, so that an adapter around the layer has no "
+            "effect: PACE needs models that call them, such as timm's VisionTransformer and SwinTransformer"
+        ) from error
+
+
 class Adapter(nn.Module):
     """A frozen linear layer and what is trained beside it. `forward(x, noise)` maps `[R, ..., K]` to `[R, ..., N]`.
 
@@ -36,6 +49,9 @@ class Adapter(nn.Module):
     def __init__(self, base_module: nn.Linear):
         super().__init__()
         self.base_module = base_module.requires_grad_(False)
+
+    def __getattr__(self, name: str):
+        return _no_linear_layer(super().__getattr__, name)
 
     def _parameter(self, *shape: int, init=nn.init.zeros_) -> nn.Parameter:
         parameter = nn.Parameter(self.base_module.weight.new_empty(shape))
@@ -163,6 +179,9 @@ class NoisyLinear(nn.Module):
         self.z: Optional[Tensor] = None
         # The controller is a submodule of the model, once.
         self.__dict__["pace"] = pace
+
+    def __getattr__(self, name: str):
+        return _no_linear_layer(super().__getattr__, name)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.sigma == 0:

@@ -1,7 +1,7 @@
 """The operators, as PyTorch custom operators of the namespace `pace` (`torch.ops.pace`).
 
 Each is differentiable once, known to `torch.compile` as one node, and runs on the CPU (float32, float64; float16 and
-bfloat16 through float32, rounded once at the end) and on CUDA (float32, float16, bfloat16; on the current stream,
+bfloat16 through float32, each operator rounding its result once) and on CUDA (float32, float16, bfloat16; on the current stream,
 without synchronisation). Inputs that are not contiguous are copied. Call the functions at the end of this module.
 
 Notation: `B` samples per branch, `G` branches (1 or 2), `R = G*B` leading rows, branch 0 first; `K` in-features, `N`
@@ -103,6 +103,8 @@ def _batch(rows: int, branches: int, name: str = "x") -> int:
 def _layer_shape(x: Tensor, out_features: int, branches: int, shared_input: bool) -> lib.PaceShape:
     if x.dim() < 2:
         raise PaceError(f"`x` has shape {tuple(x.shape)}, expected [rows, ..., in_features]")
+    if x.numel() == 0:
+        raise PaceError(f"`x` has shape {tuple(x.shape)}, which is empty")
     in_features = x.shape[-1]
     batch = x.shape[0] if shared_input else _batch(x.shape[0], branches)
     return lib.PaceShape(
@@ -118,6 +120,11 @@ def _layer_shape(x: Tensor, out_features: int, branches: int, shared_input: bool
 def _out_shape(x: Tensor, out_features: int, branches: int, shared_input: bool) -> list:
     rows = x.shape[0] * branches if shared_input else x.shape[0]
     return [rows, *x.shape[1:-1], out_features]
+
+
+def _vector(name: str, tensor: Optional[Tensor], size: int) -> None:
+    if tensor is not None and tuple(tensor.shape) != (size,):
+        raise PaceError(f"`{name}` has shape {tuple(tensor.shape)}, expected {(size,)}")
 
 
 def _matrix(name: str, tensor: Optional[Tensor], rows: int, columns: int) -> None:
@@ -145,18 +152,22 @@ def _none(like: Tensor) -> Tensor:
 
 def _keep_key(ctx, key: Optional[Tensor]) -> None:
     ctx.key = key
+    # Compilation runs this on stand-ins, whose versions mean nothing.
+    ctx.key_version = key._version if type(key) is Tensor else None
 
 
 def _same_key(ctx, key: Optional[Tensor]) -> Optional[Tensor]:
     """The saved key, if it is the one that the forward pass used.
 
-    Gradient checkpointing saves nothing and runs the forward pass again, which then reads the model's present keys.
+    Gradient checkpointing saves nothing and runs the forward pass again, which then reads the model's present keys: other
+    ones, or the same tensor with other contents.
     """
-    if type(key) is Tensor and type(ctx.key) is Tensor and key.data_ptr() != ctx.key.data_ptr():
-        raise RuntimeError(
-            "gradient checkpointing ran a layer again after the model had moved on to other noise: "
-            "call backward() before the next forward pass"
-        )
+    if type(key) is Tensor and type(ctx.key) is Tensor:
+        if key.data_ptr() != ctx.key.data_ptr() or ctx.key._version != ctx.key_version:
+            raise RuntimeError(
+                "gradient checkpointing ran a layer again after the model had moved on to other noise: "
+                "call backward() before the next forward pass"
+            )
     return key
 
 
@@ -184,6 +195,8 @@ def _noisy_linear(
     shape = _layer_shape(x, n, branches, shared_input)
     for name, weight in (("base_weight", base_weight), ("delta_weight", delta_weight)):
         _matrix(name, weight, n, x.shape[-1])
+    for name, bias in (("base_bias", base_bias), ("delta_bias", delta_bias)):
+        _vector(name, bias, n)
     y = inputs.new(*_out_shape(x, n, branches, shared_input))
     arguments = lib.PaceNoisyLinear(
         dtype=inputs.code,
@@ -681,6 +694,8 @@ def _noisy_epilogue(
     branches: int,
 ) -> Tensor:
     inputs = _Inputs(a)
+    if y.shape != a.shape:
+        raise PaceError(f"`y` has shape {tuple(y.shape)}, expected {tuple(a.shape)} like `a`")
     out = inputs("y", y)
     out = out.clone() if out.data_ptr() == y.data_ptr() else out
     arguments = lib.PaceNoisyEpilogue(
@@ -781,6 +796,10 @@ def _drop_path(
 ) -> Tensor:
     inputs = _Inputs(x)
     batch = _batch(x.shape[0], branches)
+    if (key is None) == (mask is None):
+        raise PaceError("one of `key` and `mask` is required, and not both")
+    if mask is not None and global_batch != batch:
+        raise PaceError("`mask` is of this batch: `global_batch` goes with `key`")
     if mask is None and global_batch != batch:
         # The mean is over the whole global batch, whose mask every process can make: it is a pure function.
         if first_sample + batch > global_batch:
@@ -1060,8 +1079,8 @@ def drop_path(
 ) -> Tensor:
     """DropPath that drops the same samples in all branches: `x ⊙ mask / (mean(mask) + 1e-12)`, `x [R, ...]`.
 
-    The mask is drawn from `key`, or given as `mask [B]`, at any scale. The mean is over the `global_batch` samples that
-    all processes hold together (by default the B here).
+    The mask is drawn from `key`, or given as `mask [B]`, at any scale. The mean of a drawn one is over the `global_batch`
+    samples that all processes hold together (by default the B here).
     """
     if global_batch is None:
         global_batch = x.shape[0] // branches
