@@ -5,6 +5,8 @@
 pub mod adapter;
 #[cfg(feature = "candle")]
 pub mod candle;
+#[cfg(feature = "capi")]
+pub mod capi;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;

@@ -128,6 +128,15 @@ impl Device {
     /// run. The plan must be unchanged since an operator made it.
     pub unsafe fn launch(&self, plan: &impl Plan, stream: &CudaStream) -> Result<()> {
         self.check_context("stream", stream.context())?;
+        // SAFETY: the caller's promise; the stream is one of this context.
+        unsafe { self.launch_on(plan, stream.cu_stream()) }
+    }
+
+    /// [`launch`](Self::launch) on a stream as the driver knows it.
+    ///
+    /// # Safety
+    /// As [`launch`](Self::launch); also, the stream must be the default one (null) or alive and of this context.
+    pub(crate) unsafe fn launch_on(&self, plan: &dyn Plan, stream: sys::CUstream) -> Result<()> {
         let action = "launch a kernel";
         self.context.bind_to_thread().map_err(|error| driver_error(action, error))?;
         plan.for_each(&mut |RawLaunch { kernel, grid, block, shared_bytes, params }| {
@@ -144,7 +153,7 @@ impl Device {
                     grid,
                     block,
                     shared_bytes,
-                    stream.cu_stream(),
+                    stream,
                     &mut arguments,
                 )
             };

@@ -1,0 +1,57 @@
+"""PACE for PyTorch (Ni, Zhang, Koniusz, NeurIPS 2024): noisy adapters and consistency on fused operators.
+
+`inject` turns a timm vision transformer or Swin into a PACE model, `model.pace.training_step` evaluates a training step,
+`merge` gives a plain model back. `ops` has the operators, for models of your own.
+"""
+
+from . import ops
+from ._library import PaceError, sigma_by_block
+from .controller import Pace
+from .inject import inject, merge, trainable_state_dict
+from .loss import Losses, pace_loss
+from .modules import Adapter, Head, LoraAdd, LoraMulVptAdd, NoisyLinear, SharedDropPath, VptAdd
+from .ops import (
+    Noise,
+    drop_path,
+    fp_distance,
+    grad_norm,
+    keys,
+    lora_linear,
+    lora_mul_linear,
+    low_rank_weight,
+    noise,
+    noisy_epilogue,
+    noisy_linear,
+    prompt_bias,
+)
+
+__all__ = [
+    "Adapter",
+    "Head",
+    "LoraAdd",
+    "LoraMulVptAdd",
+    "Losses",
+    "Noise",
+    "NoisyLinear",
+    "Pace",
+    "PaceError",
+    "SharedDropPath",
+    "VptAdd",
+    "drop_path",
+    "fp_distance",
+    "grad_norm",
+    "inject",
+    "keys",
+    "lora_linear",
+    "lora_mul_linear",
+    "low_rank_weight",
+    "merge",
+    "noise",
+    "noisy_epilogue",
+    "noisy_linear",
+    "ops",
+    "pace_loss",
+    "prompt_bias",
+    "sigma_by_block",
+    "trainable_state_dict",
+]

@@ -1,0 +1,418 @@
+//! From pointers to arguments: reading structs, making slices and buffers, choosing the back end.
+
+use super::types::*;
+use super::{
+    Failure, PACE_ERROR_DTYPE, PACE_ERROR_SIZE, PACE_ERROR_VALUE, PACE_ERROR_VERSION, PaceDevice, PaceStatus,
+    Result, run,
+};
+use crate::cuda::{self, Buffer, DType, Plan, Source};
+use crate::noise::{Generator, Key, Noise, NoiseShape};
+use crate::{LinearShape, Real, cpu};
+use std::ffi::c_void;
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
+/// A struct of arguments.
+///
+/// # Safety
+/// `repr(C)`, begins with `size: u64` and `dtype: u32`, and any bytes are a value of it.
+pub(super) unsafe trait Args: Copy {
+    /// Its size in version 1.
+    const FIRST_SIZE: usize;
+    fn dtype(&self) -> u32;
+}
+
+macro_rules! args {
+    ($($name:ident: $first_size:literal,)*) => {$(
+        // SAFETY: see the definitions in `types`: numbers and raw pointers only, in the order that the trait asks for.
+        unsafe impl Args for $name {
+            const FIRST_SIZE: usize = $first_size;
+            fn dtype(&self) -> u32 {
+                self.dtype
+            }
+        }
+        // A struct grows at its end; what old callers pass stays what it was.
+        const _: () = assert!(
+            size_of::<$name>() >= $first_size
+                && align_of::<$name>() == 8
+                && std::mem::offset_of!($name, size) == 0
+                && std::mem::offset_of!($name, dtype) == 8
+        );
+    )*};
+}
+
+args! {
+    PaceNoiseFill: 136,
+    PaceNoisyLinear: 296,
+    PaceLowRankLinear: 344,
+    PaceNoisyEpilogue: 184,
+    PaceLowRankWeight: 176,
+    PacePromptBias: 216,
+    PaceMerge: 48,
+    PaceLoss: 184,
+    PaceDropPath: 152,
+    PaceGradNorm: 64,
+    PaceFpDistance: 96,
+}
+
+/// Larger than any struct will ever be, so that a wild `size` does not make the library read far.
+const MAX_SIZE: usize = 4096;
+
+/// Reads a struct of any version.
+///
+/// # Safety
+/// `args` is NULL, misaligned, or points to a struct of at least as many bytes as its first eight say.
+pub(super) unsafe fn read<A: Args>(args: *const A) -> Result<A> {
+    if args.is_null() {
+        return Err(Failure::argument("args", "is a null pointer"));
+    }
+    if !args.is_aligned() {
+        return Err(Failure::argument("args", "is not aligned"));
+    }
+    // SAFETY: aligned, and the caller's promise.
+    let size = unsafe { args.cast::<u64>().read() };
+    let known = size_of::<A>();
+    let size = usize::try_from(size)
+        .ok()
+        .filter(|size| (A::FIRST_SIZE..=MAX_SIZE).contains(size))
+        .ok_or_else(|| {
+            let name = std::any::type_name::<A>().rsplit("::").next().unwrap_or_default();
+            Failure::new(
+                PACE_ERROR_VERSION,
+                format!("`args->size` is {size}, expected sizeof({name}) = {known}"),
+            )
+        })?;
+    // SAFETY: `size` bytes may be read, by the caller's promise.
+    let bytes = unsafe { std::slice::from_raw_parts(args.cast::<u8>(), size) };
+    if bytes.iter().skip(known).any(|&byte| byte != 0) {
+        let text = "the arguments are of a newer version of the library, and use what this one does not know";
+        return Err(Failure::new(PACE_ERROR_VERSION, text));
+    }
+    let mut value = MaybeUninit::<A>::zeroed();
+    // SAFETY: both have room for as many bytes; any bytes are a value of `A`.
+    unsafe {
+        std::ptr::copy_nonoverlapping(bytes.as_ptr(), value.as_mut_ptr().cast(), size.min(known));
+        Ok(value.assume_init())
+    }
+}
+
+/// One direction of an operator, on both back ends.
+pub(super) trait Operator<A> {
+    /// # Safety
+    /// As the exported functions: present tensors are host memory of their length, and nothing else touches them.
+    unsafe fn on_cpu<T: Real>(args: &A) -> Result<()>;
+    fn plan(args: &A, dtype: DType) -> Result<Box<dyn Plan>>;
+}
+
+/// Runs an operator on the CPU or on a device.
+///
+/// # Safety
+/// `args` as in [`read`]. `device` is NULL or an open device, `stream` NULL or a live stream of its context. Every tensor of
+/// `args` is absent, or memory of its length where the operator runs, initialised unless it is an output, that nothing else
+/// touches in conflict until the operator has run.
+pub(super) unsafe fn call<O: Operator<A>, A: Args>(
+    device: *const PaceDevice,
+    stream: *mut c_void,
+    args: *const A,
+) -> PaceStatus {
+    run(|| {
+        // SAFETY: the caller's promise.
+        let args = unsafe { read(args) }?;
+        // SAFETY: the caller's promise.
+        match unsafe { device.as_ref() } {
+            None if !stream.is_null() => {
+                Err(Failure::argument("stream", "needs a device; on the CPU it is NULL"))
+            }
+            // SAFETY: the caller's promise.
+            None => unsafe {
+                match args.dtype() {
+                    PACE_F32 => O::on_cpu::<f32>(&args),
+                    PACE_F64 => O::on_cpu::<f64>(&args),
+                    PACE_F16 | PACE_BF16 => Err(dtype("the CPU takes PACE_F32 and PACE_F64 only")),
+                    other => Err(dtype(&format!("`dtype` is {other}, which is no type"))),
+                }
+            },
+            Some(device) => {
+                let plan = O::plan(&args, device_dtype(args.dtype())?)?;
+                // SAFETY: the caller's promise; the plan is unchanged.
+                unsafe { device.launch(plan.as_ref(), stream) }
+            }
+        }
+    })
+}
+
+/// Answers a workspace query: `bytes_on_device` is asked only if there is a device.
+///
+/// # Safety
+/// `args` as in [`read`]; `bytes` is NULL or a place for a number.
+pub(super) unsafe fn workspace<A: Args>(
+    device: *const PaceDevice,
+    args: *const A,
+    bytes: *mut u64,
+    bytes_on_device: impl FnOnce(&A, DType) -> Result<usize>,
+) -> PaceStatus {
+    run(|| {
+        if bytes.is_null() || !bytes.is_aligned() {
+            return Err(Failure::argument("bytes", "is a null or misaligned pointer"));
+        }
+        // SAFETY: the caller's promise.
+        let args = unsafe { read(args) }?;
+        let needed = if device.is_null() { 0 } else { bytes_on_device(&args, device_dtype(args.dtype())?)? };
+        // SAFETY: the caller's promise.
+        unsafe { bytes.write(needed as u64) };
+        Ok(())
+    })
+}
+
+fn dtype(text: &str) -> Failure {
+    Failure::new(PACE_ERROR_DTYPE, text)
+}
+
+fn device_dtype(code: u32) -> Result<DType> {
+    match code {
+        PACE_F32 => Ok(DType::F32),
+        PACE_F16 => Ok(DType::F16),
+        PACE_BF16 => Ok(DType::BF16),
+        PACE_F64 => Err(dtype("CUDA takes PACE_F32, PACE_F16 and PACE_BF16 only")),
+        other => Err(dtype(&format!("`dtype` is {other}, which is no type"))),
+    }
+}
+
+/// A size as this machine counts.
+pub(super) fn size(name: &str, value: u64) -> Result<usize> {
+    usize::try_from(value)
+        .map_err(|_| Failure::new(PACE_ERROR_SIZE, format!("`{name}` is {value}, which is too large")))
+}
+
+/// A number that stands for yes or no.
+pub(super) fn flag(name: &str, value: u64) -> Result<bool> {
+    match value {
+        0 => Ok(false),
+        1 => Ok(true),
+        _ => Err(Failure::new(PACE_ERROR_VALUE, format!("`{name}` is {value}, expected 0 or 1"))),
+    }
+}
+
+/// Checks that only flags which an operator knows are set.
+pub(super) fn check_flags(flags: u32, known: u32) -> Result<()> {
+    if flags & !known == 0 {
+        return Ok(());
+    }
+    Err(Failure::new(PACE_ERROR_VALUE, format!("`flags` is {flags}, of which the operator knows {known}")))
+}
+
+pub(super) fn linear_shape(shape: &PaceShape) -> Result<LinearShape> {
+    Ok(LinearShape {
+        branches: size("shape.branches", shape.branches)?,
+        batch: size("shape.batch", shape.batch)?,
+        tokens: size("shape.tokens", shape.tokens)?,
+        in_features: size("shape.in_features", shape.in_features)?,
+        out_features: size("shape.out_features", shape.out_features)?,
+        shared_input: flag("shape.shared_input", shape.shared_input)?,
+    })
+}
+
+fn noise_shape(noise: &PaceNoise) -> Result<NoiseShape> {
+    if noise.reserved != 0 {
+        return Err(Failure::new(PACE_ERROR_VALUE, "`noise.reserved` is not 0"));
+    }
+    match noise.shape {
+        PACE_PER_SAMPLE => Ok(NoiseShape::PerSample),
+        PACE_PER_TOKEN => Ok(NoiseShape::PerToken),
+        other => Err(Failure::new(PACE_ERROR_VALUE, format!("`noise.shape` is {other}, expected 0 or 1"))),
+    }
+}
+
+pub(super) fn key(value: u64) -> Key {
+    Key([value as u32, (value >> 32) as u32])
+}
+
+/// The generator of generated noise; `key` is its key.
+pub(super) fn generator(noise: &PaceNoise, key: Key) -> Result<Generator> {
+    Ok(Generator::new(key, noise.sigma, noise_shape(noise)?, noise.first_sample)?)
+}
+
+fn bad_kind(kind: u32) -> Failure {
+    Failure::new(PACE_ERROR_VALUE, format!("`noise.kind` is {kind}, expected 0, 1 or 2"))
+}
+
+/// Slices over the caller's host memory. They come out checked: not null, aligned, inside the address space, and no output
+/// shares memory with anything else.
+#[derive(Default)]
+pub(super) struct Host {
+    inputs: Vec<(&'static str, Range<usize>)>,
+    outputs: Vec<(&'static str, Range<usize>)>,
+}
+
+impl Host {
+    /// The addresses of a present tensor, and its length.
+    fn range<T>(name: &'static str, tensor: PaceTensor) -> Result<(Range<usize>, usize)> {
+        let start = tensor.data as usize;
+        if start == 0 {
+            return Err(Failure::argument(name, "is a null pointer"));
+        }
+        if !start.is_multiple_of(align_of::<T>()) {
+            return Err(Failure::argument(name, "does not start at a multiple of its element size"));
+        }
+        let bytes = usize::try_from(tensor.len).ok().and_then(|len| len.checked_mul(size_of::<T>()));
+        let bytes = bytes.filter(|&bytes| bytes <= isize::MAX as usize);
+        match bytes.and_then(|bytes| start.checked_add(bytes)) {
+            Some(end) => Ok((start..end, tensor.len as usize)),
+            None => Err(Failure::argument(name, "reaches past the end of the address space")),
+        }
+    }
+
+    fn overlap(range: &Range<usize>, others: &[(&'static str, Range<usize>)]) -> Option<&'static str> {
+        let hit = others.iter().find(|(_, other)| range.start.max(other.start) < range.end.min(other.end));
+        hit.map(|&(name, _)| name)
+    }
+
+    /// # Safety
+    /// The tensor is absent or initialised memory of its length that stays unchanged for `'a`.
+    pub(super) unsafe fn input<'a, T>(&mut self, name: &'static str, tensor: PaceTensor) -> Result<&'a [T]> {
+        let (range, len) = Self::range::<T>(name, tensor)?;
+        if let Some(output) = Self::overlap(&range, &self.outputs) {
+            return Err(Failure::argument(name, &format!("overlaps the output `{output}`")));
+        }
+        self.inputs.push((name, range));
+        // SAFETY: not null, aligned, no larger than the address space; the rest is the caller's promise.
+        Ok(unsafe { std::slice::from_raw_parts(tensor.data.cast(), len) })
+    }
+
+    /// # Safety
+    /// The tensor is absent or memory of its length that nothing else touches for `'a`.
+    pub(super) unsafe fn output<'a, T>(
+        &mut self,
+        name: &'static str,
+        tensor: PaceTensor,
+    ) -> Result<&'a mut [T]> {
+        let (range, len) = Self::range::<T>(name, tensor)?;
+        if let Some(other) = Self::overlap(&range, &self.outputs).or(Self::overlap(&range, &self.inputs)) {
+            return Err(Failure::argument(name, &format!("is an output and overlaps `{other}`")));
+        }
+        self.outputs.push((name, range));
+        // SAFETY: not null, aligned, no larger than the address space, disjoint from all other slices; the rest is the caller's
+        // promise.
+        Ok(unsafe { std::slice::from_raw_parts_mut(tensor.data.cast(), len) })
+    }
+
+    /// # Safety
+    /// As [`input`](Self::input).
+    pub(super) unsafe fn optional<'a, T>(
+        &mut self,
+        name: &'static str,
+        tensor: PaceTensor,
+    ) -> Result<Option<&'a [T]>> {
+        // SAFETY: the caller's promise.
+        present(tensor).map(|tensor| unsafe { self.input(name, tensor) }).transpose()
+    }
+
+    /// # Safety
+    /// As [`output`](Self::output).
+    pub(super) unsafe fn optional_output<'a, T>(
+        &mut self,
+        name: &'static str,
+        tensor: PaceTensor,
+    ) -> Result<Option<&'a mut [T]>> {
+        // SAFETY: the caller's promise.
+        present(tensor).map(|tensor| unsafe { self.output(name, tensor) }).transpose()
+    }
+
+    /// # Safety
+    /// As [`input`](Self::input).
+    pub(super) unsafe fn base<'a, T>(
+        &mut self,
+        weight: PaceTensor,
+        bias: PaceTensor,
+    ) -> Result<Option<cpu::Base<'a, T>>> {
+        // SAFETY: the caller's promise.
+        let (weight, bias) =
+            unsafe { (self.optional("base_weight", weight)?, self.optional("base_bias", bias)?) };
+        match (weight, bias) {
+            (Some(weight), bias) => Ok(Some(cpu::Base { weight, bias })),
+            (None, None) => Ok(None),
+            (None, Some(_)) => Err(lonely_bias()),
+        }
+    }
+
+    /// # Safety
+    /// As [`input`](Self::input), also for the key behind `key_address`.
+    pub(super) unsafe fn noise<'a, T>(&mut self, noise: &PaceNoise) -> Result<Noise<'a, T>> {
+        match noise.kind {
+            PACE_NOISE_OFF => Ok(Noise::Off),
+            PACE_NOISE_GENERATED => {
+                // SAFETY: the caller's promise.
+                let key = unsafe { self.key(noise.key, noise.key_address) }?;
+                Ok(Noise::Generated(generator(noise, key)?))
+            }
+            PACE_NOISE_GIVEN => {
+                // SAFETY: the caller's promise.
+                Ok(Noise::Given { z: unsafe { self.input("z", noise.z) }?, shape: noise_shape(noise)? })
+            }
+            other => Err(bad_kind(other)),
+        }
+    }
+
+    /// The key, from wherever it is.
+    ///
+    /// # Safety
+    /// As [`input`](Self::input).
+    pub(super) unsafe fn key(&mut self, value: u64, address: *const u64) -> Result<Key> {
+        if address.is_null() {
+            return Ok(key(value));
+        }
+        let tensor = PaceTensor { data: address.cast_mut().cast(), len: 1 };
+        // SAFETY: the caller's promise.
+        let value: &[u64] = unsafe { self.input("key_address", tensor) }?;
+        Ok(key(value[0]))
+    }
+}
+
+/// A tensor that may be absent.
+pub(super) fn present(tensor: PaceTensor) -> Option<PaceTensor> {
+    (!tensor.data.is_null() || tensor.len > 0).then_some(tensor)
+}
+
+fn lonely_bias() -> Failure {
+    Failure::argument("base_bias", "is given without a `base_weight`")
+}
+
+/// A tensor in device memory; plans check it.
+pub(super) fn buffer(tensor: PaceTensor) -> Buffer {
+    // A length that does not fit is no length of a tensor either: plans compare it with what they expect.
+    Buffer { address: tensor.data as u64, len: usize::try_from(tensor.len).unwrap_or(usize::MAX) }
+}
+
+pub(super) fn optional_buffer(tensor: PaceTensor) -> Option<Buffer> {
+    present(tensor).map(buffer)
+}
+
+/// A workspace, whose length is in bytes, in elements of `bytes` bytes.
+pub(super) fn workspace_buffer(tensor: PaceTensor, bytes: usize) -> Buffer {
+    let buffer = buffer(tensor);
+    Buffer { len: buffer.len / bytes, ..buffer }
+}
+
+pub(super) fn base_buffer(weight: PaceTensor, bias: PaceTensor) -> Result<Option<cuda::Base<Buffer>>> {
+    match (optional_buffer(weight), optional_buffer(bias)) {
+        (Some(weight), bias) => Ok(Some(cuda::Base { weight, bias })),
+        (None, None) => Ok(None),
+        (None, Some(_)) => Err(lonely_bias()),
+    }
+}
+
+pub(super) fn key_buffer(address: *const u64) -> Option<Buffer> {
+    (!address.is_null()).then_some(Buffer { address: address as u64, len: 1 })
+}
+
+pub(super) fn source(noise: &PaceNoise) -> Result<Source> {
+    match noise.kind {
+        PACE_NOISE_OFF => Ok(Source::Off),
+        PACE_NOISE_GENERATED => Ok(Source::Generated {
+            generator: generator(noise, key(noise.key))?,
+            key: key_buffer(noise.key_address),
+        }),
+        PACE_NOISE_GIVEN => Ok(Source::Given { z: buffer(noise.z), shape: noise_shape(noise)? }),
+        other => Err(bad_kind(other)),
+    }
+}

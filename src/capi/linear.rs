@@ -1,0 +1,360 @@
+//! Linear layers under noise, and the epilogue for products of the caller's own.
+
+use super::call::*;
+use super::types::*;
+use super::{PaceDevice, PaceStatus, Result};
+use crate::cuda::{self, Buffer, DType, Direction, Plan, Source};
+use crate::{LinearShape, Real, cpu};
+use std::ffi::c_void;
+
+enum Forward {}
+enum Backward {}
+
+fn noisy_linear(args: &PaceNoisyLinear) -> Result<cuda::NoisyLinear<Buffer, Source>> {
+    check_flags(args.flags, PACE_FOLD | PACE_ALLOW_TF32)?;
+    Ok(cuda::NoisyLinear {
+        shape: linear_shape(&args.shape)?,
+        noise: source(&args.noise)?,
+        base: base_buffer(args.base_weight, args.base_bias)?,
+        delta_weight: optional_buffer(args.delta_weight),
+        delta_bias: optional_buffer(args.delta_bias),
+        fold: args.flags & PACE_FOLD != 0,
+        allow_tf32: args.flags & PACE_ALLOW_TF32 != 0,
+    })
+}
+
+unsafe fn noisy_linear_on_cpu<'a, T: Real>(
+    host: &mut Host,
+    args: &PaceNoisyLinear,
+) -> Result<cpu::NoisyLinear<'a, T>> {
+    check_flags(args.flags, PACE_FOLD | PACE_ALLOW_TF32)?;
+    // SAFETY: the caller's promise.
+    unsafe {
+        Ok(cpu::NoisyLinear {
+            shape: linear_shape(&args.shape)?,
+            noise: host.noise(&args.noise)?,
+            base: host.base(args.base_weight, args.base_bias)?,
+            delta_weight: host.optional("delta_weight", args.delta_weight)?,
+            delta_bias: host.optional("delta_bias", args.delta_bias)?,
+        })
+    }
+}
+
+impl Operator<PaceNoisyLinear> for Forward {
+    unsafe fn on_cpu<T: Real>(args: &PaceNoisyLinear) -> Result<()> {
+        let mut host = Host::default();
+        // SAFETY: the caller's promise.
+        unsafe {
+            let layer = noisy_linear_on_cpu::<T>(&mut host, args)?;
+            let x = host.input("x", args.x)?;
+            Ok(layer.forward(x, host.output("y", args.y)?)?)
+        }
+    }
+
+    fn plan(args: &PaceNoisyLinear, dtype: DType) -> Result<Box<dyn Plan>> {
+        Ok(Box::new(noisy_linear(args)?.forward(dtype, buffer(args.x), buffer(args.y))?))
+    }
+}
+
+impl Operator<PaceNoisyLinear> for Backward {
+    unsafe fn on_cpu<T: Real>(args: &PaceNoisyLinear) -> Result<()> {
+        let mut host = Host::default();
+        // SAFETY: the caller's promise.
+        unsafe {
+            let layer = noisy_linear_on_cpu::<T>(&mut host, args)?;
+            let (x, dy) = (host.input("x", args.x)?, host.input("dy", args.dy)?);
+            let grads = cpu::NoisyLinearGrads {
+                input: host.optional_output("grad_input", args.grad_input)?,
+                delta_weight: host.optional_output("grad_delta_weight", args.grad_delta_weight)?,
+                delta_bias: host.optional_output("grad_delta_bias", args.grad_delta_bias)?,
+            };
+            Ok(layer.backward(x, dy, grads)?)
+        }
+    }
+
+    fn plan(args: &PaceNoisyLinear, dtype: DType) -> Result<Box<dyn Plan>> {
+        let grads = cuda::NoisyLinearGrads {
+            input: optional_buffer(args.grad_input),
+            delta_weight: optional_buffer(args.grad_delta_weight),
+            delta_bias: optional_buffer(args.grad_delta_bias),
+        };
+        let workspace = workspace_buffer(args.workspace, 4);
+        let (x, dy) = (buffer(args.x), buffer(args.dy));
+        Ok(Box::new(noisy_linear(args)?.backward(dtype, x, dy, grads, workspace)?))
+    }
+}
+
+/// Computes `y` from `x`.
+///
+/// # Safety
+/// `device` is NULL or open; `stream` is NULL or a live stream of its primary context. `args` is NULL or points to as many bytes
+/// as its `size` says. Every present tensor is memory of its length there, an input initialised, that nothing else touches in
+/// conflict until the operator has run.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pace_noisy_linear_forward(
+    device: *const PaceDevice,
+    stream: *mut c_void,
+    args: *const PaceNoisyLinear,
+) -> PaceStatus {
+    // SAFETY: the caller's promise.
+    unsafe { call::<Forward, _>(device, stream, args) }
+}
+
+/// Computes gradients from `x` and `dy`, with the noise of the forward pass made again: `dx = g·W0 + e·ΔW`, `dΔW = eᵀ·x`,
+/// `dΔb = Σ_rows e`, where `g = dy` and `e = z⊙g`; with a shared input, sums over the branches.
+///
+/// # Safety
+/// As `pace_noisy_linear_forward`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pace_noisy_linear_backward(
+    device: *const PaceDevice,
+    stream: *mut c_void,
+    args: *const PaceNoisyLinear,
+) -> PaceStatus {
+    // SAFETY: the caller's promise.
+    unsafe { call::<Backward, _>(device, stream, args) }
+}
+
+/// The bytes of workspace that the backward pass needs; the tensors of `args` do not matter.
+///
+/// # Safety
+/// `args` is NULL or points to as many bytes as its `size` says, `bytes` is NULL or a place for a number.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pace_noisy_linear_workspace(
+    device: *const PaceDevice,
+    args: *const PaceNoisyLinear,
+    bytes: *mut u64,
+) -> PaceStatus {
+    // SAFETY: the caller's promise.
+    unsafe {
+        workspace(device, args, bytes, |args, _| {
+            let layer = cuda::NoisyLinear::<(), ()> {
+                shape: linear_shape(&args.shape)?,
+                noise: (),
+                base: None,
+                delta_weight: None,
+                delta_bias: None,
+                fold: false,
+                allow_tf32: false,
+            };
+            Ok(layer.workspace_len().saturating_mul(4))
+        })
+    }
+}
+
+fn low_rank_linear(args: &PaceLowRankLinear) -> Result<cuda::LowRankLinear<Buffer, Source>> {
+    check_flags(args.flags, PACE_ALLOW_TF32)?;
+    Ok(cuda::LowRankLinear {
+        shape: linear_shape(&args.shape)?,
+        noise: source(&args.noise)?,
+        base: base_buffer(args.base_weight, args.base_bias)?,
+        rank: size("rank", args.rank)?,
+        down: buffer(args.down),
+        up: buffer(args.up),
+        delta_bias: optional_buffer(args.delta_bias),
+        scale: args.scale as f32,
+        allow_tf32: args.flags & PACE_ALLOW_TF32 != 0,
+    })
+}
+
+unsafe fn low_rank_linear_on_cpu<'a, T: Real>(
+    host: &mut Host,
+    args: &PaceLowRankLinear,
+) -> Result<cpu::LowRankLinear<'a, T>> {
+    check_flags(args.flags, PACE_ALLOW_TF32)?;
+    // SAFETY: the caller's promise.
+    unsafe {
+        Ok(cpu::LowRankLinear {
+            shape: linear_shape(&args.shape)?,
+            noise: host.noise(&args.noise)?,
+            base: host.base(args.base_weight, args.base_bias)?,
+            rank: size("rank", args.rank)?,
+            down: host.input("down", args.down)?,
+            up: host.input("up", args.up)?,
+            delta_bias: host.optional("delta_bias", args.delta_bias)?,
+            scale: T::from_f64(args.scale),
+        })
+    }
+}
+
+impl Operator<PaceLowRankLinear> for Forward {
+    unsafe fn on_cpu<T: Real>(args: &PaceLowRankLinear) -> Result<()> {
+        let mut host = Host::default();
+        // SAFETY: the caller's promise.
+        unsafe {
+            let layer = low_rank_linear_on_cpu::<T>(&mut host, args)?;
+            let x = host.input("x", args.x)?;
+            Ok(layer.forward(x, host.output("y", args.y)?)?)
+        }
+    }
+
+    fn plan(args: &PaceLowRankLinear, dtype: DType) -> Result<Box<dyn Plan>> {
+        let (x, s, y) = (buffer(args.x), buffer(args.s), buffer(args.y));
+        Ok(Box::new(low_rank_linear(args)?.forward(dtype, x, s, y)?))
+    }
+}
+
+impl Operator<PaceLowRankLinear> for Backward {
+    unsafe fn on_cpu<T: Real>(args: &PaceLowRankLinear) -> Result<()> {
+        let mut host = Host::default();
+        // SAFETY: the caller's promise.
+        unsafe {
+            let layer = low_rank_linear_on_cpu::<T>(&mut host, args)?;
+            let (x, dy) = (host.input("x", args.x)?, host.input("dy", args.dy)?);
+            let grads = cpu::LowRankGrads {
+                input: host.optional_output("grad_input", args.grad_input)?,
+                down: host.optional_output("grad_down", args.grad_down)?,
+                up: host.optional_output("grad_up", args.grad_up)?,
+                delta_bias: host.optional_output("grad_delta_bias", args.grad_delta_bias)?,
+            };
+            Ok(layer.backward(x, dy, grads)?)
+        }
+    }
+
+    fn plan(args: &PaceLowRankLinear, dtype: DType) -> Result<Box<dyn Plan>> {
+        let grads = cuda::LowRankGrads {
+            input: optional_buffer(args.grad_input),
+            down: optional_buffer(args.grad_down),
+            up: optional_buffer(args.grad_up),
+            delta_bias: optional_buffer(args.grad_delta_bias),
+        };
+        let workspace = workspace_buffer(args.workspace, 4);
+        let (x, s, dy) = (buffer(args.x), buffer(args.s), buffer(args.dy));
+        Ok(Box::new(low_rank_linear(args)?.backward(dtype, x, s, dy, grads, workspace)?))
+    }
+}
+
+/// Computes `y` from `x`, and on CUDA `s`.
+///
+/// # Safety
+/// As `pace_noisy_linear_forward`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pace_low_rank_linear_forward(
+    device: *const PaceDevice,
+    stream: *mut c_void,
+    args: *const PaceLowRankLinear,
+) -> PaceStatus {
+    // SAFETY: the caller's promise.
+    unsafe { call::<Forward, _>(device, stream, args) }
+}
+
+/// Computes gradients from `x`, `dy` and on CUDA `s`, with the noise of the forward pass made again. With `g = dy`, `e = z⊙g`,
+/// `ds = scale·e·D`: `dx = g·W0 + ds·U`, `dD = eᵀ·s`, `dU = dsᵀ·x`, `dδb = Σ_rows e`; with a shared input, sums over the
+/// branches.
+///
+/// # Safety
+/// As `pace_noisy_linear_forward`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pace_low_rank_linear_backward(
+    device: *const PaceDevice,
+    stream: *mut c_void,
+    args: *const PaceLowRankLinear,
+) -> PaceStatus {
+    // SAFETY: the caller's promise.
+    unsafe { call::<Backward, _>(device, stream, args) }
+}
+
+/// The bytes of workspace that the backward pass needs; the tensors of `args` do not matter.
+///
+/// # Safety
+/// As `pace_noisy_linear_workspace`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pace_low_rank_linear_workspace(
+    device: *const PaceDevice,
+    args: *const PaceLowRankLinear,
+    bytes: *mut u64,
+) -> PaceStatus {
+    // SAFETY: the caller's promise.
+    unsafe {
+        workspace(device, args, bytes, |args, dtype| {
+            let layer = cuda::LowRankLinear::<(), ()> {
+                shape: linear_shape(&args.shape)?,
+                noise: (),
+                base: None,
+                rank: size("rank", args.rank)?,
+                down: (),
+                up: (),
+                delta_bias: None,
+                scale: 1.0,
+                allow_tf32: false,
+            };
+            Ok(layer.workspace_len(dtype).saturating_mul(4))
+        })
+    }
+}
+
+fn epilogue(
+    args: &PaceNoisyEpilogue,
+    direction: Direction,
+    (input, output): (PaceTensor, PaceTensor),
+    dtype: DType,
+) -> Result<Box<dyn Plan>> {
+    check_flags(args.flags, 0)?;
+    let (shape, noise) = (epilogue_shape(args)?, source(&args.noise)?);
+    let (input, output) = (buffer(input), buffer(output));
+    Ok(Box::new(cuda::NoisyEpilogue { shape, noise, direction, dtype, input, output }.plan()?))
+}
+
+fn epilogue_shape(args: &PaceNoisyEpilogue) -> Result<LinearShape> {
+    linear_shape(&PaceShape { in_features: 1, shared_input: 0, ..args.shape })
+}
+
+impl Operator<PaceNoisyEpilogue> for Forward {
+    unsafe fn on_cpu<T: Real>(args: &PaceNoisyEpilogue) -> Result<()> {
+        check_flags(args.flags, 0)?;
+        let mut host = Host::default();
+        // SAFETY: the caller's promise.
+        unsafe {
+            let (noise, a) = (host.noise::<T>(&args.noise)?, host.input("a", args.a)?);
+            Ok(cpu::noisy_epilogue(epilogue_shape(args)?, noise, a, host.output("y", args.y)?)?)
+        }
+    }
+
+    fn plan(args: &PaceNoisyEpilogue, dtype: DType) -> Result<Box<dyn Plan>> {
+        epilogue(args, Direction::Forward, (args.a, args.y), dtype)
+    }
+}
+
+impl Operator<PaceNoisyEpilogue> for Backward {
+    unsafe fn on_cpu<T: Real>(args: &PaceNoisyEpilogue) -> Result<()> {
+        check_flags(args.flags, 0)?;
+        let mut host = Host::default();
+        // SAFETY: the caller's promise.
+        unsafe {
+            let (noise, dy) = (host.noise::<T>(&args.noise)?, host.input("dy", args.dy)?);
+            Ok(cpu::noisy_epilogue_backward(epilogue_shape(args)?, noise, dy, host.output("da", args.da)?)?)
+        }
+    }
+
+    fn plan(args: &PaceNoisyEpilogue, dtype: DType) -> Result<Box<dyn Plan>> {
+        epilogue(args, Direction::Backward, (args.dy, args.da), dtype)
+    }
+}
+
+/// Adds `z ⊙ a` to `y`.
+///
+/// # Safety
+/// As `pace_noisy_linear_forward`; `y` is an input as well.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pace_noisy_epilogue_forward(
+    device: *const PaceDevice,
+    stream: *mut c_void,
+    args: *const PaceNoisyEpilogue,
+) -> PaceStatus {
+    // SAFETY: the caller's promise.
+    unsafe { call::<Forward, _>(device, stream, args) }
+}
+
+/// Computes `da = z ⊙ dy`, with the noise of the forward pass made again.
+///
+/// # Safety
+/// As `pace_noisy_linear_forward`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pace_noisy_epilogue_backward(
+    device: *const PaceDevice,
+    stream: *mut c_void,
+    args: *const PaceNoisyEpilogue,
+) -> PaceStatus {
+    // SAFETY: the caller's promise.
+    unsafe { call::<Backward, _>(device, stream, args) }
+}

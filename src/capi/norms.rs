@@ -1,0 +1,149 @@
+//! What the paper plots: gradient norm and FP-distance.
+
+use super::call::*;
+use super::types::*;
+use super::{Failure, PaceDevice, PaceStatus, Result};
+use crate::cuda::{self, Buffer, DType, Plan};
+use crate::{Real, cpu, shape};
+use std::ffi::c_void;
+
+enum Compute {}
+
+/// The list of gradients; more than any model has is a forgotten number.
+fn gradients(args: &PaceGradNorm) -> Result<&[PaceTensor]> {
+    const MAX: u64 = 1 << 24;
+    if args.count == 0 {
+        return Ok(&[]);
+    }
+    if args.count > MAX {
+        return Err(Failure::new(
+            super::PACE_ERROR_SIZE,
+            format!("`count` is {}, expected at most 2^24", args.count),
+        ));
+    }
+    let list = PaceTensor { data: args.gradients.cast_mut().cast(), len: args.count };
+    // SAFETY: by the promise of whoever called the exported function: the list is `count` tensors, which stay.
+    unsafe { Host::default().input("gradients", list) }
+}
+
+impl Operator<PaceGradNorm> for Compute {
+    unsafe fn on_cpu<T: Real>(args: &PaceGradNorm) -> Result<()> {
+        check_flags(args.flags, 0)?;
+        let mut host = Host::default();
+        // SAFETY: the caller's promise.
+        let norm = unsafe { host.output::<f64>("norm", args.norm) }?;
+        shape::length("norm", "[1]", norm, 1)?;
+        let tensors = gradients(args)?.iter().filter(|tensor| tensor.len > 0);
+        // SAFETY: the caller's promise.
+        let tensors = tensors.map(|&tensor| unsafe { host.input::<T>("gradients", tensor) });
+        norm[0] = cpu::grad_norm(&tensors.collect::<Result<Vec<_>>>()?);
+        Ok(())
+    }
+
+    fn plan(args: &PaceGradNorm, dtype: DType) -> Result<Box<dyn Plan>> {
+        check_flags(args.flags, 0)?;
+        let gradients: Vec<Buffer> = gradients(args)?.iter().copied().map(buffer).collect();
+        let (norm, workspace) = (buffer(args.norm), workspace_buffer(args.workspace, 8));
+        Ok(Box::new(cuda::GradNorm { dtype, gradients: &gradients, norm, workspace }.plan()?))
+    }
+}
+
+/// Computes the norm, accumulated in double precision.
+///
+/// # Safety
+/// As `pace_noisy_linear_forward`; `gradients` points to `count` tensors.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pace_grad_norm(
+    device: *const PaceDevice,
+    stream: *mut c_void,
+    args: *const PaceGradNorm,
+) -> PaceStatus {
+    // SAFETY: the caller's promise.
+    unsafe { call::<Compute, _>(device, stream, args) }
+}
+
+/// The bytes of workspace that a norm needs; of the gradients, only their lengths matter.
+///
+/// # Safety
+/// As `pace_noisy_linear_workspace`; `gradients` points to `count` tensors.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pace_grad_norm_workspace(
+    device: *const PaceDevice,
+    args: *const PaceGradNorm,
+    bytes: *mut u64,
+) -> PaceStatus {
+    // SAFETY: the caller's promise.
+    unsafe {
+        workspace(device, args, bytes, |args, _| {
+            let lengths = gradients(args)?.iter().map(|tensor| size("gradients.len", tensor.len));
+            Ok(cuda::GradNorm::workspace_len(lengths.collect::<Result<Vec<_>>>()?).saturating_mul(8))
+        })
+    }
+}
+
+impl Operator<PaceFpDistance> for Compute {
+    unsafe fn on_cpu<T: Real>(args: &PaceFpDistance) -> Result<()> {
+        check_flags(args.flags, 0)?;
+        let (samples, features) = (size("samples", args.samples)?, size("features", args.features)?);
+        let mut host = Host::default();
+        // SAFETY: the caller's promise.
+        let (fine_tuned, pre_trained, distance) = unsafe {
+            let fine_tuned = host.input::<T>("fine_tuned", args.fine_tuned)?;
+            let pre_trained = host.input::<T>("pre_trained", args.pre_trained)?;
+            (fine_tuned, pre_trained, host.output::<f64>("distance", args.distance)?)
+        };
+        shape::length("distance", "[1]", distance, 1)?;
+        distance[0] = cpu::fp_distance(samples, features, fine_tuned, pre_trained)?;
+        Ok(())
+    }
+
+    fn plan(args: &PaceFpDistance, dtype: DType) -> Result<Box<dyn Plan>> {
+        check_flags(args.flags, 0)?;
+        let distance = cuda::FpDistance {
+            samples: size("samples", args.samples)?,
+            features: size("features", args.features)?,
+            dtype,
+            fine_tuned: buffer(args.fine_tuned),
+            pre_trained: buffer(args.pre_trained),
+            distance: buffer(args.distance),
+            workspace: workspace_buffer(args.workspace, 8),
+        };
+        Ok(Box::new(distance.plan()?))
+    }
+}
+
+/// Computes the distance, accumulated in double precision.
+///
+/// # Safety
+/// As `pace_noisy_linear_forward`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pace_fp_distance(
+    device: *const PaceDevice,
+    stream: *mut c_void,
+    args: *const PaceFpDistance,
+) -> PaceStatus {
+    // SAFETY: the caller's promise.
+    unsafe { call::<Compute, _>(device, stream, args) }
+}
+
+/// The bytes of workspace that a distance needs; the tensors of `args` do not matter.
+///
+/// # Safety
+/// As `pace_noisy_linear_workspace`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pace_fp_distance_workspace(
+    device: *const PaceDevice,
+    args: *const PaceFpDistance,
+    bytes: *mut u64,
+) -> PaceStatus {
+    // SAFETY: the caller's promise.
+    unsafe {
+        workspace(device, args, bytes, |args, _| {
+            let len = cuda::FpDistance::workspace_len(
+                size("samples", args.samples)?,
+                size("features", args.features)?,
+            );
+            Ok(len.saturating_mul(8))
+        })
+    }
+}

@@ -1,0 +1,3 @@
+//! The C interface: its header, programs that use it, and calls with anything in them.
+
+mod header;
