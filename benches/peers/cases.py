@@ -282,13 +282,17 @@ class LayerCase:
     def official(self, op, compiled=False, inputs=None):
         inputs = inputs or self.inputs
         adapter = official.ADAPTERS[op](self.linear(inputs), RANK)
-        trained = {}
-        for name, official_name in TRAINED[op].items():
-            trained[name] = nn.Parameter(inputs[name])
-            setattr(adapter, official_name, trained[name])
+        trained = self.trained(op, adapter, inputs)
         module = official.Noise(adapter, SIGMA)
         set_noise = lambda z: setattr(module, "z", z)
         return self.peer(inputs, compiled_or_why_not(module) if compiled else module, trained, set_noise=set_noise)
+
+    @staticmethod
+    def trained(op, adapter, inputs):
+        """The parameters of an adapter, set to the inputs."""
+        for name, official_name in TRAINED[op].items():
+            setattr(adapter, official_name, nn.Parameter(inputs[name]))
+        return {name: getattr(adapter, official_name) for name, official_name in TRAINED[op].items()}
 
     def peft(self):
         peft = imported("peft")
@@ -301,9 +305,9 @@ class LayerCase:
 
     def ours(self, op):
         pace = imported("pace_torch")
+        adapter = {LORA_ADD: pace.LoraAdd, LORA_MUL: pace.LoraMulVptAdd}[op](self.linear(self.inputs), RANK)
+        trained = self.trained(op, adapter, self.inputs)
         given, step = None, 0
-        p = self.inputs
-        trained = {name: nn.Parameter(p[name]) for name in TRAINED[op]}
 
         def set_noise(z):
             nonlocal given
@@ -312,18 +316,11 @@ class LayerCase:
         def forward(x):
             nonlocal step
             step += 1
-            if given is None:
-                noise = pace.Noise(key=pace.keys(0, step, 1, x.device), sigma=SIGMA, branches=BRANCHES)
-            else:
-                noise = pace.Noise(z=given, branches=BRANCHES)
-            lora = trained["down"], trained["up"]
-            if op == LORA_ADD:
-                return pace.lora_linear(x, p["weight"], p["bias"], *lora, trained["delta_bias"], noise)
-            prompt = trained["prompt_down"], trained["prompt_up"]
-            delta_bias = pace.prompt_bias(p["weight"], p["bias"], *prompt, trained["delta_bias"])
-            return pace.lora_mul_linear(x, p["weight"], p["bias"], *lora, delta_bias, noise)
+            if given is not None:
+                return adapter(x, pace.Noise(z=given, branches=BRANCHES))
+            return adapter(x, pace.Noise(key=pace.keys(0, step, 1, x.device), sigma=SIGMA, branches=BRANCHES))
 
-        return self.peer(p, forward, trained, set_noise=set_noise)
+        return self.peer(self.inputs, forward, trained, set_noise=set_noise)
 
     def rust(self, op):
         if self.device != "cpu":
@@ -535,7 +532,7 @@ class StepCase:
     def z(self):
         return self.start[1]
 
-    def peer(self, model, loss, set_noise, noisy=True, official_name=lambda name: name):
+    def peer(self, model, loss, set_noise=lambda z: None, noisy=True):
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(trained.values(), lr=1e-3, weight_decay=1e-4)
 
@@ -548,15 +545,13 @@ class StepCase:
             optimizer.step()
 
         def results(total, _):
-            gradients = {official_name(name): p.grad.clone() for name, p in trained.items()}
-            return {"loss": total, **gradients}
+            return {"loss": total, "gradient": torch.cat([p.grad.flatten() for p in trained.values()])}
 
         return TorchPeer(self.device, forward, backward, results, noisy=noisy, set_noise=set_noise)
 
-    def official(self, compiled=False, dtype=None, adapter="lora_mul_vpt", noise=True):
-        model = official.inject(self.model(dtype), adapter, RANK, SIGMA).train()
-        state = self.start[0]
-        model.load_state_dict({name: state[name] for name in model.state_dict()})
+    def official(self, compiled=False, dtype=None):
+        model = official.inject(self.model(dtype), "lora_mul_vpt", RANK, SIGMA).train()
+        model.load_state_dict(self.start[0])
         layers = {name: m for name, m in model.named_modules() if isinstance(m, official.Noise) and m.sigma > 0}
         images = self.images.to(dtype or self.images.dtype)
         run = compiled_or_why_not(model) if compiled else model
@@ -577,7 +572,7 @@ class StepCase:
         model.head.requires_grad_()
         images, labels = torch.cat([self.images] * branches), self.labels.repeat(branches)
         loss = lambda: F.cross_entropy(model(images), labels)
-        return self.peer(model, loss, lambda z: None, noisy=False)
+        return self.peer(model, loss, noisy=False)
 
     def reference(self, op, noisy):
         """The official formulas in f64. Plain LoRA is another model; its peer is not compared with anything."""
@@ -587,4 +582,14 @@ class StepCase:
         return None
 
     def ours(self):
-        raise Unavailable("to be written")
+        pace = imported("pace_torch")
+        model = pace.inject(self.model(), "LoRAmul_VPTadd", RANK, sigma=SIGMA, lambda_=LAMBDA).train()
+        model.load_state_dict(self.start[0])
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, pace.NoisyLinear) and m.sigma > 0}
+
+        def set_noise(z):
+            for name, layer in layers.items():
+                layer.z = None if z is None else z[name]
+
+        loss = lambda: model.pace.training_step(model, self.images, self.labels).total
+        return self.peer(model, loss, set_noise)
