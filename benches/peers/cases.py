@@ -36,6 +36,7 @@ LAMBDA = 1.0
 
 EAGER, COMPILED = "official, eager", "official, torch.compile"
 OURS, RUST = "ours, PyTorch", "ours, Rust"
+PEFT = "PEFT LoRA, no noise"
 
 
 class Unavailable(Exception):
@@ -177,7 +178,7 @@ TRAFFIC = {
         EAGER: [(7, 2, 1), (6, 6, 1)],
         COMPILED: [(5, 2, 1), (5, 6, 1)],
         # scale instead of z, and no δb
-        "PEFT LoRA, no noise": [(7, 2, 1), (5, 6, 1)],
+        PEFT: [(7, 2, 1), (5, 6, 1)],
         # one kernel     |     one pass over g for ds, dD, dδb; dx; dU
         OURS: [(1, 1, 1), (2, 2, 1)],
         RUST: [(1, 1, 1), (2, 2, 1)],
@@ -221,7 +222,7 @@ class LayerCase:
             LORA_ADD: {
                 EAGER: functools.partial(self.official, LORA_ADD),
                 COMPILED: functools.partial(self.official, LORA_ADD, compiled=True),
-                "PEFT LoRA, no noise": self.peft,
+                PEFT: self.peft,
                 OURS: functools.partial(self.ours, LORA_ADD),
                 RUST: functools.partial(self.rust, LORA_ADD),
             },
@@ -393,6 +394,10 @@ class RustPeer:
 RETURN_FREED_BLOCKS = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
+def no_worker():
+    raise Unavailable("the worker runs single layers; `cargo bench --bench loss` and examples/few_shot have the rest")
+
+
 def compiled_or_why_not(module):
     if torch.cuda.is_available() or imported("torch._inductor.cpp_builder").get_cpp_compiler():
         return torch.compile(module, dynamic=False)
@@ -434,6 +439,7 @@ class LossCase:
                 OURS: self.ours,
                 CROSS_ENTROPY: lambda: self.peer(self.cross_entropy, noisy=False),
                 LIGER: self.liger,
+                RUST: no_worker,
             }
         }
 
@@ -505,6 +511,7 @@ class StepCase:
                 OURS: self.ours,
                 PEFT_ONE: lambda: self.peft(1),
                 PEFT_TWO: lambda: self.peft(BRANCHES),
+                RUST: no_worker,
             }
         }
 

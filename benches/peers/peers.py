@@ -15,7 +15,8 @@ it is the kernel's own figure (VmHWM), taken in fresh processes whose allocator 
 of PyTorch's allocator. Bytes per output element are not measured but counted, from the formula and each peer's sequence of
 kernels: `TRAFFIC` in `cases.py` says how.
 
-The Rust worker is a process of its own (`worker.rs`); everything else runs in this one.
+The Rust worker is a process of its own (`worker.rs`); everything else runs in this one. PyTorch's idle OpenMP threads are
+made to sleep at once (`OMP_WAIT_POLICY=PASSIVE`), or they would spin for milliseconds on the cores of whoever comes next.
 """
 
 import argparse
@@ -31,11 +32,27 @@ import subprocess
 import sys
 import time
 
+# Read by OpenMP when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import cases
 import numpy as np
 import torch
 
 PASSES = ["forward", "backward", "both"]
+TITLES = {cases.FROZEN: "frozen layer", cases.LORA_ADD: "LoRA add", cases.LORA_MUL: "LoRA mul + VPT add"}
+COLOURS = {
+    "torch": "#b0b0b0",
+    cases.EAGER: "#707070",
+    cases.COMPILED: "#a8a8a8",
+    cases.PEFT: "#d9a441",
+    cases.PEFT_ONE: "#ecd3a0",
+    cases.PEFT_TWO: "#d9a441",
+    cases.CROSS_ENTROPY: "#c98b8b",
+    cases.LIGER: "#9c4f4f",
+    cases.OURS: "#1f6fb4",
+    cases.RUST: "#0b3c66",
+}
 
 
 def errors(outputs, reference):
@@ -137,7 +154,7 @@ def ratios(rows):
 
 
 def report(op, rows):
-    print(f"  {op:34} {'forward':>9} {'backward':>9} {'both, ms [quartiles]':>28} {'ratio: fwd':>11} {'bwd':>5} "
+    print(f"  {TITLES.get(op, op):34} {'forward':>9} {'backward':>9} {'both, ms [quartiles]':>28} {'ratio: fwd':>11} {'bwd':>5} "
           f"{'both':>5} {'peak MB':>8} {'B/output':>8} {'error':>8}")
     for name, row in rows.items():
         if "quartiles_ms" not in row:
@@ -181,8 +198,8 @@ def chart(path, results, about):
     dtypes = list(dict.fromkeys(r["dtype"] for r in results))
     groups = {(op, dtype): [r for r in results if (r["operator"], r["dtype"]) == (op, dtype) and len(timed(r)) > 1]
               for op in operators for dtype in dtypes}
-    names = list(dict.fromkeys(name for r in results for name in timed(r)))
-    colours = dict(zip(names, plt.get_cmap("tab10").colors))
+    shown = {name for r in results for name in timed(r)}
+    names = [name for name in COLOURS if name in shown]
     bars = [max((sum(len(timed(r)) + 1 for r in groups[op, dtype]) for dtype in dtypes), default=1) for op in operators]
     figure, axes = plt.subplots(
         len(operators), len(dtypes), squeeze=False, figsize=(7.5 * len(dtypes), 1.6 + sum(0.22 * n + 0.9 for n in bars)),
@@ -197,23 +214,27 @@ def chart(path, results, about):
             for name, row in rows.items():
                 low, median, high = row["quartiles_ms"]["both"]
                 spread = [[(median - low) / unit], [(high - median) / unit]]
-                axis.barh(place, median / unit, 0.85, xerr=spread, color=colours[name], ecolor="#444444")
-                axis.text(high / unit, place, f"  {median:.3g} ms", va="center", fontsize=7)
+                axis.barh(place, median / unit, 0.85, xerr=spread, color=COLOURS[name], ecolor="#444444")
+                axis.text(high / unit, place, f"  {milliseconds(median)}", va="center", fontsize=7)
                 place += 1
             place += 1
         axis.axvline(1, color="#444444", linewidth=0.8)
         axis.set_yticks([y for y, _ in ticks], [label for _, label in ticks], fontsize=8)
         axis.invert_yaxis()
         axis.margins(x=0.2)
-        axis.set_title(f"{op}, {dtype}", fontsize=10)
+        axis.set_title(f"{TITLES.get(op, op)}, {dtype}", fontsize=10)
         axis.set_xlabel(f"time, {next(iter(timed(groups[op, dtype][0])))} = 1" if groups[op, dtype] else "", fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names]
+    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[name]) for name in names]
     figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     figure.suptitle(f"Forward + backward: medians and quartiles; shorter is faster\n{about['machine']}, "
                     f"PyTorch {about['versions']['torch']}, {about['date']}", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+
+
+def milliseconds(value):
+    return f"{value:.3g} ms" if value < 1000 else f"{value / 1e3:.3g} s"
 
 
 def timed(result):
