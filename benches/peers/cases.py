@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import os
 import pathlib
-import re
 import subprocess
 import tempfile
 import time
@@ -168,9 +167,10 @@ LORA = {"down": "delta_W_down", "up": "delta_W_up", "delta_bias": "delta_b"}
 PROMPT = {"prompt_down": "delta_prompt_down", "prompt_up": "delta_prompt_up"}
 TRAINED = {FROZEN: {}, LORA_ADD: LORA, LORA_MUL: LORA | PROMPT}
 
-# Bytes that an operator's kernels read and write, as multiples of [M, N], [M, K] and [N, K]: forward, backward. A product
-# reads both factors and writes its result once, an element-wise kernel every operand. Tensors of rank r and noise of one
-# value per sample and channel are not counted. The row of torch.compile has every element-wise chain in one kernel.
+# Bytes that an operator's kernels read and write, as multiples of [M, N], [M, K] and [N, K]: forward, backward. A
+# product reads both factors and writes its result once, an element-wise kernel every operand. Tensors of rank r and
+# noise of one value per sample and channel are not counted. The row of torch.compile has every element-wise chain in
+# one kernel.
 TRAFFIC = {
     FROZEN: {"torch": [(1, 1, 1), (1, 1, 1)], RUST: [(1, 1, 1), (1, 1, 1)]},
     LORA_ADD: {

@@ -4,19 +4,21 @@
     cargo build --release --example peer_worker
     python benches/peers/peers.py --out results/peers.json --chart results/peers.svg
 
-First every peer's outputs and gradients, with the same inputs and the same noise, are compared with the official formulas
-in f64: f32 to 1e-4 of the largest value, bf16 to twice the error of the official formulas in bf16 (or one rounding, 2⁻⁸,
-where that is more). What disagrees is not timed, and the exit status is 1. Then all peers of an operator take turns, one
-iteration each per round, so that a noisy machine disturbs all alike. An iteration is what a training step does: draw noise,
-forward, backward; outputs and gradients are newly allocated. On CUDA, times are the device's own, between events.
+First every peer's outputs and gradients, with the same inputs and the same noise, are compared with the official
+formulas in f64: f32 to 1e-4 of the largest value, bf16 to twice the error of the official formulas in bf16 (or one
+rounding, 2⁻⁸, where that is more). What disagrees is not timed, and the exit status is 1. Then all peers of an
+operator take turns, one iteration each per round, so that a noisy machine disturbs all alike. An iteration is what a
+training step does: draw noise, forward, backward; outputs and gradients are newly allocated. On CUDA, times are the
+device's own, between events.
 
-Peak memory is that of one iteration less what was held before it: outputs, gradients and scratch, but not inputs. On a CPU
-it is the kernel's own figure (VmHWM), taken in fresh processes whose allocator returns freed blocks at once; on CUDA that
-of PyTorch's allocator. Bytes per output element are not measured but counted, from the formula and each peer's sequence of
-kernels: `TRAFFIC` in `cases.py` says how.
+Peak memory is that of one iteration less what was held before it: outputs, gradients and scratch, but not inputs. On a
+CPU it is the kernel's own figure (VmHWM), taken in fresh processes whose allocator returns freed blocks at once; on
+CUDA that of PyTorch's allocator. Bytes per output element are not measured but counted, from the formula and each
+peer's sequence of kernels: `TRAFFIC` in `cases.py` says how.
 
-The Rust worker is a process of its own (`worker.rs`); everything else runs in this one. PyTorch's idle OpenMP threads are
-made to sleep at once (`OMP_WAIT_POLICY=PASSIVE`), or they would spin for milliseconds on the cores of whoever comes next.
+The Rust worker is a process of its own (`worker.rs`); everything else runs in this one. PyTorch's idle OpenMP threads
+are made to sleep at once (`OMP_WAIT_POLICY=PASSIVE`), or they would spin for milliseconds on the cores of whoever
+comes next.
 """
 
 import argparse
@@ -154,8 +156,8 @@ def ratios(rows):
 
 
 def report(op, rows):
-    print(f"  {TITLES.get(op, op):34} {'forward':>9} {'backward':>9} {'both, ms [quartiles]':>28} {'ratio: fwd':>11} {'bwd':>5} "
-          f"{'both':>5} {'peak MB':>8} {'B/output':>8} {'error':>8}")
+    print(f"  {TITLES.get(op, op):34} {'forward':>9} {'backward':>9} {'both, ms [quartiles]':>28} "
+          f"{'ratio: fwd':>11} {'bwd':>5} {'both':>5} {'peak MB':>8} {'B/output':>8} {'error':>8}")
     for name, row in rows.items():
         if "quartiles_ms" not in row:
             print(f"    {name:32} {row.get('unavailable') or 'DISAGREES: ' + row['disagrees']}")
@@ -202,7 +204,8 @@ def chart(path, results, about):
     names = [name for name in COLOURS if name in shown]
     bars = [max((sum(len(timed(r)) + 1 for r in groups[op, dtype]) for dtype in dtypes), default=1) for op in operators]
     figure, axes = plt.subplots(
-        len(operators), len(dtypes), squeeze=False, figsize=(7.5 * len(dtypes), 1.6 + sum(0.22 * n + 0.9 for n in bars)),
+        len(operators), len(dtypes), squeeze=False,
+        figsize=(7.5 * len(dtypes), 1.6 + sum(0.22 * n + 0.9 for n in bars)),
         gridspec_kw={"height_ratios": bars}, layout="constrained",
     )
     for (op, dtype), axis in zip(groups, axes.flat):
@@ -244,8 +247,16 @@ def timed(result):
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     target = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", cases.ROOT / "target"))
-    names = lambda allowed: lambda text: [value if value in allowed else parser.error(f"no {value!r} among {', '.join(allowed)}")
-                                          for value in text.split(",")]
+
+    def names(allowed):
+        def parse(text):
+            for name in text.split(","):
+                if name not in allowed:
+                    raise argparse.ArgumentTypeError(f"no {name!r} among {', '.join(allowed)}")
+            return text.split(",")
+
+        return parse
+
     default = [name for name in cases.SHAPES if name != "vit_tiny_step"]
     parser.add_argument("--shapes", type=names([*cases.SHAPES]), default=default, help=", ".join(cases.SHAPES))
     parser.add_argument("--dtypes", type=names([*cases.DTYPES]), default=[*cases.DTYPES], help=", ".join(cases.DTYPES))
