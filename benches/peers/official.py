@@ -1,10 +1,11 @@
-"""The official formulas of PACE in plain PyTorch, one operator after the other, as a reference and as a peer in the bench.
+"""The official formulas of PACE in plain PyTorch, one operator after the other, as a reference and as a peer in the
+bench.
 
-It does the work that the official implementation (https://github.com/MaxwellYaoNi/PACE) does, in the same order: frozen and
-adapted features are separate products, noise is a tensor of its own, both branches pass through the whole trunk as one
-batch, and a layer without noise (sigma = 0, or evaluation) is one product with merged weights. Parameters have the
-official names, so state dictionaries fit. Written from the formulas (`docs/method.md`); shapes below are `x [B, ..., K]`,
-`y [B, ..., N]`, rank `r`. Everything is in the dtype and on the device of the frozen layer.
+It does the work that the official implementation (https://github.com/MaxwellYaoNi/PACE) does, in the same order:
+frozen and adapted features are separate products, noise is a tensor of its own, both branches pass through the whole
+trunk as one batch, and a layer without noise (sigma = 0, or evaluation) is one product with merged weights. Parameters
+have the official names, so state dictionaries fit. Written from the formulas (`docs/method.md`); shapes below are `x
+[B, ..., K]`, `y [B, ..., N]`, rank `r`. Everything is in the dtype and on the device of the frozen layer.
 """
 
 from typing import NamedTuple
@@ -123,8 +124,8 @@ ADAPTERS = {"lora_mul_vpt": LoraMulVptAdd, "lora_add": LoraAdd, "vpt_add": VptAd
 class Noise(nn.Module):
     """`y = base + z ⊙ delta` with `z = 1 + sigma·n` in training, the merged product in evaluation or where sigma is 0.
 
-    `shape` is `"BC"` (one draw per sample and channel) or `"BTC"` (one per sample, token and channel). Where `z` is set, it
-    is used instead of a draw: `[B, ..., N]` or anything that broadcasts to it, or `[B, N]` for `"BC"`.
+    `shape` is `"BC"` (one draw per sample and channel) or `"BTC"` (one per sample, token and channel). Where `z` is
+    set, it is used instead of a draw: `[B, ..., N]` or anything that broadcasts to it, or `[B, N]` for `"BC"`.
     """
 
     def __init__(self, adapter, sigma, shape="BC"):
@@ -152,8 +153,8 @@ class Noise(nn.Module):
 class SharedDropPath(DropPath):
     """DropPath that drops the same samples in every branch and divides its mask by the mask's own mean.
 
-    `branches` is how many branches a batch holds, one after the other. Where `mask` is set (`[B]` per branch, 0 or 1), it
-    is used instead of a draw.
+    `branches` is how many branches a batch holds, one after the other. Where `mask` is set (`[B]` per branch, 0 or 1),
+    it is used instead of a draw.
     """
 
     branches = 1
@@ -184,13 +185,14 @@ def set_branches(model, branches):
 def inject(model, adapter="lora_mul_vpt", rank=10, sigma=1.0, noise=True, first_noisy=1, shape="BC"):
     """Wraps the linear layers of a timm model in place, replaces its DropPath, and freezes what is not trained.
 
-    Linear layers on a path with a component `head` become noisy heads. With `n` blocks, the head being the last, block `k`
-    gets `sigma·(n - k)/(n - first_noisy)`, and 0 where `k < first_noisy` (1 for a ViT, 0 for a Swin). `noise=False` leaves
-    the adapters without noise wrappers: the baseline. Returns the model.
+    Linear layers on a path with a component `head` become noisy heads. With `n` blocks, the head being the last, block
+    `k` gets `sigma·(n - k)/(n - first_noisy)`, and 0 where `k < first_noisy` (1 for a ViT, 0 for a Swin).
+    `noise=False` leaves the adapters without noise wrappers: the baseline. Returns the model.
     """
     paths = [name.split(".") for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     block = {tuple(path): block_key(path) for path in paths}
-    # Shorter keys are filled with zeros, so that the linear layers beside the blocks of a stage sort with its first block.
+    # Shorter keys are filled with zeros, so that the linear layers beside the blocks of a stage sort with its first
+    # block.
     length = max(map(len, block.values()))
     block = {path: key + (0,) * (length - len(key)) for path, key in block.items()}
     order = sorted(set(block.values()))
@@ -252,7 +254,8 @@ def fast_loss(model, x, labels, lambda_, history, index):
 
 
 def lazy_half_loss(model, x, labels, lambda_, step, interval):
-    """PACE-lazy: every `interval`-th step two branches of half the batch, otherwise one branch of all and no consistency."""
+    """PACE-lazy: every `interval`-th step two branches of half the batch, otherwise one branch of all and no
+    consistency."""
     if step % interval == 0:
         half = x.shape[0] // 2
         return two_branch_loss(model, x[:half], labels[:half], lambda_)

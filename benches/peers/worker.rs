@@ -1,6 +1,6 @@
-//! This crate's side of `noisy_linear.py`: runs one operator per request from standard input.
+//! This crate's side of `peers.py`: runs one operator per request from standard input.
 //!
-//! Requests are `run OP` (answer: seconds), `check OP` (writes outputs and gradients next to the inputs) and
+//! Requests are `run OP` (answer: seconds of the forward and of the backward pass), `check OP` (writes outputs and gradients next to the inputs) and
 //! `memory OP` (answer: bytes); the arguments are the directory of the inputs, then sizes, rank and threads.
 
 use faer::{Accum, MatMut, MatRef, Par, linalg::matmul::matmul};
@@ -18,7 +18,7 @@ use std::time::Instant;
 
 type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
 
-/// The same as `SIGMA` of the other side.
+/// The same as `SIGMA` in `cases.py`.
 const SIGMA: f32 = 1.0;
 
 struct Layer {
@@ -37,8 +37,11 @@ struct Layer {
     prompt_up: Vec<f32>,
 }
 
-/// Names and values of an iteration's outputs.
-type Outputs = Vec<(&'static str, Vec<f32>)>;
+/// An iteration: names and values of its outputs, and when the forward pass was over.
+struct Iteration {
+    forward_end: Instant,
+    outputs: Vec<(&'static str, Vec<f32>)>,
+}
 
 impl Layer {
     fn read(mut args: impl Iterator<Item = String>) -> Result<Self> {
@@ -71,7 +74,7 @@ impl Layer {
     }
 
     /// Forward and backward of one operator; everything that it returns is allocated here, as a trainer would.
-    fn step(&self, op: &str, noise: Noise<'_, f32>) -> Result<Outputs> {
+    fn step(&self, op: &str, noise: Noise<'_, f32>) -> Result<Iteration> {
         match op {
             "frozen" => Ok(self.frozen()),
             "lora_add" => self.lora_add(noise),
@@ -81,11 +84,10 @@ impl Layer {
     }
 
     /// The frozen layer alone: two products of the library that the operators use.
-    fn frozen(&self) -> Outputs {
+    fn frozen(&self) -> Iteration {
         let (m, k, n) = (self.shape.out_rows(), self.shape.in_features, self.shape.out_features);
         let weight = MatRef::from_row_major_slice(&self.weight, n, k);
         let mut y = vec![0.0; m * n];
-        let mut dx = vec![0.0; m * k];
         y.chunks_exact_mut(n).for_each(|row| row.copy_from_slice(&self.bias));
         let par = if self.threads > 1 { Par::rayon(self.threads) } else { Par::Seq };
         let product = |out: &mut [f32], accum, a: &[f32], b: MatRef<'_, f32>| {
@@ -93,11 +95,13 @@ impl Layer {
             matmul(out, accum, MatRef::from_row_major_slice(a, m, b.nrows()), b, 1.0, par);
         };
         product(&mut y, Accum::Add, &self.x, weight.transpose());
+        let forward_end = Instant::now();
+        let mut dx = vec![0.0; m * k];
         product(&mut dx, Accum::Replace, &self.dy, weight);
-        vec![("y", y), ("dx", dx)]
+        Iteration { forward_end, outputs: vec![("y", y), ("dx", dx)] }
     }
 
-    fn lora_add(&self, noise: Noise<'_, f32>) -> Result<Outputs> {
+    fn lora_add(&self, noise: Noise<'_, f32>) -> Result<Iteration> {
         let layer = LowRankLinear {
             shape: self.shape,
             noise,
@@ -110,6 +114,7 @@ impl Layer {
         };
         let mut y = vec![0.0; self.dy.len()];
         layer.forward(&self.x, &mut y)?;
+        let forward_end = Instant::now();
         let mut dx = vec![0.0; self.x.len()];
         let mut down = vec![0.0; self.down.len()];
         let mut up = vec![0.0; self.up.len()];
@@ -121,10 +126,11 @@ impl Layer {
             delta_bias: Some(&mut delta_bias),
         };
         layer.backward(&self.x, &self.dy, grads)?;
-        Ok(vec![("y", y), ("dx", dx), ("down", down), ("up", up), ("delta_bias", delta_bias)])
+        let outputs = vec![("y", y), ("dx", dx), ("down", down), ("up", up), ("delta_bias", delta_bias)];
+        Ok(Iteration { forward_end, outputs })
     }
 
-    fn lora_mul_vpt(&self, noise: Noise<'_, f32>) -> Result<Outputs> {
+    fn lora_mul_vpt(&self, noise: Noise<'_, f32>) -> Result<Iteration> {
         let (k, n) = (self.shape.in_features, self.shape.out_features);
         let lora = LoraFactors {
             out_features: n,
@@ -157,7 +163,7 @@ impl Layer {
         };
         let mut y = vec![0.0; self.dy.len()];
         layer.forward(&self.x, &mut y)?;
-
+        let forward_end = Instant::now();
         let mut dx = vec![0.0; self.x.len()];
         let mut weight_grad = vec![0.0; n * k];
         let mut bias_grad = vec![0.0; n];
@@ -180,7 +186,7 @@ impl Layer {
             delta_bias: Some(&mut own_bias),
         };
         prompt.backward(&bias_grad, grads)?;
-        Ok(vec![
+        let outputs = vec![
             ("y", y),
             ("dx", dx),
             ("down", down),
@@ -188,7 +194,8 @@ impl Layer {
             ("delta_bias", own_bias),
             ("prompt_down", prompt_down),
             ("prompt_up", prompt_up),
-        ])
+        ];
+        Ok(Iteration { forward_end, outputs })
     }
 
     /// Fresh noise, as at step `step` of a run.
@@ -200,14 +207,16 @@ impl Layer {
         match command {
             "run" => {
                 let start = Instant::now();
-                let outputs = self.step(op, Self::noise(step)?)?;
-                let seconds = start.elapsed().as_secs_f64();
-                drop(outputs);
-                Ok(seconds.to_string())
+                let iteration = self.step(op, Self::noise(step)?)?;
+                let end = Instant::now();
+                let forward = iteration.forward_end - start;
+                let backward = end - iteration.forward_end;
+                Ok(format!("{} {}", forward.as_secs_f64(), backward.as_secs_f64()))
             }
             "check" => {
                 let z = floats(&self.dir, "z")?;
-                for (name, values) in self.step(op, Noise::Given { z: &z, shape: NoiseShape::PerSample })? {
+                let noise = Noise::Given { z: &z, shape: NoiseShape::PerSample };
+                for (name, values) in self.step(op, noise)?.outputs {
                     let path = self.dir.join(format!("{op}.{name}.ours.f32"));
                     fs::write(path, bytemuck::cast_slice(&values))?;
                 }
@@ -217,9 +226,9 @@ impl Layer {
                 self.step(op, Self::noise(step)?)?;
                 fs::write("/proc/self/clear_refs", "5")?;
                 let before = status("VmRSS")?;
-                let outputs = self.step(op, Self::noise(step)?)?;
+                let iteration = self.step(op, Self::noise(step)?)?;
                 let peak = status("VmHWM")?.saturating_sub(before);
-                drop(outputs);
+                drop(iteration);
                 Ok(peak.to_string())
             }
             other => Err(format!("no command `{other}`").into()),
