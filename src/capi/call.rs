@@ -44,7 +44,7 @@ macro_rules! args {
 args! {
     PaceNoiseFill: 136,
     PaceNoisyLinear: 296,
-    PaceLowRankLinear: 344,
+    PaceLowRankLinear: 360,
     PaceNoisyEpilogue: 184,
     PaceLowRankWeight: 176,
     PacePromptBias: 216,

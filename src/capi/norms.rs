@@ -2,7 +2,7 @@
 
 use super::call::*;
 use super::types::*;
-use super::{Failure, PaceDevice, PaceStatus, Result};
+use super::{Failure, PACE_ERROR_SIZE, PaceDevice, PaceStatus, Result};
 use crate::cuda::{self, Buffer, DType, Plan};
 use crate::{Real, cpu, shape};
 use std::ffi::c_void;
@@ -10,20 +10,23 @@ use std::ffi::c_void;
 enum Compute {}
 
 /// The list of gradients; more than any model has is a forgotten number.
-fn gradients(args: &PaceGradNorm) -> Result<&[PaceTensor]> {
+///
+/// # Safety
+/// The list is NULL or `count` tensors.
+unsafe fn gradients<'a>(host: &mut Host, args: &PaceGradNorm) -> Result<&'a [PaceTensor]> {
     const MAX: u64 = 1 << 24;
     if args.count == 0 {
         return Ok(&[]);
     }
     if args.count > MAX {
         return Err(Failure::new(
-            super::PACE_ERROR_SIZE,
+            PACE_ERROR_SIZE,
             format!("`count` is {}, expected at most 2^24", args.count),
         ));
     }
     let list = PaceTensor { data: args.gradients.cast_mut().cast(), len: args.count };
-    // SAFETY: by the promise of whoever called the exported function: the list is `count` tensors, which stay.
-    unsafe { Host::default().input("gradients", list) }
+    // SAFETY: the caller's promise.
+    unsafe { host.input("gradients", list) }
 }
 
 impl Operator<PaceGradNorm> for Compute {
@@ -31,9 +34,9 @@ impl Operator<PaceGradNorm> for Compute {
         check_flags(args.flags, 0)?;
         let mut host = Host::default();
         // SAFETY: the caller's promise.
-        let norm = unsafe { host.output::<f64>("norm", args.norm) }?;
+        let (list, norm) = unsafe { (gradients(&mut host, args)?, host.output::<f64>("norm", args.norm)?) };
         shape::length("norm", "[1]", norm, 1)?;
-        let tensors = gradients(args)?.iter().filter(|tensor| tensor.len > 0);
+        let tensors = list.iter().filter(|tensor| tensor.len > 0);
         // SAFETY: the caller's promise.
         let tensors = tensors.map(|&tensor| unsafe { host.input::<T>("gradients", tensor) });
         norm[0] = cpu::grad_norm(&tensors.collect::<Result<Vec<_>>>()?);
@@ -42,7 +45,9 @@ impl Operator<PaceGradNorm> for Compute {
 
     fn plan(args: &PaceGradNorm, dtype: DType) -> Result<Box<dyn Plan>> {
         check_flags(args.flags, 0)?;
-        let gradients: Vec<Buffer> = gradients(args)?.iter().copied().map(buffer).collect();
+        // SAFETY: the list is in host memory, by the promise of whoever called the exported function.
+        let list = unsafe { gradients(&mut Host::default(), args) }?;
+        let gradients: Vec<Buffer> = list.iter().copied().map(buffer).collect();
         let (norm, workspace) = (buffer(args.norm), workspace_buffer(args.workspace, 8));
         Ok(Box::new(cuda::GradNorm { dtype, gradients: &gradients, norm, workspace }.plan()?))
     }
@@ -75,7 +80,8 @@ pub unsafe extern "C" fn pace_grad_norm_workspace(
     // SAFETY: the caller's promise.
     unsafe {
         workspace(device, args, bytes, |args, _| {
-            let lengths = gradients(args)?.iter().map(|tensor| size("gradients.len", tensor.len));
+            let list = gradients(&mut Host::default(), args)?;
+            let lengths = list.iter().map(|tensor| size("gradients.len", tensor.len));
             Ok(cuda::GradNorm::workspace_len(lengths.collect::<Result<Vec<_>>>()?).saturating_mul(8))
         })
     }

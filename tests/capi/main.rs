@@ -1,3 +1,5 @@
 //! The C interface: its header, programs that use it, and calls with anything in them.
 
+mod abi;
 mod header;
+mod programs;

@@ -1,6 +1,7 @@
 //! The CUDA kernels against the CPU operators, by one table of cases per operator: in the simulator (`simt::…`), which
 //! needs no GPU, and on device 0 (`device::…`), which is reported as ignored, with the reason, where there is none.
 
+mod capi;
 mod device;
 mod drop_path;
 mod loss;
@@ -72,6 +73,18 @@ const DEVICE_TESTS: &[(&str, DeviceTest)] = &[
     ("weights::safe_methods", weights::safe_methods),
 ];
 
+/// The C interface; its device is the simulator.
+const C_TESTS: &[(&str, fn())] = &[
+    ("capi::noisy_linear", capi::noisy_linear),
+    ("capi::low_rank_linear", capi::low_rank_linear),
+    ("capi::noise_and_epilogue", capi::noise_and_epilogue),
+    ("capi::weights", capi::weights),
+    ("capi::loss", capi::loss),
+    ("capi::drop_path", capi::drop_path),
+    ("capi::norms", capi::norms),
+    ("capi::errors", capi::errors),
+];
+
 fn main() {
     let arguments = Arguments::from_args();
     let mut trials: Vec<Trial> = Vec::new();
@@ -82,6 +95,9 @@ fn main() {
         }));
     };
     simulated("every_kernel_is_listed", Box::new(every_kernel_is_listed));
+    for &(name, test) in C_TESTS {
+        simulated(name, Box::new(test));
+    }
     for &(name, test) in TESTS {
         simulated(name, Box::new(move || test(&Target::Simulator)));
     }

@@ -29,6 +29,9 @@ pub(crate) struct Region {
     bytes: usize,
 }
 
+// SAFETY: a region is the only owner of its block, as a `Box` is.
+unsafe impl Send for Region {}
+
 impl Region {
     /// `bytes` bytes of poison, `shift` bytes past a multiple of 256.
     pub(crate) fn new(shift: usize, bytes: usize) -> Self {
