@@ -1,0 +1,441 @@
+"""Fine-tunes a timm vision transformer or Swin with PACE, its variants or the plain adapters.
+
+    python train.py                                          # MNIST to Optdigits, 4 shots per class, shipped weights
+    python train.py --variant fast --out results/fast
+    python train.py --data FOLDER --model vit_base_patch16_224.augreg_in21k --pretrained --epochs 300
+    torchrun --nproc-per-node 4 train.py ...                 # the same batches, noise and losses in four processes
+
+A run is a pure function of its settings: the order of the data of (seed, epoch), the noise of (seed, step). It is saved
+after each epoch, and at the next step after SIGTERM or Ctrl-C; `--resume` goes on as if nothing had happened, whatever
+ended it. OUT/metrics.jsonl has a line per training step and per evaluation, OUT/checkpoint.pt the state, in which
+`weights` are the trained parameters by their official names.
+"""
+
+import argparse
+import contextlib
+import gzip
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from timm.scheduler import CosineLRScheduler
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torchvision.transforms import functional as image_ops
+from tqdm import tqdm
+
+import pace_torch
+
+SHIPPED = Path(__file__).resolve().parents[1] / "few_shot"
+DIGITS = ("optdigits", "mnist-5k")
+# The source model of the few-shot example: pre-trained on 4,500 of the images in mnist-5k.
+DIGITS_WEIGHTS = SHIPPED / "mnist_vit.safetensors"
+DIGITS_VIT = dict(
+    model_name="vit_tiny_patch16_224", img_size=28, patch_size=4, in_chans=1, embed_dim=64, depth=6, num_heads=4,
+    pretrained_cfg_overlay=dict(input_size=(1, 28, 28), mean=(0.5,), std=(0.5,)),
+)
+EVALUATION_BATCH = 256
+
+
+class InputError(Exception):
+    """What the user can put right, in a sentence."""
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    def at_least(minimum, kind):
+        def number(text):
+            if not (value := kind(text)) >= minimum:
+                raise argparse.ArgumentTypeError(f"{text} is below {minimum}")
+            return value
+
+        return number
+
+    natural, positive = at_least(0, int), at_least(1, int)
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", default="optdigits", help="folder of train/CLASS/IMAGE and val/CLASS/IMAGE; or optdigits, mnist-5k")
+    add("--shots", type=positive, help="optdigits, mnist-5k: training images per class, the others validate; 4 if not given")
+    add("--model", default="digits", help="name in timm; digits is the few-shot example's ViT, with its weights")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--pretrained", action="store_true", help="take timm's weights of the model")
+    source.add_argument("--weights", help="take the weights in this file, safetensors or torch; the head starts anew")
+    add("--variant", default="pace", choices=["baseline", "noise", "pace", "fast", "lazy"], help="what to train")
+    add("--adapter", default="LoRAmul_VPTadd", choices=["LoRAmul_VPTadd", "LoRAadd", "VPTadd"], help="kind of adapter")
+    add("--rank", type=positive, default=10, help="rank of the adapters")
+    add("--sigma", type=float, default=1.0, help="standard deviation of the noise in the first noisy block")
+    add("--lambda", type=float, default=0.1, dest="lambda_", metavar="LAMBDA", help="strength of the consistency")
+    add("--lazy-interval", type=positive, default=2, help="lazy: every so many steps have the consistency term")
+    add("--drop-path", type=float, default=0.1, help="rate of DropPath in the last block")
+    add("--batch", type=positive, default=64, help="images per step, of all processes together")
+    add("--epochs", type=positive, default=100, help="passes over the training images")
+    add("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
+    add("--weight-decay", type=float, default=1e-4, help="weight decay of AdamW")
+    add("--label-smoothing", type=float, default=0.0, help="label smoothing of the cross-entropy")
+    add("--eval-every", type=positive, default=10, help="evaluate after every so many epochs, and after the last")
+    add("--seed", type=natural, default=42, help="seed of everything that is drawn")
+    add("--out", type=Path, help="folder of the results; results/pytorch/VARIANT if not given")
+    add("--resume", action="store_true", help="go on with the run in OUT, or start it if there is none")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto is cuda where there is one")
+    add("--threads", type=positive, help="threads of a process on the CPU")
+    add("--amp", action="store_true", help="compute in bfloat16 where autocast does")
+    add("--compile", action="store_true", help="torch.compile the model")
+    args = parser.parse_args(arguments)
+    if args.model == "digits" and args.pretrained:
+        parser.error("--pretrained needs a --model of timm's; the weights of `digits` are there already")
+    if args.data not in DIGITS and args.shots:
+        parser.error(f"--shots is for {' and '.join(DIGITS)}; a folder has its own train/ and val/")
+    args.shots = args.shots or (4 if args.data in DIGITS else None)
+    args.out = args.out or Path("results/pytorch") / args.variant
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------- model and data
+
+
+def load_model(args: argparse.Namespace) -> torch.nn.Module:
+    """The source model, pre-trained if the settings say from what."""
+    weights = args.weights or (DIGITS_WEIGHTS if args.model == "digits" else None)
+    kind = DIGITS_VIT if args.model == "digits" else dict(model_name=args.model)
+    try:
+        model = timm.create_model(**kind, pretrained=args.pretrained, drop_path_rate=args.drop_path)
+    except (RuntimeError, OSError) as error:
+        raise InputError(f"--model {args.model}: {error}") from error
+    if weights:
+        try:
+            given = timm.models.load_state_dict(str(weights))
+            given = {name: tensor for name, tensor in given.items() if not name.startswith("head")}
+            missing, unexpected = model.load_state_dict(given, strict=False)
+        except Exception as error:  # Whatever the readers of two formats raise for any file at all.
+            raise InputError(f"{weights} cannot be read as weights of {args.model}: {error}") from error
+        if wrong := unexpected + [name for name in missing if not name.startswith("head")]:
+            raise InputError(f"{weights} has not the weights of {args.model}: {wrong[0]} is in one of them only")
+    return model
+
+
+class Indexed(Dataset):
+    """The images at `indices` of a data set, as (image, label, number among these)."""
+
+    def __init__(self, images: Dataset, indices):
+        self.images, self.indices = images, indices
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        return *self.images[self.indices[i]], i
+
+
+def load_digits(name: str, shots: int, seed: int, channels: int, size: tuple[int, int]):
+    """Training and validation set, classes. Prepared as in the few-shot example; images `[channels, *size]`, 0 to 1."""
+
+    def idx(kind: str) -> np.ndarray:
+        with gzip.open(SHIPPED / "data" / f"{name}-{kind}-ubyte.gz") as file:
+            data = file.read()
+        sizes = np.frombuffer(data, ">u4", count=data[3], offset=4)
+        return np.frombuffer(data, np.uint8, offset=4 + sizes.nbytes).reshape(sizes)
+
+    images, labels = torch.tensor(idx("images-idx3"))[:, None].float(), idx("labels-idx1").astype(np.int64)
+    bicubic = dict(mode="bicubic", antialias=True)
+    if name == "optdigits":  # 8×8, counts up to 16: enlarged to the box that a digit of MNIST fills.
+        images = F.pad(F.interpolate(images / 16, 20, **bicubic).clamp(0, 1), (4, 4, 4, 4))
+    else:
+        images = images / 255
+    if images.shape[2:] != size:
+        images = F.interpolate(images, size, **bicubic).clamp(0, 1)
+    images = TensorDataset(images.expand(-1, channels, -1, -1), torch.from_numpy(labels))
+    order = np.random.default_rng(seed).permutation(len(labels))
+    by_class = [order[labels[order] == digit] for digit in range(10)]
+    if shots >= min(map(len, by_class)):
+        raise InputError(f"--shots {shots}: {name} has {min(map(len, by_class))} images of a class, one is to validate on")
+    parts = [of_class[:shots] for of_class in by_class], [of_class[shots:] for of_class in by_class]
+    return *(Indexed(images, np.concatenate(part)) for part in parts), 10
+
+
+def load_folder(folder: Path, channels: int, size: tuple[int, int]):
+    """Training and validation set, classes. Images `[channels, *size]` of bytes, stretched as the official code does."""
+
+    def prepare(image):
+        image = image_ops.resize(image, size, torchvision.transforms.InterpolationMode.BICUBIC)
+        return image_ops.pil_to_tensor(image.convert("L") if channels == 1 else image)
+
+    for part in ("train", "val"):
+        if not (folder / part).is_dir():
+            raise InputError(f"--data {folder}: no folder {folder / part}, expected train/ and val/ with a folder per class")
+    train, val = (torchvision.datasets.ImageFolder(folder / part, prepare) for part in ("train", "val"))
+    if train.classes != val.classes:
+        only = sorted(set(train.classes) ^ set(val.classes))
+        raise InputError(
+            f"--data {folder}: train/ has {len(train.classes)} classes, val/ {len(val.classes)}; not in both: {', '.join(only)}"
+        )
+    return *(Indexed(part, range(len(part))) for part in (train, val)), len(train.classes)
+
+
+class Batches(torch.utils.data.Sampler):
+    """This process's part of the batches of `epoch` from `start` on, in an order that depends on (seed, epoch) alone.
+
+    As in the official code an incomplete last batch is left out; fewer images than a batch are one. Process r has the
+    r-th of equal slices. Where PACE-lazy uses half of a batch, these are slices of each half.
+    """
+
+    def __init__(self, samples: int, args: argparse.Namespace, rank: int, processes: int):
+        self.samples, self.seed, self.rank, self.processes = samples, args.seed, rank, processes
+        self.lazy_interval = args.lazy_interval if args.variant == "lazy" else None
+        divisor = processes * (2 if self.lazy_interval else 1)
+        self.size = min(args.batch, samples) // divisor * divisor
+        if self.size == 0:
+            raise InputError(f"--batch {args.batch} of {samples} training images: too few to divide by {divisor}")
+        self.epoch = self.start = 0
+
+    def __len__(self):
+        return self.samples // self.size
+
+    def __iter__(self):
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.samples)
+        for i in range(self.start, len(self)):
+            batch = order[i * self.size : (i + 1) * self.size]
+            halves = self.lazy_interval and (self.epoch * len(self) + i) % self.lazy_interval == 0
+            parts = np.split(batch, 2 if halves else 1)
+            yield np.concatenate([np.split(part, self.processes)[self.rank] for part in parts]).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------- state
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """A list that is not empty after SIGTERM or Ctrl-C; the next one ends the process at once."""
+    received, before = [], {}
+
+    def handle(number, _):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before[number] = signal.signal(number, handle)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def save(path: Path, state: dict) -> None:
+    """Writes a checkpoint that is either whole or the one before, whenever the process or the machine stops."""
+    part = path.with_suffix(".part")
+    with open(part, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def restore(path: Path, settings: dict) -> dict:
+    """A checkpoint of a run with these settings."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        before = state["settings"]
+    except Exception as error:  # Whatever torch.load raises for any file at all.
+        raise InputError(f"{path} is not a checkpoint of this script") from error
+    changed = [
+        f"{name.rstrip('_').replace('_', '-')} was {before.get(name)}, is {settings.get(name)}"
+        for name in before | settings
+        if before.get(name) != settings.get(name)
+    ]
+    if changed:
+        raise InputError(f"{path} is of a run with other settings: {'; '.join(changed)}. Resume with the same, or take another --out")
+    return state
+
+
+# ---------------------------------------------------------------------------------------------------- training
+
+
+def train(args: argparse.Namespace) -> None:
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cuda = args.device == "cuda" or args.device == "auto" and torch.cuda.is_available()
+    if cuda and not torch.cuda.is_available():
+        raise InputError("--device cuda: PyTorch finds no CUDA device")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+        os.environ["RAYON_NUM_THREADS"] = str(args.threads)
+    if processes > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
+
+    def summed(*numbers: float) -> list[float]:
+        """Sums over the processes."""
+        values = torch.tensor(numbers, dtype=torch.float64, device=device)
+        if processes > 1:
+            dist.all_reduce(values)
+        return values.tolist()
+
+    torch.manual_seed(args.seed)
+    model = load_model(args)
+    expected = timm.data.resolve_model_data_config(model)
+    (channels, *size), digits = expected["input_size"], args.data in DIGITS
+    if digits:
+        training, validation, classes = load_digits(args.data, args.shots, args.seed, channels, tuple(size))
+    else:
+        training, validation, classes = load_folder(Path(args.data), channels, tuple(size))
+    model.reset_classifier(classes)
+    model.to(device)
+    pace_torch.inject(
+        model, args.adapter, args.rank, sigma=args.sigma, lambda_=args.lambda_, variant=args.variant, seed=args.seed,
+        lazy_interval=args.lazy_interval, samples=len(training), label_smoothing=args.label_smoothing,
+    )
+    pace, parameters = model.pace, [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
+    # As official, where there are 100 epochs or more. A pure function of the epoch: there is nothing to save.
+    scheduler = CosineLRScheduler(
+        optimizer, args.epochs, lr_min=1e-5, warmup_t=min(10, args.epochs // 10), warmup_lr_init=1e-6
+    )
+    batches = Batches(len(training), args, rank, processes)
+    workers = dict(num_workers=0 if digits else min(4, os.cpu_count()), persistent_workers=not digits, pin_memory=cuda)
+    training_loader = DataLoader(training, batch_sampler=batches, **workers)
+    own = range(rank, len(validation), processes)
+    validation_loader = DataLoader(Indexed(validation, own), batch_size=EVALUATION_BATCH, **workers)
+    mean, std = (torch.tensor(expected[name], device=device).view(-1, 1, 1) for name in ("mean", "std"))
+
+    def inputs(images: torch.Tensor) -> torch.Tensor:
+        images = images.to(device, non_blocking=True)
+        return ((images / 255 if images.dtype == torch.uint8 else images) - mean) / std
+
+    def autocast():
+        return torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
+
+    @torch.no_grad()
+    def outputs():
+        """Features before the head, logits and labels of the validation images of this process, batch by batch."""
+        model.eval()
+        for images, labels, *_ in validation_loader:
+            with autocast():
+                tokens = model.forward_features(inputs(images))
+                features, logits = model.forward_head(tokens, pre_logits=True), model.forward_head(tokens)
+            yield features.float(), logits, labels.to(device)
+
+    # The adapters start as the identity: these are the features of the source model.
+    source = [features for features, _, _ in outputs()]
+
+    def evaluate() -> dict:
+        right = distance = 0.0
+        for before, (features, logits, labels) in zip(source, outputs()):
+            right += (logits.argmax(1) == labels).sum().item()
+            distance += len(labels) * pace_torch.fp_distance(features, before).item()
+        right, distance = summed(right, distance)
+        return {"accuracy": right / len(validation), "fp_distance": distance / len(validation)}
+
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "device", "threads")}
+    settings |= {"classes": classes, "training images": len(training), "steps in an epoch": len(batches)}
+    checkpoint, log = args.out / "checkpoint.pt", args.out / "metrics.jsonl"
+    if log.exists() and not args.resume:
+        raise InputError(f"{args.out} has a run already: go on with it by --resume, or take another --out")
+    step = log_length = 0
+    if checkpoint.exists():
+        state = restore(checkpoint, settings)
+        step, log_length, pace.history = state["step"], state["log_length"], state["history"]
+        model.load_state_dict(state["weights"], strict=False)
+        optimizer.load_state_dict(state["optimizer"])
+    pace.step = pace.iteration = step
+    if processes > 1:
+        dist.barrier()  # Every process has seen the files as they were.
+    if rank == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
+        log.touch()
+        os.truncate(log, log_length)  # What came after the checkpoint comes again.
+        print(
+            f"{args.data}: {len(training)} training and {len(validation)} validation images, {classes} classes\n"
+            f"{args.model}: {sum(p.numel() for p in parameters):,} of {sum(p.numel() for p in model.parameters()):,} "
+            f"parameters train, on {processes} x {device.type}" + (f", from step {step}" if step else "")
+        )
+
+    engine = model
+    if processes > 1:
+        engine = DistributedDataParallel(model, device_ids=[device] if cuda else None, broadcast_buffers=False)
+    if args.compile:
+        engine = torch.compile(engine)
+    total = args.epochs * len(batches)
+    with (
+        stop_signals() as signals,
+        open(log if rank == 0 else os.devnull, "a") as metrics,
+        tqdm(total=total, initial=step, unit="step", disable=None if rank == 0 else True) as progress,
+    ):
+
+        def record(**values):
+            metrics.write(json.dumps({"step": step, "epoch": epoch + 1, **values}) + "\n")
+            metrics.flush()
+
+        for epoch in range(step // len(batches), args.epochs):
+            scheduler.step(epoch)
+            batches.epoch, batches.start = epoch, step % len(batches)
+            start = time.perf_counter()
+            for images, labels, index in training_loader:
+                model.train()
+                # What draws from PyTorch's generator (timm's DropPath, in the baseline) draws the same after a resume.
+                torch.manual_seed(int(np.random.SeedSequence((args.seed, step, rank)).generate_state(1)[0]))
+                with autocast():
+                    losses = pace.training_step(engine, inputs(images), labels.to(device), index.to(device))
+                optimizer.zero_grad()
+                losses.total.backward()
+                norm = pace_torch.grad_norm([p.grad for p in parameters])
+                optimizer.step()
+                losses.check()
+                step += 1
+                values = losses.total.item(), losses.classification.item(), losses.consistency.item()
+                *values, stop = summed(*(value / processes for value in values), len(signals))
+                names = ("total", "classification", "consistency")
+                record(
+                    **dict(zip(names, values)), gradient_norm=norm.item(), lr=optimizer.param_groups[0]["lr"],
+                    seconds=time.perf_counter() - start,
+                )
+                progress.update()
+                progress.set_postfix(epoch=epoch + 1, loss=f"{values[0]:.3f}", refresh=False)
+                end = step % len(batches) == 0
+                if end and ((epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs):
+                    start = time.perf_counter()
+                    record(**evaluate(), seconds=time.perf_counter() - start)
+                if rank == 0 and (end or stop):
+                    os.fsync(metrics.fileno())
+                    save(checkpoint, {
+                        "settings": settings, "step": step, "log_length": metrics.tell(), "history": pace.history,
+                        "weights": pace_torch.trainable_state_dict(model), "optimizer": optimizer.state_dict(),
+                    })
+                if stop and step < total:
+                    raise SystemExit(f"stopped after step {step} of {total}; --resume goes on")
+                start = time.perf_counter()
+    if rank == 0:
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        steps, last = [line for line in lines if "total" in line], lines[-1]
+        print(f"{'variant':<10}{'loss':>8}{'accuracy':>10}{'FP-distance':>13}{'seconds':>9}")
+        print(
+            f"{args.variant:<10}{steps[-1]['total']:>8.3f}{100 * last['accuracy']:>8.1f} %{last['fp_distance']:>13.3f}"
+            f"{sum(line['seconds'] for line in steps):>9.1f}"
+        )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    try:
+        train(parse(arguments))
+    except (InputError, pace_torch.PaceError, OSError) as error:
+        # A worker that loads images puts its traceback before the message.
+        sys.exit(f"train.py: {str(error).strip().splitlines()[-1]}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
