@@ -20,3 +20,8 @@ mod vector;
 pub use error::{Error, Result};
 pub use real::Real;
 pub use shape::LinearShape;
+
+/// The programs of the guide.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/embedding.md")]
+struct Guide;

@@ -2,4 +2,6 @@
 
 mod abi;
 mod header;
+#[path = "../common/installed.rs"]
+mod installed;
 mod programs;

@@ -1,38 +1,9 @@
 //! Programs in C and C++ against the header and the library, as a user gets them.
 
+use crate::installed::{prefix, root, run};
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
-
-/// Where `scripts/install_c.sh` has put the library.
-fn prefix() -> &'static Path {
-    static PREFIX: OnceLock<PathBuf> = OnceLock::new();
-    PREFIX.get_or_init(|| {
-        let prefix = Path::new(env!("CARGO_TARGET_TMPDIR")).join("capi");
-        let mut install = Command::new(root().join("scripts/install_c.sh"));
-        install.arg(&prefix).env("PROFILE", "dev");
-        // These programs use the CPU, and kernels take minutes to compile.
-        for variable in ["NVCC", "CUDA_HOME", "CUDA_PATH", "PACE_REQUIRE_NVCC"] {
-            install.env_remove(variable);
-        }
-        run(&mut install);
-        prefix
-    })
-}
-
-fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-}
-
-/// Runs a command that must succeed, and gives what it printed.
-fn run(command: &mut Command) -> String {
-    let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
-    let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
-    let (printed, errors) = (text(&output.stdout), text(&output.stderr));
-    assert!(output.status.success(), "{command:?}: {}\n{printed}\n{errors}", output.status);
-    printed
-}
 
 /// The compiler's and linker's options by pkg-config.
 fn flags(options: &[&str]) -> Vec<String> {
@@ -86,4 +57,20 @@ fn c_program_with_the_static_library() {
 fn cpp_program() {
     let printed = linked_to_the_shared_library("c++", &["-std=c++17"], "examples/cpp/noisy_linear.cpp");
     assert!(printed.contains("finite differences"), "{printed}");
+}
+
+#[test]
+fn the_guide_shows_what_the_programs_do() {
+    let guide = std::fs::read_to_string(root().join("docs/embedding.md")).unwrap();
+    let read = |path: &str| std::fs::read_to_string(root().join(path)).unwrap();
+    let sources = [("c", read("examples/c/pace_step.c")), ("cpp", read("examples/cpp/noisy_linear.cpp"))];
+    for (language, source) in sources {
+        let start = format!("```{language}\n");
+        let blocks = guide.split(&start).skip(1).map(|rest| rest.split("```").next().unwrap());
+        let blocks: Vec<&str> = blocks.collect();
+        assert!(!blocks.is_empty());
+        for block in blocks {
+            assert!(source.contains(block), "not in the {language} program:\n{block}");
+        }
+    }
 }

@@ -103,6 +103,14 @@ class Pace(nn.Module):
             return dist.get_rank(), dist.get_world_size()
         return 0, 1
 
+    def _rows_per_sample(self, rows: int, branches: int) -> int:
+        """How many of a layer's leading rows belong to a sample and branch."""
+        if self.batch == 0:
+            raise PaceError("a layer with noise ran outside of its model: call the model itself")
+        if rows == 0 or rows % (branches * self.batch):
+            raise PaceError(f"a layer has {rows} leading rows, expected a multiple of the model's {branches * self.batch}")
+        return rows // (branches * self.batch)
+
     def key(self, layer: int) -> Tensor:
         """The key of a layer in this step."""
         return self.keys[layer : layer + 1]
@@ -110,7 +118,7 @@ class Pace(nn.Module):
     def noise(self, layer: int, sigma: float, rows: int, z: Optional[Tensor] = None) -> Noise:
         """The noise of a layer whose input has `rows` leading rows: a sample's windows, where it is cut into windows, are
         numbered one after the other."""
-        first_sample = self.first_sample * (rows // (self.branches * self.batch))
+        first_sample = self.first_sample * self._rows_per_sample(rows, self.branches)
         return Noise(None if z is not None else self.key(layer), sigma, self.per_token, first_sample, self.branches, z)
 
     def drop_path(self, layer: int, drop_prob: float, x: Tensor) -> Tensor:
@@ -120,7 +128,7 @@ class Pace(nn.Module):
             self.key(layer),
             drop_prob,
             first_sample=self.first_sample,
-            branches=x.shape[0] // self.batch,
+            branches=self._rows_per_sample(x.shape[0], 1),
             global_batch=self.global_batch,
         )
 

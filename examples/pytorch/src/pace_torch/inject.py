@@ -130,10 +130,8 @@ def inject(
             _replace(model, name, SharedDropPath(module.drop_prob, pace, layer))
 
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(_is_trained(name))
-    for module in model.modules():
-        if isinstance(module, LoraMulVptAdd) and module.base_module.bias is None:
-            module.delta_b.requires_grad_(False)
+        if not _is_trained(name):
+            parameter.requires_grad_(False)
 
     model.pace = pace
     # Processes that share a model derive the same keys; DistributedDataParallel need not send them around.
@@ -142,7 +140,7 @@ def inject(
         pace.handles.append(model.register_forward_pre_hook(pace.before_forward, with_kwargs=True))
         doubled = model.get_submodule(_block(first_noisy_layer or next(reversed(linears))))
         pace.handles.append(doubled.register_forward_pre_hook(pace.double_rows))
-    return model
+    return model.train(model.training)
 
 
 def _is_trained(name: str) -> bool:
@@ -174,4 +172,4 @@ def merge(model: nn.Module) -> nn.Module:
         for handle in model.pace.handles:
             handle.remove()
         del model.pace, model._ddp_params_and_buffers_to_ignore
-    return model
+    return model.train(model.training)

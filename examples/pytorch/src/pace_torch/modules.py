@@ -28,14 +28,14 @@ def _rename(state_dict: dict, prefix: str, new_name) -> None:
 
 
 class Adapter(nn.Module):
-    """A linear layer and what is trained beside it. `forward(x, noise)` maps `[R, ..., K]` to `[R, ..., N]`.
+    """A frozen linear layer and what is trained beside it. `forward(x, noise)` maps `[R, ..., K]` to `[R, ..., N]`.
 
     Loads its own names, those of a noisy checkpoint (`adapter.…`) and those of a plain linear layer.
     """
 
     def __init__(self, base_module: nn.Linear):
         super().__init__()
-        self.base_module = base_module
+        self.base_module = base_module.requires_grad_(False)
 
     def _parameter(self, *shape: int, init=nn.init.zeros_) -> nn.Parameter:
         parameter = nn.Parameter(self.base_module.weight.new_empty(shape))
@@ -58,7 +58,7 @@ class Adapter(nn.Module):
 class LoraMulVptAdd(Adapter):
     """`ΔW = W0 ⊙ (scale·D·U)`, `Δb = W0·(Pd·Pu) + b0⊙δb`: the paper's main adapter, `LoRAmul_VPTadd_Linear`.
 
-    Without a bias in the base layer `delta_b` exists but is not used. `fold_16_bit` takes one product with `W0 + z⊙ΔW`
+    Without a bias in the base layer `delta_b` exists but is neither used nor trained. `fold_16_bit` takes one product with `W0 + z⊙ΔW`
     instead of two in 16-bit types on CUDA as well, which is faster and rounds more; float32 always does.
     """
 
@@ -68,7 +68,7 @@ class LoraMulVptAdd(Adapter):
         self.scale, self.fold_16_bit = scale, fold_16_bit
         self.delta_W_down = self._parameter(n, rank)
         self.delta_W_up = self._parameter(rank, k, init=nn.init.xavier_uniform_)
-        self.delta_b = self._parameter(n)
+        self.delta_b = self._parameter(n).requires_grad_(base_module.bias is not None)
         self.delta_prompt_down = self._parameter(k, rank)
         self.delta_prompt_up = self._parameter(rank, 1, init=nn.init.xavier_uniform_)
 
@@ -136,6 +136,10 @@ class VptAdd(Adapter):
 
 class Head(Adapter):
     """The classification head, trained itself: under noise `y = z⊙(x·Wᵀ + b)`. `HeadLinear`."""
+
+    def __init__(self, base_module: nn.Linear):
+        super().__init__(base_module)
+        base_module.requires_grad_(True)
 
     def forward(self, x: Tensor, noise: Noise = NO_NOISE) -> Tensor:
         x, weight, bias = _autocast(x, self.base_module.weight, self.base_module.bias)

@@ -125,8 +125,17 @@ def _matrix(name: str, tensor: Optional[Tensor], rows: int, columns: int) -> Non
         raise PaceError(f"`{name}` has shape {tuple(tensor.shape)}, expected {(rows, columns)}")
 
 
-def _flags(fold: bool, allow_tf32: bool) -> int:
-    return (lib.FOLD if fold else 0) | (lib.ALLOW_TF32 if allow_tf32 else 0)
+def _flags(x: Tensor, fold: bool = False) -> int:
+    """Read when the operator runs, as PyTorch's own products do with their precision."""
+    tf32 = x.device.type == "cuda" and x.dtype == torch.float32 and _allows_tf32()
+    return (lib.FOLD if fold else 0) | (lib.ALLOW_TF32 if tf32 else 0)
+
+
+def _allows_tf32() -> bool:
+    matmul = torch.backends.cuda.matmul
+    # From PyTorch 2.9 on `allow_tf32` cannot be read once this is set.
+    precision = getattr(matmul, "fp32_precision", None)
+    return matmul.allow_tf32 if precision is None else precision == "tf32"
 
 
 def _none(like: Tensor) -> Tensor:
@@ -169,7 +178,6 @@ def _noisy_linear(
     branches: int,
     shared_input: bool,
     fold: bool,
-    allow_tf32: bool,
 ) -> Tensor:
     inputs = _Inputs(x)
     n = _out_features(base_weight, delta_weight)
@@ -179,7 +187,7 @@ def _noisy_linear(
     y = inputs.new(*_out_shape(x, n, branches, shared_input))
     arguments = lib.PaceNoisyLinear(
         dtype=inputs.code,
-        flags=_flags(fold, allow_tf32),
+        flags=_flags(x, fold),
         shape=shape,
         noise=inputs.noise(key, z, sigma, per_token, first_sample),
         base_weight=inputs("base_weight", base_weight),
@@ -202,7 +210,7 @@ def _out_features(base_weight: Optional[Tensor], delta_weight: Optional[Tensor])
 
 @_noisy_linear.register_fake
 def _(x, base_weight, base_bias, delta_weight, delta_bias, key, z, sigma, per_token, first_sample, branches, shared_input,
-      fold, allow_tf32):
+      fold):
     return x.new_empty(_out_shape(x, _out_features(base_weight, delta_weight), branches, shared_input))
 
 
@@ -222,7 +230,6 @@ def _noisy_linear_backward(
     branches: int,
     shared_input: bool,
     fold: bool,
-    allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = _Inputs(dy)
     n, k = dy.shape[-1], x_shape[-1]
@@ -233,7 +240,7 @@ def _noisy_linear_backward(
     )
     arguments = lib.PaceNoisyLinear(
         dtype=inputs.code,
-        flags=_flags(fold, allow_tf32),
+        flags=_flags(x, fold),
         shape=_layer_shape(x, n, branches, shared_input),
         noise=inputs.noise(key, z, sigma, per_token, first_sample),
         base_weight=inputs("base_weight", base_weight),
@@ -250,7 +257,7 @@ def _noisy_linear_backward(
 
 @_noisy_linear_backward.register_fake
 def _(dy, x, base_weight, delta_weight, key, z, x_shape, wanted, sigma, per_token, first_sample, branches, shared_input,
-      fold, allow_tf32):
+      fold):
     sizes = (x_shape, (dy.shape[-1], x_shape[-1]), (dy.shape[-1],))
     return tuple(dy.new_empty(size) if want else _none(dy) for want, size in zip(wanted, sizes))
 
@@ -271,7 +278,7 @@ def _noisy_linear_grads(ctx, dy):
         dy, x, base_weight, delta_weight, _same_key(ctx, key), z, ctx.x_shape, ctx.wanted, *ctx.settings
     )
     dx, dw, db = (grad if want else None for want, grad in zip(ctx.wanted, grads))
-    return dx, None, None, dw, db, *[None] * 9
+    return dx, None, None, dw, db, *[None] * 8
 
 
 _noisy_linear.register_autograd(_noisy_linear_grads, setup_context=_noisy_linear_setup)
@@ -438,18 +445,17 @@ def _lora_mul_linear(
     branches: int,
     shared_input: bool,
     fold: bool,
-    allow_tf32: bool,
 ) -> Tensor:
     delta_weight = _low_rank_weight(down, up, base_weight, scale)
     return _noisy_linear(
         x, base_weight, base_bias, delta_weight, delta_bias, key, z, sigma, per_token, first_sample, branches,
-        shared_input, fold, allow_tf32,
+        shared_input, fold,
     )
 
 
 @_lora_mul_linear.register_fake
 def _(x, base_weight, base_bias, down, up, delta_bias, key, z, scale, sigma, per_token, first_sample, branches,
-      shared_input, fold, allow_tf32):
+      shared_input, fold):
     return x.new_empty(_out_shape(x, base_weight.shape[0], branches, shared_input))
 
 
@@ -471,12 +477,11 @@ def _lora_mul_linear_backward(
     branches: int,
     shared_input: bool,
     fold: bool,
-    allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     delta_weight = _low_rank_weight(down, up, base_weight, scale)
     dx, dw, db = _noisy_linear_backward(
         dy, x, base_weight, delta_weight, key, z, x_shape, wanted, sigma, per_token, first_sample, branches,
-        shared_input, fold, allow_tf32,
+        shared_input, fold,
     )
     if not wanted[1]:
         return dx, _none(dy), _none(dy), db
@@ -485,7 +490,7 @@ def _lora_mul_linear_backward(
 
 @_lora_mul_linear_backward.register_fake
 def _(dy, x, base_weight, down, up, key, z, x_shape, wanted, scale, sigma, per_token, first_sample, branches,
-      shared_input, fold, allow_tf32):
+      shared_input, fold):
     sizes = zip((wanted[0], wanted[1], wanted[1], wanted[2]), (x_shape, down.shape, up.shape, (dy.shape[-1],)))
     return tuple(dy.new_empty(size) if want else _none(dy) for want, size in sizes)
 
@@ -508,7 +513,7 @@ def _lora_mul_linear_grads(ctx, dy):
     )
     with_input, with_weight, with_bias = ctx.wanted
     factors = (ddown, dup) if with_weight else (None, None)
-    return dx if with_input else None, None, None, *factors, db if with_bias else None, *[None] * 10
+    return dx if with_input else None, None, None, *factors, db if with_bias else None, *[None] * 9
 
 
 _lora_mul_linear.register_autograd(_lora_mul_linear_grads, setup_context=_lora_mul_linear_setup)
@@ -537,7 +542,6 @@ def _lora_linear(
     first_sample: int,
     branches: int,
     shared_input: bool,
-    allow_tf32: bool,
 ) -> tuple[Tensor, Tensor]:
     inputs = _Inputs(x)
     (n, r), k = down.shape, x.shape[-1]
@@ -547,7 +551,7 @@ def _lora_linear(
     s = inputs.new(*x.shape[:-1], r) if _keeps_s(x) else _none(x)
     arguments = lib.PaceLowRankLinear(
         dtype=inputs.code,
-        flags=_flags(False, allow_tf32),
+        flags=_flags(x),
         shape=_layer_shape(x, n, branches, shared_input),
         noise=inputs.noise(key, z, sigma, per_token, first_sample),
         rank=r,
@@ -567,7 +571,7 @@ def _lora_linear(
 
 @_lora_linear.register_fake
 def _(x, base_weight, base_bias, down, up, delta_bias, key, z, scale, sigma, per_token, first_sample, branches,
-      shared_input, allow_tf32):
+      shared_input):
     s = x.new_empty([*x.shape[:-1], down.shape[1]]) if _keeps_s(x) else _none(x)
     return x.new_empty(_out_shape(x, down.shape[0], branches, shared_input)), s
 
@@ -590,7 +594,6 @@ def _lora_linear_backward(
     first_sample: int,
     branches: int,
     shared_input: bool,
-    allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inputs = _Inputs(x)
     (n, r), k = down.shape, x.shape[-1]
@@ -598,7 +601,7 @@ def _lora_linear_backward(
     grads = [inputs.new(*size) if want else None for want, size in zip(wanted, sizes)]
     arguments = lib.PaceLowRankLinear(
         dtype=inputs.code,
-        flags=_flags(False, allow_tf32),
+        flags=_flags(x),
         shape=_layer_shape(x, n, branches, shared_input),
         noise=inputs.noise(key, z, sigma, per_token, first_sample),
         rank=r,
@@ -621,7 +624,7 @@ def _lora_linear_backward(
 
 @_lora_linear_backward.register_fake
 def _(dy, x, s, base_weight, down, up, delta_bias, key, z, wanted, scale, sigma, per_token, first_sample, branches,
-      shared_input, allow_tf32):
+      shared_input):
     sizes = x.shape, down.shape, up.shape, (dy.shape[-1],)
     return tuple(x.new_empty(size) if want else _none(x) for want, size in zip(wanted, sizes))
 
@@ -640,13 +643,13 @@ def _lora_linear_setup(ctx, inputs, output):
 
 def _lora_linear_grads(ctx, dy, _):
     if dy is None:
-        return (None,) * 15
+        return (None,) * 14
     x, s, base_weight, down, up, delta_bias, key, z = ctx.saved_tensors
     grads = _lora_linear_backward(
         dy, x, s, base_weight, down, up, delta_bias, _same_key(ctx, key), z, ctx.wanted, *ctx.settings
     )
     dx, ddown, dup, db = (grad if want else None for want, grad in zip(ctx.wanted, grads))
-    return dx, None, None, ddown, dup, db, *[None] * 9
+    return dx, None, None, ddown, dup, db, *[None] * 8
 
 
 _lora_linear.register_autograd(_lora_linear_grads, setup_context=_lora_linear_setup)
@@ -967,13 +970,13 @@ def noisy_linear(
     `delta_weight [N, K]` and `delta_bias [N]` may each be None for zero. Gradients go to x, ΔW and Δb. With
     `shared_input` all branches read the same rows, `x [B, ..., K]`. `fold` lets the CUDA kernels take one product with
     `W0 + z⊙ΔW` where that is faster, at the price of its rounding in 16-bit types. In float32 on CUDA,
-    `torch.backends.cuda.matmul.allow_tf32` decides about the products.
+    the products are TF32 if PyTorch's are allowed to be (`torch.backends.cuda.matmul`).
 
     Raises `PaceError` for shapes, types or devices that do not fit.
     """
     return _noisy_linear(
         x, base_weight, base_bias, delta_weight, delta_bias, noise.key, noise.z, noise.sigma, noise.per_token,
-        noise.first_sample, noise.branches, shared_input, fold, torch.backends.cuda.matmul.allow_tf32,
+        noise.first_sample, noise.branches, shared_input, fold,
     )
 
 
@@ -996,7 +999,7 @@ def lora_mul_linear(
     """
     return _lora_mul_linear(
         x, base_weight, base_bias, down, up, delta_bias, noise.key, noise.z, scale, noise.sigma, noise.per_token,
-        noise.first_sample, noise.branches, shared_input, fold, torch.backends.cuda.matmul.allow_tf32,
+        noise.first_sample, noise.branches, shared_input, fold,
     )
 
 
@@ -1015,7 +1018,7 @@ def lora_linear(
     """LoRA add under noise: `y = x·W0ᵀ + b0 + z ⊙ (scale·(x·Uᵀ)·Dᵀ + δb)`; arguments as in `lora_mul_linear`."""
     return _lora_linear(
         x, base_weight, base_bias, down, up, delta_bias, noise.key, noise.z, scale, noise.sigma, noise.per_token,
-        noise.first_sample, noise.branches, shared_input, torch.backends.cuda.matmul.allow_tf32,
+        noise.first_sample, noise.branches, shared_input,
     )[0]
 
 
@@ -1031,7 +1034,7 @@ def prompt_bias(
     prompt_up: Tensor,
     delta_bias: Optional[Tensor] = None,
 ) -> Tensor:
-    """`Δb [N] = W0·(Pd·Pu) + b0⊙δb` (VPT add): `prompt_down [K, r]`, `prompt_up [r, 1]`; `delta_bias` takes a base bias."""
+    """`Δb [N] = W0·(Pd·Pu) + b0⊙δb` (VPT add): `prompt_down [K, r]`, `prompt_up [r, 1]`; without a base bias δb plays no part."""
     return _prompt_bias(base_weight, base_bias, prompt_down, prompt_up, delta_bias)
 
 

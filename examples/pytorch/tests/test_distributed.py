@@ -1,0 +1,99 @@
+"""DistributedDataParallel: 1, 2 and 4 processes that share a global batch do the same, up to the order of sums."""
+
+import os
+import socket
+
+import pace_torch
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import close, perturb, vit
+from torch.nn.parallel import DistributedDataParallel
+
+GLOBAL_BATCH, STEPS, SAMPLES = 8, 4, 12
+VARIANTS = ("pace", "fast")
+
+
+def data(step):
+    generator = torch.Generator().manual_seed(100 + step)
+    x = torch.randn(GLOBAL_BATCH, 3, 16, 16, generator=generator, dtype=torch.float64)
+    labels = torch.randint(5, (GLOBAL_BATCH,), generator=generator)
+    return x, labels, torch.randperm(SAMPLES, generator=generator)[:GLOBAL_BATCH]
+
+
+def train(variant, rank, world_size):
+    """Trains on a process's part of each batch; what it saw and where it ended."""
+    model = pace_torch.inject(
+        vit(drop_path_rate=0.5), "LoRAmul_VPTadd", 2, sigma=0.7, variant=variant, samples=SAMPLES, seed=11
+    )
+    perturb(model, 0.05).train()
+    engine = DistributedDataParallel(model) if world_size > 1 else model
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    part = slice(rank * GLOBAL_BATCH // world_size, (rank + 1) * GLOBAL_BATCH // world_size)
+    local = GLOBAL_BATCH // world_size
+    out = {"losses": [], "noise": [], "scale": []}
+    for step in range(STEPS):
+        x, labels, index = (tensor[part] for tensor in data(step))
+        losses = model.pace.training_step(engine, x, labels, index)
+        optimizer.zero_grad()
+        losses.total.backward()
+        optimizer.step()
+        out["losses"].append(torch.stack([losses.total.detach(), losses.classification, losses.consistency]))
+        # The z of one layer, and what one DropPath multiplies by: [branch, sample, channel].
+        pace, layer = model.pace, model.blocks[2].attn.qkv
+        z = pace_torch.noise(pace.noise(layer.layer, layer.sigma, pace.branches * local), local, 72)
+        out["noise"].append(z.view(pace.branches, local, 72))
+        drop = model.blocks[2].drop_path1
+        out["scale"].append(pace.drop_path(drop.layer, drop.drop_prob, torch.ones(local, 1, dtype=torch.float64)))
+    out["weights"] = pace_torch.trainable_state_dict(model)
+    out["history"] = model.pace.history
+    return out
+
+
+def worker(rank, world_size, port, folder):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    torch.save({variant: train(variant, rank, world_size) for variant in VARIANTS}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return {variant: train(variant, 0, 1) for variant in VARIANTS}
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_processes_together_do_what_one_does(world_size, alone, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(worker, (world_size, port, str(tmp_path)), nprocs=world_size)
+    together = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world_size)]
+    for variant, expected in alone.items():
+        parts = [results[variant] for results in together]
+        for step in range(STEPS):
+            assert torch.equal(torch.cat([part["noise"][step] for part in parts], dim=1), expected["noise"][step])
+            assert torch.equal(torch.cat([part["scale"][step] for part in parts]), expected["scale"][step])
+            close(torch.stack([part["losses"][step] for part in parts]).mean(0), expected["losses"][step], 1e-10)
+        assert any((scale == 0).any() and (scale != 0).any() for scale in expected["scale"])
+        for part in parts:
+            for name, weight in expected["weights"].items():
+                assert torch.equal(part["weights"][name], parts[0]["weights"][name]), name
+                # AdamW divides by the size of a gradient: where that is rounding, so is the step.
+                close(part["weights"][name], weight, 1e-10)
+            if variant == "fast":
+                assert torch.equal(part["history"], parts[0]["history"])
+                close(part["history"], expected["history"], 1e-10)
+
+
+def test_a_sharded_history_needs_no_exchange():
+    # Each process numbers its own samples; what the others have is not here, so an exchange would hang or fail.
+    model = pace_torch.inject(vit(), rank=2, variant="fast", samples=4).train()
+    model.pace.shard = (1, 2)
+    x, labels, _ = data(0)
+    for _ in range(2):
+        losses = model.pace.training_step(model, x[:4], labels[:4], torch.arange(4))
+    assert model.pace.first_sample == 4 and losses.consistency > 0
+    assert (model.pace.history.abs().sum(1) > 0).all()

@@ -1,0 +1,56 @@
+//! The PyTorch package: `pytest` over `examples/pytorch/tests`, one trial for each file.
+//!
+//! It takes a Python with torch, timm and pytest: `PACE_PYTHON`, or `python3` if it has them. The package itself need not be
+//! installed.
+
+#[path = "common/installed.rs"]
+mod installed;
+
+use installed::{prefix, root, run};
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use std::process::Command;
+use std::sync::LazyLock;
+
+/// The Python to use, or why there is none.
+static PYTHON: LazyLock<Result<String, String>> = LazyLock::new(|| {
+    let named = std::env::var("PACE_PYTHON").ok();
+    let python = named.clone().unwrap_or_else(|| "python3".into());
+    let output = Command::new(&python).args(["-c", "import torch, timm, pytest, safetensors"]).output();
+    let problem = match output {
+        Ok(output) if output.status.success() => return Ok(python),
+        Ok(output) => String::from_utf8_lossy(&output.stderr).lines().last().unwrap_or_default().to_owned(),
+        Err(error) => error.to_string(),
+    };
+    assert!(named.is_none(), "PACE_PYTHON={python}: {problem}");
+    Err(format!("{python}: {problem}; PACE_PYTHON names another Python"))
+});
+
+fn test(file: &str) -> Result<Completion, Failed> {
+    let python = match &*PYTHON {
+        Ok(python) => python,
+        Err(why) => return Ok(Completion::ignored_with(why)),
+    };
+    let library = format!("libpace_kernels{}", std::env::consts::DLL_SUFFIX);
+    let mut pytest = Command::new(python);
+    pytest
+        // `-rs` tells why tests were skipped.
+        .args(["-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"])
+        .arg(root().join("examples/pytorch/tests").join(file))
+        .env("PYTHONPATH", root().join("examples/pytorch/src"))
+        .env("PYTHONDONTWRITEBYTECODE", "1")
+        .env("PACE_KERNELS_LIBRARY", prefix().join("lib").join(library))
+        .current_dir(env!("CARGO_TARGET_TMPDIR"));
+    println!("{}", run(&mut pytest));
+    Ok(Completion::Completed)
+}
+
+fn main() {
+    let arguments = Arguments::from_args();
+    let entries = std::fs::read_dir(root().join("examples/pytorch/tests")).unwrap();
+    let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let mut files: Vec<_> = names.filter(|name| name.starts_with("test_") && name.ends_with(".py")).collect();
+    files.sort();
+    assert!(!files.is_empty());
+    let trials = files.into_iter().map(|file| Trial::ignorable_test(file.clone(), move || test(&file)));
+    libtest_mimic::run(&arguments, trials.collect()).exit();
+}
