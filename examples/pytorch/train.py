@@ -1,6 +1,6 @@
 """Fine-tunes a timm vision transformer or Swin with PACE, its variants or the plain adapters.
 
-    python train.py                                          # MNIST to Optdigits, 4 shots per class, shipped weights
+    python train.py                                          # MNIST to Optdigits, 16 shots per class, shipped weights
     python train.py --variant fast --out results/fast
     python train.py --data FOLDER --model vit_base_patch16_224.augreg_in21k --pretrained --epochs 300
     torchrun --nproc-per-node 4 train.py ...                 # the same batches, noise and losses in four processes
@@ -50,7 +50,14 @@ class InputError(Exception):
     """What the user can put right, in a sentence."""
 
 
+def last_line(error: Exception) -> str:
+    """The end of a message: what is wrong, without the list or the traceback before it."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+
     def at_least(minimum, kind):
         def number(text):
             if not (value := kind(text)) >= minimum:
@@ -59,43 +66,44 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
         return number
 
+    def add(name, help, default=None, to=parser, **kind):
+        if default is not None:
+            kind["default"], help = default, f"{help} (default {default})"
+        to.add_argument(name, help=help, **kind)
+
     natural, positive = at_least(0, int), at_least(1, int)
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add = parser.add_argument
-    add("--data", default="optdigits", help="folder of train/CLASS/IMAGE and val/CLASS/IMAGE; or optdigits, mnist-5k")
-    add("--shots", type=positive, help="optdigits, mnist-5k: training images per class, the others validate; 4 if not given")
-    add("--model", default="digits", help="name in timm; digits is the few-shot example's ViT, with its weights")
+    add("--data", "folder of train/CLASS/IMAGE and val/CLASS/IMAGE; or optdigits, mnist-5k", "optdigits")
+    add("--shots", "optdigits, mnist-5k: training images per class, the others validate (default 16)", type=positive)
+    add("--model", "name in timm; digits is the few-shot example's ViT, with its weights", "digits")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--pretrained", action="store_true", help="take timm's weights of the model")
-    source.add_argument("--weights", help="take the weights in this file, safetensors or torch; the head starts anew")
-    add("--variant", default="pace", choices=["baseline", "noise", "pace", "fast", "lazy"], help="what to train")
-    add("--adapter", default="LoRAmul_VPTadd", choices=["LoRAmul_VPTadd", "LoRAadd", "VPTadd"], help="kind of adapter")
-    add("--rank", type=positive, default=10, help="rank of the adapters")
-    add("--sigma", type=float, default=1.0, help="standard deviation of the noise in the first noisy block")
-    add("--lambda", type=float, default=0.1, dest="lambda_", metavar="LAMBDA", help="strength of the consistency")
-    add("--lazy-interval", type=positive, default=2, help="lazy: every so many steps have the consistency term")
-    add("--drop-path", type=float, default=0.1, help="rate of DropPath in the last block")
-    add("--batch", type=positive, default=64, help="images per step, of all processes together")
-    add("--epochs", type=positive, default=100, help="passes over the training images")
-    add("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
-    add("--weight-decay", type=float, default=1e-4, help="weight decay of AdamW")
-    add("--label-smoothing", type=float, default=0.0, help="label smoothing of the cross-entropy")
-    add("--eval-every", type=positive, default=10, help="evaluate after every so many epochs, and after the last")
-    add("--seed", type=natural, default=42, help="seed of everything that is drawn")
-    add("--out", type=Path, help="folder of the results; results/pytorch/VARIANT if not given")
-    add("--resume", action="store_true", help="go on with the run in OUT, or start it if there is none")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto is cuda where there is one")
-    add("--threads", type=positive, help="threads of a process on the CPU")
-    add("--amp", action="store_true", help="compute in bfloat16 where autocast does")
-    add("--compile", action="store_true", help="torch.compile the model")
+    add("--pretrained", "take timm's weights of the model", to=source, action="store_true")
+    add("--weights", "take the weights in this file, safetensors or torch; the head starts anew", to=source)
+    add("--variant", "what to train", "pace", choices=["baseline", "noise", "pace", "fast", "lazy"])
+    add("--adapter", "kind of adapter", "LoRAmul_VPTadd", choices=["LoRAmul_VPTadd", "LoRAadd", "VPTadd"])
+    add("--rank", "rank of the adapters", 10, type=positive)
+    add("--sigma", "standard deviation of the noise in the first noisy block", 1.0, type=float)
+    add("--lambda", "strength of the consistency", 0.1, type=float, dest="lambda_", metavar="LAMBDA")
+    add("--lazy-interval", "lazy: every so many steps have the consistency term", 2, type=positive)
+    add("--drop-path", "rate of DropPath in the last block", 0.1, type=float)
+    add("--batch", "images in a step, of all processes together", 64, type=positive)
+    add("--epochs", "passes over the training images", 100, type=positive)
+    add("--lr", "peak learning rate of AdamW", 1e-3, type=float)
+    add("--weight-decay", "weight decay of AdamW", 1e-4, type=float)
+    add("--label-smoothing", "label smoothing of the cross-entropy", 0.0, type=float)
+    add("--eval-every", "evaluate after every so many epochs, and after the last", 10, type=positive)
+    add("--seed", "seed of everything that is drawn", 42, type=natural)
+    add("--out", "folder of the results (default results/pytorch/VARIANT)", type=Path)
+    add("--resume", "go on with the run in OUT, or start it if there is none", action="store_true")
+    add("--device", "auto is cuda where there is one", "auto", choices=["auto", "cpu", "cuda"])
+    add("--threads", "threads of a process on the CPU", type=positive)
+    add("--amp", "compute in bfloat16 where autocast does", action="store_true")
+    add("--compile", "torch.compile the model", action="store_true")
     args = parser.parse_args(arguments)
     if args.model == "digits" and args.pretrained:
         parser.error("--pretrained needs a --model of timm's; the weights of `digits` are there already")
     if args.data not in DIGITS and args.shots:
         parser.error(f"--shots is for {' and '.join(DIGITS)}; a folder has its own train/ and val/")
-    args.shots = args.shots or (4 if args.data in DIGITS else None)
+    args.shots = args.shots or (16 if args.data in DIGITS else None)
     args.out = args.out or Path("results/pytorch") / args.variant
     return args
 
@@ -109,15 +117,17 @@ def load_model(args: argparse.Namespace) -> torch.nn.Module:
     kind = DIGITS_VIT if args.model == "digits" else dict(model_name=args.model)
     try:
         model = timm.create_model(**kind, pretrained=args.pretrained, drop_path_rate=args.drop_path)
-    except (RuntimeError, OSError) as error:
-        raise InputError(f"--model {args.model}: {error}") from error
+    except (RuntimeError, TypeError, OSError) as error:
+        raise InputError(f"--model {args.model}: {last_line(error)}") from error
+    if weights and not Path(weights).is_file():
+        raise InputError(f"--weights {weights}: no such file")
     if weights:
         try:
             given = timm.models.load_state_dict(str(weights))
             given = {name: tensor for name, tensor in given.items() if not name.startswith("head")}
             missing, unexpected = model.load_state_dict(given, strict=False)
         except Exception as error:  # Whatever the readers of two formats raise for any file at all.
-            raise InputError(f"{weights} cannot be read as weights of {args.model}: {error}") from error
+            raise InputError(f"{weights} cannot be read as weights of {args.model}: {last_line(error)}") from error
         if wrong := unexpected + [name for name in missing if not name.startswith("head")]:
             raise InputError(f"{weights} has not the weights of {args.model}: {wrong[0]} is in one of them only")
     return model
@@ -137,7 +147,7 @@ class Indexed(Dataset):
 
 
 def load_digits(name: str, shots: int, seed: int, channels: int, size: tuple[int, int]):
-    """Training and validation set, classes. Prepared as in the few-shot example; images `[channels, *size]`, 0 to 1."""
+    """Training and validation set, classes. Images `[channels, *size]`, 0 to 1, prepared as in the few-shot example."""
 
     def idx(kind: str) -> np.ndarray:
         with gzip.open(SHIPPED / "data" / f"{name}-{kind}-ubyte.gz") as file:
@@ -157,13 +167,19 @@ def load_digits(name: str, shots: int, seed: int, channels: int, size: tuple[int
     order = np.random.default_rng(seed).permutation(len(labels))
     by_class = [order[labels[order] == digit] for digit in range(10)]
     if shots >= min(map(len, by_class)):
-        raise InputError(f"--shots {shots}: {name} has {min(map(len, by_class))} images of a class, one is to validate on")
+        raise InputError(f"--shots {shots}: {name} has {min(map(len, by_class))} images of a class, one must validate")
     parts = [of_class[:shots] for of_class in by_class], [of_class[shots:] for of_class in by_class]
     return *(Indexed(images, np.concatenate(part)) for part in parts), 10
 
 
 def load_folder(folder: Path, channels: int, size: tuple[int, int]):
-    """Training and validation set, classes. Images `[channels, *size]` of bytes, stretched as the official code does."""
+    """Training and validation set, classes. Images `[channels, *size]` of bytes, stretched as in the official code."""
+
+    def load(path):
+        try:
+            return torchvision.datasets.folder.default_loader(path)
+        except Exception as error:  # Whatever decoders raise for a broken file.
+            raise OSError(f"{path}: {error}") from error
 
     def prepare(image):
         image = image_ops.resize(image, size, torchvision.transforms.InterpolationMode.BICUBIC)
@@ -171,12 +187,13 @@ def load_folder(folder: Path, channels: int, size: tuple[int, int]):
 
     for part in ("train", "val"):
         if not (folder / part).is_dir():
-            raise InputError(f"--data {folder}: no folder {folder / part}, expected train/ and val/ with a folder per class")
-    train, val = (torchvision.datasets.ImageFolder(folder / part, prepare) for part in ("train", "val"))
+            raise InputError(f"no folder {folder / part}, expected it with a folder of images per class")
+    train, val = (torchvision.datasets.ImageFolder(folder / part, prepare, loader=load) for part in ("train", "val"))
     if train.classes != val.classes:
         only = sorted(set(train.classes) ^ set(val.classes))
         raise InputError(
-            f"--data {folder}: train/ has {len(train.classes)} classes, val/ {len(val.classes)}; not in both: {', '.join(only)}"
+            f"--data {folder}: train/ has {len(train.classes)} classes, val/ {len(val.classes)}; not in both: "
+            + ", ".join(only)
         )
     return *(Indexed(part, range(len(part))) for part in (train, val)), len(train.classes)
 
@@ -213,13 +230,17 @@ class Batches(torch.utils.data.Sampler):
 
 
 @contextlib.contextmanager
-def stop_signals():
-    """A list that is not empty after SIGTERM or Ctrl-C; the next one ends the process at once."""
+def stop_signals(processes: int):
+    """A list that is not empty after SIGTERM or Ctrl-C.
+
+    A second one ends a single process at once. torchrun passes on what its processes have received already.
+    """
     received, before = [], {}
 
     def handle(number, _):
         received.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        if processes == 1:
+            signal.signal(number, signal.SIG_DFL)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         before[number] = signal.signal(number, handle)
@@ -253,7 +274,7 @@ def restore(path: Path, settings: dict) -> dict:
         if before.get(name) != settings.get(name)
     ]
     if changed:
-        raise InputError(f"{path} is of a run with other settings: {'; '.join(changed)}. Resume with the same, or take another --out")
+        raise InputError(f"{path}: {'; '.join(changed)}. Resume with the same settings, or take another --out")
     return state
 
 
@@ -304,8 +325,8 @@ def train(args: argparse.Namespace) -> None:
         optimizer, args.epochs, lr_min=1e-5, warmup_t=min(10, args.epochs // 10), warmup_lr_init=1e-6
     )
     batches = Batches(len(training), args, rank, processes)
-    workers = dict(num_workers=0 if digits else min(4, os.cpu_count()), persistent_workers=not digits, pin_memory=cuda)
-    training_loader = DataLoader(training, batch_sampler=batches, **workers)
+    workers = dict(num_workers=0 if digits else min(4, os.cpu_count()), pin_memory=cuda)
+    training_loader = DataLoader(training, batch_sampler=batches, persistent_workers=not digits, **workers)
     own = range(rank, len(validation), processes)
     validation_loader = DataLoader(Indexed(validation, own), batch_size=EVALUATION_BATCH, **workers)
     mean, std = (torch.tensor(expected[name], device=device).view(-1, 1, 1) for name in ("mean", "std"))
@@ -327,9 +348,6 @@ def train(args: argparse.Namespace) -> None:
                 features, logits = model.forward_head(tokens, pre_logits=True), model.forward_head(tokens)
             yield features.float(), logits, labels.to(device)
 
-    # The adapters start as the identity: these are the features of the source model.
-    source = [features for features, _, _ in outputs()]
-
     def evaluate() -> dict:
         right = distance = 0.0
         for before, (features, logits, labels) in zip(source, outputs()):
@@ -343,10 +361,16 @@ def train(args: argparse.Namespace) -> None:
     checkpoint, log = args.out / "checkpoint.pt", args.out / "metrics.jsonl"
     if log.exists() and not args.resume:
         raise InputError(f"{args.out} has a run already: go on with it by --resume, or take another --out")
-    step = log_length = 0
-    if checkpoint.exists():
-        state = restore(checkpoint, settings)
-        step, log_length, pace.history = state["step"], state["log_length"], state["history"]
+    state = restore(checkpoint, settings) if checkpoint.exists() else None
+    log_length = state["log_length"] if state else 0
+    if log_length > (log.stat().st_size if log.exists() else 0):
+        raise InputError(f"{log} is shorter than when {checkpoint} was written")
+
+    # The adapters start as the identity: these are the features of the source model.
+    source = [features for features, _, _ in outputs()]
+    step = 0
+    if state:
+        step, pace.history = state["step"], state["history"]
         model.load_state_dict(state["weights"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
     pace.step = pace.iteration = step
@@ -364,12 +388,12 @@ def train(args: argparse.Namespace) -> None:
 
     engine = model
     if processes > 1:
-        engine = DistributedDataParallel(model, device_ids=[device] if cuda else None, broadcast_buffers=False)
+        engine = DistributedDataParallel(model, device_ids=[device] if cuda else None)
     if args.compile:
         engine = torch.compile(engine)
     total = args.epochs * len(batches)
     with (
-        stop_signals() as signals,
+        stop_signals(processes) as signals,
         open(log if rank == 0 else os.devnull, "a") as metrics,
         tqdm(total=total, initial=step, unit="step", disable=None if rank == 0 else True) as progress,
     ):
@@ -414,6 +438,8 @@ def train(args: argparse.Namespace) -> None:
                         "weights": pace_torch.trainable_state_dict(model), "optimizer": optimizer.state_dict(),
                     })
                 if stop and step < total:
+                    if processes > 1:
+                        dist.barrier()  # torchrun ends all with the first: not before the checkpoint is there.
                     raise SystemExit(f"stopped after step {step} of {total}; --resume goes on")
                 start = time.perf_counter()
     if rank == 0:
@@ -430,8 +456,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         train(parse(arguments))
     except (InputError, pace_torch.PaceError, OSError) as error:
-        # A worker that loads images puts its traceback before the message.
-        sys.exit(f"train.py: {str(error).strip().splitlines()[-1]}")
+        sys.exit(f"train.py: {last_line(error)}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
