@@ -21,6 +21,9 @@ import sys
 import time
 from pathlib import Path
 
+# PyTorch's threads and the operators' take turns on the CPU: the idle ones must not spin. Read when torch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import numpy as np
 import timm
 import torch
@@ -29,15 +32,14 @@ import torch.nn.functional as F
 import torchvision
 from timm.scheduler import CosineLRScheduler
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from torchvision.transforms import functional as image_ops
 from tqdm import tqdm
 
 import pace_torch
 
 SHIPPED = Path(__file__).resolve().parents[1] / "few_shot"
-DIGITS = ("optdigits", "mnist-5k")
-# The source model of the few-shot example: pre-trained on 4,500 of the images in mnist-5k.
+# The source model of the few-shot example, pre-trained on MNIST.
 DIGITS_WEIGHTS = SHIPPED / "mnist_vit.safetensors"
 DIGITS_VIT = dict(
     model_name="vit_tiny_patch16_224", img_size=28, patch_size=4, in_chans=1, embed_dim=64, depth=6, num_heads=4,
@@ -72,8 +74,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         to.add_argument(name, help=help, **kind)
 
     natural, positive = at_least(0, int), at_least(1, int)
-    add("--data", "folder of train/CLASS/IMAGE and val/CLASS/IMAGE; or optdigits, mnist-5k", "optdigits")
-    add("--shots", "optdigits, mnist-5k: training images per class, the others validate (default 16)", type=positive)
+    add("--data", "folder of train/CLASS/IMAGE and val/CLASS/IMAGE, or optdigits", "optdigits")
+    add("--shots", "optdigits: training images per class, the others validate (default 16)", type=positive)
     add("--model", "name in timm; digits is the few-shot example's ViT, with its weights", "digits")
     source = parser.add_mutually_exclusive_group()
     add("--pretrained", "take timm's weights of the model", to=source, action="store_true")
@@ -101,11 +103,41 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.model == "digits" and args.pretrained:
         parser.error("--pretrained needs a --model of timm's; the weights of `digits` are there already")
-    if args.data not in DIGITS and args.shots:
-        parser.error(f"--shots is for {' and '.join(DIGITS)}; a folder has its own train/ and val/")
-    args.shots = args.shots or (16 if args.data in DIGITS else None)
+    if args.data == "optdigits":
+        args.shots = args.shots or 16
+    elif args.shots:
+        parser.error("--shots is for optdigits; a folder has its own train/ and val/")
     args.out = args.out or Path("results/pytorch") / args.variant
     return args
+
+
+class Process:
+    """This process, one of those that torchrun started or the only one, and its device."""
+
+    def __init__(self, device: str):
+        self.rank, self.number = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        cuda = torch.cuda.is_available()
+        if device == "cuda" and not cuda:
+            raise InputError("--device cuda: PyTorch finds no CUDA device")
+        self.device = torch.device("cpu")
+        if cuda and device != "cpu":
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        if self.number > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+
+    def sums(self, *numbers: float) -> list[float]:
+        """Each number summed over the processes."""
+        values = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        if self.number > 1:
+            dist.all_reduce(values)
+        return values.tolist()
+
+    def barrier(self) -> None:
+        if self.number > 1:
+            dist.barrier()
 
 
 # ---------------------------------------------------------------------------------------------------- model and data
@@ -146,28 +178,25 @@ class Indexed(Dataset):
         return *self.images[self.indices[i]], i
 
 
-def load_digits(name: str, shots: int, seed: int, channels: int, size: tuple[int, int]):
+def load_optdigits(shots: int, seed: int, channels: int, size: tuple[int, int]):
     """Training and validation set, classes. Images `[channels, *size]`, 0 to 1, prepared as in the few-shot example."""
 
     def idx(kind: str) -> np.ndarray:
-        with gzip.open(SHIPPED / "data" / f"{name}-{kind}-ubyte.gz") as file:
+        with gzip.open(SHIPPED / "data" / f"optdigits-{kind}-ubyte.gz") as file:
             data = file.read()
         sizes = np.frombuffer(data, ">u4", count=data[3], offset=4)
         return np.frombuffer(data, np.uint8, offset=4 + sizes.nbytes).reshape(sizes)
 
-    images, labels = torch.tensor(idx("images-idx3"))[:, None].float(), idx("labels-idx1").astype(np.int64)
+    images, labels = torch.tensor(idx("images-idx3"))[:, None] / 16, idx("labels-idx1").astype(np.int64)
     bicubic = dict(mode="bicubic", antialias=True)
-    if name == "optdigits":  # 8×8, counts up to 16: enlarged to the box that a digit of MNIST fills.
-        images = F.pad(F.interpolate(images / 16, 20, **bicubic).clamp(0, 1), (4, 4, 4, 4))
-    else:
-        images = images / 255
+    images = F.pad(F.interpolate(images, 20, **bicubic).clamp(0, 1), (4, 4, 4, 4))  # The format of MNIST.
     if images.shape[2:] != size:
         images = F.interpolate(images, size, **bicubic).clamp(0, 1)
     images = TensorDataset(images.expand(-1, channels, -1, -1), torch.from_numpy(labels))
     order = np.random.default_rng(seed).permutation(len(labels))
     by_class = [order[labels[order] == digit] for digit in range(10)]
     if shots >= min(map(len, by_class)):
-        raise InputError(f"--shots {shots}: {name} has {min(map(len, by_class))} images of a class, one must validate")
+        raise InputError(f"--shots {shots}: there is a class of {min(map(len, by_class))} images, one must validate")
     parts = [of_class[:shots] for of_class in by_class], [of_class[shots:] for of_class in by_class]
     return *(Indexed(images, np.concatenate(part)) for part in parts), 10
 
@@ -198,6 +227,14 @@ def load_folder(folder: Path, channels: int, size: tuple[int, int]):
     return *(Indexed(part, range(len(part))) for part in (train, val)), len(train.classes)
 
 
+def load_data(args: argparse.Namespace, input_size: tuple[int, int, int]):
+    """Training and validation set, classes; images of `input_size`."""
+    channels, *size = input_size
+    if args.data == "optdigits":
+        return load_optdigits(args.shots, args.seed, channels, tuple(size))
+    return load_folder(Path(args.data), channels, tuple(size))
+
+
 class Batches(torch.utils.data.Sampler):
     """This process's part of the batches of `epoch` from `start` on, in an order that depends on (seed, epoch) alone.
 
@@ -205,10 +242,10 @@ class Batches(torch.utils.data.Sampler):
     r-th of equal slices. Where PACE-lazy uses half of a batch, these are slices of each half.
     """
 
-    def __init__(self, samples: int, args: argparse.Namespace, rank: int, processes: int):
-        self.samples, self.seed, self.rank, self.processes = samples, args.seed, rank, processes
+    def __init__(self, samples: int, args: argparse.Namespace, process: Process):
+        self.samples, self.seed, self.process = samples, args.seed, process
         self.lazy_interval = args.lazy_interval if args.variant == "lazy" else None
-        divisor = processes * (2 if self.lazy_interval else 1)
+        divisor = process.number * (2 if self.lazy_interval else 1)
         self.size = min(args.batch, samples) // divisor * divisor
         if self.size == 0:
             raise InputError(f"--batch {args.batch} of {samples} training images: too few to divide by {divisor}")
@@ -223,7 +260,7 @@ class Batches(torch.utils.data.Sampler):
             batch = order[i * self.size : (i + 1) * self.size]
             halves = self.lazy_interval and (self.epoch * len(self) + i) % self.lazy_interval == 0
             parts = np.split(batch, 2 if halves else 1)
-            yield np.concatenate([np.split(part, self.processes)[self.rank] for part in parts]).tolist()
+            yield np.concatenate([np.split(part, self.process.number)[self.process.rank] for part in parts]).tolist()
 
 
 # ---------------------------------------------------------------------------------------------------- state
@@ -231,10 +268,8 @@ class Batches(torch.utils.data.Sampler):
 
 @contextlib.contextmanager
 def stop_signals(processes: int):
-    """A list that is not empty after SIGTERM or Ctrl-C.
-
-    A second one ends a single process at once. torchrun passes on what its processes have received already.
-    """
+    """A list that is not empty after SIGTERM or Ctrl-C. A second one ends the process at once, if it is the only one:
+    torchrun passes on what its processes may have received already."""
     received, before = [], {}
 
     def handle(number, _):
@@ -281,37 +316,44 @@ def restore(path: Path, settings: dict) -> dict:
 # ---------------------------------------------------------------------------------------------------- training
 
 
+class Evaluation:
+    """Accuracy, and FP-distance from the model as it is at the start, when its adapters are the identity."""
+
+    def __init__(self, model: torch.nn.Module, loader: DataLoader, inputs, autocast, process: Process):
+        self.model, self.loader, self.inputs, self.autocast, self.process = model, loader, inputs, autocast, process
+        self.source = [features for features, *_ in self.outputs()]
+
+    @torch.no_grad()
+    def outputs(self):
+        """Features before the head, logits and labels, batch by batch."""
+        self.model.eval()
+        for images, labels, _ in self.loader:
+            with self.autocast:
+                tokens = self.model.forward_features(self.inputs(images))
+                features = self.model.forward_head(tokens, pre_logits=True)
+                logits = self.model.forward_head(tokens)
+            yield features.float(), logits, labels.to(logits.device)
+
+    def __call__(self) -> dict:
+        right = distance = images = 0
+        for before, (features, logits, labels) in zip(self.source, self.outputs()):
+            right += (logits.argmax(1) == labels).sum().item()
+            distance += len(labels) * pace_torch.fp_distance(features, before).item()
+            images += len(labels)
+        right, distance, images = self.process.sums(right, distance, images)
+        return {"accuracy": right / images, "fp_distance": distance / images}
+
+
 def train(args: argparse.Namespace) -> None:
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    cuda = args.device == "cuda" or args.device == "auto" and torch.cuda.is_available()
-    if cuda and not torch.cuda.is_available():
-        raise InputError("--device cuda: PyTorch finds no CUDA device")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
     if args.threads:
         torch.set_num_threads(args.threads)
-        os.environ["RAYON_NUM_THREADS"] = str(args.threads)
-    if processes > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
-
-    def summed(*numbers: float) -> list[float]:
-        """Sums over the processes."""
-        values = torch.tensor(numbers, dtype=torch.float64, device=device)
-        if processes > 1:
-            dist.all_reduce(values)
-        return values.tolist()
-
+        os.environ["RAYON_NUM_THREADS"] = str(args.threads)  # The operators'; read at the first of them.
+    process = Process(args.device)
+    device, main_process = process.device, process.rank == 0
     torch.manual_seed(args.seed)
     model = load_model(args)
     expected = timm.data.resolve_model_data_config(model)
-    (channels, *size), digits = expected["input_size"], args.data in DIGITS
-    if digits:
-        training, validation, classes = load_digits(args.data, args.shots, args.seed, channels, tuple(size))
-    else:
-        training, validation, classes = load_folder(Path(args.data), channels, tuple(size))
+    training, validation, classes = load_data(args, expected["input_size"])
     model.reset_classifier(classes)
     model.to(device)
     pace_torch.inject(
@@ -320,41 +362,11 @@ def train(args: argparse.Namespace) -> None:
     )
     pace, parameters = model.pace, [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
-    # As official, where there are 100 epochs or more. A pure function of the epoch: there is nothing to save.
+    # That of the official code for 100 epochs and more. A pure function of the epoch: there is nothing to save.
     scheduler = CosineLRScheduler(
         optimizer, args.epochs, lr_min=1e-5, warmup_t=min(10, args.epochs // 10), warmup_lr_init=1e-6
     )
-    batches = Batches(len(training), args, rank, processes)
-    workers = dict(num_workers=0 if digits else min(4, os.cpu_count()), pin_memory=cuda)
-    training_loader = DataLoader(training, batch_sampler=batches, persistent_workers=not digits, **workers)
-    own = range(rank, len(validation), processes)
-    validation_loader = DataLoader(Indexed(validation, own), batch_size=EVALUATION_BATCH, **workers)
-    mean, std = (torch.tensor(expected[name], device=device).view(-1, 1, 1) for name in ("mean", "std"))
-
-    def inputs(images: torch.Tensor) -> torch.Tensor:
-        images = images.to(device, non_blocking=True)
-        return ((images / 255 if images.dtype == torch.uint8 else images) - mean) / std
-
-    def autocast():
-        return torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
-
-    @torch.no_grad()
-    def outputs():
-        """Features before the head, logits and labels of the validation images of this process, batch by batch."""
-        model.eval()
-        for images, labels, *_ in validation_loader:
-            with autocast():
-                tokens = model.forward_features(inputs(images))
-                features, logits = model.forward_head(tokens, pre_logits=True), model.forward_head(tokens)
-            yield features.float(), logits, labels.to(device)
-
-    def evaluate() -> dict:
-        right = distance = 0.0
-        for before, (features, logits, labels) in zip(source, outputs()):
-            right += (logits.argmax(1) == labels).sum().item()
-            distance += len(labels) * pace_torch.fp_distance(features, before).item()
-        right, distance = summed(right, distance)
-        return {"accuracy": right / len(validation), "fp_distance": distance / len(validation)}
+    batches = Batches(len(training), args, process)
 
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "device", "threads")}
     settings |= {"classes": classes, "training images": len(training), "steps in an epoch": len(batches)}
@@ -366,36 +378,45 @@ def train(args: argparse.Namespace) -> None:
     if log_length > (log.stat().st_size if log.exists() else 0):
         raise InputError(f"{log} is shorter than when {checkpoint} was written")
 
-    # The adapters start as the identity: these are the features of the source model.
-    source = [features for features, _, _ in outputs()]
+    mean, std = (torch.tensor(expected[name], device=device).view(-1, 1, 1) for name in ("mean", "std"))
+
+    def inputs(images: torch.Tensor) -> torch.Tensor:
+        images = images.to(device, non_blocking=True)
+        return ((images / 255 if images.dtype == torch.uint8 else images) - mean) / std
+
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
+    workers = 0 if args.data == "optdigits" else min(4, os.cpu_count())
+    loading = dict(num_workers=workers, pin_memory=device.type == "cuda")
+    training_loader = DataLoader(training, batch_sampler=batches, persistent_workers=workers > 0, **loading)
+    own = Subset(validation, range(process.rank, len(validation), process.number))
+    evaluate = Evaluation(model, DataLoader(own, EVALUATION_BATCH, **loading), inputs, autocast, process)
     step = 0
     if state:
         step, pace.history = state["step"], state["history"]
         model.load_state_dict(state["weights"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
     pace.step = pace.iteration = step
-    if processes > 1:
-        dist.barrier()  # Every process has seen the files as they were.
-    if rank == 0:
+    process.barrier()  # Every process has seen the files as they were.
+    if main_process:
         args.out.mkdir(parents=True, exist_ok=True)
         log.touch()
         os.truncate(log, log_length)  # What came after the checkpoint comes again.
         print(
             f"{args.data}: {len(training)} training and {len(validation)} validation images, {classes} classes\n"
             f"{args.model}: {sum(p.numel() for p in parameters):,} of {sum(p.numel() for p in model.parameters()):,} "
-            f"parameters train, on {processes} x {device.type}" + (f", from step {step}" if step else "")
+            f"parameters train, on {process.number} x {device.type}" + (f", from step {step}" if step else "")
         )
 
     engine = model
-    if processes > 1:
-        engine = DistributedDataParallel(model, device_ids=[device] if cuda else None)
+    if process.number > 1:
+        engine = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
     if args.compile:
         engine = torch.compile(engine)
     total = args.epochs * len(batches)
     with (
-        stop_signals(processes) as signals,
-        open(log if rank == 0 else os.devnull, "a") as metrics,
-        tqdm(total=total, initial=step, unit="step", disable=None if rank == 0 else True) as progress,
+        stop_signals(process.number) as signals,
+        open(log if main_process else os.devnull, "a") as metrics,
+        tqdm(total=total, initial=step, unit="step", disable=None if main_process else True) as progress,
     ):
 
         def record(**values):
@@ -409,8 +430,8 @@ def train(args: argparse.Namespace) -> None:
             for images, labels, index in training_loader:
                 model.train()
                 # What draws from PyTorch's generator (timm's DropPath, in the baseline) draws the same after a resume.
-                torch.manual_seed(int(np.random.SeedSequence((args.seed, step, rank)).generate_state(1)[0]))
-                with autocast():
+                torch.manual_seed(int(np.random.SeedSequence((args.seed, step, process.rank)).generate_state(1)[0]))
+                with autocast:
                     losses = pace.training_step(engine, inputs(images), labels.to(device), index.to(device))
                 optimizer.zero_grad()
                 losses.total.backward()
@@ -419,7 +440,7 @@ def train(args: argparse.Namespace) -> None:
                 losses.check()
                 step += 1
                 values = losses.total.item(), losses.classification.item(), losses.consistency.item()
-                *values, stop = summed(*(value / processes for value in values), len(signals))
+                *values, stop = process.sums(*(value / process.number for value in values), len(signals))
                 names = ("total", "classification", "consistency")
                 record(
                     **dict(zip(names, values)), gradient_norm=norm.item(), lr=optimizer.param_groups[0]["lr"],
@@ -431,25 +452,29 @@ def train(args: argparse.Namespace) -> None:
                 if end and ((epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs):
                     start = time.perf_counter()
                     record(**evaluate(), seconds=time.perf_counter() - start)
-                if rank == 0 and (end or stop):
+                if main_process and (end or stop):
                     os.fsync(metrics.fileno())
                     save(checkpoint, {
                         "settings": settings, "step": step, "log_length": metrics.tell(), "history": pace.history,
                         "weights": pace_torch.trainable_state_dict(model), "optimizer": optimizer.state_dict(),
                     })
                 if stop and step < total:
-                    if processes > 1:
-                        dist.barrier()  # torchrun ends all with the first: not before the checkpoint is there.
+                    process.barrier()  # torchrun ends all with the first: not before the checkpoint is there.
                     raise SystemExit(f"stopped after step {step} of {total}; --resume goes on")
                 start = time.perf_counter()
-    if rank == 0:
-        lines = [json.loads(line) for line in log.read_text().splitlines()]
-        steps, last = [line for line in lines if "total" in line], lines[-1]
-        print(f"{'variant':<10}{'loss':>8}{'accuracy':>10}{'FP-distance':>13}{'seconds':>9}")
-        print(
-            f"{args.variant:<10}{steps[-1]['total']:>8.3f}{100 * last['accuracy']:>8.1f} %{last['fp_distance']:>13.3f}"
-            f"{sum(line['seconds'] for line in steps):>9.1f}"
-        )
+    if main_process:
+        print_table(args.variant, log)
+
+
+def print_table(variant: str, log: Path) -> None:
+    """The last loss and evaluation, and the time of all training steps."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    steps, last = [line for line in lines if "total" in line], lines[-1]
+    print(f"{'variant':<10}{'loss':>8}{'accuracy':>10}{'FP-distance':>13}{'seconds':>9}")
+    print(
+        f"{variant:<10}{steps[-1]['total']:>8.3f}{100 * last['accuracy']:>8.1f} %{last['fp_distance']:>13.3f}"
+        f"{sum(line['seconds'] for line in steps):>9.1f}"
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -22,6 +22,15 @@ import train  # noqa: E402
 CLASSES, TRAINING, VALIDATION, STEPS = ("left", "right", "top"), 8, 4, 3  # images of a class; steps in an epoch
 
 
+@pytest.fixture(autouse=True)
+def threads(monkeypatch):
+    """The script sets these; later tests shall not notice."""
+    monkeypatch.setenv("RAYON_NUM_THREADS", "1")
+    number = torch.get_num_threads()
+    yield
+    torch.set_num_threads(number)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Images of noise, one half of which is bright: which half is the class."""
@@ -200,12 +209,12 @@ def test_a_fresh_model_has_the_accuracy_that_was_written(folder, tmp_path):
     assert right == 2 * round(lines[-1]["accuracy"] * VALIDATION * len(CLASSES))
 
 
-def test_shipped_digits(tmp_path):
+def test_optdigits(tmp_path):
     out = tmp_path / "out"
     lines, _ = run("optdigits", out, "--shots", 160, "--batch", 200, "--epochs", 1, "--variant", "baseline")
     assert len(lines) == 8 + 1 and lines[-1]["accuracy"] > 0.2
     # Prepared like MNIST: the source model knows most of these digits, though its head does not stay.
-    training, validation, classes = train.load_digits("optdigits", 4, 0, 1, (28, 28))
+    training, validation, classes = train.load_optdigits(4, 0, 1, (28, 28))
     assert (len(training), len(validation), classes) == (40, 1757, 10)
     assert sorted(label.item() for _, label, _ in training) == sorted(list(range(10)) * 4)
     model = timm.create_model(**train.DIGITS_VIT, num_classes=10)
@@ -228,8 +237,8 @@ def test_another_model_of_timm(folder, tmp_path):
         (["--variant", "more"], "invalid choice: 'more'"),
         (["--rank", "0"], "0 is below 1"),
         (["--sigma", "-1"], "sigma"),
-        (["--shots", "2"], "--shots is for optdigits and mnist-5k"),
-        (["--data", "optdigits", "--shots", "180"], "optdigits has 174 images of a class"),
+        (["--shots", "2"], "--shots is for optdigits"),
+        (["--data", "optdigits", "--shots", "180"], "a class of 174 images"),
         (["--model", "vit_of_nobody"], "Unknown model"),
         (["--pretrained"], "--pretrained needs a --model"),
         (["--weights", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
