@@ -286,6 +286,12 @@ def stop_signals(processes: int):
             signal.signal(number, handler)
 
 
+def leave_signals_to_the_process(_worker: int) -> None:
+    """For workers that load images: torchrun and schedulers signal them too, and their end would be that of the run."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def save(path: Path, state: dict) -> None:
     """Writes a checkpoint that is either whole or the one before, whenever the process or the machine stops."""
     part = path.with_suffix(".part")
@@ -386,7 +392,9 @@ def train(args: argparse.Namespace) -> None:
 
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
     workers = 0 if args.data == "optdigits" else min(4, os.cpu_count())
-    loading = dict(num_workers=workers, pin_memory=device.type == "cuda")
+    loading = dict(
+        num_workers=workers, worker_init_fn=leave_signals_to_the_process, pin_memory=device.type == "cuda"
+    )
     training_loader = DataLoader(training, batch_sampler=batches, persistent_workers=workers > 0, **loading)
     own = Subset(validation, range(process.rank, len(validation), process.number))
     evaluate = Evaluation(model, DataLoader(own, EVALUATION_BATCH, **loading), inputs, autocast, process)
@@ -460,7 +468,7 @@ def train(args: argparse.Namespace) -> None:
                     })
                 if stop and step < total:
                     process.barrier()  # torchrun ends all with the first: not before the checkpoint is there.
-                    raise SystemExit(f"stopped after step {step} of {total}; --resume goes on")
+                    sys.exit(f"stopped after step {step} of {total}; --resume goes on" if main_process else 1)
                 start = time.perf_counter()
     if main_process:
         print_table(args.variant, log)
