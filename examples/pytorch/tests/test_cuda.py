@@ -150,6 +150,8 @@ def test_a_captured_step_is_replayed_with_fresh_noise(variant):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         total = step()
+        with pytest.raises(PaceError, match="CUDA graph"):
+            model.pace.advance()
     if variant == "fast":
         model.pace.history.zero_()
 

@@ -1,4 +1,4 @@
-"""Whole models: recorded training runs, the official model side by side, checkpoints, copies, checkpointing, autocast."""
+"""Whole models: recorded training runs, the official model side by side, checkpoints, copies, autocast."""
 
 import copy
 import pickle
@@ -81,8 +81,8 @@ def test_recorded_training(case):
 
 def side_by_side(make, first_noisy, adapter, noise_shape="BC", drop_path_rate=0.0, image=16):
     """One of our models with generated noise, and the official one with that noise and those masks given."""
-    ours = pace_torch.inject(make(drop_path_rate=drop_path_rate), adapter, 4, sigma=0.8, noise_shape=noise_shape, seed=9)
-    perturb(ours).train()
+    ours = make(drop_path_rate=drop_path_rate)
+    perturb(pace_torch.inject(ours, adapter, 4, sigma=0.8, noise_shape=noise_shape, seed=9)).train()
     theirs = official.inject(
         make(drop_path_rate=drop_path_rate), ADAPTERS[adapter], 4, 0.8, first_noisy=first_noisy, shape=noise_shape
     )
@@ -91,6 +91,7 @@ def side_by_side(make, first_noisy, adapter, noise_shape="BC", drop_path_rate=0.
     x, labels = batch(image=image)
 
     modules = dict(theirs.named_modules())
+
     def record(module, args):
         name = names[module]
         if isinstance(module, SharedDropPath):
@@ -220,8 +221,8 @@ def test_manual_steps():
 
 @pytest.mark.parametrize("variant", ["pace", "lazy", "fast", "noise", "baseline"])
 def test_variants_learn(variant):
-    model = pace_torch.inject(vit(dtype=torch.float32), "LoRAadd", 4, sigma=0.3, variant=variant, samples=8, lambda_=0.1)
-    model.train()
+    model = vit(dtype=torch.float32)
+    pace_torch.inject(model, "LoRAadd", 4, sigma=0.3, variant=variant, samples=8, lambda_=0.1).train()
     x, labels = batch(8, dtype=torch.float32)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     history, branches = [], []

@@ -1,7 +1,7 @@
 """PACE for PyTorch (Ni, Zhang, Koniusz, NeurIPS 2024): noisy adapters and consistency on fused operators.
 
-`inject` turns a timm vision transformer or Swin into a PACE model, `model.pace.training_step` evaluates a training step,
-`merge` gives a plain model back. `ops` has the operators, for models of your own.
+`inject` turns a timm vision transformer or Swin into a PACE model, `model.pace.training_step` evaluates a training
+step, `merge` gives a plain model back. `ops` has the operators, for models of your own.
 """
 
 from . import ops

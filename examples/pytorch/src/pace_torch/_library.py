@@ -260,9 +260,11 @@ def key(seed: int, step: int, layer: int) -> int:
 
 
 def sigma_by_block(blocks: int, sigma: float, first_noisy: int) -> list[float]:
-    """The σ of every block: zero before `first_noisy`, then a linear fall from `sigma` to `sigma/(blocks - first_noisy)`.
+    """The σ of every block: zero before `first_noisy`, then a linear fall from `sigma`.
 
-    The head is the last block. Raises `PaceError` if `blocks` is zero, `first_noisy` is not below it, or `sigma` is
+    It would reach zero one block after the last, which is the head.
+
+    Raises `PaceError` if `blocks` is zero, `first_noisy` is not below it, or `sigma` is
     negative or not finite.
     """
     for name, number in (("blocks", blocks), ("first_noisy", first_noisy)):
@@ -274,5 +276,5 @@ def sigma_by_block(blocks: int, sigma: float, first_noisy: int) -> list[float]:
 
 
 def loss_status(words: torch.Tensor, classes: int, history_rows: int) -> None:
-    """Raises `PaceError` if a loss on CUDA met a wrong label or index; `words` is its status, `int64 [9]` on the CPU."""
+    """Raises `PaceError` if a loss on CUDA met a wrong label or index; `words` is its status, copied to the CPU."""
     check(library.pace_loss_status(words.data_ptr(), classes, history_rows))

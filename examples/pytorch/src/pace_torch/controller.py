@@ -24,7 +24,8 @@ class Pace(nn.Module):
     * `iteration`: counts the calls of `select`, for the lazy variant.
     * `branches`: 1 or 2, for the next training forward pass; `select` sets it.
     * `manual_steps`: whether the caller draws the noise of each step with `advance()`, which then copies the keys in
-      place, so that captured CUDA graphs and `fullgraph` compilation see them. Otherwise each training forward pass draws.
+      place, so that captured CUDA graphs and `fullgraph` compilation see them. Otherwise each training forward pass
+      draws.
     * `shard`: (rank, number) of the processes that share a batch, if torch.distributed is not what knows.
     * `history`: PACE-fast's table of logits `[samples, classes]`, a buffer that is not saved.
     """
@@ -67,7 +68,10 @@ class Pace(nn.Module):
 
     @torch.compiler.disable
     def advance(self) -> None:
-        """Draws the noise of the next step."""
+        """Draws the noise of the next step. Not to be captured in a CUDA graph: replays would repeat the noise."""
+        if self.keys.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise PaceError("the noise of a step is drawn inside of a CUDA graph: set `manual_steps`, and call "
+                            "`model.pace.advance()` before each replay")
         keys = ops.keys(self.seed, self.step, self.layers, self.keys.device)
         if self.manual_steps:
             self.keys.copy_(keys)
@@ -107,17 +111,20 @@ class Pace(nn.Module):
         """How many of a layer's leading rows belong to a sample and branch."""
         if self.batch == 0:
             raise PaceError("a layer with noise ran outside of its model: call the model itself")
-        if rows == 0 or rows % (branches * self.batch):
-            raise PaceError(f"a layer has {rows} leading rows, expected a multiple of the model's {branches * self.batch}")
-        return rows // (branches * self.batch)
+        samples = branches * self.batch
+        if rows == 0 or rows % samples:
+            raise PaceError(f"a layer has {rows} leading rows, expected a multiple of the model's {samples}")
+        return rows // samples
 
     def key(self, layer: int) -> Tensor:
         """The key of a layer in this step."""
         return self.keys[layer : layer + 1]
 
     def noise(self, layer: int, sigma: float, rows: int, z: Optional[Tensor] = None) -> Noise:
-        """The noise of a layer whose input has `rows` leading rows: a sample's windows, where it is cut into windows, are
-        numbered one after the other."""
+        """The noise of a layer whose input has `rows` leading rows.
+
+        Where samples are cut into windows (Swin), the windows are numbered one after the other.
+        """
         first_sample = self.first_sample * self._rows_per_sample(rows, self.branches)
         return Noise(None if z is not None else self.key(layer), sigma, self.per_token, first_sample, self.branches, z)
 
@@ -138,7 +145,8 @@ class Pace(nn.Module):
         """The samples of a batch that the next step uses; sets `branches`.
 
         The lazy variant uses half of the batch with two branches at every `lazy_interval`-th call, the whole batch with
-        one branch at the others. Every other variant uses the batch as it is. With several processes each halves its own.
+        one branch at the others. Every other variant uses the batch as it is. With several processes each halves its
+        own.
         """
         if self.variant == "lazy":
             self.branches = 2 if self.iteration % self.lazy_interval == 0 else 1
@@ -153,10 +161,10 @@ class Pace(nn.Module):
     def loss(self, logits: Tensor, labels: Tensor, index: Optional[Tensor] = None) -> Losses:
         """The variant's loss of the logits of a training forward pass, or cross-entropy in evaluation.
 
-        `index`, int64 `[B]`, numbers the samples in the training set; the variant `fast` needs it. Its table is the same in
-        every process: after the loss each process sends its rows to all others (`B·C` numbers), so that any sampler will
-        do. With a sampler that gives each sample to the same process in every epoch nothing need be sent: give `samples`
-        and `index` as numbers within the process, and set `shard` to (rank, number of processes).
+        `index`, int64 `[B]`, numbers the samples in the training set; the variant `fast` needs it. Its table is the
+        same in every process: after the loss each process sends its rows to all others (`B·C` numbers), so that any
+        sampler will do. With a sampler that gives each sample to the same process in every epoch nothing need be sent:
+        give `samples` and `index` as numbers within the process, and set `shard` to (rank, number of processes).
         """
         settings = {"label_smoothing": self.label_smoothing}
         if not self.training:
@@ -181,7 +189,7 @@ class Pace(nn.Module):
 
     @torch.no_grad()
     def _exchange(self, index: Tensor, logits: Tensor) -> None:
-        """Writes the rows of every process to the history, in the order of the processes: the last of a repeated row."""
+        """Writes the rows of every process to the history, in the order of the processes: the last of a row stays."""
         world_size = self._shard()[1]
         all_index = [torch.empty_like(index) for _ in range(world_size)]
         all_logits = [torch.empty_like(logits) for _ in range(world_size)]

@@ -62,18 +62,19 @@ def inject(
     """Turns a timm vision transformer or Swin into a PACE model, in place, and returns it.
 
     Every `nn.Linear` gets an adapter of the given kind and rank; those with `head` in their path become the noisy head.
-    The adapters and the head train, everything else is frozen. timm's DropPath becomes one that both branches share. The
-    standard deviation of the noise falls linearly with the block, from `sigma` at block `first_noisy` on (by default 1
-    for a ViT, 0 for a Swin) to the head. The controller is `model.pace`.
+    The adapters and the head train, everything else is frozen. timm's DropPath becomes one that both branches share;
+    other random layers (Dropout) draw for each branch by themselves. The standard deviation of the noise falls linearly
+    with the block, from `sigma` at block `first_noisy` on (by default 1 for a ViT, 0 for a Swin) to the head. The
+    controller is `model.pace`.
 
     In training, `model(x)` draws fresh noise at each call and, with two branches, maps `[B, ...]` to logits `[2B, C]`,
     branch 0 first; what comes before the first noisy block is computed once. In evaluation there is no noise and one
-    branch. Parameters that do not go through `model(x)` (`forward_features` by itself) do not get fresh noise.
+    branch. What does not go through `model(x)` (`forward_features` by itself) does not get fresh noise.
 
-    * `variant`: `pace` (two branches at each step), `lazy` (at every `lazy_interval`-th, with half of the batch), `fast`
-      (one branch, consistent with its logits of the last epoch; needs `samples`, the size of the training set), `noise`
-      (one branch, no consistency), `baseline` (adapters without noise; the names of the state dict have no `.adapter`).
-    * `lambda_`: strength of the consistency. `noise_shape`: `BC` draws once per sample and channel, `BTC` per token too.
+    * `variant`: `pace` (two branches at each step), `lazy` (at every `lazy_interval`-th, with half of the batch),
+      `fast` (one branch, consistent with its logits of the last epoch; needs `samples`, the size of the training set),
+      `noise` (one branch, no consistency), `baseline` (adapters without noise; no `.adapter` in the names).
+    * `lambda_`: strength of the consistency. `noise_shape`: `BC` draws per sample and channel, `BTC` per token too.
     * `scale`: factor on the low-rank product, 1 in the paper. `fold_16_bit`: see `LoraMulVptAdd`.
 
     Raises `PaceError` for an unknown name, a model without linear layers, or one that is injected already.

@@ -72,9 +72,9 @@ def pace_loss(
     # The gradient leaves the operator before a loss scale can reach it: float16 would lose its small values.
     logits = logits.float() if logits.dtype == torch.float16 else logits
     if history is not None:
-        expected = _real(logits.dtype)
-        if history.dim() != 2 or history.shape[1] != classes or history.dtype != expected:
-            raise PaceError(f"`history` is {tuple(history.shape)} of {history.dtype}, expected [n, {classes}] of {expected}")
+        real, shape = _real(logits.dtype), tuple(history.shape)
+        if shape[1:] != (classes,) or history.dtype != real:
+            raise PaceError(f"`history` is {shape} of {history.dtype}, expected [n, {classes}] of {real}")
         if not history.is_contiguous() or history.device != logits.device:
             raise PaceError(f"`history` must be contiguous and on {logits.device}")
     values, gradient, status = _loss(logits.detach(), labels, history, index, lambda_, label_smoothing, ignore_index)

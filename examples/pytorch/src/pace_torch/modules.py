@@ -58,8 +58,8 @@ class Adapter(nn.Module):
 class LoraMulVptAdd(Adapter):
     """`ΔW = W0 ⊙ (scale·D·U)`, `Δb = W0·(Pd·Pu) + b0⊙δb`: the paper's main adapter, `LoRAmul_VPTadd_Linear`.
 
-    Without a bias in the base layer `delta_b` exists but is neither used nor trained. `fold_16_bit` takes one product with `W0 + z⊙ΔW`
-    instead of two in 16-bit types on CUDA as well, which is faster and rounds more; float32 always does.
+    Without a bias in the base layer `delta_b` exists but is neither used nor trained. `fold_16_bit` takes one product
+    with `W0 + z⊙ΔW` instead of two in 16-bit types on CUDA as well: faster, with more rounding. float32 always does.
     """
 
     def __init__(self, base_module: nn.Linear, rank: int, scale: float = 1.0, fold_16_bit: bool = False):

@@ -1,8 +1,8 @@
 """The operators, as PyTorch custom operators of the namespace `pace` (`torch.ops.pace`).
 
 Each is differentiable once, known to `torch.compile` as one node, and runs on the CPU (float32, float64; float16 and
-bfloat16 through float32, rounded once at the end) and on CUDA (float32, float16, bfloat16; on the current stream, without
-synchronisation). Inputs that are not contiguous are copied. The functions at the end of this module are what to call.
+bfloat16 through float32, rounded once at the end) and on CUDA (float32, float16, bfloat16; on the current stream,
+without synchronisation). Inputs that are not contiguous are copied. Call the functions at the end of this module.
 
 Notation: `B` samples per branch, `G` branches (1 or 2), `R = G*B` leading rows, branch 0 first; `K` in-features, `N`
 out-features, rank `r`. A layer's input is `[R, ..., K]`; what lies between is a sample's tokens, `T` of them.
@@ -17,7 +17,7 @@ from torch import Tensor
 from . import _library as lib
 from ._library import PaceError
 
-# ---------------------------------------------------------------------------------------------------- shared parts
+# -------------------------------------------------------------------------------------------------------- shared parts
 
 
 def _working_dtype(x: Tensor) -> torch.dtype:
@@ -160,7 +160,7 @@ def _same_key(ctx, key: Optional[Tensor]) -> Optional[Tensor]:
     return key
 
 
-# ---------------------------------------------------------------------------------------------------- noisy linear
+# -------------------------------------------------------------------------------------------------------- noisy linear
 
 
 @torch.library.custom_op("pace::noisy_linear", mutates_args=())
@@ -209,8 +209,8 @@ def _out_features(base_weight: Optional[Tensor], delta_weight: Optional[Tensor])
 
 
 @_noisy_linear.register_fake
-def _(x, base_weight, base_bias, delta_weight, delta_bias, key, z, sigma, per_token, first_sample, branches, shared_input,
-      fold):
+def _(x, base_weight, base_bias, delta_weight, delta_bias, key, z, sigma, per_token, first_sample, branches,
+      shared_input, fold):
     return x.new_empty(_out_shape(x, _out_features(base_weight, delta_weight), branches, shared_input))
 
 
@@ -283,7 +283,7 @@ def _noisy_linear_grads(ctx, dy):
 
 _noisy_linear.register_autograd(_noisy_linear_grads, setup_context=_noisy_linear_setup)
 
-# ---------------------------------------------------------------------------------------------------- weight builders
+# ----------------------------------------------------------------------------------------------------- weight builders
 
 
 def _weight_arguments(inputs: _Inputs, down: Tensor, up: Tensor, base_weight: Optional[Tensor], scale: float):
@@ -425,7 +425,7 @@ def _prompt_bias_grads(ctx, dout):
 
 _prompt_bias.register_autograd(_prompt_bias_grads, setup_context=_prompt_bias_setup)
 
-# ---------------------------------------------------------------------------------------------------- LoRA mul
+# ------------------------------------------------------------------------------------------------------------ LoRA mul
 
 
 @torch.library.custom_op("pace::lora_mul_linear", mutates_args=())
@@ -518,7 +518,7 @@ def _lora_mul_linear_grads(ctx, dy):
 
 _lora_mul_linear.register_autograd(_lora_mul_linear_grads, setup_context=_lora_mul_linear_setup)
 
-# ---------------------------------------------------------------------------------------------------- LoRA add
+# ------------------------------------------------------------------------------------------------------------ LoRA add
 
 
 def _keeps_s(x: Tensor) -> bool:
@@ -654,7 +654,7 @@ def _lora_linear_grads(ctx, dy, _):
 
 _lora_linear.register_autograd(_lora_linear_grads, setup_context=_lora_linear_setup)
 
-# ---------------------------------------------------------------------------------------------------- epilogue and noise
+# -------------------------------------------------------------------------------------------------- epilogue and noise
 
 
 def _rows_shape(x: Tensor, branches: int) -> lib.PaceShape:
@@ -766,7 +766,7 @@ def _(key, sigma, per_token, first_sample, branches, batch, tokens, channels):
     return torch.empty(shape, dtype=torch.float32, device=key.device)
 
 
-# ---------------------------------------------------------------------------------------------------- DropPath
+# ------------------------------------------------------------------------------------------------------------ DropPath
 
 
 @torch.library.custom_op("pace::drop_path", mutates_args=())
@@ -825,7 +825,7 @@ def _drop_path_grads(ctx, dy):
 
 _drop_path.register_autograd(_drop_path_grads, setup_context=_drop_path_setup)
 
-# ---------------------------------------------------------------------------------------------------- loss
+# ---------------------------------------------------------------------------------------------------------------- loss
 
 
 @torch.library.custom_op("pace::loss", mutates_args=("history",))
@@ -912,14 +912,14 @@ def _loss_total_grads(ctx, dtotal):
 
 _loss_total.register_autograd(_loss_total_grads, setup_context=_loss_total_setup)
 
-# ---------------------------------------------------------------------------------------------------- functions
+# ----------------------------------------------------------------------------------------------------------- functions
 
 
 class Noise(NamedTuple):
     """Where a layer's `z = 1 + σ·n` comes from.
 
-    `key` is an int64 tensor of one element on the layer's device, from `keys`: z is made from it, in the forward pass and
-    again in the backward pass. `z` is given noise instead, `[R, N]`, or `[R, T, N]` per token. With neither, `z = 1`.
+    `key` is an int64 tensor of one element on the layer's device, from `keys`: z is made from it, in the forward pass
+    and again in the backward pass. `z` is given noise instead, `[R, N]`, or `[R, T, N]` per token. Neither is `z = 1`.
     `first_sample` is the number of the batch's first sample in the global batch.
     """
 
@@ -945,7 +945,7 @@ def keys(seed: int, step: int, layers: int, device: torch.device | str = "cpu") 
 
 
 def noise(source: Noise, batch: int, channels: int, tokens: int = 1) -> Tensor:
-    """A layer's z written out, as it multiplies: float32 `[R, N]`, or `[R, T, N]` per token. For tests and inspection."""
+    """A layer's z written out, as it multiplies: float32 `[R, N]`, or `[R, T, N]` per token; for tests, inspection."""
     if source.key is None:
         raise PaceError("`source` has no key")
     return _noise(
@@ -1034,7 +1034,10 @@ def prompt_bias(
     prompt_up: Tensor,
     delta_bias: Optional[Tensor] = None,
 ) -> Tensor:
-    """`Δb [N] = W0·(Pd·Pu) + b0⊙δb` (VPT add): `prompt_down [K, r]`, `prompt_up [r, 1]`; without a base bias δb plays no part."""
+    """`Δb [N] = W0·(Pd·Pu) + b0⊙δb` (VPT add): `prompt_down [K, r]`, `prompt_up [r, 1]`.
+
+    Without a base bias δb plays no part.
+    """
     return _prompt_bias(base_weight, base_bias, prompt_down, prompt_up, delta_bias)
 
 
