@@ -231,6 +231,20 @@ def test_optdigits(tmp_path):
     assert (predicted == torch.stack(labels)).float().mean() > 0.75
 
 
+def test_weights_of_a_file(folder, tmp_path):
+    source = timm.models.load_state_dict(str(train.DIGITS_WEIGHTS))
+    torch.save({"state_dict": source}, tmp_path / "same.pt")
+    torch.save({name: 1.5 * tensor for name, tensor in source.items()}, tmp_path / "other.pt")
+    settings = "--epochs", 1
+    shipped = run(folder, tmp_path / "shipped", *settings)[0]
+    assert run(folder, tmp_path / "same", *settings, "--weights", tmp_path / "same.pt")[0] == shipped
+    assert run(folder, tmp_path / "other", *settings, "--weights", tmp_path / "other.pt")[0] != shipped
+    del source["blocks.3.norm1.bias"]
+    torch.save(source, tmp_path / "part.pt")
+    with pytest.raises(SystemExit, match="part.pt has not the weights of digits: blocks.3.norm1.bias is in one"):
+        run(folder, tmp_path / "part", "--weights", tmp_path / "part.pt")
+
+
 def test_another_model_of_timm(folder, tmp_path):
     lines, _ = run(folder, tmp_path, "--model", "test_vit", "--epochs", 1, "--adapter", "LoRAadd", "--amp")
     assert len(lines) == STEPS + 1
