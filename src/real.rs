@@ -1,7 +1,7 @@
 //! The floating-point types that the CPU operators work in.
 
 mod sealed {
-    pub trait Sealed: faer::traits::ComplexField {}
+    pub trait Sealed: faer::traits::ComplexField + crate::cpu::BlasReal + crate::cpu::Scratched {}
     impl Sealed for f32 {}
     impl Sealed for f64 {}
 }

@@ -202,8 +202,67 @@ pub extern "C" fn pace_set_threads(threads: u64) -> PaceStatus {
         let count = count.ok_or_else(|| {
             Failure::new(PACE_ERROR_VALUE, format!("`threads` is {threads}, expected 1 to 4096"))
         })?;
-        let built = rayon::ThreadPoolBuilder::new().num_threads(count).build_global();
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(count);
+        // The caller works instead of waking another and waiting. If it were the only one, calls from elsewhere would hang.
+        let built = if count > 1 { pool.use_current_thread().build_global() } else { pool.build_global() };
         built
             .map_err(|error| Failure::new(PACE_ERROR_VALUE, format!("the threads could not be set: {error}")))
+    })
+}
+
+/// `sgemm` of a BLAS as Fortran declares it, with 32-bit integers.
+pub type PaceSgemm = unsafe extern "C" fn(
+    transa: *const c_char,
+    transb: *const c_char,
+    m: *const i32,
+    n: *const i32,
+    k: *const i32,
+    alpha: *const f32,
+    a: *const f32,
+    lda: *const i32,
+    b: *const f32,
+    ldb: *const i32,
+    beta: *const f32,
+    c: *mut f32,
+    ldc: *const i32,
+);
+
+/// `dgemm` of the same BLAS.
+pub type PaceDgemm = unsafe extern "C" fn(
+    transa: *const c_char,
+    transb: *const c_char,
+    m: *const i32,
+    n: *const i32,
+    k: *const i32,
+    alpha: *const f64,
+    a: *const f64,
+    lda: *const i32,
+    b: *const f64,
+    ldb: *const i32,
+    beta: *const f64,
+    c: *mut f64,
+    ldc: *const i32,
+);
+
+/// `MKL_Set_Num_Threads_Local`: sets how many threads products on the calling thread use, and gives the number before.
+pub type PaceSetNumThreads = unsafe extern "C" fn(threads: i32) -> i32;
+
+/// Lends the CPU operators a BLAS for their large products, once and until the process ends; otherwise they use the library's own.
+/// It is called from many threads at a time, and each product is to run on the calling thread alone:
+/// `set_num_threads_local` is for a BLAS that has threads of its own, and may be NULL.
+///
+/// # Safety
+/// The functions are what their names say, and stay.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pace_set_blas(
+    sgemm: Option<PaceSgemm>,
+    dgemm: Option<PaceDgemm>,
+    set_num_threads_local: Option<PaceSetNumThreads>,
+) -> PaceStatus {
+    run(|| {
+        let sgemm = sgemm.ok_or_else(|| Failure::argument("sgemm", "is a null pointer"))?;
+        let dgemm = dgemm.ok_or_else(|| Failure::argument("dgemm", "is a null pointer"))?;
+        // SAFETY: the caller's promise.
+        Ok(unsafe { crate::cpu::set_blas(crate::cpu::Blas { sgemm, dgemm, set_num_threads_local }) }?)
     })
 }

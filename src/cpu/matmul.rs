@@ -1,9 +1,11 @@
-//! Matrix products, by `faer`, over slices that were checked before; and sums of partial ones.
+//! Matrix products over slices that were checked before, by `faer` or a lent BLAS; and sums of partial ones.
 
+use super::blas;
 use crate::real::Real;
 use crate::vector::zip1;
 use faer::linalg::matmul::matmul;
 pub(super) use faer::{Accum, MatMut, MatRef, Par};
+use rayon::join;
 
 /// A row-major slice as a matrix.
 pub(super) fn mat<T>(slice: &[T], rows: usize, cols: usize) -> MatRef<'_, T> {
@@ -39,7 +41,38 @@ pub(super) fn gemm_scaled<T: Real>(
     b: MatRef<'_, T>,
     par: Par,
 ) {
-    matmul(c, accum, a, b, scale, par);
+    let parts = par.degree();
+    if blas::suits(c.as_ref(), a, b, parts) {
+        let beta = if matches!(accum, Accum::Add) { T::one() } else { T::zero() };
+        blas_in_parts(c, beta, scale, a, b, parts);
+    } else {
+        matmul(c, accum, a, b, scale, par);
+    }
+}
+
+/// A product by BLAS, in parts that run in parallel.
+fn blas_in_parts<T: Real>(
+    c: MatMut<'_, T>,
+    beta: T,
+    scale: T,
+    a: MatRef<'_, T>,
+    b: MatRef<'_, T>,
+    parts: usize,
+) {
+    if parts <= 1 {
+        return blas::gemm(c, beta, scale, a, b);
+    }
+    let half = parts / 2;
+    let rest = parts - half;
+    if c.nrows() >= c.ncols() {
+        let at = c.nrows() * half / parts;
+        let ((c0, c1), (a0, a1)) = (c.split_at_row_mut(at), a.split_at_row(at));
+        join(|| blas_in_parts(c0, beta, scale, a0, b, half), || blas_in_parts(c1, beta, scale, a1, b, rest));
+    } else {
+        let at = c.ncols() * half / parts;
+        let ((c0, c1), (b0, b1)) = (c.split_at_col_mut(at), b.split_at_col(at));
+        join(|| blas_in_parts(c0, beta, scale, a, b0, half), || blas_in_parts(c1, beta, scale, a, b1, rest));
+    }
 }
 
 /// The sum of partial results, in their order.

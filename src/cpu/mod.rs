@@ -4,6 +4,7 @@
 //! are deterministic run to run. In `f64` they are the oracle that other back ends are tested against.
 //! Threads are rayon's: run inside a [`rayon` pool](https://docs.rs/rayon) of your own to choose how many.
 
+mod blas;
 mod drop_path;
 mod loss;
 mod low_rank_linear;
@@ -12,8 +13,11 @@ mod noisy_epilogue;
 mod noisy_linear;
 mod norms;
 mod rows;
+mod scratch;
 mod weights;
 
+pub(crate) use blas::BlasReal;
+pub use blas::{Blas, Gemm, set_blas};
 pub use drop_path::{shared_drop_path, shared_drop_path_backward};
 #[cfg(any(feature = "candle", feature = "cuda"))]
 pub(crate) use loss::check_lambda;
@@ -26,6 +30,7 @@ pub use low_rank_linear::{LowRankGrads, LowRankLinear};
 pub use noisy_epilogue::{noisy_epilogue, noisy_epilogue_backward};
 pub use noisy_linear::{NoisyLinear, NoisyLinearGrads};
 pub use norms::{fp_distance, grad_norm};
+pub(crate) use scratch::Scratched;
 pub use weights::{
     LoraFactors, LoraGrads, PromptBias, PromptGrads, lora_mul_weight, lora_mul_weight_backward,
     low_rank_weight, low_rank_weight_backward, merge, unmerge,

@@ -9,9 +9,10 @@
 //!
 //! The weight gradient is the same in both: `ΔW` rows are summed over all token rows in a fixed order.
 
-use super::Base;
 use super::matmul::{Accum, MatMut, Par, all_threads, gemm, inner_threads, mat, mat_mut};
 use super::rows::{self, CHANNEL_BLOCK, Z, blocks};
+use super::scratch::Scratch;
+use super::{Base, blas};
 use crate::error::{Error, Result};
 use crate::noise::Noise;
 use crate::real::Real;
@@ -151,31 +152,30 @@ impl<T: Real> NoisyLinear<'_, T> {
         Ok(())
     }
 
-    /// One effective weight per sample; a task is one sample.
+    /// One effective weight per sample; a task is some channels of one sample.
     fn forward_folded(&self, z: &Z<'_, T>, fold: &Fold<'_, T>, x: &[T], y: &mut [T]) {
         let LinearShape { tokens: t, in_features: k, out_features: n, .. } = self.shape;
-        let par = inner_threads(self.shape.samples());
-        y.par_chunks_mut(t * n).zip(x.par_chunks(t * k)).enumerate().for_each_init(
-            || (Vec::new(), Vec::new()),
-            |(weight, z_row), (sample, (y, x))| {
-                let x = mat(x, t, k);
-                for channels in blocks(n, CHANNEL_BLOCK) {
-                    let width = channels.len();
-                    z_row.resize(width, T::one());
-                    z.fill(sample * t, channels.clone(), z_row);
-                    fold.block(channels.clone(), z_row, weight, par);
-                    let weight = mat(&weight[..width * k], width, k).transpose();
-                    // z becomes the effective bias b0 + z⊙Δb, laid under the product.
-                    for (z, c) in z_row.iter_mut().zip(channels.clone()) {
-                        let delta = self.delta_bias.map_or(T::zero(), |bias| *z * bias[c]);
-                        *z = self.base.and_then(|base| base.bias).map_or(delta, |bias| bias[c] + delta);
-                    }
-                    for row in y.chunks_exact_mut(n) {
-                        row[channels.clone()].copy_from_slice(z_row);
-                    }
-                    let y = mat_mut(y, t, n).subcols_mut(channels.start, width);
-                    gemm(y, Accum::Add, x, weight, par);
+        let tasks = column_tasks(y, t, n, fold_part(n, CHANNEL_BLOCK));
+        let par = inner_threads(tasks.len());
+        tasks.into_par_iter().for_each_init(
+            || (Scratch::take(), Vec::new()),
+            |(weight, z_row), (sample, channels, mut y)| {
+                let width = channels.len();
+                z_row.resize(width, T::one());
+                z.fill(sample * t, channels.clone(), z_row);
+                let weight = weight.get(width * k);
+                fold.block(channels.clone(), 0..k, z_row, weight, par);
+                // z becomes the effective bias b0 + z⊙Δb, laid under the product.
+                for (z, c) in z_row.iter_mut().zip(channels) {
+                    let delta = self.delta_bias.map_or(T::zero(), |bias| *z * bias[c]);
+                    *z = self.base.and_then(|base| base.bias).map_or(delta, |bias| bias[c] + delta);
                 }
+                for row in 0..t {
+                    let row = y.as_mut().row_mut(row).try_as_row_major_mut().expect("rows are contiguous");
+                    row.as_slice_mut().copy_from_slice(z_row);
+                }
+                let x = mat(&x[sample * t * k..][..t * k], t, k);
+                gemm(y, Accum::Add, x, mat(weight, width, k).transpose(), par);
             },
         );
     }
@@ -231,19 +231,22 @@ impl<T: Real> NoisyLinear<'_, T> {
                 rows::base_gradient(&self.shape, Some(Base { weight: &merged, bias: None }), dy, dx);
             }
             Some(fold) => {
-                let par = inner_threads(self.shape.samples());
-                dx.par_chunks_mut(t * k).zip(dy.par_chunks(t * n)).enumerate().for_each_init(
-                    || (Vec::new(), Vec::new()),
-                    |(weight, z_row), (sample, (dx, dy))| {
-                        let dy = mat(dy, t, n);
-                        for channels in blocks(n, CHANNEL_BLOCK) {
-                            let width = channels.len();
-                            z_row.resize(width, T::one());
+                let tasks = column_tasks(dx, t, k, fold_part(k, k));
+                let par = inner_threads(tasks.len());
+                let block = if blas::is_lent() { n } else { CHANNEL_BLOCK };
+                tasks.into_par_iter().for_each_init(
+                    || (Scratch::take(), Vec::new()),
+                    |(weight, z_row), (sample, columns, mut dx)| {
+                        let dy = mat(&dy[sample * t * n..][..t * n], t, n);
+                        for channels in blocks(n, block) {
+                            let (height, width) = (channels.len(), columns.len());
+                            z_row.resize(height, T::one());
                             z.fill(sample * t, channels.clone(), z_row);
-                            fold.block(channels.clone(), z_row, weight, par);
+                            let weight = weight.get(height * width);
+                            fold.block(channels.clone(), columns.clone(), z_row, weight, par);
                             let accum = if channels.start == 0 { Accum::Replace } else { Accum::Add };
-                            let g = dy.subcols(channels.start, width);
-                            gemm(mat_mut(dx, t, k), accum, g, mat(&weight[..width * k], width, k), par);
+                            let g = dy.subcols(channels.start, height);
+                            gemm(dx.as_mut(), accum, g, mat(weight, height, width), par);
                         }
                     },
                 );
@@ -258,6 +261,35 @@ impl<T: Real> NoisyLinear<'_, T> {
     }
 }
 
+/// How many columns of a sample's output a task computes: `cached`, what keeps its part of the effective weight in the L2 cache,
+/// or half of them for a BLAS, which loses more by starting on the same input again than by reading the weight from further
+/// away.
+fn fold_part(columns: usize, cached: usize) -> usize {
+    const WORTH_SPLITTING: usize = 1024;
+    match blas::is_lent() {
+        true if columns >= WORTH_SPLITTING => columns.div_ceil(2).next_multiple_of(16),
+        true => columns,
+        false => cached,
+    }
+}
+
+/// A sample, some of its columns, and where they are written.
+type ColumnTask<'a, T> = (usize, Range<usize>, MatMut<'a, T>);
+
+/// The columns of every sample of `out [samples·rows, columns]` in parts of at most `part`.
+fn column_tasks<T>(out: &mut [T], rows: usize, columns: usize, part: usize) -> Vec<ColumnTask<'_, T>> {
+    let mut tasks = Vec::new();
+    for (sample, out) in out.chunks_exact_mut(rows * columns).enumerate() {
+        let mut rest = mat_mut(out, rows, columns);
+        for columns in blocks(columns, part) {
+            let (now, later) = rest.split_at_col_mut(columns.len());
+            tasks.push((sample, columns, now));
+            rest = later;
+        }
+    }
+    tasks
+}
+
 /// Two weights `[N, K]` to be joined as `W0 + z⊙ΔW`, `z` by row.
 struct Fold<'a, T> {
     base: &'a [T],
@@ -266,32 +298,24 @@ struct Fold<'a, T> {
 }
 
 impl<T: Real> Fold<'_, T> {
-    /// Writes the rows of some channels to the front of `out`.
-    fn block(&self, channels: Range<usize>, z: &[T], out: &mut Vec<T>, par: Par) {
-        let k = self.k;
-        if out.len() < z.len() * k {
-            out.resize(z.len() * k, T::zero());
-        }
-        let range = channels.start * k..channels.end * k;
-        let row = |out: &mut [T], w: &[T], d: &[T], z: T| {
-            zip2(out, w, d, |out, w, d| *out = w + z * d);
+    /// Writes `[channels, columns]` of the effective weight.
+    fn block(&self, channels: Range<usize>, columns: Range<usize>, z: &[T], out: &mut [T], par: Par) {
+        let row = |(out, (channel, &z)): (&mut [T], (usize, &T))| {
+            let at = channel * self.k + columns.start..channel * self.k + columns.end;
+            zip2(out, &self.base[at.clone()], &self.delta[at], |out, w, d| *out = w + z * d);
         };
-        let (w, d) = (&self.base[range.clone()], &self.delta[range]);
+        let width = columns.len();
         if matches!(par, Par::Seq) {
-            let rows = w.chunks_exact(k).zip(d.chunks_exact(k));
-            for ((out, (w, d)), &z) in out.chunks_exact_mut(k).zip(rows).zip(z) {
-                row(out, w, d, z);
-            }
+            out.chunks_exact_mut(width).zip(channels.zip(z)).for_each(row);
         } else {
-            let rows = w.par_chunks_exact(k).zip(d.par_chunks_exact(k));
-            out.par_chunks_exact_mut(k).zip(rows).zip(z).for_each(|((out, (w, d)), &z)| row(out, w, d, z));
+            out.par_chunks_exact_mut(width).zip(channels.into_par_iter().zip(z)).for_each(row);
         }
     }
 
     /// `W0 + ΔW`.
     fn merged(&self, n: usize) -> Vec<T> {
-        let mut out = Vec::new();
-        self.block(0..n, &vec![T::one(); n], &mut out, all_threads());
+        let mut out = vec![T::zero(); n * self.k];
+        self.block(0..n, 0..self.k, &vec![T::one(); n], &mut out, all_threads());
         out
     }
 }

@@ -17,9 +17,15 @@ const MAX_ROWS: usize = 128;
 /// Fewest input rows for which a task of its own is worth while.
 const MIN_ROWS: usize = 16;
 
-/// Rows per task, so that every thread of the pool gets some.
+/// Rows per task, so that every thread of the pool gets as many tasks as the others.
 fn rows_per_task(rows: usize) -> usize {
-    rows.div_ceil(rayon::current_num_threads()).clamp(MIN_ROWS, MAX_ROWS)
+    even(rows, MAX_ROWS).max(MIN_ROWS)
+}
+
+/// The size of equal parts of at most `most`, as many for each thread.
+fn even(total: usize, most: usize) -> usize {
+    let threads = rayon::current_num_threads();
+    total.div_ceil(total.div_ceil(threads * most) * threads)
 }
 
 /// The blocks of at most `size` that make up `0..total`.
@@ -304,9 +310,9 @@ fn sum_branches<'a, T: Real>(
     sum
 }
 
-/// Channels per task, so that every thread of the pool gets some.
+/// Channels per task, so that every thread of the pool gets as many tasks as the others; whole vectors.
 fn channel_block(channels: usize) -> usize {
-    channels.div_ceil(2 * rayon::current_num_threads()).clamp(16, CHANNEL_BLOCK)
+    even(channels, CHANNEL_BLOCK).next_multiple_of(16)
 }
 
 /// Calls `body(input rows, channels, e tile, output of these channels, first tile?)` for every tile of `e = Σ z⊙g`:

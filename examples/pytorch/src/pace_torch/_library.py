@@ -229,6 +229,19 @@ def check(status: int) -> None:
         raise PaceError(message, library.pace_status_name(status).decode())
 
 
+def _lend_blas() -> None:
+    """On x86, PyTorch's own MKL computes the large products of the CPU operators."""
+    names = ("sgemm", "dgemm", "MKL_Set_Num_Threads_Local")
+    for path in (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"):
+        torch_cpu = ctypes.CDLL(str(path))
+        if all(hasattr(torch_cpu, name) for name in names):
+            check(library.pace_set_blas(*[ctypes.cast(getattr(torch_cpu, name), c_void_p) for name in names]))
+
+
+_lend_blas()
+check(library.pace_set_threads(c_uint64(torch.get_num_threads())))
+
+
 @functools.cache
 def device_handle(ordinal: int) -> c_void_p:
     """The library's handle of a CUDA device, opened when it is first used and kept."""

@@ -1,0 +1,121 @@
+//! Products by a lent BLAS: a plain one, written here after the definition, must be given what it asks for.
+
+use pace_kernels::LinearShape;
+use pace_kernels::cpu::{Base, Blas, LowRankGrads, LowRankLinear, NoisyLinear, NoisyLinearGrads, set_blas};
+use pace_kernels::noise::{Generator, Key, Noise, NoiseShape};
+use std::ffi::{c_char, c_int};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+static CALLS: AtomicUsize = AtomicUsize::new(0);
+
+macro_rules! gemm {
+    ($name:ident, $type:ty) => {
+        /// `C = alpha·op(A)·op(B) + beta·C` in columns.
+        #[allow(clippy::too_many_arguments)] // BLAS has them
+        unsafe extern "C" fn $name(
+            transa: *const c_char,
+            transb: *const c_char,
+            m: *const c_int,
+            n: *const c_int,
+            k: *const c_int,
+            alpha: *const $type,
+            a: *const $type,
+            lda: *const c_int,
+            b: *const $type,
+            ldb: *const c_int,
+            beta: *const $type,
+            c: *mut $type,
+            ldc: *const c_int,
+        ) {
+            CALLS.fetch_add(1, Ordering::Relaxed);
+            // SAFETY: the library passes pointers to numbers, and matrices of these sizes.
+            unsafe {
+                let (transa, transb) = (*transa as u8 == b'T', *transb as u8 == b'T');
+                let [m, n, k, lda, ldb, ldc] = [m, n, k, lda, ldb, ldc].map(|size| *size as usize);
+                assert!(lda >= if transa { k } else { m } && ldb >= if transb { n } else { k } && ldc >= m);
+                for j in 0..n {
+                    for i in 0..m {
+                        let term = |l: usize| {
+                            let a = *a.add(if transa { i * lda + l } else { l * lda + i });
+                            a * *b.add(if transb { l * ldb + j } else { j * ldb + l })
+                        };
+                        let sum: $type = (0..k).map(term).sum();
+                        let at = c.add(j * ldc + i);
+                        // BLAS does not read C where beta is zero.
+                        *at = *alpha * sum + if *beta == 0.0 { 0.0 } else { *beta * *at };
+                    }
+                }
+            }
+        }
+    };
+}
+
+gemm!(sgemm, f32);
+gemm!(dgemm, f64);
+
+fn values(seed: usize, len: usize) -> Vec<f64> {
+    (0..len).map(|i| ((i * 37 + seed * 101) % 211) as f64 / 105.0 - 1.0).collect()
+}
+
+/// Outputs and gradients of both layers, over sizes that are large enough for a BLAS.
+fn run(noise: Noise<'_, f64>, shape: LinearShape) -> Vec<Vec<f64>> {
+    let (m, k, n, r) = (shape.out_rows(), shape.in_features, shape.out_features, 40);
+    let [weight, bias, delta, x, dy] =
+        [n * k, n, n * k, shape.in_rows() * k, m * n].map(|len| values(len, len));
+    let base = Some(Base { weight: &weight[..], bias: Some(&bias[..]) });
+    let layer = NoisyLinear { shape, noise, base, delta_weight: Some(&delta), delta_bias: Some(&bias) };
+    let (mut y, mut dx, mut dw, mut db) = (vec![0.0; m * n], x.clone(), delta.clone(), bias.clone());
+    layer.forward(&x, &mut y).unwrap();
+    let grads =
+        NoisyLinearGrads { input: Some(&mut dx), delta_weight: Some(&mut dw), delta_bias: Some(&mut db) };
+    layer.backward(&x, &dy, grads).unwrap();
+
+    let (down, up) = (values(1, n * r), values(2, r * k));
+    let lora =
+        LowRankLinear { shape, noise, base, rank: r, down: &down, up: &up, delta_bias: None, scale: 0.5 };
+    let (mut y2, mut dx2, mut dd, mut du) = (y.clone(), x.clone(), down.clone(), up.clone());
+    lora.forward(&x, &mut y2).unwrap();
+    let grads =
+        LowRankGrads { input: Some(&mut dx2), down: Some(&mut dd), up: Some(&mut du), delta_bias: None };
+    lora.backward(&x, &dy, grads).unwrap();
+    vec![y, dx, dw, db, y2, dx2, dd, du]
+}
+
+#[test]
+fn a_lent_blas_gives_what_the_crates_own_products_give() {
+    let noise = |shape| Noise::Generated(Generator::new(Key::derive(1, 2, 3), 0.7, shape, 5).unwrap());
+    let shape = |batch, tokens, shared_input| LinearShape {
+        branches: 2,
+        batch,
+        tokens,
+        in_features: 96,
+        out_features: 1056,
+        shared_input,
+    };
+    let cases = [
+        // Folded, both products, no noise; a shared input; one sample, whose product all threads share.
+        (noise(NoiseShape::PerSample), shape(2, 40, false)),
+        (noise(NoiseShape::PerToken), shape(2, 40, false)),
+        (Noise::Off, shape(2, 40, false)),
+        (noise(NoiseShape::PerSample), shape(2, 40, true)),
+        (noise(NoiseShape::PerSample), shape(1, 150, false)),
+    ];
+    let before: Vec<_> = cases.map(|(noise, shape)| run(noise, shape)).into();
+    assert_eq!(CALLS.load(Ordering::Relaxed), 0);
+    let blas = Blas { sgemm, dgemm, set_num_threads_local: None };
+    // SAFETY: these are such functions.
+    unsafe {
+        set_blas(blas).unwrap();
+        assert!(set_blas(blas).is_err(), "twice");
+    }
+    for ((noise, shape), before) in cases.into_iter().zip(before) {
+        let calls = CALLS.load(Ordering::Relaxed);
+        let after = run(noise, shape);
+        assert!(CALLS.load(Ordering::Relaxed) > calls, "{shape:?} did not use it");
+        for (i, (before, after)) in before.iter().zip(after).enumerate() {
+            let largest = before.iter().fold(0f64, |largest, value| largest.max(value.abs()));
+            let error = before.iter().zip(&after).fold(0f64, |error, (a, b)| error.max((a - b).abs()));
+            assert!(error <= 1e-12 * largest, "result {i} of {shape:?}: {error:e} of {largest:e}");
+        }
+    }
+}
