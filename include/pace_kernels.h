@@ -59,6 +59,12 @@
 // PACE-fast: consistency with the logits that the same samples had last time; logits `[B, C]`.
 #define PACE_CONSISTENCY_HISTORY 2
 
+typedef struct Option_PaceDgemm Option_PaceDgemm;
+
+typedef struct Option_PaceSetNumThreads Option_PaceSetNumThreads;
+
+typedef struct Option_PaceSgemm Option_PaceSgemm;
+
 // An open CUDA device. It may be used from any thread, and by many at a time.
 typedef struct PaceDevice PaceDevice;
 
@@ -495,6 +501,16 @@ const char *pace_version(void);
 // operator has run: later it is a `PACE_ERROR_VALUE`. A process that is forked after that has no such threads, and its operators
 // never return: start processes before, or afresh.
 PaceStatus pace_set_threads(uint64_t threads);
+
+// Lends the CPU operators a BLAS for their large products, once and until the process ends; otherwise they use the library's own.
+// It is called from many threads at a time, and each product is to run on the calling thread alone:
+// `set_num_threads_local` is for a BLAS that has threads of its own, and may be NULL.
+//
+// # Safety
+// The functions are what their names say, and stay.
+PaceStatus pace_set_blas(struct Option_PaceSgemm sgemm,
+                         struct Option_PaceDgemm dgemm,
+                         struct Option_PaceSetNumThreads set_num_threads_local);
 
 // Opens device number `ordinal` (from 0) through its primary context and loads the kernels, which takes a moment and is not
 // allowed while a stream is being captured. Later calls for the same device are quick. `*device` is closed with
