@@ -192,8 +192,9 @@ pub extern "C" fn pace_version() -> *const c_char {
     concat!(env!("CARGO_PKG_VERSION"), "\0").as_ptr().cast()
 }
 
-/// Sets how many threads the CPU operators use, instead of one for each core (or `RAYON_NUM_THREADS`). Only before the first
-/// operator has run: later it is a `PACE_ERROR_VALUE`. A process that is forked after that has no such threads, and its operators
+/// Sets how many threads the CPU operators use, instead of one for each core (or `RAYON_NUM_THREADS`). The calling thread is one of
+/// them, if there are several: call this on the thread that will call the operators. Only before the first operator has run:
+/// later it is a `PACE_ERROR_VALUE`. A process that is forked after that has no such threads, and its operators
 /// never return: start processes before, or afresh.
 #[unsafe(no_mangle)]
 pub extern "C" fn pace_set_threads(threads: u64) -> PaceStatus {

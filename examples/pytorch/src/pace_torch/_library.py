@@ -230,7 +230,13 @@ def check(status: int) -> None:
 
 
 def _lend_blas() -> None:
-    """On x86, PyTorch's own MKL computes the large products of the CPU operators."""
+    """On Intel's processors, PyTorch's own MKL computes the large products of the CPU operators.
+
+    There it is faster than the library's own products; on AMD's it is half as fast (`docs/performance.md`).
+    """
+    cpu = Path("/proc/cpuinfo")
+    if not cpu.exists() or "GenuineIntel" not in cpu.read_text():
+        return
     names = ("sgemm", "dgemm", "MKL_Set_Num_Threads_Local")
     for path in (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"):
         torch_cpu = ctypes.CDLL(str(path))
@@ -239,6 +245,7 @@ def _lend_blas() -> None:
 
 
 _lend_blas()
+# As many threads as PyTorch's, the importing one among them.
 check(library.pace_set_threads(c_uint64(torch.get_num_threads())))
 
 
