@@ -287,9 +287,12 @@ def stop_signals(processes: int):
 
 
 def leave_signals_to_the_process(_worker: int) -> None:
-    """For workers that load images: torchrun and schedulers signal them too, and their end would be that of the run."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    """For workers that load images: torchrun and schedulers signal them too, and their end would be that of the run.
+
+    They live on for a minute, in which the process ends its step; Python, when it exits, ends them by the same signal.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
 
 
 def save(path: Path, state: dict) -> None:
@@ -353,7 +356,6 @@ class Evaluation:
 def train(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
-        os.environ["RAYON_NUM_THREADS"] = str(args.threads)  # The operators'; read at the first of them.
     process = Process(args.device)
     device, main_process = process.device, process.rank == 0
     torch.manual_seed(args.seed)
@@ -395,7 +397,7 @@ def train(args: argparse.Namespace) -> None:
     loading = dict(
         num_workers=workers, worker_init_fn=leave_signals_to_the_process, pin_memory=device.type == "cuda"
     )
-    training_loader = DataLoader(training, batch_sampler=batches, persistent_workers=workers > 0, **loading)
+    training_loader = DataLoader(training, batch_sampler=batches, **loading)
     own = Subset(validation, range(process.rank, len(validation), process.number))
     evaluate = Evaluation(model, DataLoader(own, EVALUATION_BATCH, **loading), inputs, autocast, process)
     step = 0

@@ -24,9 +24,8 @@ CLASSES, TRAINING, VALIDATION, STEPS = ("left", "right", "top"), 8, 4, 3  # imag
 
 
 @pytest.fixture(autouse=True)
-def threads(monkeypatch):
+def threads():
     """The script sets these; later tests shall not notice."""
-    monkeypatch.setenv("RAYON_NUM_THREADS", "1")
     number = torch.get_num_threads()
     yield
     torch.set_num_threads(number)

@@ -245,8 +245,6 @@ def _lend_blas() -> None:
 
 
 _lend_blas()
-# As many threads as PyTorch's, the importing one among them.
-check(library.pace_set_threads(c_uint64(torch.get_num_threads())))
 
 
 @functools.cache
@@ -261,9 +259,13 @@ _process: int | None = None
 
 
 def _check_process() -> None:
-    """The library's threads do not live on in a process that is forked after they have started: it would wait forever."""
+    """Starts the library's threads: as many as PyTorch's, the calling one among them.
+
+    They do not live on in a process that is forked later: its operators would wait for them forever.
+    """
     global _process
     if _process is None:
+        check(library.pace_set_threads(c_uint64(torch.get_num_threads())))
         _process = os.getpid()
     elif _process != os.getpid():
         raise PaceError("this process was forked from one that had used the CPU operators, and has none of their threads: "
