@@ -497,8 +497,9 @@ uint32_t pace_abi_version(void);
 // The library's version, for example `"0.1.0"`.
 const char *pace_version(void);
 
-// Sets how many threads the CPU operators use, instead of one for each core (or `RAYON_NUM_THREADS`). Only before the first
-// operator has run: later it is a `PACE_ERROR_VALUE`. A process that is forked after that has no such threads, and its operators
+// Sets how many threads the CPU operators use, instead of one for each core (or `RAYON_NUM_THREADS`). The calling thread is one of
+// them, if there are several: call this on the thread that will call the operators. Only before the first operator has run:
+// later it is a `PACE_ERROR_VALUE`. A process that is forked after that has no such threads, and its operators
 // never return: start processes before, or afresh.
 PaceStatus pace_set_threads(uint64_t threads);
 
