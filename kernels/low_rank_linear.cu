@@ -160,16 +160,29 @@ template <class Numbers, u32 RANK> __device__ __forceinline__ void forward(const
         });
 
     // s goes to shared memory, and from the first block of a row of blocks to the caller.
+    // Two neighbours at a time: nvcc 13.0 takes the chunk of an odd column alone for the column itself, and writes elsewhere.
+    struct alignas(2 * sizeof(T)) Pair {
+        T value[2];
+    };
 #pragma unroll
     for (u32 j = 0; j < RANK / 8; ++j) {
 #pragma unroll
-        for (u32 i = 0; i < 4; ++i) {
-            const u32 r = warp_row() + 16 * own + 8 * (i / 2) + lane() / 4, k = 8 * j + 2 * (lane() % 4) + i % 2;
-            const T value = from_float<T>(p.scale * s[j / 2][j % 2][i]);
-            const u32 at = Tile<T, false>::at(r, k % INNER<T> / Vector<T>::SIZE) + k % Vector<T>::SIZE * sizeof(T);
-            *reinterpret_cast<T *>(low + k / INNER<T> * TILE_BYTES + at) = value;
-            if (column == 0 && row + r < p.wrap && k < p.rank) {
-                store(static_cast<T *>(p.s) + static_cast<u64>(row + r) * p.rank + k, value);
+        for (u32 half = 0; half < 2; ++half) {
+            const u32 r = warp_row() + 16 * own + 8 * half + lane() / 4, within = 2 * (lane() % 4);
+            const u32 k = 8 * j + within;
+            const float *values = s[j / 2][j % 2] + 2 * half;
+            const Pair pair = {{from_float<T>(p.scale * values[0]), from_float<T>(p.scale * values[1])}};
+            const u32 chunk = 8 * j % INNER<T> / Vector<T>::SIZE + within / Vector<T>::SIZE;
+            *reinterpret_cast<Pair *>(low + 8 * j / INNER<T> * TILE_BYTES + Tile<T, false>::at(r, chunk) +
+                                      within % Vector<T>::SIZE * sizeof(T)) = pair;
+            if (column == 0 && row + r < p.wrap) {
+                T *out = static_cast<T *>(p.s) + static_cast<u64>(row + r) * p.rank + k;
+#pragma unroll
+                for (u32 i = 0; i < 2; ++i) {
+                    if (k + i < p.rank) {
+                        store(out + i, pair.value[i]);
+                    }
+                }
             }
         }
     }

@@ -345,6 +345,7 @@ def test_gradient_checkpointing():
         logits.sum().backward()
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_autocast(adapter):
     ours = perturb(pace_torch.inject(vit(dtype=torch.float32), adapter, 4, sigma=0.5), 0.02).train()

@@ -38,6 +38,7 @@ def adapter_of(case, dtype):
     return adapter
 
 
+@pytest.mark.usefixtures("products")
 @golden("lora_*", "vpt_*", "head_*")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
 def test_recorded_adapters(case, dtype):
@@ -134,6 +135,7 @@ def noise_of(adapter, noise):
     return module
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("kind", ["LoraMulVptAdd", "LoraAdd", "VptAdd", "Head"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("per_token", [False, True], ids=["BC", "BTC"])
@@ -156,6 +158,7 @@ def test_generated_noise_in_the_official_formulas(kind, shape, per_token, bias):
         close(got[name], expected[name], 1e-5)
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("kind", ["LoraMulVptAdd", "LoraAdd", "VptAdd", "Head"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
 def test_16_bits_lose_no_more_than_the_unfused_formulas(kind, dtype):
@@ -172,6 +175,7 @@ def test_16_bits_lose_no_more_than_the_unfused_formulas(kind, dtype):
         assert ours_off <= 2 * unfused_off, f"{name}: off by {ours_off:.2e}, unfused {unfused_off:.2e}"
 
 
+@pytest.mark.usefixtures("products")
 def test_shared_input_is_the_doubled_one():
     x, w0, w, b = random(3, 4, 6), random(5, 6), random(5, 6), random(5)
     down, up = random(5, 2), random(2, 6)
@@ -191,6 +195,7 @@ def test_shared_input_is_the_doubled_one():
             close(ours, expected)
 
 
+@pytest.mark.usefixtures("products")
 def test_scale_is_a_factor_on_the_product():
     x, w0, down, up = random(2, 4, 6), random(5, 6), random(5, 2), random(2, 6)
     close(pace_torch.low_rank_weight(down, up, scale=0.5), 0.5 * down @ up)
@@ -212,6 +217,7 @@ SOURCES = {
 }
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES.keys())
 @pytest.mark.parametrize("op", ["noisy_linear", "lora_mul_linear", "lora_linear"])
 def test_numerical_gradients_of_layers(op, source):
@@ -246,6 +252,7 @@ def test_numerical_gradients_of_the_others():
     )
 
 
+@pytest.mark.usefixtures("products")
 def test_second_derivatives_are_errors():
     w0, noise = random(4, 5), SOURCES["generated"]
     labels = torch.tensor([1, 0])
@@ -268,6 +275,7 @@ def test_frozen_tensors_must_not_ask_for_gradients():
         pace_torch.noisy_linear(random(2, 5), leaf(4, 5), None, None, None)
 
 
+@pytest.mark.usefixtures("products")
 def test_layouts_other_than_contiguous():
     x, w0 = random(5, 3, 4), random(5, 4)
     down, up, noise = random(4, 2), random(5, 2), SOURCES["generated"]

@@ -171,6 +171,78 @@ def _same_key(ctx, key: Optional[Tensor]) -> Optional[Tensor]:
     return key
 
 
+# -------------------------------------------------------------------------------------- layers with PyTorch's products
+
+
+def _takes_pytorch_products(x: Tensor) -> bool:
+    """Whether a layer's products are PyTorch's own, and the library's kernels do what lies between them.
+
+    On CUDA: cuBLAS is several times as fast there as the library's own products (`docs/performance.md`).
+    """
+    return x.device.type == "cuda"
+
+
+def _as_given(x: Tensor):
+    """Products inside an operator take the types that it was called with: autocast has had its say outside."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _affine(rows: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    return rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
+
+
+def _epilogue(inputs: _Inputs, shape: lib.PaceShape, noise: lib.PaceNoise, a: Tensor, y: Tensor) -> Tensor:
+    """`y += z ⊙ a`."""
+    arguments = lib.PaceNoisyEpilogue(dtype=inputs.code, shape=shape, noise=noise, a=a, y=y)
+    lib.call("noisy_epilogue_forward", arguments, a.device)
+    return y
+
+
+def _scaled(inputs: _Inputs, shape: lib.PaceShape, noise: lib.PaceNoise, dy: Tensor) -> Tensor:
+    """`z ⊙ dy`."""
+    if noise.kind == lib.NOISE_OFF:
+        return dy
+    da = torch.empty_like(dy)
+    arguments = lib.PaceNoisyEpilogue(dtype=inputs.code, shape=shape, noise=noise, dy=dy, da=da)
+    lib.call("noisy_epilogue_backward", arguments, dy.device)
+    return da
+
+
+def _under_noise(
+    inputs: _Inputs, shape: lib.PaceShape, noise: lib.PaceNoise, base: Optional[Tensor], a: Optional[Tensor]
+) -> Tensor:
+    """`base + z ⊙ a [M, N]`, of which branches may share the rows; `a` may be one row for all. Overwrites `base`."""
+    rows = shape.branches * shape.batch * shape.tokens
+    if a is None:
+        a = torch.zeros(shape.out_features, dtype=inputs.dtype, device=inputs.device)
+    if a.dim() == 1:
+        a = a.repeat(rows, 1)
+    elif len(a) < rows:
+        a = a.repeat(rows // len(a), 1)
+    if base is None:
+        return _scaled(inputs, shape, noise, a)
+    return _epilogue(inputs, shape, noise, a, base.repeat(rows // len(base), 1) if len(base) < rows else base)
+
+
+def _grads_under_noise(
+    inputs: _Inputs, shape: lib.PaceShape, noise: lib.PaceNoise, dy: Tensor, shared_input: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradients to `base` and `a` of `_under_noise`, each `[rows of x, N]`."""
+    grads = dy, _scaled(inputs, shape, noise, dy)
+    if shared_input and shape.branches > 1:
+        return tuple(grad.view(shape.branches, -1, dy.shape[-1]).sum(0) for grad in grads)
+    return tuple(grad.flatten(0, -2) for grad in grads)
+
+
+def _input_grad(parts: Sequence[tuple[Tensor, Optional[Tensor]]]) -> Tensor:
+    """The sum of `grad @ weight` over the parts that have a weight."""
+    (grad, weight), *others = [part for part in parts if part[1] is not None]
+    dx = grad @ weight
+    for grad, weight in others:
+        dx.addmm_(grad, weight)
+    return dx
+
+
 # -------------------------------------------------------------------------------------------------------- noisy linear
 
 
@@ -197,17 +269,27 @@ def _noisy_linear(
         _matrix(name, weight, n, x.shape[-1])
     for name, bias in (("base_bias", base_bias), ("delta_bias", delta_bias)):
         _vector(name, bias, n)
+    noise = inputs.noise(key, z, sigma, per_token, first_sample)
+    x, base_weight, base_bias = inputs("x", x), inputs("base_weight", base_weight), inputs("base_bias", base_bias)
+    delta_weight, delta_bias = inputs("delta_weight", delta_weight), inputs("delta_bias", delta_bias)
+    if _takes_pytorch_products(x):
+        with _as_given(x):
+            rows = x.flatten(0, -2)
+            base = None if base_weight is None else _affine(rows, base_weight, base_bias)
+            a = delta_bias if delta_weight is None else _affine(rows, delta_weight, delta_bias)
+            y = _under_noise(inputs, shape, noise, base, a)
+        return inputs.out(y).view(_out_shape(x, n, branches, shared_input))
     y = inputs.new(*_out_shape(x, n, branches, shared_input))
     arguments = lib.PaceNoisyLinear(
         dtype=inputs.code,
         flags=_flags(x, fold),
         shape=shape,
-        noise=inputs.noise(key, z, sigma, per_token, first_sample),
-        base_weight=inputs("base_weight", base_weight),
-        base_bias=inputs("base_bias", base_bias),
-        delta_weight=inputs("delta_weight", delta_weight),
-        delta_bias=inputs("delta_bias", delta_bias),
-        x=inputs("x", x),
+        noise=noise,
+        base_weight=base_weight,
+        base_bias=base_bias,
+        delta_weight=delta_weight,
+        delta_bias=delta_bias,
+        x=x,
         y=y,
     )
     lib.call("noisy_linear_forward", arguments, x.device)
@@ -246,8 +328,18 @@ def _noisy_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = _Inputs(dy)
     n, k = dy.shape[-1], x_shape[-1]
+    noise = inputs.noise(key, z, sigma, per_token, first_sample)
+    dy, x = inputs("dy", dy), inputs("x", x)
+    base_weight, delta_weight = inputs("base_weight", base_weight), inputs("delta_weight", delta_weight)
+    if _takes_pytorch_products(dy):
+        with _as_given(dy):
+            g, e = _grads_under_noise(inputs, _rows_shape(dy, branches), noise, dy, shared_input)
+            dx = _input_grad([(g, base_weight), (e, delta_weight)]).view(x_shape) if wanted[0] else None
+            dw = e.t() @ x.flatten(0, -2) if wanted[1] else None
+            db = e.sum(0) if wanted[2] else None
+        return tuple(_none(dy) if grad is None else inputs.out(grad) for grad in (dx, dw, db))
     # Where only a bias is trained the gradient does not read x, so it was not kept; the library takes its length.
-    x = inputs.new(*x_shape) if x is None else inputs("x", x)
+    x = inputs.new(*x_shape) if x is None else x
     dx, dw, db = (
         inputs.new(*size) if want else None for want, size in zip(wanted, (x_shape, (n, k), (n,)))
     )
@@ -255,11 +347,11 @@ def _noisy_linear_backward(
         dtype=inputs.code,
         flags=_flags(x, fold),
         shape=_layer_shape(x, n, branches, shared_input),
-        noise=inputs.noise(key, z, sigma, per_token, first_sample),
-        base_weight=inputs("base_weight", base_weight),
-        delta_weight=inputs("delta_weight", delta_weight),
+        noise=noise,
+        base_weight=base_weight,
+        delta_weight=delta_weight,
         x=x,
-        dy=inputs("dy", dy),
+        dy=dy,
         grad_input=dx,
         grad_delta_weight=dw,
         grad_delta_bias=db,
@@ -560,21 +652,34 @@ def _lora_linear(
     (n, r), k = down.shape, x.shape[-1]
     _matrix("base_weight", base_weight, n, k)
     _matrix("up", up, r, k)
+    shape, noise = _layer_shape(x, n, branches, shared_input), inputs.noise(key, z, sigma, per_token, first_sample)
+    x, base_weight, base_bias = inputs("x", x), inputs("base_weight", base_weight), inputs("base_bias", base_bias)
+    down, up, delta_bias = inputs("down", down), inputs("up", up), inputs("delta_bias", delta_bias)
+    for name, bias in (("base_bias", base_bias), ("delta_bias", delta_bias)):
+        _vector(name, bias, n)
+    if _takes_pytorch_products(x):
+        with _as_given(x):
+            rows = x.flatten(0, -2)
+            s = (rows @ up.t()).mul_(scale)
+            base = None if base_weight is None else _affine(rows, base_weight, base_bias)
+            y = _under_noise(inputs, shape, noise, base, _affine(s, down, delta_bias))
+        s = s.view(*x.shape[:-1], r) if _keeps_s(x) else _none(x)
+        return inputs.out(y).view(_out_shape(x, n, branches, shared_input)), s
     y = inputs.new(*_out_shape(x, n, branches, shared_input))
     s = inputs.new(*x.shape[:-1], r) if _keeps_s(x) else _none(x)
     arguments = lib.PaceLowRankLinear(
         dtype=inputs.code,
         flags=_flags(x),
-        shape=_layer_shape(x, n, branches, shared_input),
-        noise=inputs.noise(key, z, sigma, per_token, first_sample),
+        shape=shape,
+        noise=noise,
         rank=r,
         scale=scale,
-        base_weight=inputs("base_weight", base_weight),
-        base_bias=inputs("base_bias", base_bias),
-        down=inputs("down", down),
-        up=inputs("up", up),
-        delta_bias=inputs("delta_bias", delta_bias),
-        x=inputs("x", x),
+        base_weight=base_weight,
+        base_bias=base_bias,
+        down=down,
+        up=up,
+        delta_bias=delta_bias,
+        x=x,
         s=s,
         y=y,
     )
@@ -610,22 +715,35 @@ def _lora_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inputs = _Inputs(x)
     (n, r), k = down.shape, x.shape[-1]
+    shape, noise = _layer_shape(x, n, branches, shared_input), inputs.noise(key, z, sigma, per_token, first_sample)
+    x, s, dy = inputs("x", x), inputs.placed("s", s, inputs.dtype), inputs("dy", dy)
+    base_weight, down, up = inputs("base_weight", base_weight), inputs("down", down), inputs("up", up)
     sizes = x.shape, (n, r), (r, k), (n,)
+    if _takes_pytorch_products(x):
+        with _as_given(x):
+            g, e = _grads_under_noise(inputs, _rows_shape(dy, branches), noise, dy, shared_input)
+            ds = (e @ down).mul_(scale) if wanted[0] or wanted[2] else None
+            dx = _input_grad([(g, base_weight), (ds, up)]) if wanted[0] else None
+            ddown = e.t() @ s.flatten(0, -2) if wanted[1] else None
+            dup = ds.t() @ x.flatten(0, -2) if wanted[2] else None
+            db = e.sum(0) if wanted[3] else None
+        grads = [grad if grad is None else grad.view(size) for grad, size in zip((dx, ddown, dup, db), sizes)]
+        return tuple(_none(x) if grad is None else inputs.out(grad) for grad in grads)
     grads = [inputs.new(*size) if want else None for want, size in zip(wanted, sizes)]
     arguments = lib.PaceLowRankLinear(
         dtype=inputs.code,
         flags=_flags(x),
-        shape=_layer_shape(x, n, branches, shared_input),
-        noise=inputs.noise(key, z, sigma, per_token, first_sample),
+        shape=shape,
+        noise=noise,
         rank=r,
         scale=scale,
-        base_weight=inputs("base_weight", base_weight),
-        down=inputs("down", down),
-        up=inputs("up", up),
+        base_weight=base_weight,
+        down=down,
+        up=up,
         delta_bias=inputs("delta_bias", delta_bias),
-        x=inputs("x", x),
-        s=inputs("s", s),
-        dy=inputs("dy", dy),
+        x=x,
+        s=s,
+        dy=dy,
         grad_input=grads[0],
         grad_down=grads[1],
         grad_up=grads[2],
