@@ -14,11 +14,12 @@
 
 #include <cstddef>
 
-// A kernel takes one parameter struct by value, `p`, which src/cuda mirrors field by field. `threads` is the largest
-// block that plans ask for. The simulator brings its own definition.
+// A kernel takes one parameter struct by value, `p`, which src/cuda mirrors field by field. What follows is the number of
+// threads in the largest block that plans ask for and, if it matters, of blocks that a multiprocessor has to have room for.
+// The simulator brings its own definition.
 #if !defined(PACE_KERNEL)
-#define PACE_KERNEL(name, Params, threads)                                                                             \
-    extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Params p)
+#define PACE_KERNEL(name, Params, ...)                                                                                 \
+    extern "C" __global__ void __launch_bounds__(__VA_ARGS__) name(const __grid_constant__ Params p)
 #endif
 
 // The block's dynamic shared memory as an array of T; the simulator brings its own definition.

@@ -42,7 +42,7 @@ void pace_simt_access(const void *address, size_t bytes, bool is_write);
 #define gridDim (pace_simt_thread()->grid_dim)
 
 // A kernel is a function on its parameters; the build script finds the name and declares both functions to Rust.
-#define PACE_KERNEL(name, Params, threads)                                                                             \
+#define PACE_KERNEL(name, Params, ...)                                                                                 \
     static void name(const Params &p);                                                                                 \
     extern "C" void pace_simt_run_##name(const void *params) { name(*static_cast<const Params *>(params)); }           \
     extern "C" size_t pace_simt_bytes_##name() { return sizeof(Params); }                                              \

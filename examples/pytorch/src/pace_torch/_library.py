@@ -50,20 +50,20 @@ class Arguments(ctypes.Structure):
     def __init__(self, **fields):
         super().__init__()
         self._held = []
-        names = {name for name, *_ in self._fields_}
-        if "size" in names:
+        if hasattr(self, "size"):
             self.size = ctypes.sizeof(self)
         self.set(**fields)
 
     def set(self, **fields):
         for name, value in fields.items():
+            if value is None:
+                continue
             if isinstance(value, torch.Tensor):
                 self._held.append(value)
                 value = PaceTensor(value.data_ptr(), value.numel())
             elif isinstance(value, ctypes.Structure):
                 self._held.append(value)
-            if value is not None:
-                setattr(self, name, value)
+            setattr(self, name, value)
 
 
 class PaceNoise(Arguments):

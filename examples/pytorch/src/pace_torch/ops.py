@@ -9,7 +9,7 @@ out-features, rank `r`. A layer's input is `[R, ..., K]`; what lies between is a
 """
 
 import ctypes
-from typing import NamedTuple, Optional, Sequence
+from typing import Callable, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -57,13 +57,13 @@ class _Inputs:
             return None
         if tensor.device != self.device:
             raise PaceError(f"`{name}` is on {tensor.device}, expected {self.device} like the other tensors")
-        return tensor.to(dtype).contiguous()
+        return tensor if tensor.dtype == dtype and tensor.is_contiguous() else tensor.to(dtype).contiguous()
 
     def new(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def out(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.like.dtype)
+        return tensor if tensor.dtype == self.like.dtype else tensor.to(self.like.dtype)
 
     def noise(self, key, z, sigma: float, per_token: bool, first_sample: int) -> lib.PaceNoise:
         shape = lib.PER_TOKEN if per_token else lib.PER_SAMPLE
@@ -171,6 +171,54 @@ def _same_key(ctx, key: Optional[Tensor]) -> Optional[Tensor]:
     return key
 
 
+# ----------------------------------------------------------------------------------------------------------- operators
+
+
+class _Operator:
+    """A custom operator. Eager code calls its function directly, and differentiates it as a `torch.autograd.Function`:
+    PyTorch's way through a custom operator takes several times as long as a call of the library.
+    """
+
+    def __init__(self, name: str, function: Callable):
+        self.name, self.function = name, function
+        self.custom = torch.library.custom_op(f"pace::{name}", function, mutates_args=())
+        self.register_fake = self.custom.register_fake
+        self.eager = self.custom
+
+    def register_autograd(self, backward: Callable, *, setup_context: Callable) -> None:
+        self.custom.register_autograd(backward, setup_context=setup_context)
+
+        def forward(ctx, *arguments):
+            output = self.function(*arguments)
+            setup_context(ctx, arguments, output)
+            return output
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        self.eager = type(self.name, (torch.autograd.Function,), methods).apply
+
+    def __call__(self, *arguments):
+        if not _is_eager(arguments):
+            return self.custom(*arguments)
+        # A backward operator that autograd records is the custom one, which says that it has no derivative.
+        return self.eager(*arguments) if torch.is_grad_enabled() else self.function(*arguments)
+
+
+def _operator(name: str) -> Callable[[Callable], _Operator]:
+    return lambda function: _Operator(name, function)
+
+
+def _is_eager(arguments: Sequence) -> bool:
+    """Whether nobody is there to see the operator rather than what it does: no compiler, no tracer, no transform, no kind
+    of tensor but PyTorch's own.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return False
+    return all(type(a) in _PLAIN or not isinstance(a, Tensor) for a in arguments)
+
+
+_PLAIN = {Tensor, torch.nn.Parameter, float, int, bool, type(None)}
+
+
 # -------------------------------------------------------------------------------------- layers with PyTorch's products
 
 
@@ -213,15 +261,16 @@ def _under_noise(
 ) -> Tensor:
     """`base + z ⊙ a [M, N]`, of which branches may share the rows; `a` may be one row for all. Overwrites `base`."""
     rows = shape.branches * shape.batch * shape.tokens
+    base, a = (
+        t.repeat(rows // len(t), 1) if t is not None and t.dim() == 2 and len(t) < rows else t for t in (base, a)
+    )
     if a is None:
-        a = torch.zeros(shape.out_features, dtype=inputs.dtype, device=inputs.device)
+        return base
+    if noise.kind == lib.NOISE_OFF and base is not None:
+        return base.add_(a)
     if a.dim() == 1:
         a = a.repeat(rows, 1)
-    elif len(a) < rows:
-        a = a.repeat(rows // len(a), 1)
-    if base is None:
-        return _scaled(inputs, shape, noise, a)
-    return _epilogue(inputs, shape, noise, a, base.repeat(rows // len(base), 1) if len(base) < rows else base)
+    return _scaled(inputs, shape, noise, a) if base is None else _epilogue(inputs, shape, noise, a, base)
 
 
 def _grads_under_noise(
@@ -246,7 +295,7 @@ def _input_grad(parts: Sequence[tuple[Tensor, Optional[Tensor]]]) -> Tensor:
 # -------------------------------------------------------------------------------------------------------- noisy linear
 
 
-@torch.library.custom_op("pace::noisy_linear", mutates_args=())
+@_operator("noisy_linear")
 def _noisy_linear(
     x: Tensor,
     base_weight: Optional[Tensor],
@@ -275,6 +324,8 @@ def _noisy_linear(
     if _takes_pytorch_products(x):
         with _as_given(x):
             rows = x.flatten(0, -2)
+            if fold and noise.kind == lib.NOISE_OFF and base_weight is not None and delta_weight is not None:
+                base_weight, delta_weight = base_weight + delta_weight, None
             base = None if base_weight is None else _affine(rows, base_weight, base_bias)
             a = delta_bias if delta_weight is None else _affine(rows, delta_weight, delta_bias)
             y = _under_noise(inputs, shape, noise, base, a)
@@ -309,7 +360,7 @@ def _(x, base_weight, base_bias, delta_weight, delta_bias, key, z, sigma, per_to
     return x.new_empty(_out_shape(x, _out_features(base_weight, delta_weight), branches, shared_input))
 
 
-@torch.library.custom_op("pace::noisy_linear_backward", mutates_args=())
+@_operator("noisy_linear_backward")
 def _noisy_linear_backward(
     dy: Tensor,
     x: Optional[Tensor],
@@ -334,6 +385,8 @@ def _noisy_linear_backward(
     if _takes_pytorch_products(dy):
         with _as_given(dy):
             g, e = _grads_under_noise(inputs, _rows_shape(dy, branches), noise, dy, shared_input)
+            if fold and noise.kind == lib.NOISE_OFF and base_weight is not None and delta_weight is not None:
+                base_weight, delta_weight = base_weight + delta_weight, None
             dx = _input_grad([(g, base_weight), (e, delta_weight)]).view(x_shape) if wanted[0] else None
             dw = e.t() @ x.flatten(0, -2) if wanted[1] else None
             db = e.sum(0) if wanted[2] else None
@@ -407,7 +460,7 @@ def _weight_arguments(inputs: _Inputs, down: Tensor, up: Tensor, base_weight: Op
     )
 
 
-@torch.library.custom_op("pace::low_rank_weight", mutates_args=())
+@_operator("low_rank_weight")
 def _low_rank_weight(down: Tensor, up: Tensor, base_weight: Optional[Tensor], scale: float) -> Tensor:
     inputs = _Inputs(down)
     arguments = _weight_arguments(inputs, down, up, base_weight, scale)
@@ -422,7 +475,7 @@ def _(down, up, base_weight, scale):
     return down.new_empty(down.shape[0], up.shape[1])
 
 
-@torch.library.custom_op("pace::low_rank_weight_backward", mutates_args=())
+@_operator("low_rank_weight_backward")
 def _low_rank_weight_backward(
     dout: Tensor, down: Tensor, up: Tensor, base_weight: Optional[Tensor], scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -469,7 +522,7 @@ def _prompt_arguments(inputs: _Inputs, base_weight, base_bias, prompt_down, prom
     )
 
 
-@torch.library.custom_op("pace::prompt_bias", mutates_args=())
+@_operator("prompt_bias")
 def _prompt_bias(
     base_weight: Tensor,
     base_bias: Optional[Tensor],
@@ -490,7 +543,7 @@ def _(base_weight, base_bias, prompt_down, prompt_up, delta_bias):
     return base_weight.new_empty(base_weight.shape[0])
 
 
-@torch.library.custom_op("pace::prompt_bias_backward", mutates_args=())
+@_operator("prompt_bias_backward")
 def _prompt_bias_backward(
     dout: Tensor,
     base_weight: Tensor,
@@ -533,7 +586,7 @@ _prompt_bias.register_autograd(_prompt_bias_grads, setup_context=_prompt_bias_se
 # ------------------------------------------------------------------------------------------------------------ LoRA mul
 
 
-@torch.library.custom_op("pace::lora_mul_linear", mutates_args=())
+@_operator("lora_mul_linear")
 def _lora_mul_linear(
     x: Tensor,
     base_weight: Tensor,
@@ -564,7 +617,7 @@ def _(x, base_weight, base_bias, down, up, delta_bias, key, z, scale, sigma, per
     return x.new_empty(_out_shape(x, base_weight.shape[0], branches, shared_input))
 
 
-@torch.library.custom_op("pace::lora_mul_linear_backward", mutates_args=())
+@_operator("lora_mul_linear_backward")
 def _lora_mul_linear_backward(
     dy: Tensor,
     x: Optional[Tensor],
@@ -631,7 +684,7 @@ def _keeps_s(x: Tensor) -> bool:
     return x.device.type == "cuda"
 
 
-@torch.library.custom_op("pace::lora_linear", mutates_args=())
+@_operator("lora_linear")
 def _lora_linear(
     x: Tensor,
     base_weight: Optional[Tensor],
@@ -694,7 +747,7 @@ def _(x, base_weight, base_bias, down, up, delta_bias, key, z, scale, sigma, per
     return x.new_empty(_out_shape(x, down.shape[0], branches, shared_input)), s
 
 
-@torch.library.custom_op("pace::lora_linear_backward", mutates_args=())
+@_operator("lora_linear_backward")
 def _lora_linear_backward(
     dy: Tensor,
     x: Tensor,
@@ -800,7 +853,7 @@ def _rows_shape(x: Tensor, branches: int) -> lib.PaceShape:
     )
 
 
-@torch.library.custom_op("pace::noisy_epilogue", mutates_args=())
+@_operator("noisy_epilogue")
 def _noisy_epilogue(
     y: Tensor,
     a: Tensor,
@@ -832,7 +885,7 @@ def _(y, a, key, z, sigma, per_token, first_sample, branches):
     return y.new_empty(y.shape)
 
 
-@torch.library.custom_op("pace::noisy_epilogue_backward", mutates_args=())
+@_operator("noisy_epilogue_backward")
 def _noisy_epilogue_backward(
     dy: Tensor,
     key: Optional[Tensor],
@@ -902,7 +955,7 @@ def _(key, sigma, per_token, first_sample, branches, batch, tokens, channels):
 # ------------------------------------------------------------------------------------------------------------ DropPath
 
 
-@torch.library.custom_op("pace::drop_path", mutates_args=())
+@_operator("drop_path")
 def _drop_path(
     x: Tensor,
     key: Optional[Tensor],
