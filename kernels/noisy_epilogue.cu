@@ -115,19 +115,23 @@ __device__ __forceinline__ void apply(const NoisyEpilogueParams &p) {
     }
 }
 
+// With 16-bit types a thread has twice the channels and z. Half the tokens at a time leave registers for twice the blocks,
+// which is what keeps the memory busy.
+constexpr u32 BLOCKS_16_BIT = 4;
+
 template <class T, bool BACKWARD> __device__ __forceinline__ void apply(const NoisyEpilogueParams &p) {
     if (is_per_token(p.noise)) {
         apply<T, BACKWARD, true, 1>(p);
     } else {
-        apply<T, BACKWARD, false, 4>(p);
+        apply<T, BACKWARD, false, sizeof(T) == 4 ? 4 : 2>(p);
     }
 }
 
 } // namespace pace
 
 PACE_KERNEL(noisy_epilogue_f32, pace::NoisyEpilogueParams, 256) { pace::apply<float, false>(p); }
-PACE_KERNEL(noisy_epilogue_f16, pace::NoisyEpilogueParams, 256) { pace::apply<pace::f16, false>(p); }
-PACE_KERNEL(noisy_epilogue_bf16, pace::NoisyEpilogueParams, 256) { pace::apply<pace::bf16, false>(p); }
+PACE_KERNEL(noisy_epilogue_f16, pace::NoisyEpilogueParams, 256, pace::BLOCKS_16_BIT) { pace::apply<pace::f16, false>(p); }
+PACE_KERNEL(noisy_epilogue_bf16, pace::NoisyEpilogueParams, 256, pace::BLOCKS_16_BIT) { pace::apply<pace::bf16, false>(p); }
 PACE_KERNEL(noisy_epilogue_backward_f32, pace::NoisyEpilogueParams, 256) { pace::apply<float, true>(p); }
-PACE_KERNEL(noisy_epilogue_backward_f16, pace::NoisyEpilogueParams, 256) { pace::apply<pace::f16, true>(p); }
-PACE_KERNEL(noisy_epilogue_backward_bf16, pace::NoisyEpilogueParams, 256) { pace::apply<pace::bf16, true>(p); }
+PACE_KERNEL(noisy_epilogue_backward_f16, pace::NoisyEpilogueParams, 256, pace::BLOCKS_16_BIT) { pace::apply<pace::f16, true>(p); }
+PACE_KERNEL(noisy_epilogue_backward_bf16, pace::NoisyEpilogueParams, 256, pace::BLOCKS_16_BIT) { pace::apply<pace::bf16, true>(p); }

@@ -62,12 +62,16 @@ class Logits:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A timm model that is trained for one step on images of 224 px."""
+    """A timm model that is trained for one step on images of 224 px.
+
+    With `autocast` the parameters are f32, and 16-bit types are those of autocast.
+    """
 
     name: str
     classes: int = 100
     batch: int = 64
     cpu_batch: int = 4
+    autocast: bool = False
 
 
 SHAPES = {
@@ -82,6 +86,7 @@ SHAPES = {
     "loss_1000": Logits(1000),
     "loss_32768": Logits(32768),
     "vit_b_step": Model("vit_base_patch16_224"),
+    "vit_b_autocast": Model("vit_base_patch16_224", autocast=True),
     "vit_tiny_step": Model("vit_tiny_patch16_224"),
 }
 
@@ -501,9 +506,12 @@ class StepCase:
     def __init__(self, shape, dtype, device, batch, threads, worker):
         self.shape, self.dtype, self.device, self.batch = shape, dtype, device, batch
         rng = torch.Generator().manual_seed(0)
-        self.images = torch.randn(batch, 3, 224, 224, generator=rng).to(device, DTYPES[dtype])
+        self.autocast = shape.autocast and dtype != "f32"
+        self.stored = torch.float32 if self.autocast else DTYPES[dtype]
+        self.images = torch.randn(batch, 3, 224, 224, generator=rng).to(device, self.stored)
         self.labels = torch.randint(shape.classes, (batch,), generator=rng).to(device)
         self.title = f"{shape.name}, {BRANCHES}x{batch} images, LoRA mul + VPT add, rank {RANK}, AdamW, {dtype}"
+        self.title += " by autocast" if self.autocast else ""
         self.operators = {
             "training step": {
                 EAGER: self.official,
@@ -518,7 +526,7 @@ class StepCase:
     def model(self, dtype=None):
         torch.manual_seed(0)
         model = timm.create_model(self.shape.name, num_classes=self.shape.classes)
-        return model.to(self.device, dtype or DTYPES[self.dtype])
+        return model.to(self.device, dtype or self.stored)
 
     @functools.cached_property
     def start(self):
@@ -545,7 +553,8 @@ class StepCase:
 
         def forward(_):
             optimizer.zero_grad()
-            return loss()
+            with torch.autocast(self.device, DTYPES[self.dtype], enabled=self.autocast):
+                return loss()
 
         def backward(total):
             total.backward()
@@ -575,7 +584,7 @@ class StepCase:
         model = self.model()
         config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=r"blocks\..*\.(qkv|proj|fc1|fc2)")
         peft.inject_adapter_in_model(config, model)
-        model.to(DTYPES[self.dtype]).train()
+        model.to(self.stored).train()
         model.head.requires_grad_()
         images, labels = torch.cat([self.images] * branches), self.labels.repeat(branches)
         loss = lambda: F.cross_entropy(model(images), labels)

@@ -25,8 +25,9 @@ const THREADS: usize = 256;
 const COLUMNS: usize = 32;
 /// Tokens side by side in a block.
 const TOKENS: usize = 8;
-/// Tokens that one thread handles with one draw of the noise.
-const TOKENS_PER_THREAD: usize = 8;
+/// Tokens that one thread handles with one draw of the noise, times the bytes of an element: in 16-bit types it draws for twice
+/// the channels.
+const TOKENS_TIMES_BYTES: usize = 32;
 /// Largest z dimension of a block.
 const MAX_BLOCK_Z: usize = 64;
 
@@ -97,7 +98,7 @@ impl NoisyEpilogue {
         let x = columns.next_power_of_two().min(COLUMNS);
         let y = shape.tokens.next_power_of_two().min(TOKENS);
         let z = (THREADS / (x * y)).min(MAX_BLOCK_Z);
-        let chunks = shape.tokens.div_ceil(y * TOKENS_PER_THREAD);
+        let chunks = shape.tokens.div_ceil(y * TOKENS_TIMES_BYTES / bytes);
         let aligned = n.is_multiple_of(width)
             && self.input.is_vector_aligned()
             && self.output.is_vector_aligned()

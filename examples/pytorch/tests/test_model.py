@@ -10,6 +10,7 @@ import torch
 from conftest import close, error, golden, perturb, swin, vit
 from pace_torch import NoisyLinear, PaceError, SharedDropPath
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 ADAPTERS = {"LoRAmul_VPTadd": "lora_mul_vpt", "LoRAadd": "lora_add", "VPTadd": "vpt_add"}
 
@@ -343,6 +344,42 @@ def test_gradient_checkpointing():
     plain.pace.advance()
     with pytest.raises(RuntimeError, match="gradient checkpointing"):
         logits.sum().backward()
+
+
+def test_the_output_of_a_gelu_is_made_again_rather_than_kept(monkeypatch):
+    """As on CUDA: the same gradients, and nobody holds the tensor between the passes."""
+    x, labels = batch()
+
+    def grads(model):
+        outputs = []
+        act = model.blocks[1].mlp.act
+        watching = act.register_forward_hook(lambda _, __, y: outputs.append(StorageWeakRef(y.untyped_storage())))
+        losses = model.pace.training_step(model, x, labels)
+        watching.remove()
+        assert act is model.blocks[1].mlp.fc2.gelu and act.last is None
+        is_kept = not outputs[0].expired()
+        losses.total.backward()
+        return is_kept, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    models = [perturb(pace_torch.inject(vit(), rank=4, seed=3)).train()]
+    models += [copy.deepcopy(models[0]), pickle.loads(pickle.dumps(models[0]))]
+    # Checkpointing has its own say.
+    models[2].set_grad_checkpointing()
+    is_kept, expected = grads(models[0])
+    assert is_kept
+    monkeypatch.setattr(pace_torch.modules, "_recomputes", lambda y: True)
+    for model in models[1:]:
+        is_kept, got = grads(model)
+        assert not is_kept
+        assert got.keys() == expected.keys() and all(torch.equal(got[name], expected[name]) for name in expected)
+
+    inputs = []
+    models[1].blocks[1].mlp.fc1.register_forward_hook(lambda _, __, h: inputs.append(h.detach()))
+    logits = models[1](x)
+    inputs[0].add_(1.0)
+    with pytest.raises(RuntimeError, match="in place|inplace"):
+        logits.sum().backward()
+    assert type(pace_torch.merge(models[1]).blocks[1].mlp.act) is nn.GELU
 
 
 @pytest.mark.usefixtures("products")

@@ -3,12 +3,12 @@
 from typing import Optional
 
 import torch
-from timm.layers import DropPath
+from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from ._library import PaceError, sigma_by_block
 from .controller import Pace
-from .modules import Adapter, Head, LoraAdd, LoraMulVptAdd, NoisyLinear, SharedDropPath, VptAdd
+from .modules import Adapter, Head, LoraAdd, LoraMulVptAdd, NoisyLinear, RecomputedGELU, SharedDropPath, VptAdd
 
 ADAPTERS = ("LoRAmul_VPTadd", "LoRAadd", "VPTadd")
 
@@ -133,6 +133,11 @@ def inject(
         for layer, (name, module) in enumerate(drop_paths.items(), start=len(linears)):
             _replace(model, name, SharedDropPath(module.drop_prob, pace, layer))
 
+    for module in model.modules():
+        if isinstance(module, Mlp) and type(module.act) is nn.GELU and isinstance(module.fc2, NoisyLinear):
+            module.act = RecomputedGELU(module.act.approximate)
+            module.fc2.__dict__["gelu"] = module.act
+
     for name, parameter in model.named_parameters():
         if not _is_trained(name):
             parameter.requires_grad_(False)
@@ -172,6 +177,8 @@ def merge(model: nn.Module) -> nn.Module:
             _replace(model, name, linear)
         elif isinstance(module, SharedDropPath):
             _replace(model, name, DropPath(module.drop_prob))
+        elif isinstance(module, RecomputedGELU):
+            _replace(model, name, nn.GELU(module.approximate))
     if hasattr(model, "pace"):
         for handle in model.pace.handles:
             handle.remove()
