@@ -34,7 +34,7 @@ SIGMA = 1.0
 LAMBDA = 1.0
 
 EAGER, COMPILED = "official, eager", "official, torch.compile"
-OURS, RUST = "ours, PyTorch", "ours, Rust"
+OURS, CAPTURED, RUST = "ours, PyTorch", "ours, captured as a graph", "ours, Rust"
 PEFT = "PEFT LoRA, no noise"
 
 
@@ -107,6 +107,9 @@ def imported(name):
 
 class TorchPeer:
     """A peer in this process. `forward(x)` gives what `backward` takes; `results` names what they made."""
+
+    # A captured graph holds its memory all the time.
+    has_peak = True
 
     def __init__(self, device, forward, backward, results, x=None, noisy=True, set_noise=lambda z: None):
         self.device, self.forward, self.backward, self.results = device, forward, backward, results
@@ -517,6 +520,7 @@ class StepCase:
                 EAGER: self.official,
                 COMPILED: lambda: self.official(compiled=True),
                 OURS: self.ours,
+                CAPTURED: self.captured,
                 PEFT_ONE: lambda: self.peft(1),
                 PEFT_TWO: lambda: self.peft(BRANCHES),
                 RUST: no_worker,
@@ -547,7 +551,7 @@ class StepCase:
     def z(self):
         return self.start[1]
 
-    def peer(self, model, loss, set_noise=lambda z: None, noisy=True):
+    def peer(self, model, loss, set_noise=lambda z: None, noisy=True, backward=torch.Tensor.backward):
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(trained.values(), lr=1e-3, weight_decay=1e-4)
 
@@ -556,14 +560,14 @@ class StepCase:
             with torch.autocast(self.device, DTYPES[self.dtype], enabled=self.autocast):
                 return loss()
 
-        def backward(total):
-            total.backward()
+        def step(total):
+            backward(total)
             optimizer.step()
 
         def results(total, _):
             return {"loss": total, "gradient": torch.cat([p.grad.flatten() for p in trained.values()])}
 
-        return TorchPeer(self.device, forward, backward, results, noisy=noisy, set_noise=set_noise)
+        return TorchPeer(self.device, forward, step, results, noisy=noisy, set_noise=set_noise)
 
     def official(self, compiled=False, dtype=None):
         model = official.inject(self.model(dtype), "lora_mul_vpt", RANK, SIGMA).train()
@@ -597,7 +601,8 @@ class StepCase:
     def bytes_per_output(self, op, peer):
         return None
 
-    def ours(self):
+    def our_model(self):
+        """The model, and what sets its noise."""
         pace = imported("pace_torch")
         model = pace.inject(self.model(), "LoRAmul_VPTadd", RANK, sigma=SIGMA, lambda_=LAMBDA).train()
         model.load_state_dict(self.start[0])
@@ -605,7 +610,32 @@ class StepCase:
 
         def set_noise(z):
             for name, layer in layers.items():
-                layer.z = None if z is None else z[name]
+                layer.z = None if z is None else z[name].to(self.device)
 
-        loss = lambda: model.pace.training_step(model, self.images, self.labels).total
-        return self.peer(model, loss, set_noise)
+        return model, set_noise
+
+    def ours(self):
+        model, set_noise = self.our_model()
+        return self.peer(model, lambda: model.pace.training_step(model, self.images, self.labels).total, set_noise)
+
+    def captured(self):
+        """The same as a CUDA graph: its backward pass is in the time of the forward pass, the optimizer in the other."""
+        if self.device == "cpu":
+            raise Unavailable("a CPU has no graphs")
+        model, set_layers = self.our_model()
+        step, autocast = None, DTYPES[self.dtype] if self.autocast else None
+
+        def set_noise(z):
+            nonlocal step
+            set_layers(z)
+            step = None
+
+        def loss():
+            nonlocal step
+            if step is None:
+                step = imported("pace_torch").CapturedStep(model, self.images, self.labels, autocast=autocast)
+            return step(self.images, self.labels).total
+
+        peer = self.peer(model, loss, set_noise, backward=lambda total: None)
+        peer.has_peak = False
+        return peer

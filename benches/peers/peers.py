@@ -53,6 +53,7 @@ COLOURS = {
     cases.CROSS_ENTROPY: "#c98b8b",
     cases.LIGER: "#9c4f4f",
     cases.OURS: "#1f6fb4",
+    cases.CAPTURED: "#58a0d8",
     cases.RUST: "#0b3c66",
 }
 
@@ -114,7 +115,7 @@ def measure(case, op, args):
         rows[name]["quartiles_ms"] = {part: quartiles[:, i].tolist() for i, part in enumerate(PASSES)}
         rows[name]["error"] = worst.get(name)
         rows[name]["bytes_per_output"] = case.bytes_per_output(op, name)
-        if isinstance(peer, cases.RustPeer) or case.device == "cuda":
+        if isinstance(peer, cases.RustPeer) or (case.device == "cuda" and peer.has_peak):
             rows[name]["peak_bytes"] = peer.peak()
     peers.clear()
     return rows

@@ -164,3 +164,53 @@ def test_a_captured_step_is_replayed_with_fresh_noise(variant):
         close(total, expected, 1e-5)
         seen.append(total.item())
     assert len(set(seen)) == 3
+
+
+@pytest.mark.parametrize(("variant", "autocast"), [("pace", None), ("fast", None), ("pace", torch.bfloat16)])
+def test_a_captured_step_trains_as_any_other(variant, autocast):
+    torch.manual_seed(0)
+    eager = pace_torch.inject(vit(drop_path_rate=0.3, dtype=torch.float32), rank=4, variant=variant, samples=4)
+    eager = perturb(eager).to(DEVICE).train()
+    captured = copy.deepcopy(eager)
+    batches = [torch.randn(4, 3, 16, 16, device=DEVICE) for _ in range(3)]
+    labels = torch.arange(4, device=DEVICE)
+    index = torch.arange(4, device=DEVICE) if variant == "fast" else None
+    step = pace_torch.CapturedStep(captured, torch.zeros_like(batches[0]), labels, index, autocast=autocast)
+    optimizers = [
+        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01) for model in (eager, captured)
+    ]
+    for x in batches:
+        optimizers[0].zero_grad()
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast is not None):
+            expected = eager.pace.training_step(eager, x, labels, index)
+        expected.total.backward()
+        losses = step(x, labels, index)
+        losses.check()
+        close(losses.total, expected.total, 1e-5 if autocast is None else 1e-2)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert captured.pace.step == eager.pace.step == 3
+    for (name, a), b in zip(captured.named_parameters(), eager.parameters()):
+        assert error(a, b) <= (1e-5 if autocast is None else 1e-2), name
+    with pytest.raises(PaceError, match=r"`x` is \(2, 3, 16, 16\)"):
+        step(batches[0][:2], labels, index)
+
+
+def test_the_hidden_tensor_of_an_mlp_is_not_kept():
+    model = pace_torch.inject(vit(dtype=torch.float32), rank=4).to(DEVICE).train()
+    x, labels = torch.randn(64, 3, 16, 16, device=DEVICE), torch.zeros(64, dtype=torch.int64, device=DEVICE)
+    held, grads = {}, {}
+    for keeps in (True, False):
+        for block in model.blocks:
+            block.mlp.fc2.__dict__["gelu"] = None if keeps else block.mlp.act
+        model.pace.step = 0
+        before = torch.cuda.memory_allocated()
+        total = model.pace.training_step(model, x, labels).total
+        held[keeps] = torch.cuda.memory_allocated() - before
+        trained = [p for p in model.parameters() if p.requires_grad]
+        grads[keeps] = torch.autograd.grad(total, trained)
+    # Of the first block, which has one branch, and the others.
+    hidden = 4 * model.blocks[0].mlp.fc1.adapter.base_module.out_features * 64 * model.pos_embed.shape[1]
+    assert held[True] - held[False] >= 0.9 * hidden * (2 * len(model.blocks) - 1)
+    for a, b in zip(grads[True], grads[False]):
+        assert torch.equal(a, b)

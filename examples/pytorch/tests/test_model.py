@@ -427,6 +427,12 @@ def test_what_is_kept_for_the_backward_pass():
         assert kept == expected, type(adapter).__name__
 
 
+def test_what_cannot_be_captured():
+    x, labels = batch()
+    with pytest.raises(PaceError, match="CUDA"):
+        pace_torch.CapturedStep(pace_torch.inject(vit(), rank=2).train(), x, labels)
+
+
 def test_inference_mode():
     model = perturb(pace_torch.inject(vit(), rank=2)).eval()
     x, _ = batch()

@@ -6,6 +6,7 @@ step, `merge` gives a plain model back. `ops` has the operators, for models of y
 
 from . import ops
 from ._library import PaceError, sigma_by_block
+from .captured import CapturedStep
 from .controller import Pace
 from .inject import inject, merge, trainable_state_dict
 from .loss import Losses, pace_loss
@@ -27,6 +28,7 @@ from .ops import (
 
 __all__ = [
     "Adapter",
+    "CapturedStep",
     "Head",
     "LoraAdd",
     "LoraMulVptAdd",
