@@ -101,7 +101,7 @@ def measure(case, op, args):
         rows[name]["disagrees"] = reason
         del peers[name]
     times = {name: [] for name in peers}
-    warm_up = 2 if case.device == "cpu" else 10
+    warm_up = 2 if case.device == "cpu" else 5
     for turn in range(args.rounds + warm_up):
         for name in [*peers] if turn % 2 == 0 else reversed(peers):
             if case.device == "cpu":

@@ -93,4 +93,3 @@ def products(request, monkeypatch):
     """Runs a test of layers twice, the second time with the products that they have on CUDA."""
     if request.param == "PyTorch's products":
         monkeypatch.setattr(pace_torch.ops, "_takes_pytorch_products", lambda x: True)
-        monkeypatch.setattr(pace_torch.ops, "_keeps_s", lambda x: True)

@@ -375,18 +375,6 @@ def test_norms():
     close(pace_torch.fp_distance(a, other), (a - other).square().sum(1).mean())
 
 
-@pytest.mark.parametrize("setting", ["none", "tf32", "ieee"])
-def test_tf32_follows_pytorch(setting):
-    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        pytest.skip("before PyTorch 2.9 there is only `allow_tf32`")
-    before = torch.backends.cuda.matmul.fp32_precision
-    try:
-        torch.backends.cuda.matmul.fp32_precision = setting
-        assert pace_torch.ops._allows_tf32() == (setting == "tf32")
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
-
-
 @pytest.mark.parametrize("op", ["noisy_linear", "lora_mul_linear", "lora_linear", "prompt_bias", "low_rank_weight",
                                 "noisy_epilogue", "drop_path", "loss_total"])
 def test_operators_keep_what_pytorch_asks_of_them(op):
@@ -394,8 +382,8 @@ def test_operators_keep_what_pytorch_asks_of_them(op):
     w0, b0, noise = random(4, 5), random(4), (KEY, None, 0.8, False, 0, 2)
     layer = (KEY, None), (0.8, False, 0, 2, False)
     arguments = {
-        "noisy_linear": (leaf(4, 3, 5), w0, b0, leaf(4, 5), leaf(4), *layer[0], *layer[1], False),
-        "lora_mul_linear": (leaf(4, 3, 5), w0, b0, leaf(4, 2), leaf(2, 5), leaf(4), *layer[0], 1.0, *layer[1], False),
+        "noisy_linear": (leaf(4, 3, 5), w0, b0, leaf(4, 5), leaf(4), *layer[0], *layer[1]),
+        "lora_mul_linear": (leaf(4, 3, 5), w0, b0, leaf(4, 2), leaf(2, 5), leaf(4), *layer[0], 1.0, *layer[1]),
         "lora_linear": (leaf(4, 3, 5), w0, b0, leaf(4, 2), leaf(2, 5), leaf(4), *layer[0], 1.0, *layer[1]),
         "prompt_bias": (w0, b0, leaf(5, 2), leaf(2, 1), leaf(4)),
         "low_rank_weight": (leaf(4, 2), leaf(2, 5), w0, 1.0),

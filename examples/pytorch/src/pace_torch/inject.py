@@ -57,7 +57,6 @@ def inject(
     samples: Optional[int] = None,
     label_smoothing: float = 0.0,
     scale: float = 1.0,
-    fold_16_bit: bool = False,
 ) -> nn.Module:
     """Turns a timm vision transformer or Swin into a PACE model, in place, and returns it.
 
@@ -78,7 +77,7 @@ def inject(
       `fast` (one branch, consistent with its logits of the last epoch; needs `samples`, the size of the training set),
       `noise` (one branch, no consistency), `baseline` (adapters without noise; no `.adapter` in the names).
     * `lambda_`: strength of the consistency. `noise_shape`: `BC` draws per sample and channel, `BTC` per token too.
-    * `scale`: factor on the low-rank product, 1 in the paper. `fold_16_bit`: see `LoraMulVptAdd`.
+    * `scale`: factor on the low-rank product, 1 in the paper.
 
     Raises `PaceError` for an unknown name, a model without linear layers, or one that is injected already.
     """
@@ -119,7 +118,7 @@ def inject(
         if "head" in name.split("."):
             module = Head(linear)
         elif adapter == "LoRAmul_VPTadd":
-            module = LoraMulVptAdd(linear, rank, scale, fold_16_bit)
+            module = LoraMulVptAdd(linear, rank, scale)
         elif adapter == "LoRAadd":
             module = LoraAdd(linear, rank, scale)
         else:

@@ -75,14 +75,13 @@ class Adapter(nn.Module):
 class LoraMulVptAdd(Adapter):
     """`ΔW = W0 ⊙ (scale·D·U)`, `Δb = W0·(Pd·Pu) + b0⊙δb`: the paper's main adapter, `LoRAmul_VPTadd_Linear`.
 
-    Without a bias in the base layer `delta_b` exists but is neither used nor trained. `fold_16_bit` takes one product
-    with `W0 + z⊙ΔW` instead of two in 16-bit types on CUDA as well: faster, with more rounding. float32 always does.
+    Without a bias in the base layer `delta_b` exists but is neither used nor trained.
     """
 
-    def __init__(self, base_module: nn.Linear, rank: int, scale: float = 1.0, fold_16_bit: bool = False):
+    def __init__(self, base_module: nn.Linear, rank: int, scale: float = 1.0):
         super().__init__(base_module)
         n, k = base_module.weight.shape
-        self.scale, self.fold_16_bit = scale, fold_16_bit
+        self.scale = scale
         self.delta_W_down = self._parameter(n, rank)
         self.delta_W_up = self._parameter(rank, k, init=nn.init.xavier_uniform_)
         self.delta_b = self._parameter(n).requires_grad_(base_module.bias is not None)
@@ -97,8 +96,7 @@ class LoraMulVptAdd(Adapter):
     def forward(self, x: Tensor, noise: Noise = NO_NOISE) -> Tensor:
         x, weight, bias, down, up, delta_b, prompt_down, prompt_up = _autocast(x, *self._tensors())
         delta_bias = ops.prompt_bias(weight, bias, prompt_down, prompt_up, None if bias is None else delta_b)
-        fold = self.fold_16_bit or x.dtype in (torch.float32, torch.float64)
-        return ops.lora_mul_linear(x, weight, bias, down, up, delta_bias, noise, scale=self.scale, fold=fold)
+        return ops.lora_mul_linear(x, weight, bias, down, up, delta_bias, noise, scale=self.scale)
 
     def merged(self):
         weight, bias, down, up, delta_b, prompt_down, prompt_up = self._tensors()

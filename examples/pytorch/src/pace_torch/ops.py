@@ -132,19 +132,6 @@ def _matrix(name: str, tensor: Optional[Tensor], rows: int, columns: int) -> Non
         raise PaceError(f"`{name}` has shape {tuple(tensor.shape)}, expected {(rows, columns)}")
 
 
-def _flags(x: Tensor, fold: bool = False) -> int:
-    """Read when the operator runs, as PyTorch's own products do with their precision."""
-    tf32 = x.device.type == "cuda" and x.dtype == torch.float32 and _allows_tf32()
-    return (lib.FOLD if fold else 0) | (lib.ALLOW_TF32 if tf32 else 0)
-
-
-def _allows_tf32() -> bool:
-    matmul = torch.backends.cuda.matmul
-    # From PyTorch 2.9 on `allow_tf32` cannot be read once this is set.
-    precision = getattr(matmul, "fp32_precision", None)
-    return matmul.allow_tf32 if precision is None else precision == "tf32"
-
-
 def _none(like: Tensor) -> Tensor:
     """What a backward operator returns for a gradient that is not wanted: operators cannot return None."""
     return like.new_empty(0)
@@ -235,6 +222,15 @@ def _as_given(x: Tensor):
     return torch.autocast(x.device.type, enabled=False)
 
 
+def _merged(
+    noise: lib.PaceNoise, base_weight: Optional[Tensor], delta_weight: Optional[Tensor]
+) -> tuple[Optional[Tensor], Optional[Tensor]]:
+    """One weight instead of two where there is no noise and the sum loses nothing."""
+    if noise.kind != lib.NOISE_OFF or base_weight is None or delta_weight is None or base_weight.itemsize < 4:
+        return base_weight, delta_weight
+    return base_weight + delta_weight, None
+
+
 def _affine(rows: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     return rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
 
@@ -309,7 +305,6 @@ def _noisy_linear(
     first_sample: int,
     branches: int,
     shared_input: bool,
-    fold: bool,
 ) -> Tensor:
     inputs = _Inputs(x)
     n = _out_features(base_weight, delta_weight)
@@ -324,8 +319,7 @@ def _noisy_linear(
     if _takes_pytorch_products(x):
         with _as_given(x):
             rows = x.flatten(0, -2)
-            if fold and noise.kind == lib.NOISE_OFF and base_weight is not None and delta_weight is not None:
-                base_weight, delta_weight = base_weight + delta_weight, None
+            base_weight, delta_weight = _merged(noise, base_weight, delta_weight)
             base = None if base_weight is None else _affine(rows, base_weight, base_bias)
             a = delta_bias if delta_weight is None else _affine(rows, delta_weight, delta_bias)
             y = _under_noise(inputs, shape, noise, base, a)
@@ -333,7 +327,6 @@ def _noisy_linear(
     y = inputs.new(*_out_shape(x, n, branches, shared_input))
     arguments = lib.PaceNoisyLinear(
         dtype=inputs.code,
-        flags=_flags(x, fold),
         shape=shape,
         noise=noise,
         base_weight=base_weight,
@@ -356,7 +349,7 @@ def _out_features(base_weight: Optional[Tensor], delta_weight: Optional[Tensor])
 
 @_noisy_linear.register_fake
 def _(x, base_weight, base_bias, delta_weight, delta_bias, key, z, sigma, per_token, first_sample, branches,
-      shared_input, fold):
+      shared_input):
     return x.new_empty(_out_shape(x, _out_features(base_weight, delta_weight), branches, shared_input))
 
 
@@ -375,7 +368,6 @@ def _noisy_linear_backward(
     first_sample: int,
     branches: int,
     shared_input: bool,
-    fold: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = _Inputs(dy)
     n, k = dy.shape[-1], x_shape[-1]
@@ -385,8 +377,7 @@ def _noisy_linear_backward(
     if _takes_pytorch_products(dy):
         with _as_given(dy):
             g, e = _grads_under_noise(inputs, _rows_shape(dy, branches), noise, dy, shared_input)
-            if fold and noise.kind == lib.NOISE_OFF and base_weight is not None and delta_weight is not None:
-                base_weight, delta_weight = base_weight + delta_weight, None
+            base_weight, delta_weight = _merged(noise, base_weight, delta_weight)
             dx = _input_grad([(g, base_weight), (e, delta_weight)]).view(x_shape) if wanted[0] else None
             dw = e.t() @ x.flatten(0, -2) if wanted[1] else None
             db = e.sum(0) if wanted[2] else None
@@ -398,7 +389,6 @@ def _noisy_linear_backward(
     )
     arguments = lib.PaceNoisyLinear(
         dtype=inputs.code,
-        flags=_flags(x, fold),
         shape=_layer_shape(x, n, branches, shared_input),
         noise=noise,
         base_weight=base_weight,
@@ -409,13 +399,12 @@ def _noisy_linear_backward(
         grad_delta_weight=dw,
         grad_delta_bias=db,
     )
-    lib.call("noisy_linear_backward", arguments, dy.device, workspace="noisy_linear")
+    lib.call("noisy_linear_backward", arguments, dy.device)
     return tuple(_none(dy) if grad is None else inputs.out(grad) for grad in (dx, dw, db))
 
 
 @_noisy_linear_backward.register_fake
-def _(dy, x, base_weight, delta_weight, key, z, x_shape, wanted, sigma, per_token, first_sample, branches, shared_input,
-      fold):
+def _(dy, x, base_weight, delta_weight, key, z, x_shape, wanted, sigma, per_token, first_sample, branches, shared_input):
     sizes = (x_shape, (dy.shape[-1], x_shape[-1]), (dy.shape[-1],))
     return tuple(dy.new_empty(size) if want else _none(dy) for want, size in zip(wanted, sizes))
 
@@ -436,7 +425,7 @@ def _noisy_linear_grads(ctx, dy):
         dy, x, base_weight, delta_weight, _same_key(ctx, key), z, ctx.x_shape, ctx.wanted, *ctx.settings
     )
     dx, dw, db = (grad if want else None for want, grad in zip(ctx.wanted, grads))
-    return dx, None, None, dw, db, *[None] * 8
+    return dx, None, None, dw, db, *[None] * 7
 
 
 _noisy_linear.register_autograd(_noisy_linear_grads, setup_context=_noisy_linear_setup)
@@ -602,18 +591,17 @@ def _lora_mul_linear(
     first_sample: int,
     branches: int,
     shared_input: bool,
-    fold: bool,
 ) -> Tensor:
     delta_weight = _low_rank_weight(down, up, base_weight, scale)
     return _noisy_linear(
         x, base_weight, base_bias, delta_weight, delta_bias, key, z, sigma, per_token, first_sample, branches,
-        shared_input, fold,
+        shared_input,
     )
 
 
 @_lora_mul_linear.register_fake
 def _(x, base_weight, base_bias, down, up, delta_bias, key, z, scale, sigma, per_token, first_sample, branches,
-      shared_input, fold):
+      shared_input):
     return x.new_empty(_out_shape(x, base_weight.shape[0], branches, shared_input))
 
 
@@ -634,12 +622,11 @@ def _lora_mul_linear_backward(
     first_sample: int,
     branches: int,
     shared_input: bool,
-    fold: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     delta_weight = _low_rank_weight(down, up, base_weight, scale)
     dx, dw, db = _noisy_linear_backward(
         dy, x, base_weight, delta_weight, key, z, x_shape, wanted, sigma, per_token, first_sample, branches,
-        shared_input, fold,
+        shared_input,
     )
     if not wanted[1]:
         return dx, _none(dy), _none(dy), db
@@ -648,7 +635,7 @@ def _lora_mul_linear_backward(
 
 @_lora_mul_linear_backward.register_fake
 def _(dy, x, base_weight, down, up, key, z, x_shape, wanted, scale, sigma, per_token, first_sample, branches,
-      shared_input, fold):
+      shared_input):
     sizes = zip((wanted[0], wanted[1], wanted[1], wanted[2]), (x_shape, down.shape, up.shape, (dy.shape[-1],)))
     return tuple(dy.new_empty(size) if want else _none(dy) for want, size in sizes)
 
@@ -671,17 +658,12 @@ def _lora_mul_linear_grads(ctx, dy):
     )
     with_input, with_weight, with_bias = ctx.wanted
     factors = (ddown, dup) if with_weight else (None, None)
-    return dx if with_input else None, None, None, *factors, db if with_bias else None, *[None] * 9
+    return dx if with_input else None, None, None, *factors, db if with_bias else None, *[None] * 8
 
 
 _lora_mul_linear.register_autograd(_lora_mul_linear_grads, setup_context=_lora_mul_linear_setup)
 
 # ------------------------------------------------------------------------------------------------------------ LoRA add
-
-
-def _keeps_s(x: Tensor) -> bool:
-    """Whether `s = scale*x*Uᵀ` is an output of the forward pass that the backward pass reads."""
-    return x.device.type == "cuda"
 
 
 @_operator("lora_linear")
@@ -716,13 +698,11 @@ def _lora_linear(
             s = (rows @ up.t()).mul_(scale)
             base = None if base_weight is None else _affine(rows, base_weight, base_bias)
             y = _under_noise(inputs, shape, noise, base, _affine(s, down, delta_bias))
-        s = s.view(*x.shape[:-1], r) if _keeps_s(x) else _none(x)
+        s = s.view(*x.shape[:-1], r)
         return inputs.out(y).view(_out_shape(x, n, branches, shared_input)), s
     y = inputs.new(*_out_shape(x, n, branches, shared_input))
-    s = inputs.new(*x.shape[:-1], r) if _keeps_s(x) else _none(x)
     arguments = lib.PaceLowRankLinear(
         dtype=inputs.code,
-        flags=_flags(x),
         shape=shape,
         noise=noise,
         rank=r,
@@ -733,17 +713,16 @@ def _lora_linear(
         up=up,
         delta_bias=delta_bias,
         x=x,
-        s=s,
         y=y,
     )
     lib.call("low_rank_linear_forward", arguments, x.device)
-    return inputs.out(y), s
+    return inputs.out(y), _none(x)
 
 
 @_lora_linear.register_fake
 def _(x, base_weight, base_bias, down, up, delta_bias, key, z, scale, sigma, per_token, first_sample, branches,
       shared_input):
-    s = x.new_empty([*x.shape[:-1], down.shape[1]]) if _keeps_s(x) else _none(x)
+    s = x.new_empty([*x.shape[:-1], down.shape[1]]) if _takes_pytorch_products(x) else _none(x)
     return x.new_empty(_out_shape(x, down.shape[0], branches, shared_input)), s
 
 
@@ -785,7 +764,6 @@ def _lora_linear_backward(
     grads = [inputs.new(*size) if want else None for want, size in zip(wanted, sizes)]
     arguments = lib.PaceLowRankLinear(
         dtype=inputs.code,
-        flags=_flags(x),
         shape=shape,
         noise=noise,
         rank=r,
@@ -795,14 +773,13 @@ def _lora_linear_backward(
         up=up,
         delta_bias=inputs("delta_bias", delta_bias),
         x=x,
-        s=s,
         dy=dy,
         grad_input=grads[0],
         grad_down=grads[1],
         grad_up=grads[2],
         grad_delta_bias=grads[3],
     )
-    lib.call("low_rank_linear_backward", arguments, x.device, workspace="low_rank_linear")
+    lib.call("low_rank_linear_backward", arguments, x.device)
     return tuple(_none(x) if grad is None else inputs.out(grad) for grad in grads)
 
 
@@ -1152,21 +1129,19 @@ def noisy_linear(
     noise: Noise = NO_NOISE,
     *,
     shared_input: bool = False,
-    fold: bool = False,
 ) -> Tensor:
     """`y = x·W0ᵀ + b0 + z ⊙ (x·ΔWᵀ + Δb)` (paper equation 8): `x [R, ..., K]` to `y [R, ..., N]`.
 
     `base_weight [N, K]` and `base_bias [N]` are frozen; without them the base term is zero (the noisy head).
     `delta_weight [N, K]` and `delta_bias [N]` may each be None for zero. Gradients go to x, ΔW and Δb. With
-    `shared_input` all branches read the same rows, `x [B, ..., K]`. `fold` lets the CUDA kernels take one product with
-    `W0 + z⊙ΔW` where that is faster, at the price of its rounding in 16-bit types. In float32 on CUDA,
-    the products are TF32 if PyTorch's are allowed to be (`torch.backends.cuda.matmul`).
+    `shared_input` all branches read the same rows, `x [B, ..., K]`. On CUDA the products are PyTorch's, in the precision
+    that `torch.backends.cuda.matmul` asks for.
 
     Raises `PaceError` for shapes, types or devices that do not fit.
     """
     return _noisy_linear(
         x, base_weight, base_bias, delta_weight, delta_bias, noise.key, noise.z, noise.sigma, noise.per_token,
-        noise.first_sample, noise.branches, shared_input, fold,
+        noise.first_sample, noise.branches, shared_input,
     )
 
 
@@ -1181,7 +1156,6 @@ def lora_mul_linear(
     *,
     scale: float = 1.0,
     shared_input: bool = False,
-    fold: bool = False,
 ) -> Tensor:
     """`noisy_linear` with `ΔW = W0 ⊙ (scale·D·U)`, which is built again for the backward pass instead of kept.
 
@@ -1189,7 +1163,7 @@ def lora_mul_linear(
     """
     return _lora_mul_linear(
         x, base_weight, base_bias, down, up, delta_bias, noise.key, noise.z, scale, noise.sigma, noise.per_token,
-        noise.first_sample, noise.branches, shared_input, fold,
+        noise.first_sample, noise.branches, shared_input,
     )
 
 
