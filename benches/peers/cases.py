@@ -408,6 +408,8 @@ def no_worker():
 
 def compiled_or_why_not(module):
     if torch.cuda.is_available() or imported("torch._inductor.cpp_builder").get_cpp_compiler():
+        # A function that was compiled for too many cases is not compiled any more.
+        torch.compiler.reset()
         return torch.compile(module, dynamic=False)
     raise Unavailable("torch.compile finds no compiler")
 

@@ -166,9 +166,9 @@ class _Operator:
     PyTorch's way through a custom operator takes several times as long as a call of the library.
     """
 
-    def __init__(self, name: str, function: Callable):
+    def __init__(self, name: str, function: Callable, mutates_args: Sequence[str]):
         self.name, self.function = name, function
-        self.custom = torch.library.custom_op(f"pace::{name}", function, mutates_args=())
+        self.custom = torch.library.custom_op(f"pace::{name}", function, mutates_args=mutates_args)
         self.register_fake = self.custom.register_fake
         self.eager = self.custom
 
@@ -190,8 +190,8 @@ class _Operator:
         return self.eager(*arguments) if torch.is_grad_enabled() else self.function(*arguments)
 
 
-def _operator(name: str) -> Callable[[Callable], _Operator]:
-    return lambda function: _Operator(name, function)
+def _operator(name: str, mutates_args: Sequence[str] = ()) -> Callable[[Callable], _Operator]:
+    return lambda function: _Operator(name, function, mutates_args)
 
 
 def _is_eager(arguments: Sequence) -> bool:
@@ -995,7 +995,7 @@ _drop_path.register_autograd(_drop_path_grads, setup_context=_drop_path_setup)
 # ---------------------------------------------------------------------------------------------------------------- loss
 
 
-@torch.library.custom_op("pace::loss", mutates_args=("history",))
+@_operator("loss", mutates_args=("history",))
 def _loss(
     logits: Tensor,
     labels: Tensor,
@@ -1030,6 +1030,8 @@ def _loss(
         status=status,
     )
     lib.call("loss", arguments, logits.device, workspace="loss", zeroed=True)
+    if history is not None:
+        torch.autograd.graph.increment_version(history)
     return values, inputs.out(gradient), status
 
 
@@ -1043,7 +1045,7 @@ def _(logits, labels, history, index, lambda_, label_smoothing, ignore_index):
     )
 
 
-@torch.library.custom_op("pace::loss_total", mutates_args=())
+@_operator("loss_total")
 def _loss_total(logits: Tensor, values: Tensor, gradient: Tensor) -> Tensor:
     """The total among the values of `_loss`, as the function of the logits that has this gradient.
 
@@ -1057,7 +1059,7 @@ def _(logits, values, gradient):
     return values.new_empty(())
 
 
-@torch.library.custom_op("pace::loss_backward", mutates_args=())
+@_operator("loss_backward")
 def _loss_backward(dtotal: Tensor, logits: Tensor, gradient: Tensor) -> Tensor:
     # The logits make the result depend on them, so that a second derivative is an error and not a zero.
     return (dtotal * gradient).to(gradient.dtype)
