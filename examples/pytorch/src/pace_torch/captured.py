@@ -13,7 +13,7 @@ from .loss import Losses
 class CapturedStep:
     """Forward pass, loss and backward pass of a PACE model as one CUDA graph, replayed with fresh noise at each call.
 
-    A step launches thousands of kernels, and on a fast GPU Python takes longer over that than the kernels take to run. A
+    A step launches more than a thousand kernels, and on a fast GPU Python may take longer over that than they take to run. A
     graph is launched once. It is made for batches of one shape, from `x [B, ...]`, `labels [B]` and, for the variant
     `fast`, `index [B]`; nothing is trained while it is made. A call takes such a batch, puts the gradients into `grad` of
     the parameters (it does not add to them), and returns the losses, which the next call overwrites. The optimizer stays
