@@ -373,6 +373,18 @@ def test_the_output_of_a_gelu_is_made_again_rather_than_kept(monkeypatch):
         assert not is_kept
         assert got.keys() == expected.keys() and all(torch.equal(got[name], expected[name]) for name in expected)
 
+    # Whoever changes the output in place gets the gradients of what he made of it.
+    changed = []
+    for recomputes in (True, False):
+        monkeypatch.setattr(pace_torch.modules, "_recomputes", lambda y: recomputes)
+        model = copy.deepcopy(models[1])
+        model.zero_grad()
+        model.pace.step = 0
+        model.blocks[1].mlp.act.register_forward_hook(lambda _, __, y: (y.mul_(0.5), None)[1])
+        changed.append(grads(model)[1])
+    assert all(torch.equal(changed[0][name], changed[1][name]) for name in changed[1])
+    monkeypatch.setattr(pace_torch.modules, "_recomputes", lambda y: True)
+
     inputs = []
     models[1].blocks[1].mlp.fc1.register_forward_hook(lambda _, __, h: inputs.append(h.detach()))
     logits = models[1](x)

@@ -270,6 +270,18 @@ def test_second_derivatives_are_errors():
             gradient.square().sum().backward()
 
 
+@pytest.mark.usefixtures("products")
+def test_outputs_may_be_changed_in_place():
+    w0, noise = random(4, 5), SOURCES["generated"]
+    for layer in (
+        lambda x: pace_torch.noisy_linear(x, w0, None, leaf(4, 5), None, noise),
+        lambda x: pace_torch.lora_linear(x, w0, None, leaf(4, 2), leaf(2, 5), None, noise),
+    ):
+        layer(leaf(4, 3, 5)).add_(1.0).sum().backward()
+        with pytest.raises(PaceError, match="base_bias"):
+            pace_torch.noisy_linear(leaf(4, 3, 5), None, random(4), leaf(4, 5), None, noise)
+
+
 def test_frozen_tensors_must_not_ask_for_gradients():
     with pytest.raises(PaceError, match="base_weight"):
         pace_torch.noisy_linear(random(2, 5), leaf(4, 5), None, None, None)

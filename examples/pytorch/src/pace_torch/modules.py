@@ -178,16 +178,18 @@ class RecomputedGELU(nn.GELU):
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling() and _recomputes(y):
-            self.__dict__["last"] = x.detach(), y
+            self.__dict__["last"] = x.detach(), x._version, y, y._version
         return y
 
     def behind(self, y: Tensor):
         """A context for the layer behind, in which `y` is not kept if it is what this module has just returned."""
         last, self.__dict__["last"] = self.last, None
-        # Checkpointing has its own say in what is kept.
-        if last is None or last[1] is not y or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        if last is None or last[2] is not y or last[3] != y._version:
             return contextlib.nullcontext()
-        x, version = last[0], last[0]._version
+        # Checkpointing has its own say in what is kept; where PyTorch cannot tell whether it is on, everything is kept.
+        if getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: "unknown")(True) is not None:
+            return contextlib.nullcontext()
+        x, version = last[:2]
         address, shape = y.data_ptr(), y.shape
 
         def pack(tensor: Tensor) -> Optional[Tensor]:
@@ -203,7 +205,7 @@ class RecomputedGELU(nn.GELU):
         return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
     def __getstate__(self):
-        return {**super().__getstate__(), "last": None}
+        return {**self.__dict__, "last": None}
 
 
 def _recomputes(y: Tensor) -> bool:

@@ -222,6 +222,11 @@ def _as_given(x: Tensor):
     return torch.autocast(x.device.type, enabled=False)
 
 
+def _shaped(y: Tensor, shape: Sequence[int]) -> Tensor:
+    """A tensor of nobody else's in another shape, and no view: what an operator returns may be changed in place."""
+    return torch.ops.aten._unsafe_view(y, shape)
+
+
 def _merged(
     noise: lib.PaceNoise, base_weight: Optional[Tensor], delta_weight: Optional[Tensor]
 ) -> tuple[Optional[Tensor], Optional[Tensor]]:
@@ -308,6 +313,7 @@ def _noisy_linear(
 ) -> Tensor:
     inputs = _Inputs(x)
     n = _out_features(base_weight, delta_weight)
+    _base(base_weight, base_bias)
     shape = _layer_shape(x, n, branches, shared_input)
     for name, weight in (("base_weight", base_weight), ("delta_weight", delta_weight)):
         _matrix(name, weight, n, x.shape[-1])
@@ -323,7 +329,7 @@ def _noisy_linear(
             base = None if base_weight is None else _affine(rows, base_weight, base_bias)
             a = delta_bias if delta_weight is None else _affine(rows, delta_weight, delta_bias)
             y = _under_noise(inputs, shape, noise, base, a)
-        return inputs.out(y).view(_out_shape(x, n, branches, shared_input))
+        return _shaped(inputs.out(y), _out_shape(x, n, branches, shared_input))
     y = inputs.new(*_out_shape(x, n, branches, shared_input))
     arguments = lib.PaceNoisyLinear(
         dtype=inputs.code,
@@ -345,6 +351,11 @@ def _out_features(base_weight: Optional[Tensor], delta_weight: Optional[Tensor])
     if weight is None:
         raise PaceError("`delta_weight` is required when there is no `base_weight`")
     return weight.shape[0]
+
+
+def _base(base_weight: Optional[Tensor], base_bias: Optional[Tensor]) -> None:
+    if base_weight is None and base_bias is not None:
+        raise PaceError("`base_bias` is given without a `base_weight`")
 
 
 @_noisy_linear.register_fake
@@ -687,6 +698,7 @@ def _lora_linear(
     (n, r), k = down.shape, x.shape[-1]
     _matrix("base_weight", base_weight, n, k)
     _matrix("up", up, r, k)
+    _base(base_weight, base_bias)
     shape, noise = _layer_shape(x, n, branches, shared_input), inputs.noise(key, z, sigma, per_token, first_sample)
     x, base_weight, base_bias = inputs("x", x), inputs("base_weight", base_weight), inputs("base_bias", base_bias)
     down, up, delta_bias = inputs("down", down), inputs("up", up), inputs("delta_bias", delta_bias)
@@ -699,7 +711,7 @@ def _lora_linear(
             base = None if base_weight is None else _affine(rows, base_weight, base_bias)
             y = _under_noise(inputs, shape, noise, base, _affine(s, down, delta_bias))
         s = s.view(*x.shape[:-1], r)
-        return inputs.out(y).view(_out_shape(x, n, branches, shared_input)), s
+        return _shaped(inputs.out(y), _out_shape(x, n, branches, shared_input)), s
     y = inputs.new(*_out_shape(x, n, branches, shared_input))
     arguments = lib.PaceLowRankLinear(
         dtype=inputs.code,
