@@ -441,6 +441,8 @@ def test_what_is_kept_for_the_backward_pass():
 
 def test_what_cannot_be_captured():
     x, labels = batch()
+    with pytest.raises(PaceError, match="wraps"):
+        pace_torch.CapturedStep(nn.Sequential(pace_torch.inject(vit(), rank=2)).train(), x, labels)
     with pytest.raises(PaceError, match="CUDA"):
         pace_torch.CapturedStep(pace_torch.inject(vit(), rank=2).train(), x, labels)
 

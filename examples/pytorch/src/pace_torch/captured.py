@@ -1,5 +1,6 @@
 """A training step as one CUDA graph."""
 
+import dataclasses
 from typing import Optional
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 
 from . import ops
 from ._library import PaceError
+from .controller import Pace
 from .loss import Losses
 
 
@@ -19,7 +21,9 @@ class CapturedStep:
     the parameters (it does not add to them), and returns the losses, which the next call overwrites. The optimizer stays
     outside. `autocast` is the type of autocast (bfloat16), or None for the model's own.
 
-    Raises `PaceError` for a model that is not on CUDA or not in training, for the variant `lazy`, whose batches have two
+    With several processes the replay averages nothing: do that with `parameter.grad` before the optimizer's step.
+
+    Raises `PaceError` for what wraps a model (give the model itself), a model that is not on CUDA or not in training, for the variant `lazy`, whose batches have two
     shapes, and for batches of another shape or type. As in any graph, what the model holds must stay where it is:
     parameters may be written to, not exchanged.
     """
@@ -33,6 +37,8 @@ class CapturedStep:
         *,
         autocast: Optional[torch.dtype] = None,
     ):
+        if not isinstance(getattr(model, "pace", None), Pace):
+            raise PaceError("`model` is not a PACE model; give the model itself, not what wraps it")
         self.pace = pace = model.pace
         if not x.is_cuda:
             raise PaceError(f"`x` is on {x.device}, expected a CUDA device: other devices have no graphs to capture")
@@ -51,7 +57,8 @@ class CapturedStep:
             return losses
 
         history = None if pace.history is None else pace.history.clone()
-        before = pace.step, pace.iteration, pace.manual_steps
+        before = pace.step, pace.iteration, pace.manual_steps, pace.drawn
+        grads = [parameter.grad for parameter in self.parameters]
         pace.manual_steps = True
         try:
             # Libraries and allocators settle on a stream of their own before the capture.
@@ -66,13 +73,14 @@ class CapturedStep:
             with torch.cuda.graph(self.graph):
                 self.losses = run()
         finally:
-            pace.step, pace.iteration, pace.manual_steps = before
+            pace.step, pace.iteration, pace.manual_steps, pace.drawn = before
+            if pace.history is not None:
+                pace.history.zero_() if history is None else pace.history.copy_(history)
+            self.grads = [parameter.grad for parameter in self.parameters]
+            for parameter, grad in zip(self.parameters, grads):
+                parameter.grad = grad
+        self.losses = dataclasses.replace(self.losses, total=self.losses.total.detach())
         self.keys, self.history = pace.keys, pace.history
-        if self.history is not None:
-            self.history.zero_() if history is None else self.history.copy_(history)
-        self.grads = [parameter.grad for parameter in self.parameters]
-        for parameter in self.parameters:
-            parameter.grad = None
 
     def __call__(self, x: Tensor, labels: Tensor, index: Optional[Tensor] = None) -> Losses:
         pace = self.pace
@@ -84,8 +92,8 @@ class CapturedStep:
                 raise PaceError(f"`{name}` is {described(given)}, but the step was captured for {described(own)}")
             own.copy_(given, non_blocking=True)
         if self.history is not None and pace.history is not self.history:
-            # A checkpoint was loaded.
-            self.history.copy_(pace.history)
+            # A checkpoint was loaded, or the table starts anew.
+            self.history.zero_() if pace.history is None else self.history.copy_(pace.history)
             pace.history = self.history
         self.keys.copy_(ops.keys(pace.seed, pace.step, pace.layers, self.keys.device))
         pace.step += 1
