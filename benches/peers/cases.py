@@ -201,6 +201,13 @@ TRAFFIC = {
         RUST: [(1, 1, 5), (2, 2, 6)],
     },
 }
+# Ours on CUDA, where the products are PyTorch's.
+CUDA_TRAFFIC = {
+    # base; s; s·Dᵀ; epilogue     |     z⊙g; ds, dD, dδb; dx in two parts; dU
+    LORA_ADD: [(5, 2, 1), (6, 4, 1)],
+    # ΔW; W0·p; two products; epilogue     |     z⊙g; ΔW again; dx in two parts; dΔW; dδb; dD and dU; q
+    LORA_MUL: [(5, 2, 5), (6, 4, 8)],
+}
 
 
 class LayerCase:
@@ -262,7 +269,8 @@ class LayerCase:
         k, n = self.shape.in_features, self.shape.out_features
         size = DTYPES[self.dtype].itemsize
         sizes = [1, k / n, k / rows]
-        return [size * sum(c * s for c, s in zip(counts, sizes)) for counts in TRAFFIC[op][peer]]
+        traffic = CUDA_TRAFFIC[op] if peer == OURS and self.device == "cuda" else TRAFFIC[op][peer]
+        return [size * sum(c * s for c, s in zip(counts, sizes)) for counts in traffic]
 
     def peer(self, inputs, function, trained, noisy=True, set_noise=lambda z: None):
         x = inputs["x"].requires_grad_()

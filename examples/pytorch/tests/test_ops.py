@@ -387,6 +387,7 @@ def test_norms():
     close(pace_torch.fp_distance(a, other), (a - other).square().sum(1).mean())
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("op", ["noisy_linear", "lora_mul_linear", "lora_linear", "prompt_bias", "low_rank_weight",
                                 "noisy_epilogue", "drop_path", "loss_total"])
 def test_operators_keep_what_pytorch_asks_of_them(op):

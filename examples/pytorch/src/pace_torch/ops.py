@@ -166,9 +166,9 @@ class _Operator:
     PyTorch's way through a custom operator takes several times as long as a call of the library.
     """
 
-    def __init__(self, name: str, function: Callable, mutates_args: Sequence[str]):
+    def __init__(self, name: str, function: Callable):
         self.name, self.function = name, function
-        self.custom = torch.library.custom_op(f"pace::{name}", function, mutates_args=mutates_args)
+        self.custom = torch.library.custom_op(f"pace::{name}", function, mutates_args=())
         self.register_fake = self.custom.register_fake
         self.eager = self.custom
 
@@ -190,8 +190,8 @@ class _Operator:
         return self.eager(*arguments) if torch.is_grad_enabled() else self.function(*arguments)
 
 
-def _operator(name: str, mutates_args: Sequence[str] = ()) -> Callable[[Callable], _Operator]:
-    return lambda function: _Operator(name, function, mutates_args)
+def _operator(name: str) -> Callable[[Callable], _Operator]:
+    return lambda function: _Operator(name, function)
 
 
 def _is_eager(arguments: Sequence) -> bool:
@@ -248,9 +248,7 @@ def _epilogue(inputs: _Inputs, shape: lib.PaceShape, noise: lib.PaceNoise, a: Te
 
 
 def _scaled(inputs: _Inputs, shape: lib.PaceShape, noise: lib.PaceNoise, dy: Tensor) -> Tensor:
-    """`z ⊙ dy`."""
-    if noise.kind == lib.NOISE_OFF:
-        return dy
+    """`z ⊙ dy`, a tensor of its own."""
     da = torch.empty_like(dy)
     arguments = lib.PaceNoisyEpilogue(dtype=inputs.code, shape=shape, noise=noise, dy=dy, da=da)
     lib.call("noisy_epilogue_backward", arguments, dy.device)
@@ -271,6 +269,8 @@ def _under_noise(
         return base.add_(a)
     if a.dim() == 1:
         a = a.repeat(rows, 1)
+    if noise.kind == lib.NOISE_OFF:
+        return a
     return _scaled(inputs, shape, noise, a) if base is None else _epilogue(inputs, shape, noise, a, base)
 
 
@@ -278,7 +278,7 @@ def _grads_under_noise(
     inputs: _Inputs, shape: lib.PaceShape, noise: lib.PaceNoise, dy: Tensor, shared_input: bool
 ) -> tuple[Tensor, Tensor]:
     """The gradients to `base` and `a` of `_under_noise`, each `[rows of x, N]`."""
-    grads = dy, _scaled(inputs, shape, noise, dy)
+    grads = dy, dy if noise.kind == lib.NOISE_OFF else _scaled(inputs, shape, noise, dy)
     if shared_input and shape.branches > 1:
         return tuple(grad.view(shape.branches, -1, dy.shape[-1]).sum(0) for grad in grads)
     return tuple(grad.flatten(0, -2) for grad in grads)
@@ -858,15 +858,8 @@ def _noisy_epilogue(
         raise PaceError(f"`y` has shape {tuple(y.shape)}, expected {tuple(a.shape)} like `a`")
     out = inputs("y", y)
     out = out.clone() if out.data_ptr() == y.data_ptr() else out
-    arguments = lib.PaceNoisyEpilogue(
-        dtype=inputs.code,
-        shape=_rows_shape(a, branches),
-        noise=inputs.noise(key, z, sigma, per_token, first_sample),
-        a=inputs("a", a),
-        y=out,
-    )
-    lib.call("noisy_epilogue_forward", arguments, a.device)
-    return inputs.out(out)
+    noise = inputs.noise(key, z, sigma, per_token, first_sample)
+    return inputs.out(_epilogue(inputs, _rows_shape(a, branches), noise, inputs("a", a), out))
 
 
 @_noisy_epilogue.register_fake
@@ -885,16 +878,8 @@ def _noisy_epilogue_backward(
     branches: int,
 ) -> Tensor:
     inputs = _Inputs(dy)
-    da = inputs.new(*dy.shape)
-    arguments = lib.PaceNoisyEpilogue(
-        dtype=inputs.code,
-        shape=_rows_shape(dy, branches),
-        noise=inputs.noise(key, z, sigma, per_token, first_sample),
-        dy=inputs("dy", dy),
-        da=da,
-    )
-    lib.call("noisy_epilogue_backward", arguments, dy.device)
-    return inputs.out(da)
+    noise = inputs.noise(key, z, sigma, per_token, first_sample)
+    return inputs.out(_scaled(inputs, _rows_shape(dy, branches), noise, inputs("dy", dy)))
 
 
 @_noisy_epilogue_backward.register_fake
@@ -1007,7 +992,7 @@ _drop_path.register_autograd(_drop_path_grads, setup_context=_drop_path_setup)
 # ---------------------------------------------------------------------------------------------------------------- loss
 
 
-@_operator("loss", mutates_args=("history",))
+@torch.library.custom_op("pace::loss", mutates_args=("history",))
 def _loss(
     logits: Tensor,
     labels: Tensor,
@@ -1042,8 +1027,6 @@ def _loss(
         status=status,
     )
     lib.call("loss", arguments, logits.device, workspace="loss", zeroed=True)
-    if history is not None:
-        torch.autograd.graph.increment_version(history)
     return values, inputs.out(gradient), status
 
 
