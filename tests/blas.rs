@@ -58,7 +58,7 @@ fn values(seed: usize, len: usize) -> Vec<f64> {
 }
 
 /// Outputs and gradients of both layers, over sizes that are large enough for a BLAS.
-fn run(noise: Noise<'_, f64>, shape: LinearShape) -> Vec<Vec<f64>> {
+fn run(noise: Noise<&'_ [f64]>, shape: LinearShape) -> Vec<Vec<f64>> {
     let (m, k, n, r) = (shape.out_rows(), shape.in_features, shape.out_features, 40);
     let [weight, bias, delta, x, dy] =
         [n * k, n, n * k, shape.in_rows() * k, m * n].map(|len| values(len, len));

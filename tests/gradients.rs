@@ -154,7 +154,7 @@ impl Case {
         Generator::new(Key::derive(7, 3, 2), 0.5, shape, (1 << 32) - 1).unwrap()
     }
 
-    fn noise<'a, T>(&self, z: &'a [T]) -> Noise<'a, T> {
+    fn noise<'a, T>(&self, z: &'a [T]) -> Noise<&'a [T]> {
         match self.source {
             Source::Off => Noise::Off,
             Source::Generated(shape) => Noise::Generated(self.generator(shape)),

@@ -74,7 +74,7 @@ impl Layer {
     }
 
     /// Forward and backward of one operator; everything that it returns is allocated here, as a trainer would.
-    fn step(&self, op: &str, noise: Noise<'_, f32>) -> Result<Iteration> {
+    fn step(&self, op: &str, noise: Noise<&'_ [f32]>) -> Result<Iteration> {
         match op {
             "frozen" => Ok(self.frozen()),
             "lora_add" => self.lora_add(noise),
@@ -101,7 +101,7 @@ impl Layer {
         Iteration { forward_end, outputs: vec![("y", y), ("dx", dx)] }
     }
 
-    fn lora_add(&self, noise: Noise<'_, f32>) -> Result<Iteration> {
+    fn lora_add(&self, noise: Noise<&'_ [f32]>) -> Result<Iteration> {
         let layer = LowRankLinear {
             shape: self.shape,
             noise,
@@ -130,7 +130,7 @@ impl Layer {
         Ok(Iteration { forward_end, outputs })
     }
 
-    fn lora_mul_vpt(&self, noise: Noise<'_, f32>) -> Result<Iteration> {
+    fn lora_mul_vpt(&self, noise: Noise<&'_ [f32]>) -> Result<Iteration> {
         let (k, n) = (self.shape.in_features, self.shape.out_features);
         let lora = LoraFactors {
             out_features: n,
@@ -199,7 +199,7 @@ impl Layer {
     }
 
     /// Fresh noise, as at step `step` of a run.
-    fn noise(step: u64) -> Result<Noise<'static, f32>> {
+    fn noise(step: u64) -> Result<Noise<&'static [f32]>> {
         Ok(Noise::Generated(Generator::new(Key::derive(0, step, 1), SIGMA, NoiseShape::PerSample, 0)?))
     }
 

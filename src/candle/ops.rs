@@ -331,7 +331,7 @@ pub(super) enum LayerNoise {
 }
 
 impl LayerNoise {
-    fn with<T: Element, R>(&self, body: impl FnOnce(Noise<'_, T>) -> Result<R>) -> Result<R> {
+    fn with<T: Element, R>(&self, body: impl FnOnce(Noise<&'_ [T]>) -> Result<R>) -> Result<R> {
         match self {
             Self::Off => body(Noise::Off),
             Self::Generated(generator) => body(Noise::Generated(*generator)),
@@ -366,7 +366,7 @@ pub(super) struct Layer {
 impl Layer {
     fn with<T: Element, R>(
         &self,
-        body: impl FnOnce(Noise<'_, T>, Option<Base<'_, T>>) -> Result<R>,
+        body: impl FnOnce(Noise<&'_ [T]>, Option<Base<'_, T>>) -> Result<R>,
     ) -> Result<R> {
         self.noise.with(|noise| match &self.base {
             Some(base) => base.with(|base| body(noise, Some(base))),
@@ -445,7 +445,7 @@ pub(super) struct LowRankKernel {
 impl LowRankKernel {
     fn linear<'a, T: Element>(
         &self,
-        noise: Noise<'a, T>,
+        noise: Noise<&'a [T]>,
         base: Option<Base<'a, T>>,
         joined: &'a [T],
         up: &'a [T],

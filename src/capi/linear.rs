@@ -3,7 +3,7 @@
 use super::call::*;
 use super::types::*;
 use super::{PaceDevice, PaceStatus, Result};
-use crate::cuda::{self, Buffer, DType, Direction, Plan, Source};
+use crate::cuda::{self, Buffer, DType, Direction, Gpu, Plan, Source};
 use crate::shape::nonzero;
 use crate::{LinearShape, Real, cpu};
 use std::ffi::c_void;
@@ -52,8 +52,10 @@ impl Operator<PaceNoisyLinear> for Forward {
         }
     }
 
-    fn plan(args: &PaceNoisyLinear, dtype: DType) -> Result<Box<dyn Plan>> {
-        Ok(Box::new(noisy_linear(args)?.forward(dtype, buffer(args.x), buffer(args.y))?))
+    fn plan(args: &PaceNoisyLinear, gpu: &Gpu, dtype: DType) -> Result<Plan> {
+        let layer = noisy_linear(args)?;
+        let workspace = workspace_buffer(args.workspace, 4, layer.workspace_len(gpu, dtype))?;
+        Ok(layer.forward(gpu, dtype, buffer(args.x), buffer(args.y), workspace)?)
     }
 }
 
@@ -73,16 +75,16 @@ impl Operator<PaceNoisyLinear> for Backward {
         }
     }
 
-    fn plan(args: &PaceNoisyLinear, dtype: DType) -> Result<Box<dyn Plan>> {
+    fn plan(args: &PaceNoisyLinear, gpu: &Gpu, dtype: DType) -> Result<Plan> {
         let grads = cuda::NoisyLinearGrads {
             input: optional_buffer(args.grad_input),
             delta_weight: optional_buffer(args.grad_delta_weight),
             delta_bias: optional_buffer(args.grad_delta_bias),
         };
         let layer = noisy_linear(args)?;
-        let workspace = workspace_buffer(args.workspace, 4, layer.workspace_len())?;
+        let workspace = workspace_buffer(args.workspace, 4, layer.workspace_len(gpu, dtype))?;
         let (x, dy) = (buffer(args.x), buffer(args.dy));
-        Ok(Box::new(layer.backward(dtype, x, dy, grads, workspace)?))
+        Ok(layer.backward(gpu, dtype, x, dy, grads, workspace)?)
     }
 }
 
@@ -117,7 +119,7 @@ pub unsafe extern "C" fn pace_noisy_linear_backward(
     unsafe { call::<Backward, _>(device, stream, args) }
 }
 
-/// The bytes of workspace that the backward pass needs; the tensors of `args` do not matter.
+/// The bytes of workspace that suffice for either pass; the tensors of `args` are ignored.
 ///
 /// # Safety
 /// `args` is NULL or points to as many bytes as its `size` says, `bytes` is NULL or a place for a number.
@@ -129,19 +131,10 @@ pub unsafe extern "C" fn pace_noisy_linear_workspace(
 ) -> PaceStatus {
     // SAFETY: the caller's promise.
     unsafe {
-        workspace(device, args, bytes, |args, _| {
-            let shape = linear_shape(&args.shape)?;
-            shape.check()?;
-            let layer = cuda::NoisyLinear::<(), ()> {
-                shape,
-                noise: (),
-                base: None,
-                delta_weight: None,
-                delta_bias: None,
-                fold: false,
-                allow_tf32: false,
-            };
-            Ok(layer.workspace_len().saturating_mul(4))
+        workspace(device, args, bytes, |args, gpu, dtype| {
+            let layer = noisy_linear(args)?;
+            layer.shape.check()?;
+            Ok(layer.workspace_len(gpu, dtype).saturating_mul(4))
         })
     }
 }
@@ -192,9 +185,11 @@ impl Operator<PaceLowRankLinear> for Forward {
         }
     }
 
-    fn plan(args: &PaceLowRankLinear, dtype: DType) -> Result<Box<dyn Plan>> {
+    fn plan(args: &PaceLowRankLinear, gpu: &Gpu, dtype: DType) -> Result<Plan> {
         let (x, s, y) = (buffer(args.x), buffer(args.s), buffer(args.y));
-        Ok(Box::new(low_rank_linear(args)?.forward(dtype, x, s, y)?))
+        let layer = low_rank_linear(args)?;
+        let workspace = workspace_buffer(args.workspace, 4, layer.workspace_len(gpu, dtype))?;
+        Ok(layer.forward(gpu, dtype, x, s, y, workspace)?)
     }
 }
 
@@ -215,7 +210,7 @@ impl Operator<PaceLowRankLinear> for Backward {
         }
     }
 
-    fn plan(args: &PaceLowRankLinear, dtype: DType) -> Result<Box<dyn Plan>> {
+    fn plan(args: &PaceLowRankLinear, gpu: &Gpu, dtype: DType) -> Result<Plan> {
         let grads = cuda::LowRankGrads {
             input: optional_buffer(args.grad_input),
             down: optional_buffer(args.grad_down),
@@ -223,9 +218,9 @@ impl Operator<PaceLowRankLinear> for Backward {
             delta_bias: optional_buffer(args.grad_delta_bias),
         };
         let layer = low_rank_linear(args)?;
-        let workspace = workspace_buffer(args.workspace, 4, layer.workspace_len(dtype))?;
+        let workspace = workspace_buffer(args.workspace, 4, layer.workspace_len(gpu, dtype))?;
         let (x, s, dy) = (buffer(args.x), buffer(args.s), buffer(args.dy));
-        Ok(Box::new(layer.backward(dtype, x, s, dy, grads, workspace)?))
+        Ok(layer.backward(gpu, dtype, x, s, dy, grads, workspace)?)
     }
 }
 
@@ -259,7 +254,7 @@ pub unsafe extern "C" fn pace_low_rank_linear_backward(
     unsafe { call::<Backward, _>(device, stream, args) }
 }
 
-/// The bytes of workspace that the backward pass needs; the tensors of `args` do not matter.
+/// The bytes of workspace that suffice for either pass; the tensors of `args` are ignored.
 ///
 /// # Safety
 /// As `pace_noisy_linear_workspace`.
@@ -271,22 +266,11 @@ pub unsafe extern "C" fn pace_low_rank_linear_workspace(
 ) -> PaceStatus {
     // SAFETY: the caller's promise.
     unsafe {
-        workspace(device, args, bytes, |args, dtype| {
-            let (shape, rank) = (linear_shape(&args.shape)?, size("rank", args.rank)?);
-            shape.check()?;
-            nonzero("rank", rank)?;
-            let layer = cuda::LowRankLinear::<(), ()> {
-                shape,
-                noise: (),
-                base: None,
-                rank,
-                down: (),
-                up: (),
-                delta_bias: None,
-                scale: 1.0,
-                allow_tf32: false,
-            };
-            Ok(layer.workspace_len(dtype).saturating_mul(4))
+        workspace(device, args, bytes, |args, gpu, dtype| {
+            let layer = low_rank_linear(&PaceLowRankLinear { scale: 1.0, ..*args })?;
+            layer.shape.check()?;
+            nonzero("rank", layer.rank)?;
+            Ok(layer.workspace_len(gpu, dtype).saturating_mul(4))
         })
     }
 }
@@ -296,11 +280,11 @@ fn epilogue(
     direction: Direction,
     (input, output): (PaceTensor, PaceTensor),
     dtype: DType,
-) -> Result<Box<dyn Plan>> {
+) -> Result<Plan> {
     check_flags(args.flags, 0)?;
     let (shape, noise) = (epilogue_shape(args)?, source(&args.noise)?);
     let (input, output) = (buffer(input), buffer(output));
-    Ok(Box::new(cuda::NoisyEpilogue { shape, noise, direction, dtype, input, output }.plan()?))
+    Ok(cuda::NoisyEpilogue { shape, noise, direction, dtype, input, output }.plan()?)
 }
 
 fn epilogue_shape(args: &PaceNoisyEpilogue) -> Result<LinearShape> {
@@ -318,7 +302,7 @@ impl Operator<PaceNoisyEpilogue> for Forward {
         }
     }
 
-    fn plan(args: &PaceNoisyEpilogue, dtype: DType) -> Result<Box<dyn Plan>> {
+    fn plan(args: &PaceNoisyEpilogue, _: &Gpu, dtype: DType) -> Result<Plan> {
         epilogue(args, Direction::Forward, (args.a, args.y), dtype)
     }
 }
@@ -334,7 +318,7 @@ impl Operator<PaceNoisyEpilogue> for Backward {
         }
     }
 
-    fn plan(args: &PaceNoisyEpilogue, dtype: DType) -> Result<Box<dyn Plan>> {
+    fn plan(args: &PaceNoisyEpilogue, _: &Gpu, dtype: DType) -> Result<Plan> {
         epilogue(args, Direction::Backward, (args.dy, args.da), dtype)
     }
 }

@@ -143,7 +143,7 @@ pub struct PaceNoisyLinear {
     pub grad_delta_weight: PaceTensor,
     /// Output of the backward pass, `[N]`.
     pub grad_delta_bias: PaceTensor,
-    /// Backward: at least `pace_noisy_linear_workspace` bytes.
+    /// At least `pace_noisy_linear_workspace` bytes; contents are ignored.
     pub workspace: PaceTensor,
 }
 
@@ -192,7 +192,7 @@ pub struct PaceLowRankLinear {
     pub grad_up: PaceTensor,
     /// Output of the backward pass, `[N]`.
     pub grad_delta_bias: PaceTensor,
-    /// Backward: at least `pace_low_rank_linear_workspace` bytes.
+    /// At least `pace_low_rank_linear_workspace` bytes; contents are ignored.
     pub workspace: PaceTensor,
 }
 

@@ -3,7 +3,7 @@
 use super::call::*;
 use super::types::*;
 use super::{Failure, PaceDevice, PaceStatus, Result};
-use crate::cuda::{self, Buffer, DType, MergeSign, Plan};
+use crate::cuda::{self, Buffer, DType, Gpu, MergeSign, Plan};
 use crate::shape::nonzero;
 use crate::{Real, cpu};
 use std::ffi::c_void;
@@ -69,8 +69,8 @@ impl Operator<PaceLowRankWeight> for Forward {
         Ok(done?)
     }
 
-    fn plan(args: &PaceLowRankWeight, dtype: DType) -> Result<Box<dyn Plan>> {
-        Ok(Box::new(factors(args)?.weight(dtype, optional_buffer(args.base_weight), buffer(args.out))?))
+    fn plan(args: &PaceLowRankWeight, _: &Gpu, dtype: DType) -> Result<Plan> {
+        Ok(factors(args)?.weight(dtype, optional_buffer(args.base_weight), buffer(args.out))?)
     }
 }
 
@@ -91,12 +91,12 @@ impl Operator<PaceLowRankWeight> for Backward {
         Ok(done?)
     }
 
-    fn plan(args: &PaceLowRankWeight, dtype: DType) -> Result<Box<dyn Plan>> {
+    fn plan(args: &PaceLowRankWeight, _: &Gpu, dtype: DType) -> Result<Plan> {
         let grads = cuda::LoraGrads { down: buffer(args.grad_down), up: buffer(args.grad_up) };
         let (base, dout) = (optional_buffer(args.base_weight), buffer(args.dout));
         let lora = factors(args)?;
         let workspace = workspace_buffer(args.workspace, 4, lora.workspace_len(dtype))?;
-        Ok(Box::new(lora.backward(dtype, base, dout, grads, workspace)?))
+        Ok(lora.backward(dtype, base, dout, grads, workspace)?)
     }
 }
 
@@ -140,7 +140,7 @@ pub unsafe extern "C" fn pace_low_rank_weight_workspace(
 ) -> PaceStatus {
     // SAFETY: the caller's promise.
     unsafe {
-        workspace(device, args, bytes, |args, dtype| {
+        workspace(device, args, bytes, |args, _, dtype| {
             Ok(factors(args)?.workspace_len(dtype).saturating_mul(4))
         })
     }
@@ -192,10 +192,10 @@ impl Operator<PacePromptBias> for Forward {
         }
     }
 
-    fn plan(args: &PacePromptBias, dtype: DType) -> Result<Box<dyn Plan>> {
+    fn plan(args: &PacePromptBias, _: &Gpu, dtype: DType) -> Result<Plan> {
         let prompt = prompt(args)?;
         let workspace = workspace_buffer(args.workspace, 4, prompt.workspace_len(dtype))?;
-        Ok(Box::new(prompt.forward(dtype, buffer(args.out), workspace)?))
+        Ok(prompt.forward(dtype, buffer(args.out), workspace)?)
     }
 }
 
@@ -215,7 +215,7 @@ impl Operator<PacePromptBias> for Backward {
         }
     }
 
-    fn plan(args: &PacePromptBias, dtype: DType) -> Result<Box<dyn Plan>> {
+    fn plan(args: &PacePromptBias, _: &Gpu, dtype: DType) -> Result<Plan> {
         let grads = cuda::PromptGrads {
             prompt_down: buffer(args.grad_prompt_down),
             prompt_up: buffer(args.grad_prompt_up),
@@ -223,7 +223,7 @@ impl Operator<PacePromptBias> for Backward {
         };
         let prompt = prompt(args)?;
         let workspace = workspace_buffer(args.workspace, 4, prompt.workspace_len(dtype))?;
-        Ok(Box::new(prompt.backward(dtype, buffer(args.dout), grads, workspace)?))
+        Ok(prompt.backward(dtype, buffer(args.dout), grads, workspace)?)
     }
 }
 
@@ -267,7 +267,9 @@ pub unsafe extern "C" fn pace_prompt_bias_workspace(
 ) -> PaceStatus {
     // SAFETY: the caller's promise.
     unsafe {
-        workspace(device, args, bytes, |args, dtype| Ok(prompt(args)?.workspace_len(dtype).saturating_mul(4)))
+        workspace(device, args, bytes, |args, _, dtype| {
+            Ok(prompt(args)?.workspace_len(dtype).saturating_mul(4))
+        })
     }
 }
 
@@ -285,14 +287,14 @@ unsafe fn merge_on_cpu<T: Real>(
     Ok(apply(target, delta)?)
 }
 
-fn merge_plan(args: &PaceMerge, sign: MergeSign, dtype: DType) -> Result<Box<dyn Plan>> {
+fn merge_plan(args: &PaceMerge, sign: MergeSign, dtype: DType) -> Result<Plan> {
     check_flags(args.flags, 0)?;
     let (target, delta) = (buffer(args.target), buffer(args.delta));
     if target.address == 0 {
         // A plan does nothing for empty tensors; in C a forgotten one is as empty.
         return Err(Failure::argument("target", "is a null pointer"));
     }
-    Ok(Box::new(cuda::Merge { sign, dtype, target, delta }.plan()?))
+    Ok(cuda::Merge { sign, dtype, target, delta }.plan()?)
 }
 
 impl Operator<PaceMerge> for In {
@@ -301,7 +303,7 @@ impl Operator<PaceMerge> for In {
         unsafe { merge_on_cpu::<T>(args, cpu::merge) }
     }
 
-    fn plan(args: &PaceMerge, dtype: DType) -> Result<Box<dyn Plan>> {
+    fn plan(args: &PaceMerge, _: &Gpu, dtype: DType) -> Result<Plan> {
         merge_plan(args, MergeSign::Merge, dtype)
     }
 }
@@ -312,7 +314,7 @@ impl Operator<PaceMerge> for Out {
         unsafe { merge_on_cpu::<T>(args, cpu::unmerge) }
     }
 
-    fn plan(args: &PaceMerge, dtype: DType) -> Result<Box<dyn Plan>> {
+    fn plan(args: &PaceMerge, _: &Gpu, dtype: DType) -> Result<Plan> {
         merge_plan(args, MergeSign::Unmerge, dtype)
     }
 }

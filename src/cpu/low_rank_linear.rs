@@ -22,7 +22,7 @@ pub struct LowRankLinear<'a, T> {
     /// Sizes.
     pub shape: LinearShape,
     /// Source of `z`.
-    pub noise: Noise<'a, T>,
+    pub noise: Noise<&'a [T]>,
     /// The frozen layer; `None` is a zero base term.
     pub base: Option<Base<'a, T>>,
     /// Rank `r`.

@@ -51,7 +51,7 @@ pub struct NoisyLinear<'a, T> {
     /// Sizes.
     pub shape: LinearShape,
     /// Source of `z`.
-    pub noise: Noise<'a, T>,
+    pub noise: Noise<&'a [T]>,
     /// The frozen layer; `None` is a zero base term (the noisy head).
     pub base: Option<Base<'a, T>>,
     /// `ΔW [N, K]`; `None` is zero (VPT add).

@@ -1,10 +1,13 @@
 //! Gradient norm and FP-distance; plans `kernels/norms.cu`.
 
+use super::borrows::Borrows;
+use super::buffer::{Address, Buffer, DType, Element, Named, check_disjoint};
 use super::device::Device;
-use super::launch::{Buffer, DType, Element, Kernel, Launch, Named, check_disjoint, params};
+use super::kernel::Kernel;
+use super::plan::{Launch, Plan};
 use crate::error::{Error, Result};
 use crate::shape::{nonzero, product};
-use bytemuck::Zeroable;
+use bytemuck::{Pod, Zeroable};
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
 
 const fn kernel(name: &'static str) -> Kernel {
@@ -59,39 +62,39 @@ pub struct FpDistance {
     pub workspace: Buffer,
 }
 
-params! {
-    /// `pace::GradNormParams` of the kernels.
-    GradNormParams, 2576 bytes {
-        0 tensors: [u64; TENSORS],
-        1024 lengths: [u64; TENSORS],
-        2048 partial: u64,
-        2056 first_chunk: [u32; TENSORS],
-        2568 count: u32,
-        2572 reserved: u32,
-    }
+/// `pace::GradNormParams` of the kernels.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
+pub struct GradNormParams {
+    tensors: [Address; TENSORS],
+    lengths: [u64; TENSORS],
+    partial: Address,
+    first_chunk: [u32; TENSORS],
+    count: u32,
+    reserved: u32,
 }
 
-params! {
-    /// `pace::FpDistanceParams` of the kernels.
-    FpDistanceParams, 40 bytes {
-        0 fine_tuned: u64,
-        8 pre_trained: u64,
-        16 partial: u64,
-        24 length: u64,
-        32 aligned: u32,
-        36 reserved: u32,
-    }
+/// `pace::FpDistanceParams` of the kernels.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
+pub struct FpDistanceParams {
+    fine_tuned: Address,
+    pre_trained: Address,
+    partial: Address,
+    length: u64,
+    aligned: u32,
+    reserved: u32,
 }
 
-params! {
-    /// `pace::NormTotalParams` of the kernel.
-    NormTotalParams, 32 bytes {
-        0 partial: u64,
-        8 out: u64,
-        16 divisor: f64,
-        24 parts: u32,
-        28 root: u32,
-    }
+/// `pace::NormTotalParams` of the kernel.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
+pub struct NormTotalParams {
+    partial: Address,
+    out: Address,
+    divisor: f64,
+    parts: u32,
+    root: u32,
 }
 
 /// Checks the outputs against each other and the inputs, and the number of partial sums.
@@ -104,35 +107,24 @@ fn check(dtype: DType, inputs: &[Named], out: Named, workspace: Buffer, parts: u
     // In elements of the inputs.
     let wide = |buffer: Buffer| Buffer { len: buffer.len * (WIDE / dtype.bytes()), ..buffer };
     let outputs = [(out.0, wide(out.1)), ("workspace", wide(workspace))];
-    check_disjoint(inputs, &outputs, dtype.bytes(), None)
+    check_disjoint(inputs, &outputs, dtype.bytes())
 }
 
 /// The launch that adds up `parts` partial sums and takes the root, or the quotient by `divisor`.
-fn total(partial: Buffer, parts: usize, out: Buffer, divisor: Option<usize>) -> Launch<NormTotalParams> {
-    Launch {
-        kernel: TOTAL,
-        grid: [1, 1, 1],
-        block: [TOTAL_THREADS as u32, 1, 1],
-        shared_bytes: (TOTAL_THREADS / WARP * WIDE) as u32,
-        params: NormTotalParams {
-            partial: partial.address,
-            out: out.address,
-            divisor: divisor.map_or(1.0, |divisor| divisor as f64),
-            parts: parts as u32,
-            root: u32::from(divisor.is_none()),
-        },
-    }
+fn total(partial: Buffer, parts: usize, out: Buffer, divisor: Option<usize>) -> Launch {
+    let params = NormTotalParams {
+        partial: partial.into(),
+        out: out.into(),
+        divisor: divisor.map_or(1.0, |divisor| divisor as f64),
+        parts: parts as u32,
+        root: u32::from(divisor.is_none()),
+    };
+    Launch::new(TOTAL, [1, 1, 1], [TOTAL_THREADS as u32, 1, 1], TOTAL_THREADS / WARP * WIDE, &params)
 }
 
 /// A launch that has a block for each of `chunks` chunks.
-fn chunked<P>(kernel: Kernel, chunks: u32, params: P) -> Launch<P> {
-    Launch {
-        kernel,
-        grid: [chunks, 1, 1],
-        block: [THREADS as u32, 1, 1],
-        shared_bytes: (THREADS / WARP * WIDE) as u32,
-        params,
-    }
+fn chunked(kernel: Kernel, chunks: u32, params: &impl Pod) -> Launch {
+    Launch::new(kernel, [chunks, 1, 1], [THREADS as u32, 1, 1], THREADS / WARP * WIDE, params)
 }
 
 impl GradNorm<'_> {
@@ -141,12 +133,12 @@ impl GradNorm<'_> {
         lengths.into_iter().fold(0, |sum, length| sum.saturating_add(length.div_ceil(CHUNK)))
     }
 
-    /// The launches that compute the norm: one for each 128 tensors that are not empty, and one for the total.
+    /// The plan that computes the norm: a launch for each 128 tensors that are not empty, and one for the total.
     ///
     /// # Errors
     /// If a buffer is not aligned to its element or overlaps an output, there are more than 2³¹ chunks of 16384 elements,
     /// the norm has not one element or the workspace is too small.
-    pub fn plan(&self) -> Result<(Vec<Launch<GradNormParams>>, Launch<NormTotalParams>)> {
+    pub fn plan(&self) -> Result<Plan> {
         let &Self { dtype, gradients, norm, workspace } = self;
         let full: Vec<Named> = gradients
             .iter()
@@ -160,21 +152,23 @@ impl GradNorm<'_> {
         let parts = Self::workspace_len(full.iter().map(|(_, gradient)| gradient.len));
         check(dtype, &full, ("norm", norm), workspace, parts)?;
 
-        let mut partial = workspace.address;
-        let launches = full.chunks(TENSORS).map(|tensors| {
+        let mut partial = Address::from(workspace);
+        let mut plan = Plan::default();
+        for tensors in full.chunks(TENSORS) {
             let mut params =
                 GradNormParams { partial, count: tensors.len() as u32, ..GradNormParams::zeroed() };
             let mut chunks = 0;
             for (i, (_, gradient)) in tensors.iter().enumerate() {
-                params.tensors[i] = gradient.address;
+                params.tensors[i] = (*gradient).into();
                 params.lengths[i] = gradient.len as u64;
                 params.first_chunk[i] = chunks;
                 chunks += gradient.len.div_ceil(CHUNK) as u32;
             }
-            partial += u64::from(chunks) * WIDE as u64;
-            chunked(dtype.choose(GRAD_NORM), chunks, params)
-        });
-        Ok((launches.collect(), total(workspace, parts, norm, None)))
+            partial = partial.offset(chunks as usize * WIDE);
+            plan.push(chunked(dtype.choose(GRAD_NORM), chunks, &params));
+        }
+        plan.push(total(workspace, parts, norm, None));
+        Ok(plan)
     }
 }
 
@@ -184,12 +178,12 @@ impl FpDistance {
         samples.saturating_mul(features).div_ceil(CHUNK)
     }
 
-    /// The launches that compute the distance.
+    /// The plan that computes the distance.
     ///
     /// # Errors
     /// If a size is zero or they are too large, a buffer has the wrong length, is not aligned to its element or overlaps an
     /// output, or the workspace is too small.
-    pub fn plan(&self) -> Result<(Launch<FpDistanceParams>, Launch<NormTotalParams>)> {
+    pub fn plan(&self) -> Result<Plan> {
         let &Self { samples, features, dtype, fine_tuned, pre_trained, distance, workspace } = self;
         nonzero("samples", samples)?;
         nonzero("features", features)?;
@@ -202,15 +196,16 @@ impl FpDistance {
         let parts = Self::workspace_len(samples, features);
         check(dtype, &inputs, ("distance", distance), workspace, parts)?;
         let params = FpDistanceParams {
-            fine_tuned: fine_tuned.address,
-            pre_trained: pre_trained.address,
-            partial: workspace.address,
+            fine_tuned: fine_tuned.into(),
+            pre_trained: pre_trained.into(),
+            partial: workspace.into(),
             length: length as u64,
             aligned: u32::from(fine_tuned.is_vector_aligned() && pre_trained.is_vector_aligned()),
             reserved: 0,
         };
-        let sums = chunked(dtype.choose(FP_DISTANCE), parts as u32, params);
-        Ok((sums, total(workspace, parts, distance, Some(samples))))
+        let mut plan = Plan::from(chunked(dtype.choose(FP_DISTANCE), parts as u32, &params));
+        plan.push(total(workspace, parts, distance, Some(samples)));
+        Ok(plan)
     }
 }
 
@@ -227,7 +222,7 @@ impl Device {
         workspace: &'a mut dyn DevicePtrMut<f64>,
         stream: &'a CudaStream,
     ) -> Result<()> {
-        let mut borrows = self.borrows(stream);
+        let mut borrows = Borrows::new(self, stream);
         let gradients = gradients
             .iter()
             .map(|&gradient| borrows.input("gradients", gradient))
@@ -256,7 +251,7 @@ impl Device {
         workspace: &mut dyn DevicePtrMut<f64>,
         stream: &CudaStream,
     ) -> Result<()> {
-        let mut borrows = self.borrows(stream);
+        let mut borrows = Borrows::new(self, stream);
         let fine_tuned = borrows.input("fine_tuned", fine_tuned)?;
         let pre_trained = borrows.input("pre_trained", pre_trained)?;
         let distance = borrows.output("distance", distance)?;

@@ -187,7 +187,7 @@ impl Z {
     }
 
     /// The same for the CPU; `given` holds [`Z::given`].
-    pub fn cpu(self, given: &[f64]) -> Noise<'_, f64> {
+    pub fn cpu(self, given: &[f64]) -> Noise<&'_ [f64]> {
         match self {
             Z::Off => Noise::Off,
             Z::Generated(shape) | Z::Keyed(shape) => Noise::Generated(generator(shape, key())),

@@ -63,7 +63,7 @@ pub fn adapter<T: Real>(case: &Case) -> Result<(), Failed> {
     }
 }
 
-fn low_rank<T: Real>(case: &Case, shape: LinearShape, noise: Noise<'_, T>) -> Result<(), Failed> {
+fn low_rank<T: Real>(case: &Case, shape: LinearShape, noise: Noise<&'_ [T]>) -> Result<(), Failed> {
     let (k, n, rank) = (shape.in_features, shape.out_features, case.number("rank")?);
     let (weight, bias) = (case.get::<T>("base_weight")?, case.get_if_present::<T>("base_bias")?);
     let (down, up) = (case.get::<T>(adapter::DOWN)?, case.get::<T>(adapter::UP)?);
@@ -105,7 +105,7 @@ fn low_rank<T: Real>(case: &Case, shape: LinearShape, noise: Noise<'_, T>) -> Re
 fn dense<T: Real>(
     case: &Case,
     shape: LinearShape,
-    noise: Noise<'_, T>,
+    noise: Noise<&'_ [T]>,
     kind: Option<Adapter>,
 ) -> Result<(), Failed> {
     let (k, n, rank) = (shape.in_features, shape.out_features, case.number("rank")?);

@@ -103,7 +103,7 @@ impl LayerNoise {
     fn on_device<R>(&self, body: impl FnOnce(Noise<'_>) -> Result<R>) -> Result<R> {
         match self {
             Self::Off => body(Noise::Off),
-            Self::Generated(generator) => body(Noise::Generated { generator: *generator, key: None }),
+            Self::Generated(generator) => body(Noise::Generated(*generator)),
             Self::Given(z, shape) => {
                 // The kernels take z in f32 only.
                 let z = z.to_dtype(candle_core::DType::F32)?;
@@ -164,7 +164,8 @@ impl OnDevice for DenseKernel {
     ) -> Result<()> {
         self.0.on_device(|noise, base| {
             let layer = self.on_device(noise, base, arguments);
-            wrap(gpu.operators.noisy_linear(&layer, &arguments[0], out, &gpu.stream))
+            let mut workspace = gpu.alloc(layer.workspace_len(gpu.operators.gpu(), T::DTYPE))?;
+            wrap(gpu.operators.noisy_linear(&layer, &arguments[0], out, &mut workspace, &gpu.stream))
         })
     }
 
@@ -178,7 +179,7 @@ impl OnDevice for DenseKernel {
         let mut out = places(gpu, arguments, wanted)?;
         self.0.on_device(|noise, base| {
             let layer = self.on_device(noise, base, arguments);
-            let mut workspace = gpu.alloc(layer.workspace_len())?;
+            let mut workspace = gpu.alloc(layer.workspace_len(gpu.operators.gpu(), T::DTYPE))?;
             let mut places = out.iter_mut().map(output);
             let mut next = || places.next().flatten();
             let grads = NoisyLinearGrads {
@@ -230,7 +231,9 @@ impl OnDevice for LowRankKernel {
         let mut s = gpu.alloc(wrap(product("s", "[M, r]", &[self.layer.shape.in_rows(), self.rank]))?)?;
         self.layer.on_device(|noise, base| {
             let layer = self.on_device(noise, base, &joined, &arguments[2]);
-            wrap(gpu.operators.low_rank_linear(&layer, &arguments[0], &mut s, out, &gpu.stream))
+            let mut workspace = gpu.alloc(layer.workspace_len(gpu.operators.gpu(), T::DTYPE))?;
+            let (x, stream) = (&arguments[0], &gpu.stream);
+            wrap(gpu.operators.low_rank_linear(&layer, x, &mut s, out, &mut workspace, stream))
         })?;
         // An operation runs forward once.
         self.s.get_or_init(|| CudaStorage::wrap_cuda_slice(s, gpu.candle.clone()));
@@ -257,7 +260,7 @@ impl OnDevice for LowRankKernel {
         };
         self.layer.on_device(|noise, base| {
             let layer = self.on_device(noise, base, &joined, &arguments[2]);
-            let mut workspace = gpu.alloc(layer.workspace_len(T::DTYPE))?;
+            let mut workspace = gpu.alloc(layer.workspace_len(gpu.operators.gpu(), T::DTYPE))?;
             let (down, delta_bias) = match &mut halves {
                 Some((down, bias)) => (Some(down as &mut dyn DevicePtrMut<T>), Some(bias as _)),
                 None => (None, None),

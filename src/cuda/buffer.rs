@@ -1,113 +1,8 @@
-//! Plans: what to launch, as plain values, and the checks that all plans share.
+//! Tensors in device memory as planning sees them, and the checks that all plans share.
 
-use super::noise_source::Source;
 use crate::error::{Error, Result};
 use crate::shape::LinearShape;
-use bytemuck::Pod;
-
-/// A kernel by the file `kernels/FILE.cu` that it is in and its name there.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Kernel {
-    /// File name without its extension.
-    pub file: &'static str,
-    /// Name of the function.
-    pub name: &'static str,
-}
-
-/// One launch of a kernel.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Launch<P> {
-    /// The kernel, whose parameter struct is `P`.
-    pub kernel: Kernel,
-    /// Blocks along x, y, z.
-    pub grid: [u32; 3],
-    /// Threads of a block along x, y, z.
-    pub block: [u32; 3],
-    /// Dynamic shared memory of a block.
-    pub shared_bytes: u32,
-    /// The kernel's only argument, passed by value.
-    pub params: P,
-}
-
-/// The parameter struct of a kernel, with the kernel's own layout.
-pub trait Params: Pod + PartialEq + std::fmt::Debug {}
-
-/// Declares the parameter struct of a kernel, and asserts the size and the offsets that the kernel asserts as well.
-macro_rules! params {
-    ($(#[$doc:meta])* $name:ident, $bytes:literal bytes { $($offset:literal $field:ident: $type:ty,)* }) => {
-        $(#[$doc])*
-        #[repr(C)]
-        #[derive(Debug, Clone, Copy, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
-        pub struct $name {
-            $(pub(super) $field: $type,)*
-        }
-
-        const _: () = assert!(
-            size_of::<$name>() == $bytes
-                && align_of::<$name>() == 8
-                $(&& std::mem::offset_of!($name, $field) == $offset)*
-        );
-
-        impl $crate::cuda::Params for $name {}
-    };
-}
-pub(super) use params;
-
-/// One launch with its parameters as bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct RawLaunch<'a> {
-    /// The kernel.
-    pub kernel: Kernel,
-    /// Blocks along x, y, z.
-    pub grid: [u32; 3],
-    /// Threads of a block along x, y, z.
-    pub block: [u32; 3],
-    /// Dynamic shared memory of a block.
-    pub shared_bytes: u32,
-    /// The bytes of the parameter struct, aligned as it is.
-    pub params: &'a [u8],
-}
-
-/// What an operator does on a device: launches, one after the other on the same stream.
-pub trait Plan {
-    /// Calls `run` with each launch in order, until one fails.
-    ///
-    /// # Errors
-    /// The first error of `run`.
-    fn for_each(&self, run: &mut dyn FnMut(RawLaunch<'_>) -> Result<()>) -> Result<()>;
-}
-
-impl<P: Params> Plan for Launch<P> {
-    fn for_each(&self, run: &mut dyn FnMut(RawLaunch<'_>) -> Result<()>) -> Result<()> {
-        let Launch { kernel, grid, block, shared_bytes, ref params } = *self;
-        run(RawLaunch { kernel, grid, block, shared_bytes, params: bytemuck::bytes_of(params) })
-    }
-}
-
-impl<P: Plan> Plan for Option<P> {
-    fn for_each(&self, run: &mut dyn FnMut(RawLaunch<'_>) -> Result<()>) -> Result<()> {
-        self.as_ref().map_or(Ok(()), |plan| plan.for_each(run))
-    }
-}
-
-impl<P: Plan> Plan for Vec<P> {
-    fn for_each(&self, run: &mut dyn FnMut(RawLaunch<'_>) -> Result<()>) -> Result<()> {
-        self.iter().try_for_each(|plan| plan.for_each(run))
-    }
-}
-
-impl<P: Plan, const N: usize> Plan for [P; N] {
-    fn for_each(&self, run: &mut dyn FnMut(RawLaunch<'_>) -> Result<()>) -> Result<()> {
-        self.iter().try_for_each(|plan| plan.for_each(run))
-    }
-}
-
-impl<A: Plan, B: Plan> Plan for (A, B) {
-    fn for_each(&self, run: &mut dyn FnMut(RawLaunch<'_>) -> Result<()>) -> Result<()> {
-        self.0.for_each(run)?;
-        self.1.for_each(run)
-    }
-}
+use bytemuck::{Pod, Zeroable};
 
 /// A tensor in device memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -180,9 +75,49 @@ impl Buffer {
     }
 }
 
-/// The address of a tensor for a kernel, which takes 0 for one that is absent.
-pub(super) fn address(buffer: Option<Buffer>) -> u64 {
-    buffer.map_or(0, |buffer| buffer.address)
+/// The address of a tensor as kernels take it; 0 for one that is absent.
+#[repr(transparent)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
+pub struct Address(pub u64);
+
+impl Address {
+    /// Of a tensor that is absent.
+    pub(super) const NONE: Self = Self(0);
+
+    /// The address so many bytes further.
+    pub(super) fn offset(self, bytes: usize) -> Self {
+        Self(self.0 + bytes as u64)
+    }
+
+    pub(super) fn is_vector_aligned(self) -> bool {
+        self.0.is_multiple_of(16)
+    }
+}
+
+impl From<Buffer> for Address {
+    fn from(buffer: Buffer) -> Self {
+        Self(buffer.address)
+    }
+}
+
+impl From<Option<Buffer>> for Address {
+    fn from(buffer: Option<Buffer>) -> Self {
+        buffer.map_or(Self::NONE, Self::from)
+    }
+}
+
+/// Whether rows of `columns` elements hold whole 16-byte vectors, in tensors that start at multiples of 16 bytes.
+pub(super) fn rows_are_aligned(dtype: DType, columns: usize, tensors: &[Address]) -> bool {
+    (columns * dtype.bytes()).is_multiple_of(16) && tensors.iter().all(|address| address.is_vector_aligned())
+}
+
+/// The frozen layer under an adapter.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Base<B> {
+    /// `W0 [N, K]`.
+    pub weight: B,
+    /// `b0 [N]`.
+    pub bias: Option<B>,
 }
 
 /// Element types of tensors in device memory; arithmetic is in `f32` for all of them.
@@ -204,11 +139,15 @@ impl DType {
             DType::F16 | DType::BF16 => 2,
         }
     }
+}
 
-    /// The kernel for this type among those for `[F32, F16, BF16]`.
-    pub(super) fn choose(self, kernels: [Kernel; 3]) -> Kernel {
-        kernels[self as usize]
-    }
+/// Which way through an operator that has the same arguments both ways.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    /// From `x` to `y`, or of the epilogue `y += z ⊙ a`.
+    Forward,
+    /// From `dy` to `dx`, or of the epilogue `da = z ⊙ dy`.
+    Backward,
 }
 
 mod sealed {
@@ -265,14 +204,8 @@ pub(super) fn check_linear_shape(shape: &LinearShape) -> Result<()> {
 /// A tensor and what an operator calls it.
 pub(super) type Named = (&'static str, Buffer);
 
-/// Checks that no output shares memory with an input, with `z` or its key, or with another output; elements have `bytes`
-/// bytes.
-pub(super) fn check_disjoint(
-    inputs: &[Named],
-    outputs: &[Named],
-    bytes: usize,
-    noise: Option<&Source>,
-) -> Result<()> {
+/// Checks that no output shares memory with an input or with another output; elements have `bytes` bytes.
+pub(super) fn check_disjoint(inputs: &[Named], outputs: &[Named], bytes: usize) -> Result<()> {
     for (i, (name, output)) in outputs.iter().enumerate() {
         for &(argument, input) in inputs {
             if input.overlaps(bytes, output, bytes) {
@@ -282,13 +215,9 @@ pub(super) fn check_disjoint(
         if outputs[..i].iter().any(|(_, other)| other.overlaps(bytes, output, bytes)) {
             return Err(Error::Argument { argument: name, problem: "overlaps another output" });
         }
-        noise.map_or(Ok(()), |noise| noise.check_overlap(output, bytes))?;
     }
     Ok(())
 }
-
-/// Dynamic shared memory that a block may ask for on every device since compute capability 8.0.
-pub(super) const MAX_SHARED_BYTES: u32 = 99 << 10;
 
 /// Largest y dimension of a grid; kernels stride over what is left.
 const MAX_GRID_Y: usize = 65535;

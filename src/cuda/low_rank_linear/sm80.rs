@@ -1,0 +1,397 @@
+//! The low-rank layer by this crate's portable kernels; plans `kernels/low_rank_linear.cu`, and `kernels/noisy_linear.cu` for what
+//! is a plain GEMM.
+
+use super::{LowRankGrads, LowRankLinear};
+use crate::cuda::buffer::{Address, Buffer, DType, rows_are_aligned};
+use crate::cuda::kernel::Kernel;
+use crate::cuda::layer::Pass;
+use crate::cuda::noise_source::{NoiseSource, Source};
+use crate::cuda::noisy_linear::sm80::{Forward, Input, Products, THREADS, TILE, Weight, blocks, choose};
+use crate::cuda::partial_sums::partial_sums;
+use crate::cuda::plan::{Launch, Plan};
+use crate::error::Result;
+use crate::shape::LinearShape;
+use bytemuck::{Pod, Zeroable};
+
+const fn kernel(name: &'static str) -> Kernel {
+    Kernel { file: "low_rank_linear", name }
+}
+
+/// Forward pass, up to rank 16 and 32.
+pub(in crate::cuda) const FORWARD: [Products; 2] = [
+    [
+        kernel("low_rank_linear_16_f32"),
+        kernel("low_rank_linear_16_tf32"),
+        kernel("low_rank_linear_16_f16"),
+        kernel("low_rank_linear_16_bf16"),
+    ],
+    [
+        kernel("low_rank_linear_32_f32"),
+        kernel("low_rank_linear_32_tf32"),
+        kernel("low_rank_linear_32_f16"),
+        kernel("low_rank_linear_32_bf16"),
+    ],
+];
+/// The adapter's part of the backward pass, up to rank 16 and 32.
+pub(in crate::cuda) const FACTORS: [Products; 2] = [
+    [
+        kernel("low_rank_factors_16_f32"),
+        kernel("low_rank_factors_16_tf32"),
+        kernel("low_rank_factors_16_f16"),
+        kernel("low_rank_factors_16_bf16"),
+    ],
+    [
+        kernel("low_rank_factors_32_f32"),
+        kernel("low_rank_factors_32_tf32"),
+        kernel("low_rank_factors_32_f16"),
+        kernel("low_rank_factors_32_bf16"),
+    ],
+];
+
+/// Columns that kernels have for the rank.
+const RANKS: [usize; 2] = [16, 32];
+const STAGES: usize = 3;
+/// Token rows of a tile of `factors`, and bytes of its rows.
+const ROWS: usize = 32;
+const ROW_BYTES: usize = 1024;
+/// Blocks of `factors` that keep a large device busy (one number for all devices, so that all add up in the same order), and the
+/// token rows that a block has at least.
+const BLOCKS: usize = 264;
+const MIN_PART: usize = 64;
+
+/// `pace::LowRankLinearParams` of the kernels.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
+pub struct LowRankLinearParams {
+    noise: NoiseSource,
+    x: Address,
+    weight: Address,
+    up: Address,
+    down: Address,
+    base_bias: Address,
+    delta_bias: Address,
+    s: Address,
+    y: Address,
+    rows: u32,
+    tokens: u32,
+    channels: u32,
+    inner: u32,
+    rank: u32,
+    wrap: u32,
+    tile_columns: u32,
+    aligned: u32,
+    z_aligned: u32,
+    x_aligned: u32,
+    down_aligned: u32,
+    scale: f32,
+}
+
+/// `pace::LowRankFactorsParams` of the kernels.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
+pub struct LowRankFactorsParams {
+    noise: NoiseSource,
+    g: Address,
+    s: Address,
+    down: Address,
+    ds: Address,
+    down_sums: Address,
+    delta_bias: Address,
+    rows: u32,
+    tokens: u32,
+    channels: u32,
+    rank: u32,
+    wrap: u32,
+    chunks: u32,
+    part: u32,
+    aligned: u32,
+    z_aligned: u32,
+    rank_aligned: u32,
+    scale: f32,
+    reserved: u32,
+}
+
+/// Sizes of a layer, and the plans that depend on them alone.
+#[derive(Clone, Copy)]
+struct Sizes {
+    shape: LinearShape,
+    rank: usize,
+    dtype: DType,
+}
+
+/// Places in the workspace, as offsets in `f32` elements.
+struct Workspace {
+    /// `ds [M, r]` in the tensors' type.
+    ds: usize,
+    /// Partial sums of `ds`, `dD` and `dδb`.
+    sums: [usize; 3],
+    /// Partial sums of a product's weight gradient: of `dD`, where it is one, and later of `dU`.
+    products: usize,
+    len: usize,
+}
+
+impl Sizes {
+    /// Which of [`RANKS`] suits.
+    fn columns(&self) -> Option<usize> {
+        RANKS.iter().position(|&columns| self.rank <= columns)
+    }
+
+    /// Chunks of channels, parts of the token rows and the rows of each, in `factors`.
+    fn parts(&self) -> (usize, usize, usize) {
+        let m = self.shape.out_rows();
+        let chunks = (self.shape.out_features * self.dtype.bytes()).div_ceil(ROW_BYTES);
+        let parts = (BLOCKS / chunks).clamp(1, m.div_ceil(MIN_PART));
+        let part = m.div_ceil(parts).next_multiple_of(ROWS);
+        (chunks, m.div_ceil(part), part)
+    }
+
+    /// The shape of `x·Uᵀ`, whose weight gradient is `dU`.
+    fn up_shape(&self) -> LinearShape {
+        LinearShape { out_features: self.rank, ..self.shape }
+    }
+
+    /// The shape of `s·Dᵀ`, whose weight gradient is `dD`.
+    fn down_shape(&self) -> LinearShape {
+        LinearShape { in_features: self.rank, ..self.shape }
+    }
+
+    fn workspace(&self) -> Workspace {
+        let (m, n, r) = (self.shape.out_rows(), self.shape.out_features, self.rank);
+        let mut len = 0usize;
+        let mut take = |elements: usize| {
+            let start = len;
+            // Every place is aligned as the workspace is.
+            len = len.saturating_add(elements.checked_next_multiple_of(4).unwrap_or(usize::MAX));
+            start
+        };
+        let times = |a: usize, b: usize, c: usize| a.saturating_mul(b).saturating_mul(c);
+        let ds = take(times(m, r, self.dtype.bytes()).div_ceil(4));
+        let (sums, products) = match self.columns() {
+            Some(_) => {
+                let (chunks, parts, _) = self.parts();
+                ([take(times(chunks, m, r)), take(times(parts, n, r)), take(times(parts, n, 1))], 0)
+            }
+            None => ([0; 3], Weight::workspace_len(&self.down_shape())),
+        };
+        let products = take(products.max(Weight::workspace_len(&self.up_shape())));
+        Workspace { ds, sums, products, len }
+    }
+}
+
+/// `f32` elements of workspace for either pass.
+pub(super) fn workspace_len(shape: &LinearShape, rank: usize, dtype: DType) -> usize {
+    Sizes { shape: *shape, rank, dtype }.workspace().len
+}
+
+fn sizes(layer: &LowRankLinear<Buffer, Source>, pass: &Pass) -> Sizes {
+    Sizes { shape: layer.shape, rank: layer.rank, dtype: pass.arithmetic.dtype }
+}
+
+/// The forward pass: one kernel up to rank 32, otherwise two GEMMs.
+pub(super) fn forward(
+    layer: &LowRankLinear<Buffer, Source>,
+    pass: &Pass,
+    x: Buffer,
+    s: Buffer,
+    y: Buffer,
+) -> Result<Plan> {
+    match (layer.base, sizes(layer, pass).columns()) {
+        (Some(base), Some(columns)) => {
+            let tensors = [x, base.weight, layer.up, layer.down, s, y];
+            fused_forward(layer, pass, tensors, base.bias, columns)
+        }
+        _ => composed_forward(layer, pass, x, s, y),
+    }
+}
+
+fn fused_forward(
+    layer: &LowRankLinear<Buffer, Source>,
+    pass: &Pass,
+    tensors: [Buffer; 6],
+    base_bias: Option<Buffer>,
+    columns: usize,
+) -> Result<Plan> {
+    let (shape, dtype, bytes) = (layer.shape, pass.arithmetic.dtype, pass.arithmetic.dtype.bytes());
+    let (m, k, n, r) = (shape.out_rows(), shape.in_features, shape.out_features, layer.rank);
+    let rank = RANKS[columns];
+    let slices = rank.div_ceil(64 / bytes);
+    let ring = (STAGES * (2 * TILE + rank) * 64).max(TILE * TILE * 4);
+    let tile_columns = n.div_ceil(TILE);
+    let [x, weight, up, down, s, y] = tensors.map(Address::from);
+    let params = LowRankLinearParams {
+        noise: pass.noise,
+        x,
+        weight,
+        up,
+        down,
+        base_bias: base_bias.into(),
+        delta_bias: layer.delta_bias.into(),
+        s,
+        y,
+        rows: m as u32,
+        tokens: shape.tokens as u32,
+        channels: n as u32,
+        inner: k as u32,
+        rank: r as u32,
+        wrap: shape.in_rows() as u32,
+        tile_columns: tile_columns as u32,
+        aligned: u32::from(rows_are_aligned(dtype, n, &[y])),
+        z_aligned: u32::from(pass.z_aligned),
+        x_aligned: u32::from(rows_are_aligned(dtype, k, &[x, weight, up])),
+        down_aligned: u32::from(rows_are_aligned(dtype, r, &[down])),
+        scale: layer.scale,
+    };
+    let grid = blocks("y", &[tile_columns, m.div_ceil(TILE)])?;
+    let shared = ring + 2 * slices * TILE * 64;
+    let kernel = choose(FORWARD[columns], pass.arithmetic);
+    Ok(Launch::new(kernel, grid, [THREADS, 1, 1], shared, &params).into())
+}
+
+fn composed_forward(
+    layer: &LowRankLinear<Buffer, Source>,
+    pass: &Pass,
+    x: Buffer,
+    s: Buffer,
+    y: Buffer,
+) -> Result<Plan> {
+    let (shape, k, r) = (layer.shape, layer.shape.in_features, layer.rank);
+    let low = Forward {
+        run: pass.arithmetic,
+        shape: LinearShape {
+            branches: if shape.shared_input { 1 } else { shape.branches },
+            shared_input: false,
+            ..sizes(layer, pass).up_shape()
+        },
+        noise: NoiseSource::OFF,
+        z_aligned: false,
+        segments: &[(x, layer.up, k, true)],
+        base_bias: None,
+        delta_bias: None,
+        y: s,
+        fold: false,
+        scale: layer.scale,
+    };
+    let base = layer.base.map(|base| (x, base.weight, k, false));
+    let segments: Vec<_> = base.into_iter().chain([(s, layer.down, r, true)]).collect();
+    let high = Forward {
+        run: pass.arithmetic,
+        shape,
+        noise: pass.noise,
+        z_aligned: pass.z_aligned,
+        segments: &segments,
+        base_bias: layer.base.and_then(|base| base.bias),
+        delta_bias: layer.delta_bias,
+        y,
+        fold: false,
+        scale: 1.0,
+    };
+    let mut plan = Plan::from(low.plan()?);
+    plan.push(high.plan()?);
+    Ok(plan)
+}
+
+/// The backward pass: the adapter's part, one kernel up to rank 32, then dx and dU as GEMMs.
+pub(super) fn backward(
+    layer: &LowRankLinear<Buffer, Source>,
+    pass: &Pass,
+    [x, s, dy]: [Buffer; 3],
+    grads: LowRankGrads<Buffer>,
+) -> Result<Plan> {
+    let (shape, r, run) = (layer.shape, layer.rank, pass.arithmetic);
+    let n = shape.out_features;
+    let places = sizes(layer, pass).workspace();
+    let at = |offset: usize| Address::from(pass.workspace).offset(4 * offset);
+    let ds = Buffer { address: at(places.ds).0, len: shape.out_rows() * r };
+    let needs_ds = grads.input.is_some() || grads.up.is_some();
+    let mut plan = Plan::default();
+    if needs_ds || grads.down.is_some() || grads.delta_bias.is_some() {
+        let targets = [needs_ds.then_some(ds), grads.down, grads.delta_bias];
+        plan.append(match sizes(layer, pass).columns() {
+            Some(columns) => fused_factors(layer, pass, [s, dy], targets, columns)?,
+            None => composed_factors(layer, pass, [s, dy], targets)?,
+        });
+    }
+    let (noise, z_aligned) = (NoiseSource::OFF, false);
+    if let Some(dx) = grads.input {
+        let base = layer.base.map(|base| (dy, base.weight, n, false));
+        let segments: Vec<_> = base.into_iter().chain([(ds, layer.up, r, false)]).collect();
+        plan.push(Input { run, shape, noise, z_aligned, segments: &segments, dx, scale: 1.0 }.plan()?);
+    }
+    if let Some(up) = grads.up {
+        let (shape, workspace) = (sizes(layer, pass).up_shape(), at(places.products));
+        let (weight, bias) = (Some(up), None);
+        plan.append(Weight { run, shape, noise, z_aligned, g: ds, x, weight, bias, workspace }.plan()?);
+    }
+    Ok(plan)
+}
+
+/// `ds`, `dD` and `dδb`, those that have a target, in one pass over `dy`.
+fn fused_factors(
+    layer: &LowRankLinear<Buffer, Source>,
+    pass: &Pass,
+    [s, dy]: [Buffer; 2],
+    targets: [Option<Buffer>; 3],
+    columns: usize,
+) -> Result<Plan> {
+    let (shape, r, dtype) = (layer.shape, layer.rank, pass.arithmetic.dtype);
+    let (bytes, n) = (dtype.bytes(), shape.out_features);
+    let places = sizes(layer, pass).workspace();
+    let (chunks, parts, part) = sizes(layer, pass).parts();
+    let sums = places.sums.map(|offset| Address::from(pass.workspace).offset(4 * offset));
+    let target = |i: usize| targets[i].map_or(Address::NONE, |_| sums[i]);
+    let stride = RANKS[columns] * bytes + 16;
+    let shared = ROWS * ROW_BYTES + (ROW_BYTES / bytes + ROWS) * stride + 4 * ROWS * RANKS[columns] * 4;
+    let params = LowRankFactorsParams {
+        noise: pass.noise,
+        g: dy.into(),
+        s: s.into(),
+        down: layer.down.into(),
+        ds: target(0),
+        down_sums: target(1),
+        delta_bias: target(2),
+        rows: shape.out_rows() as u32,
+        tokens: shape.tokens as u32,
+        channels: n as u32,
+        rank: r as u32,
+        wrap: shape.in_rows() as u32,
+        chunks: chunks as u32,
+        part: part as u32,
+        aligned: u32::from(rows_are_aligned(dtype, n, &[dy.into()])),
+        z_aligned: u32::from(pass.z_aligned),
+        rank_aligned: u32::from(rows_are_aligned(dtype, r, &[s.into(), layer.down.into()])),
+        scale: layer.scale,
+        reserved: 0,
+    };
+    let kernel = choose(FACTORS[columns], pass.arithmetic);
+    let grid = blocks("dy", &[chunks, parts])?;
+    let mut plan = Plan::from(Launch::new(kernel, grid, [THREADS, 1, 1], shared, &params));
+    for (i, target) in targets.into_iter().enumerate() {
+        if let Some(out) = target {
+            plan.push(partial_sums(sums[i], if i == 0 { chunks } else { parts }, out, dtype));
+        }
+    }
+    Ok(plan)
+}
+
+/// The same as GEMMs, for larger ranks.
+fn composed_factors(
+    layer: &LowRankLinear<Buffer, Source>,
+    pass: &Pass,
+    [s, dy]: [Buffer; 2],
+    [ds, down, delta_bias]: [Option<Buffer>; 3],
+) -> Result<Plan> {
+    let &Pass { arithmetic: run, noise, z_aligned, .. } = pass;
+    let (sizes, n) = (sizes(layer, pass), layer.shape.out_features);
+    let mut plan = Plan::default();
+    if let Some(dx) = ds {
+        let shape = LinearShape { shared_input: false, ..sizes.down_shape() };
+        let (segments, scale) = (&[(dy, layer.down, n, true)], layer.scale);
+        plan.push(Input { run, shape, noise, z_aligned, segments, dx, scale }.plan()?);
+    }
+    if down.is_some() || delta_bias.is_some() {
+        let workspace = Address::from(pass.workspace).offset(4 * sizes.workspace().products);
+        let (shape, weight, bias) = (sizes.down_shape(), down, delta_bias);
+        plan.append(Weight { run, shape, noise, z_aligned, g: dy, x: s, weight, bias, workspace }.plan()?);
+    }
+    Ok(plan)
+}
