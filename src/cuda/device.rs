@@ -15,7 +15,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
 // `FATBINS` and `WHY_NOT_BUILT`, by build.rs.
-include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
 
 /// Where a layer's `z` comes from.
 #[derive(Clone, Copy)]
@@ -91,7 +91,10 @@ impl Device {
             return Err(Error::KernelsNotBuilt { why: WHY_NOT_BUILT });
         }
         let mut functions = HashMap::new();
-        for &(file, image) in FATBINS {
+        for &(file, only, image) in FATBINS {
+            if only.is_some_and(|capability| capability != (major, minor)) {
+                continue;
+            }
             let module = context
                 .load_module(Ptx::from_binary(image.to_vec()))
                 .map_err(|error| driver_error("load the kernels", error))?;

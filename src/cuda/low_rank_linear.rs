@@ -1,4 +1,4 @@
-//! Low-rank noisy linear layer; plans `kernels/low_rank_linear.cu`, and `kernels/noisy_linear.cu` for what is a plain
+//! Low-rank noisy linear layer; plans `kernels/sm80/low_rank_linear.cu`, and `kernels/sm80/noisy_linear.cu` for what is a plain
 //! product.
 
 use super::device::{Borrows, Device, Noise};
@@ -18,7 +18,7 @@ use crate::shape::{LinearShape, nonzero, product};
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
 
 const fn kernel(name: &'static str) -> Kernel {
-    Kernel { file: "low_rank_linear", name }
+    Kernel { file: "sm80/low_rank_linear", name }
 }
 
 /// Forward pass, up to rank 16 and 32.

@@ -1,4 +1,4 @@
-//! Dense noisy linear layer; plans `kernels/noisy_linear.cu`.
+//! Dense noisy linear layer; plans `kernels/sm80/noisy_linear.cu`.
 
 use super::device::{Borrows, Device, Noise};
 use super::launch::{
@@ -15,7 +15,7 @@ use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
 use std::mem::offset_of;
 
 const fn kernel(name: &'static str) -> Kernel {
-    Kernel { file: "noisy_linear", name }
+    Kernel { file: "sm80/noisy_linear", name }
 }
 
 /// The kernels of a product, by how its numbers are multiplied: `f32`, `f32` as TF32, `f16`, `bf16`.
