@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
 // `FATBINS` and `WHY_NOT_BUILT`, by build.rs.
-include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
 
 /// An NVIDIA device with all kernels loaded.
 ///
@@ -221,7 +221,10 @@ impl Device {
 /// Loads every kernel that the device can run.
 fn load_kernels(context: &Arc<CudaContext>, gpu: &Gpu) -> Result<HashMap<&'static str, CudaFunction>> {
     let mut functions = HashMap::new();
-    for &(file, image) in FATBINS {
+    for &(file, only, image) in FATBINS {
+        if only.is_some_and(|capability| capability != gpu.capability) {
+            continue;
+        }
         let module = context
             .load_module(Ptx::from_binary(image.to_vec()))
             .map_err(|error| driver_error("load the kernels", error))?;

@@ -4,6 +4,9 @@
 mod capi;
 mod device;
 mod drop_path;
+#[allow(dead_code)]
+#[path = "../../build/kernels.rs"]
+mod kernels;
 mod loss;
 mod low_rank_linear;
 mod machine;
@@ -126,15 +129,11 @@ fn every_kernel_is_listed() {
         all().map(|&Kernel { file, name }| (file.to_owned(), name.to_owned())).collect();
     assert_eq!(listed.len(), all().count());
     let mut defined = BTreeSet::new();
-    for file in std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/kernels")).unwrap() {
-        let path = file.unwrap().path();
-        if path.extension().is_some_and(|extension| extension == "cu") {
-            let stem = path.file_stem().unwrap().to_str().unwrap().to_owned();
-            let source = std::fs::read_to_string(&path).unwrap();
-            let names =
-                source.split("\nPACE_KERNEL(").skip(1).map(|rest| rest.split(',').next().unwrap().to_owned());
-            defined.extend(names.map(|name| (stem.clone(), name)));
-        }
+    for source in kernels::sources(concat!(env!("CARGO_MANIFEST_DIR"), "/kernels").as_ref()).unwrap() {
+        let text = std::fs::read_to_string(&source.path).unwrap();
+        let names =
+            text.split("\nPACE_KERNEL(").skip(1).map(|rest| rest.split(',').next().unwrap().to_owned());
+        defined.extend(names.map(|name| (source.file.clone(), name)));
     }
     assert_eq!(listed, defined);
     let simulated: BTreeSet<&str> = pace_simt::kernels().collect();

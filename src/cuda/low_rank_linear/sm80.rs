@@ -1,4 +1,4 @@
-//! The low-rank layer by this crate's portable kernels; plans `kernels/low_rank_linear.cu`, and `kernels/noisy_linear.cu` for what
+//! The low-rank layer by this crate's portable kernels; plans `kernels/sm80/low_rank_linear.cu`, and `kernels/sm80/noisy_linear.cu` for what
 //! is a plain GEMM.
 
 use super::{LowRankGrads, LowRankLinear};
@@ -14,7 +14,7 @@ use crate::shape::LinearShape;
 use bytemuck::{Pod, Zeroable};
 
 const fn kernel(name: &'static str) -> Kernel {
-    Kernel { file: "low_rank_linear", name }
+    Kernel { file: "sm80/low_rank_linear", name }
 }
 
 /// Forward pass, up to rank 16 and 32.

@@ -1,4 +1,4 @@
-//! The dense layer by this crate's portable kernels; plans `kernels/noisy_linear.cu`.
+//! The dense layer by this crate's portable kernels; plans `kernels/sm80/noisy_linear.cu`.
 //!
 //! Its GEMMs serve the low-rank layer as well.
 
@@ -15,7 +15,7 @@ use crate::shape::LinearShape;
 use bytemuck::{Pod, Zeroable};
 
 const fn kernel(name: &'static str) -> Kernel {
-    Kernel { file: "noisy_linear", name }
+    Kernel { file: "sm80/noisy_linear", name }
 }
 
 /// The kernels of a product, by how its numbers are multiplied: `f32`, `f32` as TF32, `f16`, `bf16`.

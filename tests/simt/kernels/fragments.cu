@@ -1,9 +1,9 @@
 // What the host twins of tensor cores and asynchronous copies do, for the simulator's own tests: each lane writes out the
 // registers that it holds.
 
-#include "tensor_core.cuh"
+#include "sm80/mma.cuh"
 
-namespace pace {
+namespace pace::sm80 {
 namespace {
 
 struct FragmentParams {
@@ -65,9 +65,10 @@ template <class T> void pack_pair(const FragmentParams &p) {
 }
 
 } // namespace
-} // namespace pace
+} // namespace pace::sm80
 
 using namespace pace;
+using namespace pace::sm80;
 
 PACE_KERNEL(load_plain, FragmentParams, 32) { load_fragment<false>(p); }
 

@@ -1,9 +1,9 @@
-// A product as kernels/product.cuh makes it, in small, for the simulator's own tests: one that is right, and the same with
+// A product as kernels/sm80/mainloop.cuh makes it, in small, for the simulator's own tests: one that is right, and the same with
 // one fault each.
 
-#include "tensor_core.cuh"
+#include "sm80/mma.cuh"
 
-namespace pace {
+namespace pace::sm80 {
 namespace {
 
 struct ProductParams {
@@ -98,9 +98,10 @@ template <Seed SEED> void small_product(const ProductParams &p) {
 }
 
 } // namespace
-} // namespace pace
+} // namespace pace::sm80
 
 using namespace pace;
+using namespace pace::sm80;
 
 PACE_KERNEL(product, ProductParams, 64) { small_product<Seed::NOTHING>(p); }
 

@@ -6,9 +6,9 @@
 //
 //   x [M, K] or, shared by the branches, [B T, K]; W0 [N, K]; U [r, K]; D [N, r]; b0, db [N]; y, g [M, N]; s [rows of x, r];
 //   ds [M, r]; c: the scale; z as in noise_source.cuh. What is left of the backward pass, dx = g * W0 + ds * U and
-//   dU = ds^T * x, and other ranks are products of kernels/noisy_linear.cu.
+//   dU = ds^T * x, and other ranks are products of noisy_linear.cu.
 //
-// Forward: a block makes 128 x 128 outputs (kernels/product.cuh). Its ring of tiles carries U besides x and W0: each warp
+// Forward: a block makes 128 x 128 outputs (mainloop.cuh). Its ring of tiles carries U besides x and W0: each warp
 // multiplies one of its four left fragments of x with it, so that s costs no load of x. Then s, rounded to storage, is the
 // left operand of one more step of the inner dimension, whose sum takes 16 rows of accumulators at a time.
 // Factors: a block has a range of token rows and 1 KiB of channels. 32 rows of g at a time come through registers, are
@@ -21,7 +21,8 @@
 // 4 M N R for the factors.
 // Determinism: run-to-run bitwise; no float atomics, every sum in a fixed order.
 
-#include "product.cuh"
+#include "../tile_noise.cuh"
+#include "epilogue.cuh"
 
 namespace pace {
 
@@ -105,7 +106,7 @@ PACE_PARAM(LowRankFactorsParams, z_aligned, 128);
 PACE_PARAM(LowRankFactorsParams, rank_aligned, 132);
 PACE_PARAM(LowRankFactorsParams, scale, 136);
 
-namespace low_rank {
+namespace sm80::low_rank {
 
 // Stages of the forward ring; the host plans shared memory for them.
 constexpr u32 STAGES = 3;
@@ -192,7 +193,7 @@ template <class Numbers, u32 RANK> __device__ __forceinline__ void forward(const
     const bool noisy = p.noise.kind != NOISE_OFF;
     float *z = reinterpret_cast<float *>(shared);
     if (noisy) {
-        fill_noise<TILE / 4>(z, TILE, p.noise, key_of(p.noise), noise_rows.first, noise_rows.place(last) + 1, p.tokens,
+        fill_noise<PRODUCT_THREADS, TILE / 4>(z, TILE, p.noise, key_of(p.noise), noise_rows.first, noise_rows.place(last) + 1, p.tokens,
                              column, p.channels, p.z_aligned != 0u);
         __syncthreads();
     }
@@ -456,54 +457,54 @@ template <class Numbers, u32 RANK> __device__ __forceinline__ void factors(const
     }
 }
 
-} // namespace low_rank
+} // namespace sm80::low_rank
 } // namespace pace
 
 PACE_KERNEL(low_rank_linear_16_f32, pace::LowRankLinearParams, 256) {
-    pace::low_rank::forward<pace::Float32, 16>(p);
+    pace::sm80::low_rank::forward<pace::sm80::Float32, 16>(p);
 }
 PACE_KERNEL(low_rank_linear_16_tf32, pace::LowRankLinearParams, 256) {
-    pace::low_rank::forward<pace::Tf32, 16>(p);
+    pace::sm80::low_rank::forward<pace::sm80::Tf32, 16>(p);
 }
 PACE_KERNEL(low_rank_linear_16_f16, pace::LowRankLinearParams, 256) {
-    pace::low_rank::forward<pace::SixteenBit<pace::f16>, 16>(p);
+    pace::sm80::low_rank::forward<pace::sm80::SixteenBit<pace::f16>, 16>(p);
 }
 PACE_KERNEL(low_rank_linear_16_bf16, pace::LowRankLinearParams, 256) {
-    pace::low_rank::forward<pace::SixteenBit<pace::bf16>, 16>(p);
+    pace::sm80::low_rank::forward<pace::sm80::SixteenBit<pace::bf16>, 16>(p);
 }
 PACE_KERNEL(low_rank_linear_32_f32, pace::LowRankLinearParams, 256) {
-    pace::low_rank::forward<pace::Float32, 32>(p);
+    pace::sm80::low_rank::forward<pace::sm80::Float32, 32>(p);
 }
 PACE_KERNEL(low_rank_linear_32_tf32, pace::LowRankLinearParams, 256) {
-    pace::low_rank::forward<pace::Tf32, 32>(p);
+    pace::sm80::low_rank::forward<pace::sm80::Tf32, 32>(p);
 }
 PACE_KERNEL(low_rank_linear_32_f16, pace::LowRankLinearParams, 256) {
-    pace::low_rank::forward<pace::SixteenBit<pace::f16>, 32>(p);
+    pace::sm80::low_rank::forward<pace::sm80::SixteenBit<pace::f16>, 32>(p);
 }
 PACE_KERNEL(low_rank_linear_32_bf16, pace::LowRankLinearParams, 256) {
-    pace::low_rank::forward<pace::SixteenBit<pace::bf16>, 32>(p);
+    pace::sm80::low_rank::forward<pace::sm80::SixteenBit<pace::bf16>, 32>(p);
 }
 PACE_KERNEL(low_rank_factors_16_f32, pace::LowRankFactorsParams, 256) {
-    pace::low_rank::factors<pace::Float32, 16>(p);
+    pace::sm80::low_rank::factors<pace::sm80::Float32, 16>(p);
 }
 PACE_KERNEL(low_rank_factors_16_tf32, pace::LowRankFactorsParams, 256) {
-    pace::low_rank::factors<pace::Tf32, 16>(p);
+    pace::sm80::low_rank::factors<pace::sm80::Tf32, 16>(p);
 }
 PACE_KERNEL(low_rank_factors_16_f16, pace::LowRankFactorsParams, 256) {
-    pace::low_rank::factors<pace::SixteenBit<pace::f16>, 16>(p);
+    pace::sm80::low_rank::factors<pace::sm80::SixteenBit<pace::f16>, 16>(p);
 }
 PACE_KERNEL(low_rank_factors_16_bf16, pace::LowRankFactorsParams, 256) {
-    pace::low_rank::factors<pace::SixteenBit<pace::bf16>, 16>(p);
+    pace::sm80::low_rank::factors<pace::sm80::SixteenBit<pace::bf16>, 16>(p);
 }
 PACE_KERNEL(low_rank_factors_32_f32, pace::LowRankFactorsParams, 256) {
-    pace::low_rank::factors<pace::Float32, 32>(p);
+    pace::sm80::low_rank::factors<pace::sm80::Float32, 32>(p);
 }
 PACE_KERNEL(low_rank_factors_32_tf32, pace::LowRankFactorsParams, 256) {
-    pace::low_rank::factors<pace::Tf32, 32>(p);
+    pace::sm80::low_rank::factors<pace::sm80::Tf32, 32>(p);
 }
 PACE_KERNEL(low_rank_factors_32_f16, pace::LowRankFactorsParams, 256) {
-    pace::low_rank::factors<pace::SixteenBit<pace::f16>, 32>(p);
+    pace::sm80::low_rank::factors<pace::sm80::SixteenBit<pace::f16>, 32>(p);
 }
 PACE_KERNEL(low_rank_factors_32_bf16, pace::LowRankFactorsParams, 256) {
-    pace::low_rank::factors<pace::SixteenBit<pace::bf16>, 32>(p);
+    pace::sm80::low_rank::factors<pace::sm80::SixteenBit<pace::bf16>, 32>(p);
 }

@@ -11,7 +11,7 @@
 // and the adapter's. So products of the low-rank layer are the same kernels: s * D^T for x * dW^T, ds * U for e * dW; they
 // bring a scale.
 //
-// Mapping: a block makes 128 x 128 outputs (kernels/product.cuh), column tiles first so that blocks that run together read
+// Mapping: a block makes 128 x 128 outputs (mainloop.cuh), column tiles first so that blocks that run together read
 // the same rows of x. Noise of the forward pass is made once per tile, sample (or token) and channel, in shared memory;
 // that of the backward pass one inner tile ahead of its use, and multiplied into the left fragments in f32.
 //
@@ -20,7 +20,8 @@
 // tf32 takes three times as many.
 // Determinism: run-to-run bitwise; no float atomics, every sum in a fixed order.
 
-#include "product.cuh"
+#include "../tile_noise.cuh"
+#include "epilogue.cuh"
 
 namespace pace {
 
@@ -138,6 +139,8 @@ PACE_PARAM(NoisyLinearWeightParams, right_aligned, 120);
 PACE_PARAM(NoisyLinearWeightParams, aligned, 124);
 PACE_PARAM(NoisyLinearWeightParams, z_aligned, 128);
 
+namespace sm80 {
+
 // Stages of the ring; the host plans shared memory for them.
 constexpr u32 FORWARD_STAGES = 4;
 constexpr u32 FOLDED_STAGES = 3;
@@ -180,7 +183,7 @@ template <class Numbers, bool TWO> __device__ __forceinline__ void forward(const
     float *z = reinterpret_cast<float *>(shared);
     if (noisy) {
         __syncthreads();
-        fill_noise<TILE / 4>(z, TILE, p.noise, key_of(p.noise), noise_rows.first, noise_rows.place(last) + 1, p.tokens,
+        fill_noise<PRODUCT_THREADS, TILE / 4>(z, TILE, p.noise, key_of(p.noise), noise_rows.first, noise_rows.place(last) + 1, p.tokens,
                              column, p.channels, p.z_aligned != 0u);
         __syncthreads();
     }
@@ -209,7 +212,7 @@ template <class Numbers> __device__ __forceinline__ void forward_folded(const No
                  static_cast<u64>(first >= p.wrap ? first - p.wrap : first) * inner;
     const Operand<T> left = {x, p.tokens, inner, inner, NO_WRAP, p.segments[0].aligned != 0u};
 
-    fill_noise<TILE / 4>(z, TILE, p.noise, key_of(p.noise), sample, 1, p.tokens, column, p.channels, p.z_aligned != 0u);
+    fill_noise<PRODUCT_THREADS, TILE / 4>(z, TILE, p.noise, key_of(p.noise), sample, 1, p.tokens, column, p.channels, p.z_aligned != 0u);
     __syncthreads();
     float own[4]; // z of the weight rows of this thread's right fragments
 #pragma unroll
@@ -308,7 +311,7 @@ template <class Numbers> __device__ __forceinline__ void input_gradient(const No
         const Segment &segment = p.segments[place.segment];
         if (is_scaled(segment)) {
             const NoiseRows rows(p.noise, p.tokens, segment.first_row + row);
-            fill_noise<INNER<T> / 4>(z + tile % 2 * z_size, STRIDE, p.noise, key, rows.first,
+            fill_noise<PRODUCT_THREADS, INNER<T> / 4>(z + tile % 2 * z_size, STRIDE, p.noise, key, rows.first,
                                      rows.place(segment.first_row + last) + 1, p.tokens, place.inner, p.channels,
                                      p.z_aligned != 0u);
         }
@@ -382,7 +385,7 @@ template <class Numbers> __device__ __forceinline__ void weight_gradient(const N
         if (noisy) {
             const u32 row = first + tile * INNER<T>, last = min(row + INNER<T>, end) - 1;
             const NoiseRows rows(p.noise, p.tokens, row);
-            fill_noise<TILE / 4>(z + tile % 2 * Z_SIZE, TILE, p.noise, key, rows.first, rows.place(last) + 1, p.tokens,
+            fill_noise<PRODUCT_THREADS, TILE / 4>(z + tile % 2 * Z_SIZE, TILE, p.noise, key, rows.first, rows.place(last) + 1, p.tokens,
                                  channel, p.channels, p.z_aligned != 0u);
             if (threadIdx.x < INNER<T>) {
                 places[tile % 2 * INNER<T> + threadIdx.x] = rows.place(min(row + threadIdx.x, last));
@@ -439,25 +442,26 @@ template <class Numbers> __device__ __forceinline__ void weight_gradient(const N
     }
 }
 
+} // namespace sm80
 } // namespace pace
 
-PACE_KERNEL(noisy_linear_one_f32, pace::NoisyLinearParams, 256) { pace::forward<pace::Float32, false>(p); }
-PACE_KERNEL(noisy_linear_one_tf32, pace::NoisyLinearParams, 256) { pace::forward<pace::Tf32, false>(p); }
-PACE_KERNEL(noisy_linear_one_f16, pace::NoisyLinearParams, 256) { pace::forward<pace::SixteenBit<pace::f16>, false>(p); }
-PACE_KERNEL(noisy_linear_one_bf16, pace::NoisyLinearParams, 256) { pace::forward<pace::SixteenBit<pace::bf16>, false>(p); }
-PACE_KERNEL(noisy_linear_two_f32, pace::NoisyLinearParams, 256) { pace::forward<pace::Float32, true>(p); }
-PACE_KERNEL(noisy_linear_two_tf32, pace::NoisyLinearParams, 256) { pace::forward<pace::Tf32, true>(p); }
-PACE_KERNEL(noisy_linear_two_f16, pace::NoisyLinearParams, 256) { pace::forward<pace::SixteenBit<pace::f16>, true>(p); }
-PACE_KERNEL(noisy_linear_two_bf16, pace::NoisyLinearParams, 256) { pace::forward<pace::SixteenBit<pace::bf16>, true>(p); }
-PACE_KERNEL(noisy_linear_folded_f32, pace::NoisyLinearParams, 256) { pace::forward_folded<pace::Float32>(p); }
-PACE_KERNEL(noisy_linear_folded_tf32, pace::NoisyLinearParams, 256) { pace::forward_folded<pace::Tf32>(p); }
-PACE_KERNEL(noisy_linear_folded_f16, pace::NoisyLinearParams, 256) { pace::forward_folded<pace::SixteenBit<pace::f16>>(p); }
-PACE_KERNEL(noisy_linear_folded_bf16, pace::NoisyLinearParams, 256) { pace::forward_folded<pace::SixteenBit<pace::bf16>>(p); }
-PACE_KERNEL(noisy_linear_input_f32, pace::NoisyLinearInputParams, 256) { pace::input_gradient<pace::Float32>(p); }
-PACE_KERNEL(noisy_linear_input_tf32, pace::NoisyLinearInputParams, 256) { pace::input_gradient<pace::Tf32>(p); }
-PACE_KERNEL(noisy_linear_input_f16, pace::NoisyLinearInputParams, 256) { pace::input_gradient<pace::SixteenBit<pace::f16>>(p); }
-PACE_KERNEL(noisy_linear_input_bf16, pace::NoisyLinearInputParams, 256) { pace::input_gradient<pace::SixteenBit<pace::bf16>>(p); }
-PACE_KERNEL(noisy_linear_weight_f32, pace::NoisyLinearWeightParams, 256) { pace::weight_gradient<pace::Float32>(p); }
-PACE_KERNEL(noisy_linear_weight_tf32, pace::NoisyLinearWeightParams, 256) { pace::weight_gradient<pace::Tf32>(p); }
-PACE_KERNEL(noisy_linear_weight_f16, pace::NoisyLinearWeightParams, 256) { pace::weight_gradient<pace::SixteenBit<pace::f16>>(p); }
-PACE_KERNEL(noisy_linear_weight_bf16, pace::NoisyLinearWeightParams, 256) { pace::weight_gradient<pace::SixteenBit<pace::bf16>>(p); }
+PACE_KERNEL(noisy_linear_one_f32, pace::NoisyLinearParams, 256) { pace::sm80::forward<pace::sm80::Float32, false>(p); }
+PACE_KERNEL(noisy_linear_one_tf32, pace::NoisyLinearParams, 256) { pace::sm80::forward<pace::sm80::Tf32, false>(p); }
+PACE_KERNEL(noisy_linear_one_f16, pace::NoisyLinearParams, 256) { pace::sm80::forward<pace::sm80::SixteenBit<pace::f16>, false>(p); }
+PACE_KERNEL(noisy_linear_one_bf16, pace::NoisyLinearParams, 256) { pace::sm80::forward<pace::sm80::SixteenBit<pace::bf16>, false>(p); }
+PACE_KERNEL(noisy_linear_two_f32, pace::NoisyLinearParams, 256) { pace::sm80::forward<pace::sm80::Float32, true>(p); }
+PACE_KERNEL(noisy_linear_two_tf32, pace::NoisyLinearParams, 256) { pace::sm80::forward<pace::sm80::Tf32, true>(p); }
+PACE_KERNEL(noisy_linear_two_f16, pace::NoisyLinearParams, 256) { pace::sm80::forward<pace::sm80::SixteenBit<pace::f16>, true>(p); }
+PACE_KERNEL(noisy_linear_two_bf16, pace::NoisyLinearParams, 256) { pace::sm80::forward<pace::sm80::SixteenBit<pace::bf16>, true>(p); }
+PACE_KERNEL(noisy_linear_folded_f32, pace::NoisyLinearParams, 256) { pace::sm80::forward_folded<pace::sm80::Float32>(p); }
+PACE_KERNEL(noisy_linear_folded_tf32, pace::NoisyLinearParams, 256) { pace::sm80::forward_folded<pace::sm80::Tf32>(p); }
+PACE_KERNEL(noisy_linear_folded_f16, pace::NoisyLinearParams, 256) { pace::sm80::forward_folded<pace::sm80::SixteenBit<pace::f16>>(p); }
+PACE_KERNEL(noisy_linear_folded_bf16, pace::NoisyLinearParams, 256) { pace::sm80::forward_folded<pace::sm80::SixteenBit<pace::bf16>>(p); }
+PACE_KERNEL(noisy_linear_input_f32, pace::NoisyLinearInputParams, 256) { pace::sm80::input_gradient<pace::sm80::Float32>(p); }
+PACE_KERNEL(noisy_linear_input_tf32, pace::NoisyLinearInputParams, 256) { pace::sm80::input_gradient<pace::sm80::Tf32>(p); }
+PACE_KERNEL(noisy_linear_input_f16, pace::NoisyLinearInputParams, 256) { pace::sm80::input_gradient<pace::sm80::SixteenBit<pace::f16>>(p); }
+PACE_KERNEL(noisy_linear_input_bf16, pace::NoisyLinearInputParams, 256) { pace::sm80::input_gradient<pace::sm80::SixteenBit<pace::bf16>>(p); }
+PACE_KERNEL(noisy_linear_weight_f32, pace::NoisyLinearWeightParams, 256) { pace::sm80::weight_gradient<pace::sm80::Float32>(p); }
+PACE_KERNEL(noisy_linear_weight_tf32, pace::NoisyLinearWeightParams, 256) { pace::sm80::weight_gradient<pace::sm80::Tf32>(p); }
+PACE_KERNEL(noisy_linear_weight_f16, pace::NoisyLinearWeightParams, 256) { pace::sm80::weight_gradient<pace::sm80::SixteenBit<pace::f16>>(p); }
+PACE_KERNEL(noisy_linear_weight_bf16, pace::NoisyLinearWeightParams, 256) { pace::sm80::weight_gradient<pace::sm80::SixteenBit<pace::bf16>>(p); }

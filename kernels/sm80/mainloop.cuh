@@ -10,16 +10,13 @@
 // Numbers: how a storage type is multiplied. 16-bit types as they are; f32 as tf32 (10 fraction bits), or as the sum of
 // two tf32 numbers and three products, which keeps f32 accuracy (Ootomo and Yokota 2022, arXiv 2203.03341).
 
-#ifndef PACE_PRODUCT_CUH
-#define PACE_PRODUCT_CUH
+#ifndef PACE_SM80_MAINLOOP_CUH
+#define PACE_SM80_MAINLOOP_CUH
 
-#include "noise_source.cuh"
-#include "reduce.cuh"
-#include "tensor_core.cuh"
+#include "../reduce.cuh"
+#include "mma.cuh"
 
-#include <cstring>
-
-namespace pace {
+namespace pace::sm80 {
 
 constexpr u32 TILE = 128;
 constexpr u32 PRODUCT_THREADS = 256;
@@ -39,123 +36,6 @@ __device__ __forceinline__ u32 lane() { return threadIdx.x % WARP; }
 __device__ __forceinline__ u32 warp_row() { return threadIdx.x / WARP / 4 * WARP_ROWS; }
 __device__ __forceinline__ u32 warp_column() { return threadIdx.x / WARP % 4 * WARP_COLUMNS; }
 
-// ---- numbers
-
-// A register of a fragment holds 4 / sizeof(T) elements of T.
-template <class T> __device__ __forceinline__ float unpack(u32 bits, u32 i) {
-    T values[4 / sizeof(T)];
-    memcpy(values, &bits, 4);
-    return to_float(values[i]);
-}
-
-using noise::detail::to_bits;
-
-// z * element for each element of a register.
-template <class T> __device__ __forceinline__ u32 scaled(u32 bits, float z0, float z1) {
-    return pack<T>(z0 * unpack<T>(bits, 0), z1 * unpack<T>(bits, 1));
-}
-
-template <> __device__ __forceinline__ u32 scaled<float>(u32 bits, float z0, float) {
-    return to_bits(z0 * unpack<float>(bits, 0));
-}
-
-// base + z * delta for each element of a register.
-template <class T> __device__ __forceinline__ u32 folded(u32 base, u32 delta, float z) {
-    return pack<T>(fmaf(z, unpack<T>(delta, 0), unpack<T>(base, 0)), fmaf(z, unpack<T>(delta, 1), unpack<T>(base, 1)));
-}
-
-template <> __device__ __forceinline__ u32 folded<float>(u32 base, u32 delta, float z) {
-    return to_bits(fmaf(z, unpack<float>(delta, 0), unpack<float>(base, 0)));
-}
-
-template <class T_> struct SixteenBit {
-    using T = T_;
-    static constexpr u32 UNROLL = STEPS; // of steps in a tile
-    struct Left {
-        u32 value[4];
-    };
-    struct Right {
-        u32 value[2];
-    };
-    static __device__ __forceinline__ Left left(const u32 (&bits)[4]) { return {{bits[0], bits[1], bits[2], bits[3]}}; }
-    static __device__ __forceinline__ Right right(u32 first, u32 second) { return {{first, second}}; }
-    static __device__ __forceinline__ Right ones() { return {{pack<T>(1.0f, 1.0f), pack<T>(1.0f, 1.0f)}}; }
-    template <u32 COUNT>
-    static __device__ __forceinline__ void multiply(float (&c)[COUNT][4], const Left &a, const Right (&b)[COUNT]) {
-        PACE_MULTIPLY(Mma16<T>, c, a.value, b, value);
-    }
-};
-
-struct Tf32 {
-    using T = float;
-    static constexpr u32 UNROLL = STEPS;
-    struct Left {
-        u32 value[4];
-    };
-    struct Right {
-        u32 value[2];
-    };
-    static __device__ __forceinline__ u32 round(u32 bits) { return to_tf32(unpack<float>(bits, 0)); }
-    static __device__ __forceinline__ Left left(const u32 (&bits)[4]) {
-        return {{round(bits[0]), round(bits[1]), round(bits[2]), round(bits[3])}};
-    }
-    static __device__ __forceinline__ Right right(u32 first, u32 second) { return {{round(first), round(second)}}; }
-    static __device__ __forceinline__ Right ones() { return {{to_bits(1.0f), to_bits(1.0f)}}; }
-    template <u32 COUNT>
-    static __device__ __forceinline__ void multiply(float (&c)[COUNT][4], const Left &a, const Right (&b)[COUNT]) {
-        PACE_MULTIPLY(MmaTf32, c, a.value, b, value);
-    }
-};
-
-struct Float32 {
-    using T = float;
-    static constexpr u32 UNROLL = 1; // or registers do not suffice
-    struct Left {
-        u32 high[4], low[4];
-    };
-    struct Right {
-        u32 high[2], low[2];
-    };
-    static __device__ __forceinline__ void split(u32 bits, u32 &high, u32 &low) {
-        const float value = unpack<float>(bits, 0);
-        high = to_tf32(value);
-        // An infinite value has no low part. Its products are infinite or NaN: here 0 * infinity adds to them.
-        low = (high & 0x7f800000u) == 0x7f800000u ? 0u : to_tf32(value - unpack<float>(high, 0));
-    }
-    static __device__ __forceinline__ Left left(const u32 (&bits)[4]) {
-        Left result;
-#pragma unroll
-        for (u32 i = 0; i < 4; ++i) {
-            split(bits[i], result.high[i], result.low[i]);
-        }
-        return result;
-    }
-    static __device__ __forceinline__ Right right(u32 first, u32 second) {
-        Right result;
-        split(first, result.high[0], result.low[0]);
-        split(second, result.high[1], result.low[1]);
-        return result;
-    }
-    static __device__ __forceinline__ Right ones() { return {{to_bits(1.0f), to_bits(1.0f)}, {0u, 0u}}; }
-    // Tensor cores cut off what does not fit the accumulator, so that long sums would shrink: they add up 8 products only, small
-    // ones first, and the sums go on in the registers.
-    template <u32 COUNT>
-    static __device__ __forceinline__ void multiply(float (&c)[COUNT][4], const Left &a, const Right (&b)[COUNT]) {
-        float sum[COUNT][4] = {};
-        PACE_MULTIPLY(MmaTf32, sum, a.low, b, high);
-        PACE_MULTIPLY(MmaTf32, sum, a.high, b, low);
-        PACE_MULTIPLY(MmaTf32, sum, a.high, b, high);
-#pragma unroll
-        for (u32 i = 0; i < COUNT; ++i) {
-#pragma unroll
-            for (u32 j = 0; j < 4; ++j) {
-                c[i][j] += sum[i][j];
-            }
-        }
-    }
-};
-
-// ---- tiles
 
 constexpr u32 NO_WRAP = 0xffffffffu;
 
@@ -328,105 +208,6 @@ __device__ __forceinline__ void pipeline(unsigned char *shared, u32 stage_bytes,
     }
 }
 
-// ---- results
+} // namespace pace::sm80
 
-// Calls f(part, column, i, row, column in the tile) for each accumulator of this thread.
-template <class F> __device__ __forceinline__ void each_accumulator(const F &f) {
-#pragma unroll
-    for (u32 part = 0; part < 4; ++part) {
-#pragma unroll
-        for (u32 column = 0; column < 4; ++column) {
-#pragma unroll
-            for (u32 i = 0; i < 4; ++i) {
-                f(part, column, i, warp_row() + 16 * part + 8 * (i / 2) + lane() / 4,
-                  warp_column() + 8 * column + 2 * (lane() % 4) + i % 2);
-            }
-        }
-    }
-}
-
-// Writes the block's tile to `out`, whose rows are `columns` elements long, from `row` and `column` on. Goes through
-// shared memory (TILE * TILE elements), for whole rows of 16-byte stores.
-template <class T>
-__device__ __forceinline__ void store_tile(const Accumulators &c, unsigned char *shared, T *out, u32 row, u32 column,
-                                           u32 rows, u32 columns, bool aligned) {
-    constexpr u32 SIZE = Vector<T>::SIZE;
-    constexpr u32 ROW_BYTES = TILE * sizeof(T);
-    __syncthreads();
-    each_accumulator([&](u32 part, u32 j, u32 i, u32 r, u32 k) {
-        const u32 chunk = k / SIZE ^ (r & 7);
-        *reinterpret_cast<T *>(shared + r * ROW_BYTES + chunk * 16 + k % SIZE * sizeof(T)) =
-            from_float<T>(c[part][j][i]);
-    });
-    __syncthreads();
-    constexpr u32 CHUNKS = TILE / SIZE;
-    for (u32 index = threadIdx.x; index < TILE * CHUNKS; index += PRODUCT_THREADS) {
-        const u32 r = index / CHUNKS, chunk = index % CHUNKS, k = column + chunk * SIZE;
-        if (row + r < rows && k < columns) {
-            const auto vector =
-                *reinterpret_cast<const Vector<T> *>(shared + r * ROW_BYTES + ((chunk ^ (r & 7)) * 16));
-            store_some(out + static_cast<u64>(row + r) * columns + k, vector, columns - k, aligned);
-        }
-    }
-}
-
-// A bias, zero where there is none.
-template <class T> __device__ __forceinline__ float bias_of(const void *bias, u32 channel, u32 channels) {
-    return bias != nullptr && channel < channels ? to_float(load(static_cast<const T *>(bias) + channel)) : 0.0f;
-}
-
-// A bias of the columns of this thread's accumulators in the tile from `first` on.
-template <class T> struct ColumnBias {
-    float value[4][2];
-    __device__ __forceinline__ ColumnBias(const void *bias, u32 first, u32 channels) {
-#pragma unroll
-        for (u32 column = 0; column < 4; ++column) {
-#pragma unroll
-            for (u32 i = 0; i < 2; ++i) {
-                value[column][i] = bias_of<T>(bias, first + warp_column() + 8 * column + 2 * (lane() % 4) + i, channels);
-            }
-        }
-    }
-};
-
-// ---- noise
-
-// Which rows of z a run of token rows needs: one per sample, or one per token.
-struct NoiseRows {
-    u32 first; // sample or token row of the first
-    u32 tokens; // token rows per row of z
-    __device__ __forceinline__ NoiseRows(const NoiseSource &source, u32 tokens_per_sample, u32 row)
-        : first(0), tokens(is_per_token(source) ? 1 : tokens_per_sample) {
-        first = row / tokens;
-    }
-    // Place of token row `row` among them.
-    __device__ __forceinline__ u32 place(u32 row) const { return row / tokens - first; }
-};
-
-// z of 4 adjacent channels for the row of z that token row `row` of the output needs.
-__device__ __forceinline__ noise::Four z_of_row(const NoiseSource &source, noise::Key key, u32 z_row, u32 tokens,
-                                                u32 group, u32 channels, bool aligned) {
-    const bool per_token = is_per_token(source);
-    const u32 sample = per_token ? z_row / tokens : z_row;
-    const u32 channel = 4 * group, count = channel < channels ? channels - channel : 0u;
-    return z_of(source, key, sample, per_token ? z_row - sample * tokens : 0u, z_row, group, channels, count,
-                aligned && count != 0u);
-}
-
-// Fills `z` [rows, `stride`] with z of `count` rows from `first` on, and 4 * GROUPS channels from `channel` on.
-template <u32 GROUPS>
-__device__ __forceinline__ void fill_noise(float *z, u32 stride, const NoiseSource &source, noise::Key key, u32 first,
-                                           u32 count, u32 tokens, u32 channel, u32 channels, bool aligned) {
-    for (u32 index = threadIdx.x; index < count * GROUPS; index += PRODUCT_THREADS) {
-        const u32 row = index / GROUPS, group = index % GROUPS;
-        const noise::Four four = z_of_row(source, key, first + row, tokens, channel / 4 + group, channels, aligned);
-#pragma unroll
-        for (u32 i = 0; i < 4; ++i) {
-            z[row * stride + 4 * group + i] = four.value[i];
-        }
-    }
-}
-
-} // namespace pace
-
-#endif // PACE_PRODUCT_CUH
+#endif // PACE_SM80_MAINLOOP_CUH

@@ -1,12 +1,12 @@
-// Host twins of kernels/tensor_core.cuh: the fragment layouts that the PTX ISA documents for ldmatrix and mma.sync, and
+// Host twins of kernels/sm80/mma.cuh: the fragment layouts that the PTX ISA documents for ldmatrix and mma.sync, and
 // asynchronous copies that arrive some time between their issue and the wait for them (Schedule in src/machine.rs).
 //
 // Products of a fragment are summed in double, with the accumulator last, and cut off to float once, toward zero, as tensor
 // cores do (Fasi et al. 2021, doi:10.7717/peerj-cs.330). Hardware cuts off each term as well; results agree to a few units in
 // the last place, not bit for bit.
 
-#ifndef PACE_SIMT_TENSOR_CORE_H
-#define PACE_SIMT_TENSOR_CORE_H
+#ifndef PACE_SIMT_SM80_H
+#define PACE_SIMT_SM80_H
 
 #include "cuda_bf16.h"
 #include "cuda_fp16.h"
@@ -21,7 +21,7 @@ void pace_simt_commit_copies();
 void pace_simt_wait_for_copies(unsigned pending);
 }
 
-namespace pace {
+namespace pace::sm80 {
 namespace simt {
 
 // ldmatrix .x4: lane 8 i + j brings the address of row j of matrix i, 16 bytes; lane t gets of each matrix the two
@@ -183,6 +183,6 @@ void multiply_at(const char *file, unsigned line, float (&c)[COUNT][4], const ui
     std::memcpy(c, fragments.c, sizeof c);
 }
 
-} // namespace pace
+} // namespace pace::sm80
 
-#endif // PACE_SIMT_TENSOR_CORE_H
+#endif // PACE_SIMT_SM80_H
