@@ -65,7 +65,7 @@ fn build() -> Result<(), String> {
 /// contents; and why there are none.
 fn write_fatbins(folder: &Path, sources: &[Source], why_not: &str) -> Result<(), String> {
     let mut table =
-        String::from("pub(super) type Fatbin = (&'static str, Option<(i32, i32)>, &'static [u8]);\n");
+        String::from("pub(super) type Fatbin = (&'static str, Option<(u32, u32)>, &'static [u8]);\n");
     table += "pub(super) const FATBINS: &[Fatbin] = &[\n";
     for source in sources {
         let (file, only) = (&source.file, only_capability(source.family()));

@@ -117,9 +117,9 @@ pub fn targets(family: &str, archs: &[String]) -> Result<Targets, String> {
 }
 
 /// The only compute capability that the images of a family run on, if there is only one.
-pub fn only_capability(family: &str) -> Option<(i32, i32)> {
+pub fn only_capability(family: &str) -> Option<(u32, u32)> {
     let (_, only) = FAMILIES.into_iter().find(|&(name, _)| name == family)?;
-    let number: i32 = only?.trim_end_matches(['a', 'f']).parse().ok()?;
+    let number: u32 = only?.trim_end_matches(['a', 'f']).parse().ok()?;
     Some((number / 10, number % 10))
 }
 

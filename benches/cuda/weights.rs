@@ -17,6 +17,7 @@ pub fn cases() -> Vec<Case> {
             let factors = RANK * (n + k);
             let case = |operator, elements, set| Case {
                 operator,
+                family: "–",
                 dtype: T::NAME,
                 shape: format!("{k}->{n}"),
                 bytes: size_of::<T>() * elements,

@@ -215,7 +215,7 @@ impl Layer {
             }
             "check" => {
                 let z = floats(&self.dir, "z")?;
-                let noise = Noise::Given { z: &z, shape: NoiseShape::PerSample };
+                let noise: Noise<&[f32]> = Noise::Given { z: &z, shape: NoiseShape::PerSample };
                 for (name, values) in self.step(op, noise)?.outputs {
                     let path = self.dir.join(format!("{op}.{name}.ours.f32"));
                     fs::write(path, bytemuck::cast_slice(&values))?;

@@ -94,10 +94,13 @@ impl Plan {
         &self.steps
     }
 
-    /// The steps, to try another geometry in tests. A plan that was changed is no longer one that an operator made.
+    /// The launches, to try another geometry in tests. A plan that was changed is no longer one that an operator made.
     #[doc(hidden)]
-    pub fn steps_mut(&mut self) -> &mut [Step] {
-        &mut self.steps
+    pub fn launches_mut(&mut self) -> impl Iterator<Item = &mut Launch> {
+        self.steps.iter_mut().filter_map(|step| match step {
+            Step::Launch(launch) => Some(launch),
+            Step::Gemm(_) => None,
+        })
     }
 
     /// The launches among the steps, in their order.

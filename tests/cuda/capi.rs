@@ -1,11 +1,12 @@
 //! The C interface on a device, here the simulator: every operator gives what it gives on the CPU.
 
+use crate::simulate;
 use crate::support::distance;
 use crate::uniform;
 use bytemuck::Pod;
 use pace_kernels::capi::*;
-use pace_kernels::cuda::Plan;
-use pace_simt::{Launch, Memory, Schedule, Tensor};
+use pace_kernels::cuda::{Gpu, Plan};
+use pace_simt::{Memory, Schedule, Tensor};
 use std::ffi::{CStr, c_void};
 use std::mem::MaybeUninit;
 use std::ptr::{null, null_mut};
@@ -15,15 +16,13 @@ use std::sync::{Arc, Mutex};
 struct Simulator(Arc<Mutex<Memory>>);
 
 impl Launcher for Simulator {
-    unsafe fn launch(&self, plan: &dyn Plan, _: *mut c_void) -> pace_kernels::Result<()> {
-        plan.for_each(&mut |launch| {
-            let (grid, block, shared_bytes) = (launch.grid, launch.block, launch.shared_bytes);
-            let launch =
-                Launch { kernel: launch.kernel.name, grid, block, shared_bytes, params: launch.params };
-            let result = self.0.lock().unwrap().launch(&launch, Schedule::InOrder);
-            result.unwrap_or_else(|fault| panic!("{}: {fault}", launch.kernel));
-            Ok(())
-        })
+    fn gpu(&self) -> &Gpu {
+        &simulate::GPU
+    }
+
+    unsafe fn launch(&self, plan: &Plan, _: *mut c_void) -> pace_kernels::Result<()> {
+        simulate::run(plan, &mut self.0.lock().unwrap(), Schedule::InOrder);
+        Ok(())
     }
 }
 

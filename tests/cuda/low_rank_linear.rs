@@ -216,13 +216,14 @@ fn launch<T: Type>(
     let (x, dy) = (machine.input("x", &data.x), machine.input("dy", &data.dy));
     let s = machine.output::<T>("s", layer.shape.in_rows() * layer.rank);
     let y = machine.output::<T>("y", data.dy.len());
-    machine.launch(&layer.forward(T::DTYPE, x, s, y).unwrap());
+    let gpu = machine.gpu;
+    let workspace = machine.output::<f32>("workspace", layer.workspace_len(&gpu, T::DTYPE));
+    machine.launch(&layer.forward(&gpu, T::DTYPE, x, s, y, workspace).unwrap());
     let mut grad = |name: &str, like: &[T]| machine.output::<T>(name, like.len());
     let grads = [grad("dx", &data.x), grad("dD", &data.down), grad("dU", &data.up), grad("dδb", &data.bias)];
-    let workspace = machine.output::<f32>("workspace", layer.workspace_len(T::DTYPE));
     let [input, down, up, delta_bias] = grads.map(Some);
     let targets = cuda::LowRankGrads { input, down, up, delta_bias };
-    machine.launch(&layer.backward(T::DTYPE, x, s, dy, targets, workspace).unwrap());
+    machine.launch(&layer.backward(&gpu, T::DTYPE, x, s, dy, targets, workspace).unwrap());
     let [dx, dd, du, db] = grads;
     [s, y, dx, dd, du, db].map(|buffer| machine.read::<T>(buffer))
 }
@@ -284,8 +285,10 @@ pub fn one_gradient(target: &Target<'_>) {
                 let one = |j| (i == j).then_some(grad);
                 let (input, down, up, delta_bias) = (one(2), one(3), one(4), one(5));
                 let grads = cuda::LowRankGrads { input, down, up, delta_bias };
-                let workspace = machine.output::<f32>("workspace", layer.workspace_len(cuda::DType::F32));
-                let plan = layer.backward(cuda::DType::F32, x, s, dy, grads, workspace).unwrap();
+                let workspace =
+                    machine.output::<f32>("workspace", layer.workspace_len(&machine.gpu, cuda::DType::F32));
+                let plan =
+                    layer.backward(&machine.gpu, cuda::DType::F32, x, s, dy, grads, workspace).unwrap();
                 machine.launch(&plan);
                 assert!(machine.read::<f32>(grad) == *want, "{} of rank {}", NAMES[i], case.rank);
             }
@@ -323,7 +326,7 @@ pub fn batch_split(target: &Target<'_>) {
             let from = crate::support::generator(noise, crate::support::key());
             let first = from.first_sample() + samples.start as u64;
             let generator = Generator::new(from.key(), from.sigma(), noise, first).unwrap();
-            layer.noise = Source::Generated { generator, key: None };
+            layer.noise = Source::Generated(generator);
             *results.borrow_mut() = launch(&layer, &data, machine);
         });
         results.into_inner()
@@ -344,7 +347,7 @@ pub fn safe_methods(opened: &Opened) {
         let Z::Generated(noise) = z else { unreachable!("filtered") };
         let data = Data::<f16>::new(case);
         let want = std::cell::RefCell::new(Results::default());
-        Target::Device(opened).run(shift, |machine| *want.borrow_mut() = run(case, &data, false, machine));
+        opened.target().run(shift, |machine| *want.borrow_mut() = run(case, &data, false, machine));
         let want = want.into_inner();
 
         let inputs = [&data.x, &data.dy, &data.weight, &data.bias, &data.down, &data.up, &data.delta_bias]
@@ -353,10 +356,7 @@ pub fn safe_methods(opened: &Opened) {
         let [x, dy, weight, bias, down, up, delta_bias] = &views;
         let layer: cuda::LowRankLinear<&dyn DevicePtr<f16>, cuda::Noise<'_>> = cuda::LowRankLinear {
             shape,
-            noise: cuda::Noise::Generated {
-                generator: crate::support::generator(noise, crate::support::key()),
-                key: None,
-            },
+            noise: cuda::Noise::Generated(crate::support::generator(noise, crate::support::key())),
             base: base.then_some(Base { weight, bias: biases.then_some(bias as _) }),
             rank,
             down,
@@ -369,14 +369,15 @@ pub fn safe_methods(opened: &Opened) {
         {
             let [s, y, dx, dd, du, db] = outputs.each_mut().map(|output| output.slice_mut(shift..));
             let (mut s, mut y, mut dx, mut dd, mut du, mut db) = (s, y, dx, dd, du, db);
-            device.low_rank_linear(&layer, x, &mut s, &mut y, stream).unwrap();
+            let len = layer.workspace_len(device.gpu(), cuda::DType::F16);
+            let mut workspace = stream.alloc_zeros::<f32>(len).unwrap();
+            device.low_rank_linear(&layer, x, &mut s, &mut y, &mut workspace, stream).unwrap();
             let grads = cuda::LowRankGrads {
                 input: Some(&mut dx as &mut dyn DevicePtrMut<f16>),
                 down: Some(&mut dd),
                 up: Some(&mut du),
                 delta_bias: Some(&mut db),
             };
-            let mut workspace = stream.alloc_zeros::<f32>(layer.workspace_len(cuda::DType::F16)).unwrap();
             device.low_rank_linear_backward(&layer, x, &s, dy, grads, &mut workspace, stream).unwrap();
         }
         for (i, output) in outputs.iter().enumerate() {
@@ -397,7 +398,8 @@ pub fn in_a_graph(opened: &Opened) {
         let mut key = opened.upload(0, &[0u64]);
         let generator = |key| crate::support::generator(PerSample, key);
         let mut s = opened.upload(0, &vec![bf16::NAN; shape.in_rows() * rank]);
-        let mut workspace = stream.alloc_zeros::<f32>(1 << 16).unwrap();
+        // Enough for any family.
+        let mut workspace = stream.alloc_zeros::<f32>(12 << 20).unwrap();
         let outputs = || [&data.dy, &data.x].map(|like| opened.upload(0, &vec![bf16::NAN; like.len()]));
         let mut pass = |noise: cuda::Noise<'_>, [y, dx]: &mut [CudaSlice<bf16>; 2]| {
             let layer: cuda::LowRankLinear<&dyn DevicePtr<bf16>, _> = cuda::LowRankLinear {
@@ -411,20 +413,22 @@ pub fn in_a_graph(opened: &Opened) {
                 scale,
                 allow_tf32: false,
             };
-            device.low_rank_linear(&layer, &x, &mut s, y, stream).unwrap();
+            device.low_rank_linear(&layer, &x, &mut s, y, &mut workspace, stream).unwrap();
             let grads = cuda::LowRankGrads { input: Some(dx as _), ..Default::default() };
             device.low_rank_linear_backward(&layer, &x, &s, &dy, grads, &mut workspace, stream).unwrap();
         };
         let mut replayed = outputs();
+        // A library loads what it needs when it is first used, which a capture does not allow.
+        pass(cuda::Noise::Off, &mut replayed);
         stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
-        let noise = cuda::Noise::Generated { generator: generator(Key([0, 0])), key: Some(&key) };
+        let noise = cuda::Noise::Keyed { generator: generator(Key([0, 0])), key: &key };
         pass(noise, &mut replayed);
         let graph = stream.end_capture(CUgraphInstantiate_flags(0)).unwrap().expect("something was captured");
         for fresh in [Key::derive(1, 0, 0), Key::derive(1, 1, 0)] {
             stream.memcpy_htod(&[u64::from(fresh)], &mut key).unwrap();
             graph.launch().unwrap();
             let mut direct = outputs();
-            pass(cuda::Noise::Generated { generator: generator(fresh), key: None }, &mut direct);
+            pass(cuda::Noise::Generated(generator(fresh)), &mut direct);
             for (replayed, direct) in replayed.iter().zip(&direct) {
                 assert!(opened.download(0, replayed) == opened.download(0, direct), "rank {rank}");
             }

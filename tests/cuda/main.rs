@@ -14,20 +14,37 @@ mod noise_fill;
 mod noisy_epilogue;
 mod noisy_linear;
 mod norms;
+mod simulate;
 mod support;
 mod weights;
 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use machine::Target;
 use pace_kernels::LinearShape;
-use pace_kernels::cuda::{KERNELS, Kernel};
+use pace_kernels::cuda::{Family, KERNELS, Kernel};
 use pace_kernels::noise::philox4x32_10;
 use std::collections::BTreeSet;
 
 type Test = fn(&Target<'_>);
 type DeviceTest = fn(&device::Opened);
 
-/// Tests of plans, which run in the simulator and on a device.
+/// Tests of the operators that have families, which run for each of them.
+const LAYER_TESTS: &[(&str, Test)] = &[
+    ("low_rank_linear::f32", low_rank_linear::f32),
+    ("low_rank_linear::tf32", low_rank_linear::tf32),
+    ("low_rank_linear::f16", low_rank_linear::f16),
+    ("low_rank_linear::bf16", low_rank_linear::bf16),
+    ("low_rank_linear::batch_split", low_rank_linear::batch_split),
+    ("low_rank_linear::one_gradient", low_rank_linear::one_gradient),
+    ("noisy_linear::f32", noisy_linear::f32),
+    ("noisy_linear::tf32", noisy_linear::tf32),
+    ("noisy_linear::f16", noisy_linear::f16),
+    ("noisy_linear::bf16", noisy_linear::bf16),
+    ("noisy_linear::long_sums", noisy_linear::long_sums),
+    ("noisy_linear::batch_split", noisy_linear::batch_split),
+];
+
+/// Tests of the other plans, which run in the simulator and on a device.
 const TESTS: &[(&str, Test)] = &[
     ("loss", loss::test),
     ("loss::streamed", loss::streamed),
@@ -35,23 +52,11 @@ const TESTS: &[(&str, Test)] = &[
     ("loss::again", loss::again),
     ("loss::wrong_data", loss::wrong_data),
     ("loss::not_a_number", loss::not_a_number),
-    ("low_rank_linear::f32", low_rank_linear::f32),
-    ("low_rank_linear::tf32", low_rank_linear::tf32),
-    ("low_rank_linear::f16", low_rank_linear::f16),
-    ("low_rank_linear::bf16", low_rank_linear::bf16),
-    ("low_rank_linear::batch_split", low_rank_linear::batch_split),
-    ("low_rank_linear::one_gradient", low_rank_linear::one_gradient),
     ("drop_path", drop_path::test),
     ("noise_fill", noise_fill::test),
     ("noise_fill::key_in_memory", noise_fill::key_in_memory),
     ("noisy_epilogue", noisy_epilogue::test),
     ("noisy_epilogue::any_grid", noisy_epilogue::any_grid),
-    ("noisy_linear::f32", noisy_linear::f32),
-    ("noisy_linear::tf32", noisy_linear::tf32),
-    ("noisy_linear::f16", noisy_linear::f16),
-    ("noisy_linear::bf16", noisy_linear::bf16),
-    ("noisy_linear::long_sums", noisy_linear::long_sums),
-    ("noisy_linear::batch_split", noisy_linear::batch_split),
     ("norms::fp_distance", norms::fp_distance),
     ("norms::grad_norm", norms::grad_norm),
     ("weights::low_rank", weights::low_rank),
@@ -102,7 +107,11 @@ fn main() {
         simulated(name, Box::new(test));
     }
     for &(name, test) in TESTS {
-        simulated(name, Box::new(move || test(&Target::Simulator)));
+        simulated(name, Box::new(move || test(&Target { gpu: simulate::GPU, device: None })));
+    }
+    for (family, name, test) in layer_tests() {
+        let gpu = simulate::GPU.with_family(family);
+        simulated(&name, Box::new(move || test(&Target { gpu, device: None })));
     }
     let mut on_device = |name: &str, test: Box<dyn FnOnce(&device::Opened) + Send>| {
         trials.push(Trial::ignorable_test(format!("device::{name}"), move || match device::open() {
@@ -114,12 +123,29 @@ fn main() {
         }));
     };
     for &(name, test) in TESTS {
-        on_device(name, Box::new(move |opened| test(&Target::Device(opened))));
+        on_device(name, Box::new(move |opened| test(&opened.target())));
+    }
+    for (family, name, test) in layer_tests() {
+        on_device(
+            &name,
+            Box::new(move |opened| {
+                // Without a library the other family is what every layer test runs.
+                let device = opened.device.with_family(family).unwrap_or_else(|why| panic!("{why}"));
+                test(&Target { gpu: *device.gpu(), device: Some(opened) });
+            }),
+        );
     }
     for &(name, test) in DEVICE_TESTS {
         on_device(name, Box::new(test));
     }
     libtest_mimic::run(&arguments, trials).exit();
+}
+
+/// Every layer test for every family, as `FAMILY::TEST`.
+fn layer_tests() -> impl Iterator<Item = (Family, String, Test)> {
+    Family::ALL.into_iter().flat_map(|family| {
+        LAYER_TESTS.iter().map(move |&(name, test)| (family, format!("{}::{name}", family.name()), test))
+    })
 }
 
 /// `KERNELS` names what the files in `kernels/` define, no more and no less, and the simulator has all of it.

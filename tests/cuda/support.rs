@@ -199,10 +199,10 @@ impl Z {
     pub fn source(self, shape: &LinearShape, machine: &mut Machine<'_>) -> Source {
         match self {
             Z::Off => Source::Off,
-            Z::Generated(shape) => Source::Generated { generator: generator(shape, key()), key: None },
+            Z::Generated(shape) => Source::Generated(generator(shape, key())),
             Z::Keyed(shape) => {
-                let key = Some(machine.input("key", &[u64::from(key())]));
-                Source::Generated { generator: generator(shape, Key([0, 0])), key }
+                let key = machine.input("key", &[u64::from(key())]);
+                Source::Keyed { generator: generator(shape, Key([0, 0])), key }
             }
             Z::Given(noise) => Source::Given { z: machine.input("z", &self.given(shape)), shape: noise },
         }

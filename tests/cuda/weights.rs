@@ -154,8 +154,10 @@ fn low_rank_typed<T: Type>(case: &Case, target: &Target<'_>) {
         let mut forward = lora.weight(T::DTYPE, base, weight).unwrap();
         let mut backward = lora.backward(T::DTYPE, base, grad, grads, workspace).unwrap();
         if single {
-            forward.grid[1] = 1;
-            backward.partials.grid[1] = 1;
+            // Of the weight, and of the partial sums of its gradients.
+            for plan in [&mut forward, &mut backward] {
+                plan.launches_mut().next().unwrap().grid[1] = 1;
+            }
         }
         machine.launch(&forward);
         machine.launch(&backward);
@@ -244,7 +246,7 @@ fn prompt_typed<T: Type>(case: &Case, target: &Target<'_>) {
         machine.launch(&prompt.forward(T::DTYPE, out, workspaces[0]).unwrap());
         let mut backward = prompt.backward(T::DTYPE, grad, grads, workspaces[1]).unwrap();
         if single {
-            backward.columns.0.grid[1] = 1;
+            backward.launches_mut().next().unwrap().grid[1] = 1;
         }
         machine.launch(&backward);
         vec![out, grads.prompt_down, grads.prompt_up, grads.delta_bias.unwrap()]
@@ -277,11 +279,11 @@ fn merge_typed<T: Type>(target: &Target<'_>) {
             let want = merged(sign, &before, &delta);
             target.run(i % 2, |machine| {
                 let (target, delta) = (machine.in_out("target", &before), machine.input("delta", &delta));
-                let mut launch = Merge { sign, dtype: T::DTYPE, target, delta }.plan().unwrap().unwrap();
+                let mut plan = Merge { sign, dtype: T::DTYPE, target, delta }.plan().unwrap();
                 if i % 3 == 0 {
-                    launch.grid[0] = 1;
+                    plan.launches_mut().for_each(|launch| launch.grid[0] = 1);
                 }
-                machine.launch(&launch);
+                machine.launch(&plan);
                 assert!(machine.read::<T>(target) == want, "{sign:?} {len} {:?}", T::DTYPE);
             });
         }

@@ -87,16 +87,17 @@ fn low_rank(bench: &mut Bench<'_, '_>, shape: LinearShape, noise: Source) -> Res
     };
     let (x, dy) = (bench.input("x")?, bench.input("dy")?);
     let s = bench.output("s", shape.in_rows() * rank);
+    let gpu = bench.machine.gpu;
+    let workspace = bench.output("workspace", layer.workspace_len(&gpu, TYPE));
     for (name, noise) in [("y", noise), ("y_eval", Source::Off)] {
         let y = bench.output(name, dy.len);
-        bench.machine.launch(&LowRankLinear { noise, ..layer }.forward(TYPE, x, s, y)?);
+        bench.machine.launch(&LowRankLinear { noise, ..layer }.forward(&gpu, TYPE, x, s, y, workspace)?);
         bench.expect(name, y)?;
     }
     let [dx, dd, du, db] = [("dx", x.len), ("dD", n * rank), ("dU", rank * k), ("dδb", n)]
         .map(|(name, len)| bench.output(name, len));
     let grads = LowRankGrads { input: Some(dx), down: Some(dd), up: Some(du), delta_bias: Some(db) };
-    let workspace = bench.output("workspace", layer.workspace_len(TYPE));
-    bench.machine.launch(&layer.backward(TYPE, x, s, dy, grads, workspace)?);
+    bench.machine.launch(&layer.backward(&gpu, TYPE, x, s, dy, grads, workspace)?);
     bench.expect("dx", dx)?;
     bench.expect("grad_delta_W_down", dd)?;
     bench.expect("grad_delta_W_up", du)?;
@@ -161,9 +162,11 @@ fn dense(
         fold: false,
         allow_tf32: false,
     };
+    let gpu = bench.machine.gpu;
+    let workspace = bench.output("workspace", layer.workspace_len(&gpu, TYPE));
     for (name, noise) in [("y", noise), ("y_eval", Source::Off)] {
         let y = bench.output(name, dy.len);
-        bench.machine.launch(&NoisyLinear { noise, ..layer }.forward(TYPE, x, y)?);
+        bench.machine.launch(&NoisyLinear { noise, ..layer }.forward(&gpu, TYPE, x, y, workspace)?);
         bench.expect(name, y)?;
     }
 
@@ -173,8 +176,7 @@ fn dense(
         delta_weight: layer.delta_weight.map(|_| dw),
         delta_bias: Some(db),
     };
-    let workspace = bench.output("workspace", layer.workspace_len());
-    bench.machine.launch(&layer.backward(TYPE, x, dy, grads, workspace)?);
+    bench.machine.launch(&layer.backward(&gpu, TYPE, x, dy, grads, workspace)?);
     bench.expect("dx", dx)?;
     let Some(prompt) = prompt else {
         bench.expect("grad_base_weight", dw)?;

@@ -53,7 +53,7 @@ pub fn adapter<T: Real>(case: &Case) -> Result<(), Failed> {
     if z.is_none() && case.number::<f64>("sigma")? != 0.0 {
         return Err("sigma is not 0, but there is no `noise_z`".into());
     }
-    let noise = match &z {
+    let noise: Noise<&[T]> = match &z {
         Some(z) => Noise::Given { z, shape: noise_shape(case)? },
         None => Noise::Off,
     };

@@ -5,6 +5,7 @@ use super::case::Case;
 use super::device;
 use super::machine::{Machine, Target};
 use super::on::On;
+use super::simulate;
 use super::vit::{tensor, train};
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, Layout, Shape, Tensor, Var};
 use libtest_mimic::Failed;
@@ -12,8 +13,8 @@ use pace_kernels::LinearShape;
 use pace_kernels::adapter::{DELTA_BIAS, DOWN, PROMPT_DOWN, PROMPT_UP, UP};
 use pace_kernels::candle::PaceContext;
 use pace_kernels::cuda::{
-    Base, Buffer, DType, LoraFactors, LoraGrads, LowRankGrads, LowRankLinear, NoisyLinear, NoisyLinearGrads,
-    PromptBias, PromptGrads, Source,
+    Base, Buffer, DType, Gpu, LoraFactors, LoraGrads, LowRankGrads, LowRankLinear, NoisyLinear,
+    NoisyLinearGrads, PromptBias, PromptGrads, Source,
 };
 use pace_kernels::noise::NoiseShape;
 use std::cell::RefCell;
@@ -27,21 +28,30 @@ type Backward = Box<dyn Fn(&mut Machine<'_>, &Slices<'_>, &[f32]) -> Vec<Buffer>
 
 /// An operator that runs on a machine of its own, forward and backward.
 struct Op {
-    /// On a device, not in the simulator.
-    on_device: bool,
+    place: Place,
     shape: Shape,
     forward: Forward,
     backward: Backward,
 }
 
+/// What plans are made for, and whether they run there or in the simulator.
+#[derive(Clone, Copy)]
+struct Place {
+    gpu: Gpu,
+    on_device: bool,
+}
+
+impl Default for Place {
+    fn default() -> Self {
+        Self { gpu: simulate::GPU, on_device: false }
+    }
+}
+
 impl Op {
     fn run(&self, body: impl Fn(&mut Machine<'_>)) -> candle_core::Result<()> {
-        if self.on_device {
-            let opened = device::open().map_err(candle_core::Error::Msg)?;
-            Target::Device(&opened).once(0, body);
-        } else {
-            Target::Simulator.once(0, body);
-        }
+        let Place { gpu, on_device } = self.place;
+        let opened = on_device.then(device::open).transpose().map_err(candle_core::Error::Msg)?;
+        Target { gpu, device: opened.as_ref() }.once(0, body);
         Ok(())
     }
 
@@ -171,13 +181,14 @@ impl Layer {
     fn dense_op(self, shape: Shape) -> Op {
         let other = self.clone();
         Op {
-            on_device: false,
+            place: Place::default(),
             shape,
             forward: Box::new(move |machine, arguments| {
                 let layer = self.dense(machine, arguments);
                 let x = machine.input("x", arguments[0]);
                 let y = machine.output::<f32>("y", self.shape.out_rows() * self.shape.out_features);
-                machine.launch(&layer.forward(TYPE, x, y).unwrap());
+                let workspace = machine.output::<f32>("workspace", layer.workspace_len(&machine.gpu, TYPE));
+                machine.launch(&layer.forward(&machine.gpu, TYPE, x, y, workspace).unwrap());
                 y
             }),
             backward: Box::new(move |machine, arguments, grad| {
@@ -192,8 +203,8 @@ impl Layer {
                     delta_weight: layer.delta_weight.map(|_| grads[1]),
                     delta_bias: grads.last().copied(),
                 };
-                let workspace = machine.output::<f32>("workspace", layer.workspace_len());
-                machine.launch(&layer.backward(TYPE, x, dy, wanted, workspace).unwrap());
+                let workspace = machine.output::<f32>("workspace", layer.workspace_len(&machine.gpu, TYPE));
+                machine.launch(&layer.backward(&machine.gpu, TYPE, x, dy, wanted, workspace).unwrap());
                 grads
             }),
         }
@@ -221,11 +232,12 @@ impl Layer {
         let forward = |layer: &LowRankLinear<Buffer, Source>, machine: &mut Machine<'_>, x: Buffer| {
             let s = machine.output::<f32>("s", layer.shape.in_rows() * layer.rank);
             let y = machine.output::<f32>("y", layer.shape.out_rows() * layer.shape.out_features);
-            machine.launch(&layer.forward(TYPE, x, s, y).unwrap());
+            let workspace = machine.output::<f32>("workspace", layer.workspace_len(&machine.gpu, TYPE));
+            machine.launch(&layer.forward(&machine.gpu, TYPE, x, s, y, workspace).unwrap());
             (s, y)
         };
         Op {
-            on_device: false,
+            place: Place::default(),
             shape,
             forward: Box::new(move |machine, arguments| {
                 let layer = self.low_rank(machine, arguments);
@@ -241,8 +253,8 @@ impl Layer {
                     .map(|len| machine.output::<f32>("gradient", len));
                 let grads =
                     LowRankGrads { input: Some(dx), down: Some(down), up: Some(up), delta_bias: Some(bias) };
-                let workspace = machine.output::<f32>("workspace", layer.workspace_len(TYPE));
-                machine.launch(&layer.backward(TYPE, x, s, dy, grads, workspace).unwrap());
+                let workspace = machine.output::<f32>("workspace", layer.workspace_len(&machine.gpu, TYPE));
+                machine.launch(&layer.backward(&machine.gpu, TYPE, x, s, dy, grads, workspace).unwrap());
                 let joined = [machine.read::<f32>(down), machine.read::<f32>(bias)].concat();
                 vec![dx, machine.input("joined", &joined), up]
             }),
@@ -265,7 +277,7 @@ fn lora_mul(base: Vec<f32>, [n, k]: [usize; 2]) -> Op {
     };
     let other = base.clone();
     Op {
-        on_device: false,
+        place: Place::default(),
         shape: Shape::from((n, k)),
         forward: Box::new(move |machine, arguments| {
             let (factors, base) = factors(machine, arguments, &base);
@@ -299,7 +311,7 @@ fn prompt(base: (Vec<f32>, Vec<f32>), [n, k]: [usize; 2]) -> Op {
         };
     let other = base.clone();
     Op {
-        on_device: false,
+        place: Place::default(),
         shape: Shape::from(n),
         forward: Box::new(move |machine, arguments| {
             let prompt = prompt(machine, arguments, &base);
@@ -324,7 +336,7 @@ fn prompt(base: (Vec<f32>, Vec<f32>), [n, k]: [usize; 2]) -> Op {
 
 /// The recorded transformer.
 struct Model<'a> {
-    on_device: bool,
+    place: Place,
     case: &'a Case,
     on: &'a On,
     context: &'a PaceContext,
@@ -341,7 +353,7 @@ impl Model<'_> {
     }
 
     fn place(&self, op: Op) -> Op {
-        Op { on_device: self.on_device, ..op }
+        Op { place: self.place, ..op }
     }
 
     /// A noisy layer in training step `step`, or in evaluation.
@@ -459,7 +471,7 @@ pub fn training(case: &Case, target: &Target<'_>) -> Result<(), Failed> {
             trained.insert(recorded.to_owned(), Var::from_tensor(&value)?);
         }
     }
-    let on_device = matches!(target, Target::Device(_));
-    let model = Model { on_device, case, on: &on, context: &context, trained: &trained };
+    let place = Place { gpu: target.gpu, on_device: target.device.is_some() };
+    let model = Model { place, case, on: &on, context: &context, trained: &trained };
     train(case, &on, &context, &trained, &|x, step| model.forward(x, step))
 }
