@@ -338,3 +338,15 @@ fn an_unusable_nvcc_is_explained() {
     wrong(open(Some("120")), "does not know architecture 120");
     wrong(open(Some("70")), "80 (Ampere) or newer");
 }
+
+/// With `cuda-version-from-build-system`, cudarc's build script panics where nvcc is older or newer than it knows: nothing
+/// would build, not even the operators on a CPU.
+#[test]
+fn dependencies_do_not_ask_nvcc() {
+    let manifest = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml")).unwrap();
+    let (_, features) = manifest.split_once("\ncudarc = {").expect("cudarc is a dependency");
+    let (features, _) = features.split_once('}').unwrap();
+    assert!(!features.contains("-from-build-system"), "{features}");
+    let version = |feature: &&str| feature.strip_prefix("cuda-").is_some_and(|v| v.parse::<u32>().is_ok());
+    assert_eq!(features.split('"').filter(version).count(), 1, "{features}");
+}

@@ -26,7 +26,7 @@ type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
 const HELP: &str = "\
 Few-shot fine-tuning of a small vision transformer with PACE.
 
-USAGE: cargo run --release --example few_shot -- [OPTIONS]
+USAGE: cargo run --release -p few-shot -- [OPTIONS]
 
 Without options: MNIST to Optdigits, 4 shots per class, about 2 minutes on 2 cores.
 
