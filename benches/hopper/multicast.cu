@@ -184,7 +184,8 @@ void run(Results &results, u32 ctas, const char *name) {
 
 } // namespace
 
-int main() {
+int main(int count, char **arguments) {
+    answer_starts(count, arguments);
     Results results("multicast");
     const cudaDeviceProp device = open_device(results);
     allow_shared(pipeline, SHARED);

@@ -49,6 +49,7 @@ __device__ __forceinline__ u64 nanoseconds() {
 }
 // All threads of all CTAs of the cluster; works without a cluster too.
 __device__ __forceinline__ void cluster_sync() {
+    __syncwarp();
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 // Threads of one named barrier (0 is __syncthreads).
@@ -305,6 +306,12 @@ inline std::string text(const char *format, ...) {
     std::vsnprintf(buffer, sizeof buffer, format, arguments);
     va_end(arguments);
     return buffer;
+}
+
+// `--starts`: whether the program starts at all, asked where it was not compiled.
+inline void answer_starts(int count, char **arguments) {
+    if (count > 1 && std::strcmp(arguments[1], "--starts") == 0)
+        std::exit(0);
 }
 
 // Opens device 0 and says what it is. Ends the process where it is not of compute capability 9.0.

@@ -491,7 +491,8 @@ void sustained(Setup &setup) {
 
 } // namespace
 
-int main() {
+int main(int count, char **arguments) {
+    answer_starts(count, arguments);
     Results results("rates");
     const cudaDeviceProp device = open_device(results);
     std::vector<u16> x(static_cast<size_t>(SAMPLES) * TOKENS * COLUMNS);

@@ -145,7 +145,8 @@ void store(Results &results, u32 columns, u32 span, u32 rows, int c0) {
 
 } // namespace
 
-int main() {
+int main(int count, char **arguments) {
+    answer_starts(count, arguments);
     Results results("tma");
     open_device(results);
     load(results, 768, 128, 200, 64, 0);
