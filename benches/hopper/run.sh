@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Probes of a Hopper GPU (compute capability 9.0) for the kernels with wgmma and TMA; see README.md.
 #
-# Takes the programs from bin/ where they are and start, and compiles them otherwise (nvcc from CUDA_HOME, PATH or
+# Takes the programs from bin/ where they are and start, and compiles them otherwise (nvcc from NVCC, CUDA_HOME, PATH or
 # /usr/local/cuda). Each probe is a process of its own with a time limit; a failed one does not stop the others. Writes
 # hopper.txt (all that is printed) and hopper.jsonl (one result a line) to $OUT, or to results/hopper in the current folder,
 # as it goes, and prints a short summary last.
@@ -19,6 +19,7 @@ limit=20
 
 find_nvcc() {
     local home
+    [ -n "${NVCC:-}" ] && echo "$NVCC" && return
     for home in "${CUDA_HOME:-}" "${CUDA_PATH:-}"; do
         [ -n "$home" ] && [ -x "$home/bin/nvcc" ] && echo "$home/bin/nvcc" && return
     done
