@@ -23,6 +23,11 @@ step() {
     fi
 }
 
+# First, because they decide the design of kernels: what a Hopper GPU's units do. Two minutes at most.
+case "$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1)" in
+    9.0) step hopper env -u OUT timeout -k 5 120 ./hopper/run.sh ;;
+    *) step hopper echo "skipped: no device of compute capability 9.0" ;;
+esac
 step plan ./test_cuda_plan
 step device ./test_cuda device::
 if command -v compute-sanitizer >/dev/null; then
