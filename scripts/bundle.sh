@@ -40,7 +40,7 @@ strip -o "$folder/libpace_kernels.so" "$library"
 cp scripts/run.sh "$folder/run.sh"
 # What the PyTorch package's tests and the side-by-side benchmark read, at the same places as here.
 rm -rf "$folder/repository" && mkdir "$folder/repository"
-git ls-files -z examples/pytorch 'benches/peers/*.py' tests/golden include \
+git ls-files -z python 'benches/peers/*.py' tests/golden include \
     | tar --null -T - -cf - | tar -xf - -C "$folder/repository"
 
 mib=$(( ($(du -sb "$folder" | cut -f1) + (1 << 20) - 1) >> 20 ))

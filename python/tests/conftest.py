@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from timm.models.swin_transformer import SwinTransformer
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benches" / "peers"))
 
 torch.set_num_threads(1)
