@@ -45,7 +45,7 @@ PROBE_BIN="$folder/hopper/bin" benches/hopper/run.sh --build
 strip "$folder"/hopper/bin/*
 # What the PyTorch package's tests and the side-by-side benchmark read, at the same places as here.
 rm -rf "$folder/repository" && mkdir "$folder/repository"
-git ls-files -z examples/pytorch 'benches/peers/*.py' tests/golden include \
+git ls-files -z python 'benches/peers/*.py' tests/golden include \
     | tar --null -T - -cf - | tar -xf - -C "$folder/repository"
 
 mib=$(( ($(du -sb "$folder" | cut -f1) + (1 << 20) - 1) >> 20 ))

@@ -37,7 +37,7 @@ if command -v compute-sanitizer >/dev/null; then
 else
     step sanitizer echo "skipped: no compute-sanitizer in PATH"
 fi
-export PACE_KERNELS_LIBRARY="$PWD/libpace_kernels.so" PYTHONPATH="$PWD/repository/examples/pytorch/src"
+export PACE_KERNELS_LIBRARY="$PWD/libpace_kernels.so" PYTHONPATH="$PWD/repository/python/src"
 # pytorch MODULES NAME COMMAND...: a step, if python3 has the modules
 pytorch() {
     local modules="$1" name="$2"
@@ -48,7 +48,7 @@ pytorch() {
         step "$name" echo "skipped: python3 cannot import $modules"
     fi
 }
-pytorch "torch, timm, safetensors, pytest" pytorch python3 -m pytest -q -rs repository/examples/pytorch/tests
+pytorch "torch, timm, safetensors, pytest" pytorch python3 -m pytest -q -rs repository/python/tests
 pytorch "torch, timm, numpy" peers \
     python3 repository/benches/peers/peers.py --device cuda --out results/peers.json --chart results/peers.svg
 step bench env CRITERION_HOME=results/criterion PACE_BENCH_JSON=results/bench.json ./bench_cuda --bench

@@ -38,7 +38,6 @@ def adapter_of(case, dtype):
     return adapter
 
 
-@pytest.mark.usefixtures("products")
 @golden("lora_*", "vpt_*", "head_*")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
 def test_recorded_adapters(case, dtype):
@@ -135,7 +134,6 @@ def noise_of(adapter, noise):
     return module
 
 
-@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("kind", ["LoraMulVptAdd", "LoraAdd", "VptAdd", "Head"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("per_token", [False, True], ids=["BC", "BTC"])
@@ -158,7 +156,6 @@ def test_generated_noise_in_the_official_formulas(kind, shape, per_token, bias):
         close(got[name], expected[name], 1e-5)
 
 
-@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("kind", ["LoraMulVptAdd", "LoraAdd", "VptAdd", "Head"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
 def test_16_bits_lose_no_more_than_the_unfused_formulas(kind, dtype):
@@ -175,15 +172,14 @@ def test_16_bits_lose_no_more_than_the_unfused_formulas(kind, dtype):
         assert ours_off <= 2 * unfused_off, f"{name}: off by {ours_off:.2e}, unfused {unfused_off:.2e}"
 
 
-@pytest.mark.usefixtures("products")
 def test_shared_input_is_the_doubled_one():
     x, w0, w, b = random(3, 4, 6), random(5, 6), random(5, 6), random(5)
-    down, up = random(5, 2), random(2, 6)
+    lora_a, lora_b = random(2, 6), random(5, 2)
     noise = Noise(pace_torch.keys(1, 0, 1), 0.6, branches=2)
     for call, parameters in (
         (lambda x, *p, **k: pace_torch.noisy_linear(x, w0, b, *p, noise, **k), (w, b.clone())),
-        (lambda x, *p, **k: pace_torch.lora_mul_linear(x, w0, b, *p, noise, scale=0.5, **k), (down, up, b.clone())),
-        (lambda x, *p, **k: pace_torch.lora_linear(x, w0, b, *p, noise, scale=0.5, **k), (down, up, b.clone())),
+        (lambda x, *p, **k: pace_torch.lora_mul_linear(x, w0, b, *p, noise, scale=0.5, **k), (lora_a, lora_b, b.clone())),
+        (lambda x, *p, **k: pace_torch.lora_linear(x, w0, b, *p, noise, scale=0.5, **k), (lora_a, lora_b, b.clone())),
     ):
         results = []
         for shared in (True, False):
@@ -195,14 +191,13 @@ def test_shared_input_is_the_doubled_one():
             close(ours, expected)
 
 
-@pytest.mark.usefixtures("products")
-def test_scale_is_a_factor_on_the_product():
-    x, w0, down, up = random(2, 4, 6), random(5, 6), random(5, 2), random(2, 6)
-    close(pace_torch.low_rank_weight(down, up, scale=0.5), 0.5 * down @ up)
-    close(pace_torch.low_rank_weight(down, up, w0, scale=0.5), w0 * (0.5 * down @ up))
+def test_scale_is_a_factor_on_b_a():
+    x, w0, a, b = random(2, 4, 6), random(5, 6), random(2, 6), random(5, 2)
+    close(pace_torch.low_rank_weight(a, b, scale=0.5), 0.5 * b @ a)
+    close(pace_torch.low_rank_weight(a, b, w0, scale=0.5), w0 * (0.5 * b @ a))
     linear = torch.nn.functional.linear
-    close(pace_torch.lora_linear(x, w0, None, down, up, None, scale=2.0), linear(x, w0 + 2 * down @ up))
-    close(pace_torch.lora_mul_linear(x, w0, None, down, up, None, scale=2.0), linear(x, w0 * (1 + 2 * down @ up)))
+    close(pace_torch.lora_linear(x, w0, None, a, b, None, scale=2.0), linear(x, w0 + 2 * b @ a))
+    close(pace_torch.lora_mul_linear(x, w0, None, a, b, None, scale=2.0), linear(x, w0 * (1 + 2 * b @ a)))
 
 
 def leaf(*shape):
@@ -217,12 +212,11 @@ SOURCES = {
 }
 
 
-@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES.keys())
 @pytest.mark.parametrize("op", ["noisy_linear", "lora_mul_linear", "lora_linear"])
 def test_numerical_gradients_of_layers(op, source):
     w0, b0 = random(4, 5), random(4)
-    factors = (leaf(4, 5),) if op == "noisy_linear" else (leaf(4, 2), leaf(2, 5))
+    factors = (leaf(4, 5),) if op == "noisy_linear" else (leaf(2, 5), leaf(4, 2))
 
     def layer(x, bias, *factors):
         return getattr(pace_torch, op)(x, w0, b0, *factors, bias, source)
@@ -235,8 +229,8 @@ def test_numerical_gradients_of_the_others():
     noise = SOURCES["generated"]
     assert gradcheck(lambda x, w: pace_torch.noisy_linear(x, None, None, w, None, noise), (leaf(4, 3, 5), leaf(4, 5)))
     assert gradcheck(lambda x, b: pace_torch.noisy_linear(x, w0, b0, None, b, noise), (leaf(4, 3, 5), leaf(4)))
-    assert gradcheck(lambda d, u: pace_torch.low_rank_weight(d, u, scale=0.3), (leaf(4, 2), leaf(2, 5)))
-    assert gradcheck(lambda d, u: pace_torch.low_rank_weight(d, u, w0), (leaf(4, 2), leaf(2, 5)))
+    assert gradcheck(lambda a, b: pace_torch.low_rank_weight(a, b, scale=0.3), (leaf(2, 5), leaf(4, 2)))
+    assert gradcheck(lambda a, b: pace_torch.low_rank_weight(a, b, w0), (leaf(2, 5), leaf(4, 2)))
     assert gradcheck(lambda d, u: pace_torch.prompt_bias(w0, None, d, u), (leaf(5, 2), leaf(2, 1)))
     assert gradcheck(lambda d, u, b: pace_torch.prompt_bias(w0, b0, d, u, b), (leaf(5, 2), leaf(2, 1), leaf(4)))
     assert gradcheck(lambda y, a: pace_torch.noisy_epilogue(y, a, noise), (leaf(4, 3, 5), leaf(4, 3, 5)))
@@ -252,15 +246,14 @@ def test_numerical_gradients_of_the_others():
     )
 
 
-@pytest.mark.usefixtures("products")
 def test_second_derivatives_are_errors():
     w0, noise = random(4, 5), SOURCES["generated"]
     labels = torch.tensor([1, 0])
     calls = [
         (lambda x: pace_torch.noisy_linear(x, w0, None, leaf(4, 5), None, noise).sum(), leaf(4, 3, 5)),
-        (lambda x: pace_torch.lora_mul_linear(x, w0, None, leaf(4, 2), leaf(2, 5), None, noise).sum(), leaf(4, 3, 5)),
-        (lambda x: pace_torch.lora_linear(x, w0, None, leaf(4, 2), leaf(2, 5), None, noise).sum(), leaf(4, 3, 5)),
-        (lambda up: pace_torch.low_rank_weight(leaf(4, 2), up).sum(), leaf(2, 5)),
+        (lambda x: pace_torch.lora_mul_linear(x, w0, None, leaf(2, 5), leaf(4, 2), None, noise).sum(), leaf(4, 3, 5)),
+        (lambda x: pace_torch.lora_linear(x, w0, None, leaf(2, 5), leaf(4, 2), None, noise).sum(), leaf(4, 3, 5)),
+        (lambda lora_a: pace_torch.low_rank_weight(lora_a, leaf(4, 2)).sum(), leaf(2, 5)),
         (lambda down: pace_torch.prompt_bias(w0, None, down, leaf(2, 1)).sum(), leaf(5, 2)),
         (lambda logits: pace_torch.pace_loss(logits, labels).total, leaf(4, 3)),
     ]
@@ -270,12 +263,11 @@ def test_second_derivatives_are_errors():
             gradient.square().sum().backward()
 
 
-@pytest.mark.usefixtures("products")
 def test_outputs_may_be_changed_in_place():
     w0, noise = random(4, 5), SOURCES["generated"]
     for layer in (
         lambda x: pace_torch.noisy_linear(x, w0, None, leaf(4, 5), None, noise),
-        lambda x: pace_torch.lora_linear(x, w0, None, leaf(4, 2), leaf(2, 5), None, noise),
+        lambda x: pace_torch.lora_linear(x, w0, None, leaf(2, 5), leaf(4, 2), None, noise),
     ):
         layer(leaf(4, 3, 5)).add_(1.0).sum().backward()
         with pytest.raises(PaceError, match="base_bias"):
@@ -287,11 +279,10 @@ def test_frozen_tensors_must_not_ask_for_gradients():
         pace_torch.noisy_linear(random(2, 5), leaf(4, 5), None, None, None)
 
 
-@pytest.mark.usefixtures("products")
 def test_layouts_other_than_contiguous():
     x, w0 = random(5, 3, 4), random(5, 4)
-    down, up, noise = random(4, 2), random(5, 2), SOURCES["generated"]
-    strided = x.permute(2, 1, 0), w0.T, down, up.T
+    lora_a, lora_b, noise = random(5, 2), random(4, 2), SOURCES["generated"]
+    strided = x.permute(2, 1, 0), w0.T, lora_a.T, lora_b
     assert not strided[0].is_contiguous() and not strided[1].is_contiguous()
     results = []
     for copy in (False, True):
@@ -387,22 +378,22 @@ def test_norms():
     close(pace_torch.fp_distance(a, other), (a - other).square().sum(1).mean())
 
 
-@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("op", ["noisy_linear", "lora_mul_linear", "lora_linear", "prompt_bias", "low_rank_weight",
                                 "noisy_epilogue", "drop_path", "loss_total"])
 def test_operators_keep_what_pytorch_asks_of_them(op):
     """Schema, fake tensors and ahead-of-time tracing, forward and backward, agree with the operator."""
     w0, b0, noise = random(4, 5), random(4), (KEY, None, 0.8, False, 0, 2)
-    layer = (KEY, None), (0.8, False, 0, 2, False)
+    layer = (KEY, None, 0.8, False, 0, 2, False, 1.0)
+    lora, prompt = (leaf(2, 5), leaf(4, 2)), (leaf(5, 3), leaf(3, 1))
     arguments = {
-        "noisy_linear": (leaf(4, 3, 5), w0, b0, leaf(4, 5), leaf(4), *layer[0], *layer[1]),
-        "lora_mul_linear": (leaf(4, 3, 5), w0, b0, leaf(4, 2), leaf(2, 5), leaf(4), *layer[0], 1.0, *layer[1]),
-        "lora_linear": (leaf(4, 3, 5), w0, b0, leaf(4, 2), leaf(2, 5), leaf(4), *layer[0], 1.0, *layer[1]),
+        "noisy_linear": (leaf(4, 3, 5), w0, b0, leaf(4, 5), leaf(4), *layer),
+        "lora_mul_linear": (leaf(4, 3, 5), w0, b0, *lora, *prompt, leaf(4), *layer),
+        "lora_linear": (leaf(4, 3, 5), w0, b0, *lora, leaf(4), *layer),
         "prompt_bias": (w0, b0, leaf(5, 2), leaf(2, 1), leaf(4)),
-        "low_rank_weight": (leaf(4, 2), leaf(2, 5), w0, 1.0),
+        "low_rank_weight": (leaf(2, 5), leaf(4, 2), w0, 1.0),
         "noisy_epilogue": (leaf(4, 3, 5), leaf(4, 3, 5), *noise),
         "drop_path": (leaf(4, 3), KEY, None, 0.5, 0, 2, 2),
-        "loss_total": (leaf(4, 3), random(3), random(4, 3)),
+        "loss_total": (random(3), leaf(4, 3), random(4, 3)),
     }[op]
     torch.library.opcheck(getattr(torch.ops.pace, op).default, arguments)
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from . import _library as lib
 from ._library import PaceError
-from .ops import _loss, _loss_total, _real
+from .ops._arguments import real
+from .ops.loss import LossSettings, loss_and_gradient, loss_total
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,12 @@ def pace_loss(
     # The gradient leaves the operator before a loss scale can reach it: float16 would lose its small values.
     logits = logits.float() if logits.dtype == torch.float16 else logits
     if history is not None:
-        real, shape = _real(logits.dtype), tuple(history.shape)
-        if shape[1:] != (classes,) or history.dtype != real:
-            raise PaceError(f"`history` is {shape} of {history.dtype}, expected [n, {classes}] of {real}")
+        dtype, shape = real(logits.dtype), tuple(history.shape)
+        if shape[1:] != (classes,) or history.dtype != dtype:
+            raise PaceError(f"`history` is {shape} of {history.dtype}, expected [n, {classes}] of {dtype}")
         if not history.is_contiguous() or history.device != logits.device:
             raise PaceError(f"`history` must be contiguous and on {logits.device}")
-    values, gradient, status = _loss(logits.detach(), labels, history, index, lambda_, label_smoothing, ignore_index)
-    total = _loss_total(logits, values, gradient)
+    settings = LossSettings(lambda_, label_smoothing, ignore_index)
+    values, gradient, status = loss_and_gradient(logits.detach(), labels, history, index, settings)
+    total = loss_total(logits, values, gradient)
     return Losses(total, values[1], values[2], status, classes, 0 if history is None else history.shape[0])

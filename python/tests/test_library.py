@@ -109,7 +109,7 @@ NOISE = pace_torch.Noise(KEY, 0.5, branches=2)
         (lambda: pace_torch.noisy_linear(X, W, None, W, None, NOISE._replace(first_sample=-1)), "first_sample"),
         (lambda: pace_torch.noisy_linear(X, W, None, W, None, NOISE._replace(key=torch.ones(1))), "key"),
         (lambda: pace_torch.noisy_linear(X, W, None, W, None, NOISE._replace(z=torch.ones(4, 5))), "z"),
-        (lambda: pace_torch.low_rank_weight(torch.ones(6, 2), torch.ones(3, 5)), "up"),
+        (lambda: pace_torch.low_rank_weight(torch.ones(2, 5), torch.ones(6, 3)), "lora_b"),
         (lambda: pace_torch.prompt_bias(W, W[:, 0], torch.ones(5, 2), torch.ones(2, 1), torch.ones(5)), "delta_bias"),
         (lambda: pace_torch.prompt_bias(W, None, torch.ones(6, 2), torch.ones(2, 1)), "prompt_down"),
         (lambda: pace_torch.drop_path(X, KEY, 1.0), "drop_probability"),

@@ -20,14 +20,14 @@ def random(*shape):
 def cases():
     """Operator, its differentiable inputs (as they are called), and the noise source or None."""
     w0, b0 = random(48, 32), random(48)
-    x, down, up, bias = random(4, 17, 32), random(48, 8), random(8, 32), random(48)
+    x, lora_a, lora_b, bias = random(4, 17, 32), random(8, 32), random(48, 8), random(48)
     key = pace_torch.keys(3, 1, 2)[1:]
     linear = {"x": x, "delta_bias": bias, "base_weight": w0, "base_bias": b0}
     return {
         "noisy_linear": (pace_torch.noisy_linear, {**linear, "delta_weight": random(48, 32)}, key),
-        "lora_mul_linear": (pace_torch.lora_mul_linear, {**linear, "down": down, "up": up}, key),
-        "lora_linear": (pace_torch.lora_linear, {**linear, "down": down, "up": up}, key),
-        "low_rank_weight": (pace_torch.low_rank_weight, {"down": down, "up": up, "base_weight": w0}, None),
+        "lora_mul_linear": (pace_torch.lora_mul_linear, {**linear, "lora_a": lora_a, "lora_b": lora_b}, key),
+        "lora_linear": (pace_torch.lora_linear, {**linear, "lora_a": lora_a, "lora_b": lora_b}, key),
+        "low_rank_weight": (pace_torch.low_rank_weight, {"lora_a": lora_a, "lora_b": lora_b, "base_weight": w0}, None),
         "prompt_bias": (
             pace_torch.prompt_bias,
             {"base_weight": w0, "base_bias": b0, "prompt_down": random(32, 8), "prompt_up": random(8, 1),

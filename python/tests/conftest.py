@@ -4,14 +4,13 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import pace_torch.ops
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file
 from timm.models.swin_transformer import SwinTransformer
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benches" / "peers"))
 
 torch.set_num_threads(1)
@@ -86,10 +85,3 @@ def error(got, expected):
 def close(got, expected, tolerance=1e-10):
     measured = error(got, expected)
     assert measured <= tolerance, f"off by {measured:.2e}, allowed are {tolerance:.0e}"
-
-
-@pytest.fixture(params=["the library's products", "PyTorch's products"])
-def products(request, monkeypatch):
-    """Runs a test of layers twice, the second time with the products that they have on CUDA."""
-    if request.param == "PyTorch's products":
-        monkeypatch.setattr(pace_torch.ops, "_takes_pytorch_products", lambda x: True)

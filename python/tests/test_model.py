@@ -394,7 +394,6 @@ def test_the_output_of_a_gelu_is_made_again_rather_than_kept(monkeypatch):
     assert type(pace_torch.merge(models[1]).blocks[1].mlp.act) is nn.GELU
 
 
-@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_autocast(adapter):
     ours = perturb(pace_torch.inject(vit(dtype=torch.float32), adapter, 4, sigma=0.5), 0.02).train()

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import pace_torch
 
-SHIPPED = Path(__file__).resolve().parents[1] / "few_shot"
+SHIPPED = Path(__file__).resolve().parents[1] / "examples" / "few_shot"
 # The source model of the few-shot example, pre-trained on MNIST.
 DIGITS_WEIGHTS = SHIPPED / "mnist_vit.safetensors"
 DIGITS_VIT = dict(

@@ -14,6 +14,7 @@ F32, F64, F16, BF16 = range(4)
 DTYPES = {torch.float32: F32, torch.float64: F64, torch.float16: F16, torch.bfloat16: BF16}
 NOISE_OFF, NOISE_GENERATED, NOISE_GIVEN = range(3)
 PER_SAMPLE, PER_TOKEN = range(2)
+ALLOW_TF32 = 2
 CONSISTENCY_NONE, CONSISTENCY_TWO_BRANCH, CONSISTENCY_HISTORY = range(3)
 
 
@@ -43,29 +44,7 @@ class PaceShape(ctypes.Structure):
     ]
 
 
-class Arguments(ctypes.Structure):
-    """Fields by name; tensors as they are (`None` is absent), and kept alive for as long as the struct is."""
-
-    def __init__(self, **fields):
-        super().__init__()
-        self._held = []
-        if hasattr(self, "size"):
-            self.size = ctypes.sizeof(self)
-        self.set(**fields)
-
-    def set(self, **fields):
-        for name, value in fields.items():
-            if value is None:
-                continue
-            if isinstance(value, torch.Tensor):
-                self._held.append(value)
-                value = PaceTensor(value.data_ptr(), value.numel())
-            elif isinstance(value, ctypes.Structure):
-                self._held.append(value)
-            setattr(self, name, value)
-
-
-class PaceNoise(Arguments):
+class PaceNoise(ctypes.Structure):
     _fields_ = [
         ("kind", c_uint32),
         ("shape", c_uint32),
@@ -85,11 +64,11 @@ def _tensors(*names):
     return [(name, PaceTensor) for name in names]
 
 
-class PaceNoiseFill(Arguments):
+class PaceNoiseFill(ctypes.Structure):
     _fields_ = [*_HEAD, ("shape", PaceShape), ("noise", PaceNoise), *_tensors("z")]
 
 
-class PaceNoisyLinear(Arguments):
+class PaceNoisyLinear(ctypes.Structure):
     _fields_ = [
         *_HEAD,
         ("shape", PaceShape),
@@ -99,7 +78,7 @@ class PaceNoisyLinear(Arguments):
     ]
 
 
-class PaceLowRankLinear(Arguments):
+class PaceLowRankLinear(ctypes.Structure):
     _fields_ = [
         *_HEAD,
         ("shape", PaceShape),
@@ -111,11 +90,11 @@ class PaceLowRankLinear(Arguments):
     ]
 
 
-class PaceNoisyEpilogue(Arguments):
+class PaceNoisyEpilogue(ctypes.Structure):
     _fields_ = [*_HEAD, ("shape", PaceShape), ("noise", PaceNoise), *_tensors("a", "y", "dy", "da")]
 
 
-class PaceLowRankWeight(Arguments):
+class PaceLowRankWeight(ctypes.Structure):
     _fields_ = [
         *_HEAD,
         ("out_features", c_uint64),
@@ -126,7 +105,7 @@ class PaceLowRankWeight(Arguments):
     ]
 
 
-class PacePromptBias(Arguments):
+class PacePromptBias(ctypes.Structure):
     _fields_ = [
         *_HEAD,
         ("out_features", c_uint64),
@@ -137,11 +116,11 @@ class PacePromptBias(Arguments):
     ]
 
 
-class PaceMerge(Arguments):
+class PaceMerge(ctypes.Structure):
     _fields_ = [*_HEAD, *_tensors("target", "delta")]
 
 
-class PaceLoss(Arguments):
+class PaceLoss(ctypes.Structure):
     _fields_ = [
         ("size", c_uint64),
         ("dtype", c_uint32),
@@ -155,7 +134,7 @@ class PaceLoss(Arguments):
     ]
 
 
-class PaceDropPath(Arguments):
+class PaceDropPath(ctypes.Structure):
     _fields_ = [
         *_HEAD,
         ("branches", c_uint64),
@@ -170,11 +149,11 @@ class PaceDropPath(Arguments):
     ]
 
 
-class PaceGradNorm(Arguments):
+class PaceGradNorm(ctypes.Structure):
     _fields_ = [*_HEAD, ("gradients", ctypes.POINTER(PaceTensor)), ("count", c_uint64), *_tensors("norm", "workspace")]
 
 
-class PaceFpDistance(Arguments):
+class PaceFpDistance(ctypes.Structure):
     _fields_ = [
         *_HEAD,
         ("samples", c_uint64),
@@ -254,40 +233,52 @@ def device_handle(ordinal: int) -> c_void_p:
     return handle
 
 
-_process: int | None = None
+_threads_are_up = forked = False
 
 
-def _check_process() -> None:
-    """Starts the library's threads: as many as PyTorch's, the calling one among them.
+def start_threads() -> None:
+    """Starts the threads of the CPU operators before the first of them runs: as many as PyTorch's, the calling one among them.
 
     They do not live on in a process that is forked later: its operators would wait for them forever.
     """
-    global _process
-    if _process is None:
+    global _threads_are_up
+    if not _threads_are_up:
         check(library.pace_set_threads(c_uint64(torch.get_num_threads())))
-        _process = os.getpid()
-    elif _process != os.getpid():
+        os.register_at_fork(after_in_child=_note_fork)
+        _threads_are_up = True
+
+
+def _note_fork() -> None:
+    global forked
+    forked = True
+
+
+def check_process() -> None:
+    """Raises `PaceError` in a process that was forked after the threads had started."""
+    if forked:
         raise PaceError("this process was forked from one that had used the CPU operators, and has none of their threads: "
                         "start it afresh (the start method `spawn`)", "PACE_ERROR_INTERNAL")
 
 
-def call(name: str, arguments: Arguments, device: torch.device, workspace: str | None = None, zeroed=False) -> None:
-    """Calls `pace_{name}` where the tensors are: on the CPU, or on the current stream of their CUDA device.
-
-    `workspace` names the query whose workspace the function takes; `zeroed` is whether it must start as zeros.
-    """
+def call(name: str, arguments: ctypes.Structure, device: torch.device) -> None:
+    """Calls `pace_{name}` where the tensors are: on the CPU, or on the current stream of their CUDA device."""
     handle = stream = None
     if device.type == "cpu":
-        _check_process()
+        start_threads()
+        check_process()
     else:
-        handle = device_handle(device.index)
-        stream = c_void_p(torch.cuda.current_stream(device).cuda_stream)
-        if workspace is not None:
-            size = c_uint64()
-            check(getattr(library, f"pace_{workspace}_workspace")(handle, ctypes.byref(arguments), ctypes.byref(size)))
-            make = torch.zeros if zeroed else torch.empty
-            arguments.set(workspace=make(size.value, dtype=torch.uint8, device=device))
+        handle, stream = device_handle(device.index), c_void_p(torch._C._cuda_getCurrentRawStream(device.index))
     check(getattr(library, f"pace_{name}")(handle, stream, ctypes.byref(arguments)))
+
+
+def workspace(name: str, arguments: ctypes.Structure, device: torch.device) -> int:
+    """The bytes of workspace that `pace_{name}_*` takes for these sizes; 0 on the CPU."""
+    if device.type == "cpu":
+        return 0
+    size = c_uint64()
+    query = getattr(library, f"pace_{name}_workspace")
+    check(query(device_handle(device.index), ctypes.byref(arguments), ctypes.byref(size)))
+    return size.value
 
 
 def key(seed: int, step: int, layer: int) -> int:

@@ -17,7 +17,6 @@ def inputs(image=16):
     return torch.randn(4, 3, image, image, dtype=torch.float64), torch.randint(5, (4,))
 
 
-@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize(("make", "image"), [(vit, 16), (swin, 32)], ids=["vit", "swin"])
 @pytest.mark.parametrize("adapter", ["LoRAmul_VPTadd", "LoRAadd", "VPTadd"])
 def test_one_graph_for_all_steps(make, image, adapter):
@@ -76,7 +75,6 @@ def test_the_history_is_written_in_a_compiled_step():
     close(model.pace.history, eager.pace.history, 1e-12)
 
 
-@pytest.mark.usefixtures("products")
 def test_evaluation_compiles_too():
     model = model_of(vit).eval()
     x, _ = inputs()

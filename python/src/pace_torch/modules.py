@@ -28,20 +28,19 @@ def _rename(state_dict: dict, prefix: str, new_name) -> None:
             state_dict[renamed] = state_dict.pop(name)
 
 
-def _no_linear_layer(getattr_, name: str):
+class _CallsItsLayers(nn.Module):
     """Explains to a model that reads the weights of its linear layers, rather than calling them, why it cannot."""
-    try:
-        return getattr_(name)
-    except AttributeError as error:
-        if name not in ("weight", "bias"):
-            raise
-        raise AttributeError(
-            f"the model reads the {name} of one of its linear layers itself, so that an adapter around the layer has no "
-            "effect: PACE needs models that call them, such as timm's VisionTransformer and SwinTransformer"
-        ) from error
+
+    def __getattr__(self, name: str):
+        if name in ("weight", "bias"):
+            raise AttributeError(
+                f"the model reads the {name} of one of its linear layers itself, so that an adapter around the layer has no "
+                "effect: PACE needs models that call them, such as timm's VisionTransformer and SwinTransformer"
+            )
+        return super().__getattr__(name)
 
 
-class Adapter(nn.Module):
+class Adapter(_CallsItsLayers):
     """A frozen linear layer and what is trained beside it. `forward(x, noise)` maps `[R, ..., K]` to `[R, ..., N]`.
 
     Loads its own names, those of a noisy checkpoint (`adapter.…`) and those of a plain linear layer.
@@ -50,9 +49,6 @@ class Adapter(nn.Module):
     def __init__(self, base_module: nn.Linear):
         super().__init__()
         self.base_module = base_module.requires_grad_(False)
-
-    def __getattr__(self, name: str):
-        return _no_linear_layer(super().__getattr__, name)
 
     def _parameter(self, *shape: int, init=nn.init.zeros_) -> nn.Parameter:
         parameter = nn.Parameter(self.base_module.weight.new_empty(shape))
@@ -73,7 +69,7 @@ class Adapter(nn.Module):
 
 
 class LoraMulVptAdd(Adapter):
-    """`ΔW = W0 ⊙ (scale·D·U)`, `Δb = W0·(Pd·Pu) + b0⊙δb`: the paper's main adapter, `LoRAmul_VPTadd_Linear`.
+    """`ΔW = W0 ⊙ (scale·B·A)`, `Δb = W0·(Pd·Pu) + b0⊙δb`: the paper's main adapter, `LoRAmul_VPTadd_Linear`.
 
     Without a bias in the base layer `delta_b` exists but is neither used nor trained.
     """
@@ -90,23 +86,23 @@ class LoraMulVptAdd(Adapter):
 
     def _tensors(self):
         base = self.base_module
-        return (base.weight, base.bias, self.delta_W_down, self.delta_W_up, self.delta_b, self.delta_prompt_down,
+        delta_b = None if base.bias is None else self.delta_b
+        return (base.weight, base.bias, self.delta_W_up, self.delta_W_down, delta_b, self.delta_prompt_down,
                 self.delta_prompt_up)
 
     def forward(self, x: Tensor, noise: Noise = NO_NOISE) -> Tensor:
-        x, weight, bias, down, up, delta_b, prompt_down, prompt_up = _autocast(x, *self._tensors())
-        delta_bias = ops.prompt_bias(weight, bias, prompt_down, prompt_up, None if bias is None else delta_b)
-        return ops.lora_mul_linear(x, weight, bias, down, up, delta_bias, noise, scale=self.scale)
+        x, *tensors, prompt_down, prompt_up = _autocast(x, *self._tensors())
+        return ops.lora_mul_linear(x, *tensors, noise, prompt_down=prompt_down, prompt_up=prompt_up, scale=self.scale)
 
     def merged(self):
-        weight, bias, down, up, delta_b, prompt_down, prompt_up = self._tensors()
-        delta = ops.prompt_bias(weight, bias, prompt_down, prompt_up, None if bias is None else delta_b)
-        weight = weight + ops.low_rank_weight(down, up, weight, scale=self.scale)
+        weight, bias, lora_a, lora_b, delta_b, prompt_down, prompt_up = self._tensors()
+        delta = ops.prompt_bias(weight, bias, prompt_down, prompt_up, delta_b)
+        weight = weight + ops.low_rank_weight(lora_a, lora_b, weight, scale=self.scale)
         return weight, delta if bias is None else bias + delta
 
 
 class LoraAdd(Adapter):
-    """`ΔW = scale·D·U`, `Δb = δb`: `LoRAadd_Linear`."""
+    """`ΔW = scale·B·A`, `Δb = δb`: `LoRAadd_Linear`."""
 
     def __init__(self, base_module: nn.Linear, rank: int, scale: float = 1.0):
         super().__init__(base_module)
@@ -118,12 +114,12 @@ class LoraAdd(Adapter):
 
     def forward(self, x: Tensor, noise: Noise = NO_NOISE) -> Tensor:
         base = self.base_module
-        x, *tensors = _autocast(x, base.weight, base.bias, self.delta_W_down, self.delta_W_up, self.delta_b)
+        x, *tensors = _autocast(x, base.weight, base.bias, self.delta_W_up, self.delta_W_down, self.delta_b)
         return ops.lora_linear(x, *tensors, noise, scale=self.scale)
 
     def merged(self):
         weight, bias = self.base_module.weight, self.base_module.bias
-        weight = weight + ops.low_rank_weight(self.delta_W_down, self.delta_W_up, scale=self.scale)
+        weight = weight + ops.low_rank_weight(self.delta_W_up, self.delta_W_down, scale=self.scale)
         return weight, self.delta_b if bias is None else bias + self.delta_b
 
 
@@ -141,7 +137,7 @@ class VptAdd(Adapter):
         x, weight, bias, down, up = _autocast(
             x, base.weight, base.bias, self.delta_prompt_down, self.delta_prompt_up
         )
-        return ops.noisy_linear(x, weight, bias, None, ops.prompt_bias(weight, None, down, up), noise)
+        return ops.lora_mul_linear(x, weight, bias, None, None, None, noise, prompt_down=down, prompt_up=up)
 
     def merged(self):
         weight, bias = self.base_module.weight, self.base_module.bias
@@ -212,7 +208,7 @@ def _recomputes(y: Tensor) -> bool:
     return y.is_cuda
 
 
-class NoisyLinear(nn.Module):
+class NoisyLinear(_CallsItsLayers):
     """An adapter whose contribution is perturbed in training: `MultiplicativeNoiseAdapter`.
 
     `layer` numbers its noise. A tensor assigned to `z` (`[R, N]`, or `[R, T, N]` per token) is used instead of noise.
@@ -226,9 +222,6 @@ class NoisyLinear(nn.Module):
         self.z: Optional[Tensor] = None
         # The controller is a submodule of the model, once; so is the GELU in front of this layer, if there is one.
         self.__dict__.update(pace=pace, gelu=None)
-
-    def __getattr__(self, name: str):
-        return _no_linear_layer(super().__getattr__, name)
 
     def forward(self, x: Tensor) -> Tensor:
         is_noisy = self.training and self.sigma != 0
