@@ -98,7 +98,7 @@ impl Device {
             let module = context
                 .load_module(Ptx::from_binary(image.to_vec()))
                 .map_err(|error| driver_error("load the kernels", error))?;
-            for kernel in KERNELS.iter().copied().flatten().filter(|kernel| kernel.file == file) {
+            for kernel in KERNELS.iter().filter(|kernel| kernel.file == file) {
                 let function = module
                     .load_function(kernel.name)
                     .map_err(|error| driver_error("find a kernel that was just loaded", error))?;

@@ -1,19 +1,13 @@
 //! DropPath shared by the branches; plans `kernels/drop_path.cu`.
 
 use super::device::Device;
-use super::launch::{Buffer, DType, Element, Kernel, Launch, MAX_ROWS, grid, params};
+use super::kernel::table;
+use super::launch::{Buffer, DType, Element, Launch, MAX_ROWS, grid, params};
 use super::noisy_epilogue::Direction;
 use crate::error::{Error, Result};
 use crate::noise::{Key, check_samples, keep_threshold};
 use crate::shape::{nonzero, product};
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
-
-const fn kernel(name: &'static str) -> Kernel {
-    Kernel { file: "drop_path", name }
-}
-
-pub(super) const KERNELS: [Kernel; 3] =
-    [kernel("drop_path_f32"), kernel("drop_path_f16"), kernel("drop_path_bf16")];
 
 /// Threads of a block.
 const THREADS: usize = 256;
@@ -150,7 +144,7 @@ impl DropPath {
             }
         }
         Ok(Launch {
-            kernel: dtype.choose(KERNELS),
+            kernel: table::DROP_PATH.choose(dtype),
             grid: grid(x, y),
             block: [THREADS as u32, 1, 1],
             // A double per warp.

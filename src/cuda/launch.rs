@@ -1,18 +1,10 @@
 //! Plans: what to launch, as plain values, and the checks that all plans share.
 
+use super::kernel::Kernel;
 use super::noise_source::Source;
 use crate::error::{Error, Result};
 use crate::shape::LinearShape;
 use bytemuck::Pod;
-
-/// A kernel by the file `kernels/FILE.cu` that it is in and its name there.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Kernel {
-    /// File name without its extension.
-    pub file: &'static str,
-    /// Name of the function.
-    pub name: &'static str,
-}
 
 /// One launch of a kernel.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -203,11 +195,6 @@ impl DType {
             DType::F32 => 4,
             DType::F16 | DType::BF16 => 2,
         }
-    }
-
-    /// The kernel for this type among those for `[F32, F16, BF16]`.
-    pub(super) fn choose(self, kernels: [Kernel; 3]) -> Kernel {
-        kernels[self as usize]
     }
 }
 

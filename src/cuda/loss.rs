@@ -1,21 +1,12 @@
 //! The training loss and its gradient to the logits; plans `kernels/loss.cu`.
 
 use super::device::Device;
-use super::launch::{Buffer, DType, Element, Kernel, Launch, Named, check_disjoint, params};
+use super::kernel::{Kernels, table};
+use super::launch::{Buffer, DType, Element, Launch, Named, check_disjoint, params};
 use crate::cpu::{check_label_smoothing, check_lambda, history_rows};
 use crate::error::{Error, Result};
 use crate::shape::{nonzero, product};
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
-
-const fn kernel(name: &'static str) -> Kernel {
-    Kernel { file: "loss", name }
-}
-
-pub(super) const WHOLE: [Kernel; 3] = [kernel("loss_f32"), kernel("loss_f16"), kernel("loss_bf16")];
-pub(super) const SCAN: [Kernel; 3] =
-    [kernel("loss_scan_f32"), kernel("loss_scan_f16"), kernel("loss_scan_bf16")];
-pub(super) const APPLY: [Kernel; 3] =
-    [kernel("loss_apply_f32"), kernel("loss_apply_f16"), kernel("loss_apply_bf16")];
 
 /// `ELEMENTS` of the kernels: what a thread holds of a row.
 const ELEMENTS: usize = 8;
@@ -193,19 +184,22 @@ impl Loss {
             spread: (label_smoothing / classes as f64) as f32,
             pull: (2.0 * lambda / batch as f64) as f32,
         };
-        let launch = |kernels: [Kernel; 3], columns: usize| Launch {
-            kernel: self.dtype.choose(kernels),
+        let launch = |kernels: Kernels, columns: usize| Launch {
+            kernel: kernels.choose(self.dtype),
             grid: [columns as u32, batch.div_ceil(groups).min((MAX_BLOCKS / columns).max(1)) as u32, 1],
             block: [threads as u32, 1, 1],
             shared_bytes: (4 * (SHARED_WORDS * threads / WARP + 1)) as u32,
             params,
         };
         if slices == 1 {
-            return Ok((None, launch(WHOLE, 1)));
+            return Ok((None, launch(table::LOSS, 1)));
         }
         // Without something to write for every element, one block per row combines what the first launch found.
         let writes = self.gradient.is_some() || history.is_some();
-        Ok((Some(launch(SCAN, slices)), launch(APPLY, if writes { slices } else { 1 })))
+        Ok((
+            Some(launch(table::LOSS_SCAN, slices)),
+            launch(table::LOSS_APPLY, if writes { slices } else { 1 }),
+        ))
     }
 
     /// Checks everything and gives the rows of the history table, 0 without one.

@@ -2,14 +2,15 @@
 //! product.
 
 use super::device::{Borrows, Device, Noise};
+use super::kernel::{GemmKernels, table};
 use super::launch::{
-    Buffer, DType, Element, Kernel, Launch, MAX_ROWS, Plan, RawLaunch, address, check_disjoint,
-    check_linear_shape, params,
+    Buffer, DType, Element, Launch, MAX_ROWS, Plan, RawLaunch, address, check_disjoint, check_linear_shape,
+    params,
 };
 use super::noise_source::{NoiseSource, Source};
 use super::noisy_linear::{
-    Base, Forward, Input, NoisyLinearInputParams, NoisyLinearParams, Products, Run, THREADS, TILE, Weight,
-    WeightPlan, aligned, blocks, check_base, check_input, choose, is_z_aligned,
+    Base, Forward, Input, NoisyLinearInputParams, NoisyLinearParams, Run, THREADS, TILE, Weight, WeightPlan,
+    aligned, blocks, check_base, check_input, is_z_aligned,
 };
 use super::partial_sums::{PartialSumsParams, partial_sums};
 use crate::cpu::check_scale;
@@ -17,40 +18,10 @@ use crate::error::{Error, Result};
 use crate::shape::{LinearShape, nonzero, product};
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
 
-const fn kernel(name: &'static str) -> Kernel {
-    Kernel { file: "sm80/low_rank_linear", name }
-}
-
 /// Forward pass, up to rank 16 and 32.
-pub(super) const FORWARD: [Products; 2] = [
-    [
-        kernel("low_rank_linear_16_f32"),
-        kernel("low_rank_linear_16_tf32"),
-        kernel("low_rank_linear_16_f16"),
-        kernel("low_rank_linear_16_bf16"),
-    ],
-    [
-        kernel("low_rank_linear_32_f32"),
-        kernel("low_rank_linear_32_tf32"),
-        kernel("low_rank_linear_32_f16"),
-        kernel("low_rank_linear_32_bf16"),
-    ],
-];
+const FORWARD: [GemmKernels; 2] = [table::LOW_RANK_LINEAR_16, table::LOW_RANK_LINEAR_32];
 /// The adapter's part of the backward pass, up to rank 16 and 32.
-pub(super) const FACTORS: [Products; 2] = [
-    [
-        kernel("low_rank_factors_16_f32"),
-        kernel("low_rank_factors_16_tf32"),
-        kernel("low_rank_factors_16_f16"),
-        kernel("low_rank_factors_16_bf16"),
-    ],
-    [
-        kernel("low_rank_factors_32_f32"),
-        kernel("low_rank_factors_32_tf32"),
-        kernel("low_rank_factors_32_f16"),
-        kernel("low_rank_factors_32_bf16"),
-    ],
-];
+const FACTORS: [GemmKernels; 2] = [table::LOW_RANK_FACTORS_16, table::LOW_RANK_FACTORS_32];
 
 /// Columns that kernels have for the rank.
 const RANKS: [usize; 2] = [16, 32];
@@ -340,7 +311,7 @@ impl LowRankLinear<Buffer, Source> {
             let ring = (STAGES * (2 * TILE + rank) * 64).max(TILE * TILE * 4);
             let tile_columns = n.div_ceil(TILE);
             return Ok(LowRankForward(ForwardSteps::Fused(Launch {
-                kernel: choose(FORWARD[columns], run),
+                kernel: FORWARD[columns].choose(run.dtype, run.allow_tf32),
                 grid: blocks("y", &[tile_columns, m.div_ceil(TILE)])?,
                 block: [THREADS, 1, 1],
                 shared_bytes: (ring + 2 * slices * TILE * 64) as u32,
@@ -468,7 +439,7 @@ impl LowRankLinear<Buffer, Source> {
             let shared =
                 ROWS * ROW_BYTES + (ROW_BYTES / bytes + ROWS) * stride + 4 * ROWS * RANKS[columns] * 4;
             let launch = Launch {
-                kernel: choose(FACTORS[columns], run),
+                kernel: FACTORS[columns].choose(run.dtype, run.allow_tf32),
                 grid: blocks("dy", &[chunks, parts])?,
                 block: [THREADS, 1, 1],
                 shared_bytes: shared as u32,

@@ -61,6 +61,7 @@
 mod borrowed;
 mod device;
 mod drop_path;
+mod kernel;
 mod launch;
 mod loss;
 mod low_rank_linear;
@@ -78,7 +79,8 @@ pub use device::{Device, Noise};
 #[cfg(feature = "capi")]
 pub(crate) use device::{keeping_context, probe_driver};
 pub use drop_path::{DropPath, DropPathParams, Mask, MaskSource};
-pub use launch::{Buffer, DType, Element, Kernel, Launch, Params, Plan, RawLaunch};
+pub use kernel::{KERNELS, Kernel};
+pub use launch::{Buffer, DType, Element, Launch, Params, Plan, RawLaunch};
 pub use loss::{Consistency, Finding, Loss, LossOutputs, LossParams, LossSettings, LossStatus, Partner};
 pub use low_rank_linear::{
     LowRankBackward, LowRankFactorsParams, LowRankForward, LowRankGrads, LowRankLinear, LowRankLinearParams,
@@ -96,34 +98,3 @@ pub use weights::{
     LoraBackward, LoraFactors, LoraGrads, LowRankBackwardParams, LowRankWeightParams, Merge, MergeParams,
     MergeSign, PromptBackward, PromptBias, PromptBiasParams, PromptGrads, PromptGradsParams,
 };
-
-/// Every kernel, by operator.
-pub const KERNELS: &[&[Kernel]] = &[
-    &low_rank_linear::FORWARD[0],
-    &low_rank_linear::FORWARD[1],
-    &low_rank_linear::FACTORS[0],
-    &low_rank_linear::FACTORS[1],
-    &drop_path::KERNELS,
-    &loss::WHOLE,
-    &loss::SCAN,
-    &loss::APPLY,
-    &[noise_fill::KERNEL],
-    &noisy_epilogue::FORWARD,
-    &noisy_epilogue::BACKWARD,
-    &noisy_linear::ONE,
-    &noisy_linear::TWO,
-    &noisy_linear::FOLDED,
-    &noisy_linear::INPUT,
-    &noisy_linear::WEIGHT,
-    &norms::GRAD_NORM,
-    &norms::FP_DISTANCE,
-    &[norms::TOTAL],
-    &partial_sums::KERNELS,
-    &weights::LOW_RANK,
-    &weights::LOW_RANK_BACKWARD,
-    &weights::PROMPT_PRODUCT,
-    &weights::PROMPT_BIAS,
-    &weights::PROMPT_COLUMNS,
-    &weights::PROMPT_GRADS,
-    &weights::MERGE,
-];

@@ -1,14 +1,13 @@
 //! `z` written out; plans `kernels/noise_fill.cu`.
 
 use super::device::Device;
-use super::launch::{Buffer, Kernel, Launch, check_output_shape, grid, params};
+use super::kernel::table;
+use super::launch::{Buffer, Launch, check_output_shape, grid, params};
 use super::noise_source::{NoiseSource, Source};
 use crate::error::Result;
 use crate::noise::{Generator, NoiseShape};
 use crate::shape::LinearShape;
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
-
-pub(super) const KERNEL: Kernel = Kernel { file: "noise_fill", name: "noise_fill" };
 
 /// Threads of a block, at most.
 const THREADS: usize = 256;
@@ -62,7 +61,7 @@ impl NoiseFill {
         let x = groups.next_power_of_two().min(GROUPS);
         let y = THREADS / x;
         Ok(Launch {
-            kernel: KERNEL,
+            kernel: table::NOISE_FILL,
             grid: grid(groups.div_ceil(x), rows.div_ceil(y)),
             block: [x as u32, y as u32, 1],
             shared_bytes: 0,

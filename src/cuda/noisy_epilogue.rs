@@ -1,23 +1,12 @@
 //! Noisy epilogue after a product of the caller's own; plans `kernels/noisy_epilogue.cu`.
 
 use super::device::{Device, Noise};
-use super::launch::{Buffer, DType, Element, Kernel, Launch, check_output_shape, grid, params};
+use super::kernel::table;
+use super::launch::{Buffer, DType, Element, Launch, check_output_shape, grid, params};
 use super::noise_source::{NoiseSource, Source};
 use crate::error::{Error, Result};
 use crate::shape::LinearShape;
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
-
-const fn kernel(name: &'static str) -> Kernel {
-    Kernel { file: "noisy_epilogue", name }
-}
-
-pub(super) const FORWARD: [Kernel; 3] =
-    [kernel("noisy_epilogue_f32"), kernel("noisy_epilogue_f16"), kernel("noisy_epilogue_bf16")];
-pub(super) const BACKWARD: [Kernel; 3] = [
-    kernel("noisy_epilogue_backward_f32"),
-    kernel("noisy_epilogue_backward_f16"),
-    kernel("noisy_epilogue_backward_bf16"),
-];
 
 /// Threads of a block, at most.
 const THREADS: usize = 256;
@@ -83,8 +72,8 @@ impl NoisyEpilogue {
         let noise = self.noise.plan(&shape)?;
         let (m, n, bytes) = (shape.out_rows(), shape.out_features, self.dtype.bytes());
         let (input, output, kernels) = match self.direction {
-            Direction::Forward => ("a", "y", FORWARD),
-            Direction::Backward => ("dy", "da", BACKWARD),
+            Direction::Forward => ("a", "y", table::NOISY_EPILOGUE),
+            Direction::Backward => ("dy", "da", table::NOISY_EPILOGUE_BACKWARD),
         };
         self.input.check(input, "[M, N]", m * n, bytes)?;
         self.output.check(output, "[M, N]", m * n, bytes)?;
@@ -104,7 +93,7 @@ impl NoisyEpilogue {
             && self.output.is_vector_aligned()
             && self.noise.is_vector_aligned();
         Ok(Launch {
-            kernel: self.dtype.choose(kernels),
+            kernel: kernels.choose(self.dtype),
             grid: grid(columns.div_ceil(x), (shape.samples() * chunks).div_ceil(z)),
             block: [x as u32, y as u32, z as u32],
             shared_bytes: 0,

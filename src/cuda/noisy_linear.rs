@@ -1,9 +1,9 @@
 //! Dense noisy linear layer; plans `kernels/sm80/noisy_linear.cu`.
 
 use super::device::{Borrows, Device, Noise};
+use super::kernel::table;
 use super::launch::{
-    Buffer, DType, Element, Kernel, Launch, Plan, RawLaunch, address, check_disjoint, check_linear_shape,
-    params,
+    Buffer, DType, Element, Launch, Plan, RawLaunch, address, check_disjoint, check_linear_shape, params,
 };
 use super::noise_source::{NoiseSource, Source};
 use super::partial_sums::{PartialSumsParams, partial_sums};
@@ -13,59 +13,6 @@ use crate::shape::LinearShape;
 use bytemuck::{Pod, Zeroable};
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
 use std::mem::offset_of;
-
-const fn kernel(name: &'static str) -> Kernel {
-    Kernel { file: "sm80/noisy_linear", name }
-}
-
-/// The kernels of a product, by how its numbers are multiplied: `f32`, `f32` as TF32, `f16`, `bf16`.
-pub(super) type Products = [Kernel; 4];
-
-/// One product.
-pub(super) const ONE: Products = [
-    kernel("noisy_linear_one_f32"),
-    kernel("noisy_linear_one_tf32"),
-    kernel("noisy_linear_one_f16"),
-    kernel("noisy_linear_one_bf16"),
-];
-/// The base's and the adapter's product.
-pub(super) const TWO: Products = [
-    kernel("noisy_linear_two_f32"),
-    kernel("noisy_linear_two_tf32"),
-    kernel("noisy_linear_two_f16"),
-    kernel("noisy_linear_two_bf16"),
-];
-/// Both folded into one.
-pub(super) const FOLDED: Products = [
-    kernel("noisy_linear_folded_f32"),
-    kernel("noisy_linear_folded_tf32"),
-    kernel("noisy_linear_folded_f16"),
-    kernel("noisy_linear_folded_bf16"),
-];
-/// Gradient to the input.
-pub(super) const INPUT: Products = [
-    kernel("noisy_linear_input_f32"),
-    kernel("noisy_linear_input_tf32"),
-    kernel("noisy_linear_input_f16"),
-    kernel("noisy_linear_input_bf16"),
-];
-/// Gradient to the weight.
-pub(super) const WEIGHT: Products = [
-    kernel("noisy_linear_weight_f32"),
-    kernel("noisy_linear_weight_tf32"),
-    kernel("noisy_linear_weight_f16"),
-    kernel("noisy_linear_weight_bf16"),
-];
-
-/// The kernel for a type among those of a product.
-pub(super) fn choose(kernels: Products, run: Run) -> Kernel {
-    kernels[match run.dtype {
-        DType::F32 if run.allow_tf32 => 1,
-        DType::F32 => 0,
-        DType::F16 => 2,
-        DType::BF16 => 3,
-    }]
-}
 
 /// Rows and columns of a block's tile of outputs.
 pub(super) const TILE: usize = 128;
@@ -275,13 +222,15 @@ impl Forward<'_> {
         let tokens = if self.fold && off { m } else { self.shape.tokens };
         let columns = n.div_ceil(TILE);
         let (kernels, stages, tiles, rows) = match (two, self.fold) {
-            (true, true) => (FOLDED, FOLDED_STAGES, 3, (m / tokens) * tokens.div_ceil(TILE)),
-            (true, false) => (TWO, FORWARD_STAGES, 2, m.div_ceil(TILE)),
-            (false, _) => (ONE, FORWARD_STAGES, 2, m.div_ceil(TILE)),
+            (true, true) => {
+                (table::NOISY_LINEAR_FOLDED, FOLDED_STAGES, 3, (m / tokens) * tokens.div_ceil(TILE))
+            }
+            (true, false) => (table::NOISY_LINEAR_TWO, FORWARD_STAGES, 2, m.div_ceil(TILE)),
+            (false, _) => (table::NOISY_LINEAR_ONE, FORWARD_STAGES, 2, m.div_ceil(TILE)),
         };
         let z_bytes = if two && self.fold { TILE * 4 } else { 0 };
         Ok(Launch {
-            kernel: choose(kernels, self.run),
+            kernel: kernels.choose(self.run.dtype, self.run.allow_tf32),
             grid: blocks("y", &[columns, rows])?,
             block: [THREADS, 1, 1],
             shared_bytes: (stages * tiles * TILE_BYTES + z_bytes) as u32,
@@ -346,7 +295,7 @@ impl Input<'_> {
         let z_bytes = 2 * TILE * (inner + 8) * 4;
         let columns = k.div_ceil(TILE);
         Ok(Launch {
-            kernel: choose(INPUT, self.run),
+            kernel: table::NOISY_LINEAR_INPUT.choose(self.run.dtype, self.run.allow_tf32),
             grid: blocks("dx", &[columns, rows.div_ceil(TILE)])?,
             block: [THREADS, 1, 1],
             shared_bytes: (BACKWARD_STAGES * 2 * TILE_BYTES + z_bytes) as u32,
@@ -449,7 +398,7 @@ impl Weight {
         };
         Ok(WeightPlan {
             products: Launch {
-                kernel: choose(WEIGHT, self.run),
+                kernel: table::NOISY_LINEAR_WEIGHT.choose(self.run.dtype, self.run.allow_tf32),
                 grid: blocks("delta_weight", &[columns, rows, parts])?,
                 block: [THREADS, 1, 1],
                 shared_bytes: shared as u32,

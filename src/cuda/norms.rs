@@ -1,21 +1,12 @@
 //! Gradient norm and FP-distance; plans `kernels/norms.cu`.
 
 use super::device::Device;
-use super::launch::{Buffer, DType, Element, Kernel, Launch, Named, check_disjoint, params};
+use super::kernel::{Kernel, table};
+use super::launch::{Buffer, DType, Element, Launch, Named, check_disjoint, params};
 use crate::error::{Error, Result};
 use crate::shape::{nonzero, product};
 use bytemuck::Zeroable;
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
-
-const fn kernel(name: &'static str) -> Kernel {
-    Kernel { file: "norms", name }
-}
-
-pub(super) const GRAD_NORM: [Kernel; 3] =
-    [kernel("grad_norm_f32"), kernel("grad_norm_f16"), kernel("grad_norm_bf16")];
-pub(super) const FP_DISTANCE: [Kernel; 3] =
-    [kernel("fp_distance_f32"), kernel("fp_distance_f16"), kernel("fp_distance_bf16")];
-pub(super) const TOTAL: Kernel = kernel("norm_total");
 
 const THREADS: usize = 256;
 const TOTAL_THREADS: usize = 1024;
@@ -110,7 +101,7 @@ fn check(dtype: DType, inputs: &[Named], out: Named, workspace: Buffer, parts: u
 /// The launch that adds up `parts` partial sums and takes the root, or the quotient by `divisor`.
 fn total(partial: Buffer, parts: usize, out: Buffer, divisor: Option<usize>) -> Launch<NormTotalParams> {
     Launch {
-        kernel: TOTAL,
+        kernel: table::NORM_TOTAL,
         grid: [1, 1, 1],
         block: [TOTAL_THREADS as u32, 1, 1],
         shared_bytes: (TOTAL_THREADS / WARP * WIDE) as u32,
@@ -172,7 +163,7 @@ impl GradNorm<'_> {
                 chunks += gradient.len.div_ceil(CHUNK) as u32;
             }
             partial += u64::from(chunks) * WIDE as u64;
-            chunked(dtype.choose(GRAD_NORM), chunks, params)
+            chunked(table::GRAD_NORM.choose(dtype), chunks, params)
         });
         Ok((launches.collect(), total(workspace, parts, norm, None)))
     }
@@ -209,7 +200,7 @@ impl FpDistance {
             aligned: u32::from(fine_tuned.is_vector_aligned() && pre_trained.is_vector_aligned()),
             reserved: 0,
         };
-        let sums = chunked(dtype.choose(FP_DISTANCE), parts as u32, params);
+        let sums = chunked(table::FP_DISTANCE.choose(dtype), parts as u32, params);
         Ok((sums, total(workspace, parts, distance, Some(samples))))
     }
 }

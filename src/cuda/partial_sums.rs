@@ -1,13 +1,7 @@
 //! Sums of partial results in their order; plans `kernels/partial_sums.cu`.
 
-use super::launch::{Buffer, DType, Kernel, Launch, params};
-
-const fn kernel(name: &'static str) -> Kernel {
-    Kernel { file: "partial_sums", name }
-}
-
-pub(super) const KERNELS: [Kernel; 3] =
-    [kernel("partial_sums_f32"), kernel("partial_sums_f16"), kernel("partial_sums_bf16")];
+use super::kernel::table;
+use super::launch::{Buffer, DType, Launch, params};
 
 const THREADS: usize = 256;
 /// Elements of one thread.
@@ -38,7 +32,7 @@ pub(super) fn partial_sums(
 ) -> Launch<PartialSumsParams> {
     let groups = (parts / MIN_RUN + 1).next_power_of_two().div_ceil(2).min(MAX_GROUPS);
     Launch {
-        kernel: dtype.choose(KERNELS),
+        kernel: table::PARTIAL_SUMS.choose(dtype),
         grid: [out.len.div_ceil(THREADS / groups * WIDTH) as u32, 1, 1],
         block: [THREADS as u32, 1, 1],
         shared_bytes: if groups > 1 { (THREADS * WIDTH * 4) as u32 } else { 0 },

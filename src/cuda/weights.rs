@@ -4,9 +4,9 @@
 //! with one, VPT add is [`PromptBias`].
 
 use super::device::{Borrows, Device};
+use super::kernel::{Kernel, Kernels, table};
 use super::launch::{
-    Buffer, DType, Element, Kernel, Launch, MAX_ROWS, Named, Plan, RawLaunch, address, check_disjoint, grid,
-    params,
+    Buffer, DType, Element, Launch, MAX_ROWS, Named, Plan, RawLaunch, address, check_disjoint, grid, params,
 };
 use super::noisy_linear::aligned;
 use super::partial_sums::{PartialSumsParams, partial_sums};
@@ -14,33 +14,6 @@ use crate::cpu::check_scale;
 use crate::error::{Error, Result};
 use crate::shape::{nonzero, product};
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
-
-const fn kernel(name: &'static str) -> Kernel {
-    Kernel { file: "weights", name }
-}
-
-pub(super) const LOW_RANK: [Kernel; 3] =
-    [kernel("low_rank_weight_f32"), kernel("low_rank_weight_f16"), kernel("low_rank_weight_bf16")];
-pub(super) const LOW_RANK_BACKWARD: [Kernel; 3] = [
-    kernel("low_rank_weight_backward_f32"),
-    kernel("low_rank_weight_backward_f16"),
-    kernel("low_rank_weight_backward_bf16"),
-];
-pub(super) const PROMPT_PRODUCT: [Kernel; 3] = [
-    kernel("prompt_bias_product_f32"),
-    kernel("prompt_bias_product_f16"),
-    kernel("prompt_bias_product_bf16"),
-];
-pub(super) const PROMPT_BIAS: [Kernel; 3] =
-    [kernel("prompt_bias_f32"), kernel("prompt_bias_f16"), kernel("prompt_bias_bf16")];
-pub(super) const PROMPT_COLUMNS: [Kernel; 3] = [
-    kernel("prompt_bias_columns_f32"),
-    kernel("prompt_bias_columns_f16"),
-    kernel("prompt_bias_columns_bf16"),
-];
-pub(super) const PROMPT_GRADS: [Kernel; 3] =
-    [kernel("prompt_bias_grads_f32"), kernel("prompt_bias_grads_f16"), kernel("prompt_bias_grads_bf16")];
-pub(super) const MERGE: [Kernel; 3] = [kernel("merge_f32"), kernel("merge_f16"), kernel("merge_bf16")];
 
 const WARP: usize = 32;
 /// Warps of a block that shares rows, and the rows of such a block.
@@ -368,7 +341,7 @@ impl LoraFactors<Buffer> {
         check_disjoint(&inputs, &[("out", out)], dtype.bytes(), None)?;
         let base = address(base_weight);
         Ok(Launch {
-            kernel: dtype.choose(LOW_RANK),
+            kernel: table::LOW_RANK_WEIGHT.choose(dtype),
             grid: grid(k.div_ceil(WARP * 16 / dtype.bytes()), n.div_ceil(TILE)),
             block: [(WARPS * WARP) as u32, 1, 1],
             // A chunk of U and of D.
@@ -435,7 +408,12 @@ impl LoraFactors<Buffer> {
             aligned: u32::from(aligned(dtype, k, &[grad, base, up.address, up_partial])),
         };
         Ok(LoraBackward {
-            partials: parts.launch(dtype.choose(LOW_RANK_BACKWARD), dtype, BACKWARD_RANKS, params),
+            partials: parts.launch(
+                table::LOW_RANK_WEIGHT_BACKWARD.choose(dtype),
+                dtype,
+                BACKWARD_RANKS,
+                params,
+            ),
             sums: (
                 partial_sums(down_partial, parts.strips, grads.down, dtype),
                 partial_sums(up_partial, parts.parts, grads.up, dtype),
@@ -494,31 +472,39 @@ impl PromptBias<Buffer> {
         let outputs = [("out", out), ("workspace", workspace.in_elements_of(bytes))];
         check_disjoint(&inputs, &outputs, bytes, None)?;
         // A matrix, its sizes, a vector, and where their product goes.
-        let launch = |kernels, matrix: Buffer, (rows, columns): (usize, usize), vector, out, biases| {
-            let [base_bias, delta_bias] = biases;
-            Launch {
-                kernel: dtype.choose(kernels),
-                grid: [rows.div_ceil(THREADS / WARP) as u32, 1, 1],
-                block: [THREADS as u32, 1, 1],
-                shared_bytes: 0,
-                params: PromptBiasParams {
-                    matrix: matrix.address,
-                    vector,
-                    base_bias: address(base_bias),
-                    delta_bias: address(delta_bias),
-                    out,
-                    rows: rows as u32,
-                    columns: columns as u32,
-                    aligned: u32::from(aligned(dtype, columns, &[matrix.address, vector])),
-                    reserved: 0,
-                },
-            }
-        };
+        let launch =
+            |kernels: Kernels, matrix: Buffer, (rows, columns): (usize, usize), vector, out, biases| {
+                let [base_bias, delta_bias] = biases;
+                Launch {
+                    kernel: kernels.choose(dtype),
+                    grid: [rows.div_ceil(THREADS / WARP) as u32, 1, 1],
+                    block: [THREADS as u32, 1, 1],
+                    shared_bytes: 0,
+                    params: PromptBiasParams {
+                        matrix: matrix.address,
+                        vector,
+                        base_bias: address(base_bias),
+                        delta_bias: address(delta_bias),
+                        out,
+                        rows: rows as u32,
+                        columns: columns as u32,
+                        aligned: u32::from(aligned(dtype, columns, &[matrix.address, vector])),
+                        reserved: 0,
+                    },
+                }
+            };
         let prompt = workspace.address;
         let biases = [self.base_bias, self.delta_bias];
         Ok((
-            launch(PROMPT_PRODUCT, self.prompt_down, (k, r), self.prompt_up.address, prompt, [None; 2]),
-            launch(PROMPT_BIAS, self.base_weight, (n, k), prompt, out.address, biases),
+            launch(
+                table::PROMPT_BIAS_PRODUCT,
+                self.prompt_down,
+                (k, r),
+                self.prompt_up.address,
+                prompt,
+                [None; 2],
+            ),
+            launch(table::PROMPT_BIAS, self.base_weight, (n, k), prompt, out.address, biases),
         ))
     }
 
@@ -569,12 +555,12 @@ impl PromptBias<Buffer> {
         };
         Ok(PromptBackward {
             columns: (
-                parts.launch(dtype.choose(PROMPT_COLUMNS), dtype, 1, params),
+                parts.launch(table::PROMPT_BIAS_COLUMNS.choose(dtype), dtype, 1, params),
                 partial_sums(partial, parts.parts, q, DType::F32),
             ),
             grads: (
                 Launch {
-                    kernel: dtype.choose(PROMPT_GRADS),
+                    kernel: table::PROMPT_BIAS_GRADS.choose(dtype),
                     grid: [blocks as u32, 1, 1],
                     block: [THREADS as u32, 1, 1],
                     shared_bytes: (THREADS * 4) as u32,
@@ -617,7 +603,7 @@ impl Merge {
         check_disjoint(&[("delta", delta)], &[("target", target)], bytes, None)?;
         let blocks = length.div_ceil(THREADS * VECTORS * 16 / bytes).min(MERGE_BLOCKS);
         Ok(Some(Launch {
-            kernel: dtype.choose(MERGE),
+            kernel: table::MERGE.choose(dtype),
             grid: [blocks as u32, 1, 1],
             block: [THREADS as u32, 1, 1],
             shared_bytes: 0,
