@@ -1,7 +1,7 @@
 //! Compiles the kernels with nvcc and embeds them (feature `cuda`).
 //!
-//! Writes to `OUT_DIR`: `fatbins.rs`, the compiled files, or why there are none. Without nvcc the crate still builds, with a
-//! warning; `PACE_REQUIRE_NVCC=1` makes that an error.
+//! Writes to `OUT_DIR`: `kernels.rs`, the table of kernels (`src/cuda/kernel.rs`), and `fatbins.rs`, the compiled files, or why
+//! there are none. Without nvcc the crate still builds, with a warning; `PACE_REQUIRE_NVCC=1` makes that an error.
 //!
 //! Compiling takes minutes. Cargo shows a build script's lines only with `-vv`; its warnings come when the script has ended,
 //! and again with every later build, so that a warning is no place for progress.
@@ -11,7 +11,7 @@ mod kernels;
 #[path = "build/nvcc.rs"]
 mod nvcc;
 
-use kernels::{Source, sources};
+use kernels::{Source, sources, table};
 use nvcc::{Nvcc, Unusable, VARIABLES, only_capability};
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -38,6 +38,7 @@ fn build() -> Result<(), String> {
     let folder = PathBuf::from(variable("OUT_DIR").ok_or("OUT_DIR is not set")?);
     let kernels = std::env::current_dir().map_err(|error| error.to_string())?.join("kernels");
     let sources = sources(&kernels)?;
+    write(&folder.join("kernels.rs"), &table(&sources)?)?;
     if variable("DOCS_RS").is_some() {
         return write_fatbins(&folder, &[], "the documentation is built without them");
     }

@@ -98,8 +98,6 @@ template <class T> __device__ __forceinline__ void drop_path(const DropPathParam
     }
 }
 
-} // namespace pace
+PACE_KERNELS(drop_path, DropPathParams, (256), drop_path<T>(p))
 
-PACE_KERNEL(drop_path_f32, pace::DropPathParams, 256) { pace::drop_path<float>(p); }
-PACE_KERNEL(drop_path_f16, pace::DropPathParams, 256) { pace::drop_path<pace::f16>(p); }
-PACE_KERNEL(drop_path_bf16, pace::DropPathParams, 256) { pace::drop_path<pace::bf16>(p); }
+} // namespace pace

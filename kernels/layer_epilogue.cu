@@ -205,11 +205,8 @@ template <class T> __device__ __forceinline__ void backward(const LayerEpilogueP
 }
 
 } // namespace layer_epilogue
-} // namespace pace
 
-PACE_KERNEL(layer_epilogue_f32, pace::LayerEpilogueParams, 256) { pace::layer_epilogue::forward<float>(p); }
-PACE_KERNEL(layer_epilogue_f16, pace::LayerEpilogueParams, 256) { pace::layer_epilogue::forward<pace::f16>(p); }
-PACE_KERNEL(layer_epilogue_bf16, pace::LayerEpilogueParams, 256) { pace::layer_epilogue::forward<pace::bf16>(p); }
-PACE_KERNEL(layer_epilogue_backward_f32, pace::LayerEpilogueParams, 256) { pace::layer_epilogue::backward<float>(p); }
-PACE_KERNEL(layer_epilogue_backward_f16, pace::LayerEpilogueParams, 256) { pace::layer_epilogue::backward<pace::f16>(p); }
-PACE_KERNEL(layer_epilogue_backward_bf16, pace::LayerEpilogueParams, 256) { pace::layer_epilogue::backward<pace::bf16>(p); }
+PACE_KERNELS(layer_epilogue, LayerEpilogueParams, (256), layer_epilogue::forward<T>(p))
+PACE_KERNELS(layer_epilogue_backward, LayerEpilogueParams, (256), layer_epilogue::backward<T>(p))
+
+} // namespace pace

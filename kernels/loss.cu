@@ -416,15 +416,10 @@ template <class T, Form FORM> __device__ __forceinline__ void evaluate(const Los
     }
 }
 
-} // namespace loss
-} // namespace pace
+PACE_KERNELS(loss, LossParams, (512), evaluate<T, WHOLE>(p))
+PACE_KERNELS(loss_scan, LossParams, (512), evaluate<T, SCAN>(p))
+PACE_KERNELS(loss_apply, LossParams, (512), evaluate<T, APPLY>(p))
 
-PACE_KERNEL(loss_f32, pace::LossParams, 512) { pace::loss::evaluate<float, pace::loss::WHOLE>(p); }
-PACE_KERNEL(loss_f16, pace::LossParams, 512) { pace::loss::evaluate<pace::f16, pace::loss::WHOLE>(p); }
-PACE_KERNEL(loss_bf16, pace::LossParams, 512) { pace::loss::evaluate<pace::bf16, pace::loss::WHOLE>(p); }
-PACE_KERNEL(loss_scan_f32, pace::LossParams, 512) { pace::loss::evaluate<float, pace::loss::SCAN>(p); }
-PACE_KERNEL(loss_scan_f16, pace::LossParams, 512) { pace::loss::evaluate<pace::f16, pace::loss::SCAN>(p); }
-PACE_KERNEL(loss_scan_bf16, pace::LossParams, 512) { pace::loss::evaluate<pace::bf16, pace::loss::SCAN>(p); }
-PACE_KERNEL(loss_apply_f32, pace::LossParams, 512) { pace::loss::evaluate<float, pace::loss::APPLY>(p); }
-PACE_KERNEL(loss_apply_f16, pace::LossParams, 512) { pace::loss::evaluate<pace::f16, pace::loss::APPLY>(p); }
-PACE_KERNEL(loss_apply_bf16, pace::LossParams, 512) { pace::loss::evaluate<pace::bf16, pace::loss::APPLY>(p); }
+} // namespace loss
+
+} // namespace pace

@@ -29,10 +29,7 @@ PACE_PARAM(NoiseFillParams, tokens, 60);
 PACE_PARAM(NoiseFillParams, channels, 64);
 PACE_PARAM(NoiseFillParams, aligned, 68);
 
-} // namespace pace
-
-PACE_KERNEL(noise_fill, pace::NoiseFillParams, 256) {
-    using namespace pace;
+PACE_KERNEL(noise_fill, NoiseFillParams, 256) {
     const u32 group = blockIdx.x * blockDim.x + threadIdx.x;
     if (group >= (p.channels - 1) / 4 + 1) {
         return;
@@ -46,3 +43,5 @@ PACE_KERNEL(noise_fill, pace::NoiseFillParams, 256) {
         store_some(p.z + static_cast<u64>(row) * p.channels + channel, vector, p.channels - channel, p.aligned != 0u);
     }
 }
+
+} // namespace pace

@@ -127,11 +127,9 @@ template <class T, bool BACKWARD> __device__ __forceinline__ void apply(const No
     }
 }
 
-} // namespace pace
+PACE_KERNELS_F32(noisy_epilogue, NoisyEpilogueParams, (256), apply<T, false>(p))
+PACE_KERNELS_16(noisy_epilogue, NoisyEpilogueParams, (256, BLOCKS_16_BIT), apply<T, false>(p))
+PACE_KERNELS_F32(noisy_epilogue_backward, NoisyEpilogueParams, (256), apply<T, true>(p))
+PACE_KERNELS_16(noisy_epilogue_backward, NoisyEpilogueParams, (256, BLOCKS_16_BIT), apply<T, true>(p))
 
-PACE_KERNEL(noisy_epilogue_f32, pace::NoisyEpilogueParams, 256) { pace::apply<float, false>(p); }
-PACE_KERNEL(noisy_epilogue_f16, pace::NoisyEpilogueParams, 256, pace::BLOCKS_16_BIT) { pace::apply<pace::f16, false>(p); }
-PACE_KERNEL(noisy_epilogue_bf16, pace::NoisyEpilogueParams, 256, pace::BLOCKS_16_BIT) { pace::apply<pace::bf16, false>(p); }
-PACE_KERNEL(noisy_epilogue_backward_f32, pace::NoisyEpilogueParams, 256) { pace::apply<float, true>(p); }
-PACE_KERNEL(noisy_epilogue_backward_f16, pace::NoisyEpilogueParams, 256, pace::BLOCKS_16_BIT) { pace::apply<pace::f16, true>(p); }
-PACE_KERNEL(noisy_epilogue_backward_bf16, pace::NoisyEpilogueParams, 256, pace::BLOCKS_16_BIT) { pace::apply<pace::bf16, true>(p); }
+} // namespace pace

@@ -147,12 +147,8 @@ __device__ __forceinline__ void total(const NormTotalParams &p) {
     }
 }
 
-} // namespace pace
+PACE_KERNELS(grad_norm, GradNormParams, (256), grad_norm<T>(p))
+PACE_KERNELS(fp_distance, FpDistanceParams, (256), fp_distance<T>(p))
+PACE_KERNEL(norm_total, NormTotalParams, 1024) { total(p); }
 
-PACE_KERNEL(grad_norm_f32, pace::GradNormParams, 256) { pace::grad_norm<float>(p); }
-PACE_KERNEL(grad_norm_f16, pace::GradNormParams, 256) { pace::grad_norm<pace::f16>(p); }
-PACE_KERNEL(grad_norm_bf16, pace::GradNormParams, 256) { pace::grad_norm<pace::bf16>(p); }
-PACE_KERNEL(fp_distance_f32, pace::FpDistanceParams, 256) { pace::fp_distance<float>(p); }
-PACE_KERNEL(fp_distance_f16, pace::FpDistanceParams, 256) { pace::fp_distance<pace::f16>(p); }
-PACE_KERNEL(fp_distance_bf16, pace::FpDistanceParams, 256) { pace::fp_distance<pace::bf16>(p); }
-PACE_KERNEL(norm_total, pace::NormTotalParams, 1024) { pace::total(p); }
+} // namespace pace

@@ -68,8 +68,6 @@ template <class T> __device__ __forceinline__ void add_up(const PartialSumsParam
     }
 }
 
-} // namespace pace
+PACE_KERNELS(partial_sums, PartialSumsParams, (256), add_up<T>(p))
 
-PACE_KERNEL(partial_sums_f32, pace::PartialSumsParams, 256) { pace::add_up<float>(p); }
-PACE_KERNEL(partial_sums_f16, pace::PartialSumsParams, 256) { pace::add_up<pace::f16>(p); }
-PACE_KERNEL(partial_sums_bf16, pace::PartialSumsParams, 256) { pace::add_up<pace::bf16>(p); }
+} // namespace pace

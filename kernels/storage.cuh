@@ -22,6 +22,23 @@
     extern "C" __global__ void __launch_bounds__(__VA_ARGS__) name(const __grid_constant__ Params p)
 #endif
 
+// One kernel per storage type, NAME_f32, NAME_f16 and NAME_bf16, with one body, in which T is the type. `bounds` are those of
+// PACE_KERNEL in parentheses; types with different bounds have lines of their own. build/kernels.rs reads the names from lines
+// that begin with one of these macros.
+#define PACE_KERNEL_OF(name, Params, bounds, Alias, Type, ...)                                                         \
+    PACE_KERNEL(name, Params, PACE_WITHOUT_PARENTHESES bounds) {                                                       \
+        using Alias = Type;                                                                                            \
+        __VA_ARGS__;                                                                                                   \
+    }
+#define PACE_WITHOUT_PARENTHESES(...) __VA_ARGS__
+#define PACE_KERNELS_F32(name, Params, bounds, ...) PACE_KERNEL_OF(name##_f32, Params, bounds, T, float, __VA_ARGS__)
+#define PACE_KERNELS_16(name, Params, bounds, ...)                                                                     \
+    PACE_KERNEL_OF(name##_f16, Params, bounds, T, pace::f16, __VA_ARGS__)                                              \
+    PACE_KERNEL_OF(name##_bf16, Params, bounds, T, pace::bf16, __VA_ARGS__)
+#define PACE_KERNELS(name, Params, bounds, ...)                                                                        \
+    PACE_KERNELS_F32(name, Params, bounds, __VA_ARGS__)                                                                \
+    PACE_KERNELS_16(name, Params, bounds, __VA_ARGS__)
+
 // The block's dynamic shared memory as an array of T; the simulator brings its own definition.
 #if !defined(PACE_SHARED)
 extern __shared__ __align__(128) unsigned char pace_shared[];

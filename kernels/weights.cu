@@ -454,42 +454,12 @@ template <class T> __device__ __forceinline__ void merge(const MergeParams &p) {
     }
 }
 
-} // namespace pace
+PACE_KERNELS(low_rank_weight, LowRankWeightParams, (128), low_rank_weight<T>(p))
+PACE_KERNELS(low_rank_weight_backward, LowRankBackwardParams, (128), low_rank_backward<T, 8, true>(p))
+PACE_KERNELS(prompt_bias_product, PromptBiasParams, (256), prompt_bias<T, T, float>(p))
+PACE_KERNELS(prompt_bias, PromptBiasParams, (256), prompt_bias<T, float, T>(p))
+PACE_KERNELS(prompt_bias_columns, LowRankBackwardParams, (128), low_rank_backward<T, 1, false>(p))
+PACE_KERNELS(prompt_bias_grads, PromptGradsParams, (256), prompt_grads<T>(p))
+PACE_KERNELS(merge, MergeParams, (256), merge<T>(p))
 
-PACE_KERNEL(low_rank_weight_f32, pace::LowRankWeightParams, 128) { pace::low_rank_weight<float>(p); }
-PACE_KERNEL(low_rank_weight_f16, pace::LowRankWeightParams, 128) { pace::low_rank_weight<pace::f16>(p); }
-PACE_KERNEL(low_rank_weight_bf16, pace::LowRankWeightParams, 128) { pace::low_rank_weight<pace::bf16>(p); }
-PACE_KERNEL(low_rank_weight_backward_f32, pace::LowRankBackwardParams, 128) {
-    pace::low_rank_backward<float, 8, true>(p);
-}
-PACE_KERNEL(low_rank_weight_backward_f16, pace::LowRankBackwardParams, 128) {
-    pace::low_rank_backward<pace::f16, 8, true>(p);
-}
-PACE_KERNEL(low_rank_weight_backward_bf16, pace::LowRankBackwardParams, 128) {
-    pace::low_rank_backward<pace::bf16, 8, true>(p);
-}
-PACE_KERNEL(prompt_bias_product_f32, pace::PromptBiasParams, 256) { pace::prompt_bias<float, float, float>(p); }
-PACE_KERNEL(prompt_bias_product_f16, pace::PromptBiasParams, 256) {
-    pace::prompt_bias<pace::f16, pace::f16, float>(p);
-}
-PACE_KERNEL(prompt_bias_product_bf16, pace::PromptBiasParams, 256) {
-    pace::prompt_bias<pace::bf16, pace::bf16, float>(p);
-}
-PACE_KERNEL(prompt_bias_f32, pace::PromptBiasParams, 256) { pace::prompt_bias<float, float, float>(p); }
-PACE_KERNEL(prompt_bias_f16, pace::PromptBiasParams, 256) { pace::prompt_bias<pace::f16, float, pace::f16>(p); }
-PACE_KERNEL(prompt_bias_bf16, pace::PromptBiasParams, 256) { pace::prompt_bias<pace::bf16, float, pace::bf16>(p); }
-PACE_KERNEL(prompt_bias_columns_f32, pace::LowRankBackwardParams, 128) {
-    pace::low_rank_backward<float, 1, false>(p);
-}
-PACE_KERNEL(prompt_bias_columns_f16, pace::LowRankBackwardParams, 128) {
-    pace::low_rank_backward<pace::f16, 1, false>(p);
-}
-PACE_KERNEL(prompt_bias_columns_bf16, pace::LowRankBackwardParams, 128) {
-    pace::low_rank_backward<pace::bf16, 1, false>(p);
-}
-PACE_KERNEL(prompt_bias_grads_f32, pace::PromptGradsParams, 256) { pace::prompt_grads<float>(p); }
-PACE_KERNEL(prompt_bias_grads_f16, pace::PromptGradsParams, 256) { pace::prompt_grads<pace::f16>(p); }
-PACE_KERNEL(prompt_bias_grads_bf16, pace::PromptGradsParams, 256) { pace::prompt_grads<pace::bf16>(p); }
-PACE_KERNEL(merge_f32, pace::MergeParams, 256) { pace::merge<float>(p); }
-PACE_KERNEL(merge_f16, pace::MergeParams, 256) { pace::merge<pace::f16>(p); }
-PACE_KERNEL(merge_bf16, pace::MergeParams, 256) { pace::merge<pace::bf16>(p); }
+} // namespace pace

@@ -8,7 +8,7 @@ mod kernels;
 #[path = "../build/nvcc.rs"]
 mod nvcc;
 
-use kernels::{Source, sources};
+use kernels::{Group, Source, groups, sources, table};
 use nvcc::{
     Nvcc, Targets, Unusable, archs, check_archs, find, is_newer, only_capability, prerequisites, release,
     targets,
@@ -139,6 +139,61 @@ fn sources_are_found_in_families() {
     );
     assert_eq!(found[1].path, folder.join("sm80").join("a.cu"));
     assert!(sources(&folder.join("none")).unwrap_err().contains("none"));
+}
+
+#[test]
+fn kernels_are_read() {
+    let text = "#define PACE_KERNEL_OF(name) \\\n    PACE_KERNEL(name##_f32, \\\n// PACE_KERNEL(no, P)\n\
+                PACE_KERNEL(norm, Params, 256) { total(p); }\nPACE_KERNELS(loss, Params, (512), f<T>(p))\n\
+                PACE_KERNELS_F32(y, Params, (256), f<T>(p))\nPACE_KERNELS_16(y, Params, (256, 4), f<T>(p))\n\
+                PACE_GEMM_KERNELS(linear, Params, (256), f<Math>(p))\nPACE_KERNELS_16(z, Params, (1), f(p))\n";
+    let group =
+        |name: &str, suffixes: &[&'static str]| Group { name: name.into(), suffixes: suffixes.to_vec() };
+    let expected = [
+        group("norm", &[""]),
+        group("loss", &["_f32", "_f16", "_bf16"]),
+        group("y", &["_f32", "_f16", "_bf16"]),
+        group("linear", &["_f32", "_tf32", "_f16", "_bf16"]),
+        group("z", &["_f16", "_bf16"]),
+    ];
+    assert_eq!(groups(text).as_deref(), Ok(&expected[..]));
+    assert_eq!(expected[4].kernels().collect::<Vec<_>>(), ["z_f16", "z_bf16"]);
+    assert!(groups("PACE_KERNELS_64(a, Params, (1), f(p))").unwrap_err().contains("PACE_KERNELS_64"));
+    assert!(groups("PACE_KERNELS(\n    a, Params, (1), f(p))").unwrap_err().contains("one line"));
+}
+
+#[test]
+fn the_table_has_every_kernel() {
+    let folder = folder("table");
+    let gemm = source(&folder, "sm80/linear", "PACE_GEMM_KERNELS(linear, Params, (256), f<Math>(p))\n");
+    let norm =
+        source(&folder, "norm", "PACE_KERNEL(norm, Params, 1) {}\nPACE_KERNELS(loss, P, (1), f<T>(p))\n");
+    let half = source(&folder, "sm90/linear", "PACE_KERNELS_16(sm90_linear, Params, (1), f<T>(p))\n");
+    let rust = table(&[norm.clone(), gemm.clone(), half]).unwrap();
+    let (list, constants) = rust.split_once("];\n").unwrap();
+    assert_eq!(list.matches("Kernel {").count(), 1 + 3 + 4 + 2, "{list}");
+    assert!(list.contains(r#"Kernel { file: "sm80/linear", name: "linear_tf32" },"#), "{list}");
+    assert!(
+        constants.contains(r#"const NORM: Kernel = Kernel { file: "norm", name: "norm" };"#),
+        "{constants}"
+    );
+    for (name, kind, fields) in [
+        ("LOSS", "Kernels", &["f32: ", "f16: ", "bf16: "][..]),
+        ("LINEAR", "GemmKernels", &["f32: ", "tf32: ", "f16: ", "bf16: "]),
+        ("SM90_LINEAR", "HalfKernels", &["f16: ", "bf16: "]),
+    ] {
+        let start = format!("pub(crate) const {name}: {kind} = {kind} {{\n");
+        let (_, rest) = constants.split_once(&start).unwrap_or_else(|| panic!("no `{start}` in {constants}"));
+        let lines = rest.lines().take_while(|line| *line != "};");
+        assert!(lines.eq(rest.lines().take(fields.len())), "{rest}");
+        assert!(rest.lines().zip(fields).all(|(line, field)| line.trim().starts_with(field)), "{rest}");
+    }
+
+    // One program has all kernels, so that names have to differ between files too.
+    let twice = source(&folder, "sm90/again", "PACE_KERNEL(loss_f16, Params, 1) {}\n");
+    assert!(table(&[norm, twice]).unwrap_err().contains("another kernel loss_f16"));
+    let odd = source(&folder, "odd", "PACE_KERNELS_F32(odd, Params, (1), f<T>(p))\n");
+    assert!(table(&[odd]).unwrap_err().contains("no set of types"));
 }
 
 #[test]

@@ -223,11 +223,6 @@ fn read(dump: &str) -> Result<BTreeMap<(String, String), Code>, String> {
     Ok(kernels)
 }
 
-/// The crate's list of kernels.
-fn listed() -> impl Iterator<Item = &'static Kernel> {
-    KERNELS.iter().copied().flatten()
-}
-
 /// All problems at once.
 fn verdict(problems: &[String]) -> Result<Completion, Failed> {
     if problems.is_empty() { Ok(Completion::Completed) } else { Err(problems.join("\n").into()) }
@@ -236,7 +231,7 @@ fn verdict(problems: &[String]) -> Result<Completion, Failed> {
 /// The crate's list of kernels and the machine code agree, for every architecture.
 fn every_kernel_is_there(compiled: &Compiled) -> Result<Completion, Failed> {
     let mut listed: BTreeSet<Name> = BTreeSet::new();
-    for &Kernel { file, name } in self::listed() {
+    for &Kernel { file, name } in KERNELS {
         let images = images(file, &compiled.archs)?;
         listed.extend(images.into_iter().map(|arch| (file.to_owned(), name.to_owned(), arch)));
     }
@@ -329,7 +324,7 @@ fn docs(compiled: &Compiled) -> Result<String, Failed> {
         let archs = images(file, &compiled.archs)?;
         archs.iter().for_each(|arch| text += &format!(" registers, {arch} | shared, {arch} |"));
         let _ = writeln!(text, "\n|---|---|{}", "---|---|".repeat(archs.len()));
-        for kernel in listed().filter(|kernel| kernel.file == *file) {
+        for kernel in KERNELS.iter().filter(|kernel| kernel.file == *file) {
             let codes = archs.iter().map(|arch| {
                 let name = (kernel.file.to_owned(), kernel.name.to_owned(), arch.clone());
                 compiled.kernels.get(&name).ok_or(format!("{name:?} is not in the machine code"))

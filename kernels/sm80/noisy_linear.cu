@@ -1,22 +1,21 @@
 // Dense noisy linear layer, forward and backward, on tensor cores.
 //
-//   forward   y = x * W0^T + b0 + z . (x * dW^T + db)         any of the four absent
-//   folded    y = x * (W0 + z . dW)^T + b0 + z . db           rows of a tile share z: BC noise and many tokens, or none
-//   input     dx = g * W0 + e * dW,  e = z . g                sums over the branches that share an input
-//   weight    dW = e^T * x,  db = sum over rows of e
+//   forward   y = x @ W0^T + b0 + z * (x @ Wd^T + bd)         any of the four absent
+//   folded    y = x @ (W0 + z * Wd)^T + b0 + z * bd           rows of a tile share z: BC noise and many tokens, or none
+//   input     dx = g @ W0 + e @ Wd,  e = z * g                sums over the branches that share an input
+//   weight    grad_Wd = e^T @ x,  grad_bd = sum over rows of e
 //
-//   x [M, K] or, shared by the branches, [B T, K]; W0, dW [N, K]; b0, db [N]; y, g [M, N]; z as in noise_source.cuh
+//   x [M, K] or, shared by the branches, [B T, K]; W0, Wd [N, K]; b0, bd [N]; y, g [M, N]; z as in noise_source.cuh
 //
-// A product is a list of segments (left, right, inner size) that go to one accumulator or, forward, to two: the base's
-// and the adapter's. So products of the low-rank layer are the same kernels: s * D^T for x * dW^T, ds * U for e * dW; they
-// bring a scale.
+// A GEMM is a list of segments (a, b, inner size) that go to one accumulator or, forward, to two: the base's and the adapter's.
+// So GEMMs of the low-rank layer are the same kernels: s @ B^T for x @ Wd^T, ds @ A for e @ Wd; they bring a scale.
 //
-// Mapping: a block makes 128 x 128 outputs (mainloop.cuh), column tiles first so that blocks that run together read
-// the same rows of x. Noise of the forward pass is made once per tile, sample (or token) and channel, in shared memory;
-// that of the backward pass one inner tile ahead of its use, and multiplied into the left fragments in f32.
+// Mapping: a block makes 128 x 128 outputs (mainloop.cuh), column tiles first so that blocks that run together read the same
+// rows of x. Noise of the forward pass is made once per tile, sample (or token) and channel, in shared memory; that of the
+// backward pass one tile along K ahead of its use, and multiplied into the A fragments in f32.
 //
-// Bytes: operands once per 128 rows or columns of the output that need them, mostly from L2; y, dx, dW written once. dW is
-// split over token rows into partial sums in f32 (kernels/partial_sums.cu). Operations: 2 M N K per product; f32 without
+// Bytes: operands once per 128 rows or columns of the output that need them, mostly from L2; y, dx, grad_Wd written once.
+// grad_Wd is split-K: over token rows into fp32 partials (kernels/partial_sums.cu). Operations: 2 M N K per GEMM; f32 without
 // tf32 takes three times as many.
 // Determinism: run-to-run bitwise; no float atomics, every sum in a fixed order.
 
@@ -141,327 +140,372 @@ PACE_PARAM(NoisyLinearWeightParams, z_aligned, 128);
 
 namespace sm80 {
 
-// Stages of the ring; the host plans shared memory for them.
+// Stages of the pipelines; the host plans shared memory for them.
 constexpr u32 FORWARD_STAGES = 4;
 constexpr u32 FOLDED_STAGES = 3;
 constexpr u32 BACKWARD_STAGES = 3;
 
-// TWO: the base's and the adapter's products have accumulators of their own. Otherwise there is one of them.
-template <class Numbers, bool TWO> __device__ __forceinline__ void forward(const NoisyLinearParams &p) {
-    using T = typename Numbers::T;
+// ---- forward
+
+// z of the tile whose rows are `row` to `last`, in shared memory. All threads in the block must have left the mainloop.
+__device__ __forceinline__ void fill_tile_noise(float *z, const NoisyLinearParams &p, const NoiseRows &rows, u32 last,
+                                                u32 column) {
+    fill_noise<THREADS, TILE / 4>(z, p.noise, key_of(p.noise), rows.first, rows.place(last) + 1, p.tokens, column,
+                                  p.channels, p.z_aligned != 0u);
+}
+
+// TWO: the base's and the adapter's GEMMs have accumulators of their own. Otherwise there is one of them.
+template <class Math, bool TWO> __device__ __forceinline__ void forward(const NoisyLinearParams &p) {
+    using T = typename Math::T;
     PACE_SHARED(unsigned char, shared);
     const u32 column = blockIdx.x % p.tile_columns * TILE, row = blockIdx.x / p.tile_columns * TILE;
-    const u32 first_tiles = (p.segments[0].inner - 1) / INNER<T> + 1;
-    const u32 tiles = p.count == 1 ? first_tiles : first_tiles + (p.segments[1].inner - 1) / INNER<T> + 1;
+    const u32 first_tiles = tiles_of<T>(p.segments[0].inner);
+    const u32 tiles = p.count == 1 ? first_tiles : first_tiles + tiles_of<T>(p.segments[1].inner);
+
+    // Mainloop over the tiles of the one segment, then of the other.
     Accumulators base = {}, adapter = {};
-    pipeline<FORWARD_STAGES>(
+    mainloop<FORWARD_STAGES>(
         shared, 2 * TILE_BYTES, tiles,
         [&](unsigned char *stage, u32 tile) {
             const Segment &segment = p.segments[tile < first_tiles ? 0 : 1];
-            const u32 inner = (tile < first_tiles ? tile : tile - first_tiles) * INNER<T>;
-            const bool aligned = segment.aligned != 0u;
-            copy_tile<T, false>(
-                stage,
-                Operand<T>{static_cast<const T *>(segment.left), p.rows, segment.inner, segment.inner, p.wrap, aligned},
-                row, inner);
+            const u32 k = (tile < first_tiles ? tile : tile - first_tiles) * TILE_K<T>;
+            copy_tile<T, false>(stage, operand<T>(segment.left, p.rows, segment.inner, p.wrap, segment.aligned), row, k);
             copy_tile<T, false>(stage + TILE_BYTES,
-                                Operand<T>{static_cast<const T *>(segment.right), p.channels, segment.inner,
-                                           segment.inner, NO_WRAP, aligned},
-                                column, inner);
+                                operand<T>(segment.right, p.channels, segment.inner, NO_WRAP, segment.aligned), column, k);
         },
         [&](const unsigned char *stage, u32 tile) {
             if (TWO && tile >= first_tiles) {
-                multiply_tile<Numbers, false, false>(adapter, stage, stage + TILE_BYTES, NoScale(), NoMore());
+                multiply_tile<Math, false, false>(adapter, stage, stage + TILE_BYTES, NoScale(), NoVisit());
             } else {
-                multiply_tile<Numbers, false, false>(base, stage, stage + TILE_BYTES, NoScale(), NoMore());
+                multiply_tile<Math, false, false>(base, stage, stage + TILE_BYTES, NoScale(), NoVisit());
             }
         });
 
+    // Noise takes the place of the stages.
     const NoiseRows noise_rows(p.noise, p.tokens, row);
     const u32 last = min(row + TILE, p.rows) - 1;
     const bool noisy = p.noise.kind != NOISE_OFF;
     float *z = reinterpret_cast<float *>(shared);
     if (noisy) {
         __syncthreads();
-        fill_noise<PRODUCT_THREADS, TILE / 4>(z, TILE, p.noise, key_of(p.noise), noise_rows.first, noise_rows.place(last) + 1, p.tokens,
-                             column, p.channels, p.z_aligned != 0u);
+        fill_tile_noise(z, p, noise_rows, last, column);
         __syncthreads();
     }
+
+    // Epilogue: y = z * (scale * adapter + bd) + base + b0.
     const ColumnBias<T> base_bias(p.base_bias, column, p.channels), delta_bias(p.delta_bias, column, p.channels);
     const bool only_adapter = !TWO && p.segments[0].adapter != 0u;
-    each_accumulator([&](u32 part, u32 j, u32 i, u32 r, u32 k) {
+    each_accumulator([&](u32 m, u32 n, u32 i, u32 r, u32 k) {
         const float factor = noisy ? z[noise_rows.place(min(row + r, last)) * TILE + k] : 1.0f;
-        float &out = base[part][j][i];
-        const float product = TWO ? adapter[part][j][i] : only_adapter ? out : 0.0f;
-        const float under = only_adapter ? 0.0f : out;
-        out = fmaf(factor, fmaf(p.scale, product, delta_bias.value[j][i % 2]), under + base_bias.value[j][i % 2]);
+        float &out = base[m][n][i];
+        const float under_noise = TWO ? adapter[m][n][i] : only_adapter ? out : 0.0f;
+        const float rest = only_adapter ? 0.0f : out;
+        out = fmaf(factor, fmaf(p.scale, under_noise, delta_bias.value[n][i % 2]), rest + base_bias.value[n][i % 2]);
     });
     store_tile<T>(base, shared, static_cast<T *>(p.y), row, column, p.rows, p.channels, p.aligned != 0u);
 }
 
+// ---- forward, folded
+
+// c += x @ (W0 + z * Wd)^T over one tile along K, with the weight folded in registers. `own`: z of the weight rows of this
+// thread's B fragments.
+template <class Math>
+__device__ __forceinline__ void multiply_folded_tile(Accumulators &c, const unsigned char *stage, const float (&own)[4]) {
+    using T = typename Math::T;
+#pragma unroll
+    for (u32 step = 0; step < K_STEPS; ++step) {
+        typename Math::template FragmentB<4> b;
+#pragma unroll
+        for (u32 pair = 0; pair < 2; ++pair) {
+            u32 base[4], delta[4];
+            load_b<T, false>(base, stage + TILE_BYTES, warp_column() + 16 * pair, step);
+            load_b<T, false>(delta, stage + 2 * TILE_BYTES, warp_column() + 16 * pair, step);
+#pragma unroll
+            for (u32 i = 0; i < 2; ++i) {
+                const u32 n = 2 * pair + i;
+                b.set(n, folded<T>(base[2 * i], delta[2 * i], own[n]),
+                      folded<T>(base[2 * i + 1], delta[2 * i + 1], own[n]));
+            }
+        }
+#pragma unroll
+        for (u32 m = 0; m < 4; ++m) {
+            u32 bits[4];
+            load_a<T, false>(bits, stage, warp_row() + 16 * m, step);
+            Math::multiply(c[m], Math::fragment_a(bits), b);
+        }
+    }
+}
+
 // Rows of a tile belong to one sample; segments are the base and the adapter. tokens = M where there is no noise.
-template <class Numbers> __device__ __forceinline__ void forward_folded(const NoisyLinearParams &p) {
-    using T = typename Numbers::T;
+template <class Math> __device__ __forceinline__ void forward_folded(const NoisyLinearParams &p) {
+    using T = typename Math::T;
     PACE_SHARED(unsigned char, shared);
     float *z = reinterpret_cast<float *>(shared + FOLDED_STAGES * 3 * TILE_BYTES); // of the tile's columns
     const u32 column = blockIdx.x % p.tile_columns * TILE, rest = blockIdx.x / p.tile_columns;
     const u32 tile_rows = (p.tokens - 1) / TILE + 1;
     const u32 sample = rest / tile_rows, row = rest % tile_rows * TILE;
     const u32 first = sample * p.tokens, inner = p.segments[0].inner;
+
+    // The sample's own x, and its z for this thread's columns.
     const T *x = static_cast<const T *>(p.segments[0].left) +
                  static_cast<u64>(first >= p.wrap ? first - p.wrap : first) * inner;
-    const Operand<T> left = {x, p.tokens, inner, inner, NO_WRAP, p.segments[0].aligned != 0u};
-
-    fill_noise<PRODUCT_THREADS, TILE / 4>(z, TILE, p.noise, key_of(p.noise), sample, 1, p.tokens, column, p.channels, p.z_aligned != 0u);
+    const Operand<T> a = operand<T>(x, p.tokens, inner, NO_WRAP, p.segments[0].aligned);
+    fill_noise<THREADS, TILE / 4>(z, p.noise, key_of(p.noise), sample, 1, p.tokens, column, p.channels,
+                                  p.z_aligned != 0u);
     __syncthreads();
-    float own[4]; // z of the weight rows of this thread's right fragments
+    float own[4];
 #pragma unroll
-    for (u32 i = 0; i < 4; ++i) {
-        own[i] = z[warp_column() + 8 * i + lane() / 4];
+    for (u32 n = 0; n < 4; ++n) {
+        own[n] = z[warp_column() + 8 * n + lane() / 4];
     }
+
+    // Mainloop: a stage holds a tile of x, of W0 and of Wd.
     Accumulators c = {};
-    pipeline<FOLDED_STAGES>(
-        shared, 3 * TILE_BYTES, (inner - 1) / INNER<T> + 1,
+    mainloop<FOLDED_STAGES>(
+        shared, 3 * TILE_BYTES, tiles_of<T>(inner),
         [&](unsigned char *stage, u32 tile) {
-            copy_tile<T, false>(stage, left, row, tile * INNER<T>);
+            copy_tile<T, false>(stage, a, row, tile * TILE_K<T>);
 #pragma unroll
             for (u32 i = 0; i < 2; ++i) {
+                const Segment &segment = p.segments[i];
                 copy_tile<T, false>(stage + (1 + i) * TILE_BYTES,
-                                    Operand<T>{static_cast<const T *>(p.segments[i].right), p.channels, inner, inner,
-                                               NO_WRAP, p.segments[i].aligned != 0u},
-                                    column, tile * INNER<T>);
+                                    operand<T>(segment.right, p.channels, inner, NO_WRAP, segment.aligned), column,
+                                    tile * TILE_K<T>);
             }
         },
-        [&](const unsigned char *stage, u32) {
-#pragma unroll
-            for (u32 step = 0; step < STEPS; ++step) {
-                typename Numbers::Right b[4];
-#pragma unroll
-                for (u32 pair = 0; pair < 2; ++pair) {
-                    u32 base[4], delta[4];
-                    load_right<T, false>(base, stage + TILE_BYTES, warp_column() + 16 * pair, step);
-                    load_right<T, false>(delta, stage + 2 * TILE_BYTES, warp_column() + 16 * pair, step);
-#pragma unroll
-                    for (u32 i = 0; i < 2; ++i) {
-                        b[2 * pair + i] =
-                            Numbers::right(folded<T>(base[2 * i], delta[2 * i], own[2 * pair + i]),
-                                           folded<T>(base[2 * i + 1], delta[2 * i + 1], own[2 * pair + i]));
-                    }
-                }
-#pragma unroll
-                for (u32 part = 0; part < 4; ++part) {
-                    u32 bits[4];
-                    load_left<T, false>(bits, stage, warp_row() + 16 * part, step);
-                    Numbers::multiply(c[part], Numbers::left(bits), b);
-                }
-            }
-        });
+        [&](const unsigned char *stage, u32) { multiply_folded_tile<Math>(c, stage, own); });
+
+    // Epilogue: y = c + b0 + z * bd.
     const ColumnBias<T> base_bias(p.base_bias, column, p.channels), delta_bias(p.delta_bias, column, p.channels);
-    each_accumulator([&](u32 part, u32 j, u32 i, u32, u32 k) {
-        c[part][j][i] += fmaf(z[k], delta_bias.value[j][i % 2], base_bias.value[j][i % 2]);
+    each_accumulator([&](u32 m, u32 n, u32 i, u32, u32 k) {
+        c[m][n][i] += fmaf(z[k], delta_bias.value[n][i % 2], base_bias.value[n][i % 2]);
     });
     store_tile<T>(c, shared, static_cast<T *>(p.y) + static_cast<u64>(first) * p.channels, row, column, p.tokens,
                   p.channels, p.aligned != 0u);
 }
 
-// z of the token rows of this thread's left fragments; the inner dimension is the channels.
+// ---- gradient to the input
+
+// z of the token rows of this thread's A fragments; K is the channels.
 template <class T> struct ScaleRows {
     static constexpr bool POSSIBLE = true;
-    static constexpr u32 STRIDE = INNER<T> + 8; // keeps the rows of a fragment in different banks
+    static constexpr u32 STRIDE = TILE_K<T> + 8; // keeps the rows of a fragment in different banks
     bool on;
     const float *z;
     const u32 (&places)[4][2];
-    __device__ __forceinline__ float operator()(u32 part, u32 half, u32 inner) const {
-        return z[places[part][half] * STRIDE + inner];
+    __device__ __forceinline__ float operator()(u32 m, u32 half, u32 k) const {
+        return z[places[m][half] * STRIDE + k];
     }
 };
 
-template <class Numbers> __device__ __forceinline__ void input_gradient(const NoisyLinearInputParams &p) {
-    using T = typename Numbers::T;
-    constexpr u32 STRIDE = ScaleRows<T>::STRIDE;
+// Segment and inner index of a tile along K.
+struct SegmentTile {
+    u32 segment, k;
+};
+
+template <class T>
+__device__ __forceinline__ SegmentTile segment_tile(const NoisyLinearInputParams &p, u32 tile) {
+    u32 segment = 0;
+    for (; segment + 1 < p.count; ++segment) {
+        const u32 tiles = tiles_of<T>(p.segments[segment].inner);
+        if (tile < tiles) {
+            break;
+        }
+        tile -= tiles;
+    }
+    return {segment, tile * TILE_K<T>};
+}
+
+__device__ __forceinline__ bool is_scaled(const NoisyLinearInputParams &p, const Segment &segment) {
+    return segment.adapter != 0u && p.noise.kind != NOISE_OFF;
+}
+
+// z of a tile of g, token rows from `row` to `last`, if its segment is under noise.
+template <class T>
+__device__ __forceinline__ void fill_input_noise(float *z, const NoisyLinearInputParams &p, noise::Key key,
+                                                 SegmentTile at, u32 row, u32 last) {
+    const Segment &segment = p.segments[at.segment];
+    if (is_scaled(p, segment)) {
+        const NoiseRows rows(p.noise, p.tokens, segment.first_row + row);
+        fill_noise<THREADS, TILE_K<T> / 4, ScaleRows<T>::STRIDE>(z, p.noise, key, rows.first,
+                                                                 rows.place(segment.first_row + last) + 1, p.tokens, at.k,
+                                                                 p.channels, p.z_aligned != 0u);
+    }
+}
+
+// c += (z * g) @ W over one tile along K.
+template <class Math>
+__device__ __forceinline__ void multiply_input_tile(Accumulators &c, const unsigned char *stage, const float *z,
+                                                    const NoisyLinearInputParams &p, const Segment &segment, u32 row,
+                                                    u32 last) {
+    // Which rows of z belong to the rows of this thread's A fragments.
+    const NoiseRows rows(p.noise, p.tokens, segment.first_row + row);
+    u32 places[4][2];
+#pragma unroll
+    for (u32 m = 0; m < 4; ++m) {
+#pragma unroll
+        for (u32 half = 0; half < 2; ++half) {
+            const u32 r = row + warp_row() + 16 * m + 8 * half + lane() / 4;
+            places[m][half] = rows.place(segment.first_row + min(r, last));
+        }
+    }
+    multiply_tile<Math, false, true>(c, stage, stage + TILE_BYTES,
+                                     ScaleRows<typename Math::T>{is_scaled(p, segment), z, places}, NoVisit());
+}
+
+template <class Math> __device__ __forceinline__ void input_gradient(const NoisyLinearInputParams &p) {
+    using T = typename Math::T;
     PACE_SHARED(unsigned char, shared);
+    // z of a tile goes to one of two buffers: one is filled while the other is in use.
     float *z = reinterpret_cast<float *>(shared + BACKWARD_STAGES * 2 * TILE_BYTES);
+    constexpr u32 Z_SIZE = TILE * ScaleRows<T>::STRIDE;
     const u32 column = blockIdx.x % p.tile_columns * TILE, row = blockIdx.x / p.tile_columns * TILE;
     const u32 last = min(row + TILE, p.rows) - 1;
     const noise::Key key = key_of(p.noise);
-    // Segment and inner index of a tile.
-    struct Place {
-        u32 segment, inner;
-    };
-    const auto place_of = [&](u32 tile) {
-        u32 segment = 0;
-        for (; segment + 1 < p.count; ++segment) {
-            const u32 tiles = (p.segments[segment].inner - 1) / INNER<T> + 1;
-            if (tile < tiles) {
-                break;
-            }
-            tile -= tiles;
-        }
-        return Place{segment, tile * INNER<T>};
-    };
     u32 tiles = 0;
     for (u32 i = 0; i < p.count; ++i) {
-        tiles += (p.segments[i].inner - 1) / INNER<T> + 1;
+        tiles += tiles_of<T>(p.segments[i].inner);
     }
-    const auto is_scaled = [&](const Segment &segment) { return segment.adapter != 0u && p.noise.kind != NOISE_OFF; };
-    // z of a tile goes to one of two buffers: one is filled while the other is in use.
-    const u32 z_size = TILE * STRIDE;
-    const auto fill = [&](u32 tile) {
-        const Place place = place_of(tile);
-        const Segment &segment = p.segments[place.segment];
-        if (is_scaled(segment)) {
-            const NoiseRows rows(p.noise, p.tokens, segment.first_row + row);
-            fill_noise<PRODUCT_THREADS, INNER<T> / 4>(z + tile % 2 * z_size, STRIDE, p.noise, key, rows.first,
-                                     rows.place(segment.first_row + last) + 1, p.tokens, place.inner, p.channels,
-                                     p.z_aligned != 0u);
-        }
-    };
+
+    // Mainloop over the tiles of all segments.
     Accumulators c = {};
-    fill(0);
-    pipeline<BACKWARD_STAGES>(
+    fill_input_noise<T>(z, p, key, segment_tile<T>(p, 0), row, last);
+    mainloop<BACKWARD_STAGES>(
         shared, 2 * TILE_BYTES, tiles,
         [&](unsigned char *stage, u32 tile) {
-            const Place place = place_of(tile);
-            const Segment &segment = p.segments[place.segment];
-            const bool aligned = segment.aligned != 0u;
-            copy_tile<T, false>(stage,
-                                Operand<T>{static_cast<const T *>(segment.left), p.rows, segment.inner, segment.inner,
-                                           NO_WRAP, aligned},
-                                row, place.inner);
+            const SegmentTile at = segment_tile<T>(p, tile);
+            const Segment &segment = p.segments[at.segment];
+            copy_tile<T, false>(stage, operand<T>(segment.left, p.rows, segment.inner, NO_WRAP, segment.aligned), row,
+                                at.k);
             copy_tile<T, true>(stage + TILE_BYTES,
-                               Operand<T>{static_cast<const T *>(segment.right), segment.inner, p.columns, p.columns,
-                                          NO_WRAP, aligned},
-                               column, place.inner);
+                               operand<T>(segment.right, segment.inner, p.columns, NO_WRAP, segment.aligned), column,
+                               at.k);
         },
         [&](const unsigned char *stage, u32 tile) {
             if (tile + 1 < tiles) {
-                fill(tile + 1);
+                fill_input_noise<T>(z + (tile + 1) % 2 * Z_SIZE, p, key, segment_tile<T>(p, tile + 1), row, last);
             }
-            const Segment &segment = p.segments[place_of(tile).segment];
-            const NoiseRows rows(p.noise, p.tokens, segment.first_row + row);
-            u32 places[4][2];
-#pragma unroll
-            for (u32 part = 0; part < 4; ++part) {
-#pragma unroll
-                for (u32 half = 0; half < 2; ++half) {
-                    const u32 r = row + warp_row() + 16 * part + 8 * half + lane() / 4;
-                    places[part][half] = rows.place(segment.first_row + min(r, last));
-                }
-            }
-            multiply_tile<Numbers, false, true>(
-                c, stage, stage + TILE_BYTES, ScaleRows<T>{is_scaled(segment), z + tile % 2 * z_size, places}, NoMore());
+            const Segment &segment = p.segments[segment_tile<T>(p, tile).segment];
+            multiply_input_tile<Math>(c, stage, z + tile % 2 * Z_SIZE, p, segment, row, last);
         });
-    each_accumulator([&](u32 part, u32 j, u32 i, u32, u32) { c[part][j][i] *= p.scale; });
+
+    each_accumulator([&](u32 m, u32 n, u32 i, u32, u32) { c[m][n][i] *= p.scale; });
     store_tile<T>(c, shared, static_cast<T *>(p.dx), row, column, p.rows, p.columns, p.aligned != 0u);
 }
 
-// z of the channels of this thread's left fragments; the inner dimension is the tokens.
+// ---- gradient to the weight
+
+// z of the channels of this thread's A fragments; K is the tokens.
 struct ScaleColumns {
     static constexpr bool POSSIBLE = true;
     bool on;
     const float *z;
     const u32 *places; // of the tile's tokens
-    __device__ __forceinline__ float operator()(u32 part, u32 half, u32 inner) const {
-        return z[places[inner] * TILE + warp_row() + 16 * part + 8 * half + lane() / 4];
+    __device__ __forceinline__ float operator()(u32 m, u32 half, u32 k) const {
+        return z[places[k] * TILE + warp_row() + 16 * m + 8 * half + lane() / 4];
     }
 };
 
-template <class Numbers> __device__ __forceinline__ void weight_gradient(const NoisyLinearWeightParams &p) {
-    using T = typename Numbers::T;
-    PACE_SHARED(unsigned char, shared);
-    float *z = reinterpret_cast<float *>(shared + BACKWARD_STAGES * 2 * TILE_BYTES);
-    constexpr u32 Z_SIZE = INNER<T> * TILE;
-    u32 *places = reinterpret_cast<u32 *>(z + 2 * Z_SIZE);
-    const u32 column = blockIdx.x % p.tile_columns * TILE, rest = blockIdx.x / p.tile_columns;
-    const u32 channel = rest % p.tile_rows * TILE, part = rest / p.tile_rows;
-    const u32 first = part * p.part, end = min(first + p.part, p.rows);
-    const u32 tiles = (end - first - 1) / INNER<T> + 1;
-    const bool noisy = p.noise.kind != NOISE_OFF;
-    const noise::Key key = key_of(p.noise);
-    const Operand<T> left = {static_cast<const T *>(p.g), end, p.channels, p.channels, NO_WRAP, p.left_aligned != 0u};
-    const Operand<T> right = {static_cast<const T *>(p.x), end, p.columns, p.columns, p.wrap, p.right_aligned != 0u};
-    // z of a tile goes to one of two buffers: one is filled while the other is in use.
-    const auto fill = [&](u32 tile) {
-        if (noisy) {
-            const u32 row = first + tile * INNER<T>, last = min(row + INNER<T>, end) - 1;
-            const NoiseRows rows(p.noise, p.tokens, row);
-            fill_noise<PRODUCT_THREADS, TILE / 4>(z + tile % 2 * Z_SIZE, TILE, p.noise, key, rows.first, rows.place(last) + 1, p.tokens,
-                                 channel, p.channels, p.z_aligned != 0u);
-            if (threadIdx.x < INNER<T>) {
-                places[tile % 2 * INNER<T> + threadIdx.x] = rows.place(min(row + threadIdx.x, last));
+// z of a tile of g, token rows from `row` on of a split that ends at `end`, and which row of z belongs to which token row.
+template <class T>
+__device__ __forceinline__ void fill_weight_noise(float *z, u32 *places, const NoisyLinearWeightParams &p, noise::Key key,
+                                                  u32 row, u32 end, u32 channel) {
+    const u32 last = min(row + TILE_K<T>, end) - 1;
+    const NoiseRows rows(p.noise, p.tokens, row);
+    fill_noise<THREADS, TILE / 4>(z, p.noise, key, rows.first, rows.place(last) + 1, p.tokens, channel, p.channels,
+                                  p.z_aligned != 0u);
+    if (threadIdx.x < TILE_K<T>) {
+        places[threadIdx.x] = rows.place(min(row + threadIdx.x, last));
+    }
+}
+
+// grad_bd of 128 channels from `channel` on, from the first column of the accumulators `sums`.
+template <class T>
+__device__ __forceinline__ void store_bias_gradient(const NoisyLinearWeightParams &p, const float (&sums)[4][1][4],
+                                                    u32 split, u32 channel) {
+#pragma unroll
+    for (u32 m = 0; m < 4; ++m) {
+#pragma unroll
+        for (u32 half = 0; half < 2; ++half) {
+            const u32 n = channel + warp_row() + 16 * m + 8 * half + lane() / 4;
+            if (n < p.channels) {
+                const float sum = sums[m][0][2 * half];
+                if (p.partial != 0u) {
+                    store(static_cast<float *>(p.bias) + static_cast<u64>(split) * p.channels + n, sum);
+                } else {
+                    store(static_cast<T *>(p.bias) + n, from_float<T>(sum));
+                }
             }
         }
+    }
+}
+
+template <class Math> __device__ __forceinline__ void weight_gradient(const NoisyLinearWeightParams &p) {
+    using T = typename Math::T;
+    PACE_SHARED(unsigned char, shared);
+    // z of a tile, and the places of its tokens, go to one of two buffers: one is filled while the other is in use.
+    float *z = reinterpret_cast<float *>(shared + BACKWARD_STAGES * 2 * TILE_BYTES);
+    constexpr u32 Z_SIZE = TILE_K<T> * TILE;
+    u32 *places = reinterpret_cast<u32 *>(z + 2 * Z_SIZE);
+    const u32 column = blockIdx.x % p.tile_columns * TILE, rest = blockIdx.x / p.tile_columns;
+    const u32 channel = rest % p.tile_rows * TILE, split = rest / p.tile_rows;
+    const u32 first = split * p.part, end = min(first + p.part, p.rows);
+    const u32 tiles = tiles_of<T>(end - first);
+    const bool noisy = p.noise.kind != NOISE_OFF;
+    const noise::Key key = key_of(p.noise);
+    const Operand<T> g = operand<T>(p.g, end, p.channels, NO_WRAP, p.left_aligned);
+    const Operand<T> x = operand<T>(p.x, end, p.columns, p.wrap, p.right_aligned);
+    const auto fill = [&](u32 tile) {
+        if (noisy) {
+            fill_weight_noise<T>(z + tile % 2 * Z_SIZE, places + tile % 2 * TILE_K<T>, p, key, first + tile * TILE_K<T>,
+                                 end, channel);
+        }
     };
-    // db is one more column: e^T * (1, ..., 1).
+
+    // Mainloop over the token rows of this split. grad_bd is one more column: e^T @ (1, ..., 1).
     const bool sums_up = p.bias != nullptr && column == 0 && warp_column() == 0;
     float sums[4][1][4] = {};
     Accumulators c = {};
     fill(0);
-    pipeline<BACKWARD_STAGES>(
+    mainloop<BACKWARD_STAGES>(
         shared, 2 * TILE_BYTES, tiles,
         [&](unsigned char *stage, u32 tile) {
-            copy_tile<T, true>(stage, left, channel, first + tile * INNER<T>);
-            copy_tile<T, true>(stage + TILE_BYTES, right, column, first + tile * INNER<T>);
+            copy_tile<T, true>(stage, g, channel, first + tile * TILE_K<T>);
+            copy_tile<T, true>(stage + TILE_BYTES, x, column, first + tile * TILE_K<T>);
         },
         [&](const unsigned char *stage, u32 tile) {
             if (tile + 1 < tiles) {
                 fill(tile + 1);
             }
-            multiply_tile<Numbers, true, true>(
+            multiply_tile<Math, true, true>(
                 c, stage, stage + TILE_BYTES,
-                ScaleColumns{noisy, z + tile % 2 * Z_SIZE, places + tile % 2 * INNER<T>},
-                [&](u32 i, u32, const typename Numbers::Left &a) {
+                ScaleColumns{noisy, z + tile % 2 * Z_SIZE, places + tile % 2 * TILE_K<T>},
+                [&](u32 m, u32, const typename Math::FragmentA &a) {
                     if (sums_up) {
-                        const typename Numbers::Right ones[1] = {Numbers::ones()};
-                        Numbers::multiply(sums[i], a, ones);
+                        typename Math::template FragmentB<1> ones;
+                        ones.set_ones(0);
+                        Math::multiply(sums[m], a, ones);
                     }
                 });
         });
+
+    // Epilogue: results, or fp32 partials [split, N, K] and [split, N].
     if (sums_up && lane() % 4 == 0) {
-#pragma unroll
-        for (u32 i = 0; i < 4; ++i) {
-#pragma unroll
-            for (u32 half = 0; half < 2; ++half) {
-                const u32 n = channel + warp_row() + 16 * i + 8 * half + lane() / 4;
-                if (n < p.channels) {
-                    const float sum = sums[i][0][2 * half];
-                    if (p.partial != 0u) {
-                        store(static_cast<float *>(p.bias) + static_cast<u64>(part) * p.channels + n, sum);
-                    } else {
-                        store(static_cast<T *>(p.bias) + n, from_float<T>(sum));
-                    }
-                }
-            }
-        }
+        store_bias_gradient<T>(p, sums, split, channel);
     }
     if (p.partial != 0u) {
-        float *out = static_cast<float *>(p.weight) + static_cast<u64>(part) * p.channels * p.columns;
+        float *out = static_cast<float *>(p.weight) + static_cast<u64>(split) * p.channels * p.columns;
         store_tile<float>(c, shared, out, channel, column, p.channels, p.columns, p.aligned != 0u);
     } else {
         store_tile<T>(c, shared, static_cast<T *>(p.weight), channel, column, p.channels, p.columns, p.aligned != 0u);
     }
 }
 
+PACE_GEMM_KERNELS(noisy_linear_one, NoisyLinearParams, (THREADS), forward<Math, false>(p))
+PACE_GEMM_KERNELS(noisy_linear_two, NoisyLinearParams, (THREADS), forward<Math, true>(p))
+PACE_GEMM_KERNELS(noisy_linear_folded, NoisyLinearParams, (THREADS), forward_folded<Math>(p))
+PACE_GEMM_KERNELS(noisy_linear_input, NoisyLinearInputParams, (THREADS), input_gradient<Math>(p))
+PACE_GEMM_KERNELS(noisy_linear_weight, NoisyLinearWeightParams, (THREADS), weight_gradient<Math>(p))
+
 } // namespace sm80
 } // namespace pace
-
-PACE_KERNEL(noisy_linear_one_f32, pace::NoisyLinearParams, 256) { pace::sm80::forward<pace::sm80::Float32, false>(p); }
-PACE_KERNEL(noisy_linear_one_tf32, pace::NoisyLinearParams, 256) { pace::sm80::forward<pace::sm80::Tf32, false>(p); }
-PACE_KERNEL(noisy_linear_one_f16, pace::NoisyLinearParams, 256) { pace::sm80::forward<pace::sm80::SixteenBit<pace::f16>, false>(p); }
-PACE_KERNEL(noisy_linear_one_bf16, pace::NoisyLinearParams, 256) { pace::sm80::forward<pace::sm80::SixteenBit<pace::bf16>, false>(p); }
-PACE_KERNEL(noisy_linear_two_f32, pace::NoisyLinearParams, 256) { pace::sm80::forward<pace::sm80::Float32, true>(p); }
-PACE_KERNEL(noisy_linear_two_tf32, pace::NoisyLinearParams, 256) { pace::sm80::forward<pace::sm80::Tf32, true>(p); }
-PACE_KERNEL(noisy_linear_two_f16, pace::NoisyLinearParams, 256) { pace::sm80::forward<pace::sm80::SixteenBit<pace::f16>, true>(p); }
-PACE_KERNEL(noisy_linear_two_bf16, pace::NoisyLinearParams, 256) { pace::sm80::forward<pace::sm80::SixteenBit<pace::bf16>, true>(p); }
-PACE_KERNEL(noisy_linear_folded_f32, pace::NoisyLinearParams, 256) { pace::sm80::forward_folded<pace::sm80::Float32>(p); }
-PACE_KERNEL(noisy_linear_folded_tf32, pace::NoisyLinearParams, 256) { pace::sm80::forward_folded<pace::sm80::Tf32>(p); }
-PACE_KERNEL(noisy_linear_folded_f16, pace::NoisyLinearParams, 256) { pace::sm80::forward_folded<pace::sm80::SixteenBit<pace::f16>>(p); }
-PACE_KERNEL(noisy_linear_folded_bf16, pace::NoisyLinearParams, 256) { pace::sm80::forward_folded<pace::sm80::SixteenBit<pace::bf16>>(p); }
-PACE_KERNEL(noisy_linear_input_f32, pace::NoisyLinearInputParams, 256) { pace::sm80::input_gradient<pace::sm80::Float32>(p); }
-PACE_KERNEL(noisy_linear_input_tf32, pace::NoisyLinearInputParams, 256) { pace::sm80::input_gradient<pace::sm80::Tf32>(p); }
-PACE_KERNEL(noisy_linear_input_f16, pace::NoisyLinearInputParams, 256) { pace::sm80::input_gradient<pace::sm80::SixteenBit<pace::f16>>(p); }
-PACE_KERNEL(noisy_linear_input_bf16, pace::NoisyLinearInputParams, 256) { pace::sm80::input_gradient<pace::sm80::SixteenBit<pace::bf16>>(p); }
-PACE_KERNEL(noisy_linear_weight_f32, pace::NoisyLinearWeightParams, 256) { pace::sm80::weight_gradient<pace::sm80::Float32>(p); }
-PACE_KERNEL(noisy_linear_weight_tf32, pace::NoisyLinearWeightParams, 256) { pace::sm80::weight_gradient<pace::sm80::Tf32>(p); }
-PACE_KERNEL(noisy_linear_weight_f16, pace::NoisyLinearWeightParams, 256) { pace::sm80::weight_gradient<pace::sm80::SixteenBit<pace::f16>>(p); }
-PACE_KERNEL(noisy_linear_weight_bf16, pace::NoisyLinearWeightParams, 256) { pace::sm80::weight_gradient<pace::sm80::SixteenBit<pace::bf16>>(p); }

@@ -1,9 +1,9 @@
 //! Devices: opening one, and launching plans on it.
 
-use super::KERNELS;
 use super::buffer::DType;
 use super::cublaslt::{self, CublasLt};
 use super::gpu::{Family, Gpu};
+use super::kernel::KERNELS;
 use super::plan::{Launch, Plan, Step, TensorMap};
 use crate::error::{Error, Result};
 use cudarc::driver::{CudaContext, CudaFunction, CudaStream, DriverError};
@@ -228,7 +228,7 @@ fn load_kernels(context: &Arc<CudaContext>, gpu: &Gpu) -> Result<HashMap<&'stati
         let module = context
             .load_module(Ptx::from_binary(image.to_vec()))
             .map_err(|error| driver_error("load the kernels", error))?;
-        for kernel in KERNELS.iter().copied().flatten().filter(|kernel| kernel.file == file) {
+        for kernel in KERNELS.iter().filter(|kernel| kernel.file == file) {
             let function = module
                 .load_function(kernel.name)
                 .map_err(|error| driver_error("find a kernel that was just loaded", error))?;

@@ -3,20 +3,13 @@
 use super::borrows::Borrows;
 use super::buffer::{Address, Buffer, DType, Direction, Element, MAX_ROWS, grid};
 use super::device::Device;
-use super::kernel::Kernel;
+use super::kernel::table;
 use super::plan::{Launch, Plan};
 use crate::error::{Error, Result};
 use crate::noise::{Key, check_samples, keep_threshold};
 use crate::shape::{nonzero, product};
 use bytemuck::{Pod, Zeroable};
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
-
-const fn kernel(name: &'static str) -> Kernel {
-    Kernel { file: "drop_path", name }
-}
-
-pub(super) const KERNELS: [Kernel; 3] =
-    [kernel("drop_path_f32"), kernel("drop_path_f16"), kernel("drop_path_bf16")];
 
 /// Threads of a block.
 const THREADS: usize = 256;
@@ -155,7 +148,8 @@ impl DropPath {
         }
         // A double per warp.
         let shared = THREADS / 32 * 8;
-        Ok(Launch::new(dtype.choose(KERNELS), grid(x, y), [THREADS as u32, 1, 1], shared, &params).into())
+        Ok(Launch::new(table::DROP_PATH.choose(dtype), grid(x, y), [THREADS as u32, 1, 1], shared, &params)
+            .into())
     }
 }
 

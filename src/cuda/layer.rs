@@ -2,6 +2,7 @@
 
 use super::buffer::{Base, Buffer, DType, Named};
 use super::gpu::Gpu;
+use super::kernel::{GemmKernels, Kernel};
 use super::noise_source::{NoiseSource, Source};
 use crate::error::Result;
 use crate::shape::LinearShape;
@@ -12,6 +13,13 @@ pub(super) struct Arithmetic {
     pub(super) dtype: DType,
     /// Whether `f32` is multiplied as TF32.
     pub(super) allow_tf32: bool,
+}
+
+impl Arithmetic {
+    /// The kernel that multiplies so.
+    pub(super) fn choose(self, kernels: GemmKernels) -> Kernel {
+        kernels.choose(self.dtype, self.allow_tf32)
+    }
 }
 
 /// What one pass of a layer runs with, checked.

@@ -1,25 +1,13 @@
 //! What goes between a library's GEMMs in a layer under noise; plans `kernels/layer_epilogue.cu`.
 
 use super::buffer::{Address, Buffer, DType, grid, rows_are_aligned};
-use super::kernel::Kernel;
+use super::kernel::table;
 use super::layer::Pass;
 use super::noise_source::NoiseSource;
 use super::partial_sums::partial_sums;
 use super::plan::{Launch, Plan};
 use crate::shape::LinearShape;
 use bytemuck::{Pod, Zeroable};
-
-const fn kernel(name: &'static str) -> Kernel {
-    Kernel { file: "layer_epilogue", name }
-}
-
-pub(super) const FORWARD: [Kernel; 3] =
-    [kernel("layer_epilogue_f32"), kernel("layer_epilogue_f16"), kernel("layer_epilogue_bf16")];
-pub(super) const BACKWARD: [Kernel; 3] = [
-    kernel("layer_epilogue_backward_f32"),
-    kernel("layer_epilogue_backward_f16"),
-    kernel("layer_epilogue_backward_bf16"),
-];
 
 /// Threads of a block.
 const THREADS: usize = 256;
@@ -96,7 +84,7 @@ impl Forward {
             aligned: is_aligned(shape, pass, &[base, input, bias, output]),
             ..params(shape, pass, &tiles)
         };
-        Launch::new(dtype.choose(FORWARD), tiles.grid, tiles.block, 0, &params)
+        Launch::new(table::LAYER_EPILOGUE.choose(dtype), tiles.grid, tiles.block, 0, &params)
     }
 }
 
@@ -134,8 +122,13 @@ impl Backward {
         };
         // A thread's sums of the channels of its column.
         let shared = if self.bias.is_some() { THREADS * 16 / dtype.bytes() * 4 } else { 0 };
-        let mut plan =
-            Plan::from(Launch::new(dtype.choose(BACKWARD), tiles.grid, tiles.block, shared, &params));
+        let mut plan = Plan::from(Launch::new(
+            table::LAYER_EPILOGUE_BACKWARD.choose(dtype),
+            tiles.grid,
+            tiles.block,
+            shared,
+            &params,
+        ));
         if let Some((bias, partial)) = self.bias {
             plan.push(partial_sums(partial, tiles.parts(), bias, dtype));
         }

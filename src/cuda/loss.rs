@@ -3,23 +3,13 @@
 use super::borrows::Borrows;
 use super::buffer::{Address, Buffer, DType, Element, Named, check_disjoint};
 use super::device::Device;
-use super::kernel::Kernel;
+use super::kernel::{Kernels, table};
 use super::plan::{Launch, Plan};
 use crate::cpu::{check_label_smoothing, check_lambda, history_rows};
 use crate::error::{Error, Result};
 use crate::shape::{nonzero, product};
 use bytemuck::{Pod, Zeroable};
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
-
-const fn kernel(name: &'static str) -> Kernel {
-    Kernel { file: "loss", name }
-}
-
-pub(super) const WHOLE: [Kernel; 3] = [kernel("loss_f32"), kernel("loss_f16"), kernel("loss_bf16")];
-pub(super) const SCAN: [Kernel; 3] =
-    [kernel("loss_scan_f32"), kernel("loss_scan_f16"), kernel("loss_scan_bf16")];
-pub(super) const APPLY: [Kernel; 3] =
-    [kernel("loss_apply_f32"), kernel("loss_apply_f16"), kernel("loss_apply_bf16")];
 
 /// `ELEMENTS` of the kernels: what a thread holds of a row.
 const ELEMENTS: usize = 8;
@@ -197,19 +187,19 @@ impl Loss {
             spread: (label_smoothing / classes as f64) as f32,
             pull: (2.0 * lambda / batch as f64) as f32,
         };
-        let launch = |kernels: [Kernel; 3], columns: usize| {
+        let launch = |kernels: Kernels, columns: usize| {
             let rows = batch.div_ceil(groups).min((MAX_BLOCKS / columns).max(1));
             let (grid, block) = ([columns as u32, rows as u32, 1], [threads as u32, 1, 1]);
             let shared = 4 * (SHARED_WORDS * threads / WARP + 1);
-            Launch::new(self.dtype.choose(kernels), grid, block, shared, &params)
+            Launch::new(kernels.choose(self.dtype), grid, block, shared, &params)
         };
         if slices == 1 {
-            return Ok(launch(WHOLE, 1).into());
+            return Ok(launch(table::LOSS, 1).into());
         }
         // Without something to write for every element, one block per row combines what the first launch found.
         let writes = self.gradient.is_some() || history.is_some();
-        let mut plan = Plan::from(launch(SCAN, slices));
-        plan.push(launch(APPLY, if writes { slices } else { 1 }));
+        let mut plan = Plan::from(launch(table::LOSS_SCAN, slices));
+        plan.push(launch(table::LOSS_APPLY, if writes { slices } else { 1 }));
         Ok(plan)
     }
 

@@ -7,7 +7,7 @@ use super::buffer::{
     Address, Buffer, DType, Element, MAX_ROWS, Named, check_disjoint, grid, rows_are_aligned,
 };
 use super::device::Device;
-use super::kernel::Kernel;
+use super::kernel::{Kernel, table};
 use super::partial_sums::partial_sums;
 use super::plan::{Launch, Plan};
 use crate::cpu::check_scale;
@@ -15,18 +15,6 @@ use crate::error::{Error, Result};
 use crate::shape::{nonzero, product};
 use bytemuck::{Pod, Zeroable};
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
-
-const fn kernel(name: &'static str) -> Kernel {
-    Kernel { file: "weights", name }
-}
-
-pub(super) const LOW_RANK: [Kernel; 3] =
-    [kernel("low_rank_weight_f32"), kernel("low_rank_weight_f16"), kernel("low_rank_weight_bf16")];
-pub(super) const LOW_RANK_BACKWARD: [Kernel; 3] = [
-    kernel("low_rank_weight_backward_f32"),
-    kernel("low_rank_weight_backward_f16"),
-    kernel("low_rank_weight_backward_bf16"),
-];
 
 const WARP: usize = 32;
 /// Warps of a block that shares rows, and the rows of such a block.
@@ -220,7 +208,14 @@ impl LoraFactors<Buffer> {
         let grid = grid(k.div_ceil(WARP * 16 / dtype.bytes()), n.div_ceil(TILE));
         // A chunk of U and of D.
         let shared = RANKS * (fours(dtype) * WARP * 16 + TILE * 4);
-        Ok(Launch::new(dtype.choose(LOW_RANK), grid, [(WARPS * WARP) as u32, 1, 1], shared, &params).into())
+        Ok(Launch::new(
+            table::LOW_RANK_WEIGHT.choose(dtype),
+            grid,
+            [(WARPS * WARP) as u32, 1, 1],
+            shared,
+            &params,
+        )
+        .into())
     }
 
     /// The plan that computes `dD = scale·Q·Uᵀ` and `dU = scale·Dᵀ·Q` from the gradient of [`weight`](Self::weight)'s
@@ -269,7 +264,7 @@ impl LoraFactors<Buffer> {
             part: 0,
             aligned: u32::from(rows_are_aligned(dtype, k, &[grad, base, up.into(), up_partial])),
         };
-        let kernel = dtype.choose(LOW_RANK_BACKWARD);
+        let kernel = table::LOW_RANK_WEIGHT_BACKWARD.choose(dtype);
         let mut plan = Plan::from(parts.launch(kernel, dtype, BACKWARD_RANKS, params));
         plan.push(partial_sums(down_partial, parts.strips, grads.down, dtype));
         plan.push(partial_sums(up_partial, parts.parts, grads.up, dtype));

@@ -3,18 +3,12 @@
 use super::borrows::Borrows;
 use super::buffer::{Address, Buffer, DType, Element, check_disjoint};
 use super::device::Device;
-use super::kernel::Kernel;
+use super::kernel::table;
 use super::plan::{Launch, Plan};
 use crate::error::Result;
 use crate::shape::product;
 use bytemuck::{Pod, Zeroable};
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
-
-const fn kernel(name: &'static str) -> Kernel {
-    Kernel { file: "weights", name }
-}
-
-pub(super) const MERGE: [Kernel; 3] = [kernel("merge_f32"), kernel("merge_f16"), kernel("merge_bf16")];
 
 const THREADS: usize = 256;
 /// Vectors of one thread, and the blocks that are enough for every device.
@@ -79,7 +73,7 @@ impl Merge {
             },
             aligned: u32::from(target.is_vector_aligned() && delta.is_vector_aligned()),
         };
-        let kernel = dtype.choose(MERGE);
+        let kernel = table::MERGE.choose(dtype);
         Ok(Launch::new(kernel, [blocks as u32, 1, 1], [THREADS as u32, 1, 1], 0, &params).into())
     }
 }

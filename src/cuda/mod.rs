@@ -94,7 +94,7 @@ pub(crate) use device::{keeping_context, probe_driver};
 pub use drop_path::{DropPath, Mask, MaskSource};
 pub use gemm::{Gemm, Matrix, Workspace};
 pub use gpu::{Family, Gpu};
-pub use kernel::Kernel;
+pub use kernel::{KERNELS, Kernel};
 pub use loss::{Consistency, Finding, Loss, LossOutputs, LossSettings, LossStatus, Partner};
 pub use low_rank_linear::{LowRankGrads, LowRankLinear};
 pub use low_rank_weight::{LoraFactors, LoraGrads};
@@ -107,36 +107,3 @@ pub use norms::{FpDistance, GradNorm};
 pub use plan::{Launch, Params, Plan, Step, TensorMap};
 pub use prompt_bias::{PromptBias, PromptGrads};
 pub use select::{Problem, select};
-
-/// Every kernel, by operator.
-pub const KERNELS: &[&[Kernel]] = &[
-    &low_rank_linear::sm80::FORWARD[0],
-    &low_rank_linear::sm80::FORWARD[1],
-    &low_rank_linear::sm80::FACTORS[0],
-    &low_rank_linear::sm80::FACTORS[1],
-    &drop_path::KERNELS,
-    &layer_epilogue::FORWARD,
-    &layer_epilogue::BACKWARD,
-    &loss::WHOLE,
-    &loss::SCAN,
-    &loss::APPLY,
-    &[noise_fill::KERNEL],
-    &noisy_epilogue::FORWARD,
-    &noisy_epilogue::BACKWARD,
-    &noisy_linear::sm80::ONE,
-    &noisy_linear::sm80::TWO,
-    &noisy_linear::sm80::FOLDED,
-    &noisy_linear::sm80::INPUT,
-    &noisy_linear::sm80::WEIGHT,
-    &norms::GRAD_NORM,
-    &norms::FP_DISTANCE,
-    &[norms::TOTAL],
-    &partial_sums::KERNELS,
-    &low_rank_weight::LOW_RANK,
-    &low_rank_weight::LOW_RANK_BACKWARD,
-    &prompt_bias::PROMPT_PRODUCT,
-    &prompt_bias::PROMPT_BIAS,
-    &prompt_bias::PROMPT_COLUMNS,
-    &prompt_bias::PROMPT_GRADS,
-    &merge::MERGE,
-];

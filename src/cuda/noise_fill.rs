@@ -3,7 +3,7 @@
 use super::borrows::Borrows;
 use super::buffer::{Address, Buffer, check_output_shape, grid};
 use super::device::Device;
-use super::kernel::Kernel;
+use super::kernel::table;
 use super::noise_source::{NoiseSource, Source};
 use super::plan::{Launch, Plan};
 use crate::error::Result;
@@ -11,8 +11,6 @@ use crate::noise::{Generator, NoiseShape};
 use crate::shape::LinearShape;
 use bytemuck::{Pod, Zeroable};
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
-
-pub(super) const KERNEL: Kernel = Kernel { file: "noise_fill", name: "noise_fill" };
 
 /// Threads of a block, at most.
 const THREADS: usize = 256;
@@ -78,7 +76,7 @@ impl NoiseFill {
             aligned: u32::from(channels.is_multiple_of(4) && self.z.is_vector_aligned()),
         };
         let grid = grid(groups.div_ceil(x), rows.div_ceil(y));
-        Ok(Launch::new(KERNEL, grid, [x as u32, y as u32, 1], 0, &params).into())
+        Ok(Launch::new(table::NOISE_FILL, grid, [x as u32, y as u32, 1], 0, &params).into())
     }
 }
 

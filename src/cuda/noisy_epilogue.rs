@@ -3,25 +3,13 @@
 use super::borrows::{Borrows, Noise};
 use super::buffer::{Address, Buffer, DType, Direction, Element, check_output_shape, grid};
 use super::device::Device;
-use super::kernel::Kernel;
+use super::kernel::table;
 use super::noise_source::{NoiseSource, Source};
 use super::plan::{Launch, Plan};
 use crate::error::{Error, Result};
 use crate::shape::LinearShape;
 use bytemuck::{Pod, Zeroable};
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
-
-const fn kernel(name: &'static str) -> Kernel {
-    Kernel { file: "noisy_epilogue", name }
-}
-
-pub(super) const FORWARD: [Kernel; 3] =
-    [kernel("noisy_epilogue_f32"), kernel("noisy_epilogue_f16"), kernel("noisy_epilogue_bf16")];
-pub(super) const BACKWARD: [Kernel; 3] = [
-    kernel("noisy_epilogue_backward_f32"),
-    kernel("noisy_epilogue_backward_f16"),
-    kernel("noisy_epilogue_backward_bf16"),
-];
 
 /// Threads of a block, at most.
 const THREADS: usize = 256;
@@ -78,8 +66,8 @@ impl NoisyEpilogue {
         let noise = self.noise.plan(&shape)?;
         let (m, n, bytes) = (shape.out_rows(), shape.out_features, self.dtype.bytes());
         let (input, output, kernels) = match self.direction {
-            Direction::Forward => ("a", "y", FORWARD),
-            Direction::Backward => ("dy", "da", BACKWARD),
+            Direction::Forward => ("a", "y", table::NOISY_EPILOGUE),
+            Direction::Backward => ("dy", "da", table::NOISY_EPILOGUE_BACKWARD),
         };
         self.input.check(input, "[M, N]", m * n, bytes)?;
         self.output.check(output, "[M, N]", m * n, bytes)?;
@@ -111,7 +99,7 @@ impl NoisyEpilogue {
         };
         let grid = grid(columns.div_ceil(x), (shape.samples() * chunks).div_ceil(z));
         let block = [x as u32, y as u32, z as u32];
-        Ok(Launch::new(self.dtype.choose(kernels), grid, block, 0, &params).into())
+        Ok(Launch::new(kernels.choose(self.dtype), grid, block, 0, &params).into())
     }
 }
 

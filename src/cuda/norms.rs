@@ -3,22 +3,12 @@
 use super::borrows::Borrows;
 use super::buffer::{Address, Buffer, DType, Element, Named, check_disjoint};
 use super::device::Device;
-use super::kernel::Kernel;
+use super::kernel::{Kernel, table};
 use super::plan::{Launch, Plan};
 use crate::error::{Error, Result};
 use crate::shape::{nonzero, product};
 use bytemuck::{Pod, Zeroable};
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
-
-const fn kernel(name: &'static str) -> Kernel {
-    Kernel { file: "norms", name }
-}
-
-pub(super) const GRAD_NORM: [Kernel; 3] =
-    [kernel("grad_norm_f32"), kernel("grad_norm_f16"), kernel("grad_norm_bf16")];
-pub(super) const FP_DISTANCE: [Kernel; 3] =
-    [kernel("fp_distance_f32"), kernel("fp_distance_f16"), kernel("fp_distance_bf16")];
-pub(super) const TOTAL: Kernel = kernel("norm_total");
 
 const THREADS: usize = 256;
 const TOTAL_THREADS: usize = 1024;
@@ -119,7 +109,13 @@ fn total(partial: Buffer, parts: usize, out: Buffer, divisor: Option<usize>) -> 
         parts: parts as u32,
         root: u32::from(divisor.is_none()),
     };
-    Launch::new(TOTAL, [1, 1, 1], [TOTAL_THREADS as u32, 1, 1], TOTAL_THREADS / WARP * WIDE, &params)
+    Launch::new(
+        table::NORM_TOTAL,
+        [1, 1, 1],
+        [TOTAL_THREADS as u32, 1, 1],
+        TOTAL_THREADS / WARP * WIDE,
+        &params,
+    )
 }
 
 /// A launch that has a block for each of `chunks` chunks.
@@ -165,7 +161,7 @@ impl GradNorm<'_> {
                 chunks += gradient.len.div_ceil(CHUNK) as u32;
             }
             partial = partial.offset(chunks as usize * WIDE);
-            plan.push(chunked(dtype.choose(GRAD_NORM), chunks, &params));
+            plan.push(chunked(table::GRAD_NORM.choose(dtype), chunks, &params));
         }
         plan.push(total(workspace, parts, norm, None));
         Ok(plan)
@@ -203,7 +199,7 @@ impl FpDistance {
             aligned: u32::from(fine_tuned.is_vector_aligned() && pre_trained.is_vector_aligned()),
             reserved: 0,
         };
-        let mut plan = Plan::from(chunked(dtype.choose(FP_DISTANCE), parts as u32, &params));
+        let mut plan = Plan::from(chunked(table::FP_DISTANCE.choose(dtype), parts as u32, &params));
         plan.push(total(workspace, parts, distance, Some(samples)));
         Ok(plan)
     }

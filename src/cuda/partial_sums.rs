@@ -1,16 +1,9 @@
 //! Sums of partial results in their order; plans `kernels/partial_sums.cu`.
 
 use super::buffer::{Address, Buffer, DType};
-use super::kernel::Kernel;
+use super::kernel::table;
 use super::plan::Launch;
 use bytemuck::{Pod, Zeroable};
-
-const fn kernel(name: &'static str) -> Kernel {
-    Kernel { file: "partial_sums", name }
-}
-
-pub(super) const KERNELS: [Kernel; 3] =
-    [kernel("partial_sums_f32"), kernel("partial_sums_f16"), kernel("partial_sums_bf16")];
 
 const THREADS: usize = 256;
 /// Elements of one thread.
@@ -36,7 +29,7 @@ pub struct PartialSumsParams {
 pub(super) fn partial_sums(partial: Address, parts: usize, out: Buffer, dtype: DType) -> Launch {
     let groups = (parts / MIN_RUN + 1).next_power_of_two().div_ceil(2).min(MAX_GROUPS);
     Launch::new(
-        dtype.choose(KERNELS),
+        table::PARTIAL_SUMS.choose(dtype),
         [out.len.div_ceil(THREADS / groups * WIDTH) as u32, 1, 1],
         [THREADS as u32, 1, 1],
         if groups > 1 { THREADS * WIDTH * 4 } else { 0 },

@@ -3,32 +3,13 @@
 use super::borrows::Borrows;
 use super::buffer::{Address, Buffer, DType, Element, Named, check_disjoint, rows_are_aligned};
 use super::device::Device;
-use super::kernel::Kernel;
+use super::kernel::{Kernels, table};
 use super::low_rank_weight::{LowRankBackwardParams, Parts, check_sizes, check_workspace, factor};
 use super::partial_sums::partial_sums;
 use super::plan::{Launch, Plan};
 use crate::error::Result;
 use bytemuck::{Pod, Zeroable};
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
-
-const fn kernel(name: &'static str) -> Kernel {
-    Kernel { file: "weights", name }
-}
-
-pub(super) const PROMPT_PRODUCT: [Kernel; 3] = [
-    kernel("prompt_bias_product_f32"),
-    kernel("prompt_bias_product_f16"),
-    kernel("prompt_bias_product_bf16"),
-];
-pub(super) const PROMPT_BIAS: [Kernel; 3] =
-    [kernel("prompt_bias_f32"), kernel("prompt_bias_f16"), kernel("prompt_bias_bf16")];
-pub(super) const PROMPT_COLUMNS: [Kernel; 3] = [
-    kernel("prompt_bias_columns_f32"),
-    kernel("prompt_bias_columns_f16"),
-    kernel("prompt_bias_columns_bf16"),
-];
-pub(super) const PROMPT_GRADS: [Kernel; 3] =
-    [kernel("prompt_bias_grads_f32"), kernel("prompt_bias_grads_f16"), kernel("prompt_bias_grads_bf16")];
 
 const WARP: usize = 32;
 const THREADS: usize = 256;
@@ -149,27 +130,29 @@ impl PromptBias<Buffer> {
         let outputs = [("out", out), ("workspace", workspace.in_elements_of(bytes))];
         check_disjoint(&inputs, &outputs, bytes)?;
         // A matrix, its sizes, a vector, and where their product goes.
-        let launch = |kernels, matrix: Buffer, (rows, columns): (usize, usize), vector, out, biases| {
-            let [base_bias, delta_bias]: [Option<Buffer>; 2] = biases;
-            let params = PromptBiasParams {
-                matrix: matrix.into(),
-                vector,
-                base_bias: base_bias.into(),
-                delta_bias: delta_bias.into(),
-                out,
-                rows: rows as u32,
-                columns: columns as u32,
-                aligned: u32::from(rows_are_aligned(dtype, columns, &[matrix.into(), vector])),
-                reserved: 0,
+        let launch =
+            |kernels: Kernels, matrix: Buffer, (rows, columns): (usize, usize), vector, out, biases| {
+                let [base_bias, delta_bias]: [Option<Buffer>; 2] = biases;
+                let params = PromptBiasParams {
+                    matrix: matrix.into(),
+                    vector,
+                    base_bias: base_bias.into(),
+                    delta_bias: delta_bias.into(),
+                    out,
+                    rows: rows as u32,
+                    columns: columns as u32,
+                    aligned: u32::from(rows_are_aligned(dtype, columns, &[matrix.into(), vector])),
+                    reserved: 0,
+                };
+                let grid = [rows.div_ceil(THREADS / WARP) as u32, 1, 1];
+                Launch::new(kernels.choose(dtype), grid, [THREADS as u32, 1, 1], 0, &params)
             };
-            let grid = [rows.div_ceil(THREADS / WARP) as u32, 1, 1];
-            Launch::new(dtype.choose(kernels), grid, [THREADS as u32, 1, 1], 0, &params)
-        };
         let prompt = Address::from(workspace);
         let biases = [self.base_bias, self.delta_bias];
         let up = self.prompt_up.into();
-        let mut plan = Plan::from(launch(PROMPT_PRODUCT, self.prompt_down, (k, r), up, prompt, [None; 2]));
-        plan.push(launch(PROMPT_BIAS, self.base_weight, (n, k), prompt, out.into(), biases));
+        let mut plan =
+            Plan::from(launch(table::PROMPT_BIAS_PRODUCT, self.prompt_down, (k, r), up, prompt, [None; 2]));
+        plan.push(launch(table::PROMPT_BIAS, self.base_weight, (n, k), prompt, out.into(), biases));
         Ok(plan)
     }
 
@@ -235,9 +218,9 @@ impl PromptBias<Buffer> {
             reserved: 0,
         };
         let (grid, block) = ([blocks as u32, 1, 1], [THREADS as u32, 1, 1]);
-        let mut plan = Plan::from(parts.launch(dtype.choose(PROMPT_COLUMNS), dtype, 1, columns));
+        let mut plan = Plan::from(parts.launch(table::PROMPT_BIAS_COLUMNS.choose(dtype), dtype, 1, columns));
         plan.push(partial_sums(partial, parts.parts, q, DType::F32));
-        plan.push(Launch::new(dtype.choose(PROMPT_GRADS), grid, block, THREADS * 4, &params));
+        plan.push(Launch::new(table::PROMPT_BIAS_GRADS.choose(dtype), grid, block, THREADS * 4, &params));
         plan.push(partial_sums(up_partial, blocks, grads.prompt_up, dtype));
         Ok(plan)
     }

@@ -7,7 +7,7 @@
 #[path = "../../build/kernels.rs"]
 mod kernels;
 
-use kernels::{Source, sources};
+use kernels::{Group, Source, all_groups, sources};
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
@@ -44,12 +44,13 @@ fn main() {
     println!("cargo:rerun-if-changed={}", here.join("../../build/kernels.rs").display());
     for folder in [&kernels, &here.join("kernels")] {
         println!("cargo:rerun-if-changed={}", folder.display());
-        for file in sources(folder).expect("a folder of kernels") {
+        let files = sources(folder).expect("a folder of kernels");
+        for file in &files {
             // The extension would make the compiler look for CUDA.
-            build.file(as_cpp(&file, &out));
-            let source = std::fs::read_to_string(&file.path).expect("a readable kernel");
-            for rest in source.split("\nPACE_KERNEL(").skip(1) {
-                let name = rest.split(',').next().expect("split gives one part at least").trim();
+            build.file(as_cpp(file, &out));
+        }
+        for (_, groups) in all_groups(&files).expect("kernels with names of their own") {
+            for name in groups.iter().flat_map(Group::kernels) {
                 let _ = writeln!(declarations, "    fn pace_simt_run_{name}(params: *const u8);");
                 let _ = writeln!(declarations, "    safe fn pace_simt_bytes_{name}() -> usize;");
                 let _ = writeln!(

@@ -1,7 +1,7 @@
 //! Low-rank noisy linear layer: LoRA add under noise.
 
 mod cublaslt;
-pub(super) mod sm80;
+mod sm80;
 
 use super::borrows::{Borrows, Noise};
 use super::buffer::{Base, Buffer, DType, Element, MAX_ROWS, Named, check_disjoint, check_linear_shape};

@@ -3,50 +3,20 @@
 
 use super::{LowRankGrads, LowRankLinear};
 use crate::cuda::buffer::{Address, Buffer, DType, rows_are_aligned};
-use crate::cuda::kernel::Kernel;
+use crate::cuda::kernel::{GemmKernels, table};
 use crate::cuda::layer::Pass;
 use crate::cuda::noise_source::{NoiseSource, Source};
-use crate::cuda::noisy_linear::sm80::{Forward, Input, Products, THREADS, TILE, Weight, blocks, choose};
+use crate::cuda::noisy_linear::sm80::{Forward, Input, THREADS, TILE, Weight, blocks};
 use crate::cuda::partial_sums::partial_sums;
 use crate::cuda::plan::{Launch, Plan};
 use crate::error::Result;
 use crate::shape::LinearShape;
 use bytemuck::{Pod, Zeroable};
 
-const fn kernel(name: &'static str) -> Kernel {
-    Kernel { file: "sm80/low_rank_linear", name }
-}
-
 /// Forward pass, up to rank 16 and 32.
-pub(in crate::cuda) const FORWARD: [Products; 2] = [
-    [
-        kernel("low_rank_linear_16_f32"),
-        kernel("low_rank_linear_16_tf32"),
-        kernel("low_rank_linear_16_f16"),
-        kernel("low_rank_linear_16_bf16"),
-    ],
-    [
-        kernel("low_rank_linear_32_f32"),
-        kernel("low_rank_linear_32_tf32"),
-        kernel("low_rank_linear_32_f16"),
-        kernel("low_rank_linear_32_bf16"),
-    ],
-];
+const FORWARD: [GemmKernels; 2] = [table::LOW_RANK_LINEAR_16, table::LOW_RANK_LINEAR_32];
 /// The adapter's part of the backward pass, up to rank 16 and 32.
-pub(in crate::cuda) const FACTORS: [Products; 2] = [
-    [
-        kernel("low_rank_factors_16_f32"),
-        kernel("low_rank_factors_16_tf32"),
-        kernel("low_rank_factors_16_f16"),
-        kernel("low_rank_factors_16_bf16"),
-    ],
-    [
-        kernel("low_rank_factors_32_f32"),
-        kernel("low_rank_factors_32_tf32"),
-        kernel("low_rank_factors_32_f16"),
-        kernel("low_rank_factors_32_bf16"),
-    ],
-];
+const FACTORS: [GemmKernels; 2] = [table::LOW_RANK_FACTORS_16, table::LOW_RANK_FACTORS_32];
 
 /// Columns that kernels have for the rank.
 const RANKS: [usize; 2] = [16, 32];
@@ -243,7 +213,7 @@ fn fused_forward(
     };
     let grid = blocks("y", &[tile_columns, m.div_ceil(TILE)])?;
     let shared = ring + 2 * slices * TILE * 64;
-    let kernel = choose(FORWARD[columns], pass.arithmetic);
+    let kernel = pass.arithmetic.choose(FORWARD[columns]);
     Ok(Launch::new(kernel, grid, [THREADS, 1, 1], shared, &params).into())
 }
 
@@ -362,7 +332,7 @@ fn fused_factors(
         scale: layer.scale,
         reserved: 0,
     };
-    let kernel = choose(FACTORS[columns], pass.arithmetic);
+    let kernel = pass.arithmetic.choose(FACTORS[columns]);
     let grid = blocks("dy", &[chunks, parts])?;
     let mut plan = Plan::from(Launch::new(kernel, grid, [THREADS, 1, 1], shared, &params));
     for (i, target) in targets.into_iter().enumerate() {

@@ -4,7 +4,7 @@
 
 use super::{NoisyLinear, NoisyLinearGrads};
 use crate::cuda::buffer::{Address, Buffer, DType, rows_are_aligned};
-use crate::cuda::kernel::Kernel;
+use crate::cuda::kernel::table;
 use crate::cuda::layer::{Arithmetic, Pass};
 use crate::cuda::noise_source::{NoiseSource, Source};
 use crate::cuda::partial_sums::partial_sums;
@@ -13,59 +13,6 @@ use crate::error::{Error, Result};
 use crate::noise::NoiseShape;
 use crate::shape::LinearShape;
 use bytemuck::{Pod, Zeroable};
-
-const fn kernel(name: &'static str) -> Kernel {
-    Kernel { file: "sm80/noisy_linear", name }
-}
-
-/// The kernels of a product, by how its numbers are multiplied: `f32`, `f32` as TF32, `f16`, `bf16`.
-pub(in crate::cuda) type Products = [Kernel; 4];
-
-/// One product.
-pub(in crate::cuda) const ONE: Products = [
-    kernel("noisy_linear_one_f32"),
-    kernel("noisy_linear_one_tf32"),
-    kernel("noisy_linear_one_f16"),
-    kernel("noisy_linear_one_bf16"),
-];
-/// The base's and the adapter's product.
-pub(in crate::cuda) const TWO: Products = [
-    kernel("noisy_linear_two_f32"),
-    kernel("noisy_linear_two_tf32"),
-    kernel("noisy_linear_two_f16"),
-    kernel("noisy_linear_two_bf16"),
-];
-/// Both folded into one.
-pub(in crate::cuda) const FOLDED: Products = [
-    kernel("noisy_linear_folded_f32"),
-    kernel("noisy_linear_folded_tf32"),
-    kernel("noisy_linear_folded_f16"),
-    kernel("noisy_linear_folded_bf16"),
-];
-/// Gradient to the input.
-pub(in crate::cuda) const INPUT: Products = [
-    kernel("noisy_linear_input_f32"),
-    kernel("noisy_linear_input_tf32"),
-    kernel("noisy_linear_input_f16"),
-    kernel("noisy_linear_input_bf16"),
-];
-/// Gradient to the weight.
-pub(in crate::cuda) const WEIGHT: Products = [
-    kernel("noisy_linear_weight_f32"),
-    kernel("noisy_linear_weight_tf32"),
-    kernel("noisy_linear_weight_f16"),
-    kernel("noisy_linear_weight_bf16"),
-];
-
-/// The kernel for a type among those of a product.
-pub(in crate::cuda) fn choose(kernels: Products, run: Arithmetic) -> Kernel {
-    kernels[match run.dtype {
-        DType::F32 if run.allow_tf32 => 1,
-        DType::F32 => 0,
-        DType::F16 => 2,
-        DType::BF16 => 3,
-    }]
-}
 
 /// Rows and columns of a block's tile of outputs.
 pub(in crate::cuda) const TILE: usize = 128;
@@ -205,9 +152,11 @@ impl Forward<'_> {
         let tokens = if self.fold && off { m } else { self.shape.tokens };
         let columns = n.div_ceil(TILE);
         let (kernels, stages, tiles, rows) = match (two, self.fold) {
-            (true, true) => (FOLDED, FOLDED_STAGES, 3, (m / tokens) * tokens.div_ceil(TILE)),
-            (true, false) => (TWO, FORWARD_STAGES, 2, m.div_ceil(TILE)),
-            (false, _) => (ONE, FORWARD_STAGES, 2, m.div_ceil(TILE)),
+            (true, true) => {
+                (table::NOISY_LINEAR_FOLDED, FOLDED_STAGES, 3, (m / tokens) * tokens.div_ceil(TILE))
+            }
+            (true, false) => (table::NOISY_LINEAR_TWO, FORWARD_STAGES, 2, m.div_ceil(TILE)),
+            (false, _) => (table::NOISY_LINEAR_ONE, FORWARD_STAGES, 2, m.div_ceil(TILE)),
         };
         let z_bytes = if two && self.fold { TILE * 4 } else { 0 };
         let params = NoisyLinearParams {
@@ -229,7 +178,7 @@ impl Forward<'_> {
         };
         let shared = stages * tiles * TILE_BYTES + z_bytes;
         let grid = blocks("y", &[columns, rows])?;
-        Ok(Launch::new(choose(kernels, self.run), grid, [THREADS, 1, 1], shared, &params))
+        Ok(Launch::new(self.run.choose(kernels), grid, [THREADS, 1, 1], shared, &params))
     }
 }
 
@@ -290,7 +239,7 @@ impl Input<'_> {
         };
         let shared = BACKWARD_STAGES * 2 * TILE_BYTES + z_bytes;
         let grid = blocks("dx", &[columns, rows.div_ceil(TILE)])?;
-        Ok(Launch::new(choose(INPUT, self.run), grid, [THREADS, 1, 1], shared, &params))
+        Ok(Launch::new(self.run.choose(table::NOISY_LINEAR_INPUT), grid, [THREADS, 1, 1], shared, &params))
     }
 }
 
@@ -376,8 +325,13 @@ impl Weight {
             reserved: 0,
         };
         let grid = blocks("delta_weight", &[columns, rows, parts])?;
-        let mut plan =
-            Plan::from(Launch::new(choose(WEIGHT, self.run), grid, [THREADS, 1, 1], shared, &params));
+        let mut plan = Plan::from(Launch::new(
+            self.run.choose(table::NOISY_LINEAR_WEIGHT),
+            grid,
+            [THREADS, 1, 1],
+            shared,
+            &params,
+        ));
         for (target, sums) in targets.into_iter().zip(workspace) {
             if let Some(out) = target.filter(|_| partial) {
                 plan.push(partial_sums(sums, parts, out, dtype));

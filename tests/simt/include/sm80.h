@@ -8,10 +8,10 @@
 #ifndef PACE_SIMT_SM80_H
 #define PACE_SIMT_SM80_H
 
-#include "cuda_bf16.h"
-#include "cuda_fp16.h"
+#include "storage.cuh"
 
 #include <cmath>
+#include <cstring>
 
 extern "C" {
 void pace_simt_collective(const char *file, unsigned line, void (*operation)(void *const *lanes), void *operands);
@@ -21,8 +21,7 @@ void pace_simt_commit_copies();
 void pace_simt_wait_for_copies(unsigned pending);
 }
 
-namespace pace::sm80 {
-namespace simt {
+namespace pace::sm80::simt {
 
 // ldmatrix .x4: lane 8 i + j brings the address of row j of matrix i, 16 bytes; lane t gets of each matrix the two
 // 16-bit elements 2 (t % 4) and 2 (t % 4) + 1 of row t / 4, or with .trans of column t / 4.
@@ -55,7 +54,7 @@ struct LoadMatrices {
     }
 };
 
-// What each lane brings to COUNT products with one left fragment, and gets: c += a * b.
+// What each lane brings to COUNT products with one left fragment, and gets: c += a @ b.
 template <unsigned COUNT> struct Fragments {
     uint32_t a[4], b[COUNT][2];
     float c[COUNT][4];
@@ -76,7 +75,7 @@ inline float cut(double value) {
     return result;
 }
 
-// c += a * b for COUNT matrices b, given those of the whole warp. In an accumulator [16, 8] with group g = lane / 4 and
+// c += a @ b for COUNT matrices b, given those of the whole warp. In an accumulator [16, 8] with group g = lane / 4 and
 // t = lane % 4 a lane holds c[0..3]: rows g, g, g + 8, g + 8; columns 2 t, 2 t + 1, 2 t, 2 t + 1.
 template <unsigned K, unsigned COUNT>
 void multiply(void *const *lanes, const double (&a)[16][K], const Columns (&b)[COUNT][K]) {
@@ -100,7 +99,7 @@ void multiply(void *const *lanes, const double (&a)[16][K], const Columns (&b)[C
 // mma.m16n8k16 of 16-bit types. A lane holds
 //   a[0..3]  rows g, g + 8, g, g + 8; columns 2 t and 2 t + 1, the last two 8 further
 //   b[0..1]  column g; rows 2 t and 2 t + 1, the second 8 further
-template <class T> struct Mma16 {
+template <class T> struct Atom16 {
     static float element(uint32_t pair, unsigned i) {
         T value;
         value.bits = static_cast<uint16_t>(pair >> 16 * i);
@@ -132,7 +131,7 @@ template <class T> struct Mma16 {
 
 // mma.m16n8k8 of tf32: a[0..3] rows g, g + 8, g, g + 8 of columns t, t, t + 4, t + 4; b[0..1] rows t, t + 4 of column g.
 // The low 13 bits of operands do not count.
-struct MmaTf32 {
+struct AtomTf32 {
     static float element(uint32_t bits) {
         bits &= 0xffffe000u;
         float value;
@@ -159,9 +158,21 @@ struct MmaTf32 {
     }
 };
 
-} // namespace simt
+} // namespace pace::sm80::simt
 
-inline void load_matrices_at(const char *file, unsigned line, uint32_t (&result)[4], const void *row, bool transposed) {
+namespace pace::sm80 {
+
+template <class T> using Atom16 = simt::Atom16<T>;
+using simt::AtomTf32;
+
+inline void copy_async(void *to, const void *from, u32 bytes) { pace_simt_copy_async(to, from, bytes); }
+inline void commit_copies() { pace_simt_commit_copies(); }
+template <u32 PENDING> void wait_for_copies() { pace_simt_wait_for_copies(PENDING); }
+
+// The simulator wants to know where in the kernel lanes meet: the default arguments are the place of the call.
+
+inline void ldmatrix(u32 (&result)[4], const void *row, bool transposed, const char *file = __builtin_FILE(),
+                     unsigned line = __builtin_LINE()) {
     pace_simt_shared_access(row, 16);
     simt::LoadMatrices operands = {row, {}};
     pace_simt_collective(file, line,
@@ -169,18 +180,29 @@ inline void load_matrices_at(const char *file, unsigned line, uint32_t (&result)
     std::memcpy(result, operands.result, sizeof result);
 }
 
-// c[i] += a * part(b[i]).
-template <class Instruction, unsigned COUNT, class Right, class Part>
-void multiply_at(const char *file, unsigned line, float (&c)[COUNT][4], const uint32_t (&a)[4], const Right (&b)[COUNT],
-                 Part part) {
+// The COUNT fragments b are one meeting.
+template <class Atom, u32 COUNT>
+void mma(float (&c)[COUNT][4], const u32 (&a)[4], const u32 (&b)[COUNT][2], const char *file = __builtin_FILE(),
+         unsigned line = __builtin_LINE()) {
     simt::Fragments<COUNT> fragments;
     std::memcpy(fragments.a, a, sizeof a);
-    for (unsigned i = 0; i < COUNT; ++i) {
-        std::memcpy(fragments.b[i], part(b[i]), sizeof fragments.b[i]);
-    }
+    std::memcpy(fragments.b, b, sizeof b);
     std::memcpy(fragments.c, c, sizeof c);
-    pace_simt_collective(file, line, Instruction::template together<COUNT>, &fragments);
+    pace_simt_collective(file, line, Atom::template together<COUNT>, &fragments);
     std::memcpy(c, fragments.c, sizeof c);
+}
+
+template <class T> u32 pack(float low, float high) {
+    const T halves[2] = {from_float<T>(low), from_float<T>(high)};
+    u32 bits;
+    std::memcpy(&bits, halves, 4);
+    return bits;
+}
+
+inline u32 to_tf32(float value) {
+    u32 bits;
+    std::memcpy(&bits, &value, 4);
+    return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & 0xffffe000u;
 }
 
 } // namespace pace::sm80
