@@ -15,25 +15,10 @@
 // Determinism: run-to-run bitwise; y, e and sum depend on nothing but the operands, grad_bias on the number of parts.
 
 #include "noise_source.cuh"
+#include "params.h"
 #include "tile_noise.cuh"
 
 namespace pace {
-
-struct LayerEpilogueParams {
-    NoiseSource noise;
-    const void *base;  // or null
-    const void *input; // a, or null; g
-    const void *bias;  // or null
-    void *output;      // y; e, or null
-    void *sum;         // or null
-    float *bias_sums;  // partial sums, or null
-    u32 rows;          // of base, a, e
-    u32 tokens;        // T
-    u32 channels;      // N
-    u32 branches;      // that share each row
-    u32 part;          // rows of a block
-    u32 aligned;       // rows of every tensor start at multiples of 16 bytes and hold whole vectors
-};
 
 namespace layer_epilogue {
 

@@ -31,61 +31,14 @@
 // Determinism: run-to-run bitwise, for tensors of the same alignment; the grid does not depend on the device, so
 // gpu-to-gpu as far as the compiled exp and log are the same.
 
+#include "params.h"
 #include "reduce.cuh"
 
 namespace pace {
 
-struct LossParams {
-    const void *logits;
-    const i64 *labels;
-    float *history; // null: none
-    const i64 *index;
-    void *gradient; // null: not wanted
-    float *values;
-    u64 *status;
-    u32 *workspace;
-    u64 history_rows;
-    i64 ignore_label;
-    u32 has_ignore_label;
-    u32 two_branches;
-    u32 batch;     // B, below 2^24: counts and positions are exact in f32
-    u32 classes;   // C
-    u32 slice;     // elements of a slice; the last may have fewer
-    u32 slices;    // slices of a row
-    u32 group;     // threads of a group
-    u32 aligned;   // rows and slices of every tensor start at multiples of 16 bytes and hold whole vectors
-    float lambda;
-    float smoothing; // s
-    float spread;    // s / C
-    float pull;      // 2 lambda / B
-};
-
-PACE_PARAMS(LossParams, 128);
-PACE_PARAM(LossParams, labels, 8);
-PACE_PARAM(LossParams, history, 16);
-PACE_PARAM(LossParams, index, 24);
-PACE_PARAM(LossParams, gradient, 32);
-PACE_PARAM(LossParams, values, 40);
-PACE_PARAM(LossParams, status, 48);
-PACE_PARAM(LossParams, workspace, 56);
-PACE_PARAM(LossParams, history_rows, 64);
-PACE_PARAM(LossParams, ignore_label, 72);
-PACE_PARAM(LossParams, has_ignore_label, 80);
-PACE_PARAM(LossParams, two_branches, 84);
-PACE_PARAM(LossParams, batch, 88);
-PACE_PARAM(LossParams, classes, 92);
-PACE_PARAM(LossParams, slice, 96);
-PACE_PARAM(LossParams, slices, 100);
-PACE_PARAM(LossParams, group, 104);
-PACE_PARAM(LossParams, aligned, 108);
-PACE_PARAM(LossParams, lambda, 112);
-PACE_PARAM(LossParams, smoothing, 116);
-PACE_PARAM(LossParams, spread, 120);
-PACE_PARAM(LossParams, pull, 124);
-
 namespace loss {
 
-constexpr u32 ELEMENTS = 8; // of a row in a thread's registers
+constexpr u32 ELEMENTS = LOSS_ELEMENTS; // of a row in a thread's registers
 constexpr u32 NONE = 0xffffffffu;
 constexpr float INF = __builtin_huge_valf();
 // Where maxima start. Not at -inf: exp(-inf - -inf) would make NaN of a slice of -inf only, whose row may have more.
@@ -187,7 +140,7 @@ __device__ __forceinline__ float *summary_of(const LossParams &p, u32 sample, u3
 // Shared memory, in words per warp of the block. A part is written again only behind a barrier that follows its last use.
 constexpr u32 REPEATED = 0, PEAKS = 1, SUMS = 2, LABELLED = 5;
 constexpr u32 TOTALS = 0, POSITIONS = 6; // in finish()
-constexpr u32 FLAG = 9;                  // one word
+constexpr u32 FLAG = LOSS_SHARED_WORDS;  // one word
 
 __device__ __forceinline__ float *shared(u32 part) {
     PACE_SHARED(float, words);

@@ -10,24 +10,9 @@
 // Determinism: gpu-to-gpu and cpu-to-gpu bitwise; nothing depends on grid or block.
 
 #include "noise_source.cuh"
+#include "params.h"
 
 namespace pace {
-
-struct NoiseFillParams {
-    NoiseSource noise;
-    float *z;
-    u32 rows;
-    u32 tokens; // rows per sample: T for BTC noise, 1 for BC
-    u32 channels;
-    u32 aligned; // rows start at multiples of 16 bytes and hold whole vectors
-};
-
-PACE_PARAMS(NoiseFillParams, 72);
-PACE_PARAM(NoiseFillParams, z, 48);
-PACE_PARAM(NoiseFillParams, rows, 56);
-PACE_PARAM(NoiseFillParams, tokens, 60);
-PACE_PARAM(NoiseFillParams, channels, 64);
-PACE_PARAM(NoiseFillParams, aligned, 68);
 
 PACE_KERNEL(noise_fill, NoiseFillParams, 256) {
     const u32 group = blockIdx.x * blockDim.x + threadIdx.x;

@@ -16,30 +16,9 @@
 // Determinism: gpu-to-gpu bitwise; nothing depends on grid or block.
 
 #include "noise_source.cuh"
+#include "params.h"
 
 namespace pace {
-
-struct NoisyEpilogueParams {
-    NoiseSource noise;
-    const void *input; // a, dy
-    void *output;      // y, da
-    u32 samples;       // R
-    u32 tokens;        // T
-    u32 channels;      // N
-    u32 chunk;         // tokens per unit
-    u32 chunks;        // units per sample
-    u32 aligned;       // rows of every tensor start at multiples of 16 bytes and hold whole vectors
-};
-
-PACE_PARAMS(NoisyEpilogueParams, 88);
-PACE_PARAM(NoisyEpilogueParams, input, 48);
-PACE_PARAM(NoisyEpilogueParams, output, 56);
-PACE_PARAM(NoisyEpilogueParams, samples, 64);
-PACE_PARAM(NoisyEpilogueParams, tokens, 68);
-PACE_PARAM(NoisyEpilogueParams, channels, 72);
-PACE_PARAM(NoisyEpilogueParams, chunk, 76);
-PACE_PARAM(NoisyEpilogueParams, chunks, 80);
-PACE_PARAM(NoisyEpilogueParams, aligned, 84);
 
 // z of the W channels from `channel` on, of which `count` exist.
 template <unsigned W>

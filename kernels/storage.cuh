@@ -14,7 +14,7 @@
 
 #include <cstddef>
 
-// A kernel takes one parameter struct by value, `p`, which src/cuda mirrors field by field. What follows is the number of
+// A kernel takes one parameter struct by value, `p`, from params.h. What follows is the number of
 // threads in the largest block that plans ask for and, if it matters, of blocks that a multiprocessor has to have room for.
 // The simulator brings its own definition.
 #if !defined(PACE_KERNEL)
@@ -45,11 +45,6 @@ extern __shared__ __align__(128) unsigned char pace_shared[];
 #define PACE_SHARED(T, name) T *name = reinterpret_cast<T *>(pace_shared)
 #endif
 
-// The layout of a parameter struct, which src/cuda mirrors and asserts as well.
-#define PACE_PARAMS(Params, bytes)                                                                                     \
-    static_assert(sizeof(Params) == bytes && alignof(Params) == 8, "mirrored in src/cuda")
-#define PACE_PARAM(Params, field, offset) static_assert(offsetof(Params, field) == offset, "mirrored in src/cuda")
-
 // Called before each access; the simulator brings its own definition.
 #if !defined(PACE_ACCESS)
 #define PACE_ACCESS(address, bytes, is_write) static_cast<void>(0)
@@ -60,6 +55,11 @@ namespace pace {
 using u32 = unsigned int;
 using u64 = unsigned long long;
 using i64 = long long;
+
+// Pointers in parameter structs (params.h).
+template <class T> using Input = const T *;
+template <class T> using Output = T *;
+
 using bf16 = __nv_bfloat16;
 using f16 = __half;
 

@@ -24,13 +24,14 @@
 // Operations: r fused multiply-adds per element of dW, 2 r of its gradient, 1 of the others.
 // Determinism: gpu-to-gpu bitwise; nothing depends on the grid.
 
+#include "params.h"
 #include "reduce.cuh"
 
 namespace pace {
 
-constexpr u32 WARPS = 4; // of a block, where rows are shared by warps
-constexpr u32 ROWS = 4;  // of a warp at a time
-constexpr u32 TILE = WARPS * ROWS;
+constexpr u32 WARPS = WEIGHT_WARPS; // of a block, where rows are shared by warps
+constexpr u32 TILE = WEIGHT_ROWS;
+constexpr u32 ROWS = TILE / WARPS; // of a warp at a time
 
 // W floats from `address` on, of which `count` exist; the rest is zero.
 template <u32 W, class T>
@@ -46,31 +47,8 @@ __device__ __forceinline__ void load_floats(const T *address, u32 count, bool al
     }
 }
 
-struct LowRankWeightParams {
-    const void *down;
-    const void *up;
-    const void *base; // W0, or null
-    void *out;
-    u32 rows;    // N
-    u32 columns; // K
-    u32 rank;
-    float scale;
-    u32 aligned; // rows of U, W0 and the output start at multiples of 16 bytes and hold whole vectors
-    u32 reserved;
-};
-
-PACE_PARAMS(LowRankWeightParams, 56);
-PACE_PARAM(LowRankWeightParams, up, 8);
-PACE_PARAM(LowRankWeightParams, base, 16);
-PACE_PARAM(LowRankWeightParams, out, 24);
-PACE_PARAM(LowRankWeightParams, rows, 32);
-PACE_PARAM(LowRankWeightParams, columns, 36);
-PACE_PARAM(LowRankWeightParams, rank, 40);
-PACE_PARAM(LowRankWeightParams, scale, 44);
-PACE_PARAM(LowRankWeightParams, aligned, 48);
-
 template <class T> __device__ __forceinline__ void low_rank_weight(const LowRankWeightParams &p) {
-    constexpr u32 W = Vector<T>::SIZE, RANKS = 16, FOURS = W / 4;
+    constexpr u32 W = Vector<T>::SIZE, RANKS = WEIGHT_RANKS, FOURS = W / 4;
     const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     // Four columns of a lane lie beside those of the next one, so that a warp reads all banks at once.
     PACE_SHARED(Vector<float>, up); // [RANKS, FOURS, WARP]
@@ -146,34 +124,6 @@ template <class T> __device__ __forceinline__ void low_rank_weight(const LowRank
         }
     }
 }
-
-struct LowRankBackwardParams {
-    const void *grad; // gradient to dW
-    const void *base; // W0, or null
-    const void *down;
-    const void *up;
-    float *up_partial;   // [parts, r, K]
-    float *down_partial; // [strips, N, r]
-    u32 rows;            // N
-    u32 columns;         // K
-    u32 rank;
-    float scale;
-    u32 part;    // rows of a part, at most MAX_PART
-    u32 aligned; // rows of the gradient, W0, U and `up_partial` start at multiples of 16 bytes and hold whole vectors
-};
-
-PACE_PARAMS(LowRankBackwardParams, 72);
-PACE_PARAM(LowRankBackwardParams, base, 8);
-PACE_PARAM(LowRankBackwardParams, down, 16);
-PACE_PARAM(LowRankBackwardParams, up, 24);
-PACE_PARAM(LowRankBackwardParams, up_partial, 32);
-PACE_PARAM(LowRankBackwardParams, down_partial, 40);
-PACE_PARAM(LowRankBackwardParams, rows, 48);
-PACE_PARAM(LowRankBackwardParams, columns, 52);
-PACE_PARAM(LowRankBackwardParams, rank, 56);
-PACE_PARAM(LowRankBackwardParams, scale, 60);
-PACE_PARAM(LowRankBackwardParams, part, 64);
-PACE_PARAM(LowRankBackwardParams, aligned, 68);
 
 // RANKS: of a chunk. DOWN: whether dD is wanted.
 template <class T, u32 RANKS, bool DOWN>
@@ -284,27 +234,6 @@ __device__ __forceinline__ void low_rank_backward(const LowRankBackwardParams &p
     }
 }
 
-struct PromptBiasParams {
-    const void *matrix;     // [rows, columns]
-    const void *vector;     // [columns]
-    const void *base_bias;  // [rows], or null
-    const void *delta_bias; // [rows], or null
-    void *out;              // [rows]
-    u32 rows;
-    u32 columns;
-    u32 aligned; // the vector and rows of the matrix start at multiples of 16 bytes, and the rows hold whole vectors
-    u32 reserved;
-};
-
-PACE_PARAMS(PromptBiasParams, 56);
-PACE_PARAM(PromptBiasParams, vector, 8);
-PACE_PARAM(PromptBiasParams, base_bias, 16);
-PACE_PARAM(PromptBiasParams, delta_bias, 24);
-PACE_PARAM(PromptBiasParams, out, 32);
-PACE_PARAM(PromptBiasParams, rows, 40);
-PACE_PARAM(PromptBiasParams, columns, 44);
-PACE_PARAM(PromptBiasParams, aligned, 48);
-
 // Matrix and biases are T, the vector V, the output Out.
 template <class T, class V, class Out> __device__ __forceinline__ void prompt_bias(const PromptBiasParams &p) {
     constexpr u32 W = Vector<T>::SIZE;
@@ -333,37 +262,6 @@ template <class T, class V, class Out> __device__ __forceinline__ void prompt_bi
         store(static_cast<Out *>(p.out) + row, from_float<Out>(sum));
     }
 }
-
-struct PromptGradsParams {
-    const float *q;        // [K]
-    const void *down;      // Pd
-    const void *up;        // Pu
-    const void *grad;      // g
-    const void *base_bias; // b0; null is zero
-    void *down_grad;       // dPd
-    float *up_partial;     // [parts, r]
-    void *delta_bias;      // dd, or null
-    u32 columns;           // K
-    u32 rank;
-    u32 rows;  // N
-    u32 part;  // of K, for a block
-    u32 width; // threads side by side along r: a power of two, not less than r or the whole block
-    u32 reserved;
-};
-
-PACE_PARAMS(PromptGradsParams, 88);
-PACE_PARAM(PromptGradsParams, down, 8);
-PACE_PARAM(PromptGradsParams, up, 16);
-PACE_PARAM(PromptGradsParams, grad, 24);
-PACE_PARAM(PromptGradsParams, base_bias, 32);
-PACE_PARAM(PromptGradsParams, down_grad, 40);
-PACE_PARAM(PromptGradsParams, up_partial, 48);
-PACE_PARAM(PromptGradsParams, delta_bias, 56);
-PACE_PARAM(PromptGradsParams, columns, 64);
-PACE_PARAM(PromptGradsParams, rank, 68);
-PACE_PARAM(PromptGradsParams, rows, 72);
-PACE_PARAM(PromptGradsParams, part, 76);
-PACE_PARAM(PromptGradsParams, width, 80);
 
 template <class T> __device__ __forceinline__ void prompt_grads(const PromptGradsParams &p) {
     PACE_SHARED(float, sums);
@@ -406,20 +304,6 @@ template <class T> __device__ __forceinline__ void prompt_grads(const PromptGrad
     }
 }
 
-struct MergeParams {
-    void *target;
-    const void *delta;
-    u64 length;
-    float sign;
-    u32 aligned; // both start at multiples of 16 bytes
-};
-
-PACE_PARAMS(MergeParams, 32);
-PACE_PARAM(MergeParams, delta, 8);
-PACE_PARAM(MergeParams, length, 16);
-PACE_PARAM(MergeParams, sign, 24);
-PACE_PARAM(MergeParams, aligned, 28);
-
 template <class T> __device__ __forceinline__ void merge(const MergeParams &p) {
     constexpr u32 W = Vector<T>::SIZE, BATCH = 4;
     T *target = static_cast<T *>(p.target);
@@ -455,7 +339,7 @@ template <class T> __device__ __forceinline__ void merge(const MergeParams &p) {
 }
 
 PACE_KERNELS(low_rank_weight, LowRankWeightParams, (128), low_rank_weight<T>(p))
-PACE_KERNELS(low_rank_weight_backward, LowRankBackwardParams, (128), low_rank_backward<T, 8, true>(p))
+PACE_KERNELS(low_rank_weight_backward, LowRankBackwardParams, (128), low_rank_backward<T, WEIGHT_BACKWARD_RANKS, true>(p))
 PACE_KERNELS(prompt_bias_product, PromptBiasParams, (256), prompt_bias<T, T, float>(p))
 PACE_KERNELS(prompt_bias, PromptBiasParams, (256), prompt_bias<T, float, T>(p))
 PACE_KERNELS(prompt_bias_columns, LowRankBackwardParams, (128), low_rank_backward<T, 1, false>(p))

@@ -26,92 +26,12 @@
 
 namespace pace {
 
-struct LowRankLinearParams {
-    NoiseSource noise;
-    const void *x, *weight, *up, *down;
-    const void *base_bias, *delta_bias; // or null
-    void *s, *y;
-    u32 rows;     // M
-    u32 tokens;   // T
-    u32 channels; // N
-    u32 inner;    // K
-    u32 rank;     // r
-    u32 wrap;     // rows of x
-    u32 tile_columns;
-    u32 aligned;      // y
-    u32 z_aligned;    // a given z
-    u32 x_aligned;    // x, W0 and U
-    u32 down_aligned; // D
-    float scale;      // c
-};
-
-PACE_PARAMS(LowRankLinearParams, 160);
-PACE_PARAM(LowRankLinearParams, x, 48);
-PACE_PARAM(LowRankLinearParams, weight, 56);
-PACE_PARAM(LowRankLinearParams, up, 64);
-PACE_PARAM(LowRankLinearParams, down, 72);
-PACE_PARAM(LowRankLinearParams, base_bias, 80);
-PACE_PARAM(LowRankLinearParams, delta_bias, 88);
-PACE_PARAM(LowRankLinearParams, s, 96);
-PACE_PARAM(LowRankLinearParams, y, 104);
-PACE_PARAM(LowRankLinearParams, rows, 112);
-PACE_PARAM(LowRankLinearParams, tokens, 116);
-PACE_PARAM(LowRankLinearParams, channels, 120);
-PACE_PARAM(LowRankLinearParams, inner, 124);
-PACE_PARAM(LowRankLinearParams, rank, 128);
-PACE_PARAM(LowRankLinearParams, wrap, 132);
-PACE_PARAM(LowRankLinearParams, tile_columns, 136);
-PACE_PARAM(LowRankLinearParams, aligned, 140);
-PACE_PARAM(LowRankLinearParams, z_aligned, 144);
-PACE_PARAM(LowRankLinearParams, x_aligned, 148);
-PACE_PARAM(LowRankLinearParams, down_aligned, 152);
-PACE_PARAM(LowRankLinearParams, scale, 156);
-
-struct LowRankFactorsParams {
-    NoiseSource noise;
-    const void *g, *s, *down;
-    float *ds;         // partial sums [chunks, M, r], or null
-    float *down_sums;  // partial sums of dD [parts, N, r], or null
-    float *delta_bias; // partial sums of ddb [parts, N], or null
-    u32 rows;          // M
-    u32 tokens;        // T
-    u32 channels;      // N
-    u32 rank;          // r
-    u32 wrap;          // rows of s
-    u32 chunks;        // of channels
-    u32 part;          // token rows of a block, a multiple of 32
-    u32 aligned;       // g
-    u32 z_aligned;     // a given z
-    u32 rank_aligned;  // s and D
-    float scale;       // c
-    u32 reserved;
-};
-
-PACE_PARAMS(LowRankFactorsParams, 144);
-PACE_PARAM(LowRankFactorsParams, g, 48);
-PACE_PARAM(LowRankFactorsParams, s, 56);
-PACE_PARAM(LowRankFactorsParams, down, 64);
-PACE_PARAM(LowRankFactorsParams, ds, 72);
-PACE_PARAM(LowRankFactorsParams, down_sums, 80);
-PACE_PARAM(LowRankFactorsParams, delta_bias, 88);
-PACE_PARAM(LowRankFactorsParams, rows, 96);
-PACE_PARAM(LowRankFactorsParams, tokens, 100);
-PACE_PARAM(LowRankFactorsParams, channels, 104);
-PACE_PARAM(LowRankFactorsParams, rank, 108);
-PACE_PARAM(LowRankFactorsParams, wrap, 112);
-PACE_PARAM(LowRankFactorsParams, chunks, 116);
-PACE_PARAM(LowRankFactorsParams, part, 120);
-PACE_PARAM(LowRankFactorsParams, aligned, 124);
-PACE_PARAM(LowRankFactorsParams, z_aligned, 128);
-PACE_PARAM(LowRankFactorsParams, rank_aligned, 132);
-PACE_PARAM(LowRankFactorsParams, scale, 136);
-
 namespace sm80::low_rank {
 
 // ---- forward
 
 // Stages of the forward pipeline; the host plans shared memory for them.
-constexpr u32 STAGES = 3;
+constexpr u32 STAGES = LOW_RANK_STAGES;
 // z of a tile whose rows all have their own.
 constexpr u32 Z_BYTES = TILE * TILE * sizeof(float);
 
@@ -258,7 +178,7 @@ template <class Math, u32 RANK> __device__ __forceinline__ void forward(const Lo
     float *z = reinterpret_cast<float *>(shared);
     if (noisy) {
         fill_noise<THREADS, TILE / 4>(z, p.noise, key_of(p.noise), noise_rows.first, noise_rows.place(last) + 1,
-                                      p.tokens, column, p.channels, p.z_aligned != 0u);
+                                      p.tokens, column, p.channels, p.noise.aligned != 0u);
         __syncthreads();
     }
     add_adapter<Math, RANK>(c, p, lora_b, s_tiles, z, noisy, noise_rows, row, last, column);
@@ -268,9 +188,9 @@ template <class Math, u32 RANK> __device__ __forceinline__ void forward(const Lo
 // ---- factors
 
 // Token rows of a tile of e.
-constexpr u32 ROWS = 32;
+constexpr u32 ROWS = FACTORS_ROWS;
 // Channels of a block: 1 KiB of a row.
-constexpr u32 ROW_BYTES = 1024;
+constexpr u32 ROW_BYTES = FACTORS_ROW_BYTES;
 template <class T> constexpr u32 CHANNELS = ROW_BYTES / sizeof(T);
 constexpr u32 ROW_CHUNKS = ROW_BYTES / 16;
 // Rows that the block's threads load at once, and how often that makes a tile.
@@ -367,7 +287,7 @@ __device__ __forceinline__ void update_noise(Loader<T> &loader, const LowRankFac
 #pragma unroll
     for (u32 k = 0; k < Vector<T>::SIZE / 4; ++k) {
         const noise::Four four =
-            z_of_row(p.noise, key, wanted, p.tokens, loader.channel / 4 + k, p.channels, p.z_aligned != 0u);
+            z_of_row(p.noise, key, wanted, p.tokens, loader.channel / 4 + k, p.channels, p.noise.aligned != 0u);
 #pragma unroll
         for (u32 j = 0; j < 4; ++j) {
             loader.z[4 * k + j] = four.value[j];

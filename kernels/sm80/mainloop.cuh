@@ -10,13 +10,14 @@
 #ifndef PACE_SM80_MAINLOOP_CUH
 #define PACE_SM80_MAINLOOP_CUH
 
+#include "../params.h"
 #include "../reduce.cuh"
 #include "mma.cuh"
 
 namespace pace::sm80 {
 
-constexpr u32 TILE = 128; // rows and columns of a block's tile
-constexpr u32 THREADS = 256;
+constexpr u32 TILE = GEMM_TILE; // rows and columns of a block's tile
+constexpr u32 THREADS = GEMM_THREADS;
 constexpr u32 TILE_BYTES = TILE * 64; // of an operand's tile
 // A warp's part of the block's tile: 4 x 4 accumulators of 16 x 8.
 constexpr u32 WARP_ROWS = 64;

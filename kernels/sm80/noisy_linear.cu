@@ -24,126 +24,7 @@
 
 namespace pace {
 
-struct Segment {
-    const void *left, *right;
-    u32 inner;
-    u32 adapter;   // belongs under the noise
-    u32 first_row; // token row of y or g that row 0 of the left operand stands for
-    u32 aligned;   // rows of both operands hold whole 16-byte vectors and start at multiples of 16 bytes
-};
-
-PACE_PARAMS(Segment, 32);
-PACE_PARAM(Segment, right, 8);
-PACE_PARAM(Segment, inner, 16);
-PACE_PARAM(Segment, adapter, 20);
-PACE_PARAM(Segment, first_row, 24);
-PACE_PARAM(Segment, aligned, 28);
-
-struct NoisyLinearParams {
-    NoiseSource noise;
-    Segment segments[2];
-    const void *base_bias, *delta_bias; // or null
-    void *y;
-    u32 rows;        // M
-    u32 tokens;      // T
-    u32 channels;    // N
-    u32 wrap;        // rows of x
-    u32 count;       // segments
-    u32 tile_columns;
-    u32 aligned;     // y
-    u32 z_aligned;   // a given z
-    float scale;     // factor on the adapter's product
-    u32 reserved;
-};
-
-PACE_PARAMS(NoisyLinearParams, 176);
-PACE_PARAM(NoisyLinearParams, segments, 48);
-PACE_PARAM(NoisyLinearParams, base_bias, 112);
-PACE_PARAM(NoisyLinearParams, delta_bias, 120);
-PACE_PARAM(NoisyLinearParams, y, 128);
-PACE_PARAM(NoisyLinearParams, rows, 136);
-PACE_PARAM(NoisyLinearParams, tokens, 140);
-PACE_PARAM(NoisyLinearParams, channels, 144);
-PACE_PARAM(NoisyLinearParams, wrap, 148);
-PACE_PARAM(NoisyLinearParams, count, 152);
-PACE_PARAM(NoisyLinearParams, tile_columns, 156);
-PACE_PARAM(NoisyLinearParams, aligned, 160);
-PACE_PARAM(NoisyLinearParams, z_aligned, 164);
-PACE_PARAM(NoisyLinearParams, scale, 168);
-
-struct NoisyLinearInputParams {
-    NoiseSource noise;
-    Segment segments[4];
-    void *dx;
-    u32 rows;     // of dx
-    u32 tokens;   // T
-    u32 channels; // N
-    u32 columns;  // K
-    u32 count;    // segments
-    u32 tile_columns;
-    u32 aligned;   // dx
-    u32 z_aligned; // a given z
-    float scale;   // factor on the sum
-    u32 reserved;
-};
-
-PACE_PARAMS(NoisyLinearInputParams, 224);
-PACE_PARAM(NoisyLinearInputParams, segments, 48);
-PACE_PARAM(NoisyLinearInputParams, dx, 176);
-PACE_PARAM(NoisyLinearInputParams, rows, 184);
-PACE_PARAM(NoisyLinearInputParams, tokens, 188);
-PACE_PARAM(NoisyLinearInputParams, channels, 192);
-PACE_PARAM(NoisyLinearInputParams, columns, 196);
-PACE_PARAM(NoisyLinearInputParams, count, 200);
-PACE_PARAM(NoisyLinearInputParams, tile_columns, 204);
-PACE_PARAM(NoisyLinearInputParams, aligned, 208);
-PACE_PARAM(NoisyLinearInputParams, z_aligned, 212);
-PACE_PARAM(NoisyLinearInputParams, scale, 216);
-
-struct NoisyLinearWeightParams {
-    NoiseSource noise;
-    const void *g, *x;
-    void *weight, *bias; // dW or partial sums of it; db, or null
-    u32 rows;            // M
-    u32 tokens;          // T
-    u32 channels;        // N
-    u32 columns;         // K
-    u32 wrap;            // rows of x
-    u32 tile_columns;
-    u32 tile_rows;
-    u32 part; // token rows of a partial sum
-    u32 partial; // write partial sums in f32, those of part i behind those of the parts before
-    u32 left_aligned, right_aligned;
-    u32 aligned;   // dW
-    u32 z_aligned; // a given z
-    u32 reserved;
-};
-
-PACE_PARAMS(NoisyLinearWeightParams, 136);
-PACE_PARAM(NoisyLinearWeightParams, g, 48);
-PACE_PARAM(NoisyLinearWeightParams, x, 56);
-PACE_PARAM(NoisyLinearWeightParams, weight, 64);
-PACE_PARAM(NoisyLinearWeightParams, bias, 72);
-PACE_PARAM(NoisyLinearWeightParams, rows, 80);
-PACE_PARAM(NoisyLinearWeightParams, tokens, 84);
-PACE_PARAM(NoisyLinearWeightParams, channels, 88);
-PACE_PARAM(NoisyLinearWeightParams, columns, 92);
-PACE_PARAM(NoisyLinearWeightParams, wrap, 96);
-PACE_PARAM(NoisyLinearWeightParams, tile_columns, 100);
-PACE_PARAM(NoisyLinearWeightParams, tile_rows, 104);
-PACE_PARAM(NoisyLinearWeightParams, part, 108);
-PACE_PARAM(NoisyLinearWeightParams, partial, 112);
-PACE_PARAM(NoisyLinearWeightParams, left_aligned, 116);
-PACE_PARAM(NoisyLinearWeightParams, right_aligned, 120);
-PACE_PARAM(NoisyLinearWeightParams, aligned, 124);
-PACE_PARAM(NoisyLinearWeightParams, z_aligned, 128);
-
 namespace sm80 {
-
-// Stages of the pipelines; the host plans shared memory for them.
-constexpr u32 FORWARD_STAGES = 4;
-constexpr u32 FOLDED_STAGES = 3;
-constexpr u32 BACKWARD_STAGES = 3;
 
 // ---- forward
 
@@ -151,7 +32,7 @@ constexpr u32 BACKWARD_STAGES = 3;
 __device__ __forceinline__ void fill_tile_noise(float *z, const NoisyLinearParams &p, const NoiseRows &rows, u32 last,
                                                 u32 column) {
     fill_noise<THREADS, TILE / 4>(z, p.noise, key_of(p.noise), rows.first, rows.place(last) + 1, p.tokens, column,
-                                  p.channels, p.z_aligned != 0u);
+                                  p.channels, p.noise.aligned != 0u);
 }
 
 // TWO: the base's and the adapter's GEMMs have accumulators of their own. Otherwise there is one of them.
@@ -251,7 +132,7 @@ template <class Math> __device__ __forceinline__ void forward_folded(const Noisy
                  static_cast<u64>(first >= p.wrap ? first - p.wrap : first) * inner;
     const Operand<T> a = operand<T>(x, p.tokens, inner, NO_WRAP, p.segments[0].aligned);
     fill_noise<THREADS, TILE / 4>(z, p.noise, key_of(p.noise), sample, 1, p.tokens, column, p.channels,
-                                  p.z_aligned != 0u);
+                                  p.noise.aligned != 0u);
     __syncthreads();
     float own[4];
 #pragma unroll
@@ -329,7 +210,7 @@ __device__ __forceinline__ void fill_input_noise(float *z, const NoisyLinearInpu
         const NoiseRows rows(p.noise, p.tokens, segment.first_row + row);
         fill_noise<THREADS, TILE_K<T> / 4, ScaleRows<T>::STRIDE>(z, p.noise, key, rows.first,
                                                                  rows.place(segment.first_row + last) + 1, p.tokens, at.k,
-                                                                 p.channels, p.z_aligned != 0u);
+                                                                 p.channels, p.noise.aligned != 0u);
     }
 }
 
@@ -413,7 +294,7 @@ __device__ __forceinline__ void fill_weight_noise(float *z, u32 *places, const N
     const u32 last = min(row + TILE_K<T>, end) - 1;
     const NoiseRows rows(p.noise, p.tokens, row);
     fill_noise<THREADS, TILE / 4>(z, p.noise, key, rows.first, rows.place(last) + 1, p.tokens, channel, p.channels,
-                                  p.z_aligned != 0u);
+                                  p.noise.aligned != 0u);
     if (threadIdx.x < TILE_K<T>) {
         places[threadIdx.x] = rows.place(min(row + threadIdx.x, last));
     }

@@ -1,10 +1,11 @@
 //! DropPath shared by the branches; plans `kernels/drop_path.cu`.
 
 use super::borrows::Borrows;
-use super::buffer::{Address, Buffer, DType, Direction, Element, MAX_ROWS, grid};
+use super::buffer::{Buffer, DType, Direction, Element, MAX_ROWS, grid};
 use super::device::Device;
 use super::kernel::table;
 use super::plan::{Launch, Plan};
+use super::pointer::{Input, Output, Void};
 use crate::error::{Error, Result};
 use crate::noise::{Key, check_samples, keep_threshold};
 use crate::shape::{nonzero, product};
@@ -57,23 +58,29 @@ pub struct DropPath {
     pub output: Buffer,
 }
 
-/// `pace::DropPathParams` of the kernels.
+/// Parameters of the kernels `drop_path*`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
 pub struct DropPathParams {
-    given: Address,
-    key_address: Address,
+    /// Mask of the caller; null if generated.
+    given: Input<f32>,
+    /// The key, read when the kernel runs; null: `key` is the key.
+    key_address: Input<u64>,
     key: [u32; 2],
+    /// Number of the batch's sample 0 in the global batch.
     first_sample: u64,
+    /// A sample is kept if its random word is below.
     threshold: u64,
-    input: Address,
-    output: Address,
+    input: Input<Void>,
+    output: Output<Void>,
     features: u32,
     batch: u32,
+    /// Branches * batch.
     rows: u32,
+    /// Threads that share a row, a power of two.
     columns: u32,
-    aligned: u32,
-    reserved: u32,
+    /// Rows of both tensors start at multiples of 16 bytes and hold whole vectors.
+    aligned: u64,
 }
 
 impl DropPath {
@@ -125,7 +132,7 @@ impl DropPath {
             batch: batch as u32,
             rows: rows as u32,
             columns: columns as u32,
-            aligned: u32::from(aligned),
+            aligned: u64::from(aligned),
             ..DropPathParams::zeroed()
         };
         match mask {

@@ -28,8 +28,6 @@ pub(super) struct Pass {
     pub(super) gpu: Gpu,
     pub(super) arithmetic: Arithmetic,
     pub(super) noise: NoiseSource,
-    /// Whether 16-byte loads of a row of a given `z` work.
-    pub(super) z_aligned: bool,
     /// As long as the family asks for.
     pub(super) workspace: Buffer,
 }
@@ -44,8 +42,7 @@ impl Pass {
         workspace: Buffer,
     ) -> Result<Self> {
         let noise = source.plan(shape)?;
-        let z_aligned = shape.out_features.is_multiple_of(4) && source.is_vector_aligned();
-        Ok(Self { gpu: *gpu, arithmetic, noise, z_aligned, workspace })
+        Ok(Self { gpu: *gpu, arithmetic, noise, workspace })
     }
 }
 

@@ -6,6 +6,7 @@ use super::layer::Pass;
 use super::noise_source::NoiseSource;
 use super::partial_sums::partial_sums;
 use super::plan::{Launch, Plan};
+use super::pointer::{Input, Output, Void};
 use crate::shape::LinearShape;
 use bytemuck::{Pod, Zeroable};
 
@@ -18,22 +19,34 @@ const ROWS: usize = 16;
 /// Parts of the sum over token rows, at most. One number for all devices, so that all add up in the same order.
 const MAX_PARTS: usize = 512;
 
-/// `pace::LayerEpilogueParams` of the kernels.
+/// Parameters of the kernels `layer_epilogue*`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
 pub struct LayerEpilogueParams {
     noise: NoiseSource,
-    base: Address,
-    input: Address,
-    bias: Address,
-    output: Address,
-    sum: Address,
-    bias_sums: Address,
+    /// May be null.
+    base: Input<Void>,
+    /// a, or null; g.
+    input: Input<Void>,
+    /// May be null.
+    bias: Input<Void>,
+    /// y; e, or null.
+    output: Output<Void>,
+    /// May be null.
+    sum: Output<Void>,
+    /// Partial sums, or null.
+    bias_sums: Output<f32>,
+    /// Of base, a, e.
     rows: u32,
+    /// Tokens per sample `T`.
     tokens: u32,
+    /// Out-features `N`.
     channels: u32,
+    /// That share each row.
     branches: u32,
+    /// Rows of a block.
     part: u32,
+    /// Rows of every tensor start at multiples of 16 bytes and hold whole vectors.
     aligned: u32,
 }
 
@@ -77,10 +90,10 @@ impl Forward {
         let [base, input] = [self.base, self.a].map(|address| address.unwrap_or(Address::NONE));
         let (bias, output) = (Address::from(self.bias), Address::from(self.y));
         let params = LayerEpilogueParams {
-            base,
-            input,
-            bias,
-            output,
+            base: base.into(),
+            input: input.into(),
+            bias: bias.into(),
+            output: output.into(),
             aligned: is_aligned(shape, pass, &[base, input, bias, output]),
             ..params(shape, pass, &tiles)
         };
@@ -113,10 +126,10 @@ impl Backward {
         let [output, sum] = [self.e, self.sum].map(|address| address.unwrap_or(Address::NONE));
         let bias_sums = self.bias.map_or(Address::NONE, |(_, partial)| partial);
         let params = LayerEpilogueParams {
-            input,
-            output,
-            sum,
-            bias_sums,
+            input: input.into(),
+            output: output.into(),
+            sum: sum.into(),
+            bias_sums: bias_sums.into(),
             aligned: is_aligned(shape, pass, &[input, output, sum]),
             ..params(shape, pass, &tiles)
         };
@@ -138,7 +151,7 @@ impl Backward {
 
 fn is_aligned(shape: &LinearShape, pass: &Pass, tensors: &[Address]) -> u32 {
     let rows = rows_are_aligned(pass.arithmetic.dtype, shape.out_features, tensors);
-    u32::from(rows && pass.z_aligned)
+    u32::from(rows && pass.noise.is_aligned())
 }
 
 /// What both directions have.

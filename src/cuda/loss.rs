@@ -1,23 +1,24 @@
 //! The training loss and its gradient to the logits; plans `kernels/loss.cu`.
 
 use super::borrows::Borrows;
-use super::buffer::{Address, Buffer, DType, Element, Named, check_disjoint};
+use super::buffer::{Buffer, DType, Element, Named, check_disjoint};
 use super::device::Device;
 use super::kernel::{Kernels, table};
 use super::plan::{Launch, Plan};
+use super::pointer::{Input, Output, Void};
 use crate::cpu::{check_label_smoothing, check_lambda, history_rows};
 use crate::error::{Error, Result};
 use crate::shape::{nonzero, product};
 use bytemuck::{Pod, Zeroable};
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
 
-/// `ELEMENTS` of the kernels: what a thread holds of a row.
-const ELEMENTS: usize = 8;
+/// What a thread holds of a row.
+pub const LOSS_ELEMENTS: usize = 8;
 const WARP: usize = 32;
 /// Threads that share a row or a slice of one, at most; then they are the block.
 const MAX_GROUP: usize = 512;
 /// Elements of a slice, at most.
-const MAX_SLICE: usize = MAX_GROUP * ELEMENTS;
+const MAX_SLICE: usize = MAX_GROUP * LOSS_ELEMENTS;
 /// Threads of a block of several groups, at most.
 const THREADS: usize = 256;
 /// A batch is spread over so many blocks before a block gets several samples.
@@ -25,7 +26,7 @@ const SPREAD: usize = 64;
 /// Blocks, at most, unless a row alone needs more: each of them counts the labels of the whole batch.
 const MAX_BLOCKS: usize = 1024;
 /// Words of shared memory for each warp of a block; one more is for all of them.
-const SHARED_WORDS: usize = 9;
+pub const LOSS_SHARED_WORDS: usize = 9;
 /// Samples, at most: the kernels count them in `f32`.
 const MAX_BATCH: usize = 1 << 24;
 const MAX_CLASSES: usize = 1 << 30;
@@ -111,31 +112,42 @@ pub struct Loss {
     pub workspace: Buffer,
 }
 
-/// `pace::LossParams` of the kernels.
+/// Parameters of the kernels `loss*`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
 pub struct LossParams {
-    logits: Address,
-    labels: Address,
-    history: Address,
-    index: Address,
-    gradient: Address,
-    values: Address,
-    status: Address,
-    workspace: Address,
+    logits: Input<Void>,
+    labels: Input<i64>,
+    /// Null: none.
+    history: Output<f32>,
+    index: Input<i64>,
+    /// Null: not wanted.
+    gradient: Output<Void>,
+    values: Output<f32>,
+    status: Output<u64>,
+    workspace: Output<u32>,
     history_rows: u64,
     ignore_label: i64,
     has_ignore_label: u32,
     two_branches: u32,
+    /// Samples `B`, below 2^24: counts and positions are exact in f32.
     batch: u32,
+    /// Classes `C`, or the scale `c` of a low-rank layer.
     classes: u32,
+    /// Elements of a slice; the last may have fewer.
     slice: u32,
+    /// Slices of a row.
     slices: u32,
+    /// Threads of a group.
     group: u32,
+    /// Rows and slices of every tensor start at multiples of 16 bytes and hold whole vectors.
     aligned: u32,
     lambda: f32,
+    /// Label smoothing `s`.
     smoothing: f32,
+    /// `s / C`.
     spread: f32,
+    /// `2 lambda / B`.
     pull: f32,
 }
 
@@ -156,7 +168,7 @@ impl Loss {
 
         let (slice, slices) = (self.settings.slice(), self.settings.slices());
         let group = match slices {
-            1 => classes.div_ceil(ELEMENTS).next_power_of_two().max(WARP),
+            1 => classes.div_ceil(LOSS_ELEMENTS).next_power_of_two().max(WARP),
             _ => MAX_GROUP,
         };
         let groups = (batch / SPREAD).clamp(1, (THREADS / group).max(1));
@@ -190,7 +202,7 @@ impl Loss {
         let launch = |kernels: Kernels, columns: usize| {
             let rows = batch.div_ceil(groups).min((MAX_BLOCKS / columns).max(1));
             let (grid, block) = ([columns as u32, rows as u32, 1], [threads as u32, 1, 1]);
-            let shared = 4 * (SHARED_WORDS * threads / WARP + 1);
+            let shared = 4 * (LOSS_SHARED_WORDS * threads / WARP + 1);
             Launch::new(kernels.choose(self.dtype), grid, block, shared, &params)
         };
         if slices == 1 {

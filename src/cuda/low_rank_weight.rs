@@ -10,6 +10,7 @@ use super::device::Device;
 use super::kernel::{Kernel, table};
 use super::partial_sums::partial_sums;
 use super::plan::{Launch, Plan};
+use super::pointer::{Input, Output, Void};
 use crate::cpu::check_scale;
 use crate::error::{Error, Result};
 use crate::shape::{nonzero, product};
@@ -18,11 +19,11 @@ use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
 
 const WARP: usize = 32;
 /// Warps of a block that shares rows, and the rows of such a block.
-const WARPS: usize = 4;
-const TILE: usize = 16;
+pub const WEIGHT_WARPS: usize = 4;
+pub const WEIGHT_ROWS: usize = 16;
 /// Inner sizes of a chunk, forward and backward.
-const RANKS: usize = 16;
-const BACKWARD_RANKS: usize = 8;
+pub const WEIGHT_RANKS: usize = 16;
+pub const WEIGHT_BACKWARD_RANKS: usize = 8;
 /// Most rows of a partial sum over rows.
 const MAX_PART: usize = 128;
 /// Most elements of a factor.
@@ -58,37 +59,48 @@ pub struct LoraGrads<B> {
     pub up: B,
 }
 
-/// `pace::LowRankWeightParams` of the kernels.
+/// Parameters of the kernels `low_rank_weight*`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
 pub struct LowRankWeightParams {
-    down: Address,
-    up: Address,
-    base: Address,
-    out: Address,
+    down: Input<Void>,
+    up: Input<Void>,
+    /// W0, or null.
+    base: Input<Void>,
+    out: Output<Void>,
+    /// Out-features `N`.
     rows: u32,
+    /// In-features `K`.
     columns: u32,
     rank: u32,
     scale: f32,
-    aligned: u32,
-    reserved: u32,
+    /// Rows of U, W0 and the output start at multiples of 16 bytes and hold whole vectors.
+    aligned: u64,
 }
 
-/// `pace::LowRankBackwardParams` of the kernels.
+/// Parameters of the kernels `low_rank_backward*`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
 pub struct LowRankBackwardParams {
-    pub(super) grad: Address,
-    pub(super) base: Address,
-    pub(super) down: Address,
-    pub(super) up: Address,
-    pub(super) up_partial: Address,
-    pub(super) down_partial: Address,
+    /// Gradient to dW.
+    pub(super) grad: Input<Void>,
+    /// W0, or null.
+    pub(super) base: Input<Void>,
+    pub(super) down: Input<Void>,
+    pub(super) up: Input<Void>,
+    /// [parts, r, K].
+    pub(super) up_partial: Output<f32>,
+    /// [strips, N, r].
+    pub(super) down_partial: Output<f32>,
+    /// Out-features `N`.
     pub(super) rows: u32,
+    /// In-features `K`.
     pub(super) columns: u32,
     pub(super) rank: u32,
     pub(super) scale: f32,
+    /// Rows of a part, at most MAX_PART.
     pub(super) part: u32,
+    /// Rows of the gradient, W0, U and `up_partial` start at multiples of 16 bytes and hold whole vectors.
     pub(super) aligned: u32,
 }
 
@@ -131,7 +143,7 @@ impl Parts {
     pub(super) fn new(n: usize, k: usize, dtype: DType) -> Self {
         let strips = k.div_ceil(WARP * 16 / dtype.bytes()).max(1);
         let rows = n.div_ceil((BLOCKS / strips).max(1)).clamp(1, MAX_PART);
-        let part = rows.next_multiple_of(TILE);
+        let part = rows.next_multiple_of(WEIGHT_ROWS);
         Self { strips, parts: n.div_ceil(part), part }
     }
 
@@ -144,9 +156,9 @@ impl Parts {
         params: LowRankBackwardParams,
     ) -> Launch {
         // Sums of the warps, and the left factor of a part.
-        let shared = ranks * (WARPS * fours(dtype) * WARP * 16 + self.part * 4);
+        let shared = ranks * (WEIGHT_WARPS * fours(dtype) * WARP * 16 + self.part * 4);
         let params = LowRankBackwardParams { part: self.part as u32, ..params };
-        let (grid, block) = (grid(self.strips, self.parts), [(WARPS * WARP) as u32, 1, 1]);
+        let (grid, block) = (grid(self.strips, self.parts), [(WEIGHT_WARPS * WARP) as u32, 1, 1]);
         Launch::new(kernel, grid, block, shared, &params)
     }
 }
@@ -192,26 +204,25 @@ impl LoraFactors<Buffer> {
         let &Self { out_features: n, in_features: k, rank, down, up, scale } = self;
         out.check("out", "[N, K]", n * k, dtype.bytes())?;
         check_disjoint(&inputs, &[("out", out)], dtype.bytes())?;
-        let (base, target) = (base_weight.into(), Address::from(out));
+        let (base, target) = (Address::from(base_weight), Address::from(out));
         let params = LowRankWeightParams {
             down: down.into(),
             up: up.into(),
-            base,
-            out: target,
+            base: base.into(),
+            out: target.into(),
             rows: n as u32,
             columns: k as u32,
             rank: rank as u32,
             scale,
-            aligned: u32::from(rows_are_aligned(dtype, k, &[up.into(), base, target])),
-            reserved: 0,
+            aligned: u64::from(rows_are_aligned(dtype, k, &[up.into(), base, target])),
         };
-        let grid = grid(k.div_ceil(WARP * 16 / dtype.bytes()), n.div_ceil(TILE));
+        let grid = grid(k.div_ceil(WARP * 16 / dtype.bytes()), n.div_ceil(WEIGHT_ROWS));
         // A chunk of U and of D.
-        let shared = RANKS * (fours(dtype) * WARP * 16 + TILE * 4);
+        let shared = WEIGHT_RANKS * (fours(dtype) * WARP * 16 + WEIGHT_ROWS * 4);
         Ok(Launch::new(
             table::LOW_RANK_WEIGHT.choose(dtype),
             grid,
-            [(WARPS * WARP) as u32, 1, 1],
+            [(WEIGHT_WARPS * WARP) as u32, 1, 1],
             shared,
             &params,
         )
@@ -251,12 +262,12 @@ impl LoraFactors<Buffer> {
         let down_partial = up_partial.offset(parts.parts * r * k * 4);
         let (grad, base) = (Address::from(delta_weight_grad), Address::from(base_weight));
         let params = LowRankBackwardParams {
-            grad,
-            base,
+            grad: grad.into(),
+            base: base.into(),
             down: down.into(),
             up: up.into(),
-            up_partial,
-            down_partial,
+            up_partial: up_partial.into(),
+            down_partial: down_partial.into(),
             rows: n as u32,
             columns: k as u32,
             rank: r as u32,
@@ -265,7 +276,7 @@ impl LoraFactors<Buffer> {
             aligned: u32::from(rows_are_aligned(dtype, k, &[grad, base, up.into(), up_partial])),
         };
         let kernel = table::LOW_RANK_WEIGHT_BACKWARD.choose(dtype);
-        let mut plan = Plan::from(parts.launch(kernel, dtype, BACKWARD_RANKS, params));
+        let mut plan = Plan::from(parts.launch(kernel, dtype, WEIGHT_BACKWARD_RANKS, params));
         plan.push(partial_sums(down_partial, parts.strips, grads.down, dtype));
         plan.push(partial_sums(up_partial, parts.parts, grads.up, dtype));
         Ok(plan)

@@ -1,10 +1,11 @@
 //! Merging an adapter into its frozen layer; plans `kernels/weights.cu`.
 
 use super::borrows::Borrows;
-use super::buffer::{Address, Buffer, DType, Element, check_disjoint};
+use super::buffer::{Buffer, DType, Element, check_disjoint};
 use super::device::Device;
 use super::kernel::table;
 use super::plan::{Launch, Plan};
+use super::pointer::{Input, Output, Void};
 use crate::error::Result;
 use crate::shape::product;
 use bytemuck::{Pod, Zeroable};
@@ -37,14 +38,15 @@ pub struct Merge {
     pub delta: Buffer,
 }
 
-/// `pace::MergeParams` of the kernels.
+/// Parameters of the kernels `merge*`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
 pub struct MergeParams {
-    target: Address,
-    delta: Address,
+    target: Output<Void>,
+    delta: Input<Void>,
     length: u64,
     sign: f32,
+    /// Both start at multiples of 16 bytes.
     aligned: u32,
 }
 

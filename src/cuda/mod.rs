@@ -80,6 +80,7 @@ mod noisy_linear;
 mod norms;
 mod partial_sums;
 mod plan;
+mod pointer;
 mod prompt_bias;
 mod select;
 mod under_noise;

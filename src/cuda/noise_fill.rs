@@ -1,11 +1,12 @@
 //! `z` written out; plans `kernels/noise_fill.cu`.
 
 use super::borrows::Borrows;
-use super::buffer::{Address, Buffer, check_output_shape, grid};
+use super::buffer::{Buffer, check_output_shape, grid};
 use super::device::Device;
 use super::kernel::table;
 use super::noise_source::{NoiseSource, Source};
 use super::plan::{Launch, Plan};
+use super::pointer::Output;
 use crate::error::Result;
 use crate::noise::{Generator, NoiseShape};
 use crate::shape::LinearShape;
@@ -30,15 +31,17 @@ pub struct NoiseFill {
     pub z: Buffer,
 }
 
-/// `pace::NoiseFillParams` of the kernel.
+/// Parameters of the kernels `noise_fill*`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
 pub struct NoiseFillParams {
     noise: NoiseSource,
-    z: Address,
+    z: Output<f32>,
     rows: u32,
+    /// Rows per sample: T for BTC noise, 1 for BC.
     tokens: u32,
     channels: u32,
+    /// Rows start at multiples of 16 bytes and hold whole vectors.
     aligned: u32,
 }
 

@@ -1,91 +1,97 @@
-//! Where a kernel's `z` comes from; mirrors `kernels/noise_source.cuh`.
+//! Where a kernel's `z` comes from.
 
 use super::buffer::{Buffer, Named};
+use super::pointer::Input;
 use crate::error::{Error, Result};
 use crate::noise::{NoiseShape, check_samples};
 use crate::shape::LinearShape;
 use bytemuck::{Pod, Zeroable};
-use std::mem::offset_of;
 
 /// Where a layer's `z` comes from, for planning: a given `z` is of `f32`.
 pub type Source = crate::noise::Noise<Buffer, Buffer>;
 
-/// `pace::NoiseSource` of the kernels.
+/// Where a kernel's `z` comes from.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
 pub struct NoiseSource {
-    given: u64,
-    key_address: u64,
+    /// z of the caller; null if generated.
+    given: Input<f32>,
+    /// The key, read when the kernel runs; null: `key` is the key.
+    key_address: Input<u64>,
     key: [u32; 2],
+    /// Number of the batch's sample 0 in the global batch.
     first_sample: u64,
+    /// Samples per branch.
     batch: u32,
+    /// One of the `NOISE_` constants.
     kind: u32,
     sigma: f32,
-    reserved: u32,
+    /// Rows of a given z start at multiples of 16 bytes and hold whole vectors.
+    aligned: u32,
 }
 
-const _: () = assert!(
-    size_of::<NoiseSource>() == 48
-        && align_of::<NoiseSource>() == 8
-        && offset_of!(NoiseSource, key_address) == 8
-        && offset_of!(NoiseSource, key) == 16
-        && offset_of!(NoiseSource, first_sample) == 24
-        && offset_of!(NoiseSource, batch) == 32
-        && offset_of!(NoiseSource, kind) == 36
-        && offset_of!(NoiseSource, sigma) == 40
-);
-
-/// `pace::NoiseKind`.
-const OFF: u32 = 0;
-const PER_SAMPLE: u32 = 1;
-const PER_TOKEN: u32 = 2;
-const GIVEN_PER_SAMPLE: u32 = 3;
-const GIVEN_PER_TOKEN: u32 = 4;
+/// No noise, `z = 1`.
+pub const NOISE_OFF: u32 = 0;
+/// Generated, one draw per sample (BC).
+pub const NOISE_PER_SAMPLE: u32 = 1;
+/// Generated, one draw per token (BTC).
+pub const NOISE_PER_TOKEN: u32 = 2;
+/// `z [R, N]` of the caller.
+pub const NOISE_GIVEN_PER_SAMPLE: u32 = 3;
+/// `z [R, T, N]` of the caller.
+pub const NOISE_GIVEN_PER_TOKEN: u32 = 4;
 
 impl NoiseSource {
     /// No noise.
     pub(super) const OFF: Self = Self {
-        given: 0,
-        key_address: 0,
+        given: Input::NULL,
+        key_address: Input::NULL,
         key: [0, 0],
         first_sample: 0,
         batch: 1,
-        kind: OFF,
+        kind: NOISE_OFF,
         sigma: 0.0,
-        reserved: 0,
+        aligned: 1,
     };
+
+    /// Whether rows of a given `z` can be loaded in vectors of 16 bytes.
+    pub(super) fn is_aligned(&self) -> bool {
+        self.aligned != 0
+    }
 }
 
 impl Source {
     /// Checks the source against a shape that is already checked, and lays it out for a kernel.
     pub(super) fn plan(&self, shape: &LinearShape) -> Result<NoiseSource> {
         // `batch` fits: the shape has at most 2^31 rows.
-        let mut source = NoiseSource { batch: shape.batch as u32, ..NoiseSource::OFF };
+        let aligned = shape.out_features.is_multiple_of(4) && self.is_vector_aligned();
+        let mut source =
+            NoiseSource { batch: shape.batch as u32, aligned: u32::from(aligned), ..NoiseSource::OFF };
         match *self {
             Source::Off => return Ok(NoiseSource::OFF),
             Source::Generated(generator) | Source::Keyed { generator, .. } => {
                 check_samples(generator.first_sample(), shape.batch)?;
                 if let Source::Keyed { key, .. } = self {
                     key.check("key", "[1]", 1, 8)?;
-                    source.key_address = key.address;
+                    source.key_address = (*key).into();
                 }
                 source.key = generator.key().0;
                 source.sigma = generator.sigma();
                 source.first_sample = generator.first_sample();
                 source.kind = match generator.shape() {
-                    NoiseShape::PerSample => PER_SAMPLE,
-                    NoiseShape::PerToken => PER_TOKEN,
+                    NoiseShape::PerSample => NOISE_PER_SAMPLE,
+                    NoiseShape::PerToken => NOISE_PER_TOKEN,
                 };
             }
             Source::Given { z, shape: NoiseShape::PerSample } => {
                 z.check("z", "[R, N]", shape.samples() * shape.out_features, 4)?;
-                source.given = z.address;
-                source.kind = GIVEN_PER_SAMPLE;
+                source.given = z.into();
+                source.kind = NOISE_GIVEN_PER_SAMPLE;
             }
             Source::Given { z, shape: NoiseShape::PerToken } => {
                 z.check("z", "[R, T, N]", shape.out_rows() * shape.out_features, 4)?;
-                source.given = z.address;
-                source.kind = GIVEN_PER_TOKEN;
+                source.given = z.into();
+                source.kind = NOISE_GIVEN_PER_TOKEN;
             }
         }
         Ok(source)
@@ -109,7 +115,7 @@ impl Source {
         outputs.iter().try_for_each(|(_, output)| self.check_overlap(output, bytes))
     }
 
-    /// Whether 16-byte loads of a given `z` work, where rows hold whole vectors.
+    /// Whether a given `z` starts at a multiple of 16 bytes.
     pub(super) fn is_vector_aligned(&self) -> bool {
         match self {
             Source::Given { z, .. } => z.is_vector_aligned(),

@@ -1,11 +1,12 @@
 //! Noisy epilogue after a product of the caller's own; plans `kernels/noisy_epilogue.cu`.
 
 use super::borrows::{Borrows, Noise};
-use super::buffer::{Address, Buffer, DType, Direction, Element, check_output_shape, grid};
+use super::buffer::{Buffer, DType, Direction, Element, check_output_shape, grid};
 use super::device::Device;
 use super::kernel::table;
 use super::noise_source::{NoiseSource, Source};
 use super::plan::{Launch, Plan};
+use super::pointer::{Input, Output, Void};
 use crate::error::{Error, Result};
 use crate::shape::LinearShape;
 use bytemuck::{Pod, Zeroable};
@@ -40,18 +41,26 @@ pub struct NoisyEpilogue {
     pub output: Buffer,
 }
 
-/// `pace::NoisyEpilogueParams` of the kernels.
+/// Parameters of the kernels `noisy_epilogue*`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
 pub struct NoisyEpilogueParams {
     noise: NoiseSource,
-    input: Address,
-    output: Address,
+    /// a, dy.
+    input: Input<Void>,
+    /// y, da.
+    output: Output<Void>,
+    /// Rank `r`, or sample rows `R` of an epilogue.
     samples: u32,
+    /// Tokens per sample `T`.
     tokens: u32,
+    /// Out-features `N`.
     channels: u32,
+    /// Tokens per unit.
     chunk: u32,
+    /// Units per sample.
     chunks: u32,
+    /// Rows of every tensor start at multiples of 16 bytes and hold whole vectors.
     aligned: u32,
 }
 

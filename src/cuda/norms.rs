@@ -5,6 +5,7 @@ use super::buffer::{Address, Buffer, DType, Element, Named, check_disjoint};
 use super::device::Device;
 use super::kernel::{Kernel, table};
 use super::plan::{Launch, Plan};
+use super::pointer::{Input, Output, Void};
 use crate::error::{Error, Result};
 use crate::shape::{nonzero, product};
 use bytemuck::{Pod, Zeroable};
@@ -14,9 +15,9 @@ const THREADS: usize = 256;
 const TOTAL_THREADS: usize = 1024;
 const WARP: usize = 32;
 /// Elements of a block.
-const CHUNK: usize = 16384;
+pub const NORMS_CHUNK: usize = 16384;
 /// Tensors of a launch.
-const TENSORS: usize = 128;
+pub const NORMS_TENSORS: usize = 128;
 /// Bytes of `f64`.
 const WIDE: usize = 8;
 
@@ -52,38 +53,42 @@ pub struct FpDistance {
     pub workspace: Buffer,
 }
 
-/// `pace::GradNormParams` of the kernels.
+/// Parameters of the kernels `grad_norm*`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
 pub struct GradNormParams {
-    tensors: [Address; TENSORS],
-    lengths: [u64; TENSORS],
-    partial: Address,
-    first_chunk: [u32; TENSORS],
-    count: u32,
-    reserved: u32,
+    tensors: [Input<Void>; NORMS_TENSORS],
+    /// None is zero.
+    lengths: [u64; NORMS_TENSORS],
+    /// Of the launch's first chunk.
+    partial: Output<f64>,
+    /// Of each tensor, counted from the launch's first.
+    first_chunk: [u32; NORMS_TENSORS],
+    /// Tensors that there are.
+    count: u64,
 }
 
-/// `pace::FpDistanceParams` of the kernels.
+/// Parameters of the kernels `fp_distance*`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
 pub struct FpDistanceParams {
-    fine_tuned: Address,
-    pre_trained: Address,
-    partial: Address,
+    fine_tuned: Input<Void>,
+    pre_trained: Input<Void>,
+    partial: Output<f64>,
     length: u64,
-    aligned: u32,
-    reserved: u32,
+    /// Both tensors start at multiples of 16 bytes.
+    aligned: u64,
 }
 
-/// `pace::NormTotalParams` of the kernel.
+/// Parameters of the kernels `norm_total*`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
 pub struct NormTotalParams {
-    partial: Address,
-    out: Address,
+    partial: Input<f64>,
+    out: Output<f64>,
     divisor: f64,
     parts: u32,
+    /// Whether the root is asked for, instead of the quotient.
     root: u32,
 }
 
@@ -126,7 +131,7 @@ fn chunked(kernel: Kernel, chunks: u32, params: &impl Pod) -> Launch {
 impl GradNorm<'_> {
     /// The `f64` elements of workspace for tensors of these lengths; saturates.
     pub fn workspace_len(lengths: impl IntoIterator<Item = usize>) -> usize {
-        lengths.into_iter().fold(0, |sum, length| sum.saturating_add(length.div_ceil(CHUNK)))
+        lengths.into_iter().fold(0, |sum, length| sum.saturating_add(length.div_ceil(NORMS_CHUNK)))
     }
 
     /// The plan that computes the norm: a launch for each 128 tensors that are not empty, and one for the total.
@@ -150,15 +155,15 @@ impl GradNorm<'_> {
 
         let mut partial = Address::from(workspace);
         let mut plan = Plan::default();
-        for tensors in full.chunks(TENSORS) {
-            let mut params =
-                GradNormParams { partial, count: tensors.len() as u32, ..GradNormParams::zeroed() };
+        for tensors in full.chunks(NORMS_TENSORS) {
+            let (partial_sums, count) = (partial.into(), tensors.len() as u64);
+            let mut params = GradNormParams { partial: partial_sums, count, ..GradNormParams::zeroed() };
             let mut chunks = 0;
             for (i, (_, gradient)) in tensors.iter().enumerate() {
                 params.tensors[i] = (*gradient).into();
                 params.lengths[i] = gradient.len as u64;
                 params.first_chunk[i] = chunks;
-                chunks += gradient.len.div_ceil(CHUNK) as u32;
+                chunks += gradient.len.div_ceil(NORMS_CHUNK) as u32;
             }
             partial = partial.offset(chunks as usize * WIDE);
             plan.push(chunked(table::GRAD_NORM.choose(dtype), chunks, &params));
@@ -171,7 +176,7 @@ impl GradNorm<'_> {
 impl FpDistance {
     /// The `f64` elements of workspace for outputs `[samples, features]`; saturates for sizes that are refused.
     pub fn workspace_len(samples: usize, features: usize) -> usize {
-        samples.saturating_mul(features).div_ceil(CHUNK)
+        samples.saturating_mul(features).div_ceil(NORMS_CHUNK)
     }
 
     /// The plan that computes the distance.
@@ -196,8 +201,7 @@ impl FpDistance {
             pre_trained: pre_trained.into(),
             partial: workspace.into(),
             length: length as u64,
-            aligned: u32::from(fine_tuned.is_vector_aligned() && pre_trained.is_vector_aligned()),
-            reserved: 0,
+            aligned: u64::from(fine_tuned.is_vector_aligned() && pre_trained.is_vector_aligned()),
         };
         let mut plan = Plan::from(chunked(table::FP_DISTANCE.choose(dtype), parts as u32, &params));
         plan.push(total(workspace, parts, distance, Some(samples)));

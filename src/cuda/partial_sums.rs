@@ -3,6 +3,7 @@
 use super::buffer::{Address, Buffer, DType};
 use super::kernel::table;
 use super::plan::Launch;
+use super::pointer::{Input, Output, Void};
 use bytemuck::{Pod, Zeroable};
 
 const THREADS: usize = 256;
@@ -12,17 +13,18 @@ const WIDTH: usize = 4;
 const MIN_RUN: usize = 4;
 const MAX_GROUPS: usize = 16;
 
-/// `pace::PartialSumsParams` of the kernels.
+/// Parameters of the kernels `partial_sums*`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
 pub struct PartialSumsParams {
-    partial: Address,
-    out: Address,
+    partial: Input<f32>,
+    out: Output<Void>,
     length: u64,
+    /// Rows of `partial` start at multiples of 16 bytes and hold whole vectors.
+    aligned: u64,
     parts: u32,
-    aligned: u32,
+    /// Threads that share the parts, a power of two.
     groups: u32,
-    reserved: u32,
 }
 
 /// The launch that adds up `partial [parts, out.len()]`, `f32` at this address. Both were checked before.
@@ -34,13 +36,12 @@ pub(super) fn partial_sums(partial: Address, parts: usize, out: Buffer, dtype: D
         [THREADS as u32, 1, 1],
         if groups > 1 { THREADS * WIDTH * 4 } else { 0 },
         &PartialSumsParams {
-            partial,
+            partial: partial.into(),
             out: out.into(),
             length: out.len as u64,
             parts: parts as u32,
-            aligned: u32::from(out.len.is_multiple_of(WIDTH) && partial.is_vector_aligned()),
+            aligned: u64::from(out.len.is_multiple_of(WIDTH) && partial.is_vector_aligned()),
             groups: groups as u32,
-            reserved: 0,
         },
     )
 }

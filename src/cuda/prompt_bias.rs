@@ -7,6 +7,7 @@ use super::kernel::{Kernels, table};
 use super::low_rank_weight::{LowRankBackwardParams, Parts, check_sizes, check_workspace, factor};
 use super::partial_sums::partial_sums;
 use super::plan::{Launch, Plan};
+use super::pointer::{Input, Output, Void};
 use crate::error::Result;
 use bytemuck::{Pod, Zeroable};
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
@@ -50,39 +51,55 @@ pub struct PromptGrads<B> {
     pub delta_bias: Option<B>,
 }
 
-/// `pace::PromptBiasParams` of the kernels.
+/// Parameters of the kernels `prompt_bias*`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
 pub struct PromptBiasParams {
-    matrix: Address,
-    vector: Address,
-    base_bias: Address,
-    delta_bias: Address,
-    out: Address,
+    /// [rows, columns].
+    matrix: Input<Void>,
+    /// [columns].
+    vector: Input<Void>,
+    /// [rows], or null.
+    base_bias: Input<Void>,
+    /// [rows], or null.
+    delta_bias: Input<Void>,
+    /// [rows].
+    out: Output<Void>,
     rows: u32,
     columns: u32,
-    aligned: u32,
-    reserved: u32,
+    /// The vector and rows of the matrix start at multiples of 16 bytes, and the rows hold whole vectors.
+    aligned: u64,
 }
 
-/// `pace::PromptGradsParams` of the kernels.
+/// Parameters of the kernels `prompt_grads*`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
 pub struct PromptGradsParams {
-    q: Address,
-    down: Address,
-    up: Address,
-    grad: Address,
-    base_bias: Address,
-    down_grad: Address,
-    up_partial: Address,
-    delta_bias: Address,
+    /// [K].
+    q: Input<f32>,
+    /// Pd.
+    down: Input<Void>,
+    /// Pu.
+    up: Input<Void>,
+    /// Whether rows of g are.
+    grad: Input<Void>,
+    /// B0; null is zero.
+    base_bias: Input<Void>,
+    /// DPd.
+    down_grad: Output<Void>,
+    /// [parts, r].
+    up_partial: Output<f32>,
+    /// Dd, or null.
+    delta_bias: Output<Void>,
+    /// In-features `K`.
     columns: u32,
     rank: u32,
+    /// Out-features `N`.
     rows: u32,
+    /// Of K, for a block.
     part: u32,
-    width: u32,
-    reserved: u32,
+    /// Threads side by side along r: a power of two, not less than r or the whole block.
+    width: u64,
 }
 
 impl<B> PromptBias<B> {
@@ -130,23 +147,26 @@ impl PromptBias<Buffer> {
         let outputs = [("out", out), ("workspace", workspace.in_elements_of(bytes))];
         check_disjoint(&inputs, &outputs, bytes)?;
         // A matrix, its sizes, a vector, and where their product goes.
-        let launch =
-            |kernels: Kernels, matrix: Buffer, (rows, columns): (usize, usize), vector, out, biases| {
-                let [base_bias, delta_bias]: [Option<Buffer>; 2] = biases;
-                let params = PromptBiasParams {
-                    matrix: matrix.into(),
-                    vector,
-                    base_bias: base_bias.into(),
-                    delta_bias: delta_bias.into(),
-                    out,
-                    rows: rows as u32,
-                    columns: columns as u32,
-                    aligned: u32::from(rows_are_aligned(dtype, columns, &[matrix.into(), vector])),
-                    reserved: 0,
-                };
-                let grid = [rows.div_ceil(THREADS / WARP) as u32, 1, 1];
-                Launch::new(kernels.choose(dtype), grid, [THREADS as u32, 1, 1], 0, &params)
+        let launch = |kernels: Kernels,
+                      matrix: Buffer,
+                      (rows, columns): (usize, usize),
+                      vector: Address,
+                      out: Address,
+                      biases| {
+            let [base_bias, delta_bias]: [Option<Buffer>; 2] = biases;
+            let params = PromptBiasParams {
+                matrix: matrix.into(),
+                vector: vector.into(),
+                base_bias: base_bias.into(),
+                delta_bias: delta_bias.into(),
+                out: out.into(),
+                rows: rows as u32,
+                columns: columns as u32,
+                aligned: u64::from(rows_are_aligned(dtype, columns, &[matrix.into(), vector])),
             };
+            let grid = [rows.div_ceil(THREADS / WARP) as u32, 1, 1];
+            Launch::new(kernels.choose(dtype), grid, [THREADS as u32, 1, 1], 0, &params)
+        };
         let prompt = Address::from(workspace);
         let biases = [self.base_bias, self.delta_bias];
         let up = self.prompt_up.into();
@@ -191,9 +211,9 @@ impl PromptBias<Buffer> {
         let up_partial = Address::from(q).offset(k * 4);
         let (weight, blocks) = (Address::from(self.base_weight), k.div_ceil(PROMPT_PART));
         let columns = LowRankBackwardParams {
-            grad: weight,
+            grad: weight.into(),
             down: delta_bias_grad.into(),
-            up_partial: partial,
+            up_partial: partial.into(),
             rows: n as u32,
             columns: k as u32,
             rank: 1,
@@ -208,14 +228,13 @@ impl PromptBias<Buffer> {
             grad: delta_bias_grad.into(),
             base_bias: self.base_bias.into(),
             down_grad: grads.prompt_down.into(),
-            up_partial,
+            up_partial: up_partial.into(),
             delta_bias: grads.delta_bias.into(),
             columns: k as u32,
             rank: r as u32,
             rows: n as u32,
             part: PROMPT_PART as u32,
-            width: r.next_power_of_two().min(THREADS) as u32,
-            reserved: 0,
+            width: r.next_power_of_two().min(THREADS) as u64,
         };
         let (grid, block) = ([blocks as u32, 1, 1], [THREADS as u32, 1, 1]);
         let mut plan = Plan::from(parts.launch(table::PROMPT_BIAS_COLUMNS.choose(dtype), dtype, 1, columns));

@@ -6,79 +6,104 @@ use crate::cuda::buffer::{Address, Buffer, DType, rows_are_aligned};
 use crate::cuda::kernel::{GemmKernels, table};
 use crate::cuda::layer::Pass;
 use crate::cuda::noise_source::{NoiseSource, Source};
-use crate::cuda::noisy_linear::sm80::{Forward, Input, THREADS, TILE, Weight, blocks};
+use crate::cuda::noisy_linear::sm80::{
+    ForwardGemm, GEMM_THREADS, GEMM_TILE, InputGradient, WeightGradient, blocks,
+};
 use crate::cuda::partial_sums::partial_sums;
 use crate::cuda::plan::{Launch, Plan};
+use crate::cuda::pointer::{Input, Output, Void};
 use crate::error::Result;
 use crate::shape::LinearShape;
 use bytemuck::{Pod, Zeroable};
 
-/// Forward pass, up to rank 16 and 32.
+/// ForwardGemm pass, up to rank 16 and 32.
 const FORWARD: [GemmKernels; 2] = [table::LOW_RANK_LINEAR_16, table::LOW_RANK_LINEAR_32];
 /// The adapter's part of the backward pass, up to rank 16 and 32.
 const FACTORS: [GemmKernels; 2] = [table::LOW_RANK_FACTORS_16, table::LOW_RANK_FACTORS_32];
 
 /// Columns that kernels have for the rank.
 const RANKS: [usize; 2] = [16, 32];
-const STAGES: usize = 3;
+pub const LOW_RANK_STAGES: usize = 3;
 /// Token rows of a tile of `factors`, and bytes of its rows.
-const ROWS: usize = 32;
-const ROW_BYTES: usize = 1024;
+pub const FACTORS_ROWS: usize = 32;
+pub const FACTORS_ROW_BYTES: usize = 1024;
 /// Blocks of `factors` that keep a large device busy (one number for all devices, so that all add up in the same order), and the
 /// token rows that a block has at least.
 const BLOCKS: usize = 264;
 const MIN_PART: usize = 64;
 
-/// `pace::LowRankLinearParams` of the kernels.
+/// Parameters of the kernels `low_rank_linear*`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
 pub struct LowRankLinearParams {
     noise: NoiseSource,
-    x: Address,
-    weight: Address,
-    up: Address,
-    down: Address,
-    base_bias: Address,
-    delta_bias: Address,
-    s: Address,
-    y: Address,
+    x: Input<Void>,
+    weight: Input<Void>,
+    up: Input<Void>,
+    down: Input<Void>,
+    /// May be null.
+    base_bias: Input<Void>,
+    /// May be null.
+    delta_bias: Input<Void>,
+    s: Output<Void>,
+    y: Output<Void>,
+    /// Whether rows of y are.
+    aligned: u64,
+    /// Token rows `M`.
     rows: u32,
+    /// Tokens per sample `T`.
     tokens: u32,
+    /// Out-features `N`.
     channels: u32,
+    /// In-features `K`.
     inner: u32,
+    /// Rank `r`, or sample rows `R` of an epilogue.
     rank: u32,
+    /// Rows of x.
     wrap: u32,
     tile_columns: u32,
-    aligned: u32,
-    z_aligned: u32,
+    /// Whether rows of x, W0 and A are.
     x_aligned: u32,
+    /// Whether rows of B are.
     down_aligned: u32,
+    /// Classes `C`, or the scale `c` of a low-rank layer.
     scale: f32,
 }
 
-/// `pace::LowRankFactorsParams` of the kernels.
+/// Parameters of the kernels `low_rank_factors*`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
 pub struct LowRankFactorsParams {
     noise: NoiseSource,
-    g: Address,
-    s: Address,
-    down: Address,
-    ds: Address,
-    down_sums: Address,
-    delta_bias: Address,
+    g: Input<Void>,
+    s: Input<Void>,
+    down: Input<Void>,
+    /// Partial sums [chunks, M, r], or null.
+    ds: Output<f32>,
+    /// Partial sums of dD [parts, N, r], or null.
+    down_sums: Output<f32>,
+    /// Partial sums of ddb [parts, N], or null.
+    delta_bias: Output<f32>,
+    /// Token rows `M`.
     rows: u32,
+    /// Tokens per sample `T`.
     tokens: u32,
+    /// Out-features `N`.
     channels: u32,
+    /// Rank `r`, or sample rows `R` of an epilogue.
     rank: u32,
+    /// Rows of s.
     wrap: u32,
+    /// Of channels.
     chunks: u32,
+    /// Token rows of a block, a multiple of 32.
     part: u32,
+    /// Whether rows of g are.
     aligned: u32,
-    z_aligned: u32,
+    /// Whether rows of s and B are.
     rank_aligned: u32,
+    /// Classes `C`, or the scale `c` of a low-rank layer.
     scale: f32,
-    reserved: u32,
 }
 
 /// Sizes of a layer, and the plans that depend on them alone.
@@ -109,9 +134,9 @@ impl Sizes {
     /// Chunks of channels, parts of the token rows and the rows of each, in `factors`.
     fn parts(&self) -> (usize, usize, usize) {
         let m = self.shape.out_rows();
-        let chunks = (self.shape.out_features * self.dtype.bytes()).div_ceil(ROW_BYTES);
+        let chunks = (self.shape.out_features * self.dtype.bytes()).div_ceil(FACTORS_ROW_BYTES);
         let parts = (BLOCKS / chunks).clamp(1, m.div_ceil(MIN_PART));
-        let part = m.div_ceil(parts).next_multiple_of(ROWS);
+        let part = m.div_ceil(parts).next_multiple_of(FACTORS_ROWS);
         (chunks, m.div_ceil(part), part)
     }
 
@@ -141,9 +166,9 @@ impl Sizes {
                 let (chunks, parts, _) = self.parts();
                 ([take(times(chunks, m, r)), take(times(parts, n, r)), take(times(parts, n, 1))], 0)
             }
-            None => ([0; 3], Weight::workspace_len(&self.down_shape())),
+            None => ([0; 3], WeightGradient::workspace_len(&self.down_shape())),
         };
-        let products = take(products.max(Weight::workspace_len(&self.up_shape())));
+        let products = take(products.max(WeightGradient::workspace_len(&self.up_shape())));
         Workspace { ds, sums, products, len }
     }
 }
@@ -185,19 +210,19 @@ fn fused_forward(
     let (m, k, n, r) = (shape.out_rows(), shape.in_features, shape.out_features, layer.rank);
     let rank = RANKS[columns];
     let slices = rank.div_ceil(64 / bytes);
-    let ring = (STAGES * (2 * TILE + rank) * 64).max(TILE * TILE * 4);
-    let tile_columns = n.div_ceil(TILE);
+    let ring = (LOW_RANK_STAGES * (2 * GEMM_TILE + rank) * 64).max(GEMM_TILE * GEMM_TILE * 4);
+    let tile_columns = n.div_ceil(GEMM_TILE);
     let [x, weight, up, down, s, y] = tensors.map(Address::from);
     let params = LowRankLinearParams {
         noise: pass.noise,
-        x,
-        weight,
-        up,
-        down,
+        x: x.into(),
+        weight: weight.into(),
+        up: up.into(),
+        down: down.into(),
         base_bias: base_bias.into(),
         delta_bias: layer.delta_bias.into(),
-        s,
-        y,
+        s: s.into(),
+        y: y.into(),
         rows: m as u32,
         tokens: shape.tokens as u32,
         channels: n as u32,
@@ -205,16 +230,15 @@ fn fused_forward(
         rank: r as u32,
         wrap: shape.in_rows() as u32,
         tile_columns: tile_columns as u32,
-        aligned: u32::from(rows_are_aligned(dtype, n, &[y])),
-        z_aligned: u32::from(pass.z_aligned),
+        aligned: u64::from(rows_are_aligned(dtype, n, &[y])),
         x_aligned: u32::from(rows_are_aligned(dtype, k, &[x, weight, up])),
         down_aligned: u32::from(rows_are_aligned(dtype, r, &[down])),
         scale: layer.scale,
     };
-    let grid = blocks("y", &[tile_columns, m.div_ceil(TILE)])?;
-    let shared = ring + 2 * slices * TILE * 64;
+    let grid = blocks("y", &[tile_columns, m.div_ceil(GEMM_TILE)])?;
+    let shared = ring + 2 * slices * GEMM_TILE * 64;
     let kernel = pass.arithmetic.choose(FORWARD[columns]);
-    Ok(Launch::new(kernel, grid, [THREADS, 1, 1], shared, &params).into())
+    Ok(Launch::new(kernel, grid, [GEMM_THREADS, 1, 1], shared, &params).into())
 }
 
 fn composed_forward(
@@ -225,7 +249,7 @@ fn composed_forward(
     y: Buffer,
 ) -> Result<Plan> {
     let (shape, k, r) = (layer.shape, layer.shape.in_features, layer.rank);
-    let low = Forward {
+    let low = ForwardGemm {
         run: pass.arithmetic,
         shape: LinearShape {
             branches: if shape.shared_input { 1 } else { shape.branches },
@@ -233,7 +257,6 @@ fn composed_forward(
             ..sizes(layer, pass).up_shape()
         },
         noise: NoiseSource::OFF,
-        z_aligned: false,
         segments: &[(x, layer.up, k, true)],
         base_bias: None,
         delta_bias: None,
@@ -243,11 +266,10 @@ fn composed_forward(
     };
     let base = layer.base.map(|base| (x, base.weight, k, false));
     let segments: Vec<_> = base.into_iter().chain([(s, layer.down, r, true)]).collect();
-    let high = Forward {
+    let high = ForwardGemm {
         run: pass.arithmetic,
         shape,
         noise: pass.noise,
-        z_aligned: pass.z_aligned,
         segments: &segments,
         base_bias: layer.base.and_then(|base| base.bias),
         delta_bias: layer.delta_bias,
@@ -281,16 +303,16 @@ pub(super) fn backward(
             None => composed_factors(layer, pass, [s, dy], targets)?,
         });
     }
-    let (noise, z_aligned) = (NoiseSource::OFF, false);
+    let noise = NoiseSource::OFF;
     if let Some(dx) = grads.input {
         let base = layer.base.map(|base| (dy, base.weight, n, false));
         let segments: Vec<_> = base.into_iter().chain([(ds, layer.up, r, false)]).collect();
-        plan.push(Input { run, shape, noise, z_aligned, segments: &segments, dx, scale: 1.0 }.plan()?);
+        plan.push(InputGradient { run, shape, noise, segments: &segments, dx, scale: 1.0 }.plan()?);
     }
     if let Some(up) = grads.up {
         let (shape, workspace) = (sizes(layer, pass).up_shape(), at(places.products));
         let (weight, bias) = (Some(up), None);
-        plan.append(Weight { run, shape, noise, z_aligned, g: ds, x, weight, bias, workspace }.plan()?);
+        plan.append(WeightGradient { run, shape, noise, g: ds, x, weight, bias, workspace }.plan()?);
     }
     Ok(plan)
 }
@@ -310,15 +332,17 @@ fn fused_factors(
     let sums = places.sums.map(|offset| Address::from(pass.workspace).offset(4 * offset));
     let target = |i: usize| targets[i].map_or(Address::NONE, |_| sums[i]);
     let stride = RANKS[columns] * bytes + 16;
-    let shared = ROWS * ROW_BYTES + (ROW_BYTES / bytes + ROWS) * stride + 4 * ROWS * RANKS[columns] * 4;
+    let shared = FACTORS_ROWS * FACTORS_ROW_BYTES
+        + (FACTORS_ROW_BYTES / bytes + FACTORS_ROWS) * stride
+        + 4 * FACTORS_ROWS * RANKS[columns] * 4;
     let params = LowRankFactorsParams {
         noise: pass.noise,
         g: dy.into(),
         s: s.into(),
         down: layer.down.into(),
-        ds: target(0),
-        down_sums: target(1),
-        delta_bias: target(2),
+        ds: target(0).into(),
+        down_sums: target(1).into(),
+        delta_bias: target(2).into(),
         rows: shape.out_rows() as u32,
         tokens: shape.tokens as u32,
         channels: n as u32,
@@ -327,14 +351,12 @@ fn fused_factors(
         chunks: chunks as u32,
         part: part as u32,
         aligned: u32::from(rows_are_aligned(dtype, n, &[dy.into()])),
-        z_aligned: u32::from(pass.z_aligned),
         rank_aligned: u32::from(rows_are_aligned(dtype, r, &[s.into(), layer.down.into()])),
         scale: layer.scale,
-        reserved: 0,
     };
     let kernel = pass.arithmetic.choose(FACTORS[columns]);
     let grid = blocks("dy", &[chunks, parts])?;
-    let mut plan = Plan::from(Launch::new(kernel, grid, [THREADS, 1, 1], shared, &params));
+    let mut plan = Plan::from(Launch::new(kernel, grid, [GEMM_THREADS, 1, 1], shared, &params));
     for (i, target) in targets.into_iter().enumerate() {
         if let Some(out) = target {
             plan.push(partial_sums(sums[i], if i == 0 { chunks } else { parts }, out, dtype));
@@ -350,18 +372,18 @@ fn composed_factors(
     [s, dy]: [Buffer; 2],
     [ds, down, delta_bias]: [Option<Buffer>; 3],
 ) -> Result<Plan> {
-    let &Pass { arithmetic: run, noise, z_aligned, .. } = pass;
+    let &Pass { arithmetic: run, noise, .. } = pass;
     let (sizes, n) = (sizes(layer, pass), layer.shape.out_features);
     let mut plan = Plan::default();
     if let Some(dx) = ds {
         let shape = LinearShape { shared_input: false, ..sizes.down_shape() };
         let (segments, scale) = (&[(dy, layer.down, n, true)], layer.scale);
-        plan.push(Input { run, shape, noise, z_aligned, segments, dx, scale }.plan()?);
+        plan.push(InputGradient { run, shape, noise, segments, dx, scale }.plan()?);
     }
     if down.is_some() || delta_bias.is_some() {
         let workspace = Address::from(pass.workspace).offset(4 * sizes.workspace().products);
         let (shape, weight, bias) = (sizes.down_shape(), down, delta_bias);
-        plan.append(Weight { run, shape, noise, z_aligned, g: dy, x: s, weight, bias, workspace }.plan()?);
+        plan.append(WeightGradient { run, shape, noise, g: dy, x: s, weight, bias, workspace }.plan()?);
     }
     Ok(plan)
 }
