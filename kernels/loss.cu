@@ -259,6 +259,76 @@ __device__ __forceinline__ void finish(const LossParams &p) {
     }
 }
 
+// What a sample is compared with.
+struct Partner {
+    bool exists;   // if not, the sample has no consistency term
+    bool repeated; // an earlier sample has the same index
+};
+
+// Reads m of this slice: branch 1, or the remembered logits, which `logit` then overwrites.
+template <class T, Form FORM, bool ALIGNED>
+__device__ __forceinline__ Partner read_partner(const LossParams &p, const Slice<T, ALIGNED> &slice, const T *branch_1,
+                                                u32 sample, u32 thread, u32 start, const float (&logit)[ELEMENTS],
+                                                float (&partner)[ELEMENTS]) {
+    Partner found = {p.two_branches != 0u, false};
+    if (found.exists) {
+        slice.read(branch_1, partner);
+    } else if (p.history != nullptr) {
+        const i64 index = sample < p.batch ? load(p.index + sample) : -1;
+        const bool is_row = is_below(index, p.history_rows);
+        found.repeated = is_repeated(p, sample, index, thread) && is_row;
+        found.exists = is_row && !found.repeated;
+        if (found.exists) {
+            float *const remembered = p.history + static_cast<u64>(index) * p.classes + start;
+            slice.read(remembered, partner);
+            if (FORM != SCAN) {
+                slice.write(remembered, logit);
+            }
+        }
+    }
+    return found;
+}
+
+__device__ __forceinline__ void store_summary(const LossParams &p, const Summary &all, u32 sample) {
+    float *const part = summary_of(p, sample, blockIdx.x);
+    store(part, all.max);
+    store(part + 1, all.others);
+    store(part + 2, all.below);
+    store(part + 3, all.distance);
+}
+
+// The sample's record: its cross-entropy, zero without a label, its distance, and whether its index is repeated. `sum`: S.
+__device__ __forceinline__ void store_record(const LossParams &p, const Summary &all, u32 sample, bool has_label,
+                                             float label_logit, float sum, bool repeated) {
+    float cross_entropy = 0.0f;
+    if (has_label) {
+        const float log_sum = label_logit == all.max ? log1pf(all.others) : logf(sum);
+        cross_entropy = log_sum + (1.0f - p.smoothing) * (all.max - label_logit);
+        if (p.spread != 0.0f) {
+            cross_entropy += p.spread * all.below;
+        }
+    }
+    float *const record = record_of(p, sample);
+    store(record, cross_entropy);
+    store(record + 1, all.distance);
+    store(record + 2, repeated ? 1.0f : 0.0f);
+}
+
+// Gradients to both branches in place of exp(l - M) and the differences. `weight`: of the cross-entropy.
+template <class T, bool ALIGNED>
+__device__ __forceinline__ void gradients(const LossParams &p, const Slice<T, ALIGNED> &slice, const Summary &all,
+                                          bool has_label, u32 label_at, float sum, float weight,
+                                          float (&logit)[ELEMENTS], float (&difference)[ELEMENTS]) {
+    const float inverse = 1.0f / sum;
+#pragma unroll
+    for (u32 k = 0; k < ELEMENTS; ++k) {
+        const float probability = slice.at(k) == label_at ? p.smoothing - all.others * inverse : logit[k] * inverse;
+        const float pull = p.pull * difference[k];
+        logit[k] = pull + (has_label ? (probability - p.spread) * weight : 0.0f);
+        difference[k] = -pull;
+    }
+}
+
 template <class T, Form FORM, bool ALIGNED> __device__ __forceinline__ void evaluate(const LossParams &p) {
     const u32 thread = threadIdx.x % p.group, groups = blockDim.x / p.group;
     const u32 start = blockIdx.x * p.slice;
@@ -273,37 +343,25 @@ template <class T, Form FORM, bool ALIGNED> __device__ __forceinline__ void eval
         const bool exists = sample < p.batch;
         const u64 row = static_cast<u64>(sample) * p.classes;
         const Slice<T, ALIGNED> slice(thread, exists ? min(p.slice, p.classes - start) : 0u);
+
+        // Loads: logits, label and partner. Labels are counted here, with all loads of the first samples under way.
         const i64 label = exists ? load(p.labels + sample) : -1;
         float logit[ELEMENTS], difference[ELEMENTS];
         slice.read(logits + row + start, logit);
-
-        bool has_partner = p.two_branches != 0u, repeated = false;
-        if (has_partner) {
-            slice.read(logits + branch + row + start, difference);
-        } else if (p.history != nullptr) {
-            const i64 index = exists ? load(p.index + sample) : -1;
-            const bool is_row = is_below(index, p.history_rows);
-            repeated = is_repeated(p, sample, index, thread) && is_row;
-            has_partner = is_row && !repeated;
-            if (has_partner) {
-                float *const remembered = p.history + static_cast<u64>(index) * p.classes + start;
-                slice.read(remembered, difference);
-                if (FORM != SCAN) {
-                    slice.write(remembered, logit);
-                }
-            }
-        }
+        const Partner partner = read_partner<T, FORM>(p, slice, logits + branch + row + start, sample, thread, start,
+                                                      logit, difference);
         const bool has_label = is_labelled(p, label);
         const float label_logit = has_label ? to_float(load(logits + row + label)) : 0.0f;
         const u32 label_at = has_label ? static_cast<u32>(label) - start - slice.first : NONE;
-        // Counted here, with all loads of the first samples under way.
         if (FORM != SCAN && gradient != nullptr && base == first) {
             const float count = labelled(p);
             weight = count > 0.0f ? 1.0f / count : 0.0f;
         }
+
+        // The summary of the slice, or of the row; logits become exp(l - M).
 #pragma unroll
         for (u32 k = 0; k < ELEMENTS; ++k) {
-            difference[k] = has_partner && slice.has(k) ? logit[k] - difference[k] : 0.0f;
+            difference[k] = partner.exists && slice.has(k) ? logit[k] - difference[k] : 0.0f;
         }
         Summary all;
         if (FORM == APPLY) {
@@ -317,39 +375,18 @@ template <class T, Form FORM, bool ALIGNED> __device__ __forceinline__ void eval
         }
         if (FORM == SCAN) {
             if (thread == 0 && exists) {
-                float *const part = summary_of(p, sample, blockIdx.x);
-                store(part, all.max);
-                store(part + 1, all.others);
-                store(part + 2, all.below);
-                store(part + 3, all.distance);
+                store_summary(p, all, sample);
             }
             continue;
         }
+
+        // The sample's record and gradients.
         const float sum = all.others + (has_label ? expf(label_logit - all.max) : 0.0f);
         if (blockIdx.x == 0 && thread == 0 && exists) {
-            float cross_entropy = 0.0f;
-            if (has_label) {
-                const float log_sum = label_logit == all.max ? log1pf(all.others) : logf(sum);
-                cross_entropy = log_sum + (1.0f - p.smoothing) * (all.max - label_logit);
-                if (p.spread != 0.0f) {
-                    cross_entropy += p.spread * all.below;
-                }
-            }
-            float *const record = record_of(p, sample);
-            store(record, cross_entropy);
-            store(record + 1, all.distance);
-            store(record + 2, repeated ? 1.0f : 0.0f);
+            store_record(p, all, sample, has_label, label_logit, sum, partner.repeated);
         }
         if (gradient != nullptr) {
-            const float inverse = 1.0f / sum;
-#pragma unroll
-            for (u32 k = 0; k < ELEMENTS; ++k) {
-                const float probability =
-                    slice.at(k) == label_at ? p.smoothing - all.others * inverse : logit[k] * inverse;
-                const float pull = p.pull * difference[k];
-                logit[k] = pull + (has_label ? (probability - p.spread) * weight : 0.0f);
-                difference[k] = -pull;
-            }
+            gradients(p, slice, all, has_label, label_at, sum, weight, logit, difference);
             slice.write(gradient + row + start, logit);
             if (p.two_branches != 0u) {
                 slice.write(gradient + branch + row + start, difference);

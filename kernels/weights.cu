@@ -1,27 +1,28 @@
 // Weight builders: the weight and bias differences of adapters from their trained factors, their gradients, and merging.
 //
-//   low_rank_weight           dW = [W0 *] scale * D U       LoRA add, or LoRA mul where there is W0 (* elementwise)
-//   low_rank_weight_backward  dD = scale * Q U^T, dU = scale * D^T Q, with Q = [W0 *] the gradient to dW
-//   prompt_bias               db = W0 (Pd Pu) + b0 * d      VPT add; prompt_bias_product is the product in parentheses
-//   prompt_bias_columns       q = W0^T g                    g: the gradient to db
-//   prompt_bias_grads         dPd = q Pu^T, dPu = Pd^T q, dd = b0 * g
-//   merge                     target += sign * delta        sign 1 or -1
+//   low_rank_weight           Wd = [W0 *] scale * (B @ A)       LoRA add, or LoRA mul where there is W0
+//   low_rank_weight_backward  grad_B = scale * (Q @ A^T), grad_A = scale * (B^T @ Q), with Q = [W0 *] grad_Wd
+//   prompt_bias               bd = W0 @ (Pd @ Pu) + b0 * d      VPT add; prompt_bias_product is what stands in parentheses
+//   prompt_bias_columns       q = W0^T @ g                      g: grad_bd
+//   prompt_bias_grads         grad_Pd = q @ Pu^T, grad_Pu = Pd^T @ q, grad_d = b0 * g
+//   merge                     target += sign * delta            sign 1 or -1
 //
-//   D [N, r], U [r, K], W0, dW, Q [N, K]; Pd [K, r], Pu [r], b0, d, db, g [N]; all of one type, f32, f16 or bf16.
-//   Arithmetic in f32; every result is rounded once. Pd Pu and q stay in f32.
+//   B [N, r], A [r, K], W0, Wd, Q [N, K]; Pd [K, r], Pu [r], b0, d, bd, g [N]; all of one type, f32, f16 or bf16.
+//   Arithmetic in f32; every result is rounded once. Pd @ Pu and q stay in f32.
 //
 // low_rank_weight: a warp owns a strip of 16 bytes per lane along K and 4 rows; a block has 4 warps below each other and
-// goes through r in chunks of 16, whose parts of U and D it keeps in shared memory, in f32.
-// low_rank_weight_backward: the same strips; a block owns `part` rows, which its warps visit 4 at a time, and goes through r
-// in chunks of 8: a lane holds its columns of the chunk of U in registers and adds up theirs of dU. The 32 sums of 4 rows
-// by 8 of dD go over the lanes at once. Q is read again for each chunk: a part of it stays in the cache. Sums over the
-// strips (dD) and over the parts (dU) are left to partial_sums. prompt_bias_columns is the same with one sum, and no dD.
+// goes through r in chunks of 16, whose parts of A and B it keeps in shared memory, in f32.
+// low_rank_weight_backward: the same strips; a block owns a split of rows, which its warps visit 4 at a time, and goes
+// through r in chunks of 8: a lane holds its columns of the chunk of A in registers and adds up theirs of grad_A. The 32 sums
+// of 4 rows by 8 of grad_B go over the lanes at once. Q is read again for each chunk: a split of it stays in the cache. Sums
+// over the strips (grad_B) and over the splits (grad_A) are left to partial_sums. prompt_bias_columns is the same with one
+// sum, and no grad_B.
 // prompt_bias, prompt_bias_product: a warp per row. merge: 16 bytes per thread and turn, four loads in flight.
 //
 // Bytes: low_rank_weight 1 or 2 (with W0) times N * K * sizeof(T); its gradient as many, and ceil(K / strip) * N * r +
-// parts * r * K floats out and back; prompt_bias and prompt_bias_columns N * K * sizeof(T); merge 3 * length * sizeof(T).
+// splits * r * K floats out and back; prompt_bias and prompt_bias_columns N * K * sizeof(T); merge 3 * length * sizeof(T).
 // In 16-byte accesses where rows are aligned, and otherwise element by element; factors are read element by element.
-// Operations: r fused multiply-adds per element of dW, 2 r of its gradient, 1 of the others.
+// Operations: r fused multiply-adds per element of Wd, 2 r of its gradient, 1 of the others.
 // Determinism: gpu-to-gpu bitwise; nothing depends on the grid.
 
 #include "params.h"
@@ -47,12 +48,39 @@ __device__ __forceinline__ void load_floats(const T *address, u32 count, bool al
     }
 }
 
-template <class T> __device__ __forceinline__ void low_rank_weight(const LowRankWeightParams &p) {
-    constexpr u32 W = Vector<T>::SIZE, RANKS = WEIGHT_RANKS, FOURS = W / 4;
+// Writes A's rows and B's columns of a chunk of ranks to shared memory, in f32: `lora_a` [WEIGHT_RANKS, FOURS, WARP], `lora_b`
+// [WEIGHT_RANKS, WARPS], ROWS of each warp. Four columns of a lane lie beside those of the next one, so that a warp reads all
+// banks at once.
+template <class T>
+__device__ __forceinline__ void load_factors(const LowRankWeightParams &p, Vector<float> *lora_a, Vector<float> *lora_b,
+                                             u32 chunk, u32 ranks, u32 tile, u32 first, u32 count) {
+    constexpr u32 W = Vector<T>::SIZE, FOURS = W / 4;
     const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    // Four columns of a lane lie beside those of the next one, so that a warp reads all banks at once.
-    PACE_SHARED(Vector<float>, up); // [RANKS, FOURS, WARP]
-    Vector<float> *down = up + RANKS * FOURS * WARP; // [RANKS, WARPS], ROWS of each warp
+    for (u32 i = warp; i < ranks; i += WARPS) {
+        float value[W] = {};
+        if (count > 0u) {
+            const u64 at = static_cast<u64>(chunk + i) * p.columns + first;
+            load_floats(static_cast<const T *>(p.up) + at, count, p.aligned != 0u, value);
+        }
+#pragma unroll
+        for (u32 j = 0; j < W; ++j) {
+            lora_a[(i * FOURS + j / 4) * WARP + lane].value[j % 4] = value[j];
+        }
+    }
+    for (u32 i = threadIdx.x; i < TILE * WEIGHT_RANKS; i += WARPS * WARP) {
+        const u32 r = i % WEIGHT_RANKS, n = i / WEIGHT_RANKS;
+        const u64 at = static_cast<u64>(tile + n) * p.rank + chunk + r;
+        const bool exists = r < ranks && tile + n < p.rows;
+        lora_b[r * WARPS + n / ROWS].value[n % ROWS] =
+            exists ? to_float(load(static_cast<const T *>(p.down) + at)) : 0.0f;
+    }
+}
+
+template <class T> __device__ __forceinline__ void low_rank_weight(const LowRankWeightParams &p) {
+    constexpr u32 W = Vector<T>::SIZE, FOURS = W / 4;
+    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    PACE_SHARED(Vector<float>, lora_a);
+    Vector<float> *lora_b = lora_a + WEIGHT_RANKS * FOURS * WARP;
     const u32 first = (blockIdx.x * WARP + lane) * W;
     const u32 count = first < p.columns ? p.columns - first : 0u;
     const bool aligned = p.aligned != 0u;
@@ -60,6 +88,7 @@ template <class T> __device__ __forceinline__ void low_rank_weight(const LowRank
 
     for (u32 tile = blockIdx.y * TILE; tile < p.rows; tile += gridDim.y * TILE) {
         const u32 row = tile + warp * ROWS;
+        // W0 is under way during the sums.
         Vector<T> factor[ROWS] = {};
         if (base != nullptr && count > 0u) {
 #pragma unroll
@@ -69,54 +98,40 @@ template <class T> __device__ __forceinline__ void low_rank_weight(const LowRank
                 }
             }
         }
+
+        // B @ A, chunk by chunk of ranks.
         float sum[ROWS][W] = {};
-        for (u32 chunk = 0; chunk < p.rank; chunk += RANKS) {
-            const u32 ranks = min(RANKS, p.rank - chunk);
-            __syncthreads(); // the last chunk is used up
-            for (u32 i = warp; i < ranks; i += WARPS) {
-                float value[W] = {};
-                if (count > 0u) {
-                    const u64 at = static_cast<u64>(chunk + i) * p.columns + first;
-                    load_floats(static_cast<const T *>(p.up) + at, count, aligned, value);
-                }
-#pragma unroll
-                for (u32 j = 0; j < W; ++j) {
-                    up[(i * FOURS + j / 4) * WARP + lane].value[j % 4] = value[j];
-                }
-            }
-            for (u32 i = threadIdx.x; i < TILE * RANKS; i += WARPS * WARP) {
-                const u32 r = i % RANKS, n = i / RANKS;
-                const u64 at = static_cast<u64>(tile + n) * p.rank + chunk + r;
-                const bool exists = r < ranks && tile + n < p.rows;
-                down[r * WARPS + n / ROWS].value[n % ROWS] =
-                    exists ? to_float(load(static_cast<const T *>(p.down) + at)) : 0.0f;
-            }
+        for (u32 chunk = 0; chunk < p.rank; chunk += WEIGHT_RANKS) {
+            const u32 ranks = min(WEIGHT_RANKS, p.rank - chunk);
+            __syncthreads(); // the previous chunk is free
+            load_factors<T>(p, lora_a, lora_b, chunk, ranks, tile, first, count);
             __syncthreads();
 #pragma unroll 4
             for (u32 r = 0; r < ranks; ++r) {
-                const Vector<float> d = down[r * WARPS + warp];
+                const Vector<float> b = lora_b[r * WARPS + warp];
 #pragma unroll
                 for (u32 four = 0; four < FOURS; ++four) {
-                    const Vector<float> u = up[(r * FOURS + four) * WARP + lane];
+                    const Vector<float> a = lora_a[(r * FOURS + four) * WARP + lane];
 #pragma unroll
                     for (u32 i = 0; i < ROWS; ++i) {
 #pragma unroll
                         for (u32 j = 0; j < 4; ++j) {
-                            sum[i][four * 4 + j] += d.value[i] * u.value[j];
+                            sum[i][four * 4 + j] += b.value[i] * a.value[j];
                         }
                     }
                 }
             }
         }
+
+        // Wd = [W0 *] scale * sums.
 #pragma unroll
         for (u32 i = 0; i < ROWS; ++i) {
             if (row + i < p.rows && count > 0u) {
                 Vector<T> out;
 #pragma unroll
                 for (u32 j = 0; j < W; ++j) {
-                    const float product = p.scale * sum[i][j];
-                    out.value[j] =
-                        from_float<T>(base != nullptr ? to_float(factor[i].value[j]) * product : product);
+                    const float value = p.scale * sum[i][j];
+                    out.value[j] = from_float<T>(base != nullptr ? to_float(factor[i].value[j]) * value : value);
                 }
                 T *to = static_cast<T *>(p.out) + static_cast<u64>(row + i) * p.columns + first;
                 store_some(to, out, count, aligned);
@@ -125,72 +140,132 @@ template <class T> __device__ __forceinline__ void low_rank_weight(const LowRank
     }
 }
 
-// RANKS: of a chunk. DOWN: whether dD is wanted.
-template <class T, u32 RANKS, bool DOWN>
-__device__ __forceinline__ void low_rank_backward(const LowRankBackwardParams &p) {
-    constexpr u32 W = Vector<T>::SIZE, FOURS = W / 4;
-    static_assert(!DOWN || ROWS * RANKS == WARP, "a warp adds up one sum per lane");
+// What a lane holds of a chunk of RANKS ranks, in its W columns: A, and the sums for grad_A.
+template <u32 W, u32 RANKS> struct Columns {
+    float lora_a[RANKS][W] = {};
+    float grad_a[RANKS][W] = {};
+};
+
+// Takes 4 rows of Q, from `row` on of the split of `rows` rows that starts at `begin`, into the sums: grad_A += B^T @ Q and, for
+// GRAD_B, the lane's part of Q @ A^T. The lane has `count` columns from `first` on.
+template <class T, u32 RANKS, bool GRAD_B>
+__device__ __forceinline__ void accumulate_rows(const LowRankBackwardParams &p, const float *lora_b, u32 begin, u32 row,
+                                                u32 rows, u32 first, u32 count,
+                                                Columns<Vector<T>::SIZE, RANKS> &own, float (&grad_b)[WARP]) {
+    constexpr u32 W = Vector<T>::SIZE;
+    const T *grad = static_cast<const T *>(p.grad) + first, *base = static_cast<const T *>(p.base);
+    const bool aligned = p.aligned != 0u;
+    // All loads before the first use.
+    Vector<T> left[ROWS] = {}, right[ROWS] = {};
+#pragma unroll
+    for (u32 i = 0; i < ROWS; ++i) {
+        if (row + i < rows && count > 0u) {
+            const u64 at = static_cast<u64>(begin + row + i) * p.columns;
+            left[i] = load_some(grad + at, count, aligned);
+            if (base != nullptr) {
+                right[i] = load_some(base + at + first, count, aligned);
+            }
+        }
+    }
+#pragma unroll
+    for (u32 i = 0; i < ROWS; ++i) {
+        float q[W];
+#pragma unroll
+        for (u32 j = 0; j < W; ++j) {
+            q[j] = to_float(left[i].value[j]);
+            q[j] *= base != nullptr ? to_float(right[i].value[j]) : 1.0f;
+        }
+#pragma unroll
+        for (u32 r = 0; r < RANKS; ++r) {
+            const float b = row + i < rows ? lora_b[(row + i) * RANKS + r] : 0.0f;
+#pragma unroll
+            for (u32 j = 0; j < W; ++j) {
+                own.grad_a[r][j] += b * q[j];
+                if (GRAD_B) {
+                    grad_b[i * RANKS + r] += q[j] * own.lora_a[r][j];
+                }
+            }
+        }
+    }
+}
+
+// Adds up the warps' sums for grad_A, in order, through `sums` [WARPS, RANKS, FOURS, WARP] in shared memory, and writes them to
+// `out` [rank, columns], which begins at the chunk and the lane's first column. Must be called by all threads in the block.
+template <u32 W, u32 RANKS>
+__device__ __forceinline__ void store_grad_a(const float (&grad_a)[RANKS][W], Vector<float> *sums, float *out, u32 ranks,
+                                             u64 columns, u32 count, float scale, bool aligned) {
+    constexpr u32 FOURS = W / 4;
     const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    PACE_SHARED(Vector<float>, sums); // [WARPS, RANKS, FOURS, WARP]
-    float *down = reinterpret_cast<float *>(sums + WARPS * RANKS * FOURS * WARP); // [part, RANKS]
+#pragma unroll
+    for (u32 r = 0; r < RANKS; ++r) {
+#pragma unroll
+        for (u32 j = 0; j < W; ++j) {
+            sums[((warp * RANKS + r) * FOURS + j / 4) * WARP + lane].value[j % 4] = grad_a[r][j];
+        }
+    }
+    __syncthreads();
+    // A row of the chunk per warp.
+    for (u32 r = warp; r < ranks; r += WARPS) {
+#pragma unroll
+        for (u32 four = 0; four < FOURS; ++four) {
+            Vector<float> total = {};
+#pragma unroll
+            for (u32 from = 0; from < WARPS; ++from) {
+                const Vector<float> sum = sums[((from * RANKS + r) * FOURS + four) * WARP + lane];
+#pragma unroll
+                for (u32 j = 0; j < 4; ++j) {
+                    total.value[j] += sum.value[j];
+                }
+            }
+#pragma unroll
+            for (u32 j = 0; j < 4; ++j) {
+                total.value[j] *= scale;
+            }
+            if (count > four * 4) {
+                store_some(out + r * columns + four * 4, total, count - four * 4, aligned);
+            }
+        }
+    }
+}
+
+// RANKS: of a chunk. GRAD_B: whether grad_B is wanted.
+template <class T, u32 RANKS, bool GRAD_B>
+__device__ __forceinline__ void low_rank_backward(const LowRankBackwardParams &p) {
+    constexpr u32 W = Vector<T>::SIZE;
+    static_assert(!GRAD_B || ROWS * RANKS == WARP, "a warp adds up one sum per lane");
+    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    PACE_SHARED(Vector<float>, sums);
+    float *lora_b = reinterpret_cast<float *>(sums + WARPS * RANKS * W / 4 * WARP); // [part, RANKS]
     const u32 first = (blockIdx.x * WARP + lane) * W;
     const u32 count = first < p.columns ? p.columns - first : 0u;
     const bool aligned = p.aligned != 0u;
-    const T *grad = static_cast<const T *>(p.grad) + first, *base = static_cast<const T *>(p.base);
 
-    for (u32 part = blockIdx.y; static_cast<u64>(part) * p.part < p.rows; part += gridDim.y) {
-        const u32 begin = part * p.part, rows = min(p.part, p.rows - begin);
+    for (u32 split = blockIdx.y; static_cast<u64>(split) * p.part < p.rows; split += gridDim.y) {
+        const u32 begin = split * p.part, rows = min(p.part, p.rows - begin);
         for (u32 chunk = 0; chunk < p.rank; chunk += RANKS) {
+            // The chunk of B to shared memory, that of A to registers.
             const u32 ranks = min(RANKS, p.rank - chunk);
             for (u32 i = threadIdx.x; i < rows * RANKS; i += WARPS * WARP) {
                 const u32 r = i % RANKS, n = i / RANKS;
                 const u64 at = static_cast<u64>(begin + n) * p.rank + chunk + r;
-                down[i] = r < ranks ? to_float(load(static_cast<const T *>(p.down) + at)) : 0.0f;
+                lora_b[i] = r < ranks ? to_float(load(static_cast<const T *>(p.down) + at)) : 0.0f;
             }
-            float up[RANKS][W] = {}, up_sum[RANKS][W] = {};
+            Columns<W, RANKS> own;
 #pragma unroll
             for (u32 r = 0; r < RANKS; ++r) {
-                if (DOWN && r < ranks && count > 0u) {
+                if (GRAD_B && r < ranks && count > 0u) {
                     const u64 at = static_cast<u64>(chunk + r) * p.columns + first;
-                    load_floats(static_cast<const T *>(p.up) + at, count, aligned, up[r]);
+                    load_floats(static_cast<const T *>(p.up) + at, count, aligned, own.lora_a[r]);
                 }
             }
             __syncthreads();
+
+            // The rows of the split, 4 at a time by each warp.
             for (u32 row = warp * ROWS; row < rows; row += TILE) {
-                Vector<T> left[ROWS] = {}, right[ROWS] = {};
-#pragma unroll
-                for (u32 i = 0; i < ROWS; ++i) {
-                    if (row + i < rows && count > 0u) {
-                        const u64 at = static_cast<u64>(begin + row + i) * p.columns;
-                        left[i] = load_some(grad + at, count, aligned);
-                        if (base != nullptr) {
-                            right[i] = load_some(base + at + first, count, aligned);
-                        }
-                    }
-                }
-                float down_sum[WARP] = {};
-#pragma unroll
-                for (u32 i = 0; i < ROWS; ++i) {
-                    float q[W];
-#pragma unroll
-                    for (u32 j = 0; j < W; ++j) {
-                        q[j] = to_float(left[i].value[j]);
-                        q[j] *= base != nullptr ? to_float(right[i].value[j]) : 1.0f;
-                    }
-#pragma unroll
-                    for (u32 r = 0; r < RANKS; ++r) {
-                        const float d = row + i < rows ? down[(row + i) * RANKS + r] : 0.0f;
-#pragma unroll
-                        for (u32 j = 0; j < W; ++j) {
-                            up_sum[r][j] += d * q[j];
-                            if (DOWN) {
-                                down_sum[i * RANKS + r] += q[j] * up[r][j];
-                            }
-                        }
-                    }
-                }
-                if (DOWN) {
-                    const float sum = warp_sums(down_sum);
+                float grad_b[WARP] = {};
+                accumulate_rows<T, RANKS, GRAD_B>(p, lora_b, begin, row, rows, first, count, own, grad_b);
+                if (GRAD_B) {
+                    const float sum = warp_sums(grad_b);
                     const u32 n = row + lane / RANKS, r = lane % RANKS;
                     if (n < rows && r < ranks) {
                         const u64 at = static_cast<u64>(blockIdx.x) * p.rows + begin + n;
@@ -198,38 +273,10 @@ __device__ __forceinline__ void low_rank_backward(const LowRankBackwardParams &p
                     }
                 }
             }
-#pragma unroll
-            for (u32 r = 0; r < RANKS; ++r) {
-#pragma unroll
-                for (u32 j = 0; j < W; ++j) {
-                    sums[((warp * RANKS + r) * FOURS + j / 4) * WARP + lane].value[j % 4] = up_sum[r][j];
-                }
-            }
-            __syncthreads();
-            // The warps' sums, added in order; a row of the chunk per warp.
-            for (u32 r = warp; r < ranks; r += WARPS) {
-                const u64 at = (static_cast<u64>(part) * p.rank + chunk + r) * p.columns + first;
-#pragma unroll
-                for (u32 four = 0; four < FOURS; ++four) {
-                    Vector<float> total = {};
-#pragma unroll
-                    for (u32 from = 0; from < WARPS; ++from) {
-                        const Vector<float> sum = sums[((from * RANKS + r) * FOURS + four) * WARP + lane];
-#pragma unroll
-                        for (u32 j = 0; j < 4; ++j) {
-                            total.value[j] += sum.value[j];
-                        }
-                    }
-#pragma unroll
-                    for (u32 j = 0; j < 4; ++j) {
-                        total.value[j] *= p.scale;
-                    }
-                    if (count > four * 4) {
-                        store_some(p.up_partial + at + four * 4, total, count - four * 4, aligned);
-                    }
-                }
-            }
-            // Nobody overwrites `sums` before all have passed the next chunk's first barrier, and `down` is free by now.
+
+            // `sums` is not written again before all have passed the next chunk's barrier, and `lora_b` is free by now.
+            const u64 at = (static_cast<u64>(split) * p.rank + chunk) * p.columns + first;
+            store_grad_a(own.grad_a, sums, p.up_partial + at, ranks, p.columns, count, p.scale, aligned);
         }
     }
 }
