@@ -1,6 +1,6 @@
 // Parameter structs of the kernels, and constants that kernels and plans share.
 //
-// Generated from src/cuda by `PACE_UPDATE_DOCS=1 cargo test --test params`: change it there.
+// Generated from src/cuda by `PACE_UPDATE_DOCS=1 cargo test -p pace-params`: change it there.
 
 #ifndef PACE_PARAMS_H
 #define PACE_PARAMS_H
@@ -179,8 +179,8 @@ struct LowRankLinearParams {
   NoiseSource noise;
   Input<void> x;
   Input<void> weight;
-  Input<void> up;
-  Input<void> down;
+  Input<void> lora_a;
+  Input<void> lora_b;
   /// May be null.
   Input<void> base_bias;
   /// May be null.
@@ -205,7 +205,7 @@ struct LowRankLinearParams {
   /// Whether rows of x, W0 and A are.
   u32 x_aligned;
   /// Whether rows of B are.
-  u32 down_aligned;
+  u32 b_aligned;
   /// Classes `C`, or the scale `c` of a low-rank layer.
   float scale;
 };
@@ -215,11 +215,11 @@ struct LowRankFactorsParams {
   NoiseSource noise;
   Input<void> g;
   Input<void> s;
-  Input<void> down;
+  Input<void> lora_b;
   /// Partial sums [chunks, M, r], or null.
   Output<float> ds;
-  /// Partial sums of dD [parts, N, r], or null.
-  Output<float> down_sums;
+  /// Partial sums of dB [parts, N, r], or null.
+  Output<float> b_sums;
   /// Partial sums of ddb [parts, N], or null.
   Output<float> delta_bias;
   /// Token rows `M`.
@@ -246,8 +246,8 @@ struct LowRankFactorsParams {
 
 /// Parameters of the kernels `low_rank_weight*`.
 struct LowRankWeightParams {
-  Input<void> down;
-  Input<void> up;
+  Input<void> lora_b;
+  Input<void> lora_a;
   /// W0, or null.
   Input<void> base;
   Output<void> out;
@@ -257,7 +257,7 @@ struct LowRankWeightParams {
   u32 columns;
   u32 rank;
   float scale;
-  /// Rows of U, W0 and the output start at multiples of 16 bytes and hold whole vectors.
+  /// Rows of A, W0 and the output start at multiples of 16 bytes and hold whole vectors.
   u64 aligned;
 };
 
@@ -267,12 +267,12 @@ struct LowRankBackwardParams {
   Input<void> grad;
   /// W0, or null.
   Input<void> base;
-  Input<void> down;
-  Input<void> up;
+  Input<void> lora_b;
+  Input<void> lora_a;
   /// [parts, r, K].
-  Output<float> up_partial;
+  Output<float> a_partial;
   /// [strips, N, r].
-  Output<float> down_partial;
+  Output<float> b_partial;
   /// Out-features `N`.
   u32 rows;
   /// In-features `K`.
@@ -488,28 +488,28 @@ struct PromptGradsParams {
   /// [K].
   Input<float> q;
   /// Pd.
-  Input<void> down;
+  Input<void> prompt_down;
   /// Pu.
-  Input<void> up;
+  Input<void> prompt_up;
   /// Whether rows of g are.
   Input<void> grad;
   /// B0; null is zero.
   Input<void> base_bias;
   /// DPd.
-  Output<void> down_grad;
+  Output<void> prompt_down_grad;
   /// [parts, r].
-  Output<float> up_partial;
+  Output<float> prompt_up_partial;
   /// Dd, or null.
   Output<void> delta_bias;
+  /// Out-features `N`.
+  u64 rows;
   /// In-features `K`.
   u32 columns;
   u32 rank;
-  /// Out-features `N`.
-  u32 rows;
   /// Of K, for a block.
   u32 part;
   /// Threads side by side along r: a power of two, not less than r or the whole block.
-  u64 width;
+  u32 width;
 };
 
 

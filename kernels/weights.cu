@@ -60,7 +60,7 @@ __device__ __forceinline__ void load_factors(const LowRankWeightParams &p, Vecto
         float value[W] = {};
         if (count > 0u) {
             const u64 at = static_cast<u64>(chunk + i) * p.columns + first;
-            load_floats(static_cast<const T *>(p.up) + at, count, p.aligned != 0u, value);
+            load_floats(static_cast<const T *>(p.lora_a) + at, count, p.aligned != 0u, value);
         }
 #pragma unroll
         for (u32 j = 0; j < W; ++j) {
@@ -72,7 +72,7 @@ __device__ __forceinline__ void load_factors(const LowRankWeightParams &p, Vecto
         const u64 at = static_cast<u64>(tile + n) * p.rank + chunk + r;
         const bool exists = r < ranks && tile + n < p.rows;
         lora_b[r * WARPS + n / ROWS].value[n % ROWS] =
-            exists ? to_float(load(static_cast<const T *>(p.down) + at)) : 0.0f;
+            exists ? to_float(load(static_cast<const T *>(p.lora_b) + at)) : 0.0f;
     }
 }
 
@@ -248,14 +248,14 @@ __device__ __forceinline__ void low_rank_backward(const LowRankBackwardParams &p
             for (u32 i = threadIdx.x; i < rows * RANKS; i += WARPS * WARP) {
                 const u32 r = i % RANKS, n = i / RANKS;
                 const u64 at = static_cast<u64>(begin + n) * p.rank + chunk + r;
-                lora_b[i] = r < ranks ? to_float(load(static_cast<const T *>(p.down) + at)) : 0.0f;
+                lora_b[i] = r < ranks ? to_float(load(static_cast<const T *>(p.lora_b) + at)) : 0.0f;
             }
             Columns<W, RANKS> own;
 #pragma unroll
             for (u32 r = 0; r < RANKS; ++r) {
                 if (GRAD_B && r < ranks && count > 0u) {
                     const u64 at = static_cast<u64>(chunk + r) * p.columns + first;
-                    load_floats(static_cast<const T *>(p.up) + at, count, aligned, own.lora_a[r]);
+                    load_floats(static_cast<const T *>(p.lora_a) + at, count, aligned, own.lora_a[r]);
                 }
             }
             __syncthreads();
@@ -269,14 +269,14 @@ __device__ __forceinline__ void low_rank_backward(const LowRankBackwardParams &p
                     const u32 n = row + lane / RANKS, r = lane % RANKS;
                     if (n < rows && r < ranks) {
                         const u64 at = static_cast<u64>(blockIdx.x) * p.rows + begin + n;
-                        store(p.down_partial + at * p.rank + chunk + r, p.scale * sum);
+                        store(p.b_partial + at * p.rank + chunk + r, p.scale * sum);
                     }
                 }
             }
 
             // `sums` is not written again before all have passed the next chunk's barrier, and `lora_b` is free by now.
             const u64 at = (static_cast<u64>(split) * p.rank + chunk) * p.columns + first;
-            store_grad_a(own.grad_a, sums, p.up_partial + at, ranks, p.columns, count, p.scale, aligned);
+            store_grad_a(own.grad_a, sums, p.a_partial + at, ranks, p.columns, count, p.scale, aligned);
         }
     }
 }
@@ -312,15 +312,15 @@ template <class T, class V, class Out> __device__ __forceinline__ void prompt_bi
 
 template <class T> __device__ __forceinline__ void prompt_grads(const PromptGradsParams &p) {
     PACE_SHARED(float, sums);
-    const T *down = static_cast<const T *>(p.down);
-    T *down_grad = static_cast<T *>(p.down_grad);
+    const T *down = static_cast<const T *>(p.prompt_down);
+    T *down_grad = static_cast<T *>(p.prompt_down_grad);
     const u32 x = threadIdx.x % p.width, y = threadIdx.x / p.width, height = blockDim.x / p.width;
     const u32 begin = blockIdx.x * p.part, end = min(p.columns, begin + p.part);
     for (u32 chunk = 0; chunk < p.rank; chunk += p.width) {
         const u32 r = chunk + x;
         float sum = 0.0f;
         if (r < p.rank) {
-            const float up = to_float(load(static_cast<const T *>(p.up) + r));
+            const float up = to_float(load(static_cast<const T *>(p.prompt_up) + r));
             for (u32 k = begin + y; k < end; k += height) {
                 const u64 at = static_cast<u64>(k) * p.rank + r;
                 const float q = load(p.q + k);
@@ -334,7 +334,7 @@ template <class T> __device__ __forceinline__ void prompt_grads(const PromptGrad
             for (u32 other = 1; other < height; ++other) {
                 sum += sums[other * p.width + x];
             }
-            store(p.up_partial + static_cast<u64>(blockIdx.x) * p.rank + r, sum);
+            store(p.prompt_up_partial + static_cast<u64>(blockIdx.x) * p.rank + r, sum);
         }
         // Another chunk follows only where the block is as wide as a chunk, and then nobody reads the others' sums.
     }

@@ -26,8 +26,8 @@ struct Tensors<T> {
     x: CudaSlice<T>,
     weight: CudaSlice<T>,
     bias: CudaSlice<T>,
-    down: CudaSlice<T>,
-    up: CudaSlice<T>,
+    lora_b: CudaSlice<T>,
+    lora_a: CudaSlice<T>,
     delta_bias: CudaSlice<T>,
 }
 
@@ -38,8 +38,8 @@ impl<T: Value> Tensors<T> {
             x: gpu.values(shape.in_rows() * k)?,
             weight: gpu.values(n * k)?,
             bias: gpu.values(n)?,
-            down: gpu.values(n * RANK)?,
-            up: gpu.values(RANK * k)?,
+            lora_b: gpu.values(n * RANK)?,
+            lora_a: gpu.values(RANK * k)?,
             delta_bias: gpu.values(n)?,
         })
     }
@@ -50,8 +50,8 @@ impl<T: Value> Tensors<T> {
             noise: Noise::Generated(common::generator(NoiseShape::PerSample)),
             base: Some(Base { weight: &self.weight, bias: Some(&self.bias) }),
             rank: RANK,
-            down: &self.down,
-            up: &self.up,
+            lora_b: &self.lora_b,
+            lora_a: &self.lora_a,
             delta_bias: Some(&self.delta_bias),
             scale: 1.0,
             allow_tf32: false,
@@ -93,7 +93,7 @@ fn backward<T: Value>(device: &Device, shape: LinearShape) -> Case {
         family: crate::family(&device),
         dtype: T::NAME,
         shape: common::name(&shape),
-        // x, s, dy, W0, D, U; dx, dD, dU, dδb.
+        // x, s, dy, W0, B, A; dx, dB, dA, dδb.
         bytes: size_of::<T>() * (2 * m * k + m * RANK + m * n + n * k + 2 * RANK * (n + k) + n),
         // dx.
         flop: 2 * m * k * n,
@@ -110,8 +110,8 @@ fn backward<T: Value>(device: &Device, shape: LinearShape) -> Case {
                 let layer = tensors.layer(shape);
                 let grads = LowRankGrads {
                     input: Some(&mut dx as &mut dyn DevicePtrMut<T>),
-                    down: Some(&mut dd),
-                    up: Some(&mut du),
+                    lora_b: Some(&mut dd),
+                    lora_a: Some(&mut du),
                     delta_bias: Some(&mut db),
                 };
                 let (x, stream) = (&tensors.x, &gpu.stream);

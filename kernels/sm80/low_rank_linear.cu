@@ -139,13 +139,13 @@ template <class Math, u32 RANK> __device__ __forceinline__ void forward(const Lo
     const u32 column = blockIdx.x % p.tile_columns * TILE, row = blockIdx.x / p.tile_columns * TILE;
     const Operand<T> x = operand<T>(p.x, p.rows, p.inner, p.wrap, p.x_aligned);
     const Operand<T> weight = operand<T>(p.weight, p.channels, p.inner, NO_WRAP, p.x_aligned);
-    const Operand<T> lora_a = operand<T>(p.up, p.rank, p.inner, NO_WRAP, p.x_aligned);
+    const Operand<T> lora_a = operand<T>(p.lora_a, p.rank, p.inner, NO_WRAP, p.x_aligned);
 
     // B arrives with the first stage.
 #pragma unroll
     for (u32 slice = 0; slice < Layout::SLICES; ++slice) {
         copy_tile<T, false>(lora_b + slice * TILE_BYTES,
-                            operand<T>(p.down, p.channels, p.rank, NO_WRAP, p.down_aligned), column,
+                            operand<T>(p.lora_b, p.channels, p.rank, NO_WRAP, p.b_aligned), column,
                             slice * TILE_K<T>);
     }
 
@@ -398,7 +398,7 @@ __device__ __forceinline__ void store_dB(const GradB<T, RANK> &grad_b, const Low
                 const u32 n = first_channel + (warp * F::FRAGMENTS + i) * 16 + 8 * (k / 2) + lane() / 4;
                 const u32 r = 8 * j + 2 * (lane() % 4) + k % 2;
                 if (n < p.channels && r < p.rank) {
-                    store(p.down_sums + (static_cast<u64>(split) * p.channels + n) * p.rank + r, grad_b[i][j][k]);
+                    store(p.b_sums + (static_cast<u64>(split) * p.channels + n) * p.rank + r, grad_b[i][j][k]);
                 }
             }
         }
@@ -438,7 +438,7 @@ template <class Math, u32 RANK> __device__ __forceinline__ void factors(const Lo
     // B of the block's channels stays in shared memory.
     for (u32 index = threadIdx.x; index < CHANNELS<T> * RANK / Vector<T>::SIZE; index += THREADS) {
         put_narrow<T, RANK>(shared.lora_b, index,
-                            load_narrow<T, RANK>(p.down, index, first_channel, p.channels, NO_WRAP, p.rank,
+                            load_narrow<T, RANK>(p.lora_b, index, first_channel, p.channels, NO_WRAP, p.rank,
                                                  p.rank_aligned != 0u));
     }
 
@@ -457,7 +457,7 @@ template <class Math, u32 RANK> __device__ __forceinline__ void factors(const Lo
         if (p.ds != nullptr) {
             accumulate_ds<Math, RANK>(shared);
         }
-        if (p.down_sums != nullptr) {
+        if (p.b_sums != nullptr) {
             accumulate_dB<Math, RANK>(grad_b, shared);
         }
         __syncthreads(); // ds is complete, and the tiles are free
@@ -467,7 +467,7 @@ template <class Math, u32 RANK> __device__ __forceinline__ void factors(const Lo
     }
 
     // Epilogue: the sums over the block's rows.
-    if (p.down_sums != nullptr) {
+    if (p.b_sums != nullptr) {
         store_dB<T, RANK>(grad_b, p, split, first_channel);
     }
     if (p.delta_bias != nullptr) {

@@ -432,12 +432,12 @@ fn dense_arguments<A>(arguments: &[A]) -> (Option<&A>, Option<&A>) {
     }
 }
 
-/// `(x, [D, δb] [N·r + N], U)`, see [`LowRankLinear`]: candle's operations take three tensors at most.
+/// `(x, [D, δb] [N·r + N], A)`, see [`LowRankLinear`]: candle's operations take three tensors at most.
 pub(super) struct LowRankKernel {
     layer: Layer,
     rank: usize,
     scale: f64,
-    /// `scale·x·Uᵀ` of the forward pass on a device; the CPU computes it again.
+    /// `scale·x·Aᵀ` of the forward pass on a device; the CPU computes it again.
     #[cfg(feature = "candle-cuda")]
     s: OnceLock<CudaStorage>,
 }
@@ -448,23 +448,23 @@ impl LowRankKernel {
         noise: Noise<&'a [T]>,
         base: Option<Base<'a, T>>,
         joined: &'a [T],
-        up: &'a [T],
+        lora_a: &'a [T],
     ) -> LowRankLinear<'a, T> {
-        let (down, bias) = joined.split_at(self.down_len());
+        let (lora_b, bias) = joined.split_at(self.b_len());
         LowRankLinear {
             shape: self.layer.shape,
             noise,
             base,
             rank: self.rank,
-            down,
-            up,
+            lora_b,
+            lora_a,
             delta_bias: Some(bias),
             scale: Element::from_f64(self.scale),
         }
     }
 
-    /// Where `δb` begins behind `D`.
-    fn down_len(&self) -> usize {
+    /// Where `δb` begins behind `B`.
+    fn b_len(&self) -> usize {
         self.layer.shape.out_features * self.rank
     }
 }
@@ -484,8 +484,8 @@ impl Kernel for LowRankKernel {
     }
 
     fn backward<T: Element>(&self, arguments: &[&[T]], grad: &[T], mut out: Grads<'_, T>) -> Result<()> {
-        let (down, delta_bias) = out[1].take().map(|joined| joined.split_at_mut(self.down_len())).unzip();
-        let grads = LowRankGrads { input: out[0].take(), down, up: out[2].take(), delta_bias };
+        let (lora_b, delta_bias) = out[1].take().map(|joined| joined.split_at_mut(self.b_len())).unzip();
+        let grads = LowRankGrads { input: out[0].take(), lora_b, lora_a: out[2].take(), delta_bias };
         self.layer.with(|noise, base| {
             let layer = self.linear(noise, base, arguments[1], arguments[2]);
             wrap(layer.backward(arguments[0], grad, grads))
@@ -493,7 +493,7 @@ impl Kernel for LowRankKernel {
     }
 }
 
-/// `(D, U)` to `W0 ⊙ (D·U)`, see [`cpu::lora_mul_weight`].
+/// `(B, A)` to `W0 ⊙ (B·A)`, see [`cpu::lora_mul_weight`].
 struct LoraMulKernel {
     base_weight: Tensor,
     sizes: [usize; 3],
@@ -507,8 +507,8 @@ impl LoraMulKernel {
             out_features,
             in_features,
             rank,
-            down: arguments[0],
-            up: arguments[1],
+            lora_b: arguments[0],
+            lora_a: arguments[1],
             scale: Element::from_f64(self.scale),
         }
     }
@@ -530,9 +530,9 @@ impl Kernel for LoraMulKernel {
     fn backward<T: Element>(&self, arguments: &[&[T]], grad: &[T], mut out: Grads<'_, T>) -> Result<()> {
         let factors = self.factors(arguments);
         let mut spare = [vec![], vec![]];
-        let [down, up] = places(&mut out, &mut spare, [factors.down.len(), factors.up.len()]);
+        let [lora_b, lora_a] = places(&mut out, &mut spare, [factors.lora_b.len(), factors.lora_a.len()]);
         with_slices(Self::NAME, &[&self.base_weight], |base| {
-            wrap(cpu::lora_mul_weight_backward(factors, base[0], grad, LoraGrads { down, up }))
+            wrap(cpu::lora_mul_weight_backward(factors, base[0], grad, LoraGrads { lora_b, lora_a }))
         })
     }
 }
@@ -701,52 +701,57 @@ pub(super) fn scalar(x: &Tensor, value: f64, gradient: Tensor) -> Result<Tensor>
     x.apply_op1(Scalar { value, gradient })
 }
 
-/// `ΔW = W0 ⊙ (scale·D·U)`, differentiable in `D [N, r]` and `U [r, K]`.
+/// `ΔW = W0 ⊙ (scale·B·A)`, differentiable in `B [N, r]` and `A [r, K]`.
 pub(super) fn lora_mul_weight(
     base_weight: &Tensor,
-    down: &Tensor,
-    up: &Tensor,
+    lora_b: &Tensor,
+    lora_a: &Tensor,
     scale: f64,
 ) -> Result<Tensor> {
-    let (out_features, rank) = down.dims2()?;
-    let sizes = [out_features, up.dim(1)?, rank];
-    apply2(LoraMulKernel { base_weight: base_weight.clone(), sizes, scale }, down, up)
+    let (out_features, rank) = lora_b.dims2()?;
+    let sizes = [out_features, lora_a.dim(1)?, rank];
+    apply2(LoraMulKernel { base_weight: base_weight.clone(), sizes, scale }, lora_b, lora_a)
 }
 
 /// `Δb = W0·(Pd·Pu) + b0⊙δb`, differentiable in `Pd [K, r]`, `Pu [r, 1]` and `δb [N]` (zero if absent).
 pub(super) fn prompt_bias(
     base: &FrozenLinear,
-    down: &Tensor,
-    up: &Tensor,
+    prompt_down: &Tensor,
+    prompt_up: &Tensor,
     delta_bias: Option<&Tensor>,
 ) -> Result<Tensor> {
     let (out_features, in_features) = base.weight.dims2()?;
-    let sizes = [out_features, in_features, down.dim(1)?];
+    let sizes = [out_features, in_features, prompt_down.dim(1)?];
     let kernel = PromptKernel { base: base.clone(), sizes };
     match delta_bias {
-        Some(delta_bias) => apply3(kernel, down, up, delta_bias),
-        None => apply3(kernel, down, up, &Tensor::zeros(out_features, down.dtype(), down.device())?),
+        Some(delta_bias) => apply3(kernel, prompt_down, prompt_up, delta_bias),
+        None => apply3(
+            kernel,
+            prompt_down,
+            prompt_up,
+            &Tensor::zeros(out_features, prompt_down.dtype(), prompt_down.device())?,
+        ),
     }
 }
 
-/// The low-rank layer, differentiable in `x`, `D [N, r]`, `U [r, K]` and `δb [N]`.
+/// The low-rank layer, differentiable in `x`, `B [N, r]`, `A [r, K]` and `δb [N]`.
 pub(super) fn low_rank_linear(
     layer: Layer,
     x: &Tensor,
-    down: &Tensor,
-    up: &Tensor,
+    lora_b: &Tensor,
+    lora_a: &Tensor,
     delta_bias: &Tensor,
     scale: f64,
 ) -> Result<Tensor> {
-    let joined = Tensor::cat(&[&down.flatten_all()?, delta_bias], 0)?;
+    let joined = Tensor::cat(&[&lora_b.flatten_all()?, delta_bias], 0)?;
     let kernel = LowRankKernel {
         layer,
-        rank: up.dim(0)?,
+        rank: lora_a.dim(0)?,
         scale,
         #[cfg(feature = "candle-cuda")]
         s: OnceLock::new(),
     };
-    apply3(kernel, x, &joined, up)
+    apply3(kernel, x, &joined, lora_a)
 }
 
 /// `y = base + ΔW and Δb under noise`, differentiable in `x`, `ΔW` and `Δb`.

@@ -146,8 +146,8 @@ fn low_rank_linear(args: &PaceLowRankLinear) -> Result<cuda::LowRankLinear<Buffe
         noise: source(&args.noise)?,
         base: base_buffer(args.base_weight, args.base_bias)?,
         rank: size("rank", args.rank)?,
-        down: buffer(args.down),
-        up: buffer(args.up),
+        lora_b: buffer(args.lora_b),
+        lora_a: buffer(args.lora_a),
         delta_bias: optional_buffer(args.delta_bias),
         scale: check_scale(args.scale)? as f32,
         allow_tf32: args.flags & PACE_ALLOW_TF32 != 0,
@@ -166,8 +166,8 @@ unsafe fn low_rank_linear_on_cpu<'a, T: Real>(
             noise: host.noise(&args.noise)?,
             base: host.base(args.base_weight, args.base_bias)?,
             rank: size("rank", args.rank)?,
-            down: host.input("down", args.down)?,
-            up: host.input("up", args.up)?,
+            lora_b: host.input("lora_b", args.lora_b)?,
+            lora_a: host.input("lora_a", args.lora_a)?,
             delta_bias: host.optional("delta_bias", args.delta_bias)?,
             scale: T::from_f64(check_scale(args.scale)?),
         })
@@ -202,8 +202,8 @@ impl Operator<PaceLowRankLinear> for Backward {
             let (x, dy) = (host.input("x", args.x)?, host.input("dy", args.dy)?);
             let grads = cpu::LowRankGrads {
                 input: host.optional_output("grad_input", args.grad_input)?,
-                down: host.optional_output("grad_down", args.grad_down)?,
-                up: host.optional_output("grad_up", args.grad_up)?,
+                lora_b: host.optional_output("grad_lora_b", args.grad_lora_b)?,
+                lora_a: host.optional_output("grad_lora_a", args.grad_lora_a)?,
                 delta_bias: host.optional_output("grad_delta_bias", args.grad_delta_bias)?,
             };
             Ok(layer.backward(x, dy, grads)?)
@@ -213,8 +213,8 @@ impl Operator<PaceLowRankLinear> for Backward {
     fn plan(args: &PaceLowRankLinear, gpu: &Gpu, dtype: DType) -> Result<Plan> {
         let grads = cuda::LowRankGrads {
             input: optional_buffer(args.grad_input),
-            down: optional_buffer(args.grad_down),
-            up: optional_buffer(args.grad_up),
+            lora_b: optional_buffer(args.grad_lora_b),
+            lora_a: optional_buffer(args.grad_lora_a),
             delta_bias: optional_buffer(args.grad_delta_bias),
         };
         let layer = low_rank_linear(args)?;
@@ -239,7 +239,7 @@ pub unsafe extern "C" fn pace_low_rank_linear_forward(
 }
 
 /// Computes gradients from `x`, `dy` and on CUDA `s`, with the noise of the forward pass made again. With `g = dy`, `e = z⊙g`,
-/// `ds = scale·e·D`: `dx = g·W0 + ds·U`, `dD = eᵀ·s`, `dU = dsᵀ·x`, `dδb = Σ_rows e`; with a shared input, sums over the
+/// `ds = scale·e·B`: `dx = g·W0 + ds·A`, `dB = eᵀ·s`, `dA = dsᵀ·x`, `dδb = Σ_rows e`; with a shared input, sums over the
 /// branches.
 ///
 /// # Safety

@@ -147,7 +147,7 @@ pub struct PaceNoisyLinear {
     pub workspace: PaceTensor,
 }
 
-/// Arguments of `pace_low_rank_linear_*`: `y = x·W0ᵀ + b0 + z ⊙ (scale·(x·Uᵀ)·Dᵀ + δb)`, LoRA add under noise.
+/// Arguments of `pace_low_rank_linear_*`: `y = x·W0ᵀ + b0 + z ⊙ (scale·(x·Aᵀ)·Bᵀ + δb)`, LoRA add under noise.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct PaceLowRankLinear {
@@ -163,21 +163,21 @@ pub struct PaceLowRankLinear {
     pub noise: PaceNoise,
     /// Rank `r`.
     pub rank: u64,
-    /// Factor on `D·U` (the α/r of common LoRA code); 1 in the paper. Not 0.
+    /// Factor on `B·A` (the α/r of common LoRA code); 1 in the paper. Not 0.
     pub scale: f64,
     /// `W0 [N, K]`; absent for a zero base term.
     pub base_weight: PaceTensor,
     /// `b0 [N]`, or absent.
     pub base_bias: PaceTensor,
-    /// `D [N, r]`.
-    pub down: PaceTensor,
-    /// `U [r, K]`.
-    pub up: PaceTensor,
+    /// `A [r, K]`.
+    pub lora_a: PaceTensor,
+    /// `B [N, r]`.
+    pub lora_b: PaceTensor,
     /// `δb [N]`, or absent.
     pub delta_bias: PaceTensor,
     /// `[M, K]`, or `[B·T, K]` if the input is shared.
     pub x: PaceTensor,
-    /// CUDA: `scale·x·Uᵀ`, a row of `r` elements for each of `x`. The forward pass writes it, the backward pass reads it. The
+    /// CUDA: `scale·x·Aᵀ`, a row of `r` elements for each of `x`. The forward pass writes it, the backward pass reads it. The
     /// CPU does not use it.
     pub s: PaceTensor,
     /// Output of the forward pass, `[M, N]`.
@@ -186,10 +186,10 @@ pub struct PaceLowRankLinear {
     pub dy: PaceTensor,
     /// Output of the backward pass, of the shape of `x`; absent if not wanted, as the next three.
     pub grad_input: PaceTensor,
-    /// Output of the backward pass, `[N, r]`.
-    pub grad_down: PaceTensor,
     /// Output of the backward pass, `[r, K]`.
-    pub grad_up: PaceTensor,
+    pub grad_lora_a: PaceTensor,
+    /// Output of the backward pass, `[N, r]`.
+    pub grad_lora_b: PaceTensor,
     /// Output of the backward pass, `[N]`.
     pub grad_delta_bias: PaceTensor,
     /// At least `pace_low_rank_linear_workspace` bytes; contents are ignored.
@@ -220,7 +220,7 @@ pub struct PaceNoisyEpilogue {
     pub da: PaceTensor,
 }
 
-/// Arguments of `pace_low_rank_weight_*`: `ΔW = scale·D·U`, or `W0 ⊙ (scale·D·U)` (LoRA mul) if there is a `base_weight`.
+/// Arguments of `pace_low_rank_weight_*`: `ΔW = scale·B·A`, or `W0 ⊙ (scale·B·A)` (LoRA mul) if there is a `base_weight`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct PaceLowRankWeight {
@@ -236,22 +236,22 @@ pub struct PaceLowRankWeight {
     pub in_features: u64,
     /// Rank `r`.
     pub rank: u64,
-    /// Factor on `D·U`; 1 in the paper. Not 0.
+    /// Factor on `B·A`; 1 in the paper. Not 0.
     pub scale: f64,
-    /// `D [N, r]`.
-    pub down: PaceTensor,
-    /// `U [r, K]`.
-    pub up: PaceTensor,
+    /// `A [r, K]`.
+    pub lora_a: PaceTensor,
+    /// `B [N, r]`.
+    pub lora_b: PaceTensor,
     /// `W0 [N, K]` for LoRA mul, or absent.
     pub base_weight: PaceTensor,
     /// Output of the forward pass: `ΔW [N, K]`.
     pub out: PaceTensor,
     /// Backward: `∂L/∂ΔW [N, K]`.
     pub dout: PaceTensor,
-    /// Output of the backward pass, `[N, r]`.
-    pub grad_down: PaceTensor,
     /// Output of the backward pass, `[r, K]`.
-    pub grad_up: PaceTensor,
+    pub grad_lora_a: PaceTensor,
+    /// Output of the backward pass, `[N, r]`.
+    pub grad_lora_b: PaceTensor,
     /// Backward: at least `pace_low_rank_weight_workspace` bytes.
     pub workspace: PaceTensor,
 }

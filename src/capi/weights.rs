@@ -28,8 +28,8 @@ fn factors(args: &PaceLowRankWeight) -> Result<cuda::LoraFactors<Buffer>> {
         out_features,
         in_features,
         rank,
-        down: buffer(args.down),
-        up: buffer(args.up),
+        lora_b: buffer(args.lora_b),
+        lora_a: buffer(args.lora_a),
         scale: check_scale(args.scale)? as f32,
     })
 }
@@ -46,8 +46,8 @@ unsafe fn factors_on_cpu<'a, T: Real>(
             out_features,
             in_features,
             rank,
-            down: host.input("down", args.down)?,
-            up: host.input("up", args.up)?,
+            lora_b: host.input("lora_b", args.lora_b)?,
+            lora_a: host.input("lora_a", args.lora_a)?,
             scale: T::from_f64(check_scale(args.scale)?),
         };
         Ok((lora, host.optional("base_weight", args.base_weight)?))
@@ -81,8 +81,13 @@ impl Operator<PaceLowRankWeight> for Backward {
         let (lora, base, dout, grads) = unsafe {
             let (lora, base) = factors_on_cpu::<T>(&mut host, args)?;
             let dout = host.input("dout", args.dout)?;
-            let down = host.output("grad_down", args.grad_down)?;
-            (lora, base, dout, cpu::LoraGrads { down, up: host.output("grad_up", args.grad_up)? })
+            let lora_b = host.output("grad_lora_b", args.grad_lora_b)?;
+            (
+                lora,
+                base,
+                dout,
+                cpu::LoraGrads { lora_b, lora_a: host.output("grad_lora_a", args.grad_lora_a)? },
+            )
         };
         let done = match base {
             None => cpu::low_rank_weight_backward(lora, dout, grads),
@@ -92,7 +97,7 @@ impl Operator<PaceLowRankWeight> for Backward {
     }
 
     fn plan(args: &PaceLowRankWeight, _: &Gpu, dtype: DType) -> Result<Plan> {
-        let grads = cuda::LoraGrads { down: buffer(args.grad_down), up: buffer(args.grad_up) };
+        let grads = cuda::LoraGrads { lora_b: buffer(args.grad_lora_b), lora_a: buffer(args.grad_lora_a) };
         let (base, dout) = (optional_buffer(args.base_weight), buffer(args.dout));
         let lora = factors(args)?;
         let workspace = workspace_buffer(args.workspace, 4, lora.workspace_len(dtype))?;
@@ -114,7 +119,7 @@ pub unsafe extern "C" fn pace_low_rank_weight_forward(
     unsafe { call::<Forward, _>(device, stream, args) }
 }
 
-/// Computes the factors' gradients from `dout`: with `Q = scale·dout` (`⊙ W0` for LoRA mul), `dD = Q·Uᵀ`, `dU = Dᵀ·Q`.
+/// Computes the factors' gradients from `dout`: with `Q = scale·dout` (`⊙ W0` for LoRA mul), `dB = Q·Aᵀ`, `dA = Bᵀ·Q`.
 ///
 /// # Safety
 /// As `pace_noisy_linear_forward`.

@@ -154,7 +154,7 @@ impl CublasLt {
                 .set(sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias)?;
         }
         let [first, second, output] = &prepared.layouts;
-        // The library is column-major: it computes Dᵀ = Bᵀ·Aᵀ.
+        // The library is column-major: it computes Bᵀ = Bᵀ·Aᵀ.
         // SAFETY: the descriptions were made for these sizes; the rest is the caller's promise. Scalars are read before the
         // call returns.
         let queued = unsafe {

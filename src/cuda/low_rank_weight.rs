@@ -31,7 +31,7 @@ const MAX_FACTOR: usize = 1 << 36;
 /// Blocks that keep a large device busy. One number for all devices, so that all add up in the same order.
 const BLOCKS: usize = 264;
 
-/// The trained factors of a low-rank weight `[N, K]`: `D [N, r]`, `U [r, K]`, and a scale on their product.
+/// The trained factors of a low-rank weight `[N, K]`: `B [N, r]`, `A [r, K]`, and a scale on their product.
 ///
 /// `B` are the tensors, all of one type: [`Buffer`] for planning, or `cudarc`'s (see [`Device::low_rank_weight`]).
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -42,29 +42,29 @@ pub struct LoraFactors<B> {
     pub in_features: usize,
     /// Rank `r`.
     pub rank: usize,
-    /// `D [N, r]`.
-    pub down: B,
-    /// `U [r, K]`.
-    pub up: B,
-    /// Factor on `D·U`; 1 in the paper.
+    /// `B [N, r]`.
+    pub lora_b: B,
+    /// `A [r, K]`.
+    pub lora_a: B,
+    /// Factor on `B·A`; 1 in the paper.
     pub scale: f32,
 }
 
 /// Where the gradients of [`LoraFactors`] go; both are overwritten.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LoraGrads<B> {
-    /// `dD [N, r]`.
-    pub down: B,
-    /// `dU [r, K]`.
-    pub up: B,
+    /// `dB [N, r]`.
+    pub lora_b: B,
+    /// `dA [r, K]`.
+    pub lora_a: B,
 }
 
 /// Parameters of the kernels `low_rank_weight*`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
 pub struct LowRankWeightParams {
-    down: Input<Void>,
-    up: Input<Void>,
+    lora_b: Input<Void>,
+    lora_a: Input<Void>,
     /// W0, or null.
     base: Input<Void>,
     out: Output<Void>,
@@ -74,7 +74,7 @@ pub struct LowRankWeightParams {
     columns: u32,
     rank: u32,
     scale: f32,
-    /// Rows of U, W0 and the output start at multiples of 16 bytes and hold whole vectors.
+    /// Rows of A, W0 and the output start at multiples of 16 bytes and hold whole vectors.
     aligned: u64,
 }
 
@@ -86,12 +86,12 @@ pub struct LowRankBackwardParams {
     pub(super) grad: Input<Void>,
     /// W0, or null.
     pub(super) base: Input<Void>,
-    pub(super) down: Input<Void>,
-    pub(super) up: Input<Void>,
+    pub(super) lora_b: Input<Void>,
+    pub(super) lora_a: Input<Void>,
     /// [parts, r, K].
-    pub(super) up_partial: Output<f32>,
+    pub(super) a_partial: Output<f32>,
     /// [strips, N, r].
-    pub(super) down_partial: Output<f32>,
+    pub(super) b_partial: Output<f32>,
     /// Out-features `N`.
     pub(super) rows: u32,
     /// In-features `K`.
@@ -173,19 +173,19 @@ impl<B> LoraFactors<B> {
     pub fn workspace_len(&self, dtype: DType) -> usize {
         let &Self { out_features: n, in_features: k, rank: r, .. } = self;
         let Parts { strips, parts, .. } = Parts::new(n, k, dtype);
-        let [up, down] = [(parts, k), (strips, n)].map(|(a, b)| a.saturating_mul(b).saturating_mul(r));
-        up.saturating_add(down)
+        let [lora_a, lora_b] = [(parts, k), (strips, n)].map(|(a, b)| a.saturating_mul(b).saturating_mul(r));
+        lora_a.saturating_add(lora_b)
     }
 }
 
 impl LoraFactors<Buffer> {
     fn check(&self, dtype: DType, base_weight: Option<Buffer>) -> Result<Vec<Named>> {
-        let &Self { out_features: n, in_features: k, rank: r, down, up, scale } = self;
+        let &Self { out_features: n, in_features: k, rank: r, lora_b, lora_a, scale } = self;
         check_sizes(n, k, r)?;
-        down.check("down", "[N, r]", factor("down", "[N, r]", [n, r])?, dtype.bytes())?;
-        up.check("up", "[r, K]", factor("up", "[r, K]", [r, k])?, dtype.bytes())?;
+        lora_b.check("lora_b", "[N, r]", factor("lora_b", "[N, r]", [n, r])?, dtype.bytes())?;
+        lora_a.check("lora_a", "[r, K]", factor("lora_a", "[r, K]", [r, k])?, dtype.bytes())?;
         check_scale(scale)?;
-        let mut inputs = vec![("down", down), ("up", up)];
+        let mut inputs = vec![("lora_b", lora_b), ("lora_a", lora_a)];
         if let Some(base) = base_weight {
             base.check("base_weight", "[N, K]", n * k, dtype.bytes())?;
             inputs.push(("base_weight", base));
@@ -193,7 +193,7 @@ impl LoraFactors<Buffer> {
         Ok(inputs)
     }
 
-    /// The plan that computes `out [N, K] = scale·D·U` (LoRA add), or `W0 ⊙ (scale·D·U)` with a `base_weight`
+    /// The plan that computes `out [N, K] = scale·B·A` (LoRA add), or `W0 ⊙ (scale·B·A)` with a `base_weight`
     /// `W0 [N, K]` (LoRA mul).
     ///
     /// # Errors
@@ -201,23 +201,23 @@ impl LoraFactors<Buffer> {
     /// element or overlaps the output.
     pub fn weight(&self, dtype: DType, base_weight: Option<Buffer>, out: Buffer) -> Result<Plan> {
         let inputs = self.check(dtype, base_weight)?;
-        let &Self { out_features: n, in_features: k, rank, down, up, scale } = self;
+        let &Self { out_features: n, in_features: k, rank, lora_b, lora_a, scale } = self;
         out.check("out", "[N, K]", n * k, dtype.bytes())?;
         check_disjoint(&inputs, &[("out", out)], dtype.bytes())?;
         let (base, target) = (Address::from(base_weight), Address::from(out));
         let params = LowRankWeightParams {
-            down: down.into(),
-            up: up.into(),
+            lora_b: lora_b.into(),
+            lora_a: lora_a.into(),
             base: base.into(),
             out: target.into(),
             rows: n as u32,
             columns: k as u32,
             rank: rank as u32,
             scale,
-            aligned: u64::from(rows_are_aligned(dtype, k, &[up.into(), base, target])),
+            aligned: u64::from(rows_are_aligned(dtype, k, &[lora_a.into(), base, target])),
         };
         let grid = grid(k.div_ceil(WARP * 16 / dtype.bytes()), n.div_ceil(WEIGHT_ROWS));
-        // A chunk of U and of D.
+        // A chunk of A and of B.
         let shared = WEIGHT_RANKS * (fours(dtype) * WARP * 16 + WEIGHT_ROWS * 4);
         Ok(Launch::new(
             table::LOW_RANK_WEIGHT.choose(dtype),
@@ -229,7 +229,7 @@ impl LoraFactors<Buffer> {
         .into())
     }
 
-    /// The plan that computes `dD = scale·Q·Uᵀ` and `dU = scale·Dᵀ·Q` from the gradient of [`weight`](Self::weight)'s
+    /// The plan that computes `dB = scale·Q·Aᵀ` and `dA = scale·Bᵀ·Q` from the gradient of [`weight`](Self::weight)'s
     /// output, `delta_weight_grad [N, K]`: `Q` is that, or with a `base_weight` its product with `W0`.
     ///
     /// # Errors
@@ -243,56 +243,56 @@ impl LoraFactors<Buffer> {
         workspace: Buffer,
     ) -> Result<Plan> {
         let mut inputs = self.check(dtype, base_weight)?;
-        let (&Self { out_features: n, in_features: k, rank: r, down, up, scale }, bytes) =
+        let (&Self { out_features: n, in_features: k, rank: r, lora_b, lora_a, scale }, bytes) =
             (self, dtype.bytes());
         delta_weight_grad.check("delta_weight_grad", "[N, K]", n * k, bytes)?;
         inputs.push(("delta_weight_grad", delta_weight_grad));
-        grads.down.check("grads.down", "[N, r]", n * r, bytes)?;
-        grads.up.check("grads.up", "[r, K]", r * k, bytes)?;
+        grads.lora_b.check("grads.lora_b", "[N, r]", n * r, bytes)?;
+        grads.lora_a.check("grads.lora_a", "[r, K]", r * k, bytes)?;
         let workspace = check_workspace(workspace, self.workspace_len(dtype))?;
         let outputs = [
-            ("grads.down", grads.down),
-            ("grads.up", grads.up),
+            ("grads.lora_b", grads.lora_b),
+            ("grads.lora_a", grads.lora_a),
             ("workspace", workspace.in_elements_of(bytes)),
         ];
         check_disjoint(&inputs, &outputs, bytes)?;
 
         let parts = Parts::new(n, k, dtype);
-        let up_partial = Address::from(workspace);
-        let down_partial = up_partial.offset(parts.parts * r * k * 4);
+        let a_partial = Address::from(workspace);
+        let b_partial = a_partial.offset(parts.parts * r * k * 4);
         let (grad, base) = (Address::from(delta_weight_grad), Address::from(base_weight));
         let params = LowRankBackwardParams {
             grad: grad.into(),
             base: base.into(),
-            down: down.into(),
-            up: up.into(),
-            up_partial: up_partial.into(),
-            down_partial: down_partial.into(),
+            lora_b: lora_b.into(),
+            lora_a: lora_a.into(),
+            a_partial: a_partial.into(),
+            b_partial: b_partial.into(),
             rows: n as u32,
             columns: k as u32,
             rank: r as u32,
             scale,
             part: 0,
-            aligned: u32::from(rows_are_aligned(dtype, k, &[grad, base, up.into(), up_partial])),
+            aligned: u32::from(rows_are_aligned(dtype, k, &[grad, base, lora_a.into(), a_partial])),
         };
         let kernel = table::LOW_RANK_WEIGHT_BACKWARD.choose(dtype);
         let mut plan = Plan::from(parts.launch(kernel, dtype, WEIGHT_BACKWARD_RANKS, params));
-        plan.push(partial_sums(down_partial, parts.strips, grads.down, dtype));
-        plan.push(partial_sums(up_partial, parts.parts, grads.up, dtype));
+        plan.push(partial_sums(b_partial, parts.strips, grads.lora_b, dtype));
+        plan.push(partial_sums(a_partial, parts.parts, grads.lora_a, dtype));
         Ok(plan)
     }
 }
 
 impl<'a, T> LoraFactors<&'a dyn DevicePtr<T>> {
     fn borrow(&self, borrows: &mut Borrows<'a>) -> Result<LoraFactors<Buffer>> {
-        let LoraFactors { out_features, in_features, rank, down, up, scale } = *self;
-        let (down, up) = (borrows.input("down", down)?, borrows.input("up", up)?);
-        Ok(LoraFactors { out_features, in_features, rank, down, up, scale })
+        let LoraFactors { out_features, in_features, rank, lora_b, lora_a, scale } = *self;
+        let (lora_b, lora_a) = (borrows.input("lora_b", lora_b)?, borrows.input("lora_a", lora_a)?);
+        Ok(LoraFactors { out_features, in_features, rank, lora_b, lora_a, scale })
     }
 }
 
 impl Device {
-    /// `out [N, K] = scale·D·U`: LoRA add.
+    /// `out [N, K] = scale·B·A`: LoRA add.
     ///
     /// # Errors
     /// As [`LoraFactors::weight`]; also if an argument belongs to another device, or the launch fails.
@@ -305,7 +305,7 @@ impl Device {
         self.lora_weight(lora, None, out, stream)
     }
 
-    /// `dD = scale·dΔW·Uᵀ`, `dU = scale·Dᵀ·dΔW`: gradients of [`Device::low_rank_weight`]. `workspace` has at least
+    /// `dB = scale·dΔW·Aᵀ`, `dA = scale·Bᵀ·dΔW`: gradients of [`Device::low_rank_weight`]. `workspace` has at least
     /// [`LoraFactors::workspace_len`] elements; what it holds does not matter.
     ///
     /// # Errors
@@ -321,7 +321,7 @@ impl Device {
         self.lora_backward(lora, None, delta_weight_grad, grads, workspace, stream)
     }
 
-    /// `out [N, K] = W0 ⊙ (scale·D·U)`: LoRA mul, the paper's main adapter. `base_weight` is `W0 [N, K]`.
+    /// `out [N, K] = W0 ⊙ (scale·B·A)`: LoRA mul, the paper's main adapter. `base_weight` is `W0 [N, K]`.
     ///
     /// # Errors
     /// As [`Device::low_rank_weight`].
@@ -335,7 +335,7 @@ impl Device {
         self.lora_weight(lora, Some(base_weight), out, stream)
     }
 
-    /// `dD = scale·Q·Uᵀ`, `dU = scale·Dᵀ·Q` with `Q = dΔW ⊙ W0`: gradients of [`Device::lora_mul_weight`].
+    /// `dB = scale·Q·Aᵀ`, `dA = scale·Bᵀ·Q` with `Q = dΔW ⊙ W0`: gradients of [`Device::lora_mul_weight`].
     ///
     /// # Errors
     /// As [`Device::low_rank_weight_backward`].
@@ -381,8 +381,8 @@ impl Device {
         let base_weight = borrows.optional("base_weight", base_weight)?;
         let delta_weight_grad = borrows.input("delta_weight_grad", delta_weight_grad)?;
         let grads = LoraGrads {
-            down: borrows.output("grads.down", grads.down)?,
-            up: borrows.output("grads.up", grads.up)?,
+            lora_b: borrows.output("grads.lora_b", grads.lora_b)?,
+            lora_a: borrows.output("grads.lora_a", grads.lora_a)?,
         };
         let workspace = borrows.output("workspace", workspace)?;
         let plan = lora.backward(T::DTYPE, base_weight, delta_weight_grad, grads, workspace)?;

@@ -78,28 +78,28 @@ pub struct PromptGradsParams {
     /// [K].
     q: Input<f32>,
     /// Pd.
-    down: Input<Void>,
+    prompt_down: Input<Void>,
     /// Pu.
-    up: Input<Void>,
+    prompt_up: Input<Void>,
     /// Whether rows of g are.
     grad: Input<Void>,
     /// B0; null is zero.
     base_bias: Input<Void>,
     /// DPd.
-    down_grad: Output<Void>,
+    prompt_down_grad: Output<Void>,
     /// [parts, r].
-    up_partial: Output<f32>,
+    prompt_up_partial: Output<f32>,
     /// Dd, or null.
     delta_bias: Output<Void>,
+    /// Out-features `N`.
+    rows: u64,
     /// In-features `K`.
     columns: u32,
     rank: u32,
-    /// Out-features `N`.
-    rows: u32,
     /// Of K, for a block.
     part: u32,
     /// Threads side by side along r: a power of two, not less than r or the whole block.
-    width: u64,
+    width: u32,
 }
 
 impl<B> PromptBias<B> {
@@ -169,9 +169,15 @@ impl PromptBias<Buffer> {
         };
         let prompt = Address::from(workspace);
         let biases = [self.base_bias, self.delta_bias];
-        let up = self.prompt_up.into();
-        let mut plan =
-            Plan::from(launch(table::PROMPT_BIAS_PRODUCT, self.prompt_down, (k, r), up, prompt, [None; 2]));
+        let vector = self.prompt_up.into();
+        let mut plan = Plan::from(launch(
+            table::PROMPT_BIAS_PRODUCT,
+            self.prompt_down,
+            (k, r),
+            vector,
+            prompt,
+            [None; 2],
+        ));
         plan.push(launch(table::PROMPT_BIAS, self.base_weight, (n, k), prompt, out.into(), biases));
         Ok(plan)
     }
@@ -208,12 +214,12 @@ impl PromptBias<Buffer> {
         let parts = Parts::new(n, k, dtype);
         let partial = Address::from(workspace);
         let q = Buffer { address: partial.offset(parts.parts * k * 4).0, len: k };
-        let up_partial = Address::from(q).offset(k * 4);
+        let prompt_up_partial = Address::from(q).offset(k * 4);
         let (weight, blocks) = (Address::from(self.base_weight), k.div_ceil(PROMPT_PART));
         let columns = LowRankBackwardParams {
             grad: weight.into(),
-            down: delta_bias_grad.into(),
-            up_partial: partial.into(),
+            lora_b: delta_bias_grad.into(),
+            a_partial: partial.into(),
             rows: n as u32,
             columns: k as u32,
             rank: 1,
@@ -223,24 +229,24 @@ impl PromptBias<Buffer> {
         };
         let params = PromptGradsParams {
             q: q.into(),
-            down: self.prompt_down.into(),
-            up: self.prompt_up.into(),
+            prompt_down: self.prompt_down.into(),
+            prompt_up: self.prompt_up.into(),
             grad: delta_bias_grad.into(),
             base_bias: self.base_bias.into(),
-            down_grad: grads.prompt_down.into(),
-            up_partial: up_partial.into(),
+            prompt_down_grad: grads.prompt_down.into(),
+            prompt_up_partial: prompt_up_partial.into(),
             delta_bias: grads.delta_bias.into(),
             columns: k as u32,
             rank: r as u32,
-            rows: n as u32,
+            rows: n as u64,
             part: PROMPT_PART as u32,
-            width: r.next_power_of_two().min(THREADS) as u64,
+            width: r.next_power_of_two().min(THREADS) as u32,
         };
         let (grid, block) = ([blocks as u32, 1, 1], [THREADS as u32, 1, 1]);
         let mut plan = Plan::from(parts.launch(table::PROMPT_BIAS_COLUMNS.choose(dtype), dtype, 1, columns));
         plan.push(partial_sums(partial, parts.parts, q, DType::F32));
         plan.push(Launch::new(table::PROMPT_BIAS_GRADS.choose(dtype), grid, block, THREADS * 4, &params));
-        plan.push(partial_sums(up_partial, blocks, grads.prompt_up, dtype));
+        plan.push(partial_sums(prompt_up_partial, blocks, grads.prompt_up, dtype));
         Ok(plan)
     }
 }

@@ -250,15 +250,15 @@ pub fn low_rank_linear() {
             scale: -1.5,
             base_weight: t.input(N * K),
             base_bias: t.input(N),
-            down: t.input(N * rank),
-            up: t.input(rank * K),
+            lora_b: t.input(N * rank),
+            lora_a: t.input(rank * K),
             delta_bias: t.input(N),
             x: t.input(M / 2 * K),
             y: t.output("y", M * N),
             dy: t.input(M * N),
             grad_input: t.output("dx", M / 2 * K),
-            grad_down: t.output("dD", N * rank),
-            grad_up: t.output("dU", rank * K),
+            grad_lora_b: t.output("dB", N * rank),
+            grad_lora_a: t.output("dA", rank * K),
             grad_delta_bias: t.output("dδb", N),
             ..zeroed()
         };
@@ -298,12 +298,12 @@ pub fn weights() {
                 in_features: K as u64,
                 rank: rank as u64,
                 scale: 0.5,
-                down: t.input(N * rank),
-                up: t.input(rank * K),
+                lora_b: t.input(N * rank),
+                lora_a: t.input(rank * K),
                 out: t.output("ΔW", N * K),
                 dout: t.input(N * K),
-                grad_down: t.output("dD", N * rank),
-                grad_up: t.output("dU", rank * K),
+                grad_lora_b: t.output("dB", N * rank),
+                grad_lora_a: t.output("dA", rank * K),
                 ..zeroed()
             };
             if lora_mul {

@@ -69,8 +69,8 @@ struct Data<T> {
     dy: Vec<T>,
     weight: Vec<T>,
     bias: Vec<T>,
-    down: Vec<T>,
-    up: Vec<T>,
+    lora_b: Vec<T>,
+    lora_a: Vec<T>,
     delta_bias: Vec<T>,
 }
 
@@ -83,8 +83,8 @@ impl<T: Type> Data<T> {
             dy: rounded(22, shape.out_rows() * n),
             weight: rounded(23, n * k),
             bias: rounded(24, n),
-            down: rounded(25, n * rank),
-            up: rounded(26, rank * k),
+            lora_b: rounded(25, n * rank),
+            lora_a: rounded(26, rank * k),
             delta_bias: rounded(27, n),
         }
     }
@@ -104,8 +104,8 @@ impl<T: Type> Data<T> {
                 bias: biases.then(|| machine.input("b0", &self.bias)),
             }),
             rank,
-            down: machine.input("D", &self.down),
-            up: machine.input("U", &self.up),
+            lora_b: machine.input("B", &self.lora_b),
+            lora_a: machine.input("A", &self.lora_a),
             delta_bias: biases.then(|| machine.input("δb", &self.delta_bias)),
             scale,
             allow_tf32,
@@ -116,7 +116,7 @@ impl<T: Type> Data<T> {
 /// Outputs and gradients.
 type Results<T> = [Vec<T>; 6];
 
-const NAMES: [&str; 6] = ["s", "y", "dx", "dD", "dU", "dδb"];
+const NAMES: [&str; 6] = ["s", "y", "dx", "dB", "dA", "dδb"];
 
 /// `a·bᵀ`, `[rows, columns]`, over `inner`.
 fn times(a: &[f64], b: &[f64], inner: usize) -> Vec<f64> {
@@ -134,8 +134,8 @@ fn transposed(a: &[f64], columns: usize) -> Vec<f64> {
 /// What the CPU operator gives.
 fn exact<T: Type>(case: &Case, data: &Data<T>) -> Results<f64> {
     let Case { shape, rank, base, biases, scale, .. } = *case;
-    let [x, dy, weight, bias, down, up, delta_bias] =
-        [&data.x, &data.dy, &data.weight, &data.bias, &data.down, &data.up, &data.delta_bias]
+    let [x, dy, weight, bias, lora_b, lora_a, delta_bias] =
+        [&data.x, &data.dy, &data.weight, &data.bias, &data.lora_b, &data.lora_a, &data.delta_bias]
             .map(|values| wide(values));
     let given: Vec<f64> = case.z.given(&shape).into_iter().map(f64::from).collect();
     let layer = cpu::LowRankLinear {
@@ -143,16 +143,18 @@ fn exact<T: Type>(case: &Case, data: &Data<T>) -> Results<f64> {
         noise: case.z.cpu(&given),
         base: base.then_some(cpu::Base { weight: &weight, bias: biases.then_some(&bias) }),
         rank,
-        down: &down,
-        up: &up,
+        lora_b: &lora_b,
+        lora_a: &lora_a,
         delta_bias: biases.then_some(&delta_bias),
         scale: scale.into(),
     };
-    let s = times(&x, &up, shape.in_features).iter().map(|s| f64::from(scale) * s).collect();
-    let mut results = [&data.dy, &data.x, &data.down, &data.up, &data.bias].map(|like| vec![0.0; like.len()]);
+    let s = times(&x, &lora_a, shape.in_features).iter().map(|s| f64::from(scale) * s).collect();
+    let mut results =
+        [&data.dy, &data.x, &data.lora_b, &data.lora_a, &data.bias].map(|like| vec![0.0; like.len()]);
     let [y, dx, dd, du, db] = &mut results;
     layer.forward(&x, y).unwrap();
-    let grads = cpu::LowRankGrads { input: Some(dx), down: Some(dd), up: Some(du), delta_bias: Some(db) };
+    let grads =
+        cpu::LowRankGrads { input: Some(dx), lora_b: Some(dd), lora_a: Some(du), delta_bias: Some(db) };
     layer.backward(&x, &dy, grads).unwrap();
     let [y, dx, dd, du, db] = results;
     [s, y, dx, dd, du, db]
@@ -166,30 +168,30 @@ fn unfused<T: Type>(case: &Case, data: &Data<T>) -> Results<T> {
     let round = |value: f64| f64::from(T::round(value).widen());
     let rounded = |values: Vec<f64>| values.into_iter().map(round).collect::<Vec<f64>>();
     let z: Vec<f64> = case.z.written_out(&shape).into_iter().map(|z| round(z.into())).collect();
-    let [x, dy, weight, bias, down, up, delta_bias] =
-        [&data.x, &data.dy, &data.weight, &data.bias, &data.down, &data.up, &data.delta_bias]
+    let [x, dy, weight, bias, lora_b, lora_a, delta_bias] =
+        [&data.x, &data.dy, &data.weight, &data.bias, &data.lora_b, &data.lora_a, &data.delta_bias]
             .map(|values| wide(values));
     // Both branches' rows of what they share.
     let shared = |values: &[f64], columns: usize| -> Vec<f64> {
         (0..m).flat_map(|i| values[i % rows * columns..][..columns].to_vec()).collect()
     };
     let scaled = |values: Vec<f64>| rounded(rounded(values).iter().map(|v| f64::from(scale) * v).collect());
-    let s = scaled(times(&x, &up, k));
+    let s = scaled(times(&x, &lora_a, k));
     let (x, s_all) = (shared(&x, k), shared(&s, r));
     let with_bias = |product: Vec<f64>, bias: &[f64]| match biases {
         true => rounded(product.iter().zip(bias.iter().cycle()).map(|(p, b)| p + b).collect()),
         false => product,
     };
-    let adapter = with_bias(rounded(times(&s_all, &down, r)), &delta_bias);
+    let adapter = with_bias(rounded(times(&s_all, &lora_b, r)), &delta_bias);
     let under = match base {
         true => with_bias(rounded(times(&x, &weight, k)), &bias),
         false => vec![0.0; m * n],
     };
     let y = (0..m * n).map(|i| under[i] + round(z[i] * adapter[i])).collect();
     let e: Vec<f64> = z.iter().zip(&dy).map(|(z, g)| round(z * g)).collect();
-    let ds = scaled(times(&e, &transposed(&down, r), n));
+    let ds = scaled(times(&e, &transposed(&lora_b, r), n));
     let mut dx = vec![0.0; rows * k];
-    let adapter = rounded(times(&ds, &transposed(&up, k), r));
+    let adapter = rounded(times(&ds, &transposed(&lora_a, k), r));
     let under = match base {
         true => rounded(times(&dy, &transposed(&weight, k), n)),
         false => vec![0.0; m * k],
@@ -220,9 +222,10 @@ fn launch<T: Type>(
     let workspace = machine.output::<f32>("workspace", layer.workspace_len(&gpu, T::DTYPE));
     machine.launch(&layer.forward(&gpu, T::DTYPE, x, s, y, workspace).unwrap());
     let mut grad = |name: &str, like: &[T]| machine.output::<T>(name, like.len());
-    let grads = [grad("dx", &data.x), grad("dD", &data.down), grad("dU", &data.up), grad("dδb", &data.bias)];
-    let [input, down, up, delta_bias] = grads.map(Some);
-    let targets = cuda::LowRankGrads { input, down, up, delta_bias };
+    let grads =
+        [grad("dx", &data.x), grad("dB", &data.lora_b), grad("dA", &data.lora_a), grad("dδb", &data.bias)];
+    let [input, lora_b, lora_a, delta_bias] = grads.map(Some);
+    let targets = cuda::LowRankGrads { input, lora_b, lora_a, delta_bias };
     machine.launch(&layer.backward(&gpu, T::DTYPE, x, s, dy, targets, workspace).unwrap());
     let [dx, dd, du, db] = grads;
     [s, y, dx, dd, du, db].map(|buffer| machine.read::<T>(buffer))
@@ -283,8 +286,8 @@ pub fn one_gradient(target: &Target<'_>) {
             for (i, want) in all.iter().enumerate().skip(2) {
                 let grad = machine.output::<f32>(NAMES[i], want.len());
                 let one = |j| (i == j).then_some(grad);
-                let (input, down, up, delta_bias) = (one(2), one(3), one(4), one(5));
-                let grads = cuda::LowRankGrads { input, down, up, delta_bias };
+                let (input, lora_b, lora_a, delta_bias) = (one(2), one(3), one(4), one(5));
+                let grads = cuda::LowRankGrads { input, lora_b, lora_a, delta_bias };
                 let workspace =
                     machine.output::<f32>("workspace", layer.workspace_len(&machine.gpu, cuda::DType::F32));
                 let plan =
@@ -350,17 +353,18 @@ pub fn safe_methods(opened: &Opened) {
         opened.target().run(shift, |machine| *want.borrow_mut() = run(case, &data, false, machine));
         let want = want.into_inner();
 
-        let inputs = [&data.x, &data.dy, &data.weight, &data.bias, &data.down, &data.up, &data.delta_bias]
-            .map(|values| opened.upload(shift, values));
+        let inputs =
+            [&data.x, &data.dy, &data.weight, &data.bias, &data.lora_b, &data.lora_a, &data.delta_bias]
+                .map(|values| opened.upload(shift, values));
         let views = inputs.each_ref().map(|tensor| tensor.slice(shift..));
-        let [x, dy, weight, bias, down, up, delta_bias] = &views;
+        let [x, dy, weight, bias, lora_b, lora_a, delta_bias] = &views;
         let layer: cuda::LowRankLinear<&dyn DevicePtr<f16>, cuda::Noise<'_>> = cuda::LowRankLinear {
             shape,
             noise: cuda::Noise::Generated(crate::support::generator(noise, crate::support::key())),
             base: base.then_some(Base { weight, bias: biases.then_some(bias as _) }),
             rank,
-            down,
-            up,
+            lora_b,
+            lora_a,
             delta_bias: biases.then_some(delta_bias as _),
             scale,
             allow_tf32: false,
@@ -374,8 +378,8 @@ pub fn safe_methods(opened: &Opened) {
             device.low_rank_linear(&layer, x, &mut s, &mut y, &mut workspace, stream).unwrap();
             let grads = cuda::LowRankGrads {
                 input: Some(&mut dx as &mut dyn DevicePtrMut<f16>),
-                down: Some(&mut dd),
-                up: Some(&mut du),
+                lora_b: Some(&mut dd),
+                lora_a: Some(&mut du),
                 delta_bias: Some(&mut db),
             };
             device.low_rank_linear_backward(&layer, x, &s, dy, grads, &mut workspace, stream).unwrap();
@@ -393,8 +397,8 @@ pub fn in_a_graph(opened: &Opened) {
     {
         let Case { shape, rank, scale, .. } = case;
         let data = Data::<bf16>::new(&case);
-        let [x, dy, weight, down, up] =
-            [&data.x, &data.dy, &data.weight, &data.down, &data.up].map(|values| opened.upload(0, values));
+        let [x, dy, weight, lora_b, lora_a] = [&data.x, &data.dy, &data.weight, &data.lora_b, &data.lora_a]
+            .map(|values| opened.upload(0, values));
         let mut key = opened.upload(0, &[0u64]);
         let generator = |key| crate::support::generator(PerSample, key);
         let mut s = opened.upload(0, &vec![bf16::NAN; shape.in_rows() * rank]);
@@ -407,8 +411,8 @@ pub fn in_a_graph(opened: &Opened) {
                 noise,
                 base: Some(Base { weight: &weight, bias: None }),
                 rank,
-                down: &down,
-                up: &up,
+                lora_b: &lora_b,
+                lora_a: &lora_a,
                 delta_bias: None,
                 scale,
                 allow_tf32: false,

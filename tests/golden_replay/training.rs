@@ -210,17 +210,17 @@ impl Layer {
         }
     }
 
-    /// `(x, [D | δb], U)`.
+    /// `(x, [B | δb], A)`.
     fn low_rank(&self, machine: &mut Machine<'_>, arguments: &Slices<'_>) -> LowRankLinear<Buffer, Source> {
         let rank = arguments[2].len() / self.shape.in_features;
-        let (down, bias) = arguments[1].split_at(self.shape.out_features * rank);
+        let (lora_b, bias) = arguments[1].split_at(self.shape.out_features * rank);
         LowRankLinear {
             shape: self.shape,
             noise: self.noise(machine),
             base: self.base(machine),
             rank,
-            down: machine.input("D", down),
-            up: machine.input("U", arguments[2]),
+            lora_b: machine.input("B", lora_b),
+            lora_a: machine.input("A", arguments[2]),
             delta_bias: Some(machine.input("δb", bias)),
             scale: 1.0,
             allow_tf32: false,
@@ -249,28 +249,32 @@ impl Layer {
                 let (x, dy) = (machine.input("x", arguments[0]), machine.input("dy", grad));
                 let (s, _) = forward(&layer, machine, x);
                 let n = other.shape.out_features;
-                let [dx, down, bias, up] = [arguments[0].len(), n * layer.rank, n, arguments[2].len()]
+                let [dx, lora_b, bias, lora_a] = [arguments[0].len(), n * layer.rank, n, arguments[2].len()]
                     .map(|len| machine.output::<f32>("gradient", len));
-                let grads =
-                    LowRankGrads { input: Some(dx), down: Some(down), up: Some(up), delta_bias: Some(bias) };
+                let grads = LowRankGrads {
+                    input: Some(dx),
+                    lora_b: Some(lora_b),
+                    lora_a: Some(lora_a),
+                    delta_bias: Some(bias),
+                };
                 let workspace = machine.output::<f32>("workspace", layer.workspace_len(&machine.gpu, TYPE));
                 machine.launch(&layer.backward(&machine.gpu, TYPE, x, s, dy, grads, workspace).unwrap());
-                let joined = [machine.read::<f32>(down), machine.read::<f32>(bias)].concat();
-                vec![dx, machine.input("joined", &joined), up]
+                let joined = [machine.read::<f32>(lora_b), machine.read::<f32>(bias)].concat();
+                vec![dx, machine.input("joined", &joined), lora_a]
             }),
         }
     }
 }
 
-/// `(D, U)` to `W0 ⊙ (D·U)`.
+/// `(B, A)` to `W0 ⊙ (B·A)`.
 fn lora_mul(base: Vec<f32>, [n, k]: [usize; 2]) -> Op {
     let factors = move |machine: &mut Machine<'_>, arguments: &Slices<'_>, base: &[f32]| {
         let factors = LoraFactors {
             out_features: n,
             in_features: k,
             rank: arguments[0].len() / n,
-            down: machine.input("D", arguments[0]),
-            up: machine.input("U", arguments[1]),
+            lora_b: machine.input("B", arguments[0]),
+            lora_a: machine.input("A", arguments[1]),
             scale: 1.0,
         };
         (factors, Some(machine.input("W0", base)))
@@ -288,10 +292,12 @@ fn lora_mul(base: Vec<f32>, [n, k]: [usize; 2]) -> Op {
         backward: Box::new(move |machine, arguments, grad| {
             let (factors, base) = factors(machine, arguments, &other);
             let grad = machine.input("dΔW", grad);
-            let [down, up] = [0, 1].map(|i| machine.output::<f32>("gradient", arguments[i].len()));
+            let [lora_b, lora_a] = [0, 1].map(|i| machine.output::<f32>("gradient", arguments[i].len()));
             let workspace = machine.output::<f32>("workspace", factors.workspace_len(TYPE));
-            machine.launch(&factors.backward(TYPE, base, grad, LoraGrads { down, up }, workspace).unwrap());
-            vec![down, up]
+            machine.launch(
+                &factors.backward(TYPE, base, grad, LoraGrads { lora_b, lora_a }, workspace).unwrap(),
+            );
+            vec![lora_b, lora_a]
         }),
     }
 }
@@ -397,12 +403,12 @@ impl Model<'_> {
         let (factors, bias, prompts) =
             (of(DOWN).zip(of(UP)), of(DELTA_BIAS), of(PROMPT_DOWN).zip(of(PROMPT_UP)));
         Ok(match (factors, bias, prompts) {
-            (Some((down, up)), Some(bias), None) => {
-                let joined = Tensor::cat(&[&down.flatten_all()?, bias], 0)?;
-                x.apply_op3(&joined, up, self.place(layer.low_rank_op(dims)))?
+            (Some((lora_b, lora_a)), Some(bias), None) => {
+                let joined = Tensor::cat(&[&lora_b.flatten_all()?, bias], 0)?;
+                x.apply_op3(&joined, lora_a, self.place(layer.low_rank_op(dims)))?
             }
-            (Some((down, up)), Some(bias), Some((prompt_down, prompt_up))) => {
-                let delta_weight = down.apply_op2(up, self.place(lora_mul(base.0.clone(), [n, k])))?;
+            (Some((lora_b, lora_a)), Some(bias), Some((prompt_down, prompt_up))) => {
+                let delta_weight = lora_b.apply_op2(lora_a, self.place(lora_mul(base.0.clone(), [n, k])))?;
                 let delta_bias = prompt_down.apply_op3(prompt_up, bias, self.place(prompt(base, [n, k])))?;
                 x.apply_op3(&delta_weight, &delta_bias, self.place(layer.dense_op(dims)))?
             }

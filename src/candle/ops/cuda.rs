@@ -200,15 +200,15 @@ impl LowRankKernel {
         noise: Noise<'a>,
         base: Option<Base<&'a dyn DevicePtr<T>>>,
         joined: &'a (CudaView<'_, T>, CudaView<'_, T>),
-        up: &'a CudaView<'_, T>,
+        lora_a: &'a CudaView<'_, T>,
     ) -> LowRankLinear<&'a dyn DevicePtr<T>, Noise<'a>> {
         LowRankLinear {
             shape: self.layer.shape,
             noise,
             base,
             rank: self.rank,
-            down: &joined.0,
-            up,
+            lora_b: &joined.0,
+            lora_a,
             delta_bias: Some(&joined.1),
             scale: self.scale as f32,
             allow_tf32: gemm_reduced_precision_f32(),
@@ -216,7 +216,7 @@ impl LowRankKernel {
     }
 
     fn too_short() -> Error {
-        Error::Msg("low_rank_linear: there is no δb behind D".into())
+        Error::Msg("low_rank_linear: there is no δb behind B".into())
     }
 }
 
@@ -227,7 +227,7 @@ impl OnDevice for LowRankKernel {
         arguments: &[CudaView<'_, T>],
         out: &mut CudaSlice<T>,
     ) -> Result<()> {
-        let joined = arguments[1].try_split_at(self.down_len()).ok_or_else(Self::too_short)?;
+        let joined = arguments[1].try_split_at(self.b_len()).ok_or_else(Self::too_short)?;
         let mut s = gpu.alloc(wrap(product("s", "[M, r]", &[self.layer.shape.in_rows(), self.rank]))?)?;
         self.layer.on_device(|noise, base| {
             let layer = self.on_device(noise, base, &joined, &arguments[2]);
@@ -247,25 +247,25 @@ impl OnDevice for LowRankKernel {
         grad: &CudaView<'_, T>,
         wanted: &[bool],
     ) -> Result<Gradients<T>> {
-        let joined = arguments[1].try_split_at(self.down_len()).ok_or_else(Self::too_short)?;
+        let joined = arguments[1].try_split_at(self.b_len()).ok_or_else(Self::too_short)?;
         let s = self.s.get().ok_or_else(|| Error::Msg("low_rank_linear: backward before forward".into()))?;
         let s = s.as_cuda_slice::<T>()?;
         let mut out = places(gpu, arguments, wanted)?;
-        let [input, joined_grad, up] = &mut out[..] else {
+        let [input, joined_grad, lora_a] = &mut out[..] else {
             candle_core::bail!("low_rank_linear takes three arguments");
         };
         let mut halves = match joined_grad {
-            Some(place) => Some(place.try_split_at_mut(self.down_len()).ok_or_else(Self::too_short)?),
+            Some(place) => Some(place.try_split_at_mut(self.b_len()).ok_or_else(Self::too_short)?),
             None => None,
         };
         self.layer.on_device(|noise, base| {
             let layer = self.on_device(noise, base, &joined, &arguments[2]);
             let mut workspace = gpu.alloc(layer.workspace_len(gpu.operators.gpu(), T::DTYPE))?;
-            let (down, delta_bias) = match &mut halves {
-                Some((down, bias)) => (Some(down as &mut dyn DevicePtrMut<T>), Some(bias as _)),
+            let (lora_b, delta_bias) = match &mut halves {
+                Some((lora_b, bias)) => (Some(lora_b as &mut dyn DevicePtrMut<T>), Some(bias as _)),
                 None => (None, None),
             };
-            let grads = LowRankGrads { input: output(input), down, up: output(up), delta_bias };
+            let grads = LowRankGrads { input: output(input), lora_b, lora_a: output(lora_a), delta_bias };
             let (x, stream) = (&arguments[0], &gpu.stream);
             wrap(gpu.operators.low_rank_linear_backward(&layer, x, s, grad, grads, &mut workspace, stream))
         })?;
@@ -279,8 +279,8 @@ impl LoraMulKernel {
         arguments: &'a [CudaView<'_, T>],
     ) -> LoraFactors<&'a dyn DevicePtr<T>> {
         let [out_features, in_features, rank] = self.sizes;
-        let (down, up) = (input(&arguments[0]), input(&arguments[1]));
-        LoraFactors { out_features, in_features, rank, down, up, scale: self.scale as f32 }
+        let (lora_b, lora_a) = (input(&arguments[0]), input(&arguments[1]));
+        LoraFactors { out_features, in_features, rank, lora_b, lora_a, scale: self.scale as f32 }
     }
 }
 
@@ -304,14 +304,14 @@ impl OnDevice for LoraMulKernel {
         _: &[bool],
     ) -> Result<Gradients<T>> {
         let lora = self.on_device(arguments);
-        let (mut down, mut up) = (gpu.alloc(arguments[0].len())?, gpu.alloc(arguments[1].len())?);
+        let (mut lora_b, mut lora_a) = (gpu.alloc(arguments[0].len())?, gpu.alloc(arguments[1].len())?);
         let mut workspace = gpu.alloc(lora.workspace_len(T::DTYPE))?;
         with_views(Self::NAME, &[&self.base_weight], |base| {
-            let grads = LoraGrads::<&mut dyn DevicePtrMut<T>> { down: &mut down, up: &mut up };
+            let grads = LoraGrads::<&mut dyn DevicePtrMut<T>> { lora_b: &mut lora_b, lora_a: &mut lora_a };
             let (base, stream) = (&base[0], &gpu.stream);
             wrap(gpu.operators.lora_mul_weight_backward(lora, base, grad, grads, &mut workspace, stream))
         })?;
-        Ok(vec![Some(down), Some(up)])
+        Ok(vec![Some(lora_b), Some(lora_a)])
     }
 }
 

@@ -30,7 +30,7 @@ pub(super) fn workspace_len(gpu: &Gpu, shape: &LinearShape, rank: usize, dtype: 
     })
 }
 
-/// `s = scale·x·Uᵀ`, two GEMMs for base and adapter, and `y = base + z⊙(adapter + δb)` where there is noise.
+/// `s = scale·x·Aᵀ`, two GEMMs for base and adapter, and `y = base + z⊙(adapter + δb)` where there is noise.
 pub(super) fn forward(
     layer: &LowRankLinear<Buffer, Source>,
     pass: &Pass,
@@ -42,14 +42,14 @@ pub(super) fn forward(
     let (rows, k, n) = (shape.in_rows(), shape.in_features, shape.out_features);
     let mut arena = Arena::new(pass.workspace.into());
     let gemms = Gemms::new(pass.arithmetic, gemm_workspace(&mut arena, &pass.gpu, shape, r));
-    let low = gemms.times_transposed([rows, r, k], x.into(), layer.up.into(), s.into());
+    let low = gemms.times_transposed([rows, r, k], x.into(), layer.lora_a.into(), s.into());
     let mut plan = Plan::from(low.scaled(layer.scale));
     let outputs = Outputs {
         base: layer.base.map(|base| {
             let gemm = gemms.times_transposed([rows, n, k], x.into(), base.weight.into(), y.into());
             gemm.with_bias(base.bias.map(Into::into))
         }),
-        adapter: Some(gemms.times_transposed([rows, n, r], s.into(), layer.down.into(), y.into())),
+        adapter: Some(gemms.times_transposed([rows, n, r], s.into(), layer.lora_b.into(), y.into())),
         bias: layer.delta_bias,
         y,
     };
@@ -70,25 +70,25 @@ pub(super) fn backward(
     let gemms = Gemms::new(pass.arithmetic, gemm_workspace(&mut arena, &pass.gpu, shape, r));
     let ds = arena.take(ds_bytes(shape, r, dtype));
     let base = layer.base.filter(|_| grads.input.is_some());
-    let needs_ds = grads.input.is_some() || grads.up.is_some();
-    let needs_e = needs_ds || grads.down.is_some();
+    let needs_ds = grads.input.is_some() || grads.lora_a.is_some();
+    let needs_e = needs_ds || grads.lora_b.is_some();
     let (mut plan, g, e) =
         under_noise::gradients(shape, pass, &mut arena, dy, base.is_some(), needs_e, grads.delta_bias);
     if needs_ds {
-        plan.push(gemms.times([rows, r, n], e, layer.down.into(), ds).scaled(layer.scale));
+        plan.push(gemms.times([rows, r, n], e, layer.lora_b.into(), ds).scaled(layer.scale));
     }
     if let Some(dx) = grads.input {
         if let Some(base) = base {
             plan.push(gemms.times([rows, k, n], g, base.weight.into(), dx.into()));
         }
-        let gemm = gemms.times([rows, k, r], ds, layer.up.into(), dx.into());
+        let gemm = gemms.times([rows, k, r], ds, layer.lora_a.into(), dx.into());
         plan.push(if base.is_some() { gemm.accumulated() } else { gemm });
     }
-    if let Some(down) = grads.down {
-        plan.push(gemms.transposed_times([n, r, rows], e, s.into(), down.into()));
+    if let Some(lora_b) = grads.lora_b {
+        plan.push(gemms.transposed_times([n, r, rows], e, s.into(), lora_b.into()));
     }
-    if let Some(up) = grads.up {
-        plan.push(gemms.transposed_times([r, k, rows], ds, x.into(), up.into()));
+    if let Some(lora_a) = grads.lora_a {
+        plan.push(gemms.transposed_times([r, k, rows], ds, x.into(), lora_a.into()));
     }
     plan
 }

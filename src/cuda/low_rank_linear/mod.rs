@@ -17,12 +17,12 @@ use crate::noise;
 use crate::shape::{LinearShape, nonzero, product};
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
 
-/// `y = x·W0ᵀ + b0 + z ⊙ (scale·(x·Uᵀ)·Dᵀ + δb)` and its gradients: the paper's LoRA add with noise.
+/// `y = x·W0ᵀ + b0 + z ⊙ (scale·(x·Aᵀ)·Bᵀ + δb)` and its gradients: the paper's LoRA add with noise.
 ///
 /// `B` are the tensors, all of one type: [`Buffer`] for planning, or `cudarc`'s (see [`Device::low_rank_linear`]); `N` is
 /// where `z` comes from: [`Source`] or [`Noise`].
 ///
-/// Ranks up to 32 have kernels of their own: `s = scale·x·Uᵀ` costs no pass over `x`, and the backward pass reads `dy` once
+/// Ranks up to 32 have kernels of their own: `s = scale·x·Aᵀ` costs no pass over `x`, and the backward pass reads `dy` once
 /// for all gradients of the adapter. Larger ranks, and layers without a base, are products one after the other.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LowRankLinear<B, N> {
@@ -34,13 +34,13 @@ pub struct LowRankLinear<B, N> {
     pub base: Option<Base<B>>,
     /// Rank `r`.
     pub rank: usize,
-    /// `D [N, r]`.
-    pub down: B,
-    /// `U [r, K]`.
-    pub up: B,
+    /// `B [N, r]`.
+    pub lora_b: B,
+    /// `A [r, K]`.
+    pub lora_a: B,
     /// `δb [N]`; `None` is zero.
     pub delta_bias: Option<B>,
-    /// Factor on `D·U` (the α/r of common LoRA code); 1 in the paper.
+    /// Factor on `B·A` (the α/r of common LoRA code); 1 in the paper.
     pub scale: f32,
     /// Whether `f32` is multiplied as TF32 (10 fraction bits) instead of to `f32` accuracy.
     pub allow_tf32: bool,
@@ -51,17 +51,17 @@ pub struct LowRankLinear<B, N> {
 pub struct LowRankGrads<B> {
     /// `dx`, of the shape of `x`.
     pub input: Option<B>,
-    /// `dD [N, r]`.
-    pub down: Option<B>,
-    /// `dU [r, K]`.
-    pub up: Option<B>,
+    /// `dB [N, r]`.
+    pub lora_b: Option<B>,
+    /// `dA [r, K]`.
+    pub lora_a: Option<B>,
     /// `dδb [N]`.
     pub delta_bias: Option<B>,
 }
 
 impl<B> Default for LowRankGrads<B> {
     fn default() -> Self {
-        Self { input: None, down: None, up: None, delta_bias: None }
+        Self { input: None, lora_b: None, lora_a: None, delta_bias: None }
     }
 }
 
@@ -96,8 +96,8 @@ impl LowRankLinear<Buffer, Source> {
         // As many as ds has.
         product("s", "[M, r]", &[shape.out_rows(), r, 4])?;
         let (k, n) = (shape.in_features, shape.out_features);
-        self.down.check("down", "[N, r]", product("down", "[N, r]", &[n, r])?, bytes)?;
-        self.up.check("up", "[r, K]", product("up", "[r, K]", &[r, k])?, bytes)?;
+        self.lora_b.check("lora_b", "[N, r]", product("lora_b", "[N, r]", &[n, r])?, bytes)?;
+        self.lora_a.check("lora_a", "[r, K]", product("lora_a", "[r, K]", &[r, k])?, bytes)?;
         let name = if shape.shared_input { "[B·T, r]" } else { "[M, r]" };
         s.check("s", name, product("s", name, &[shape.in_rows(), r])?, bytes)?;
         if let Some(bias) = self.delta_bias {
@@ -115,7 +115,7 @@ impl LowRankLinear<Buffer, Source> {
     fn check_disjoint(&self, inputs: &[Named], outputs: Vec<Named>, pass: &Pass) -> Result<()> {
         let bytes = pass.arithmetic.dtype.bytes();
         let delta_bias = self.delta_bias.map(|bias| ("delta_bias", bias));
-        let own = [("down", self.down), ("up", self.up)].into_iter();
+        let own = [("lora_b", self.lora_b), ("lora_a", self.lora_a)].into_iter();
         let own = own.chain(named_base(self.base)).chain(delta_bias);
         let inputs: Vec<Named> = own.chain(inputs.iter().copied()).collect();
         let outputs = [outputs, vec![("workspace", pass.workspace.in_elements_of(bytes))]].concat();
@@ -123,7 +123,7 @@ impl LowRankLinear<Buffer, Source> {
         self.noise.check_disjoint(&outputs, bytes)
     }
 
-    /// The plan that computes `y [M, N]`, and `s = scale·x·Uᵀ` for the backward pass, from `x`. `x` and `s` are `[M, K]` and
+    /// The plan that computes `y [M, N]`, and `s = scale·x·Aᵀ` for the backward pass, from `x`. `x` and `s` are `[M, K]` and
     /// `[M, r]`, or `[B·T, K]` and `[B·T, r]` if the input is shared. `workspace` has at least
     /// [`workspace_len`](Self::workspace_len) elements of `f32`; contents are ignored.
     ///
@@ -152,7 +152,7 @@ impl LowRankLinear<Buffer, Source> {
     /// The plan that computes gradients from `x`, the `s` of the forward pass and `dy = ∂L/∂y [M, N]`, with the noise of
     /// the forward pass made again. `workspace` as in [`forward`](Self::forward).
     ///
-    /// With `g = dy`, `e = z⊙g` and `ds = scale·e·D`: `dx = g·W0 + ds·U`, `dD = eᵀ·s`, `dU = dsᵀ·x`, `dδb = Σ_rows e`; with a
+    /// With `g = dy`, `e = z⊙g` and `ds = scale·e·B`: `dx = g·W0 + ds·A`, `dB = eᵀ·s`, `dA = dsᵀ·x`, `dδb = Σ_rows e`; with a
     /// shared input, sums over the branches.
     ///
     /// # Errors
@@ -178,8 +178,8 @@ impl LowRankLinear<Buffer, Source> {
         }
         let mut outputs: Vec<Named> = grads.input.map(|dx| ("grads.input", dx)).into_iter().collect();
         for (argument, name, grad, len) in [
-            ("grads.down", "[N, r]", grads.down, n * r),
-            ("grads.up", "[r, K]", grads.up, r * k),
+            ("grads.lora_b", "[N, r]", grads.lora_b, n * r),
+            ("grads.lora_a", "[r, K]", grads.lora_a, r * k),
             ("grads.delta_bias", "[N]", grads.delta_bias, n),
         ] {
             if let Some(grad) = grad {
@@ -203,8 +203,8 @@ impl<'a, T> LowRankLinear<&'a dyn DevicePtr<T>, Noise<'a>> {
             noise: borrows.noise(&self.noise)?,
             base: borrows.base(self.base)?,
             rank,
-            down: borrows.input("down", self.down)?,
-            up: borrows.input("up", self.up)?,
+            lora_b: borrows.input("lora_b", self.lora_b)?,
+            lora_a: borrows.input("lora_a", self.lora_a)?,
             delta_bias: borrows.optional("delta_bias", self.delta_bias)?,
             scale,
             allow_tf32,
@@ -213,7 +213,7 @@ impl<'a, T> LowRankLinear<&'a dyn DevicePtr<T>, Noise<'a>> {
 }
 
 impl Device {
-    /// Computes `y [M, N]`, and `s = scale·x·Uᵀ` for the backward pass, from `x`. `x` and `s` are `[M, K]` and `[M, r]`, or
+    /// Computes `y [M, N]`, and `s = scale·x·Aᵀ` for the backward pass, from `x`. `x` and `s` are `[M, K]` and `[M, r]`, or
     /// `[B·T, K]` and `[B·T, r]` if the input is shared. `workspace` has at least [`LowRankLinear::workspace_len`] elements;
     /// contents are ignored.
     ///
@@ -259,8 +259,8 @@ impl Device {
         let (x, s, dy) = (borrows.input("x", x)?, borrows.input("s", s)?, borrows.input("dy", dy)?);
         let grads = LowRankGrads {
             input: borrows.optional_output("grads.input", grads.input)?,
-            down: borrows.optional_output("grads.down", grads.down)?,
-            up: borrows.optional_output("grads.up", grads.up)?,
+            lora_b: borrows.optional_output("grads.lora_b", grads.lora_b)?,
+            lora_a: borrows.optional_output("grads.lora_a", grads.lora_a)?,
             delta_bias: borrows.optional_output("grads.delta_bias", grads.delta_bias)?,
         };
         let workspace = borrows.output("workspace", workspace)?;

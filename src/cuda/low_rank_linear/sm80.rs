@@ -39,8 +39,8 @@ pub struct LowRankLinearParams {
     noise: NoiseSource,
     x: Input<Void>,
     weight: Input<Void>,
-    up: Input<Void>,
-    down: Input<Void>,
+    lora_a: Input<Void>,
+    lora_b: Input<Void>,
     /// May be null.
     base_bias: Input<Void>,
     /// May be null.
@@ -65,7 +65,7 @@ pub struct LowRankLinearParams {
     /// Whether rows of x, W0 and A are.
     x_aligned: u32,
     /// Whether rows of B are.
-    down_aligned: u32,
+    b_aligned: u32,
     /// Classes `C`, or the scale `c` of a low-rank layer.
     scale: f32,
 }
@@ -77,11 +77,11 @@ pub struct LowRankFactorsParams {
     noise: NoiseSource,
     g: Input<Void>,
     s: Input<Void>,
-    down: Input<Void>,
+    lora_b: Input<Void>,
     /// Partial sums [chunks, M, r], or null.
     ds: Output<f32>,
-    /// Partial sums of dD [parts, N, r], or null.
-    down_sums: Output<f32>,
+    /// Partial sums of dB [parts, N, r], or null.
+    b_sums: Output<f32>,
     /// Partial sums of ddb [parts, N], or null.
     delta_bias: Output<f32>,
     /// Token rows `M`.
@@ -118,9 +118,9 @@ struct Sizes {
 struct Workspace {
     /// `ds [M, r]` in the tensors' type.
     ds: usize,
-    /// Partial sums of `ds`, `dD` and `dδb`.
+    /// Partial sums of `ds`, `dB` and `dδb`.
     sums: [usize; 3],
-    /// Partial sums of a product's weight gradient: of `dD`, where it is one, and later of `dU`.
+    /// Partial sums of a product's weight gradient: of `dB`, where it is one, and later of `dA`.
     products: usize,
     len: usize,
 }
@@ -140,13 +140,13 @@ impl Sizes {
         (chunks, m.div_ceil(part), part)
     }
 
-    /// The shape of `x·Uᵀ`, whose weight gradient is `dU`.
-    fn up_shape(&self) -> LinearShape {
+    /// The shape of `x·Aᵀ`, whose weight gradient is `dA`.
+    fn a_shape(&self) -> LinearShape {
         LinearShape { out_features: self.rank, ..self.shape }
     }
 
-    /// The shape of `s·Dᵀ`, whose weight gradient is `dD`.
-    fn down_shape(&self) -> LinearShape {
+    /// The shape of `s·Bᵀ`, whose weight gradient is `dB`.
+    fn b_shape(&self) -> LinearShape {
         LinearShape { in_features: self.rank, ..self.shape }
     }
 
@@ -166,9 +166,9 @@ impl Sizes {
                 let (chunks, parts, _) = self.parts();
                 ([take(times(chunks, m, r)), take(times(parts, n, r)), take(times(parts, n, 1))], 0)
             }
-            None => ([0; 3], WeightGradient::workspace_len(&self.down_shape())),
+            None => ([0; 3], WeightGradient::workspace_len(&self.b_shape())),
         };
-        let products = take(products.max(WeightGradient::workspace_len(&self.up_shape())));
+        let products = take(products.max(WeightGradient::workspace_len(&self.a_shape())));
         Workspace { ds, sums, products, len }
     }
 }
@@ -192,7 +192,7 @@ pub(super) fn forward(
 ) -> Result<Plan> {
     match (layer.base, sizes(layer, pass).columns()) {
         (Some(base), Some(columns)) => {
-            let tensors = [x, base.weight, layer.up, layer.down, s, y];
+            let tensors = [x, base.weight, layer.lora_a, layer.lora_b, s, y];
             fused_forward(layer, pass, tensors, base.bias, columns)
         }
         _ => composed_forward(layer, pass, x, s, y),
@@ -212,13 +212,13 @@ fn fused_forward(
     let slices = rank.div_ceil(64 / bytes);
     let ring = (LOW_RANK_STAGES * (2 * GEMM_TILE + rank) * 64).max(GEMM_TILE * GEMM_TILE * 4);
     let tile_columns = n.div_ceil(GEMM_TILE);
-    let [x, weight, up, down, s, y] = tensors.map(Address::from);
+    let [x, weight, lora_a, lora_b, s, y] = tensors.map(Address::from);
     let params = LowRankLinearParams {
         noise: pass.noise,
         x: x.into(),
         weight: weight.into(),
-        up: up.into(),
-        down: down.into(),
+        lora_a: lora_a.into(),
+        lora_b: lora_b.into(),
         base_bias: base_bias.into(),
         delta_bias: layer.delta_bias.into(),
         s: s.into(),
@@ -231,8 +231,8 @@ fn fused_forward(
         wrap: shape.in_rows() as u32,
         tile_columns: tile_columns as u32,
         aligned: u64::from(rows_are_aligned(dtype, n, &[y])),
-        x_aligned: u32::from(rows_are_aligned(dtype, k, &[x, weight, up])),
-        down_aligned: u32::from(rows_are_aligned(dtype, r, &[down])),
+        x_aligned: u32::from(rows_are_aligned(dtype, k, &[x, weight, lora_a])),
+        b_aligned: u32::from(rows_are_aligned(dtype, r, &[lora_b])),
         scale: layer.scale,
     };
     let grid = blocks("y", &[tile_columns, m.div_ceil(GEMM_TILE)])?;
@@ -254,10 +254,10 @@ fn composed_forward(
         shape: LinearShape {
             branches: if shape.shared_input { 1 } else { shape.branches },
             shared_input: false,
-            ..sizes(layer, pass).up_shape()
+            ..sizes(layer, pass).a_shape()
         },
         noise: NoiseSource::OFF,
-        segments: &[(x, layer.up, k, true)],
+        segments: &[(x, layer.lora_a, k, true)],
         base_bias: None,
         delta_bias: None,
         y: s,
@@ -265,7 +265,7 @@ fn composed_forward(
         scale: layer.scale,
     };
     let base = layer.base.map(|base| (x, base.weight, k, false));
-    let segments: Vec<_> = base.into_iter().chain([(s, layer.down, r, true)]).collect();
+    let segments: Vec<_> = base.into_iter().chain([(s, layer.lora_b, r, true)]).collect();
     let high = ForwardGemm {
         run: pass.arithmetic,
         shape,
@@ -282,7 +282,7 @@ fn composed_forward(
     Ok(plan)
 }
 
-/// The backward pass: the adapter's part, one kernel up to rank 32, then dx and dU as GEMMs.
+/// The backward pass: the adapter's part, one kernel up to rank 32, then dx and dA as GEMMs.
 pub(super) fn backward(
     layer: &LowRankLinear<Buffer, Source>,
     pass: &Pass,
@@ -294,10 +294,10 @@ pub(super) fn backward(
     let places = sizes(layer, pass).workspace();
     let at = |offset: usize| Address::from(pass.workspace).offset(4 * offset);
     let ds = Buffer { address: at(places.ds).0, len: shape.out_rows() * r };
-    let needs_ds = grads.input.is_some() || grads.up.is_some();
+    let needs_ds = grads.input.is_some() || grads.lora_a.is_some();
     let mut plan = Plan::default();
-    if needs_ds || grads.down.is_some() || grads.delta_bias.is_some() {
-        let targets = [needs_ds.then_some(ds), grads.down, grads.delta_bias];
+    if needs_ds || grads.lora_b.is_some() || grads.delta_bias.is_some() {
+        let targets = [needs_ds.then_some(ds), grads.lora_b, grads.delta_bias];
         plan.append(match sizes(layer, pass).columns() {
             Some(columns) => fused_factors(layer, pass, [s, dy], targets, columns)?,
             None => composed_factors(layer, pass, [s, dy], targets)?,
@@ -306,18 +306,18 @@ pub(super) fn backward(
     let noise = NoiseSource::OFF;
     if let Some(dx) = grads.input {
         let base = layer.base.map(|base| (dy, base.weight, n, false));
-        let segments: Vec<_> = base.into_iter().chain([(ds, layer.up, r, false)]).collect();
+        let segments: Vec<_> = base.into_iter().chain([(ds, layer.lora_a, r, false)]).collect();
         plan.push(InputGradient { run, shape, noise, segments: &segments, dx, scale: 1.0 }.plan()?);
     }
-    if let Some(up) = grads.up {
-        let (shape, workspace) = (sizes(layer, pass).up_shape(), at(places.products));
-        let (weight, bias) = (Some(up), None);
+    if let Some(lora_a) = grads.lora_a {
+        let (shape, workspace) = (sizes(layer, pass).a_shape(), at(places.products));
+        let (weight, bias) = (Some(lora_a), None);
         plan.append(WeightGradient { run, shape, noise, g: ds, x, weight, bias, workspace }.plan()?);
     }
     Ok(plan)
 }
 
-/// `ds`, `dD` and `dδb`, those that have a target, in one pass over `dy`.
+/// `ds`, `dB` and `dδb`, those that have a target, in one pass over `dy`.
 fn fused_factors(
     layer: &LowRankLinear<Buffer, Source>,
     pass: &Pass,
@@ -339,9 +339,9 @@ fn fused_factors(
         noise: pass.noise,
         g: dy.into(),
         s: s.into(),
-        down: layer.down.into(),
+        lora_b: layer.lora_b.into(),
         ds: target(0).into(),
-        down_sums: target(1).into(),
+        b_sums: target(1).into(),
         delta_bias: target(2).into(),
         rows: shape.out_rows() as u32,
         tokens: shape.tokens as u32,
@@ -351,7 +351,7 @@ fn fused_factors(
         chunks: chunks as u32,
         part: part as u32,
         aligned: u32::from(rows_are_aligned(dtype, n, &[dy.into()])),
-        rank_aligned: u32::from(rows_are_aligned(dtype, r, &[s.into(), layer.down.into()])),
+        rank_aligned: u32::from(rows_are_aligned(dtype, r, &[s.into(), layer.lora_b.into()])),
         scale: layer.scale,
     };
     let kernel = pass.arithmetic.choose(FACTORS[columns]);
@@ -370,19 +370,19 @@ fn composed_factors(
     layer: &LowRankLinear<Buffer, Source>,
     pass: &Pass,
     [s, dy]: [Buffer; 2],
-    [ds, down, delta_bias]: [Option<Buffer>; 3],
+    [ds, lora_b, delta_bias]: [Option<Buffer>; 3],
 ) -> Result<Plan> {
     let &Pass { arithmetic: run, noise, .. } = pass;
     let (sizes, n) = (sizes(layer, pass), layer.shape.out_features);
     let mut plan = Plan::default();
     if let Some(dx) = ds {
-        let shape = LinearShape { shared_input: false, ..sizes.down_shape() };
-        let (segments, scale) = (&[(dy, layer.down, n, true)], layer.scale);
+        let shape = LinearShape { shared_input: false, ..sizes.b_shape() };
+        let (segments, scale) = (&[(dy, layer.lora_b, n, true)], layer.scale);
         plan.push(InputGradient { run, shape, noise, segments, dx, scale }.plan()?);
     }
-    if down.is_some() || delta_bias.is_some() {
+    if lora_b.is_some() || delta_bias.is_some() {
         let workspace = Address::from(pass.workspace).offset(4 * sizes.workspace().products);
-        let (shape, weight, bias) = (sizes.down_shape(), down, delta_bias);
+        let (shape, weight, bias) = (sizes.b_shape(), lora_b, delta_bias);
         plan.append(WeightGradient { run, shape, noise, g: dy, x: s, weight, bias, workspace }.plan()?);
     }
     Ok(plan)

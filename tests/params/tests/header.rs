@@ -1,12 +1,16 @@
 //! `kernels/params.h` is what `src/cuda` says: the kernels' parameter structs and the constants that both sides use.
-//! `PACE_UPDATE_DOCS=1 cargo test --test params` writes it.
+//! `PACE_UPDATE_DOCS=1 cargo test -p pace-params` writes it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 const ABOUT: &str = "// Parameter structs of the kernels, and constants that kernels and plans share.
 //
-// Generated from src/cuda by `PACE_UPDATE_DOCS=1 cargo test --test params`: change it there.";
+// Generated from src/cuda by `PACE_UPDATE_DOCS=1 cargo test -p pace-params`: change it there.";
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+}
 
 /// The types of the kernels, which `cbindgen` calls otherwise.
 const TYPES: [(&str, &str); 6] = [
@@ -41,7 +45,7 @@ fn structs(source: &str) -> impl Iterator<Item = String> + '_ {
 }
 
 fn generate() -> String {
-    let sources = sources(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src/cuda"));
+    let sources = sources(&root().join("src/cuda"));
     let texts: Vec<String> = sources.iter().map(|path| fs::read_to_string(path).unwrap()).collect();
     let include: Vec<String> = texts.iter().flat_map(|text| structs(text).collect::<Vec<_>>()).collect();
     let config = cbindgen::Config {
@@ -76,7 +80,7 @@ fn generate() -> String {
 
 #[test]
 fn the_committed_header_is_that_of_the_source() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels/params.h");
+    let path = root().join("kernels/params.h");
     let header = generate();
     if std::env::var_os("PACE_UPDATE_DOCS").is_some() {
         fs::write(&path, &header).unwrap();
@@ -84,7 +88,7 @@ fn the_committed_header_is_that_of_the_source() {
     let committed = fs::read_to_string(&path).unwrap_or_default();
     assert!(
         committed == header,
-        "{} is out of date: PACE_UPDATE_DOCS=1 cargo test --test params",
+        "{} is out of date: PACE_UPDATE_DOCS=1 cargo test -p pace-params",
         path.display()
     );
 }
