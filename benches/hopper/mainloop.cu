@@ -36,8 +36,11 @@ __device__ __forceinline__ void wait_forever(u32 barrier, u32 parity) {
 }
 // For producers: ends the kernel with an error if the phase does not come.
 __device__ __forceinline__ void wait_or_trap(u32 barrier, u32 parity, Stuck *stuck, u32 stage, u32 step) {
-    for (u32 i = 0; !try_wait(barrier, parity); ++i)
-        if (i == 20'000'000) {
+    u64 begin = 0;
+    while (!try_wait(barrier, parity)) {
+        if (begin == 0)
+            begin = nanoseconds();
+        if (nanoseconds() - begin > 2'000'000'000) {
             if (stuck->stop == 0) {
                 stuck->block = blockIdx.x;
                 stuck->role = PRODUCER;
@@ -50,6 +53,7 @@ __device__ __forceinline__ void wait_or_trap(u32 barrier, u32 parity, Stuck *stu
             }
             __trap();
         }
+    }
 }
 
 template <class P>

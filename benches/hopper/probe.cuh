@@ -224,7 +224,7 @@ __device__ __forceinline__ u32 fold(u32 base, u32 adapter, float z) {
     do {                                                                                                               \
         const cudaError_t error_ = (call);                                                                             \
         if (error_ != cudaSuccess) {                                                                                   \
-            fail_hard("%s:%d: %s: %s", __FILE__, __LINE__, #call, cudaGetErrorString(error_));                         \
+            fail_hard("line %d: %s: %s", __LINE__, #call, cudaGetErrorString(error_));                         \
         }                                                                                                              \
     } while (0)
 
