@@ -26,6 +26,16 @@ def cases():
     return {
         "noisy_linear": (pace_torch.noisy_linear, {**linear, "delta_weight": random(48, 32)}, key),
         "lora_mul_linear": (pace_torch.lora_mul_linear, {**linear, "lora_a": lora_a, "lora_b": lora_b}, key),
+        "lora_mul_linear with a prompt": (
+            pace_torch.lora_mul_linear,
+            {**linear, "lora_a": lora_a, "lora_b": lora_b, "prompt_down": random(32, 8), "prompt_up": random(8, 1)},
+            key,
+        ),
+        "prompt alone": (
+            lambda x, **tensors: pace_torch.lora_mul_linear(x, lora_a=None, lora_b=None, **tensors),
+            {**linear, "prompt_down": random(32, 8), "prompt_up": random(8, 1)},
+            key,
+        ),
         "lora_linear": (pace_torch.lora_linear, {**linear, "lora_a": lora_a, "lora_b": lora_b}, key),
         "low_rank_weight": (pace_torch.low_rank_weight, {"lora_a": lora_a, "lora_b": lora_b, "base_weight": w0}, None),
         "prompt_bias": (
@@ -85,6 +95,35 @@ def test_loss_and_status():
     index = torch.tensor([1, 3, 1], device=DEVICE)
     with pytest.raises(PaceError, match=r"index\[2\]"):
         pace_torch.pace_loss(there[:3], labels.to(DEVICE), history=history, index=index).check()
+
+
+def test_tf32_is_taken_where_pytorch_takes_it(monkeypatch):
+    x, w0, lora_a, lora_b = random(64, 256), random(128, 256), random(8, 256), random(128, 8)
+    exact = pace_torch.lora_linear(x, w0, None, lora_a, lora_b, None)
+    tensors = [t.float().to(DEVICE) for t in (x, w0, lora_a, lora_b)]
+    off = {}
+    for allowed in (False, True):
+        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
+        y = pace_torch.lora_linear(*tensors[:2], None, *tensors[2:], None)
+        off[allowed] = error(y.cpu(), exact)
+    assert off[False] < 1e-5 < off[True] < 1e-2
+
+
+def test_a_bias_alone_keeps_no_input():
+    """Neither between the passes nor, as a stand-in for x, in the backward pass."""
+    adapter = pace_torch.VptAdd(torch.nn.Linear(64, 64), 4).to(DEVICE)
+    x = torch.randn(64, 197, 64, device=DEVICE)
+    size = x.nbytes
+    noise = Noise(pace_torch.keys(0, 0, 1, DEVICE), 0.5, branches=2)
+    adapter(x, noise).sum().backward()
+    before = torch.cuda.memory_allocated()
+    y = adapter(x * 1.0, noise)
+    assert torch.cuda.memory_allocated() - before < 1.1 * size
+    dy = torch.ones_like(y)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    y.backward(dy)
+    assert torch.cuda.max_memory_allocated() - before < 0.5 * size
 
 
 def test_float64_is_named():

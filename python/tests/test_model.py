@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 
 import official
 import pace_torch
@@ -436,6 +437,38 @@ def test_what_is_kept_for_the_backward_pass():
         ):
             adapter(x, noise)
         assert kept == expected, type(adapter).__name__
+
+
+@pytest.mark.parametrize(("kind", "forward", "both"), [("LoraMulVptAdd", 100, 240), ("LoraAdd", 90, 210), ("VptAdd", 85, 200)])
+def test_a_layer_is_few_calls_away_from_the_library(kind, forward, both):
+    """Python's calls from the layer on, into C included, and one call of the library in each pass."""
+    model = pace_torch.inject(vit(dtype=torch.float32), rank=4).train()
+    adapter = getattr(pace_torch, kind)(nn.Linear(24, 48), 4)
+    layer = NoisyLinear(adapter, 0.5, model.pace, 1).train()
+    model.pace.batch = 2
+    x, dy = torch.randn(4, 17, 24, requires_grad=True), torch.randn(4, 17, 48)
+    prepared = pace_torch.ops._arguments._Prepared.__call__.__code__
+
+    def count(run):
+        calls = library = 0
+
+        def note(frame, event, _):
+            nonlocal calls, library
+            calls += event in ("call", "c_call")
+            library += event == "call" and frame.f_code is prepared
+
+        sys.setprofile(note)
+        try:
+            run()
+        finally:
+            sys.setprofile(None)
+        return calls, library
+
+    layer(x).backward(dy)
+    calls, library = count(lambda: layer.forward(x))
+    assert calls <= forward and library == 1
+    calls, library = count(lambda: layer.forward(x).backward(dy))
+    assert calls <= both and library == 2
 
 
 def test_what_cannot_be_captured():

@@ -224,6 +224,49 @@ def test_numerical_gradients_of_layers(op, source):
     assert gradcheck(layer, (leaf(4, 3, 5), leaf(4), *factors))
 
 
+@pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES.keys())
+def test_numerical_gradients_with_a_prompt(source):
+    w0, b0 = random(4, 5), random(4)
+    prompt, lora = (leaf(5, 3), leaf(3, 1)), (leaf(2, 5), leaf(4, 2))
+
+    def layer(x, down, up, bias=None, lora_a=None, lora_b=None):
+        base_bias = None if bias is None else b0
+        return pace_torch.lora_mul_linear(
+            x, w0, base_bias, lora_a, lora_b, bias, source, prompt_down=down, prompt_up=up, scale=0.5
+        )
+
+    assert gradcheck(layer, (leaf(4, 3, 5), *prompt))
+    assert gradcheck(layer, (leaf(4, 3, 5), *prompt, leaf(4)))
+    assert gradcheck(layer, (leaf(4, 3, 5), *prompt, leaf(4), *lora))
+    # Any of them may be frozen.
+    for trained in range(6):
+        inputs = [t.detach() for t in (random(4, 3, 5), *prompt, random(4), *lora)]
+        inputs[trained].requires_grad_()
+        assert gradcheck(layer, inputs)
+
+
+def test_lora_mul_in_one_operator_is_what_its_parts_are():
+    x, w0, b0 = random(4, 3, 5), random(6, 5), random(6)
+    trained = [leaf(2, 5), leaf(6, 2), leaf(5, 3), leaf(3, 1), leaf(6)]
+    noise = SOURCES["generated"]
+
+    def whole(lora_a, lora_b, down, up, bias):
+        return pace_torch.lora_mul_linear(
+            x, w0, b0, lora_a, lora_b, bias, noise, prompt_down=down, prompt_up=up, scale=0.5
+        )
+
+    def parts(lora_a, lora_b, down, up, bias):
+        weight = pace_torch.low_rank_weight(lora_a, lora_b, w0, scale=0.5)
+        return pace_torch.noisy_linear(x, w0, b0, weight, pace_torch.prompt_bias(w0, b0, down, up, bias), noise)
+
+    results = []
+    for layer in (whole, parts):
+        y = layer(*trained)
+        results.append([y, *torch.autograd.grad(y.square().sum(), trained)])
+    for ours, expected in zip(*results):
+        close(ours, expected)
+
+
 def test_numerical_gradients_of_the_others():
     w0, b0 = random(4, 5), random(4)
     noise = SOURCES["generated"]
@@ -406,6 +449,12 @@ def test_wrong_shapes_are_named():
         (lambda: ops.noisy_epilogue(ones(4, 6), ones(2, 12), Noise(z=ones(2, 12))), "`y`"),
         (lambda: ops.noisy_linear(ones(2, 3), ones(6, 3), ones(6), None, ones(2, 3)), "delta_bias"),
         (lambda: ops.noisy_linear(ones(0, 3), ones(6, 3), None, None, None), "empty"),
+        (lambda: ops.lora_mul_linear(ones(2, 3), ones(6, 3), None, ones(2, 3), None, None), "`lora_b` go together"),
+        (lambda: ops.lora_mul_linear(ones(2, 3), ones(6, 3), None, ones(2, 4), ones(6, 2), None), "lora_a"),
+        (
+            lambda: ops.lora_mul_linear(ones(2, 3), ones(6, 3), None, None, None, None, prompt_up=ones(2, 1)),
+            "`prompt_up` go together",
+        ),
     ):
         with pytest.raises(PaceError, match=message):
             call()

@@ -85,8 +85,22 @@ class PaceLowRankLinear(ctypes.Structure):
         ("noise", PaceNoise),
         ("rank", c_uint64),
         ("scale", c_double),
-        *_tensors("base_weight", "base_bias", "down", "up", "delta_bias", "x", "s", "y", "dy"),
-        *_tensors("grad_input", "grad_down", "grad_up", "grad_delta_bias", "workspace"),
+        *_tensors("base_weight", "base_bias", "lora_a", "lora_b", "delta_bias", "x", "s", "y", "dy"),
+        *_tensors("grad_input", "grad_lora_a", "grad_lora_b", "grad_delta_bias", "workspace"),
+    ]
+
+
+class PaceLoraMulLinear(ctypes.Structure):
+    _fields_ = [
+        *_HEAD,
+        ("shape", PaceShape),
+        ("noise", PaceNoise),
+        ("rank", c_uint64),
+        ("prompt_rank", c_uint64),
+        ("scale", c_double),
+        *_tensors("base_weight", "base_bias", "lora_a", "lora_b", "prompt_down", "prompt_up", "delta_bias", "x", "y", "dy"),
+        *_tensors("grad_input", "grad_lora_a", "grad_lora_b", "grad_prompt_down", "grad_prompt_up", "grad_delta_bias"),
+        *_tensors("workspace"),
     ]
 
 
@@ -101,7 +115,7 @@ class PaceLowRankWeight(ctypes.Structure):
         ("in_features", c_uint64),
         ("rank", c_uint64),
         ("scale", c_double),
-        *_tensors("down", "up", "base_weight", "out", "dout", "grad_down", "grad_up", "workspace"),
+        *_tensors("lora_a", "lora_b", "base_weight", "out", "dout", "grad_lora_a", "grad_lora_b", "workspace"),
     ]
 
 

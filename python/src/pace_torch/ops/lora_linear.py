@@ -79,7 +79,7 @@ _lora_linear = Operator(
     Function(
         "low_rank_linear_forward",
         lib.PaceLowRankLinear,
-        inputs="x base_weight base_bias up down delta_bias key_address z",
+        inputs="x base_weight base_bias lora_a lora_b delta_bias key_address z",
         outputs="y s",
         fields=_fields,
         shapes=_shapes,
@@ -117,8 +117,8 @@ _lora_linear_backward = Derivative(
     Function(
         "low_rank_linear_backward",
         lib.PaceLowRankLinear,
-        inputs="dy x s base_weight up down delta_bias key_address z",
-        outputs="grad_input grad_up grad_down grad_delta_bias",
+        inputs="dy x s base_weight lora_a lora_b delta_bias key_address z",
+        outputs="grad_input grad_lora_a grad_lora_b grad_delta_bias",
         fields=_backward_fields,
         shapes=_backward_shapes,
         workspace="low_rank_linear",

@@ -4,17 +4,14 @@ from typing import NamedTuple, Optional
 
 from torch import Tensor
 
+from .. import _library as lib
 from .._library import PaceError
-from ._arguments import check_shape
+from ._arguments import Function, check_shape
 from ._layer import (
     BackwardSettings, LayerSettings, check_base, frozen, keep_key, rank_of, same_key, settings_of, shape_fields, y_shape,
 )
 from ._operator import Derivative, Operator
 from .noise import NO_NOISE, Noise, noise_fields
-from .noisy_linear import _noisy_linear, _noisy_linear_backward
-from .weights import (
-    PromptSettings, WeightSettings, _low_rank_weight, _low_rank_weight_backward, _prompt_bias, _prompt_bias_backward,
-)
 
 
 def lora_mul_linear(
@@ -37,9 +34,8 @@ def lora_mul_linear(
     `prompt_down [K, p]` and `prompt_up [p, 1]`, it is `W0·(Pd·Pu) + b0⊙δb`, `delta_bias` being δb. The rest is as in
     `noisy_linear`. Gradients go to x, A, B, Pd, Pu and δb.
     """
-    tensors = (
-        x, base_weight, base_bias, lora_a, lora_b, prompt_down, prompt_up, delta_bias, noise.key, noise.z,
-    )
+    adapter = lora_a, lora_b, prompt_down, prompt_up, delta_bias
+    tensors = x, base_weight, base_bias, *adapter, noise.key, noise.z
     return _lora_mul_linear(tensors, settings_of(noise, shared_input, scale))
 
 
@@ -65,9 +61,10 @@ def _layer_fields(settings: LayerSettings, x_shape, tensors: _Tensors) -> dict:
     n, k = base_weight.shape[0], x_shape[-1]
     check_base(base_weight, base_bias, n, k)
     check_shape("delta_bias", delta_bias, n)
-    for one, other, names in ((lora_a, lora_b, "`lora_a` and `lora_b`"), (prompt_down, prompt_up, "`prompt_down` and `prompt_up`")):
-        if (one is None) != (other is None):
-            raise PaceError(f"{names} go together")
+    if (lora_a is None) != (lora_b is None):
+        raise PaceError("`lora_a` and `lora_b` go together")
+    if (prompt_down is None) != (prompt_up is None):
+        raise PaceError("`prompt_down` and `prompt_up` go together")
     prompt_rank = 0 if prompt_up is None else prompt_up.numel()
     check_shape("prompt_down", prompt_down, k, prompt_rank)
     return {
@@ -104,52 +101,23 @@ def _gradients(ctx, dy: Tensor):
     return dx, None, None, *grads, None, None
 
 
-def _delta(settings: LayerSettings, tensors: _Tensors) -> tuple[Optional[Tensor], Optional[Tensor]]:
-    """`ΔW` and `Δb`."""
-    weight, bias = None, tensors.delta_bias
-    if tensors.lora_a is not None:
-        inputs = tensors.lora_a, tensors.lora_b, tensors.base_weight
-        (weight,) = _low_rank_weight.function(inputs, WeightSettings(settings.scale))
-    if tensors.prompt_down is not None:
-        inputs = tensors.base_weight, tensors.base_bias, tensors.prompt_down, tensors.prompt_up, bias
-        (bias,) = _prompt_bias.function(inputs, PromptSettings())
-    return weight, bias
-
-
-def _forward(tensors, settings: LayerSettings):
-    x, *others = tensors
-    others = _Tensors(*others)
-    _layer_fields(settings, x.shape, others)
-    inputs = x, others.base_weight, others.base_bias, *_delta(settings, others), others.key, others.z
-    return _noisy_linear.function(inputs, settings)
-
-
-def _backward(tensors, settings: BackwardSettings):
-    dy, x, *others = tensors
-    others = _Tensors(*others)
-    wants_x, wants_a, wants_b, wants_down, wants_up, wants_bias = settings.wanted
-    wanted = wants_x, wants_a or wants_b, wants_down or wants_up or wants_bias
-    weight, _ = _delta(settings.layer, others)
-    inputs = dy, x, others.base_weight, weight, others.key, others.z
-    dx, dweight, dbias = _noisy_linear_backward.function(inputs, settings._replace(wanted=wanted))
-    da = db = ddown = dup = None
-    if dweight is not None:
-        inputs = dweight, others.lora_a, others.lora_b, others.base_weight
-        da, db = _low_rank_weight_backward.function(inputs, WeightSettings(settings.layer.scale))
-    if dbias is not None and others.prompt_down is not None:
-        inputs = dbias, others.base_weight, others.base_bias, others.prompt_down, others.prompt_up, others.delta_bias
-        ddown, dup, dbias = _prompt_bias_backward.function(inputs, PromptSettings())
-    grads = dx, da, db, ddown, dup, dbias
-    return [grad if wanted else None for grad, wanted in zip(grads, settings.wanted)]
-
-
-SCHEMA = "base_weight base_bias? lora_a? lora_b? prompt_down? prompt_up? delta_bias? key? z?"
+_INPUTS = "base_weight base_bias lora_a lora_b prompt_down prompt_up delta_bias key_address z"
+_SCHEMA = "base_weight base_bias? lora_a? lora_b? prompt_down? prompt_up? delta_bias? key? z?"
 
 _lora_mul_linear = Operator(
     "lora_mul_linear",
-    f"x {SCHEMA}",
+    f"x {_SCHEMA}",
     LayerSettings,
-    _forward,
+    Function(
+        "lora_mul_linear_forward",
+        lib.PaceLoraMulLinear,
+        inputs=f"x {_INPUTS}",
+        outputs="y",
+        fields=_fields,
+        shapes=_shapes,
+        workspace="lora_mul_linear",
+        takes_tf32=True,
+    ),
     _shapes,
     save=_save,
     gradients=_gradients,
@@ -171,9 +139,18 @@ def _backward_fields(settings: BackwardSettings, dy, x, *tensors):
 
 _lora_mul_linear_backward = Derivative(
     "lora_mul_linear_backward",
-    f"dy x? {SCHEMA}",
+    f"dy x? {_SCHEMA}",
     BackwardSettings,
-    _backward,
+    Function(
+        "lora_mul_linear_backward",
+        lib.PaceLoraMulLinear,
+        inputs=f"dy x {_INPUTS}",
+        outputs="grad_input grad_lora_a grad_lora_b grad_prompt_down grad_prompt_up grad_delta_bias",
+        fields=_backward_fields,
+        shapes=_backward_shapes,
+        workspace="lora_mul_linear",
+        takes_tf32=True,
+    ),
     _backward_shapes,
     outputs=6,
 )

@@ -70,7 +70,7 @@ _low_rank_weight = Operator(
     Function(
         "low_rank_weight_forward",
         lib.PaceLowRankWeight,
-        inputs="up down base_weight",
+        inputs="lora_a lora_b base_weight",
         outputs="out",
         fields=_weight_fields,
         shapes=_weight_shapes,
@@ -92,8 +92,8 @@ _low_rank_weight_backward = Derivative(
     Function(
         "low_rank_weight_backward",
         lib.PaceLowRankWeight,
-        inputs="dout up down base_weight",
-        outputs="grad_up grad_down",
+        inputs="dout lora_a lora_b base_weight",
+        outputs="grad_lora_a grad_lora_b",
         fields=lambda settings, dout, *tensors: _weight_fields(settings, *tensors),
         shapes=_weight_backward_shapes,
         workspace="low_rank_weight",
