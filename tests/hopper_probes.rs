@@ -2,6 +2,9 @@
 //! as ignored where there is no nvcc.
 
 #[allow(dead_code)]
+#[path = "../build/kernels.rs"]
+mod kernels;
+#[allow(dead_code)]
 #[path = "../build/nvcc.rs"]
 mod nvcc;
 

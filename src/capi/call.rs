@@ -45,6 +45,7 @@ args! {
     PaceNoiseFill: 136,
     PaceNoisyLinear: 296,
     PaceLowRankLinear: 360,
+    PaceLoraMulLinear: 416,
     PaceNoisyEpilogue: 184,
     PaceLowRankWeight: 176,
     PacePromptBias: 216,

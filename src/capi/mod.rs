@@ -18,6 +18,7 @@
 mod call;
 mod device;
 mod linear;
+mod lora;
 mod loss;
 mod noise;
 mod norms;
@@ -26,6 +27,7 @@ mod weights;
 
 pub use device::*;
 pub use linear::*;
+pub use lora::*;
 pub use loss::*;
 pub use noise::*;
 pub use norms::*;
@@ -72,7 +74,7 @@ pub const PACE_ERROR_DRIVER: PaceStatus = 20;
 pub const PACE_ERROR_INTERNAL: PaceStatus = 32;
 
 /// Grows with every change that an old caller could notice.
-pub const PACE_ABI_VERSION: u32 = 1;
+pub const PACE_ABI_VERSION: u32 = 2;
 
 /// Why a call did nothing.
 #[derive(Debug)]

@@ -196,6 +196,64 @@ pub struct PaceLowRankLinear {
     pub workspace: PaceTensor,
 }
 
+/// Arguments of `pace_lora_mul_linear_*`, a layer with the paper's main adapter: `y = x·W0ᵀ + b0 + z ⊙ (x·ΔWᵀ + Δb)` with
+/// `ΔW = W0 ⊙ (scale·B·A)` and `Δb = W0·(Pd·Pu) + b0⊙δb` (paper equation 8). Both are built for each pass.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct PaceLoraMulLinear {
+    /// `sizeof(PaceLoraMulLinear)`.
+    pub size: u64,
+    /// Type of all tensors but `z` and the workspace.
+    pub dtype: u32,
+    /// `PACE_ALLOW_TF32`.
+    pub flags: u32,
+    /// Sizes.
+    pub shape: PaceShape,
+    /// Source of `z`.
+    pub noise: PaceNoise,
+    /// Rank `r`, if there is a `lora_a`.
+    pub rank: u64,
+    /// Rank `p`, if there is a `prompt_down`.
+    pub prompt_rank: u64,
+    /// Factor on `B·A`, if there is a `lora_a`; 1 in the paper. Not 0.
+    pub scale: f64,
+    /// `W0 [N, K]`.
+    pub base_weight: PaceTensor,
+    /// `b0 [N]`, or absent.
+    pub base_bias: PaceTensor,
+    /// `A [r, K]`; absent, with `lora_b`, for no ΔW (VPT add).
+    pub lora_a: PaceTensor,
+    /// `B [N, r]`.
+    pub lora_b: PaceTensor,
+    /// `Pd [K, p]`; absent, with `prompt_up`, for `Δb = δb`.
+    pub prompt_down: PaceTensor,
+    /// `Pu [p]`.
+    pub prompt_up: PaceTensor,
+    /// `δb [N]`, or absent.
+    pub delta_bias: PaceTensor,
+    /// `[M, K]`, or `[B·T, K]` if the input is shared. The backward pass reads it for the gradients to `lora_a` and `lora_b` only;
+    /// otherwise contents are ignored.
+    pub x: PaceTensor,
+    /// Output of the forward pass, `[M, N]`.
+    pub y: PaceTensor,
+    /// Backward: `∂L/∂y [M, N]`.
+    pub dy: PaceTensor,
+    /// Output of the backward pass, of the shape of `x`; absent if not wanted, as the next five.
+    pub grad_input: PaceTensor,
+    /// Output of the backward pass, `[r, K]`.
+    pub grad_lora_a: PaceTensor,
+    /// Output of the backward pass, `[N, r]`.
+    pub grad_lora_b: PaceTensor,
+    /// Output of the backward pass, `[K, p]`.
+    pub grad_prompt_down: PaceTensor,
+    /// Output of the backward pass, `[p]`.
+    pub grad_prompt_up: PaceTensor,
+    /// Output of the backward pass, `[N]`.
+    pub grad_delta_bias: PaceTensor,
+    /// At least `pace_lora_mul_linear_workspace` bytes; contents are ignored.
+    pub workspace: PaceTensor,
+}
+
 /// Arguments of `pace_noisy_epilogue_*`, for trainers with a product of their own: `y += z ⊙ a` in place.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]

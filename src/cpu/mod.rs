@@ -6,6 +6,7 @@
 
 mod blas;
 mod drop_path;
+mod lora_mul_linear;
 mod loss;
 mod low_rank_linear;
 mod matmul;
@@ -19,6 +20,9 @@ mod weights;
 pub(crate) use blas::BlasReal;
 pub use blas::{Blas, Gemm, set_blas};
 pub use drop_path::{shared_drop_path, shared_drop_path_backward};
+#[cfg(feature = "cuda")]
+pub(crate) use lora_mul_linear::check_adapter;
+pub use lora_mul_linear::{Lora, LoraMulLinear, LoraMulLinearGrads, Prompt};
 #[cfg(any(feature = "candle", feature = "cuda"))]
 pub(crate) use loss::check_lambda;
 pub use loss::{Consistency, Loss, LossValues};

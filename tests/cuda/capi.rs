@@ -240,6 +240,44 @@ pub fn noisy_linear() {
     }
 }
 
+pub fn lora_mul_linear() {
+    let (rank, prompt_rank) = (3, 2);
+    let build = |with_prompt: bool| {
+        move |t: &mut Tensors<'_>| {
+            let mut args = PaceLoraMulLinear {
+                shape: shape(),
+                noise: noise(t),
+                rank: rank as u64,
+                scale: 0.5,
+                base_weight: t.input(N * K),
+                base_bias: t.input(N),
+                lora_a: t.input(rank * K),
+                lora_b: t.input(N * rank),
+                delta_bias: t.input(N),
+                x: t.input(M / 2 * K),
+                y: t.output("y", M * N),
+                dy: t.input(M * N),
+                grad_input: t.output("dx", M / 2 * K),
+                grad_lora_a: t.output("dA", rank * K),
+                grad_lora_b: t.output("dB", N * rank),
+                grad_delta_bias: t.output("dδb", N),
+                ..zeroed()
+            };
+            if with_prompt {
+                args.prompt_rank = prompt_rank as u64;
+                args.prompt_down = t.input(K * prompt_rank);
+                args.prompt_up = t.input(prompt_rank);
+                args.grad_prompt_down = t.output("dPd", K * prompt_rank);
+                args.grad_prompt_up = t.output("dPu", prompt_rank);
+            }
+            args.workspace = t.workspace(pace_lora_mul_linear_workspace, &args);
+            args
+        }
+    };
+    same(build(true), &[pace_lora_mul_linear_forward, pace_lora_mul_linear_backward]);
+    same(build(false), &[pace_lora_mul_linear_forward, pace_lora_mul_linear_backward]);
+}
+
 pub fn low_rank_linear() {
     let build = |t: &mut Tensors<'_>| {
         let (rank, z) = (4, t.input(R * N));

@@ -4,6 +4,7 @@
 mod capi;
 mod device;
 mod drop_path;
+mod lora_mul_linear;
 mod loss;
 mod low_rank_linear;
 mod machine;
@@ -27,6 +28,8 @@ type DeviceTest = fn(&device::Opened);
 
 /// Tests of the operators that have families, which run for each of them.
 const LAYER_TESTS: &[(&str, Test)] = &[
+    ("lora_mul_linear::f32", lora_mul_linear::f32),
+    ("lora_mul_linear::bf16", lora_mul_linear::bf16),
     ("low_rank_linear::f32", low_rank_linear::f32),
     ("low_rank_linear::tf32", low_rank_linear::tf32),
     ("low_rank_linear::f16", low_rank_linear::f16),
@@ -81,6 +84,7 @@ const DEVICE_TESTS: &[(&str, DeviceTest)] = &[
 /// The C interface; its device is the simulator.
 const C_TESTS: &[(&str, fn())] = &[
     ("capi::noisy_linear", capi::noisy_linear),
+    ("capi::lora_mul_linear", capi::lora_mul_linear),
     ("capi::low_rank_linear", capi::low_rank_linear),
     ("capi::noise_and_epilogue", capi::noise_and_epilogue),
     ("capi::weights", capi::weights),

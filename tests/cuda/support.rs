@@ -190,6 +190,11 @@ impl Z {
 
     /// The same for the CPU; `given` holds [`Z::given`].
     pub fn cpu(self, given: &[f64]) -> Noise<&'_ [f64]> {
+        self.on_cpu(given)
+    }
+
+    /// The same in any precision.
+    pub fn on_cpu<R>(self, given: &[R]) -> Noise<&'_ [R]> {
         match self {
             Z::Off => Noise::Off,
             Z::Generated(shape) | Z::Keyed(shape) => Noise::Generated(generator(shape, key())),
