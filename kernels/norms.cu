@@ -113,9 +113,9 @@ PACE_PARAM(FpDistanceParams, aligned, 32);
 
 template <class T> __device__ __forceinline__ void fp_distance(const FpDistanceParams &p) {
     const u64 first = static_cast<u64>(blockIdx.x) * CHUNK;
-    const double sum = sum_of_squares(static_cast<const T *>(p.fine_tuned) + first,
-                                      static_cast<const T *>(p.pre_trained) + first, chunk_size(p.length, first),
-                                      p.aligned != 0u);
+    const double sum =
+        sum_of_squares(static_cast<const T *>(p.fine_tuned) + first, static_cast<const T *>(p.pre_trained) + first,
+                       chunk_size(p.length, first), p.aligned != 0u);
     if (threadIdx.x == 0u) {
         store(p.partial + blockIdx.x, sum);
     }

@@ -175,8 +175,8 @@ inline void ldmatrix(u32 (&result)[4], const void *row, bool transposed, const c
                      unsigned line = __builtin_LINE()) {
     pace_simt_shared_access(row, 16);
     simt::LoadMatrices operands = {row, {}};
-    pace_simt_collective(file, line,
-                         transposed ? simt::LoadMatrices::together_transposed : simt::LoadMatrices::together, &operands);
+    pace_simt_collective(
+        file, line, transposed ? simt::LoadMatrices::together_transposed : simt::LoadMatrices::together, &operands);
     std::memcpy(result, operands.result, sizeof result);
 }
 
