@@ -1,4 +1,4 @@
-// The noisy epilogue after a product of the caller's own, forward and backward.
+// The noisy epilogue after a GEMM of the caller's own, forward and backward.
 //
 //   forward   y += z * a        in place
 //   backward  da = z * dy

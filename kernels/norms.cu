@@ -24,8 +24,8 @@ namespace pace {
 constexpr u32 CHUNK = 16384;
 constexpr u32 TENSORS = 128;
 
-// Sum of the squares of `count` elements, or of their differences to `other`, which is null if there is none. All threads
-// of the block have to come; every one gets it.
+// Sum of the squares of `count` elements, or of their differences to `other`, which is null if there is none. Must be
+// called by all threads in the block; every one gets it.
 template <class T>
 __device__ __forceinline__ double sum_of_squares(const T *values, const T *other, u32 count, bool aligned) {
     constexpr u32 W = Vector<T>::SIZE, BATCH = 4;

@@ -441,7 +441,7 @@ template <class T> __device__ __forceinline__ void prompt_grads(const PromptGrad
             }
             store(p.up_partial + static_cast<u64>(blockIdx.x) * p.rank + r, sum);
         }
-        // Another chunk follows only where the block is as wide as a chunk, and then nobody reads the others' sums.
+        // Another chunk follows only where the block is as wide as a chunk, and then threads read only their own sums.
     }
     if (p.delta_bias != nullptr) {
         for (u64 n = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x; n < p.rows;
