@@ -124,8 +124,7 @@ __device__ __forceinline__ void store_bias_sums(const LayerEpilogueParams &p, co
     }
     __syncthreads();
     const u32 first = blockIdx.x * blockDim.x * W; // channel of the block
-    for (u32 index = threadIdx.y * blockDim.x + threadIdx.x; index < blockDim.x * W;
-         index += blockDim.x * blockDim.y) {
+    for (u32 index = threadIdx.y * blockDim.x + threadIdx.x; index < blockDim.x * W; index += blockDim.x * blockDim.y) {
         if (first + index < p.channels) {
             float sum = 0.0f;
             for (u32 y = 0; y < blockDim.y; ++y) {

@@ -348,8 +348,8 @@ template <class T, Form FORM, bool ALIGNED> __device__ __forceinline__ void eval
         const i64 label = exists ? load(p.labels + sample) : -1;
         float logit[ELEMENTS], difference[ELEMENTS];
         slice.read(logits + row + start, logit);
-        const Partner partner = read_partner<T, FORM>(p, slice, logits + branch + row + start, sample, thread, start,
-                                                      logit, difference);
+        const Partner partner =
+            read_partner<T, FORM>(p, slice, logits + branch + row + start, sample, thread, start, logit, difference);
         const bool has_label = is_labelled(p, label);
         const float label_logit = has_label ? to_float(load(logits + row + label)) : 0.0f;
         const u32 label_at = has_label ? static_cast<u32>(label) - start - slice.first : NONE;

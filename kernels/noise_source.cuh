@@ -43,8 +43,7 @@ __device__ __forceinline__ noise::Four z_of(const NoiseSource &source, noise::Ke
         return {{1.0f, 1.0f, 1.0f, 1.0f}};
     }
     if (source.given != nullptr) {
-        const Vector<float> z =
-            load_some(source.given + static_cast<u64>(row) * channels + 4 * group, count, aligned);
+        const Vector<float> z = load_some(source.given + static_cast<u64>(row) * channels + 4 * group, count, aligned);
         return {{z.value[0], z.value[1], z.value[2], z.value[3]}};
     }
     return generated(source, key, sample, token, group);

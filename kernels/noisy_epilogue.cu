@@ -1,4 +1,4 @@
-// The noisy epilogue after a product of the caller's own, forward and backward.
+// The noisy epilogue after a GEMM of the caller's own, forward and backward.
 //
 //   forward   y += z * a        in place
 //   backward  da = z * dy
@@ -51,7 +51,8 @@ __device__ __forceinline__ void apply(const NoisyEpilogueParams &p) {
     const T *input = static_cast<const T *>(p.input) + channel;
     T *output = static_cast<T *>(p.output) + channel;
 
-    for (u32 unit = blockIdx.y * blockDim.z + threadIdx.z; unit < p.samples * p.chunks; unit += gridDim.y * blockDim.z) {
+    for (u32 unit = blockIdx.y * blockDim.z + threadIdx.z; unit < p.samples * p.chunks;
+         unit += gridDim.y * blockDim.z) {
         const u32 sample = unit / p.chunks;
         const u32 first = (unit - sample * p.chunks) * p.chunk;
         const u32 end = min(p.tokens, first + p.chunk);
@@ -82,9 +83,9 @@ __device__ __forceinline__ void apply(const NoisyEpilogueParams &p) {
 #pragma unroll
                     for (unsigned j = 0; j < W; ++j) {
                         const float value = to_float(in[i].value[j]);
-                        out[i].value[j] = from_float<T>(
-                            BACKWARD ? noise::detail::mul_rn(z[j], value)
-                                     : noise::detail::fma_rn(z[j], value, to_float(out[i].value[j])));
+                        out[i].value[j] =
+                            from_float<T>(BACKWARD ? noise::detail::mul_rn(z[j], value)
+                                                   : noise::detail::fma_rn(z[j], value, to_float(out[i].value[j])));
                     }
                     const u64 at = (static_cast<u64>(sample) * p.tokens + token) * p.channels;
                     store_some(output + at, out[i], count, aligned);

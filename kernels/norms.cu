@@ -22,9 +22,8 @@
 
 namespace pace {
 
-
-// Sum of the squares of `count` elements, or of their differences to `other`, which is null if there is none. All threads
-// of the block have to come; every one gets it.
+// Sum of the squares of `count` elements, or of their differences to `other`, which is null if there is none. Must be
+// called by all threads in the block; every one gets it.
 template <class T>
 __device__ __forceinline__ double sum_of_squares(const T *values, const T *other, u32 count, bool aligned) {
     constexpr u32 W = Vector<T>::SIZE, BATCH = 4;
@@ -82,9 +81,9 @@ template <class T> __device__ __forceinline__ void grad_norm(const GradNormParam
 
 template <class T> __device__ __forceinline__ void fp_distance(const FpDistanceParams &p) {
     const u64 first = static_cast<u64>(blockIdx.x) * NORMS_CHUNK;
-    const double sum = sum_of_squares(static_cast<const T *>(p.fine_tuned) + first,
-                                      static_cast<const T *>(p.pre_trained) + first, chunk_size(p.length, first),
-                                      p.aligned != 0u);
+    const double sum =
+        sum_of_squares(static_cast<const T *>(p.fine_tuned) + first, static_cast<const T *>(p.pre_trained) + first,
+                       chunk_size(p.length, first), p.aligned != 0u);
     if (threadIdx.x == 0u) {
         store(p.partial + blockIdx.x, sum);
     }

@@ -107,8 +107,7 @@ template <class T> __device__ __forceinline__ void store_vector(T *address, Vect
 
 // `count` elements from `address` on; the rest of the vector is zero. `aligned`: the address is a multiple of 16 and
 // the vector is full.
-template <class T>
-__device__ __forceinline__ Vector<T> load_some(const T *address, unsigned count, bool aligned) {
+template <class T> __device__ __forceinline__ Vector<T> load_some(const T *address, unsigned count, bool aligned) {
     if (aligned) {
         return load_vector(address);
     }

@@ -150,8 +150,8 @@ template <u32 W, u32 RANKS> struct Columns {
 // GRAD_B, the lane's part of Q @ A^T. The lane has `count` columns from `first` on.
 template <class T, u32 RANKS, bool GRAD_B>
 __device__ __forceinline__ void accumulate_rows(const LowRankBackwardParams &p, const float *lora_b, u32 begin, u32 row,
-                                                u32 rows, u32 first, u32 count,
-                                                Columns<Vector<T>::SIZE, RANKS> &own, float (&grad_b)[WARP]) {
+                                                u32 rows, u32 first, u32 count, Columns<Vector<T>::SIZE, RANKS> &own,
+                                                float (&grad_b)[WARP]) {
     constexpr u32 W = Vector<T>::SIZE;
     const T *grad = static_cast<const T *>(p.grad) + first, *base = static_cast<const T *>(p.base);
     const bool aligned = p.aligned != 0u;
@@ -192,8 +192,8 @@ __device__ __forceinline__ void accumulate_rows(const LowRankBackwardParams &p, 
 // Adds up the warps' sums for grad_A, in order, through `sums` [WARPS, RANKS, FOURS, WARP] in shared memory, and writes them to
 // `out` [rank, columns], which begins at the chunk and the lane's first column. Must be called by all threads in the block.
 template <u32 W, u32 RANKS>
-__device__ __forceinline__ void store_grad_a(const float (&grad_a)[RANKS][W], Vector<float> *sums, float *out, u32 ranks,
-                                             u64 columns, u32 count, float scale, bool aligned) {
+__device__ __forceinline__ void store_grad_a(const float (&grad_a)[RANKS][W], Vector<float> *sums, float *out,
+                                             u32 ranks, u64 columns, u32 count, float scale, bool aligned) {
     constexpr u32 FOURS = W / 4;
     const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
 #pragma unroll
@@ -336,7 +336,7 @@ template <class T> __device__ __forceinline__ void prompt_grads(const PromptGrad
             }
             store(p.prompt_up_partial + static_cast<u64>(blockIdx.x) * p.rank + r, sum);
         }
-        // Another chunk follows only where the block is as wide as a chunk, and then nobody reads the others' sums.
+        // Another chunk follows only where the block is as wide as a chunk, and then threads read only their own sums.
     }
     if (p.delta_bias != nullptr) {
         for (u64 n = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x; n < p.rows;
@@ -376,8 +376,7 @@ template <class T> __device__ __forceinline__ void merge(const MergeParams &p) {
             if (at < p.length) {
 #pragma unroll
                 for (u32 j = 0; j < W; ++j) {
-                    sum[i].value[j] =
-                        from_float<T>(to_float(sum[i].value[j]) + p.sign * to_float(change[i].value[j]));
+                    sum[i].value[j] = from_float<T>(to_float(sum[i].value[j]) + p.sign * to_float(change[i].value[j]));
                 }
                 store_some(target + at, sum[i], count(at), whole(at));
             }
@@ -386,7 +385,8 @@ template <class T> __device__ __forceinline__ void merge(const MergeParams &p) {
 }
 
 PACE_KERNELS(low_rank_weight, LowRankWeightParams, (128), low_rank_weight<T>(p))
-PACE_KERNELS(low_rank_weight_backward, LowRankBackwardParams, (128), low_rank_backward<T, WEIGHT_BACKWARD_RANKS, true>(p))
+PACE_KERNELS(low_rank_weight_backward, LowRankBackwardParams, (128),
+             low_rank_backward<T, WEIGHT_BACKWARD_RANKS, true>(p))
 PACE_KERNELS(prompt_bias_product, PromptBiasParams, (256), prompt_bias<T, T, float>(p))
 PACE_KERNELS(prompt_bias, PromptBiasParams, (256), prompt_bias<T, float, T>(p))
 PACE_KERNELS(prompt_bias_columns, LowRankBackwardParams, (128), low_rank_backward<T, 1, false>(p))

@@ -42,8 +42,7 @@ __device__ __forceinline__ void store_tile(const Accumulators &c, unsigned char 
     for (u32 index = threadIdx.x; index < TILE * CHUNKS; index += THREADS) {
         const u32 r = index / CHUNKS, chunk = index % CHUNKS, k = column + chunk * SIZE;
         if (row + r < rows && k < columns) {
-            const auto vector =
-                *reinterpret_cast<const Vector<T> *>(shared + r * ROW_BYTES + ((chunk ^ (r & 7)) * 16));
+            const auto vector = *reinterpret_cast<const Vector<T> *>(shared + r * ROW_BYTES + ((chunk ^ (r & 7)) * 16));
             store_some(out + static_cast<u64>(row + r) * columns + k, vector, columns - k, aligned);
         }
     }

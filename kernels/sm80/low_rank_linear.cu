@@ -38,7 +38,7 @@ constexpr u32 Z_BYTES = TILE * TILE * sizeof(float);
 // Shared memory: the stages, each a tile of x, of W0 and of A; later z in their place. Then the tiles of B and of s.
 template <class T, u32 RANK> struct Forward {
     static constexpr u32 STAGE_BYTES = 2 * TILE_BYTES + RANK * 64;
-    static constexpr u32 STAGES_BYTES = STAGES * STAGE_BYTES > Z_BYTES ? STAGES * STAGE_BYTES : Z_BYTES;
+    static constexpr u32 STAGES_BYTES = (STAGES * STAGE_BYTES) > Z_BYTES ? (STAGES *STAGE_BYTES) : Z_BYTES;
     static constexpr u32 SLICES = (RANK - 1) / TILE_K<T> + 1; // tiles that hold the rank
     static constexpr u32 SLICE_STEPS = RANK / SLICES * sizeof(T) / 32;
     static constexpr u32 LORA_B = STAGES_BYTES;
@@ -144,9 +144,8 @@ template <class Math, u32 RANK> __device__ __forceinline__ void forward(const Lo
     // B arrives with the first stage.
 #pragma unroll
     for (u32 slice = 0; slice < Layout::SLICES; ++slice) {
-        copy_tile<T, false>(lora_b + slice * TILE_BYTES,
-                            operand<T>(p.lora_b, p.channels, p.rank, NO_WRAP, p.b_aligned), column,
-                            slice * TILE_K<T>);
+        copy_tile<T, false>(lora_b + slice * TILE_BYTES, operand<T>(p.lora_b, p.channels, p.rank, NO_WRAP, p.b_aligned),
+                            column, slice * TILE_K<T>);
     }
 
     // Mainloop: c = x @ W0^T and, from one of this warp's four fragments of x, s = x @ A^T.
@@ -222,7 +221,8 @@ __device__ __forceinline__ Vector<T> load_narrow(const void *tensor, u32 index, 
                      exists ? rank - column : 0u, exists && aligned);
 }
 
-template <class T, u32 RANK> __device__ __forceinline__ void put_narrow(unsigned char *tile, u32 index, Vector<T> vector) {
+template <class T, u32 RANK>
+__device__ __forceinline__ void put_narrow(unsigned char *tile, u32 index, Vector<T> vector) {
     constexpr u32 CHUNKS = RANK / Vector<T>::SIZE;
     *reinterpret_cast<Vector<T> *>(tile + NarrowTile<T, RANK>::at(index / CHUNKS, index % CHUNKS)) = vector;
 }
@@ -370,8 +370,8 @@ __device__ __forceinline__ void accumulate_dB(GradB<typename Math::T, RANK> &gra
 
 // Adds up the quarters of ds of this tile, in order, and writes the block's partial [chunk, M, r].
 template <class T, u32 RANK>
-__device__ __forceinline__ void store_ds(const Factors<T, RANK> &shared, const LowRankFactorsParams &p, u32 chunk, u32 row,
-                                         u32 end) {
+__device__ __forceinline__ void store_ds(const Factors<T, RANK> &shared, const LowRankFactorsParams &p, u32 chunk,
+                                         u32 row, u32 end) {
     const float *ds = shared.ds;
     for (u32 index = threadIdx.x; index < ROWS * RANK; index += THREADS) {
         const u32 r = row + index / RANK, j = index % RANK;
@@ -437,9 +437,9 @@ template <class Math, u32 RANK> __device__ __forceinline__ void factors(const Lo
 
     // B of the block's channels stays in shared memory.
     for (u32 index = threadIdx.x; index < CHANNELS<T> * RANK / Vector<T>::SIZE; index += THREADS) {
-        put_narrow<T, RANK>(shared.lora_b, index,
-                            load_narrow<T, RANK>(p.lora_b, index, first_channel, p.channels, NO_WRAP, p.rank,
-                                                 p.rank_aligned != 0u));
+        put_narrow<T, RANK>(
+            shared.lora_b, index,
+            load_narrow<T, RANK>(p.lora_b, index, first_channel, p.channels, NO_WRAP, p.rank, p.rank_aligned != 0u));
     }
 
     // Mainloop over tiles of 32 token rows. While one is multiplied, the next is on its way to registers.

@@ -44,9 +44,9 @@ constexpr u32 NO_WRAP = 0xffffffffu;
 // A row-major matrix in global memory.
 template <class T> struct Operand {
     const T *data;
-    u32 rows;    // rows from this one on are zero
-    u32 columns; // as are columns
-    u32 wrap;    // row `wrap` is row 0 again: an input that two branches share
+    u32 rows;     // rows from this one on are zero
+    u32 columns;  // as are columns
+    u32 wrap;     // row `wrap` is row 0 again: an input that two branches share
     bool aligned; // rows hold whole 16-byte vectors and start at multiples of 16 bytes
 };
 

@@ -69,10 +69,11 @@ template <> struct Atom16<f16> {
 
 template <> struct Atom16<bf16> {
     static __device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-                     "{%0, %1, %2, %3};"
-                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
     }
 };
 
@@ -172,7 +173,8 @@ template <class T_> struct SixteenBit {
         return {{bits[0], bits[1], bits[2], bits[3]}};
     }
     template <u32 COUNT>
-    static __device__ __forceinline__ void multiply(float (&c)[COUNT][4], const FragmentA &a, const FragmentB<COUNT> &b) {
+    static __device__ __forceinline__ void multiply(float (&c)[COUNT][4], const FragmentA &a,
+                                                    const FragmentB<COUNT> &b) {
         mma<Atom16<T>>(c, a.bits, b.bits);
     }
 };
@@ -196,7 +198,8 @@ struct Tf32 {
         return {{round(bits[0]), round(bits[1]), round(bits[2]), round(bits[3])}};
     }
     template <u32 COUNT>
-    static __device__ __forceinline__ void multiply(float (&c)[COUNT][4], const FragmentA &a, const FragmentB<COUNT> &b) {
+    static __device__ __forceinline__ void multiply(float (&c)[COUNT][4], const FragmentA &a,
+                                                    const FragmentB<COUNT> &b) {
         mma<AtomTf32>(c, a.bits, b.bits);
     }
 };
@@ -236,7 +239,8 @@ struct Float32 {
     // Tensor cores truncate when they accumulate. They add up 8 products here, small ones first; the sums are added in fp32
     // registers, which round.
     template <u32 COUNT>
-    static __device__ __forceinline__ void multiply(float (&c)[COUNT][4], const FragmentA &a, const FragmentB<COUNT> &b) {
+    static __device__ __forceinline__ void multiply(float (&c)[COUNT][4], const FragmentA &a,
+                                                    const FragmentB<COUNT> &b) {
         float sum[COUNT][4] = {};
         mma<AtomTf32>(sum, a.low, b.high);
         mma<AtomTf32>(sum, a.high, b.low);

@@ -50,9 +50,11 @@ template <class Math, bool TWO> __device__ __forceinline__ void forward(const No
         [&](unsigned char *stage, u32 tile) {
             const Segment &segment = p.segments[tile < first_tiles ? 0 : 1];
             const u32 k = (tile < first_tiles ? tile : tile - first_tiles) * TILE_K<T>;
-            copy_tile<T, false>(stage, operand<T>(segment.left, p.rows, segment.inner, p.wrap, segment.aligned), row, k);
+            copy_tile<T, false>(stage, operand<T>(segment.left, p.rows, segment.inner, p.wrap, segment.aligned), row,
+                                k);
             copy_tile<T, false>(stage + TILE_BYTES,
-                                operand<T>(segment.right, p.channels, segment.inner, NO_WRAP, segment.aligned), column, k);
+                                operand<T>(segment.right, p.channels, segment.inner, NO_WRAP, segment.aligned), column,
+                                k);
         },
         [&](const unsigned char *stage, u32 tile) {
             if (TWO && tile >= first_tiles) {
@@ -91,7 +93,8 @@ template <class Math, bool TWO> __device__ __forceinline__ void forward(const No
 // c += x @ (W0 + z * Wd)^T over one tile along K, with the weight folded in registers. `own`: z of the weight rows of this
 // thread's B fragments.
 template <class Math>
-__device__ __forceinline__ void multiply_folded_tile(Accumulators &c, const unsigned char *stage, const float (&own)[4]) {
+__device__ __forceinline__ void multiply_folded_tile(Accumulators &c, const unsigned char *stage,
+                                                     const float (&own)[4]) {
     using T = typename Math::T;
 #pragma unroll
     for (u32 step = 0; step < K_STEPS; ++step) {
@@ -128,8 +131,8 @@ template <class Math> __device__ __forceinline__ void forward_folded(const Noisy
     const u32 first = sample * p.tokens, inner = p.segments[0].inner;
 
     // The sample's own x, and its z for this thread's columns.
-    const T *x = static_cast<const T *>(p.segments[0].left) +
-                 static_cast<u64>(first >= p.wrap ? first - p.wrap : first) * inner;
+    const T *x =
+        static_cast<const T *>(p.segments[0].left) + static_cast<u64>(first >= p.wrap ? first - p.wrap : first) * inner;
     const Operand<T> a = operand<T>(x, p.tokens, inner, NO_WRAP, p.segments[0].aligned);
     fill_noise<THREADS, TILE / 4>(z, p.noise, key_of(p.noise), sample, 1, p.tokens, column, p.channels,
                                   p.noise.aligned != 0u);
@@ -184,8 +187,7 @@ struct SegmentTile {
     u32 segment, k;
 };
 
-template <class T>
-__device__ __forceinline__ SegmentTile segment_tile(const NoisyLinearInputParams &p, u32 tile) {
+template <class T> __device__ __forceinline__ SegmentTile segment_tile(const NoisyLinearInputParams &p, u32 tile) {
     u32 segment = 0;
     for (; segment + 1 < p.count; ++segment) {
         const u32 tiles = tiles_of<T>(p.segments[segment].inner);
@@ -209,8 +211,8 @@ __device__ __forceinline__ void fill_input_noise(float *z, const NoisyLinearInpu
     if (is_scaled(p, segment)) {
         const NoiseRows rows(p.noise, p.tokens, segment.first_row + row);
         fill_noise<THREADS, TILE_K<T> / 4, ScaleRows<T>::STRIDE>(z, p.noise, key, rows.first,
-                                                                 rows.place(segment.first_row + last) + 1, p.tokens, at.k,
-                                                                 p.channels, p.noise.aligned != 0u);
+                                                                 rows.place(segment.first_row + last) + 1, p.tokens,
+                                                                 at.k, p.channels, p.noise.aligned != 0u);
     }
 }
 
@@ -289,8 +291,8 @@ struct ScaleColumns {
 
 // z of a tile of g, token rows from `row` on of a split that ends at `end`, and which row of z belongs to which token row.
 template <class T>
-__device__ __forceinline__ void fill_weight_noise(float *z, u32 *places, const NoisyLinearWeightParams &p, noise::Key key,
-                                                  u32 row, u32 end, u32 channel) {
+__device__ __forceinline__ void fill_weight_noise(float *z, u32 *places, const NoisyLinearWeightParams &p,
+                                                  noise::Key key, u32 row, u32 end, u32 channel) {
     const u32 last = min(row + TILE_K<T>, end) - 1;
     const NoiseRows rows(p.noise, p.tokens, row);
     fill_noise<THREADS, TILE / 4>(z, p.noise, key, rows.first, rows.place(last) + 1, p.tokens, channel, p.channels,
@@ -358,16 +360,15 @@ template <class Math> __device__ __forceinline__ void weight_gradient(const Nois
             if (tile + 1 < tiles) {
                 fill(tile + 1);
             }
-            multiply_tile<Math, true, true>(
-                c, stage, stage + TILE_BYTES,
-                ScaleColumns{noisy, z + tile % 2 * Z_SIZE, places + tile % 2 * TILE_K<T>},
-                [&](u32 m, u32, const typename Math::FragmentA &a) {
-                    if (sums_up) {
-                        typename Math::template FragmentB<1> ones;
-                        ones.set_ones(0);
-                        Math::multiply(sums[m], a, ones);
-                    }
-                });
+            multiply_tile<Math, true, true>(c, stage, stage + TILE_BYTES,
+                                            ScaleColumns{noisy, z + tile % 2 * Z_SIZE, places + tile % 2 * TILE_K<T>},
+                                            [&](u32 m, u32, const typename Math::FragmentA &a) {
+                                                if (sums_up) {
+                                                    typename Math::template FragmentB<1> ones;
+                                                    ones.set_ones(0);
+                                                    Math::multiply(sums[m], a, ones);
+                                                }
+                                            });
         });
 
     // Epilogue: results, or fp32 partials [split, N, K] and [split, N].

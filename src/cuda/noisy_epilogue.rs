@@ -1,4 +1,4 @@
-//! Noisy epilogue after a product of the caller's own; plans `kernels/noisy_epilogue.cu`.
+//! Noisy epilogue after a GEMM of the caller's own; plans `kernels/noisy_epilogue.cu`.
 
 use super::borrows::{Borrows, Noise};
 use super::buffer::{Buffer, DType, Direction, Element, check_output_shape, grid};

@@ -1,8 +1,8 @@
 // Host twins of kernels/sm80/mma.cuh: the fragment layouts that the PTX ISA documents for ldmatrix and mma.sync, and
 // asynchronous copies that arrive some time between their issue and the wait for them (Schedule in src/machine.rs).
 //
-// Products of a fragment are summed in double, with the accumulator last, and cut off to float once, toward zero, as tensor
-// cores do (Fasi et al. 2021, doi:10.7717/peerj-cs.330). Hardware cuts off each term as well; results agree to a few units in
+// Products of a fragment are summed in double, with the accumulator last, and truncated to float once, as tensor
+// cores do (Fasi et al. 2021, doi:10.7717/peerj-cs.330). Hardware truncates each term as well; results agree to a few units in
 // the last place, not bit for bit.
 
 #ifndef PACE_SIMT_SM80_H
@@ -54,7 +54,7 @@ struct LoadMatrices {
     }
 };
 
-// What each lane brings to COUNT products with one left fragment, and gets: c += a @ b.
+// What each lane brings to COUNT MMAs with one A fragment, and gets: c += a @ b.
 template <unsigned COUNT> struct Fragments {
     uint32_t a[4], b[COUNT][2];
     float c[COUNT][4];
@@ -63,7 +63,7 @@ template <unsigned COUNT> struct Fragments {
 // A row of b in registers: left to itself, GCC makes vectors along the other index, and far slower code.
 typedef double Columns __attribute__((vector_size(64)));
 
-// Cut off, not rounded, as tensor cores do.
+// Truncated, not rounded, as tensor cores do.
 inline float cut(double value) {
     float result = static_cast<float>(value);
     if (std::fabs(static_cast<double>(result)) > std::fabs(value)) {
@@ -175,8 +175,8 @@ inline void ldmatrix(u32 (&result)[4], const void *row, bool transposed, const c
                      unsigned line = __builtin_LINE()) {
     pace_simt_shared_access(row, 16);
     simt::LoadMatrices operands = {row, {}};
-    pace_simt_collective(file, line,
-                         transposed ? simt::LoadMatrices::together_transposed : simt::LoadMatrices::together, &operands);
+    pace_simt_collective(
+        file, line, transposed ? simt::LoadMatrices::together_transposed : simt::LoadMatrices::together, &operands);
     std::memcpy(result, operands.result, sizeof result);
 }
 
