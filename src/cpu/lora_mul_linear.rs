@@ -172,10 +172,7 @@ impl<'a, T: Real> LoraMulLinear<'a, T> {
         let mut delta_bias = delta_bias;
         // Δb has no part in any gradient.
         Self { prompt: None, ..*self }.dense(input.is_some(), |layer| {
-            let delta_bias = match with_prompt {
-                true => Some(&mut db[..]),
-                false => delta_bias.as_deref_mut(),
-            };
+            let delta_bias = if with_prompt { Some(&mut db[..]) } else { delta_bias.as_deref_mut() };
             let grads =
                 NoisyLinearGrads { input, delta_weight: with_lora.then_some(&mut dw[..]), delta_bias };
             layer.backward_from(x, dy, grads)
