@@ -45,9 +45,9 @@ pub fn select(gpu: &Gpu, problem: &Problem) -> Family {
         return Family::Sm80;
     }
     let LinearShape { in_features, out_features, .. } = problem.shape;
-    let rows = problem.shape.out_rows();
+    let (rows, rank) = (problem.shape.out_rows(), problem.rank.unwrap_or(0));
     // cuBLASLt's kernels index with 32 bits.
-    if [rows, in_features, out_features].iter().any(|&size| size > i32::MAX as usize) {
+    if [rows, in_features, out_features, rank].iter().any(|&size| size > i32::MAX as usize) {
         return Family::Sm80;
     }
     // H200, 2026-11-26, ViT-B shapes: GEMMs of `sm80` reach 12 to 35 % of cuBLASLt's speed in bf16 and 33 % in f32, in every shape,
