@@ -140,7 +140,7 @@ fn add_base(machine: &mut Machine, base: Option<Base<Buffer>>, shape: &LinearSha
 }
 
 /// A machine with the inputs of a dense layer and its `x`.
-fn dense_machine(layer: &NoisyLinear<Buffer, Source>, dtype: DType, workspace: Buffer) -> Machine {
+pub fn dense_machine(layer: &NoisyLinear<Buffer, Source>, dtype: DType, workspace: Buffer) -> Machine {
     let shape = &layer.shape;
     let (k, n) = (shape.in_features, shape.out_features);
     let mut machine = Machine::new(*shape, dtype, layer.allow_tf32, layer.noise, workspace);

@@ -182,31 +182,69 @@ fn low_rank_gradients_take_the_documented_steps() {
 #[test]
 fn gemms_have_the_memory_that_they_can_use() {
     // x's and dx's rows by 24, the larger of K and N, in up to 16 parts of f32.
-    for (shape, small) in [(SMALL, 30 * 24 * 64 + (64 << 10)), (SHARED, 15 * 24 * 64 + (64 << 10))] {
-        for gpu in &GPUS {
-            assert_gemm_memory(gpu, shape, small);
-        }
+    let of = |elements: usize| elements * 64 + (64 << 10);
+    for gpu in &GPUS {
+        assert_gemm_memory(gpu, SMALL, [of(30 * 24); 2]);
+        assert_gemm_memory(gpu, SHARED, [of(15 * 24); 2]);
     }
-    // The weight's gradient is what is largest where rows are few.
+    // The gradients of the adapter are what is largest where rows are few.
     let few = LinearShape { branches: 1, batch: 1, tokens: 1, ..SMALL };
-    assert_gemm_memory(&GPUS[0], few, 7 * 24 * 64 + (64 << 10));
-    assert_gemm_memory(&GPUS[0], LARGE, 4 << 20);
-    assert_gemm_memory(&GPUS[1], LARGE, 32 << 20);
+    assert_gemm_memory(&GPUS[0], few, [of(7 * 24), of(4 * 24)]);
+    assert_gemm_memory(&GPUS[0], LARGE, [4 << 20; 2]);
+    assert_gemm_memory(&GPUS[1], LARGE, [32 << 20; 2]);
 }
 
-fn assert_gemm_memory(gpu: &Gpu, shape: LinearShape, bytes: usize) {
+fn assert_gemm_memory(gpu: &Gpu, shape: LinearShape, [dense_bytes, low_rank_bytes]: [usize; 2]) {
+    let dtype = DType::F32;
     let (dense, low) = (dense(shape), low_rank(shape));
-    // A dense layer of any size has GEMMs as large as its weight; the low-rank layer's largest may be smaller.
-    for plan in
-        [dense_forward(gpu, DType::F32, &dense).0, dense_backward(gpu, DType::F32, &dense, [true; 3]).0]
-    {
-        for gemm in gemms(&plan) {
-            assert_eq!((gemm.workspace.address.0, gemm.workspace.bytes), (60 << 40 | 256, bytes), "{gpu:?}");
+    let (dense, dense_grads) =
+        (dense_forward(gpu, dtype, &dense).0, dense_backward(gpu, dtype, &dense, [true; 3]).0);
+    let (low, low_grads) =
+        (low_rank_forward(gpu, dtype, &low).0, low_rank_backward(gpu, dtype, &low, [true; 4]).0);
+    for (plan, count, bytes) in [
+        (&dense, 2, dense_bytes),
+        (&dense_grads, 3, dense_bytes),
+        (&low, 3, low_rank_bytes),
+        (&low_grads, 5, low_rank_bytes),
+    ] {
+        assert_eq!(gemms(plan).count(), count);
+        for gemm in gemms(plan) {
+            // At the first multiple of 256 in the workspace.
+            assert_eq!(
+                (gemm.workspace.address.0, gemm.workspace.bytes),
+                (60 << 40 | 256, bytes),
+                "{gpu:?} {shape:?}"
+            );
         }
     }
-    let low_bytes = gemms(&low_rank_forward(gpu, DType::F32, &low).0).next().unwrap().workspace.bytes;
-    let plan = low_rank_backward(gpu, DType::F32, &low, [true; 4]).0;
-    assert!(gemms(&plan).all(|gemm| gemm.workspace.bytes == low_bytes) && low_bytes <= bytes, "{gpu:?}");
+}
+
+/// Epilogues load vectors where all that they touch starts at a multiple of 16 bytes (the machine compares), and not otherwise.
+#[test]
+fn tensors_may_start_anywhere() {
+    let gpu = &GPUS[0];
+    for dtype in [DType::F32, DType::BF16] {
+        for moved in ["nothing", "y", "db", "z", "g"] {
+            let at = |name, tensor: Buffer| match name == moved {
+                true => buffer(tensor.address + 4, tensor.len),
+                false => tensor,
+            };
+            let [x, _, y, dy] = activations(&SMALL);
+            let noise = Source::Given { z: at("z", place(2, 6 * 24)), shape: PerSample };
+            let layer = NoisyLinear { noise, delta_bias: Some(at("db", place(6, 24))), ..dense(SMALL) };
+            let workspace = exact(layer.workspace_len(gpu, dtype));
+            let mut machine = dense_machine(&layer, dtype, workspace);
+            let y = at("y", y);
+            machine.output("y", y, [30, 24]);
+            machine.run(&layer.forward(gpu, dtype, x, y, workspace).unwrap());
+            assert_eq!(machine.trace.last().unwrap(), "y = y + z*(t0 + db)");
+            let (dy, grads) = (at("g", dy), dense_grads(&SMALL, [false, true, false]));
+            machine.input("g", dy, [30, 24]);
+            machine.output("ddW", grads.delta_weight.unwrap(), [24, 7]);
+            machine.run(&layer.backward(gpu, dtype, x, dy, grads, workspace).unwrap());
+            assert_eq!(machine.trace.last().unwrap(), "ddW = t0'@x [24, 7, 30]");
+        }
+    }
 }
 
 /// A workspace of the stated length suffices wherever it starts, and both passes stay inside it (the machine sees to that). Nothing

@@ -4,6 +4,7 @@ use crate::support::*;
 use pace_kernels::Error;
 use pace_kernels::cuda::{Buffer, DType, Finding, Loss, LossSettings, LossStatus, Partner};
 
+/// Classes, samples and remembered samples of `loss`.
 const C: usize = 24;
 const B: usize = 6;
 const ROWS: usize = 10;

@@ -359,12 +359,14 @@ impl Machine {
             u64::from(grid_y) * u64::from(part) >= rows.into() && (grid_y - 1) * part < rows,
             "{launch:?}"
         );
-        if aligned != 0 {
-            assert!(channels.is_multiple_of(width) && vectors.iter().all(|start| start.is_multiple_of(16)));
-            if let Source::Given { z, .. } = self.noise {
-                assert!(channels.is_multiple_of(4) && z.address.is_multiple_of(16));
-            }
-        }
+        // Vectors of 16 bytes wherever they work, also of a given z, whose rows are of f32.
+        let is_aligned = |start: u64| start.is_multiple_of(16);
+        let z = match self.noise {
+            Source::Given { z, .. } => z.address,
+            _ => 0,
+        };
+        let works = channels.is_multiple_of(width) && vectors.iter().all(|&start| is_aligned(start));
+        assert_eq!(aligned, u32::from(works && is_aligned(z)), "{vectors:#x?}, z {z:#x}");
         (rows as usize, channels as usize, branches as usize)
     }
 
