@@ -336,8 +336,8 @@ fn low_rank_layers_compute_their_formula() {
     for (gpu, dtype, shape) in runs() {
         for layer in low_rank_layers(shape, RANK) {
             let (plan, machine) = low_rank_forward(&gpu, dtype, &layer);
-            assert_value(&machine, "s", &sum([(SCALE, "x@U'")]), &layer);
-            let adapter = (SCALE, noisy(layer.noise, "x@U'@D'"));
+            assert_value(&machine, "s", &sum([(SCALE, "x@A'")]), &layer);
+            let adapter = (SCALE, noisy(layer.noise, "x@A'@B'"));
             let bias = layer.delta_bias.map(|_| (1.0, noisy(layer.noise, "db")));
             let want = sum(base_terms(layer.base).into_iter().chain([adapter]).chain(bias));
             assert_value(&machine, "y", &want, &layer);
