@@ -44,10 +44,10 @@
 // `BTC`: one draw per (sample, token, channel).
 #define PACE_PER_TOKEN 1
 
-// Flag of a layer on CUDA: one product with `W0 + z⊙ΔW` in place of two, where that pays. The CPU always does it.
+// Flag of a layer on CUDA: one GEMM with `W0 + z⊙ΔW` in place of two, where that pays. The CPU always does it.
 #define PACE_FOLD 1
 
-// Flag of a layer on CUDA in `PACE_F32`: products of TF32 accuracy.
+// Flag of a layer on CUDA in `PACE_F32`: GEMMs of TF32 accuracy.
 #define PACE_ALLOW_TF32 2
 
 // Plain cross-entropy; logits `[B, C]`.
@@ -201,7 +201,7 @@ typedef struct PaceLowRankLinear {
   struct PaceTensor workspace;
 } PaceLowRankLinear;
 
-// Arguments of `pace_noisy_epilogue_*`, for trainers with a product of their own: `y += z ⊙ a` in place.
+// Arguments of `pace_noisy_epilogue_*`, for trainers with a GEMM of their own: `y += z ⊙ a` in place.
 typedef struct PaceNoisyEpilogue {
   // `sizeof(PaceNoisyEpilogue)`.
   uint64_t size;
@@ -559,8 +559,8 @@ const char *pace_version(void);
 // never return: start processes before, or afresh.
 PaceStatus pace_set_threads(uint64_t threads);
 
-// Lends the CPU operators a BLAS for their large products, once and until the process ends; otherwise they use the library's own.
-// It is called from many threads at a time, and each product is to run on the calling thread alone:
+// Registers a BLAS for the CPU operators' large GEMMs, once and until the process ends; otherwise they use the library's own.
+// It is called from many threads at a time, and each GEMM is to run on the calling thread alone:
 // `set_num_threads_local` is for a BLAS that has threads of its own, and may be NULL.
 //
 // # Safety

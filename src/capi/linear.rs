@@ -1,4 +1,4 @@
-//! Linear layers under noise, and the epilogue for products of the caller's own.
+//! Linear layers under noise, and the epilogue for GEMMs of the caller's own.
 
 use super::call::*;
 use super::types::*;

@@ -180,7 +180,7 @@ impl<'a, T: Real> LoraMulLinear<'a, T> {
                 NoisyLinearGrads { input, delta_weight: with_lora.then_some(&mut dw[..]), delta_bias };
             layer.backward(x, dy, grads)
         })?;
-        // Both factors' gradients come together; one that is not wanted goes nowhere.
+        // Both factors' gradients come together; one that was not asked for is dropped.
         let (mut spare_a, mut spare_b) = (Vec::new(), Vec::new());
         if let Some(lora) = self.lora.filter(|_| with_lora) {
             let lora_a = or_spare(lora_a, &mut spare_a, lora.lora_a.len());

@@ -48,7 +48,7 @@ struct Places {
     /// Their gradients.
     weight_grad: Buffer,
     bias_grad: Buffer,
-    /// Gradients that nobody wants, of the larger and the smaller factor.
+    /// Gradients that were not asked for, of the larger and the smaller factor.
     spare: [Address; 4],
     /// For the operators, one after the other.
     operators: Buffer,

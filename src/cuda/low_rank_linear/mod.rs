@@ -23,7 +23,7 @@ use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
 /// where `z` comes from: [`Source`] or [`Noise`].
 ///
 /// Ranks up to 32 have kernels of their own: `s = scale·x·Aᵀ` costs no pass over `x`, and the backward pass reads `dy` once
-/// for all gradients of the adapter. Larger ranks, and layers without a base, are products one after the other.
+/// for all gradients of the adapter. Larger ranks, and layers without a base, are GEMMs one after the other.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LowRankLinear<B, N> {
     /// Sizes.

@@ -32,7 +32,7 @@ pub struct NoisyLinear<B, N> {
     pub delta_weight: Option<B>,
     /// `Δb [N]`; `None` is zero.
     pub delta_bias: Option<B>,
-    /// Whether the forward pass may take one product with `W0 + z⊙ΔW` instead of two, where a sample's tokens share `z` and
+    /// Whether the forward pass may take one GEMM with `W0 + z⊙ΔW` instead of two, where a sample's tokens share `z` and
     /// fill the tiles (or the noise is off). The sum is rounded to the tensors' type: nothing is lost in `f32`; in the
     /// 16-bit types an adapter that is small against `W0` keeps fewer bits.
     pub fold: bool,
