@@ -595,7 +595,7 @@ PaceStatus pace_noisy_linear_forward(const struct PaceDevice *device,
                                      void *stream,
                                      const struct PaceNoisyLinear *args);
 
-// Computes gradients from `x` and `dy`, with the noise of the forward pass made again: `dx = g·W0 + e·ΔW`, `dΔW = eᵀ·x`,
+// Computes gradients from `x` and `dy`, with the noise of the forward pass recomputed: `dx = g·W0 + e·ΔW`, `dΔW = eᵀ·x`,
 // `dΔb = Σ_rows e`, where `g = dy` and `e = z⊙g`; with a shared input, sums over the branches.
 //
 // # Safety
@@ -620,7 +620,7 @@ PaceStatus pace_low_rank_linear_forward(const struct PaceDevice *device,
                                         void *stream,
                                         const struct PaceLowRankLinear *args);
 
-// Computes gradients from `x`, `dy` and on CUDA `s`, with the noise of the forward pass made again. With `g = dy`, `e = z⊙g`,
+// Computes gradients from `x`, `dy` and on CUDA `s`, with the noise of the forward pass recomputed. With `g = dy`, `e = z⊙g`,
 // `ds = scale·e·B`: `dx = g·W0 + ds·A`, `dB = eᵀ·s`, `dA = dsᵀ·x`, `dδb = Σ_rows e`; with a shared input, sums over the
 // branches.
 //
@@ -646,7 +646,7 @@ PaceStatus pace_noisy_epilogue_forward(const struct PaceDevice *device,
                                        void *stream,
                                        const struct PaceNoisyEpilogue *args);
 
-// Computes `da = z ⊙ dy`, with the noise of the forward pass made again.
+// Computes `da = z ⊙ dy`, with the noise of the forward pass recomputed.
 //
 // # Safety
 // As `pace_noisy_linear_forward`.
@@ -662,7 +662,7 @@ PaceStatus pace_lora_mul_linear_forward(const struct PaceDevice *device,
                                         void *stream,
                                         const struct PaceLoraMulLinear *args);
 
-// Computes gradients from `x` and `dy`, with the noise of the forward pass made again: those of `pace_noisy_linear_backward`,
+// Computes gradients from `x` and `dy`, with the noise of the forward pass recomputed: those of `pace_noisy_linear_backward`,
 // `pace_low_rank_weight_backward` and `pace_prompt_bias_backward`.
 //
 // # Safety

@@ -154,7 +154,7 @@ impl<'a, T: Real> LoraMulLinear<'a, T> {
         self.dense(true, |layer| layer.forward(x, y))
     }
 
-    /// Computes gradients from `x` and `dy = ∂L/∂y [M, N]`, with the noise of the forward pass made again: those of
+    /// Computes gradients from `x` and `dy = ∂L/∂y [M, N]`, with the noise of the forward pass recomputed: those of
     /// [`NoisyLinear`], [`lora_mul_weight`] and [`PromptBias`].
     ///
     /// # Errors

@@ -93,7 +93,7 @@ impl<T: Real> LowRankLinear<'_, T> {
         Ok(())
     }
 
-    /// Computes gradients from `x` and `dy = ∂L/∂y [M, N]`, with the noise of the forward pass made again.
+    /// Computes gradients from `x` and `dy = ∂L/∂y [M, N]`, with the noise of the forward pass recomputed.
     ///
     /// With `g = dy`, `e = z⊙g`, `s = scale·x·Aᵀ` and `ds = scale·e·B`: `dx = g·W0 + ds·A`, `dB = eᵀ·s`, `dA = dsᵀ·x`,
     /// `dδb = Σ_rows e`; with a shared input, sums over the branches.

@@ -180,7 +180,7 @@ impl LoraMulLinear<Buffer, Source> {
         Ok(plan)
     }
 
-    /// The plan that computes gradients from `x` and `dy = ∂L/∂y [M, N]`, with the noise of the forward pass made again.
+    /// The plan that computes gradients from `x` and `dy = ∂L/∂y [M, N]`, with the noise of the forward pass recomputed.
     /// `workspace` as in [`forward`](Self::forward).
     ///
     /// # Errors
@@ -298,7 +298,7 @@ impl Device {
         unsafe { self.launch(&plan, stream) }
     }
 
-    /// Computes gradients from `x` and `dy = ∂L/∂y [M, N]`, with the noise of the forward pass made again. `workspace` as
+    /// Computes gradients from `x` and `dy = ∂L/∂y [M, N]`, with the noise of the forward pass recomputed. `workspace` as
     /// in [`lora_mul_linear`](Self::lora_mul_linear).
     ///
     /// # Errors

@@ -150,7 +150,7 @@ impl LowRankLinear<Buffer, Source> {
     }
 
     /// The plan that computes gradients from `x`, the `s` of the forward pass and `dy = ∂L/∂y [M, N]`, with the noise of
-    /// the forward pass made again. `workspace` as in [`forward`](Self::forward).
+    /// the forward pass recomputed. `workspace` as in [`forward`](Self::forward).
     ///
     /// With `g = dy`, `e = z⊙g` and `ds = scale·e·B`: `dx = g·W0 + ds·A`, `dB = eᵀ·s`, `dA = dsᵀ·x`, `dδb = Σ_rows e`; with a
     /// shared input, sums over the branches.
@@ -239,7 +239,7 @@ impl Device {
     }
 
     /// Computes gradients from `x`, the `s` of the forward pass and `dy = ∂L/∂y [M, N]`, with the noise of the forward pass
-    /// made again. `workspace` as in [`low_rank_linear`](Self::low_rank_linear).
+    /// recomputed. `workspace` as in [`low_rank_linear`](Self::low_rank_linear).
     ///
     /// # Errors
     /// As [`LowRankLinear::backward`]; also if an argument belongs to another device, or a launch fails.

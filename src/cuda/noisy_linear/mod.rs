@@ -130,7 +130,7 @@ impl NoisyLinear<Buffer, Source> {
         }
     }
 
-    /// The plan that computes gradients from `x` and `dy = ∂L/∂y [M, N]`, with the noise of the forward pass made again.
+    /// The plan that computes gradients from `x` and `dy = ∂L/∂y [M, N]`, with the noise of the forward pass recomputed.
     /// `workspace` as in [`forward`](Self::forward).
     ///
     /// `dx = g·W0 + e·ΔW`, `dΔW = eᵀ·x`, `dΔb = Σ_rows e`, where `g = dy` and `e = z⊙g`; with a shared input, sums over
@@ -217,7 +217,7 @@ impl Device {
         unsafe { self.launch(&plan, stream) }
     }
 
-    /// Computes gradients from `x` and `dy = ∂L/∂y [M, N]`, with the noise of the forward pass made again. `workspace` as
+    /// Computes gradients from `x` and `dy = ∂L/∂y [M, N]`, with the noise of the forward pass recomputed. `workspace` as
     /// in [`noisy_linear`](Self::noisy_linear).
     ///
     /// # Errors

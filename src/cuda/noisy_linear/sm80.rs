@@ -149,7 +149,7 @@ pub(in crate::cuda) struct ForwardGemm<'a> {
     pub(in crate::cuda) delta_bias: Option<Buffer>,
     pub(in crate::cuda) y: Buffer,
     pub(in crate::cuda) fold: bool,
-    /// Factor on the adapter's product.
+    /// Factor on the adapter's term.
     pub(in crate::cuda) scale: f32,
 }
 
