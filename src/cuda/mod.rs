@@ -1,14 +1,14 @@
-//! The operators on NVIDIA devices: hand-written kernels, planned on the host, launched on the caller's stream.
+//! The operators on NVIDIA devices: planned on the host, launched on the caller's stream.
 //!
-//! An operator turns its arguments into a [`Plan`] for a [`Gpu`]: steps that are launches of kernels or GEMMs of cuBLASLt.
-//! Planning checks every argument and needs neither device nor driver. [`Device`] carries plans out through
-//! `cudarc`: methods that take anything which implements `cudarc`'s `DevicePtr` are safe; [`Device::launch`] takes plans
-//! over raw addresses.
+//! An operator turns its arguments and a [`Gpu`] into a [`Plan`]: launches of kernels, and GEMMs of cuBLASLt, one after the
+//! other. Planning checks every argument and needs neither device nor driver; [`select()`] chooses the [`Family`] that computes a
+//! linear layer. [`Device`] carries plans out through `cudarc`: methods that take anything which implements `cudarc`'s
+//! `DevicePtr` are safe; [`Device::launch`] takes plans over raw addresses.
 //!
 //! Nothing here allocates device memory, waits for the device or creates a stream, so everything can be captured in a
-//! CUDA graph. A captured graph replays with fresh noise if the key lies in device memory ([`Noise::Keyed`]).
-//! `cudarc` itself records events on tensors as soon as there is a second stream; switch that off
-//! (`CudaContext::disable_event_tracking`) before you make the tensors of a graph.
+//! CUDA graph. A captured graph replays with fresh noise if the key lies in device memory (see
+//! [`noise::Noise::Keyed`](crate::noise::Noise::Keyed)). `cudarc` itself records events on tensors as soon as there is a second
+//! stream; switch that off (`CudaContext::disable_event_tracking`) before you make the tensors of a graph.
 //!
 //! Streams and tensors of other libraries come in as [`BorrowedTensor`] and `cudarc`'s `wrap_borrowed_stream`.
 //!

@@ -321,7 +321,8 @@ fn workspaces_of_any_size() {
                     let weight = tensor(3, 1);
                     let (out_features, in_features, rank) = (a, b, c);
                     let (lora_b, lora_a, scale) = (weight, weight, 1.0);
-                    LoraFactors { out_features, in_features, rank, lora_b, lora_a, scale }.workspace_len(dtype);
+                    LoraFactors { out_features, in_features, rank, lora_b, lora_a, scale }
+                        .workspace_len(dtype);
                     let (base_weight, prompt_down, prompt_up) = (weight, weight, weight);
                     let (base_bias, delta_bias) = (None, None);
                     PromptBias {

@@ -54,7 +54,8 @@ fn the_documented_family_is_selected() {
         (Gpu::A100, F32, shape(1, 1, 1, 1), None, Some(LARGE), Sm80),
         // The number of elements may be larger.
         (Gpu::H100, BF16, shape(1, 1 << 20, 1 << 16, 1 << 16), None, None, CublasLt),
-        // A forced family, whatever the rest.
+        // A forced family, whatever the rest but sizes that it cannot take.
+        (Gpu::H100.with_family(CublasLt), BF16, shape(1, LARGE, 1, 1), None, None, Sm80),
         (Gpu::H100.with_family(Sm80), BF16, VIT, Some(PerSample), None, Sm80),
         (Gpu::H100.with_family(Sm80), F32, TINY, None, Some(16), Sm80),
         (Gpu::H100.with_family(CublasLt), BF16, VIT, Some(PerSample), None, CublasLt),

@@ -16,8 +16,10 @@ const LORA: LoraFactors<Buffer> = LoraFactors {
     scale: 0.5,
 };
 const WEIGHT: Buffer = Buffer { address: 1 << 20, len: 40 * 520 };
-const LORA_GRADS: LoraGrads<Buffer> =
-    LoraGrads { lora_b: Buffer { address: 1 << 21, len: 120 }, lora_a: Buffer { address: 1 << 22, len: 1560 } };
+const LORA_GRADS: LoraGrads<Buffer> = LoraGrads {
+    lora_b: Buffer { address: 1 << 21, len: 120 },
+    lora_a: Buffer { address: 1 << 22, len: 1560 },
+};
 /// Of `LORA`'s gradients, in the 16-bit types.
 const LORA_WORKSPACE: Buffer = Buffer { address: 1 << 23, len: 3 * 1560 + 3 * 120 };
 
@@ -76,7 +78,10 @@ fn low_rank_plans() {
             Error::Value { argument: "scale", expected: "finite", got: f64::INFINITY },
         ),
         (LoraFactors { lora_a: out, ..LORA }, length("lora_a", "[r, K]", 1560, 40 * 520)),
-        (LoraFactors { lora_a: buffer((1 << 24) + 64, 1560), ..LORA }, argument("lora_a", "overlaps an output")),
+        (
+            LoraFactors { lora_a: buffer((1 << 24) + 64, 1560), ..LORA },
+            argument("lora_a", "overlaps an output"),
+        ),
     ] {
         assert_error(lora.weight(DType::F16, None, out), &want);
         let grads = LoraGrads { lora_b: buffer((1 << 24) + 2, 120), ..LORA_GRADS };
