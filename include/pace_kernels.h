@@ -137,8 +137,8 @@ typedef struct PaceNoisyLinear {
   struct PaceTensor delta_weight;
   // `Δb [N]`; absent for zero.
   struct PaceTensor delta_bias;
-  // `[M, K]`, or `[B·T, K]` if the input is shared. The backward pass reads it for `grad_delta_weight` only; otherwise it may
-  // hold anything.
+  // `[M, K]`, or `[B·T, K]` if the input is shared. The backward pass needs it for `grad_delta_weight` only, and without that it
+  // may be absent.
   struct PaceTensor x;
   // Output of the forward pass, `[M, N]`.
   struct PaceTensor y;
@@ -256,8 +256,8 @@ typedef struct PaceLoraMulLinear {
   struct PaceTensor prompt_up;
   // `δb [N]`, or absent.
   struct PaceTensor delta_bias;
-  // `[M, K]`, or `[B·T, K]` if the input is shared. The backward pass reads it for the gradients to `lora_a` and `lora_b` only;
-  // otherwise contents are ignored.
+  // `[M, K]`, or `[B·T, K]` if the input is shared. The backward pass needs it for the gradients to `lora_a` and `lora_b` only,
+  // and without them it may be absent.
   struct PaceTensor x;
   // Output of the forward pass, `[M, N]`.
   struct PaceTensor y;

@@ -6,6 +6,13 @@ set -uo pipefail
 cd "$(dirname "$0")" || exit 1
 mkdir -p results
 
+# cuBLASLt of PyTorch's packages, where the loader knows no other.
+libraries="$(python3 -c 'import glob, site
+folders = site.getsitepackages() + [site.getusersitepackages()]
+print(":".join({p.rsplit("/", 1)[0] for f in folders for p in glob.glob(f + "/nvidia/**/libcublasLt.so.*", recursive=True)}))' \
+    2>/dev/null)"
+[ -z "$libraries" ] || export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$libraries"
+
 device="$(nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=csv,noheader 2>/dev/null | head -1)"
 failed=()
 # step NAME COMMAND...

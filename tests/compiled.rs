@@ -40,6 +40,7 @@ const FACTORS: &[&str] = &["HMMA", "LDSM", "LDG.128"];
 /// and some of its modifiers, `|` between alternatives. A kernel takes the first line that fits it.
 const INSTRUCTIONS: &[(&str, &str, &[&str])] = &[
     ("drop_path", "drop_path_", VECTORS),
+    ("layer_epilogue", "layer_epilogue_", VECTORS),
     ("loss", "loss_scan_", LOADS),
     ("loss", "loss_", VECTORS),
     ("sm80/low_rank_linear", "low_rank_factors_", FACTORS),

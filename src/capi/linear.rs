@@ -65,13 +65,13 @@ impl Operator<PaceNoisyLinear> for Backward {
         // SAFETY: the caller's promise.
         unsafe {
             let layer = noisy_linear_on_cpu::<T>(&mut host, args)?;
-            let (x, dy) = (host.input("x", args.x)?, host.input("dy", args.dy)?);
+            let (x, dy) = (host.optional("x", args.x)?, host.input("dy", args.dy)?);
             let grads = cpu::NoisyLinearGrads {
                 input: host.optional_output("grad_input", args.grad_input)?,
                 delta_weight: host.optional_output("grad_delta_weight", args.grad_delta_weight)?,
                 delta_bias: host.optional_output("grad_delta_bias", args.grad_delta_bias)?,
             };
-            Ok(layer.backward(x, dy, grads)?)
+            Ok(layer.backward_from(x, dy, grads)?)
         }
     }
 
@@ -83,8 +83,8 @@ impl Operator<PaceNoisyLinear> for Backward {
         };
         let layer = noisy_linear(args)?;
         let workspace = workspace_buffer(args.workspace, 4, layer.workspace_len(gpu, dtype))?;
-        let (x, dy) = (buffer(args.x), buffer(args.dy));
-        Ok(layer.backward(gpu, dtype, x, dy, grads, workspace)?)
+        let (x, dy) = (optional_buffer(args.x), buffer(args.dy));
+        Ok(layer.backward_from(gpu, dtype, x, dy, grads, workspace)?)
     }
 }
 

@@ -11,12 +11,19 @@ use std::ffi::c_void;
 enum Forward {}
 enum Backward {}
 
-/// Rank and scale of the factors that there are: of `lora_a` and `lora_b`, and of the prompt.
-fn ranks(args: &PaceLoraMulLinear) -> Result<(Option<(usize, f64)>, Option<usize>)> {
+/// What there is besides the frozen layer.
+struct Factors {
+    /// Rank and scale of `lora_a` and `lora_b`.
+    lora: Option<(usize, f64)>,
+    /// Rank of the prompt.
+    prompt: Option<usize>,
+}
+
+fn factors(args: &PaceLoraMulLinear) -> Result<Factors> {
     check_flags(args.flags, PACE_ALLOW_TF32)?;
-    let rank = |name: &str, rank: u64| {
+    let rank = |name: &'static str, rank: u64| {
         let rank = size(name, rank)?;
-        nonzero("rank", rank)?;
+        nonzero(name, rank)?;
         Ok::<_, Failure>(rank)
     };
     let lora = match present(args.lora_a).or(present(args.lora_b)) {
@@ -27,11 +34,11 @@ fn ranks(args: &PaceLoraMulLinear) -> Result<(Option<(usize, f64)>, Option<usize
         Some(_) => Some(rank("prompt_rank", args.prompt_rank)?),
         None => None,
     };
-    Ok((lora, prompt))
+    Ok(Factors { lora, prompt })
 }
 
 fn layer(args: &PaceLoraMulLinear) -> Result<cuda::LoraMulLinear<Buffer, Source>> {
-    let (lora, prompt) = ranks(args)?;
+    let Factors { lora, prompt } = factors(args)?;
     Ok(cuda::LoraMulLinear {
         shape: linear_shape(&args.shape)?,
         noise: source(&args.noise)?,
@@ -56,7 +63,7 @@ unsafe fn layer_on_cpu<'a, T: Real>(
     host: &mut Host,
     args: &PaceLoraMulLinear,
 ) -> Result<cpu::LoraMulLinear<'a, T>> {
-    let (lora, prompt) = ranks(args)?;
+    let Factors { lora, prompt } = factors(args)?;
     // SAFETY: the caller's promise.
     unsafe {
         Ok(cpu::LoraMulLinear {
@@ -112,7 +119,7 @@ impl Operator<PaceLoraMulLinear> for Backward {
         // SAFETY: the caller's promise.
         unsafe {
             let layer = layer_on_cpu::<T>(&mut host, args)?;
-            let (x, dy) = (host.input("x", args.x)?, host.input("dy", args.dy)?);
+            let (x, dy) = (host.optional("x", args.x)?, host.input("dy", args.dy)?);
             let grads = LoraMulLinearGrads {
                 input: host.optional_output("grad_input", args.grad_input)?,
                 lora_a: host.optional_output("grad_lora_a", args.grad_lora_a)?,
@@ -136,7 +143,7 @@ impl Operator<PaceLoraMulLinear> for Backward {
         };
         let layer = layer(args)?;
         let workspace = workspace_buffer(args.workspace, 4, layer.workspace_len(gpu, dtype))?;
-        Ok(layer.backward(gpu, dtype, buffer(args.x), buffer(args.dy), grads, workspace)?)
+        Ok(layer.backward(gpu, dtype, optional_buffer(args.x), buffer(args.dy), grads, workspace)?)
     }
 }
 

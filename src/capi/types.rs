@@ -130,8 +130,8 @@ pub struct PaceNoisyLinear {
     pub delta_weight: PaceTensor,
     /// `Δb [N]`; absent for zero.
     pub delta_bias: PaceTensor,
-    /// `[M, K]`, or `[B·T, K]` if the input is shared. The backward pass reads it for `grad_delta_weight` only; otherwise it may
-    /// hold anything.
+    /// `[M, K]`, or `[B·T, K]` if the input is shared. The backward pass needs it for `grad_delta_weight` only, and without that it
+    /// may be absent.
     pub x: PaceTensor,
     /// Output of the forward pass, `[M, N]`.
     pub y: PaceTensor,
@@ -231,8 +231,8 @@ pub struct PaceLoraMulLinear {
     pub prompt_up: PaceTensor,
     /// `δb [N]`, or absent.
     pub delta_bias: PaceTensor,
-    /// `[M, K]`, or `[B·T, K]` if the input is shared. The backward pass reads it for the gradients to `lora_a` and `lora_b` only;
-    /// otherwise contents are ignored.
+    /// `[M, K]`, or `[B·T, K]` if the input is shared. The backward pass needs it for the gradients to `lora_a` and `lora_b` only,
+    /// and without them it may be absent.
     pub x: PaceTensor,
     /// Output of the forward pass, `[M, N]`.
     pub y: PaceTensor,

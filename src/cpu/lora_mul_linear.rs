@@ -155,11 +155,11 @@ impl<'a, T: Real> LoraMulLinear<'a, T> {
     }
 
     /// Computes gradients from `x` and `dy = ∂L/∂y [M, N]`, with the noise of the forward pass recomputed: those of
-    /// [`NoisyLinear`], [`lora_mul_weight`] and [`PromptBias`].
+    /// [`NoisyLinear`], [`lora_mul_weight`] and [`PromptBias`]. Only those to A and B need `x`.
     ///
     /// # Errors
     /// As [`forward`](Self::forward); also if a gradient is asked for whose factor the layer does not have.
-    pub fn backward(&self, x: &[T], dy: &[T], grads: LoraMulLinearGrads<&mut [T]>) -> Result<()> {
+    pub fn backward(&self, x: Option<&[T]>, dy: &[T], grads: LoraMulLinearGrads<&mut [T]>) -> Result<()> {
         check_adapter(self.lora.is_some(), self.prompt.is_some())?;
         grads.check(self.lora.is_some(), self.prompt.is_some())?;
         let LinearShape { in_features: k, out_features: n, .. } = self.shape;
@@ -172,13 +172,10 @@ impl<'a, T: Real> LoraMulLinear<'a, T> {
         let mut delta_bias = delta_bias;
         // Δb has no part in any gradient.
         Self { prompt: None, ..*self }.dense(input.is_some(), |layer| {
-            let delta_bias = match with_prompt {
-                true => Some(&mut db[..]),
-                false => delta_bias.as_deref_mut(),
-            };
+            let delta_bias = if with_prompt { Some(&mut db[..]) } else { delta_bias.as_deref_mut() };
             let grads =
                 NoisyLinearGrads { input, delta_weight: with_lora.then_some(&mut dw[..]), delta_bias };
-            layer.backward(x, dy, grads)
+            layer.backward_from(x, dy, grads)
         })?;
         // Both factors' gradients come together; one that was not asked for is dropped.
         let (mut spare_a, mut spare_b) = (Vec::new(), Vec::new());

@@ -32,6 +32,8 @@ pub(crate) use loss::{check_label_smoothing, history_rows};
 pub(crate) use low_rank_linear::check_scale;
 pub use low_rank_linear::{LowRankGrads, LowRankLinear};
 pub use noisy_epilogue::{noisy_epilogue, noisy_epilogue_backward};
+#[cfg(feature = "cuda")]
+pub(crate) use noisy_linear::NEEDS_INPUT;
 pub use noisy_linear::{NoisyLinear, NoisyLinearGrads};
 pub use norms::{fp_distance, grad_norm};
 pub(crate) use scratch::Scratched;

@@ -14,6 +14,9 @@ pub struct Buffer {
 }
 
 impl Buffer {
+    /// A tensor that nothing reads.
+    pub(super) const ABSENT: Self = Self { address: 0, len: 0 };
+
     /// Checks that there are `expected` elements of `bytes` bytes each, properly aligned and inside the address space.
     pub(super) fn check(
         &self,

@@ -119,7 +119,9 @@ impl<B: Copy, Z: Copy, K: Copy> LoraMulLinear<B, noise::Noise<Z, K>> {
         if check_linear_shape(&self.shape).is_err() {
             return 0;
         }
-        Arena::len_of(|arena| drop(self.places(arena, gpu, dtype)))
+        Arena::len_of(|arena| {
+            self.places(arena, gpu, dtype);
+        })
     }
 }
 
@@ -181,7 +183,7 @@ impl LoraMulLinear<Buffer, Source> {
     }
 
     /// The plan that computes gradients from `x` and `dy = ∂L/∂y [M, N]`, with the noise of the forward pass recomputed.
-    /// `workspace` as in [`forward`](Self::forward).
+    /// `workspace` as in [`forward`](Self::forward). Only the gradients to A and B need `x`.
     ///
     /// # Errors
     /// As [`forward`](Self::forward); also if a gradient is asked for whose factor the layer does not have.
@@ -189,7 +191,7 @@ impl LoraMulLinear<Buffer, Source> {
         &self,
         gpu: &Gpu,
         dtype: DType,
-        x: Buffer,
+        x: Option<Buffer>,
         dy: Buffer,
         grads: LoraMulLinearGrads<Buffer>,
         workspace: Buffer,
@@ -206,7 +208,8 @@ impl LoraMulLinear<Buffer, Source> {
         ];
         let outputs: Vec<Named> =
             outputs.into_iter().filter_map(|(name, grad)| Some((name, grad?))).collect();
-        let places = self.check(gpu, dtype, &[("x", x), ("dy", dy)], &outputs, workspace)?;
+        let inputs: Vec<Named> = x.map(|x| ("x", x)).into_iter().chain([("dy", dy)]).collect();
+        let places = self.check(gpu, dtype, &inputs, &outputs, workspace)?;
         let with_lora = lora_a.is_some() || lora_b.is_some();
         let with_prompt =
             self.prompt.is_some() && (prompt_down.is_some() || prompt_up.is_some() || delta_bias.is_some());
@@ -220,7 +223,7 @@ impl LoraMulLinear<Buffer, Source> {
             delta_weight: with_lora.then_some(places.weight_grad),
             delta_bias: if with_prompt { Some(places.bias_grad) } else { delta_bias },
         };
-        plan.append(layer.backward(gpu, dtype, x, dy, dense, places.operators)?);
+        plan.append(layer.backward_from(gpu, dtype, x, dy, dense, places.operators)?);
         let spare = |i: usize, len: usize| Buffer { address: places.spare[i].0, len };
         if let Some(lora) = self.lora.filter(|_| with_lora) {
             let grads = LoraGrads {
@@ -306,7 +309,7 @@ impl Device {
     pub fn lora_mul_linear_backward<'a, T: Element>(
         &'a self,
         layer: &LoraMulLinear<&'a dyn DevicePtr<T>, Noise<'a>>,
-        x: &'a dyn DevicePtr<T>,
+        x: Option<&'a dyn DevicePtr<T>>,
         dy: &'a dyn DevicePtr<T>,
         grads: LoraMulLinearGrads<&'a mut dyn DevicePtrMut<T>>,
         workspace: &'a mut dyn DevicePtrMut<f32>,
@@ -314,7 +317,7 @@ impl Device {
     ) -> Result<()> {
         let mut borrows = Borrows::new(self, stream);
         let layer = layer.borrow(&mut borrows)?;
-        let (x, dy) = (borrows.input("x", x)?, borrows.input("dy", dy)?);
+        let (x, dy) = (borrows.optional("x", x)?, borrows.input("dy", dy)?);
         let grads = LoraMulLinearGrads {
             input: borrows.optional_output("grads.input", grads.input)?,
             lora_a: borrows.optional_output("grads.lora_a", grads.lora_a)?,

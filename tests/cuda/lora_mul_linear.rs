@@ -137,7 +137,7 @@ fn on_cpu<T: Type, R: pace_kernels::Real + 'static>(case: &Case, data: &Data<T>)
     let [dx, da, db, dd, du, dbias] = &mut grads;
     layer
         .backward(
-            x,
+            Some(x),
             dy,
             LoraMulLinearGrads {
                 input: Some(dx),
@@ -169,7 +169,7 @@ fn run<T: Type>(case: &Case, data: &Data<T>, machine: &mut Machine<'_>) -> Resul
     }
     let [input, lora_a, lora_b, prompt_down, prompt_up, delta_bias] = grads;
     let targets = LoraMulLinearGrads { input, lora_a, lora_b, prompt_down, prompt_up, delta_bias };
-    machine.launch(&layer.backward(&gpu, T::DTYPE, x, dy, targets, workspace).unwrap());
+    machine.launch(&layer.backward(&gpu, T::DTYPE, lora_a.map(|_| x), dy, targets, workspace).unwrap());
     let [dx, da, db, dd, du, dbias] = grads;
     [Some(y), dx, da, db, dd, du, dbias]
         .map(|buffer| buffer.map_or(Vec::new(), |buffer| machine.read::<T>(buffer)))

@@ -221,10 +221,10 @@ def check(status: int) -> None:
         raise PaceError(message, library.pace_status_name(status).decode())
 
 
-def _lend_blas() -> None:
-    """On Intel's processors, PyTorch's own MKL computes the large products of the CPU operators.
+def _register_blas() -> None:
+    """On Intel's processors, PyTorch's own MKL computes the large GEMMs of the CPU operators.
 
-    There it is faster than the library's own products; on AMD's it is half as fast (`docs/performance.md`).
+    There it is faster than the library's own GEMMs; on AMD's it is half as fast (`docs/performance.md`).
     """
     cpu = Path("/proc/cpuinfo")
     if not cpu.exists() or "GenuineIntel" not in cpu.read_text():
@@ -236,7 +236,7 @@ def _lend_blas() -> None:
             check(library.pace_set_blas(*[ctypes.cast(getattr(torch_cpu, name), c_void_p) for name in names]))
 
 
-_lend_blas()
+_register_blas()
 
 
 @functools.cache

@@ -77,18 +77,11 @@ def inject(
       `fast` (one branch, consistent with its logits of the last epoch; needs `samples`, the size of the training set),
       `noise` (one branch, no consistency), `baseline` (adapters without noise; no `.adapter` in the names).
     * `lambda_`: strength of the consistency. `noise_shape`: `BC` draws per sample and channel, `BTC` per token too.
-    * `scale`: factor on the low-rank product, 1 in the paper.
+    * `scale`: factor on LoRA's `B·A`, 1 in the paper.
 
     Raises `PaceError` for an unknown name, a model without linear layers, or one that is injected already.
     """
-    if adapter not in ADAPTERS:
-        raise PaceError(f"`adapter` is {adapter!r}, expected one of {', '.join(ADAPTERS)}")
-    if noise_shape not in ("BC", "BTC"):
-        raise PaceError(f"`noise_shape` is {noise_shape!r}, expected BC or BTC")
-    if rank < 1:
-        raise PaceError(f"`rank` is {rank}, expected at least 1")
-    if any(isinstance(module, (Adapter, Pace)) for module in model.modules()):
-        raise PaceError("`model` has adapters already")
+    _check_arguments(model, adapter, rank, noise_shape)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if not linears:
         raise PaceError("`model` has no linear layers")
@@ -114,15 +107,7 @@ def inject(
 
     first_noisy_layer = None
     for layer, (name, block) in enumerate(zip(linears, ids)):
-        linear = linears[name]
-        if "head" in name.split("."):
-            module = Head(linear)
-        elif adapter == "LoRAmul_VPTadd":
-            module = LoraMulVptAdd(linear, rank, scale)
-        elif adapter == "LoRAadd":
-            module = LoraAdd(linear, rank, scale)
-        else:
-            module = VptAdd(linear, rank)
+        module = _adapter_around(linears[name], name, adapter, rank, scale)
         if noisy:
             module = NoisyLinear(module, sigmas[block], pace, layer)
             if first_noisy_layer is None and sigmas[block] > 0:
@@ -131,24 +116,50 @@ def inject(
     if noisy:
         for layer, (name, module) in enumerate(drop_paths.items(), start=len(linears)):
             _replace(model, name, SharedDropPath(module.drop_prob, pace, layer))
+    _recompute_gelus(model)
+    for name, parameter in model.named_parameters():
+        if not _is_trained(name):
+            parameter.requires_grad_(False)
+    _attach(model, pace, first_noisy_layer or next(reversed(linears)), noisy)
+    return model.train(model.training)
 
+
+def _check_arguments(model: nn.Module, adapter: str, rank: int, noise_shape: str) -> None:
+    if adapter not in ADAPTERS:
+        raise PaceError(f"`adapter` is {adapter!r}, expected one of {', '.join(ADAPTERS)}")
+    if noise_shape not in ("BC", "BTC"):
+        raise PaceError(f"`noise_shape` is {noise_shape!r}, expected BC or BTC")
+    if rank < 1:
+        raise PaceError(f"`rank` is {rank}, expected at least 1")
+    if any(isinstance(module, (Adapter, Pace)) for module in model.modules()):
+        raise PaceError("`model` has adapters already")
+
+
+def _adapter_around(linear: nn.Linear, name: str, adapter: str, rank: int, scale: float) -> Adapter:
+    if "head" in name.split("."):
+        return Head(linear)
+    if adapter == "LoRAmul_VPTadd":
+        return LoraMulVptAdd(linear, rank, scale)
+    return LoraAdd(linear, rank, scale) if adapter == "LoRAadd" else VptAdd(linear, rank)
+
+
+def _recompute_gelus(model: nn.Module) -> None:
+    """Puts a GELU that need not be kept before each layer that can do without."""
     for module in model.modules():
         if isinstance(module, Mlp) and type(module.act) is nn.GELU and isinstance(module.fc2, NoisyLinear):
             module.act = RecomputedGELU(module.act.approximate)
             module.fc2.__dict__["gelu"] = module.act
 
-    for name, parameter in model.named_parameters():
-        if not _is_trained(name):
-            parameter.requires_grad_(False)
 
+def _attach(model: nn.Module, pace: Pace, first_noisy_layer: str, noisy: bool) -> None:
+    """Makes `pace` the model's controller."""
     model.pace = pace
     # Processes that share a model derive the same keys; DistributedDataParallel need not send them around.
     model._ddp_params_and_buffers_to_ignore = ["pace.keys", "pace.history"]
     if noisy:
         pace.handles.append(model.register_forward_pre_hook(pace.before_forward, with_kwargs=True))
-        doubled = model.get_submodule(_block(first_noisy_layer or next(reversed(linears))))
+        doubled = model.get_submodule(_block(first_noisy_layer))
         pace.handles.append(doubled.register_forward_pre_hook(pace.double_rows))
-    return model.train(model.training)
 
 
 def _is_trained(name: str) -> bool:

@@ -11,6 +11,7 @@ use super::layer::{Arithmetic, Pass, check_base, check_input, named_base};
 use super::noise_source::Source;
 use super::plan::Plan;
 use super::select::{Problem, select};
+use crate::cpu::NEEDS_INPUT;
 use crate::error::{Error, Result};
 use crate::noise;
 use crate::shape::LinearShape;
@@ -147,10 +148,25 @@ impl NoisyLinear<Buffer, Source> {
         grads: NoisyLinearGrads<Buffer>,
         workspace: Buffer,
     ) -> Result<Plan> {
+        self.backward_from(gpu, dtype, Some(x), dy, grads, workspace)
+    }
+
+    /// The same without `x`, if its product with the gradient is not asked for.
+    pub(crate) fn backward_from(
+        &self,
+        gpu: &Gpu,
+        dtype: DType,
+        x: Option<Buffer>,
+        dy: Buffer,
+        grads: NoisyLinearGrads<Buffer>,
+        workspace: Buffer,
+    ) -> Result<Plan> {
         let pass = self.check(gpu, dtype, workspace)?;
         let (shape, bytes) = (self.shape, dtype.bytes());
         let (k, n) = (shape.in_features, shape.out_features);
-        check_input("x", &x, &shape, dtype)?;
+        if let Some(x) = x {
+            check_input("x", &x, &shape, dtype)?;
+        }
         dy.check("dy", "[M, N]", shape.out_rows() * n, bytes)?;
         let mut outputs = Vec::new();
         if let Some(dx) = grads.input {
@@ -165,13 +181,18 @@ impl NoisyLinear<Buffer, Source> {
                     problem: "is asked for, but the layer has no `delta_weight`",
                 });
             }
+            if x.is_none() {
+                return Err(NEEDS_INPUT);
+            }
             outputs.push(("grads.delta_weight", weight));
         }
         if let Some(bias) = grads.delta_bias {
             bias.check("grads.delta_bias", "[N]", n, bytes)?;
             outputs.push(("grads.delta_bias", bias));
         }
-        self.check_disjoint(&[("x", x), ("dy", dy)], outputs, &pass)?;
+        let inputs: Vec<Named> = x.map(|x| ("x", x)).into_iter().chain([("dy", dy)]).collect();
+        self.check_disjoint(&inputs, outputs, &pass)?;
+        let x = x.unwrap_or(Buffer::ABSENT);
         match self.family(gpu, dtype) {
             Family::Sm80 => sm80::backward(self, &pass, [x, dy], grads),
             Family::CublasLt => Ok(cublaslt::backward(self, &pass, [x, dy], grads)),
