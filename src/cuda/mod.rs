@@ -53,7 +53,8 @@
 //! let x = stream.alloc_zeros::<f32>(shape.in_rows() * k)?;
 //! let mut s = stream.alloc_zeros::<f32>(shape.in_rows() * rank)?;
 //! let mut y = stream.alloc_zeros::<f32>(shape.out_rows() * n)?;
-//! let mut workspace = stream.alloc_zeros::<f32>(lora.workspace_len(device.gpu(), DType::F32))?;
+//! let workspace_len = lora.workspace_len(device.gpu(), DType::F32);
+//! let mut workspace = stream.alloc_zeros::<f32>(workspace_len.max(1))?;
 //! device.low_rank_linear(&lora, &x, &mut s, &mut y, &mut workspace, &stream)?;
 //! # Ok(())
 //! # }
