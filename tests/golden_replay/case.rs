@@ -2,18 +2,22 @@
 
 use libtest_mimic::Failed;
 use pace_kernels::Real;
+use pace_kernels::noise::philox4x32_10;
 use safetensors::{Dtype, SafeTensors};
 use std::cell::RefCell;
+use std::cmp::Ordering;
 use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 use std::str::FromStr;
 
 /// A tensor of a case, widened to the type that holds it exactly.
+#[derive(Clone)]
 pub struct Recorded {
     pub shape: Vec<usize>,
     pub values: Values,
 }
 
+#[derive(Clone)]
 pub enum Values {
     Float(Vec<f64>),
     Integer(Vec<i64>),
@@ -91,6 +95,28 @@ impl Case {
         if self.has(name) { self.get(name).map(Some) } else { Ok(None) }
     }
 
+    /// The case with the inputs of a training run rounded to `f32`, up or down by chance.
+    pub fn inputs_rounded(&self, seed: u32) -> Self {
+        let mut tensors = self.tensors.clone();
+        for (name, tensor) in &mut tensors {
+            let Values::Float(values) = &mut tensor.values else { continue };
+            if !(name.starts_with("init.") || name.ends_with(".x") || name.contains(".z.")) {
+                continue;
+            }
+            for (i, value) in values.iter_mut().enumerate() {
+                let nearest = *value as f32;
+                let [chance, ..] = philox4x32_10([i as u32, 0, 0, 0], [seed, 0]);
+                let rounded = match f64::from(nearest).total_cmp(value) {
+                    Ordering::Less if chance % 2 == 0 => nearest.next_up(),
+                    Ordering::Greater if chance % 2 == 0 => nearest.next_down(),
+                    _ => nearest,
+                };
+                *value = rounded.into();
+            }
+        }
+        Self { settings: self.settings.clone(), tensors, unused: RefCell::default() }
+    }
+
     /// Compares a result with a recorded tensor: largest difference over largest magnitude.
     pub fn expect<T: Real>(&self, name: &str, got: &[T], tolerance: f64) -> Result<(), Failed> {
         let got: Vec<f64> = got.iter().map(|&v| Real::to_f64(v)).collect();
@@ -105,7 +131,7 @@ impl Case {
 }
 
 /// Largest difference over largest magnitude (absolute where everything expected is zero) within `tolerance`.
-pub fn close(name: &str, got: &[f64], expected: &[f64], tolerance: f64) -> Result<(), Failed> {
+fn close(name: &str, got: &[f64], expected: &[f64], tolerance: f64) -> Result<(), Failed> {
     if got.len() != expected.len() {
         return Err(format!("`{name}`: {} values, expected {}", got.len(), expected.len()).into());
     }

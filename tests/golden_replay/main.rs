@@ -16,6 +16,7 @@ mod machine;
 #[path = "../common/on.rs"]
 mod on;
 mod operators;
+mod plain;
 #[path = "../cuda/simulate.rs"]
 mod simulate;
 mod training;
@@ -43,6 +44,7 @@ const CHECKS: &[(&str, &str, Check)] = &[
     ("loss", "cpu_f32", operators::loss::<f32>),
     ("drop_path", "cpu_f64", operators::drop_path::<f64>),
     ("drop_path", "cpu_f32", operators::drop_path::<f32>),
+    ("vit_training", "plain_f64", plain::check),
     ("vit_training", "candle_f64", |case| vit::training(case, &On::CPU)),
     ("vit_training", "candle_f32", |case| vit::training(case, &On::CPU_F32)),
 ];

@@ -5,8 +5,9 @@ use super::case::Case;
 use super::device;
 use super::machine::{Machine, Target};
 use super::on::On;
+use super::plain;
 use super::simulate;
-use super::vit::{tensor, train};
+use super::vit::{is_trained, tensor, train};
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, Layout, Shape, Tensor, Var};
 use libtest_mimic::Failed;
 use pace_kernels::LinearShape;
@@ -36,7 +37,7 @@ struct Op {
 
 /// What plans are made for, and whether they run there or in the simulator.
 #[derive(Clone, Copy)]
-struct Place {
+pub struct Place {
     gpu: Gpu,
     on_device: bool,
 }
@@ -340,13 +341,22 @@ fn prompt(base: (Vec<f32>, Vec<f32>), [n, k]: [usize; 2]) -> Op {
     }
 }
 
+/// What computes the noisy layers.
+#[derive(Clone, Copy)]
+pub enum Layers {
+    /// candle, operation by operation.
+    Plain,
+    /// The kernels.
+    Kernels(Place),
+}
+
 /// The recorded transformer.
-struct Model<'a> {
-    place: Place,
-    case: &'a Case,
-    on: &'a On,
-    context: &'a PaceContext,
-    trained: &'a BTreeMap<String, Var>,
+pub struct Model<'a> {
+    pub layers: Layers,
+    pub case: &'a Case,
+    pub on: &'a On,
+    pub context: &'a PaceContext,
+    pub trained: &'a BTreeMap<String, Var>,
 }
 
 impl Model<'_> {
@@ -359,11 +369,15 @@ impl Model<'_> {
     }
 
     fn place(&self, op: Op) -> Op {
-        Op { place: self.place, ..op }
+        let Layers::Kernels(place) = self.layers else { return op };
+        Op { place, ..op }
     }
 
     /// A noisy layer in training step `step`, or in evaluation.
     fn linear(&self, name: &str, x: &Tensor, step: Option<usize>) -> Result<Tensor, Failed> {
+        if let Layers::Plain = self.layers {
+            return self.plain_linear(name, x, step);
+        }
         let branches = if step.is_some() { self.context.branches() } else { 1 };
         let of = |parameter: &str| self.trained(&format!("{name}.{parameter}"));
         let head = of("base_weight").zip(of("base_bias"));
@@ -420,6 +434,20 @@ impl Model<'_> {
         })
     }
 
+    fn plain_linear(&self, name: &str, x: &Tensor, step: Option<usize>) -> Result<Tensor, Failed> {
+        let of = |parameter: &str| self.trained(&format!("{name}.{parameter}"));
+        let frozen = match of("base_weight") {
+            Some(_) => None,
+            None => Some((
+                self.frozen(&format!("{name}.base_weight"))?,
+                self.frozen(&format!("{name}.base_bias"))?,
+            )),
+        };
+        let z = step.map(|step| format!("step{step}.z.{name}")).filter(|z| self.case.has(z));
+        let z = z.map(|z| tensor(self.case, self.on, &z)).transpose()?;
+        plain::linear(x, frozen.as_ref().map(|(weight, bias)| (weight, bias)), &of, z.as_ref())
+    }
+
     fn norm(&self, name: &str, x: &Tensor) -> Result<Tensor, Failed> {
         let epsilon: f64 = self.case.number("layernorm_eps")?;
         let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
@@ -441,7 +469,7 @@ impl Model<'_> {
         Ok(weights.matmul(&part(2)?)?.transpose(1, 2)?.reshape((rows, tokens, heads * size))?)
     }
 
-    fn forward(&self, images: &Tensor, step: Option<usize>) -> Result<Tensor, Failed> {
+    pub fn forward(&self, images: &Tensor, step: Option<usize>) -> Result<Tensor, Failed> {
         let images = if step.is_some() { self.context.branch(images)? } else { images.clone() };
         let (rows, channels, side, _) = images.dims4()?;
         let (p, depth): (usize, usize) = (self.case.number("patch")?, self.case.number("depth")?);
@@ -461,23 +489,33 @@ impl Model<'_> {
             let qkv = self.linear(&name("attn.qkv"), &self.norm(&name("norm1"), &x)?, step)?;
             x = (&x + self.linear(&name("attn.proj"), &self.attention(&qkv)?, step)?)?;
             let hidden = self.linear(&name("mlp.fc1"), &self.norm(&name("norm2"), &x)?, step)?;
-            x = (&x + self.linear(&name("mlp.fc2"), &hidden.gelu_erf()?, step)?)?;
+            x = (&x + self.linear(&name("mlp.fc2"), &gelu(&hidden)?, step)?)?;
         }
         self.linear("head", &self.norm("norm", &x.narrow(1, 0, 1)?.squeeze(1)?)?, step)
     }
 }
 
+/// candle's own GELU has a derivative of six digits.
+fn gelu(x: &Tensor) -> candle_core::Result<Tensor> {
+    (x * 0.5)? * ((x * std::f64::consts::FRAC_1_SQRT_2)?.erf()? + 1.0)?
+}
+
+/// The trained parameters at the start: every tensor of an adapter, and the head.
+pub fn trained(case: &Case, on: &On) -> Result<BTreeMap<String, Var>, Failed> {
+    let mut trained = BTreeMap::new();
+    for recorded in case.names().filter_map(|name| name.strip_prefix("init.")).filter(|name| is_trained(name))
+    {
+        let value = tensor(case, on, &format!("init.{recorded}"))?;
+        trained.insert(recorded.to_owned(), Var::from_tensor(&value)?);
+    }
+    Ok(trained)
+}
+
 /// One training run.
 pub fn training(case: &Case, target: &Target<'_>) -> Result<(), Failed> {
     let (on, context) = (On::CPU_F32, PaceContext::new(0));
-    let mut trained = BTreeMap::new();
-    for recorded in case.names().filter_map(|name| name.strip_prefix("init.")) {
-        if recorded.contains("delta") || recorded.starts_with("head") {
-            let value = tensor(case, &on, &format!("init.{recorded}"))?;
-            trained.insert(recorded.to_owned(), Var::from_tensor(&value)?);
-        }
-    }
-    let place = Place { gpu: target.gpu, on_device: target.device.is_some() };
-    let model = Model { place, case, on: &on, context: &context, trained: &trained };
+    let trained = trained(case, &on)?;
+    let layers = Layers::Kernels(Place { gpu: target.gpu, on_device: target.device.is_some() });
+    let model = Model { layers, case, on: &on, context: &context, trained: &trained };
     train(case, &on, &context, &trained, &|x, step| model.forward(x, step))
 }
