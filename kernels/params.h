@@ -396,7 +396,7 @@ struct NoisyLinearWeightParams {
   Input<void> x;
   /// dW, or partial sums of it; or null.
   Output<void> weight;
-  /// dW, or partial sums of it; or null.
+  /// db, or partial sums of it; or null.
   Output<void> bias;
   /// Token rows `M`.
   u32 rows;

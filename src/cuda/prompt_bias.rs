@@ -19,7 +19,7 @@ const PROMPT_PART: usize = 64;
 
 /// The prompt adapter's bias `Δb [N] = W0·(Pd·Pu) + b0⊙δb` (VPT add; the second term belongs to LoRA mul).
 ///
-/// `B` are the tensors, as in [`LoraFactors`].
+/// `B` are the tensors, as in [`LoraFactors`](super::LoraFactors).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PromptBias<B> {
     /// Out-features `N`.

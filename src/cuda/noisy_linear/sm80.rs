@@ -105,7 +105,7 @@ pub struct NoisyLinearWeightParams {
     x: Input<Void>,
     /// dW, or partial sums of it; or null.
     weight: Output<Void>,
-    /// dW, or partial sums of it; or null.
+    /// db, or partial sums of it; or null.
     bias: Output<Void>,
     /// Token rows `M`.
     rows: u32,
