@@ -1,12 +1,18 @@
-//! Compiles `kernels/*.cu` with nvcc and embeds them (feature `cuda`).
+//! Compiles the kernels with nvcc and embeds them (feature `cuda`).
 //!
-//! Writes `kernels.rs` to `OUT_DIR`: the compiled files, or why there are none. Without nvcc the crate still builds, with
-//! a warning; `PACE_REQUIRE_NVCC=1` makes that an error.
+//! Writes to `OUT_DIR`: `kernels.rs`, the table of kernels (`src/cuda/kernel.rs`), and `fatbins.rs`, the compiled files, or why
+//! there are none. Without nvcc the crate still builds, with a warning; `PACE_REQUIRE_NVCC=1` makes that an error.
+//!
+//! Compiling takes minutes. Cargo shows a build script's lines only with `-vv`; its warnings come when the script has ended,
+//! and again with every later build, so that a warning is no place for progress.
 
+#[path = "build/kernels.rs"]
+mod kernels;
 #[path = "build/nvcc.rs"]
 mod nvcc;
 
-use nvcc::{Nvcc, Unusable, VARIABLES};
+use kernels::{Source, sources, table};
+use nvcc::{Nvcc, Unusable, VARIABLES, only_capability};
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
@@ -16,22 +22,25 @@ fn main() {
     if std::env::var_os("CARGO_FEATURE_CUDA").is_none() {
         return;
     }
-    if let Err(error) = kernels() {
+    if let Err(error) = build() {
         // Cargo shows what a failing build script wrote to stderr.
         eprintln!("error: {error}");
         std::process::exit(1);
     }
 }
 
-fn kernels() -> Result<(), String> {
+fn build() -> Result<(), String> {
     for variable in VARIABLES.into_iter().chain(["DOCS_RS"]) {
         println!("cargo:rerun-if-env-changed={variable}");
     }
     println!("cargo:rerun-if-changed=kernels");
     let variable = |name: &str| std::env::var_os(name);
     let folder = PathBuf::from(variable("OUT_DIR").ok_or("OUT_DIR is not set")?);
+    let kernels = std::env::current_dir().map_err(|error| error.to_string())?.join("kernels");
+    let sources = sources(&kernels)?;
+    write(&folder.join("kernels.rs"), &table(&sources)?)?;
     if variable("DOCS_RS").is_some() {
-        return write_table(&folder, &[], "the documentation is built without them");
+        return write_fatbins(&folder, &[], "the documentation is built without them");
     }
     let nvcc = match Nvcc::from_environment(&variable) {
         Ok(nvcc) => nvcc,
@@ -40,7 +49,7 @@ fn kernels() -> Result<(), String> {
                 "cargo:warning=the CUDA kernels are not built: {}; set CUDA_HOME to a CUDA toolkit",
                 why.lines().next().unwrap_or_default()
             );
-            return write_table(&folder, &[], &why);
+            return write_fatbins(&folder, &[], &why);
         }
         Err(Unusable::Missing(why)) => {
             return Err(format!("{why}; set CUDA_HOME to a CUDA toolkit, or do without PACE_REQUIRE_NVCC"));
@@ -48,25 +57,26 @@ fn kernels() -> Result<(), String> {
         Err(Unusable::Wrong(why)) => return Err(why),
     };
     println!("cargo:rerun-if-changed={}", nvcc.path().display());
-
-    let kernels = std::env::current_dir().map_err(|error| error.to_string())?.join("kernels");
-    let files = std::fs::read_dir(&kernels).map_err(|error| format!("{}: {error}", kernels.display()))?;
-    let mut sources: Vec<PathBuf> = files.filter_map(|file| Some(file.ok()?.path())).collect();
-    sources.retain(|file| file.extension().is_some_and(|extension| extension == "cu"));
-    sources.sort();
     let jobs = variable("NUM_JOBS").and_then(|jobs| jobs.to_str()?.parse().ok()).unwrap_or(1);
-    nvcc.compile(&sources, &folder, jobs)?;
-    write_table(&folder, &sources, "")
+    let compiled = nvcc.compile(&sources, &folder, jobs, &|line| println!("{line}"))?;
+    write_fatbins(&folder, &compiled, "")
 }
 
-/// `kernels.rs`: each file's name and contents, and why there are none.
-fn write_table(folder: &Path, sources: &[PathBuf], why_not: &str) -> Result<(), String> {
-    let mut table = String::from("pub(super) const FATBINS: &[(&str, &[u8])] = &[\n");
+/// `fatbins.rs`: each compiled file's name, the only compute capability that can run it if there is only one, and its
+/// contents; and why there are none.
+fn write_fatbins(folder: &Path, sources: &[Source], why_not: &str) -> Result<(), String> {
+    let mut table =
+        String::from("pub(super) type Fatbin = (&'static str, Option<(u32, u32)>, &'static [u8]);\n");
+    table += "pub(super) const FATBINS: &[Fatbin] = &[\n";
     for source in sources {
-        let name = source.file_stem().unwrap_or_default().to_string_lossy();
-        let _ = writeln!(table, "    ({name:?}, include_bytes!({:?})),", format!("{name}.fatbin"));
+        let (file, only) = (&source.file, only_capability(source.family()));
+        let _ =
+            writeln!(table, "    ({file:?}, {only:?}, include_bytes!(\"{}.fatbin\")),", source.flat_name());
     }
     let _ = writeln!(table, "];\npub(super) const WHY_NOT_BUILT: &str = {why_not:?};");
-    let path = folder.join("kernels.rs");
-    std::fs::write(&path, table).map_err(|error| format!("cannot write {}: {error}", path.display()))
+    write(&folder.join("fatbins.rs"), &table)
+}
+
+fn write(path: &Path, text: &str) -> Result<(), String> {
+    std::fs::write(path, text).map_err(|error| format!("cannot write {}: {error}", path.display()))
 }

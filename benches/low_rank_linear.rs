@@ -15,14 +15,15 @@ fn low_rank_linear(c: &mut Criterion) {
     for shape in common::layers() {
         let (k, n) = (shape.in_features, shape.out_features);
         let (weight, bias) = (common::values(n * k), common::values(n));
-        let (down, up, delta_bias) = (common::values(n * RANK), common::values(RANK * k), common::values(n));
+        let (lora_b, lora_a, delta_bias) =
+            (common::values(n * RANK), common::values(RANK * k), common::values(n));
         let layer = LowRankLinear {
             shape,
             noise: common::noise(),
             base: Some(Base { weight: &weight, bias: Some(&bias) }),
             rank: RANK,
-            down: &down,
-            up: &up,
+            lora_b: &lora_b,
+            lora_a: &lora_a,
             delta_bias: Some(&delta_bias),
             scale: 1.0,
         };
@@ -38,8 +39,8 @@ fn low_rank_linear(c: &mut Criterion) {
             b.iter(|| {
                 let grads = LowRankGrads {
                     input: Some(&mut dx),
-                    down: Some(&mut dd),
-                    up: Some(&mut du),
+                    lora_b: Some(&mut dd),
+                    lora_a: Some(&mut du),
                     delta_bias: Some(&mut db),
                 };
                 layer.backward(&x, &dy, grads)

@@ -15,13 +15,19 @@ fn weights(c: &mut Criterion) {
     for (k, n) in common::VIT_B.into_iter().chain([(64, 192)]) {
         let bytes = 4 * (n * k) as u64;
         let (weight, grad, bias) = (common::values(n * k), common::values(n * k), common::values(n));
-        let (down, up) = (common::values(n * RANK), common::values(RANK * k));
+        let (lora_b, lora_a) = (common::values(n * RANK), common::values(RANK * k));
         let (prompt_down, prompt_up) = (common::values(k * RANK), common::values(RANK));
         let (mut out, mut out_bias) = (vec![0.0; n * k], vec![0.0; n]);
         let (mut dd, mut du) = (vec![0.0; n * RANK], vec![0.0; RANK * k]);
         let (mut dpd, mut dpu, mut ddb) = (vec![0.0; k * RANK], vec![0.0; RANK], vec![0.0; n]);
-        let lora =
-            LoraFactors { out_features: n, in_features: k, rank: RANK, down: &down, up: &up, scale: 1.0 };
+        let lora = LoraFactors {
+            out_features: n,
+            in_features: k,
+            rank: RANK,
+            lora_b: &lora_b,
+            lora_a: &lora_a,
+            scale: 1.0,
+        };
         let prompt = PromptBias {
             out_features: n,
             in_features: k,
@@ -37,7 +43,7 @@ fn weights(c: &mut Criterion) {
         group.throughput(Throughput::Bytes(bytes));
         group.bench_function(id("low rank"), |b| b.iter(|| low_rank_weight(lora, &mut out)));
         group.bench_function(id("low rank backward"), |b| {
-            b.iter(|| low_rank_weight_backward(lora, &grad, LoraGrads { down: &mut dd, up: &mut du }));
+            b.iter(|| low_rank_weight_backward(lora, &grad, LoraGrads { lora_b: &mut dd, lora_a: &mut du }));
         });
         group.bench_function(id("prompt"), |b| b.iter(|| prompt.forward(&mut out_bias)));
         group.bench_function(id("prompt backward"), |b| {
@@ -51,7 +57,7 @@ fn weights(c: &mut Criterion) {
         group.bench_function(id("LoRA mul"), |b| b.iter(|| lora_mul_weight(lora, &weight, &mut out)));
         group.bench_function(id("LoRA mul backward"), |b| {
             b.iter(|| {
-                lora_mul_weight_backward(lora, &weight, &grad, LoraGrads { down: &mut dd, up: &mut du })
+                lora_mul_weight_backward(lora, &weight, &grad, LoraGrads { lora_b: &mut dd, lora_a: &mut du })
             });
         });
         group.throughput(Throughput::Bytes(3 * bytes));

@@ -1,10 +1,12 @@
 //! Finding nvcc and compiling the kernels with it; used by `build.rs` and tested by `tests/build_script.rs`.
 
+use super::kernels::Source;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
 
 /// What `PACE_CUDA_ARCHS` is if it is not set: Ampere and up, with Hopper's own instructions.
 pub const DEFAULT_ARCHS: &str = "80;90a";
@@ -12,6 +14,12 @@ pub const DEFAULT_ARCHS: &str = "80;90a";
 const PTX_FLOOR: &str = "80";
 /// The first release that knows `sm_90a`.
 const OLDEST: (u32, u32) = (12, 0);
+/// Folders of kernels, and the one architecture whose own instructions they need. `None`: they are portable. An image for
+/// `90a` runs on devices of compute capability 9.0 only, and there is no PTX that could be compiled for others.
+const FAMILIES: [(&str, Option<&str>); 3] = [("", None), ("sm80", None), ("sm90", Some("90a"))];
+/// What ptxas says when it serialises asynchronous instructions, which makes them several times slower: an error in
+/// families that are bound to one architecture.
+const SERIALISED: &str = "Potential Performance Loss";
 
 /// Environment variables that decide how the kernels are built.
 pub const VARIABLES: [&str; 6] =
@@ -86,6 +94,35 @@ pub fn check_archs(archs: &[String], known: &str) -> Result<(), String> {
     Ok(())
 }
 
+/// What a file is compiled for.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Targets {
+    /// Architectures with an image; without any the file is left out.
+    pub images: Vec<String>,
+    /// The architecture of the PTX for devices without an image.
+    pub ptx: Option<&'static str>,
+}
+
+/// What the files of a family are compiled for, given the architectures in `PACE_CUDA_ARCHS`.
+pub fn targets(family: &str, archs: &[String]) -> Result<Targets, String> {
+    let number = |arch: &str| arch.trim_end_matches(['a', 'f']).to_owned();
+    match FAMILIES.into_iter().find(|&(name, _)| name == family) {
+        Some((_, None)) => Ok(Targets { images: archs.to_vec(), ptx: Some(PTX_FLOOR) }),
+        Some((_, Some(only))) => {
+            let wanted = archs.iter().any(|arch| number(arch) == number(only));
+            Ok(Targets { images: wanted.then(|| only.to_owned()).into_iter().collect(), ptx: None })
+        }
+        None => Err(format!("kernels/{family} is not in the list of families in build/nvcc.rs")),
+    }
+}
+
+/// The only compute capability that the images of a family run on, if there is only one.
+pub fn only_capability(family: &str) -> Option<(u32, u32)> {
+    let (_, only) = FAMILIES.into_iter().find(|&(name, _)| name == family)?;
+    let number: u32 = only?.trim_end_matches(['a', 'f']).parse().ok()?;
+    Some((number / 10, number % 10))
+}
+
 /// The prerequisites in a Makefile rule as compilers write it.
 pub fn prerequisites(depfile: &str) -> Vec<PathBuf> {
     let joined = depfile.replace("\\\r\n", " ").replace("\\\n", " ");
@@ -98,6 +135,8 @@ pub fn prerequisites(depfile: &str) -> Vec<PathBuf> {
 /// A usable nvcc.
 pub struct Nvcc {
     path: PathBuf,
+    release: (u32, u32),
+    /// What it says about itself.
     version: String,
     archs: Vec<String>,
     host_compiler: Option<OsString>,
@@ -125,8 +164,8 @@ impl Nvcc {
             )
         })?;
         let version = run(Command::new(&path).arg("--version")).map_err(Unusable::Missing)?;
-        match release(&version) {
-            Some(found) if found >= OLDEST => {}
+        let release = match release(&version) {
+            Some(found) if found >= OLDEST => found,
             found => {
                 let found =
                     found.map_or("of an unknown release".into(), |(major, minor)| format!("{major}.{minor}"));
@@ -137,10 +176,10 @@ impl Nvcc {
                     OLDEST.1
                 )));
             }
-        }
+        };
         let known = run(Command::new(&path).arg("--list-gpu-arch")).map_err(Unusable::Missing)?;
         check_archs(&archs, &known).map_err(Unusable::Wrong)?;
-        Ok(Self { path, version, archs, host_compiler: variable("NVCC_CCBIN") })
+        Ok(Self { path, release, version, archs, host_compiler: variable("NVCC_CCBIN") })
     }
 
     /// Where it is.
@@ -148,47 +187,113 @@ impl Nvcc {
         &self.path
     }
 
-    /// Compiles `sources` to `folder/NAME.fatbin`, at most `jobs` at a time, and leaves alone what is up to date.
-    pub fn compile(&self, sources: &[PathBuf], folder: &Path, jobs: usize) -> Result<(), String> {
+    /// Compiles each source to `FLAT_NAME.fatbin` in `folder`, at most `jobs` at a time, and leaves alone what is up to date;
+    /// `progress` gets a line before and after each. Returns the sources that have an image; the families of the others are
+    /// for architectures that nobody asked for.
+    pub fn compile(
+        &self,
+        sources: &[Source],
+        folder: &Path,
+        jobs: usize,
+        progress: &(dyn Fn(&str) + Sync),
+    ) -> Result<Vec<Source>, String> {
+        let mut built = Vec::new();
+        let mut outdated = Vec::new();
+        for source in sources {
+            let targets = targets(source.family(), &self.archs)?;
+            if targets.images.is_empty() {
+                continue;
+            }
+            let compilation = self.compilation(source, &targets, folder);
+            if !compilation.is_up_to_date() {
+                outdated.push(compilation);
+            }
+            built.push(source.clone());
+        }
+        let (major, minor) = self.release;
+        let name = format!("nvcc {major}.{minor}");
         let next = AtomicUsize::new(0);
         let errors = Mutex::new(Vec::new());
         std::thread::scope(|scope| {
-            for _ in 0..jobs.clamp(1, sources.len().max(1)) {
+            for _ in 0..jobs.clamp(1, outdated.len().max(1)) {
                 scope.spawn(|| {
-                    while let Some(source) = sources.get(next.fetch_add(1, Ordering::Relaxed)) {
-                        if let Err(error) = self.compile_one(source, folder) {
-                            errors.lock().expect("no thread panics while it holds this").push(error);
+                    loop {
+                        let index = next.fetch_add(1, Ordering::Relaxed);
+                        let Some(compilation) = outdated.get(index) else { break };
+                        let (file, count) = (&compilation.file, outdated.len());
+                        progress(&format!("{name}: {file}.cu, {} of {count}", index + 1));
+                        let start = Instant::now();
+                        match compilation.run() {
+                            Ok(()) => progress(&format!("{file}.cu took {:.0?}", start.elapsed())),
+                            Err(error) => {
+                                errors.lock().expect("no thread panics while it holds this").push(error)
+                            }
                         }
                     }
                 });
             }
         });
         let errors = errors.into_inner().expect("no thread panicked");
-        if errors.is_empty() { Ok(()) } else { Err(errors.join("\n")) }
+        if errors.is_empty() { Ok(built) } else { Err(errors.join("\n")) }
     }
 
-    fn compile_one(&self, source: &Path, folder: &Path) -> Result<(), String> {
-        let output = |extension: &str| {
-            folder.join(Path::new(source.file_name().unwrap_or_default()).with_extension(extension))
-        };
-        let (fatbin, depfile, recipe) = (output("fatbin"), output("d"), output("recipe"));
-        let mut command = Command::new(&self.path);
-        command.args(["-fatbin", "-std=c++17", "-O3", "-MD", "-MF"]).arg(&depfile);
-        for arch in &self.archs {
-            command.args(["-gencode", &format!("arch=compute_{arch},code=sm_{arch}")]);
+    fn compilation(&self, source: &Source, targets: &Targets, folder: &Path) -> Compilation {
+        let output = |extension: &str| folder.join(format!("{}.{extension}", source.flat_name()));
+        let (fatbin, depfile) = (output("fatbin"), output("d"));
+        let mut command = vec![self.path.clone().into_os_string()];
+        command.extend(["-fatbin", "-std=c++17", "-O3", "-MD", "-MF"].map(OsString::from));
+        command.push(depfile.clone().into());
+        let gencode = |arch: &str, code: &str| format!("arch=compute_{arch},code={code}_{arch}");
+        let images = targets.images.iter().map(|arch| gencode(arch, "sm"));
+        for code in images.chain(targets.ptx.map(|arch| gencode(arch, "compute"))) {
+            command.extend(["-gencode".into(), code.into()]);
         }
-        command.args(["-gencode", &format!("arch=compute_{PTX_FLOOR},code=compute_{PTX_FLOOR}")]);
         if let Some(host_compiler) = &self.host_compiler {
-            command.arg("-ccbin").arg(host_compiler);
+            command.extend(["-ccbin".into(), host_compiler.clone()]);
         }
-        command.arg("-o").arg(&fatbin).arg(source);
-        let this_recipe = format!("{command:?}\n{}", self.version);
-        let unchanged = std::fs::read_to_string(&recipe).is_ok_and(|last| last == this_recipe);
-        if unchanged && is_newer(&fatbin, &depfile) {
-            return Ok(());
+        command.extend(["-o".into(), fatbin.clone().into(), source.path.clone().into()]);
+        Compilation {
+            file: source.file.clone(),
+            recipe: format!("{command:?}\n{}", self.version),
+            recipe_file: output("recipe"),
+            command,
+            fatbin,
+            depfile,
+            may_serialise: targets.ptx.is_some(),
         }
-        run(&mut command)?;
-        std::fs::write(&recipe, this_recipe).map_err(|error| format!("{}: {error}", recipe.display()))
+    }
+}
+
+/// One call of nvcc.
+struct Compilation {
+    file: String,
+    command: Vec<OsString>,
+    /// Changes whenever the outcome might although no file did.
+    recipe: String,
+    /// Where the recipe of the last success is.
+    recipe_file: PathBuf,
+    fatbin: PathBuf,
+    depfile: PathBuf,
+    may_serialise: bool,
+}
+
+impl Compilation {
+    fn is_up_to_date(&self) -> bool {
+        std::fs::read_to_string(&self.recipe_file).is_ok_and(|last| last == self.recipe)
+            && is_newer(&self.fatbin, &self.depfile)
+    }
+
+    fn run(&self) -> Result<(), String> {
+        // nvcc may leave a new file although this fails.
+        let _ = std::fs::remove_file(&self.recipe_file);
+        let mut command = Command::new(&self.command[0]);
+        command.args(&self.command[1..]);
+        let said = run_for_all_output(&mut command)?;
+        if !self.may_serialise && said.contains(SERIALISED) {
+            return Err(format!("{command:?} made slow code:\n{said}"));
+        }
+        std::fs::write(&self.recipe_file, &self.recipe)
+            .map_err(|error| format!("{}: {error}", self.recipe_file.display()))
     }
 }
 
@@ -200,15 +305,26 @@ pub fn is_newer(output: &Path, depfile: &Path) -> bool {
     prerequisites(&rule).iter().all(|path| modified(path).is_some_and(|changed| changed < made))
 }
 
-/// What the command printed; if it failed, an error that holds everything it printed.
+/// What the command printed to its standard output; if it failed, an error that holds everything it printed.
 fn run(command: &mut Command) -> Result<String, String> {
+    let output = output(command)?;
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// Everything the command printed.
+fn run_for_all_output(command: &mut Command) -> Result<String, String> {
+    output(command).map(|output| text_of(&output))
+}
+
+fn text_of(output: &Output) -> String {
+    [&output.stdout, &output.stderr].map(|text| String::from_utf8_lossy(text)).concat()
+}
+
+fn output(command: &mut Command) -> Result<Output, String> {
     let output = command.output().map_err(|error| format!("cannot run {command:?}: {error}"))?;
-    let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
-    match output.status.success() {
-        true => Ok(stdout),
-        false => {
-            let stderr = String::from_utf8_lossy(&output.stderr);
-            Err(format!("{command:?} failed ({}):\n{stdout}{stderr}", output.status))
-        }
+    if output.status.success() {
+        Ok(output)
+    } else {
+        Err(format!("{command:?} failed ({}):\n{}", output.status, text_of(&output)))
     }
 }

@@ -15,7 +15,7 @@
 #include <stdint.h>
 
 // Grows with every change that an old caller could notice.
-#define PACE_ABI_VERSION 1
+#define PACE_ABI_VERSION 2
 
 // Binary32: CPU and CUDA.
 #define PACE_F32 0
@@ -137,8 +137,8 @@ typedef struct PaceNoisyLinear {
   struct PaceTensor delta_weight;
   // `Δb [N]`; absent for zero.
   struct PaceTensor delta_bias;
-  // `[M, K]`, or `[B·T, K]` if the input is shared. The backward pass reads it for `grad_delta_weight` only; otherwise it may
-  // hold anything.
+  // `[M, K]`, or `[B·T, K]` if the input is shared. The backward pass needs it for `grad_delta_weight` only, and without that it
+  // may be absent.
   struct PaceTensor x;
   // Output of the forward pass, `[M, N]`.
   struct PaceTensor y;
@@ -150,11 +150,11 @@ typedef struct PaceNoisyLinear {
   struct PaceTensor grad_delta_weight;
   // Output of the backward pass, `[N]`.
   struct PaceTensor grad_delta_bias;
-  // Backward: at least `pace_noisy_linear_workspace` bytes.
+  // At least `pace_noisy_linear_workspace` bytes; contents are ignored.
   struct PaceTensor workspace;
 } PaceNoisyLinear;
 
-// Arguments of `pace_low_rank_linear_*`: `y = x·W0ᵀ + b0 + z ⊙ (scale·(x·Uᵀ)·Dᵀ + δb)`, LoRA add under noise.
+// Arguments of `pace_low_rank_linear_*`: `y = x·W0ᵀ + b0 + z ⊙ (scale·(x·Aᵀ)·Bᵀ + δb)`, LoRA add under noise.
 typedef struct PaceLowRankLinear {
   // `sizeof(PaceLowRankLinear)`.
   uint64_t size;
@@ -168,21 +168,21 @@ typedef struct PaceLowRankLinear {
   struct PaceNoise noise;
   // Rank `r`.
   uint64_t rank;
-  // Factor on `D·U` (the α/r of common LoRA code); 1 in the paper. Not 0.
+  // Factor on `B·A` (the α/r of common LoRA code); 1 in the paper. Not 0.
   double scale;
   // `W0 [N, K]`; absent for a zero base term.
   struct PaceTensor base_weight;
   // `b0 [N]`, or absent.
   struct PaceTensor base_bias;
-  // `D [N, r]`.
-  struct PaceTensor down;
-  // `U [r, K]`.
-  struct PaceTensor up;
+  // `A [r, K]`.
+  struct PaceTensor lora_a;
+  // `B [N, r]`.
+  struct PaceTensor lora_b;
   // `δb [N]`, or absent.
   struct PaceTensor delta_bias;
   // `[M, K]`, or `[B·T, K]` if the input is shared.
   struct PaceTensor x;
-  // CUDA: `scale·x·Uᵀ`, a row of `r` elements for each of `x`. The forward pass writes it, the backward pass reads it. The
+  // CUDA: `scale·x·Aᵀ`, a row of `r` elements for each of `x`. The forward pass writes it, the backward pass reads it. The
   // CPU does not use it.
   struct PaceTensor s;
   // Output of the forward pass, `[M, N]`.
@@ -191,13 +191,13 @@ typedef struct PaceLowRankLinear {
   struct PaceTensor dy;
   // Output of the backward pass, of the shape of `x`; absent if not wanted, as the next three.
   struct PaceTensor grad_input;
-  // Output of the backward pass, `[N, r]`.
-  struct PaceTensor grad_down;
   // Output of the backward pass, `[r, K]`.
-  struct PaceTensor grad_up;
+  struct PaceTensor grad_lora_a;
+  // Output of the backward pass, `[N, r]`.
+  struct PaceTensor grad_lora_b;
   // Output of the backward pass, `[N]`.
   struct PaceTensor grad_delta_bias;
-  // Backward: at least `pace_low_rank_linear_workspace` bytes.
+  // At least `pace_low_rank_linear_workspace` bytes; contents are ignored.
   struct PaceTensor workspace;
 } PaceLowRankLinear;
 
@@ -222,6 +222,62 @@ typedef struct PaceNoisyEpilogue {
   // Output of the backward pass: `z ⊙ dy`, the gradient to `a`. That to the base output is `dy` itself.
   struct PaceTensor da;
 } PaceNoisyEpilogue;
+
+// Arguments of `pace_lora_mul_linear_*`, a layer with the paper's main adapter: `y = x·W0ᵀ + b0 + z ⊙ (x·ΔWᵀ + Δb)` with
+// `ΔW = W0 ⊙ (scale·B·A)` and `Δb = W0·(Pd·Pu) + b0⊙δb` (paper equation 8). Both are built for each pass.
+typedef struct PaceLoraMulLinear {
+  // `sizeof(PaceLoraMulLinear)`.
+  uint64_t size;
+  // Type of all tensors but `z` and the workspace.
+  uint32_t dtype;
+  // `PACE_ALLOW_TF32`.
+  uint32_t flags;
+  // Sizes.
+  struct PaceShape shape;
+  // Source of `z`.
+  struct PaceNoise noise;
+  // Rank `r`, if there is a `lora_a`.
+  uint64_t rank;
+  // Rank `p`, if there is a `prompt_down`.
+  uint64_t prompt_rank;
+  // Factor on `B·A`, if there is a `lora_a`; 1 in the paper. Not 0.
+  double scale;
+  // `W0 [N, K]`.
+  struct PaceTensor base_weight;
+  // `b0 [N]`, or absent.
+  struct PaceTensor base_bias;
+  // `A [r, K]`; absent, with `lora_b`, for no ΔW (VPT add).
+  struct PaceTensor lora_a;
+  // `B [N, r]`.
+  struct PaceTensor lora_b;
+  // `Pd [K, p]`; absent, with `prompt_up`, for `Δb = δb`.
+  struct PaceTensor prompt_down;
+  // `Pu [p]`.
+  struct PaceTensor prompt_up;
+  // `δb [N]`, or absent.
+  struct PaceTensor delta_bias;
+  // `[M, K]`, or `[B·T, K]` if the input is shared. The backward pass needs it for the gradients to `lora_a` and `lora_b` only,
+  // and without them it may be absent.
+  struct PaceTensor x;
+  // Output of the forward pass, `[M, N]`.
+  struct PaceTensor y;
+  // Backward: `∂L/∂y [M, N]`.
+  struct PaceTensor dy;
+  // Output of the backward pass, of the shape of `x`; absent if not wanted, as the next five.
+  struct PaceTensor grad_input;
+  // Output of the backward pass, `[r, K]`.
+  struct PaceTensor grad_lora_a;
+  // Output of the backward pass, `[N, r]`.
+  struct PaceTensor grad_lora_b;
+  // Output of the backward pass, `[K, p]`.
+  struct PaceTensor grad_prompt_down;
+  // Output of the backward pass, `[p]`.
+  struct PaceTensor grad_prompt_up;
+  // Output of the backward pass, `[N]`.
+  struct PaceTensor grad_delta_bias;
+  // At least `pace_lora_mul_linear_workspace` bytes; contents are ignored.
+  struct PaceTensor workspace;
+} PaceLoraMulLinear;
 
 // Arguments of `pace_loss`: `total = cls + lambda·pace` (paper equation 11).
 typedef struct PaceLoss {
@@ -349,7 +405,7 @@ typedef struct PaceFpDistance {
   struct PaceTensor workspace;
 } PaceFpDistance;
 
-// Arguments of `pace_low_rank_weight_*`: `ΔW = scale·D·U`, or `W0 ⊙ (scale·D·U)` (LoRA mul) if there is a `base_weight`.
+// Arguments of `pace_low_rank_weight_*`: `ΔW = scale·B·A`, or `W0 ⊙ (scale·B·A)` (LoRA mul) if there is a `base_weight`.
 typedef struct PaceLowRankWeight {
   // `sizeof(PaceLowRankWeight)`.
   uint64_t size;
@@ -363,22 +419,22 @@ typedef struct PaceLowRankWeight {
   uint64_t in_features;
   // Rank `r`.
   uint64_t rank;
-  // Factor on `D·U`; 1 in the paper. Not 0.
+  // Factor on `B·A`; 1 in the paper. Not 0.
   double scale;
-  // `D [N, r]`.
-  struct PaceTensor down;
-  // `U [r, K]`.
-  struct PaceTensor up;
+  // `A [r, K]`.
+  struct PaceTensor lora_a;
+  // `B [N, r]`.
+  struct PaceTensor lora_b;
   // `W0 [N, K]` for LoRA mul, or absent.
   struct PaceTensor base_weight;
   // Output of the forward pass: `ΔW [N, K]`.
   struct PaceTensor out;
   // Backward: `∂L/∂ΔW [N, K]`.
   struct PaceTensor dout;
-  // Output of the backward pass, `[N, r]`.
-  struct PaceTensor grad_down;
   // Output of the backward pass, `[r, K]`.
-  struct PaceTensor grad_up;
+  struct PaceTensor grad_lora_a;
+  // Output of the backward pass, `[N, r]`.
+  struct PaceTensor grad_lora_b;
   // Backward: at least `pace_low_rank_weight_workspace` bytes.
   struct PaceTensor workspace;
 } PaceLowRankWeight;
@@ -474,7 +530,7 @@ typedef struct PaceMerge {
 // The library was built without nvcc.
 #define PACE_ERROR_KERNELS_NOT_BUILT 19
 
-// A call of the CUDA driver failed.
+// A call of the CUDA driver or of cuBLASLt failed.
 #define PACE_ERROR_DRIVER 20
 
 // A fault of the library.
@@ -548,7 +604,7 @@ PaceStatus pace_noisy_linear_backward(const struct PaceDevice *device,
                                       void *stream,
                                       const struct PaceNoisyLinear *args);
 
-// The bytes of workspace that the backward pass needs; the tensors of `args` do not matter.
+// The bytes of workspace that suffice for either pass; the tensors of `args` are ignored.
 //
 // # Safety
 // `args` is NULL or points to as many bytes as its `size` says, `bytes` is NULL or a place for a number.
@@ -565,7 +621,7 @@ PaceStatus pace_low_rank_linear_forward(const struct PaceDevice *device,
                                         const struct PaceLowRankLinear *args);
 
 // Computes gradients from `x`, `dy` and on CUDA `s`, with the noise of the forward pass made again. With `g = dy`, `e = z⊙g`,
-// `ds = scale·e·D`: `dx = g·W0 + ds·U`, `dD = eᵀ·s`, `dU = dsᵀ·x`, `dδb = Σ_rows e`; with a shared input, sums over the
+// `ds = scale·e·B`: `dx = g·W0 + ds·A`, `dB = eᵀ·s`, `dA = dsᵀ·x`, `dδb = Σ_rows e`; with a shared input, sums over the
 // branches.
 //
 // # Safety
@@ -574,7 +630,7 @@ PaceStatus pace_low_rank_linear_backward(const struct PaceDevice *device,
                                          void *stream,
                                          const struct PaceLowRankLinear *args);
 
-// The bytes of workspace that the backward pass needs; the tensors of `args` do not matter.
+// The bytes of workspace that suffice for either pass; the tensors of `args` are ignored.
 //
 // # Safety
 // As `pace_noisy_linear_workspace`.
@@ -597,6 +653,31 @@ PaceStatus pace_noisy_epilogue_forward(const struct PaceDevice *device,
 PaceStatus pace_noisy_epilogue_backward(const struct PaceDevice *device,
                                         void *stream,
                                         const struct PaceNoisyEpilogue *args);
+
+// Computes `y` from `x`.
+//
+// # Safety
+// As `pace_noisy_linear_forward`.
+PaceStatus pace_lora_mul_linear_forward(const struct PaceDevice *device,
+                                        void *stream,
+                                        const struct PaceLoraMulLinear *args);
+
+// Computes gradients from `x` and `dy`, with the noise of the forward pass made again: those of `pace_noisy_linear_backward`,
+// `pace_low_rank_weight_backward` and `pace_prompt_bias_backward`.
+//
+// # Safety
+// As `pace_noisy_linear_forward`.
+PaceStatus pace_lora_mul_linear_backward(const struct PaceDevice *device,
+                                         void *stream,
+                                         const struct PaceLoraMulLinear *args);
+
+// The bytes of workspace that suffice for either pass. Of the tensors of `args` only whether there are factors counts.
+//
+// # Safety
+// As `pace_noisy_linear_workspace`.
+PaceStatus pace_lora_mul_linear_workspace(const struct PaceDevice *device,
+                                          const struct PaceLoraMulLinear *args,
+                                          uint64_t *bytes);
 
 // Computes the loss and, if wanted, its gradient to the logits, in one pass. On an error on the CPU nothing is written, the
 // history included; on CUDA wrong labels count as ignored, samples with wrong indices have no consistency term, and `status`
@@ -693,7 +774,7 @@ PaceStatus pace_low_rank_weight_forward(const struct PaceDevice *device,
                                         void *stream,
                                         const struct PaceLowRankWeight *args);
 
-// Computes the factors' gradients from `dout`: with `Q = scale·dout` (`⊙ W0` for LoRA mul), `dD = Q·Uᵀ`, `dU = Dᵀ·Q`.
+// Computes the factors' gradients from `dout`: with `Q = scale·dout` (`⊙ W0` for LoRA mul), `dB = Q·Aᵀ`, `dA = Bᵀ·Q`.
 //
 // # Safety
 // As `pace_noisy_linear_forward`.

@@ -15,38 +15,10 @@
 // generated).
 
 #include "noise_source.cuh"
+#include "params.h"
 #include "reduce.cuh"
 
 namespace pace {
-
-struct DropPathParams {
-    const float *given;            // mask of the caller; null if generated
-    const noise::Key *key_address; // the key, read when the kernel runs; null: `key` is the key
-    noise::Key key;
-    u64 first_sample; // number of the batch's sample 0 in the global batch
-    u64 threshold;    // of noise::drop_path_keep
-    const void *input;
-    void *output;
-    u32 features;
-    u32 batch;
-    u32 rows;    // branches * batch
-    u32 columns; // threads that share a row, a power of two
-    u32 aligned; // rows of both tensors start at multiples of 16 bytes and hold whole vectors
-    u32 reserved;
-};
-
-PACE_PARAMS(DropPathParams, 80);
-PACE_PARAM(DropPathParams, key_address, 8);
-PACE_PARAM(DropPathParams, key, 16);
-PACE_PARAM(DropPathParams, first_sample, 24);
-PACE_PARAM(DropPathParams, threshold, 32);
-PACE_PARAM(DropPathParams, input, 40);
-PACE_PARAM(DropPathParams, output, 48);
-PACE_PARAM(DropPathParams, features, 56);
-PACE_PARAM(DropPathParams, batch, 60);
-PACE_PARAM(DropPathParams, rows, 64);
-PACE_PARAM(DropPathParams, columns, 68);
-PACE_PARAM(DropPathParams, aligned, 72);
 
 __device__ __forceinline__ float mask_of(const DropPathParams &p, noise::Key key, u32 sample) {
     if (p.given != nullptr) {
@@ -98,8 +70,6 @@ template <class T> __device__ __forceinline__ void drop_path(const DropPathParam
     }
 }
 
-} // namespace pace
+PACE_KERNELS(drop_path, DropPathParams, (256), drop_path<T>(p))
 
-PACE_KERNEL(drop_path_f32, pace::DropPathParams, 256) { pace::drop_path<float>(p); }
-PACE_KERNEL(drop_path_f16, pace::DropPathParams, 256) { pace::drop_path<pace::f16>(p); }
-PACE_KERNEL(drop_path_bf16, pace::DropPathParams, 256) { pace::drop_path<pace::bf16>(p); }
+} // namespace pace

@@ -31,61 +31,14 @@
 // Determinism: run-to-run bitwise, for tensors of the same alignment; the grid does not depend on the device, so
 // gpu-to-gpu as far as the compiled exp and log are the same.
 
+#include "params.h"
 #include "reduce.cuh"
 
 namespace pace {
 
-struct LossParams {
-    const void *logits;
-    const i64 *labels;
-    float *history; // null: none
-    const i64 *index;
-    void *gradient; // null: not wanted
-    float *values;
-    u64 *status;
-    u32 *workspace;
-    u64 history_rows;
-    i64 ignore_label;
-    u32 has_ignore_label;
-    u32 two_branches;
-    u32 batch;     // B, below 2^24: counts and positions are exact in f32
-    u32 classes;   // C
-    u32 slice;     // elements of a slice; the last may have fewer
-    u32 slices;    // slices of a row
-    u32 group;     // threads of a group
-    u32 aligned;   // rows and slices of every tensor start at multiples of 16 bytes and hold whole vectors
-    float lambda;
-    float smoothing; // s
-    float spread;    // s / C
-    float pull;      // 2 lambda / B
-};
-
-PACE_PARAMS(LossParams, 128);
-PACE_PARAM(LossParams, labels, 8);
-PACE_PARAM(LossParams, history, 16);
-PACE_PARAM(LossParams, index, 24);
-PACE_PARAM(LossParams, gradient, 32);
-PACE_PARAM(LossParams, values, 40);
-PACE_PARAM(LossParams, status, 48);
-PACE_PARAM(LossParams, workspace, 56);
-PACE_PARAM(LossParams, history_rows, 64);
-PACE_PARAM(LossParams, ignore_label, 72);
-PACE_PARAM(LossParams, has_ignore_label, 80);
-PACE_PARAM(LossParams, two_branches, 84);
-PACE_PARAM(LossParams, batch, 88);
-PACE_PARAM(LossParams, classes, 92);
-PACE_PARAM(LossParams, slice, 96);
-PACE_PARAM(LossParams, slices, 100);
-PACE_PARAM(LossParams, group, 104);
-PACE_PARAM(LossParams, aligned, 108);
-PACE_PARAM(LossParams, lambda, 112);
-PACE_PARAM(LossParams, smoothing, 116);
-PACE_PARAM(LossParams, spread, 120);
-PACE_PARAM(LossParams, pull, 124);
-
 namespace loss {
 
-constexpr u32 ELEMENTS = 8; // of a row in a thread's registers
+constexpr u32 ELEMENTS = LOSS_ELEMENTS; // of a row in a thread's registers
 constexpr u32 NONE = 0xffffffffu;
 constexpr float INF = __builtin_huge_valf();
 // Where maxima start. Not at -inf: exp(-inf - -inf) would make NaN of a slice of -inf only, whose row may have more.
@@ -187,7 +140,7 @@ __device__ __forceinline__ float *summary_of(const LossParams &p, u32 sample, u3
 // Shared memory, in words per warp of the block. A part is written again only behind a barrier that follows its last use.
 constexpr u32 REPEATED = 0, PEAKS = 1, SUMS = 2, LABELLED = 5;
 constexpr u32 TOTALS = 0, POSITIONS = 6; // in finish()
-constexpr u32 FLAG = 9;                  // one word
+constexpr u32 FLAG = LOSS_SHARED_WORDS;  // one word
 
 __device__ __forceinline__ float *shared(u32 part) {
     PACE_SHARED(float, words);
@@ -306,6 +259,76 @@ __device__ __forceinline__ void finish(const LossParams &p) {
     }
 }
 
+// What a sample is compared with.
+struct Partner {
+    bool exists;   // if not, the sample has no consistency term
+    bool repeated; // an earlier sample has the same index
+};
+
+// Reads m of this slice: branch 1, or the remembered logits, which `logit` then overwrites.
+template <class T, Form FORM, bool ALIGNED>
+__device__ __forceinline__ Partner read_partner(const LossParams &p, const Slice<T, ALIGNED> &slice, const T *branch_1,
+                                                u32 sample, u32 thread, u32 start, const float (&logit)[ELEMENTS],
+                                                float (&partner)[ELEMENTS]) {
+    Partner found = {p.two_branches != 0u, false};
+    if (found.exists) {
+        slice.read(branch_1, partner);
+    } else if (p.history != nullptr) {
+        const i64 index = sample < p.batch ? load(p.index + sample) : -1;
+        const bool is_row = is_below(index, p.history_rows);
+        found.repeated = is_repeated(p, sample, index, thread) && is_row;
+        found.exists = is_row && !found.repeated;
+        if (found.exists) {
+            float *const remembered = p.history + static_cast<u64>(index) * p.classes + start;
+            slice.read(remembered, partner);
+            if (FORM != SCAN) {
+                slice.write(remembered, logit);
+            }
+        }
+    }
+    return found;
+}
+
+__device__ __forceinline__ void store_summary(const LossParams &p, const Summary &all, u32 sample) {
+    float *const part = summary_of(p, sample, blockIdx.x);
+    store(part, all.max);
+    store(part + 1, all.others);
+    store(part + 2, all.below);
+    store(part + 3, all.distance);
+}
+
+// The sample's record: its cross-entropy, zero without a label, its distance, and whether its index is repeated. `sum`: S.
+__device__ __forceinline__ void store_record(const LossParams &p, const Summary &all, u32 sample, bool has_label,
+                                             float label_logit, float sum, bool repeated) {
+    float cross_entropy = 0.0f;
+    if (has_label) {
+        const float log_sum = label_logit == all.max ? log1pf(all.others) : logf(sum);
+        cross_entropy = log_sum + (1.0f - p.smoothing) * (all.max - label_logit);
+        if (p.spread != 0.0f) {
+            cross_entropy += p.spread * all.below;
+        }
+    }
+    float *const record = record_of(p, sample);
+    store(record, cross_entropy);
+    store(record + 1, all.distance);
+    store(record + 2, repeated ? 1.0f : 0.0f);
+}
+
+// Gradients to both branches in place of exp(l - M) and the differences. `weight`: of the cross-entropy.
+template <class T, bool ALIGNED>
+__device__ __forceinline__ void gradients(const LossParams &p, const Slice<T, ALIGNED> &slice, const Summary &all,
+                                          bool has_label, u32 label_at, float sum, float weight,
+                                          float (&logit)[ELEMENTS], float (&difference)[ELEMENTS]) {
+    const float inverse = 1.0f / sum;
+#pragma unroll
+    for (u32 k = 0; k < ELEMENTS; ++k) {
+        const float probability = slice.at(k) == label_at ? p.smoothing - all.others * inverse : logit[k] * inverse;
+        const float pull = p.pull * difference[k];
+        logit[k] = pull + (has_label ? (probability - p.spread) * weight : 0.0f);
+        difference[k] = -pull;
+    }
+}
+
 template <class T, Form FORM, bool ALIGNED> __device__ __forceinline__ void evaluate(const LossParams &p) {
     const u32 thread = threadIdx.x % p.group, groups = blockDim.x / p.group;
     const u32 start = blockIdx.x * p.slice;
@@ -320,37 +343,25 @@ template <class T, Form FORM, bool ALIGNED> __device__ __forceinline__ void eval
         const bool exists = sample < p.batch;
         const u64 row = static_cast<u64>(sample) * p.classes;
         const Slice<T, ALIGNED> slice(thread, exists ? min(p.slice, p.classes - start) : 0u);
+
+        // Loads: logits, label and partner. Labels are counted here, with all loads of the first samples under way.
         const i64 label = exists ? load(p.labels + sample) : -1;
         float logit[ELEMENTS], difference[ELEMENTS];
         slice.read(logits + row + start, logit);
-
-        bool has_partner = p.two_branches != 0u, repeated = false;
-        if (has_partner) {
-            slice.read(logits + branch + row + start, difference);
-        } else if (p.history != nullptr) {
-            const i64 index = exists ? load(p.index + sample) : -1;
-            const bool is_row = is_below(index, p.history_rows);
-            repeated = is_repeated(p, sample, index, thread) && is_row;
-            has_partner = is_row && !repeated;
-            if (has_partner) {
-                float *const remembered = p.history + static_cast<u64>(index) * p.classes + start;
-                slice.read(remembered, difference);
-                if (FORM != SCAN) {
-                    slice.write(remembered, logit);
-                }
-            }
-        }
+        const Partner partner =
+            read_partner<T, FORM>(p, slice, logits + branch + row + start, sample, thread, start, logit, difference);
         const bool has_label = is_labelled(p, label);
         const float label_logit = has_label ? to_float(load(logits + row + label)) : 0.0f;
         const u32 label_at = has_label ? static_cast<u32>(label) - start - slice.first : NONE;
-        // Counted here, with all loads of the first samples under way.
         if (FORM != SCAN && gradient != nullptr && base == first) {
             const float count = labelled(p);
             weight = count > 0.0f ? 1.0f / count : 0.0f;
         }
+
+        // The summary of the slice, or of the row; logits become exp(l - M).
 #pragma unroll
         for (u32 k = 0; k < ELEMENTS; ++k) {
-            difference[k] = has_partner && slice.has(k) ? logit[k] - difference[k] : 0.0f;
+            difference[k] = partner.exists && slice.has(k) ? logit[k] - difference[k] : 0.0f;
         }
         Summary all;
         if (FORM == APPLY) {
@@ -364,39 +375,18 @@ template <class T, Form FORM, bool ALIGNED> __device__ __forceinline__ void eval
         }
         if (FORM == SCAN) {
             if (thread == 0 && exists) {
-                float *const part = summary_of(p, sample, blockIdx.x);
-                store(part, all.max);
-                store(part + 1, all.others);
-                store(part + 2, all.below);
-                store(part + 3, all.distance);
+                store_summary(p, all, sample);
             }
             continue;
         }
+
+        // The sample's record and gradients.
         const float sum = all.others + (has_label ? expf(label_logit - all.max) : 0.0f);
         if (blockIdx.x == 0 && thread == 0 && exists) {
-            float cross_entropy = 0.0f;
-            if (has_label) {
-                const float log_sum = label_logit == all.max ? log1pf(all.others) : logf(sum);
-                cross_entropy = log_sum + (1.0f - p.smoothing) * (all.max - label_logit);
-                if (p.spread != 0.0f) {
-                    cross_entropy += p.spread * all.below;
-                }
-            }
-            float *const record = record_of(p, sample);
-            store(record, cross_entropy);
-            store(record + 1, all.distance);
-            store(record + 2, repeated ? 1.0f : 0.0f);
+            store_record(p, all, sample, has_label, label_logit, sum, partner.repeated);
         }
         if (gradient != nullptr) {
-            const float inverse = 1.0f / sum;
-#pragma unroll
-            for (u32 k = 0; k < ELEMENTS; ++k) {
-                const float probability =
-                    slice.at(k) == label_at ? p.smoothing - all.others * inverse : logit[k] * inverse;
-                const float pull = p.pull * difference[k];
-                logit[k] = pull + (has_label ? (probability - p.spread) * weight : 0.0f);
-                difference[k] = -pull;
-            }
+            gradients(p, slice, all, has_label, label_at, sum, weight, logit, difference);
             slice.write(gradient + row + start, logit);
             if (p.two_branches != 0u) {
                 slice.write(gradient + branch + row + start, difference);
@@ -416,15 +406,10 @@ template <class T, Form FORM> __device__ __forceinline__ void evaluate(const Los
     }
 }
 
-} // namespace loss
-} // namespace pace
+PACE_KERNELS(loss, LossParams, (512), evaluate<T, WHOLE>(p))
+PACE_KERNELS(loss_scan, LossParams, (512), evaluate<T, SCAN>(p))
+PACE_KERNELS(loss_apply, LossParams, (512), evaluate<T, APPLY>(p))
 
-PACE_KERNEL(loss_f32, pace::LossParams, 512) { pace::loss::evaluate<float, pace::loss::WHOLE>(p); }
-PACE_KERNEL(loss_f16, pace::LossParams, 512) { pace::loss::evaluate<pace::f16, pace::loss::WHOLE>(p); }
-PACE_KERNEL(loss_bf16, pace::LossParams, 512) { pace::loss::evaluate<pace::bf16, pace::loss::WHOLE>(p); }
-PACE_KERNEL(loss_scan_f32, pace::LossParams, 512) { pace::loss::evaluate<float, pace::loss::SCAN>(p); }
-PACE_KERNEL(loss_scan_f16, pace::LossParams, 512) { pace::loss::evaluate<pace::f16, pace::loss::SCAN>(p); }
-PACE_KERNEL(loss_scan_bf16, pace::LossParams, 512) { pace::loss::evaluate<pace::bf16, pace::loss::SCAN>(p); }
-PACE_KERNEL(loss_apply_f32, pace::LossParams, 512) { pace::loss::evaluate<float, pace::loss::APPLY>(p); }
-PACE_KERNEL(loss_apply_f16, pace::LossParams, 512) { pace::loss::evaluate<pace::f16, pace::loss::APPLY>(p); }
-PACE_KERNEL(loss_apply_bf16, pace::LossParams, 512) { pace::loss::evaluate<pace::bf16, pace::loss::APPLY>(p); }
+} // namespace loss
+
+} // namespace pace

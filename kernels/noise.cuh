@@ -233,9 +233,9 @@ PACE_NOISE_FN Words philox4x32_10(Words counter, Key key) {
 
 // The key of a layer at one training step of the run seeded with `seed`.
 PACE_NOISE_FN Key derive_key(u64 seed, u64 step, u32 layer) {
-    const Words words = philox4x32_10(
-        {{static_cast<u32>(step), static_cast<u32>(step >> 32), layer, 0x50414345u}}, // "PACE"
-        {{static_cast<u32>(seed), static_cast<u32>(seed >> 32)}});
+    const Words words =
+        philox4x32_10({{static_cast<u32>(step), static_cast<u32>(step >> 32), layer, 0x50414345u}}, // "PACE"
+                      {{static_cast<u32>(seed), static_cast<u32>(seed >> 32)}});
     return {{words.word[0], words.word[1]}};
 }
 
@@ -267,8 +267,8 @@ PACE_NOISE_FN Four noise(Key key, float sigma, u32 branch, u64 sample, u32 token
 
 // Whether the DropPath branch of a sample survives; threshold = round((1 - drop probability) * 2^32), up to 2^32.
 PACE_NOISE_FN bool drop_path_keep(Key key, u64 sample, u64 threshold) {
-    const Words words = philox4x32_10(
-        {{0u, 0xFFFFFFFEu, static_cast<u32>(sample), static_cast<u32>(sample >> 32)}}, key);
+    const Words words =
+        philox4x32_10({{0u, 0xFFFFFFFEu, static_cast<u32>(sample), static_cast<u32>(sample >> 32)}}, key);
     return words.word[0] < threshold;
 }
 

@@ -10,29 +10,11 @@
 // Determinism: gpu-to-gpu and cpu-to-gpu bitwise; nothing depends on grid or block.
 
 #include "noise_source.cuh"
+#include "params.h"
 
 namespace pace {
 
-struct NoiseFillParams {
-    NoiseSource noise;
-    float *z;
-    u32 rows;
-    u32 tokens; // rows per sample: T for BTC noise, 1 for BC
-    u32 channels;
-    u32 aligned; // rows start at multiples of 16 bytes and hold whole vectors
-};
-
-PACE_PARAMS(NoiseFillParams, 72);
-PACE_PARAM(NoiseFillParams, z, 48);
-PACE_PARAM(NoiseFillParams, rows, 56);
-PACE_PARAM(NoiseFillParams, tokens, 60);
-PACE_PARAM(NoiseFillParams, channels, 64);
-PACE_PARAM(NoiseFillParams, aligned, 68);
-
-} // namespace pace
-
-PACE_KERNEL(noise_fill, pace::NoiseFillParams, 256) {
-    using namespace pace;
+PACE_KERNEL(noise_fill, NoiseFillParams, 256) {
     const u32 group = blockIdx.x * blockDim.x + threadIdx.x;
     if (group >= (p.channels - 1) / 4 + 1) {
         return;
@@ -46,3 +28,5 @@ PACE_KERNEL(noise_fill, pace::NoiseFillParams, 256) {
         store_some(p.z + static_cast<u64>(row) * p.channels + channel, vector, p.channels - channel, p.aligned != 0u);
     }
 }
+
+} // namespace pace

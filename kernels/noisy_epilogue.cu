@@ -1,4 +1,4 @@
-// The noisy epilogue after a product of the caller's own, forward and backward.
+// The noisy epilogue after a GEMM of the caller's own, forward and backward.
 //
 //   forward   y += z * a        in place
 //   backward  da = z * dy
@@ -16,30 +16,9 @@
 // Determinism: gpu-to-gpu bitwise; nothing depends on grid or block.
 
 #include "noise_source.cuh"
+#include "params.h"
 
 namespace pace {
-
-struct NoisyEpilogueParams {
-    NoiseSource noise;
-    const void *input; // a, dy
-    void *output;      // y, da
-    u32 samples;       // R
-    u32 tokens;        // T
-    u32 channels;      // N
-    u32 chunk;         // tokens per unit
-    u32 chunks;        // units per sample
-    u32 aligned;       // rows of every tensor start at multiples of 16 bytes and hold whole vectors
-};
-
-PACE_PARAMS(NoisyEpilogueParams, 88);
-PACE_PARAM(NoisyEpilogueParams, input, 48);
-PACE_PARAM(NoisyEpilogueParams, output, 56);
-PACE_PARAM(NoisyEpilogueParams, samples, 64);
-PACE_PARAM(NoisyEpilogueParams, tokens, 68);
-PACE_PARAM(NoisyEpilogueParams, channels, 72);
-PACE_PARAM(NoisyEpilogueParams, chunk, 76);
-PACE_PARAM(NoisyEpilogueParams, chunks, 80);
-PACE_PARAM(NoisyEpilogueParams, aligned, 84);
 
 // z of the W channels from `channel` on, of which `count` exist.
 template <unsigned W>
@@ -72,7 +51,8 @@ __device__ __forceinline__ void apply(const NoisyEpilogueParams &p) {
     const T *input = static_cast<const T *>(p.input) + channel;
     T *output = static_cast<T *>(p.output) + channel;
 
-    for (u32 unit = blockIdx.y * blockDim.z + threadIdx.z; unit < p.samples * p.chunks; unit += gridDim.y * blockDim.z) {
+    for (u32 unit = blockIdx.y * blockDim.z + threadIdx.z; unit < p.samples * p.chunks;
+         unit += gridDim.y * blockDim.z) {
         const u32 sample = unit / p.chunks;
         const u32 first = (unit - sample * p.chunks) * p.chunk;
         const u32 end = min(p.tokens, first + p.chunk);
@@ -103,9 +83,9 @@ __device__ __forceinline__ void apply(const NoisyEpilogueParams &p) {
 #pragma unroll
                     for (unsigned j = 0; j < W; ++j) {
                         const float value = to_float(in[i].value[j]);
-                        out[i].value[j] = from_float<T>(
-                            BACKWARD ? noise::detail::mul_rn(z[j], value)
-                                     : noise::detail::fma_rn(z[j], value, to_float(out[i].value[j])));
+                        out[i].value[j] =
+                            from_float<T>(BACKWARD ? noise::detail::mul_rn(z[j], value)
+                                                   : noise::detail::fma_rn(z[j], value, to_float(out[i].value[j])));
                     }
                     const u64 at = (static_cast<u64>(sample) * p.tokens + token) * p.channels;
                     store_some(output + at, out[i], count, aligned);
@@ -127,11 +107,9 @@ template <class T, bool BACKWARD> __device__ __forceinline__ void apply(const No
     }
 }
 
-} // namespace pace
+PACE_KERNELS_F32(noisy_epilogue, NoisyEpilogueParams, (256), apply<T, false>(p))
+PACE_KERNELS_16(noisy_epilogue, NoisyEpilogueParams, (256, BLOCKS_16_BIT), apply<T, false>(p))
+PACE_KERNELS_F32(noisy_epilogue_backward, NoisyEpilogueParams, (256), apply<T, true>(p))
+PACE_KERNELS_16(noisy_epilogue_backward, NoisyEpilogueParams, (256, BLOCKS_16_BIT), apply<T, true>(p))
 
-PACE_KERNEL(noisy_epilogue_f32, pace::NoisyEpilogueParams, 256) { pace::apply<float, false>(p); }
-PACE_KERNEL(noisy_epilogue_f16, pace::NoisyEpilogueParams, 256, pace::BLOCKS_16_BIT) { pace::apply<pace::f16, false>(p); }
-PACE_KERNEL(noisy_epilogue_bf16, pace::NoisyEpilogueParams, 256, pace::BLOCKS_16_BIT) { pace::apply<pace::bf16, false>(p); }
-PACE_KERNEL(noisy_epilogue_backward_f32, pace::NoisyEpilogueParams, 256) { pace::apply<float, true>(p); }
-PACE_KERNEL(noisy_epilogue_backward_f16, pace::NoisyEpilogueParams, 256, pace::BLOCKS_16_BIT) { pace::apply<pace::f16, true>(p); }
-PACE_KERNEL(noisy_epilogue_backward_bf16, pace::NoisyEpilogueParams, 256, pace::BLOCKS_16_BIT) { pace::apply<pace::bf16, true>(p); }
+} // namespace pace

@@ -7,25 +7,23 @@
 //   g any number of tensors of any length, a and b [samples, features], in f32, f16 or bf16; partial [chunks] and out [1]
 //   in f64. a - b is rounded to f32; squares and sums are in f64, so that nothing overflows or vanishes.
 //
-// A chunk is CHUNK elements and has a block; a thread takes vectors of 16 bytes of it, four loads in flight. A launch of
-// grad_norm takes up to TENSORS tensors, whose addresses and lengths are in the parameter struct; a block finds the tensor of
+// A chunk is NORMS_CHUNK elements and has a block; a thread takes vectors of 16 bytes of it, four loads in flight. A launch of
+// grad_norm takes up to NORMS_TENSORS tensors, whose addresses and lengths are in the parameter struct; a block finds the tensor of
 // its chunk by bisection. One block adds up the partial sums.
 //
 // Bytes: the tensors once, in 16-byte accesses where they start at multiples of 16 bytes and otherwise element by element;
 // 16 per chunk. Operations: a conversion and a fused multiply-add in f64 per element.
 // Determinism: gpu-to-gpu bitwise: chunks and the order of their sums depend on the lengths only.
 
+#include "params.h"
 #include "reduce.cuh"
 
 #include <cmath>
 
 namespace pace {
 
-constexpr u32 CHUNK = 16384;
-constexpr u32 TENSORS = 128;
-
-// Sum of the squares of `count` elements, or of their differences to `other`, which is null if there is none. All threads
-// of the block have to come; every one gets it.
+// Sum of the squares of `count` elements, or of their differences to `other`, which is null if there is none. Must be
+// called by all threads in the block; every one gets it.
 template <class T>
 __device__ __forceinline__ double sum_of_squares(const T *values, const T *other, u32 count, bool aligned) {
     constexpr u32 W = Vector<T>::SIZE, BATCH = 4;
@@ -58,23 +56,8 @@ __device__ __forceinline__ double sum_of_squares(const T *values, const T *other
 
 // Elements of a chunk of a tensor, from `first` on.
 __device__ __forceinline__ u32 chunk_size(u64 length, u64 first) {
-    return static_cast<u32>(length - first < CHUNK ? length - first : CHUNK);
+    return static_cast<u32>(length - first < NORMS_CHUNK ? length - first : NORMS_CHUNK);
 }
-
-struct GradNormParams {
-    const void *tensors[TENSORS];
-    u64 lengths[TENSORS];     // none is zero
-    double *partial;          // of the launch's first chunk
-    u32 first_chunk[TENSORS]; // of each tensor, counted from the launch's first
-    u32 count;                // tensors that there are
-    u32 reserved;
-};
-
-PACE_PARAMS(GradNormParams, 2576);
-PACE_PARAM(GradNormParams, lengths, 1024);
-PACE_PARAM(GradNormParams, partial, 2048);
-PACE_PARAM(GradNormParams, first_chunk, 2056);
-PACE_PARAM(GradNormParams, count, 2568);
 
 template <class T> __device__ __forceinline__ void grad_norm(const GradNormParams &p) {
     // The last tensor that starts at this chunk or before it.
@@ -88,7 +71,7 @@ template <class T> __device__ __forceinline__ void grad_norm(const GradNormParam
         }
     }
     const T *values = static_cast<const T *>(p.tensors[tensor]);
-    const u64 first = static_cast<u64>(blockIdx.x - p.first_chunk[tensor]) * CHUNK;
+    const u64 first = static_cast<u64>(blockIdx.x - p.first_chunk[tensor]) * NORMS_CHUNK;
     const bool aligned = reinterpret_cast<u64>(values) % 16 == 0;
     const double sum = sum_of_squares<T>(values + first, nullptr, chunk_size(p.lengths[tensor], first), aligned);
     if (threadIdx.x == 0u) {
@@ -96,44 +79,15 @@ template <class T> __device__ __forceinline__ void grad_norm(const GradNormParam
     }
 }
 
-struct FpDistanceParams {
-    const void *fine_tuned;
-    const void *pre_trained;
-    double *partial;
-    u64 length;
-    u32 aligned; // both tensors start at multiples of 16 bytes
-    u32 reserved;
-};
-
-PACE_PARAMS(FpDistanceParams, 40);
-PACE_PARAM(FpDistanceParams, pre_trained, 8);
-PACE_PARAM(FpDistanceParams, partial, 16);
-PACE_PARAM(FpDistanceParams, length, 24);
-PACE_PARAM(FpDistanceParams, aligned, 32);
-
 template <class T> __device__ __forceinline__ void fp_distance(const FpDistanceParams &p) {
-    const u64 first = static_cast<u64>(blockIdx.x) * CHUNK;
-    const double sum = sum_of_squares(static_cast<const T *>(p.fine_tuned) + first,
-                                      static_cast<const T *>(p.pre_trained) + first, chunk_size(p.length, first),
-                                      p.aligned != 0u);
+    const u64 first = static_cast<u64>(blockIdx.x) * NORMS_CHUNK;
+    const double sum =
+        sum_of_squares(static_cast<const T *>(p.fine_tuned) + first, static_cast<const T *>(p.pre_trained) + first,
+                       chunk_size(p.length, first), p.aligned != 0u);
     if (threadIdx.x == 0u) {
         store(p.partial + blockIdx.x, sum);
     }
 }
-
-struct NormTotalParams {
-    const double *partial;
-    double *out;
-    double divisor;
-    u32 parts;
-    u32 root; // whether the root is asked for, instead of the quotient
-};
-
-PACE_PARAMS(NormTotalParams, 32);
-PACE_PARAM(NormTotalParams, out, 8);
-PACE_PARAM(NormTotalParams, divisor, 16);
-PACE_PARAM(NormTotalParams, parts, 24);
-PACE_PARAM(NormTotalParams, root, 28);
 
 __device__ __forceinline__ void total(const NormTotalParams &p) {
     PACE_SHARED(double, scratch);
@@ -147,12 +101,8 @@ __device__ __forceinline__ void total(const NormTotalParams &p) {
     }
 }
 
-} // namespace pace
+PACE_KERNELS(grad_norm, GradNormParams, (256), grad_norm<T>(p))
+PACE_KERNELS(fp_distance, FpDistanceParams, (256), fp_distance<T>(p))
+PACE_KERNEL(norm_total, NormTotalParams, 1024) { total(p); }
 
-PACE_KERNEL(grad_norm_f32, pace::GradNormParams, 256) { pace::grad_norm<float>(p); }
-PACE_KERNEL(grad_norm_f16, pace::GradNormParams, 256) { pace::grad_norm<pace::f16>(p); }
-PACE_KERNEL(grad_norm_bf16, pace::GradNormParams, 256) { pace::grad_norm<pace::bf16>(p); }
-PACE_KERNEL(fp_distance_f32, pace::FpDistanceParams, 256) { pace::fp_distance<float>(p); }
-PACE_KERNEL(fp_distance_f16, pace::FpDistanceParams, 256) { pace::fp_distance<pace::f16>(p); }
-PACE_KERNEL(fp_distance_bf16, pace::FpDistanceParams, 256) { pace::fp_distance<pace::bf16>(p); }
-PACE_KERNEL(norm_total, pace::NormTotalParams, 1024) { pace::total(p); }
+} // namespace pace

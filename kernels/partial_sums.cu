@@ -9,26 +9,9 @@
 // Bytes: 4 * parts * length read, length written; 16-byte loads where rows are aligned.
 // Determinism: gpu-to-gpu bitwise.
 
-#include "storage.cuh"
+#include "params.h"
 
 namespace pace {
-
-struct PartialSumsParams {
-    const float *partial;
-    void *out;
-    u64 length;
-    u32 parts;
-    u32 aligned; // rows of `partial` start at multiples of 16 bytes and hold whole vectors
-    u32 groups;  // threads that share the parts, a power of two
-    u32 reserved;
-};
-
-PACE_PARAMS(PartialSumsParams, 40);
-PACE_PARAM(PartialSumsParams, out, 8);
-PACE_PARAM(PartialSumsParams, length, 16);
-PACE_PARAM(PartialSumsParams, parts, 24);
-PACE_PARAM(PartialSumsParams, aligned, 28);
-PACE_PARAM(PartialSumsParams, groups, 32);
 
 template <class T> __device__ __forceinline__ void add_up(const PartialSumsParams &p) {
     PACE_SHARED(Vector<float>, sums); // [groups, columns]
@@ -68,8 +51,6 @@ template <class T> __device__ __forceinline__ void add_up(const PartialSumsParam
     }
 }
 
-} // namespace pace
+PACE_KERNELS(partial_sums, PartialSumsParams, (256), add_up<T>(p))
 
-PACE_KERNEL(partial_sums_f32, pace::PartialSumsParams, 256) { pace::add_up<float>(p); }
-PACE_KERNEL(partial_sums_f16, pace::PartialSumsParams, 256) { pace::add_up<pace::f16>(p); }
-PACE_KERNEL(partial_sums_bf16, pace::PartialSumsParams, 256) { pace::add_up<pace::bf16>(p); }
+} // namespace pace

@@ -45,7 +45,7 @@ __device__ __forceinline__ float warp_max(float value) {
 }
 
 // Sum over a one-dimensional block of whole warps; every thread gets it. `scratch`: a T per warp in shared memory, free
-// again after the next barrier. All threads of the block have to come.
+// again after the next barrier. Must be called by all threads in the block.
 template <class T> __device__ __forceinline__ T block_sum(T value, T *scratch) {
     value = warp_sum(value);
     if (threadIdx.x % WARP == 0) {
@@ -72,7 +72,7 @@ struct Max {
 
 // Reduces N values over each group of `warps` adjacent warps of a one-dimensional block of whole groups; every thread gets
 // its group's results. `scratch`: N floats per warp of the block in shared memory, free again after the next barrier. With
-// groups of one warp there is no barrier in here; otherwise all threads of the block have to come.
+// groups of one warp there is no barrier in here; otherwise it must be called by all threads in the block.
 template <class Operation, unsigned N>
 __device__ __forceinline__ void group_reduce(float (&value)[N], u32 warps, float *scratch) {
 #pragma unroll
@@ -104,8 +104,8 @@ __device__ __forceinline__ void group_reduce(float (&value)[N], u32 warps, float
 }
 
 // Whether this block is the last of the grid to come here; it then sees all that the others had written to global memory by
-// then. `ticket`: a counter in global memory, 0 before the launch and 0 again after it. `flag`: a word of shared memory. All
-// threads have to come.
+// then. `ticket`: a counter in global memory, 0 before the launch and 0 again after it. `flag`: a word of shared memory. Must be
+// called by all threads in the block.
 __device__ __forceinline__ bool is_last_block(u32 *ticket, u32 *flag) {
     __syncthreads();
     if (threadIdx.x == 0) {

@@ -14,7 +14,7 @@
 
 #include <cstddef>
 
-// A kernel takes one parameter struct by value, `p`, which src/cuda mirrors field by field. What follows is the number of
+// A kernel takes one parameter struct by value, `p`, from params.h. What follows is the number of
 // threads in the largest block that plans ask for and, if it matters, of blocks that a multiprocessor has to have room for.
 // The simulator brings its own definition.
 #if !defined(PACE_KERNEL)
@@ -22,16 +22,28 @@
     extern "C" __global__ void __launch_bounds__(__VA_ARGS__) name(const __grid_constant__ Params p)
 #endif
 
+// One kernel per storage type, NAME_f32, NAME_f16 and NAME_bf16, with one body, in which T is the type. `bounds` are those of
+// PACE_KERNEL in parentheses; types with different bounds have lines of their own. build/kernels.rs reads the names from lines
+// that begin with one of these macros.
+#define PACE_KERNEL_OF(name, Params, bounds, Alias, Type, ...)                                                         \
+    PACE_KERNEL(name, Params, PACE_WITHOUT_PARENTHESES bounds) {                                                       \
+        using Alias = Type;                                                                                            \
+        __VA_ARGS__;                                                                                                   \
+    }
+#define PACE_WITHOUT_PARENTHESES(...) __VA_ARGS__
+#define PACE_KERNELS_F32(name, Params, bounds, ...) PACE_KERNEL_OF(name##_f32, Params, bounds, T, float, __VA_ARGS__)
+#define PACE_KERNELS_16(name, Params, bounds, ...)                                                                     \
+    PACE_KERNEL_OF(name##_f16, Params, bounds, T, pace::f16, __VA_ARGS__)                                              \
+    PACE_KERNEL_OF(name##_bf16, Params, bounds, T, pace::bf16, __VA_ARGS__)
+#define PACE_KERNELS(name, Params, bounds, ...)                                                                        \
+    PACE_KERNELS_F32(name, Params, bounds, __VA_ARGS__)                                                                \
+    PACE_KERNELS_16(name, Params, bounds, __VA_ARGS__)
+
 // The block's dynamic shared memory as an array of T; the simulator brings its own definition.
 #if !defined(PACE_SHARED)
 extern __shared__ __align__(128) unsigned char pace_shared[];
 #define PACE_SHARED(T, name) T *name = reinterpret_cast<T *>(pace_shared)
 #endif
-
-// The layout of a parameter struct, which src/cuda mirrors and asserts as well.
-#define PACE_PARAMS(Params, bytes)                                                                                     \
-    static_assert(sizeof(Params) == bytes && alignof(Params) == 8, "mirrored in src/cuda")
-#define PACE_PARAM(Params, field, offset) static_assert(offsetof(Params, field) == offset, "mirrored in src/cuda")
 
 // Called before each access; the simulator brings its own definition.
 #if !defined(PACE_ACCESS)
@@ -43,6 +55,11 @@ namespace pace {
 using u32 = unsigned int;
 using u64 = unsigned long long;
 using i64 = long long;
+
+// Pointers in parameter structs (params.h).
+template <class T> using Input = const T *;
+template <class T> using Output = T *;
+
 using bf16 = __nv_bfloat16;
 using f16 = __half;
 
@@ -90,8 +107,7 @@ template <class T> __device__ __forceinline__ void store_vector(T *address, Vect
 
 // `count` elements from `address` on; the rest of the vector is zero. `aligned`: the address is a multiple of 16 and
 // the vector is full.
-template <class T>
-__device__ __forceinline__ Vector<T> load_some(const T *address, unsigned count, bool aligned) {
+template <class T> __device__ __forceinline__ Vector<T> load_some(const T *address, unsigned count, bool aligned) {
     if (aligned) {
         return load_vector(address);
     }

@@ -1,36 +1,38 @@
 // Weight builders: the weight and bias differences of adapters from their trained factors, their gradients, and merging.
 //
-//   low_rank_weight           dW = [W0 *] scale * D U       LoRA add, or LoRA mul where there is W0 (* elementwise)
-//   low_rank_weight_backward  dD = scale * Q U^T, dU = scale * D^T Q, with Q = [W0 *] the gradient to dW
-//   prompt_bias               db = W0 (Pd Pu) + b0 * d      VPT add; prompt_bias_product is the product in parentheses
-//   prompt_bias_columns       q = W0^T g                    g: the gradient to db
-//   prompt_bias_grads         dPd = q Pu^T, dPu = Pd^T q, dd = b0 * g
-//   merge                     target += sign * delta        sign 1 or -1
+//   low_rank_weight           Wd = [W0 *] scale * (B @ A)       LoRA add, or LoRA mul where there is W0
+//   low_rank_weight_backward  grad_B = scale * (Q @ A^T), grad_A = scale * (B^T @ Q), with Q = [W0 *] grad_Wd
+//   prompt_bias               bd = W0 @ (Pd @ Pu) + b0 * d      VPT add; prompt_bias_product is what stands in parentheses
+//   prompt_bias_columns       q = W0^T @ g                      g: grad_bd
+//   prompt_bias_grads         grad_Pd = q @ Pu^T, grad_Pu = Pd^T @ q, grad_d = b0 * g
+//   merge                     target += sign * delta            sign 1 or -1
 //
-//   D [N, r], U [r, K], W0, dW, Q [N, K]; Pd [K, r], Pu [r], b0, d, db, g [N]; all of one type, f32, f16 or bf16.
-//   Arithmetic in f32; every result is rounded once. Pd Pu and q stay in f32.
+//   B [N, r], A [r, K], W0, Wd, Q [N, K]; Pd [K, r], Pu [r], b0, d, bd, g [N]; all of one type, f32, f16 or bf16.
+//   Arithmetic in f32; every result is rounded once. Pd @ Pu and q stay in f32.
 //
 // low_rank_weight: a warp owns a strip of 16 bytes per lane along K and 4 rows; a block has 4 warps below each other and
-// goes through r in chunks of 16, whose parts of U and D it keeps in shared memory, in f32.
-// low_rank_weight_backward: the same strips; a block owns `part` rows, which its warps visit 4 at a time, and goes through r
-// in chunks of 8: a lane holds its columns of the chunk of U in registers and adds up theirs of dU. The 32 sums of 4 rows
-// by 8 of dD go over the lanes at once. Q is read again for each chunk: a part of it stays in the cache. Sums over the
-// strips (dD) and over the parts (dU) are left to partial_sums. prompt_bias_columns is the same with one sum, and no dD.
+// goes through r in chunks of 16, whose parts of A and B it keeps in shared memory, in f32.
+// low_rank_weight_backward: the same strips; a block owns a split of rows, which its warps visit 4 at a time, and goes
+// through r in chunks of 8: a lane holds its columns of the chunk of A in registers and adds up theirs of grad_A. The 32 sums
+// of 4 rows by 8 of grad_B go over the lanes at once. Q is read again for each chunk: a split of it stays in the cache. Sums
+// over the strips (grad_B) and over the splits (grad_A) are left to partial_sums. prompt_bias_columns is the same with one
+// sum, and no grad_B.
 // prompt_bias, prompt_bias_product: a warp per row. merge: 16 bytes per thread and turn, four loads in flight.
 //
 // Bytes: low_rank_weight 1 or 2 (with W0) times N * K * sizeof(T); its gradient as many, and ceil(K / strip) * N * r +
-// parts * r * K floats out and back; prompt_bias and prompt_bias_columns N * K * sizeof(T); merge 3 * length * sizeof(T).
+// splits * r * K floats out and back; prompt_bias and prompt_bias_columns N * K * sizeof(T); merge 3 * length * sizeof(T).
 // In 16-byte accesses where rows are aligned, and otherwise element by element; factors are read element by element.
-// Operations: r fused multiply-adds per element of dW, 2 r of its gradient, 1 of the others.
+// Operations: r fused multiply-adds per element of Wd, 2 r of its gradient, 1 of the others.
 // Determinism: gpu-to-gpu bitwise; nothing depends on the grid.
 
+#include "params.h"
 #include "reduce.cuh"
 
 namespace pace {
 
-constexpr u32 WARPS = 4; // of a block, where rows are shared by warps
-constexpr u32 ROWS = 4;  // of a warp at a time
-constexpr u32 TILE = WARPS * ROWS;
+constexpr u32 WARPS = WEIGHT_WARPS; // of a block, where rows are shared by warps
+constexpr u32 TILE = WEIGHT_ROWS;
+constexpr u32 ROWS = TILE / WARPS; // of a warp at a time
 
 // W floats from `address` on, of which `count` exist; the rest is zero.
 template <u32 W, class T>
@@ -46,35 +48,39 @@ __device__ __forceinline__ void load_floats(const T *address, u32 count, bool al
     }
 }
 
-struct LowRankWeightParams {
-    const void *down;
-    const void *up;
-    const void *base; // W0, or null
-    void *out;
-    u32 rows;    // N
-    u32 columns; // K
-    u32 rank;
-    float scale;
-    u32 aligned; // rows of U, W0 and the output start at multiples of 16 bytes and hold whole vectors
-    u32 reserved;
-};
-
-PACE_PARAMS(LowRankWeightParams, 56);
-PACE_PARAM(LowRankWeightParams, up, 8);
-PACE_PARAM(LowRankWeightParams, base, 16);
-PACE_PARAM(LowRankWeightParams, out, 24);
-PACE_PARAM(LowRankWeightParams, rows, 32);
-PACE_PARAM(LowRankWeightParams, columns, 36);
-PACE_PARAM(LowRankWeightParams, rank, 40);
-PACE_PARAM(LowRankWeightParams, scale, 44);
-PACE_PARAM(LowRankWeightParams, aligned, 48);
+// Writes A's rows and B's columns of a chunk of ranks to shared memory, in f32: `lora_a` [WEIGHT_RANKS, FOURS, WARP], `lora_b`
+// [WEIGHT_RANKS, WARPS], ROWS of each warp. Four columns of a lane lie beside those of the next one, so that a warp reads all
+// banks at once.
+template <class T>
+__device__ __forceinline__ void load_factors(const LowRankWeightParams &p, Vector<float> *lora_a, Vector<float> *lora_b,
+                                             u32 chunk, u32 ranks, u32 tile, u32 first, u32 count) {
+    constexpr u32 W = Vector<T>::SIZE, FOURS = W / 4;
+    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    for (u32 i = warp; i < ranks; i += WARPS) {
+        float value[W] = {};
+        if (count > 0u) {
+            const u64 at = static_cast<u64>(chunk + i) * p.columns + first;
+            load_floats(static_cast<const T *>(p.lora_a) + at, count, p.aligned != 0u, value);
+        }
+#pragma unroll
+        for (u32 j = 0; j < W; ++j) {
+            lora_a[(i * FOURS + j / 4) * WARP + lane].value[j % 4] = value[j];
+        }
+    }
+    for (u32 i = threadIdx.x; i < TILE * WEIGHT_RANKS; i += WARPS * WARP) {
+        const u32 r = i % WEIGHT_RANKS, n = i / WEIGHT_RANKS;
+        const u64 at = static_cast<u64>(tile + n) * p.rank + chunk + r;
+        const bool exists = r < ranks && tile + n < p.rows;
+        lora_b[r * WARPS + n / ROWS].value[n % ROWS] =
+            exists ? to_float(load(static_cast<const T *>(p.lora_b) + at)) : 0.0f;
+    }
+}
 
 template <class T> __device__ __forceinline__ void low_rank_weight(const LowRankWeightParams &p) {
-    constexpr u32 W = Vector<T>::SIZE, RANKS = 16, FOURS = W / 4;
+    constexpr u32 W = Vector<T>::SIZE, FOURS = W / 4;
     const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    // Four columns of a lane lie beside those of the next one, so that a warp reads all banks at once.
-    PACE_SHARED(Vector<float>, up); // [RANKS, FOURS, WARP]
-    Vector<float> *down = up + RANKS * FOURS * WARP; // [RANKS, WARPS], ROWS of each warp
+    PACE_SHARED(Vector<float>, lora_a);
+    Vector<float> *lora_b = lora_a + WEIGHT_RANKS * FOURS * WARP;
     const u32 first = (blockIdx.x * WARP + lane) * W;
     const u32 count = first < p.columns ? p.columns - first : 0u;
     const bool aligned = p.aligned != 0u;
@@ -82,6 +88,7 @@ template <class T> __device__ __forceinline__ void low_rank_weight(const LowRank
 
     for (u32 tile = blockIdx.y * TILE; tile < p.rows; tile += gridDim.y * TILE) {
         const u32 row = tile + warp * ROWS;
+        // W0 is under way during the sums.
         Vector<T> factor[ROWS] = {};
         if (base != nullptr && count > 0u) {
 #pragma unroll
@@ -91,54 +98,40 @@ template <class T> __device__ __forceinline__ void low_rank_weight(const LowRank
                 }
             }
         }
+
+        // B @ A, chunk by chunk of ranks.
         float sum[ROWS][W] = {};
-        for (u32 chunk = 0; chunk < p.rank; chunk += RANKS) {
-            const u32 ranks = min(RANKS, p.rank - chunk);
-            __syncthreads(); // the last chunk is used up
-            for (u32 i = warp; i < ranks; i += WARPS) {
-                float value[W] = {};
-                if (count > 0u) {
-                    const u64 at = static_cast<u64>(chunk + i) * p.columns + first;
-                    load_floats(static_cast<const T *>(p.up) + at, count, aligned, value);
-                }
-#pragma unroll
-                for (u32 j = 0; j < W; ++j) {
-                    up[(i * FOURS + j / 4) * WARP + lane].value[j % 4] = value[j];
-                }
-            }
-            for (u32 i = threadIdx.x; i < TILE * RANKS; i += WARPS * WARP) {
-                const u32 r = i % RANKS, n = i / RANKS;
-                const u64 at = static_cast<u64>(tile + n) * p.rank + chunk + r;
-                const bool exists = r < ranks && tile + n < p.rows;
-                down[r * WARPS + n / ROWS].value[n % ROWS] =
-                    exists ? to_float(load(static_cast<const T *>(p.down) + at)) : 0.0f;
-            }
+        for (u32 chunk = 0; chunk < p.rank; chunk += WEIGHT_RANKS) {
+            const u32 ranks = min(WEIGHT_RANKS, p.rank - chunk);
+            __syncthreads(); // the previous chunk is free
+            load_factors<T>(p, lora_a, lora_b, chunk, ranks, tile, first, count);
             __syncthreads();
 #pragma unroll 4
             for (u32 r = 0; r < ranks; ++r) {
-                const Vector<float> d = down[r * WARPS + warp];
+                const Vector<float> b = lora_b[r * WARPS + warp];
 #pragma unroll
                 for (u32 four = 0; four < FOURS; ++four) {
-                    const Vector<float> u = up[(r * FOURS + four) * WARP + lane];
+                    const Vector<float> a = lora_a[(r * FOURS + four) * WARP + lane];
 #pragma unroll
                     for (u32 i = 0; i < ROWS; ++i) {
 #pragma unroll
                         for (u32 j = 0; j < 4; ++j) {
-                            sum[i][four * 4 + j] += d.value[i] * u.value[j];
+                            sum[i][four * 4 + j] += b.value[i] * a.value[j];
                         }
                     }
                 }
             }
         }
+
+        // Wd = [W0 *] scale * sums.
 #pragma unroll
         for (u32 i = 0; i < ROWS; ++i) {
             if (row + i < p.rows && count > 0u) {
                 Vector<T> out;
 #pragma unroll
                 for (u32 j = 0; j < W; ++j) {
-                    const float product = p.scale * sum[i][j];
-                    out.value[j] =
-                        from_float<T>(base != nullptr ? to_float(factor[i].value[j]) * product : product);
+                    const float value = p.scale * sum[i][j];
+                    out.value[j] = from_float<T>(base != nullptr ? to_float(factor[i].value[j]) * value : value);
                 }
                 T *to = static_cast<T *>(p.out) + static_cast<u64>(row + i) * p.columns + first;
                 store_some(to, out, count, aligned);
@@ -147,163 +140,146 @@ template <class T> __device__ __forceinline__ void low_rank_weight(const LowRank
     }
 }
 
-struct LowRankBackwardParams {
-    const void *grad; // gradient to dW
-    const void *base; // W0, or null
-    const void *down;
-    const void *up;
-    float *up_partial;   // [parts, r, K]
-    float *down_partial; // [strips, N, r]
-    u32 rows;            // N
-    u32 columns;         // K
-    u32 rank;
-    float scale;
-    u32 part;    // rows of a part, at most MAX_PART
-    u32 aligned; // rows of the gradient, W0, U and `up_partial` start at multiples of 16 bytes and hold whole vectors
+// What a lane holds of a chunk of RANKS ranks, in its W columns: A, and the sums for grad_A.
+template <u32 W, u32 RANKS> struct Columns {
+    float lora_a[RANKS][W] = {};
+    float grad_a[RANKS][W] = {};
 };
 
-PACE_PARAMS(LowRankBackwardParams, 72);
-PACE_PARAM(LowRankBackwardParams, base, 8);
-PACE_PARAM(LowRankBackwardParams, down, 16);
-PACE_PARAM(LowRankBackwardParams, up, 24);
-PACE_PARAM(LowRankBackwardParams, up_partial, 32);
-PACE_PARAM(LowRankBackwardParams, down_partial, 40);
-PACE_PARAM(LowRankBackwardParams, rows, 48);
-PACE_PARAM(LowRankBackwardParams, columns, 52);
-PACE_PARAM(LowRankBackwardParams, rank, 56);
-PACE_PARAM(LowRankBackwardParams, scale, 60);
-PACE_PARAM(LowRankBackwardParams, part, 64);
-PACE_PARAM(LowRankBackwardParams, aligned, 68);
-
-// RANKS: of a chunk. DOWN: whether dD is wanted.
-template <class T, u32 RANKS, bool DOWN>
-__device__ __forceinline__ void low_rank_backward(const LowRankBackwardParams &p) {
-    constexpr u32 W = Vector<T>::SIZE, FOURS = W / 4;
-    static_assert(!DOWN || ROWS * RANKS == WARP, "a warp adds up one sum per lane");
-    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    PACE_SHARED(Vector<float>, sums); // [WARPS, RANKS, FOURS, WARP]
-    float *down = reinterpret_cast<float *>(sums + WARPS * RANKS * FOURS * WARP); // [part, RANKS]
-    const u32 first = (blockIdx.x * WARP + lane) * W;
-    const u32 count = first < p.columns ? p.columns - first : 0u;
-    const bool aligned = p.aligned != 0u;
+// Takes 4 rows of Q, from `row` on of the split of `rows` rows that starts at `begin`, into the sums: grad_A += B^T @ Q and, for
+// GRAD_B, the lane's part of Q @ A^T. The lane has `count` columns from `first` on.
+template <class T, u32 RANKS, bool GRAD_B>
+__device__ __forceinline__ void accumulate_rows(const LowRankBackwardParams &p, const float *lora_b, u32 begin, u32 row,
+                                                u32 rows, u32 first, u32 count, Columns<Vector<T>::SIZE, RANKS> &own,
+                                                float (&grad_b)[WARP]) {
+    constexpr u32 W = Vector<T>::SIZE;
     const T *grad = static_cast<const T *>(p.grad) + first, *base = static_cast<const T *>(p.base);
-
-    for (u32 part = blockIdx.y; static_cast<u64>(part) * p.part < p.rows; part += gridDim.y) {
-        const u32 begin = part * p.part, rows = min(p.part, p.rows - begin);
-        for (u32 chunk = 0; chunk < p.rank; chunk += RANKS) {
-            const u32 ranks = min(RANKS, p.rank - chunk);
-            for (u32 i = threadIdx.x; i < rows * RANKS; i += WARPS * WARP) {
-                const u32 r = i % RANKS, n = i / RANKS;
-                const u64 at = static_cast<u64>(begin + n) * p.rank + chunk + r;
-                down[i] = r < ranks ? to_float(load(static_cast<const T *>(p.down) + at)) : 0.0f;
+    const bool aligned = p.aligned != 0u;
+    // All loads before the first use.
+    Vector<T> left[ROWS] = {}, right[ROWS] = {};
+#pragma unroll
+    for (u32 i = 0; i < ROWS; ++i) {
+        if (row + i < rows && count > 0u) {
+            const u64 at = static_cast<u64>(begin + row + i) * p.columns;
+            left[i] = load_some(grad + at, count, aligned);
+            if (base != nullptr) {
+                right[i] = load_some(base + at + first, count, aligned);
             }
-            float up[RANKS][W] = {}, up_sum[RANKS][W] = {};
+        }
+    }
 #pragma unroll
-            for (u32 r = 0; r < RANKS; ++r) {
-                if (DOWN && r < ranks && count > 0u) {
-                    const u64 at = static_cast<u64>(chunk + r) * p.columns + first;
-                    load_floats(static_cast<const T *>(p.up) + at, count, aligned, up[r]);
-                }
-            }
-            __syncthreads();
-            for (u32 row = warp * ROWS; row < rows; row += TILE) {
-                Vector<T> left[ROWS] = {}, right[ROWS] = {};
+    for (u32 i = 0; i < ROWS; ++i) {
+        float q[W];
 #pragma unroll
-                for (u32 i = 0; i < ROWS; ++i) {
-                    if (row + i < rows && count > 0u) {
-                        const u64 at = static_cast<u64>(begin + row + i) * p.columns;
-                        left[i] = load_some(grad + at, count, aligned);
-                        if (base != nullptr) {
-                            right[i] = load_some(base + at + first, count, aligned);
-                        }
-                    }
-                }
-                float down_sum[WARP] = {};
+        for (u32 j = 0; j < W; ++j) {
+            q[j] = to_float(left[i].value[j]);
+            q[j] *= base != nullptr ? to_float(right[i].value[j]) : 1.0f;
+        }
 #pragma unroll
-                for (u32 i = 0; i < ROWS; ++i) {
-                    float q[W];
+        for (u32 r = 0; r < RANKS; ++r) {
+            const float b = row + i < rows ? lora_b[(row + i) * RANKS + r] : 0.0f;
 #pragma unroll
-                    for (u32 j = 0; j < W; ++j) {
-                        q[j] = to_float(left[i].value[j]);
-                        q[j] *= base != nullptr ? to_float(right[i].value[j]) : 1.0f;
-                    }
-#pragma unroll
-                    for (u32 r = 0; r < RANKS; ++r) {
-                        const float d = row + i < rows ? down[(row + i) * RANKS + r] : 0.0f;
-#pragma unroll
-                        for (u32 j = 0; j < W; ++j) {
-                            up_sum[r][j] += d * q[j];
-                            if (DOWN) {
-                                down_sum[i * RANKS + r] += q[j] * up[r][j];
-                            }
-                        }
-                    }
-                }
-                if (DOWN) {
-                    const float sum = warp_sums(down_sum);
-                    const u32 n = row + lane / RANKS, r = lane % RANKS;
-                    if (n < rows && r < ranks) {
-                        const u64 at = static_cast<u64>(blockIdx.x) * p.rows + begin + n;
-                        store(p.down_partial + at * p.rank + chunk + r, p.scale * sum);
-                    }
+            for (u32 j = 0; j < W; ++j) {
+                own.grad_a[r][j] += b * q[j];
+                if (GRAD_B) {
+                    grad_b[i * RANKS + r] += q[j] * own.lora_a[r][j];
                 }
             }
-#pragma unroll
-            for (u32 r = 0; r < RANKS; ++r) {
-#pragma unroll
-                for (u32 j = 0; j < W; ++j) {
-                    sums[((warp * RANKS + r) * FOURS + j / 4) * WARP + lane].value[j % 4] = up_sum[r][j];
-                }
-            }
-            __syncthreads();
-            // The warps' sums, added in order; a row of the chunk per warp.
-            for (u32 r = warp; r < ranks; r += WARPS) {
-                const u64 at = (static_cast<u64>(part) * p.rank + chunk + r) * p.columns + first;
-#pragma unroll
-                for (u32 four = 0; four < FOURS; ++four) {
-                    Vector<float> total = {};
-#pragma unroll
-                    for (u32 from = 0; from < WARPS; ++from) {
-                        const Vector<float> sum = sums[((from * RANKS + r) * FOURS + four) * WARP + lane];
-#pragma unroll
-                        for (u32 j = 0; j < 4; ++j) {
-                            total.value[j] += sum.value[j];
-                        }
-                    }
-#pragma unroll
-                    for (u32 j = 0; j < 4; ++j) {
-                        total.value[j] *= p.scale;
-                    }
-                    if (count > four * 4) {
-                        store_some(p.up_partial + at + four * 4, total, count - four * 4, aligned);
-                    }
-                }
-            }
-            // Nobody overwrites `sums` before all have passed the next chunk's first barrier, and `down` is free by now.
         }
     }
 }
 
-struct PromptBiasParams {
-    const void *matrix;     // [rows, columns]
-    const void *vector;     // [columns]
-    const void *base_bias;  // [rows], or null
-    const void *delta_bias; // [rows], or null
-    void *out;              // [rows]
-    u32 rows;
-    u32 columns;
-    u32 aligned; // the vector and rows of the matrix start at multiples of 16 bytes, and the rows hold whole vectors
-    u32 reserved;
-};
+// Adds up the warps' sums for grad_A, in order, through `sums` [WARPS, RANKS, FOURS, WARP] in shared memory, and writes them to
+// `out` [rank, columns], which begins at the chunk and the lane's first column. Must be called by all threads in the block.
+template <u32 W, u32 RANKS>
+__device__ __forceinline__ void store_grad_a(const float (&grad_a)[RANKS][W], Vector<float> *sums, float *out,
+                                             u32 ranks, u64 columns, u32 count, float scale, bool aligned) {
+    constexpr u32 FOURS = W / 4;
+    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+#pragma unroll
+    for (u32 r = 0; r < RANKS; ++r) {
+#pragma unroll
+        for (u32 j = 0; j < W; ++j) {
+            sums[((warp * RANKS + r) * FOURS + j / 4) * WARP + lane].value[j % 4] = grad_a[r][j];
+        }
+    }
+    __syncthreads();
+    // A row of the chunk per warp.
+    for (u32 r = warp; r < ranks; r += WARPS) {
+#pragma unroll
+        for (u32 four = 0; four < FOURS; ++four) {
+            Vector<float> total = {};
+#pragma unroll
+            for (u32 from = 0; from < WARPS; ++from) {
+                const Vector<float> sum = sums[((from * RANKS + r) * FOURS + four) * WARP + lane];
+#pragma unroll
+                for (u32 j = 0; j < 4; ++j) {
+                    total.value[j] += sum.value[j];
+                }
+            }
+#pragma unroll
+            for (u32 j = 0; j < 4; ++j) {
+                total.value[j] *= scale;
+            }
+            if (count > four * 4) {
+                store_some(out + r * columns + four * 4, total, count - four * 4, aligned);
+            }
+        }
+    }
+}
 
-PACE_PARAMS(PromptBiasParams, 56);
-PACE_PARAM(PromptBiasParams, vector, 8);
-PACE_PARAM(PromptBiasParams, base_bias, 16);
-PACE_PARAM(PromptBiasParams, delta_bias, 24);
-PACE_PARAM(PromptBiasParams, out, 32);
-PACE_PARAM(PromptBiasParams, rows, 40);
-PACE_PARAM(PromptBiasParams, columns, 44);
-PACE_PARAM(PromptBiasParams, aligned, 48);
+// RANKS: of a chunk. GRAD_B: whether grad_B is wanted.
+template <class T, u32 RANKS, bool GRAD_B>
+__device__ __forceinline__ void low_rank_backward(const LowRankBackwardParams &p) {
+    constexpr u32 W = Vector<T>::SIZE;
+    static_assert(!GRAD_B || ROWS * RANKS == WARP, "a warp adds up one sum per lane");
+    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    PACE_SHARED(Vector<float>, sums);
+    float *lora_b = reinterpret_cast<float *>(sums + WARPS * RANKS * W / 4 * WARP); // [part, RANKS]
+    const u32 first = (blockIdx.x * WARP + lane) * W;
+    const u32 count = first < p.columns ? p.columns - first : 0u;
+    const bool aligned = p.aligned != 0u;
+
+    for (u32 split = blockIdx.y; static_cast<u64>(split) * p.part < p.rows; split += gridDim.y) {
+        const u32 begin = split * p.part, rows = min(p.part, p.rows - begin);
+        for (u32 chunk = 0; chunk < p.rank; chunk += RANKS) {
+            // The chunk of B to shared memory, that of A to registers.
+            const u32 ranks = min(RANKS, p.rank - chunk);
+            for (u32 i = threadIdx.x; i < rows * RANKS; i += WARPS * WARP) {
+                const u32 r = i % RANKS, n = i / RANKS;
+                const u64 at = static_cast<u64>(begin + n) * p.rank + chunk + r;
+                lora_b[i] = r < ranks ? to_float(load(static_cast<const T *>(p.lora_b) + at)) : 0.0f;
+            }
+            Columns<W, RANKS> own;
+#pragma unroll
+            for (u32 r = 0; r < RANKS; ++r) {
+                if (GRAD_B && r < ranks && count > 0u) {
+                    const u64 at = static_cast<u64>(chunk + r) * p.columns + first;
+                    load_floats(static_cast<const T *>(p.lora_a) + at, count, aligned, own.lora_a[r]);
+                }
+            }
+            __syncthreads();
+
+            // The rows of the split, 4 at a time by each warp.
+            for (u32 row = warp * ROWS; row < rows; row += TILE) {
+                float grad_b[WARP] = {};
+                accumulate_rows<T, RANKS, GRAD_B>(p, lora_b, begin, row, rows, first, count, own, grad_b);
+                if (GRAD_B) {
+                    const float sum = warp_sums(grad_b);
+                    const u32 n = row + lane / RANKS, r = lane % RANKS;
+                    if (n < rows && r < ranks) {
+                        const u64 at = static_cast<u64>(blockIdx.x) * p.rows + begin + n;
+                        store(p.b_partial + at * p.rank + chunk + r, p.scale * sum);
+                    }
+                }
+            }
+
+            // `sums` is not written again before all have passed the next chunk's barrier, and `lora_b` is free by now.
+            const u64 at = (static_cast<u64>(split) * p.rank + chunk) * p.columns + first;
+            store_grad_a(own.grad_a, sums, p.a_partial + at, ranks, p.columns, count, p.scale, aligned);
+        }
+    }
+}
 
 // Matrix and biases are T, the vector V, the output Out.
 template <class T, class V, class Out> __device__ __forceinline__ void prompt_bias(const PromptBiasParams &p) {
@@ -334,48 +310,17 @@ template <class T, class V, class Out> __device__ __forceinline__ void prompt_bi
     }
 }
 
-struct PromptGradsParams {
-    const float *q;        // [K]
-    const void *down;      // Pd
-    const void *up;        // Pu
-    const void *grad;      // g
-    const void *base_bias; // b0; null is zero
-    void *down_grad;       // dPd
-    float *up_partial;     // [parts, r]
-    void *delta_bias;      // dd, or null
-    u32 columns;           // K
-    u32 rank;
-    u32 rows;  // N
-    u32 part;  // of K, for a block
-    u32 width; // threads side by side along r: a power of two, not less than r or the whole block
-    u32 reserved;
-};
-
-PACE_PARAMS(PromptGradsParams, 88);
-PACE_PARAM(PromptGradsParams, down, 8);
-PACE_PARAM(PromptGradsParams, up, 16);
-PACE_PARAM(PromptGradsParams, grad, 24);
-PACE_PARAM(PromptGradsParams, base_bias, 32);
-PACE_PARAM(PromptGradsParams, down_grad, 40);
-PACE_PARAM(PromptGradsParams, up_partial, 48);
-PACE_PARAM(PromptGradsParams, delta_bias, 56);
-PACE_PARAM(PromptGradsParams, columns, 64);
-PACE_PARAM(PromptGradsParams, rank, 68);
-PACE_PARAM(PromptGradsParams, rows, 72);
-PACE_PARAM(PromptGradsParams, part, 76);
-PACE_PARAM(PromptGradsParams, width, 80);
-
 template <class T> __device__ __forceinline__ void prompt_grads(const PromptGradsParams &p) {
     PACE_SHARED(float, sums);
-    const T *down = static_cast<const T *>(p.down);
-    T *down_grad = static_cast<T *>(p.down_grad);
+    const T *down = static_cast<const T *>(p.prompt_down);
+    T *down_grad = static_cast<T *>(p.prompt_down_grad);
     const u32 x = threadIdx.x % p.width, y = threadIdx.x / p.width, height = blockDim.x / p.width;
     const u32 begin = blockIdx.x * p.part, end = min(p.columns, begin + p.part);
     for (u32 chunk = 0; chunk < p.rank; chunk += p.width) {
         const u32 r = chunk + x;
         float sum = 0.0f;
         if (r < p.rank) {
-            const float up = to_float(load(static_cast<const T *>(p.up) + r));
+            const float up = to_float(load(static_cast<const T *>(p.prompt_up) + r));
             for (u32 k = begin + y; k < end; k += height) {
                 const u64 at = static_cast<u64>(k) * p.rank + r;
                 const float q = load(p.q + k);
@@ -389,9 +334,9 @@ template <class T> __device__ __forceinline__ void prompt_grads(const PromptGrad
             for (u32 other = 1; other < height; ++other) {
                 sum += sums[other * p.width + x];
             }
-            store(p.up_partial + static_cast<u64>(blockIdx.x) * p.rank + r, sum);
+            store(p.prompt_up_partial + static_cast<u64>(blockIdx.x) * p.rank + r, sum);
         }
-        // Another chunk follows only where the block is as wide as a chunk, and then nobody reads the others' sums.
+        // Another chunk follows only where the block is as wide as a chunk, and then threads read only their own sums.
     }
     if (p.delta_bias != nullptr) {
         for (u64 n = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x; n < p.rows;
@@ -405,20 +350,6 @@ template <class T> __device__ __forceinline__ void prompt_grads(const PromptGrad
         }
     }
 }
-
-struct MergeParams {
-    void *target;
-    const void *delta;
-    u64 length;
-    float sign;
-    u32 aligned; // both start at multiples of 16 bytes
-};
-
-PACE_PARAMS(MergeParams, 32);
-PACE_PARAM(MergeParams, delta, 8);
-PACE_PARAM(MergeParams, length, 16);
-PACE_PARAM(MergeParams, sign, 24);
-PACE_PARAM(MergeParams, aligned, 28);
 
 template <class T> __device__ __forceinline__ void merge(const MergeParams &p) {
     constexpr u32 W = Vector<T>::SIZE, BATCH = 4;
@@ -445,8 +376,7 @@ template <class T> __device__ __forceinline__ void merge(const MergeParams &p) {
             if (at < p.length) {
 #pragma unroll
                 for (u32 j = 0; j < W; ++j) {
-                    sum[i].value[j] =
-                        from_float<T>(to_float(sum[i].value[j]) + p.sign * to_float(change[i].value[j]));
+                    sum[i].value[j] = from_float<T>(to_float(sum[i].value[j]) + p.sign * to_float(change[i].value[j]));
                 }
                 store_some(target + at, sum[i], count(at), whole(at));
             }
@@ -454,42 +384,13 @@ template <class T> __device__ __forceinline__ void merge(const MergeParams &p) {
     }
 }
 
-} // namespace pace
+PACE_KERNELS(low_rank_weight, LowRankWeightParams, (128), low_rank_weight<T>(p))
+PACE_KERNELS(low_rank_weight_backward, LowRankBackwardParams, (128),
+             low_rank_backward<T, WEIGHT_BACKWARD_RANKS, true>(p))
+PACE_KERNELS(prompt_bias_product, PromptBiasParams, (256), prompt_bias<T, T, float>(p))
+PACE_KERNELS(prompt_bias, PromptBiasParams, (256), prompt_bias<T, float, T>(p))
+PACE_KERNELS(prompt_bias_columns, LowRankBackwardParams, (128), low_rank_backward<T, 1, false>(p))
+PACE_KERNELS(prompt_bias_grads, PromptGradsParams, (256), prompt_grads<T>(p))
+PACE_KERNELS(merge, MergeParams, (256), merge<T>(p))
 
-PACE_KERNEL(low_rank_weight_f32, pace::LowRankWeightParams, 128) { pace::low_rank_weight<float>(p); }
-PACE_KERNEL(low_rank_weight_f16, pace::LowRankWeightParams, 128) { pace::low_rank_weight<pace::f16>(p); }
-PACE_KERNEL(low_rank_weight_bf16, pace::LowRankWeightParams, 128) { pace::low_rank_weight<pace::bf16>(p); }
-PACE_KERNEL(low_rank_weight_backward_f32, pace::LowRankBackwardParams, 128) {
-    pace::low_rank_backward<float, 8, true>(p);
-}
-PACE_KERNEL(low_rank_weight_backward_f16, pace::LowRankBackwardParams, 128) {
-    pace::low_rank_backward<pace::f16, 8, true>(p);
-}
-PACE_KERNEL(low_rank_weight_backward_bf16, pace::LowRankBackwardParams, 128) {
-    pace::low_rank_backward<pace::bf16, 8, true>(p);
-}
-PACE_KERNEL(prompt_bias_product_f32, pace::PromptBiasParams, 256) { pace::prompt_bias<float, float, float>(p); }
-PACE_KERNEL(prompt_bias_product_f16, pace::PromptBiasParams, 256) {
-    pace::prompt_bias<pace::f16, pace::f16, float>(p);
-}
-PACE_KERNEL(prompt_bias_product_bf16, pace::PromptBiasParams, 256) {
-    pace::prompt_bias<pace::bf16, pace::bf16, float>(p);
-}
-PACE_KERNEL(prompt_bias_f32, pace::PromptBiasParams, 256) { pace::prompt_bias<float, float, float>(p); }
-PACE_KERNEL(prompt_bias_f16, pace::PromptBiasParams, 256) { pace::prompt_bias<pace::f16, float, pace::f16>(p); }
-PACE_KERNEL(prompt_bias_bf16, pace::PromptBiasParams, 256) { pace::prompt_bias<pace::bf16, float, pace::bf16>(p); }
-PACE_KERNEL(prompt_bias_columns_f32, pace::LowRankBackwardParams, 128) {
-    pace::low_rank_backward<float, 1, false>(p);
-}
-PACE_KERNEL(prompt_bias_columns_f16, pace::LowRankBackwardParams, 128) {
-    pace::low_rank_backward<pace::f16, 1, false>(p);
-}
-PACE_KERNEL(prompt_bias_columns_bf16, pace::LowRankBackwardParams, 128) {
-    pace::low_rank_backward<pace::bf16, 1, false>(p);
-}
-PACE_KERNEL(prompt_bias_grads_f32, pace::PromptGradsParams, 256) { pace::prompt_grads<float>(p); }
-PACE_KERNEL(prompt_bias_grads_f16, pace::PromptGradsParams, 256) { pace::prompt_grads<pace::f16>(p); }
-PACE_KERNEL(prompt_bias_grads_bf16, pace::PromptGradsParams, 256) { pace::prompt_grads<pace::bf16>(p); }
-PACE_KERNEL(merge_f32, pace::MergeParams, 256) { pace::merge<float>(p); }
-PACE_KERNEL(merge_f16, pace::MergeParams, 256) { pace::merge<pace::f16>(p); }
-PACE_KERNEL(merge_bf16, pace::MergeParams, 256) { pace::merge<pace::bf16>(p); }
+} // namespace pace

@@ -38,9 +38,14 @@ while read -r name executable; do
 done <<<"$tests"$'\n'"$bench"
 strip -o "$folder/libpace_kernels.so" "$library"
 cp scripts/run.sh "$folder/run.sh"
+# The probes of Hopper GPUs, compiled here; sources too, for a machine where the programs do not start.
+rm -rf "$folder/hopper" && mkdir "$folder/hopper"
+cp benches/hopper/*.cu benches/hopper/*.cuh benches/hopper/run.sh benches/hopper/README.md "$folder/hopper/"
+PROBE_BIN="$folder/hopper/bin" benches/hopper/run.sh --build
+strip "$folder"/hopper/bin/*
 # What the PyTorch package's tests and the side-by-side benchmark read, at the same places as here.
 rm -rf "$folder/repository" && mkdir "$folder/repository"
-git ls-files -z examples/pytorch 'benches/peers/*.py' tests/golden include \
+git ls-files -z python 'benches/peers/*.py' tests/golden include \
     | tar --null -T - -cf - | tar -xf - -C "$folder/repository"
 
 mib=$(( ($(du -sb "$folder" | cut -f1) + (1 << 20) - 1) >> 20 ))

@@ -6,6 +6,13 @@ set -uo pipefail
 cd "$(dirname "$0")" || exit 1
 mkdir -p results
 
+# cuBLASLt of PyTorch's packages, where the loader knows no other.
+libraries="$(python3 -c 'import glob, site
+folders = site.getsitepackages() + [site.getusersitepackages()]
+print(":".join({p.rsplit("/", 1)[0] for f in folders for p in glob.glob(f + "/nvidia/**/libcublasLt.so.*", recursive=True)}))' \
+    2>/dev/null)"
+[ -z "$libraries" ] || export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$libraries"
+
 device="$(nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=csv,noheader 2>/dev/null | head -1)"
 failed=()
 # step NAME COMMAND...
@@ -23,6 +30,11 @@ step() {
     fi
 }
 
+# First, because they decide the design of kernels: what a Hopper GPU's units do. Two minutes at most.
+case "$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1)" in
+    9.0) step hopper env -u OUT timeout -k 5 120 ./hopper/run.sh ;;
+    *) step hopper echo "skipped: no device of compute capability 9.0" ;;
+esac
 step plan ./test_cuda_plan
 step device ./test_cuda device::
 if command -v compute-sanitizer >/dev/null; then
@@ -32,7 +44,7 @@ if command -v compute-sanitizer >/dev/null; then
 else
     step sanitizer echo "skipped: no compute-sanitizer in PATH"
 fi
-export PACE_KERNELS_LIBRARY="$PWD/libpace_kernels.so" PYTHONPATH="$PWD/repository/examples/pytorch/src"
+export PACE_KERNELS_LIBRARY="$PWD/libpace_kernels.so" PYTHONPATH="$PWD/repository/python/src"
 # pytorch MODULES NAME COMMAND...: a step, if python3 has the modules
 pytorch() {
     local modules="$1" name="$2"
@@ -43,7 +55,7 @@ pytorch() {
         step "$name" echo "skipped: python3 cannot import $modules"
     fi
 }
-pytorch "torch, timm, safetensors, pytest" pytorch python3 -m pytest -q -rs repository/examples/pytorch/tests
+pytorch "torch, timm, safetensors, pytest" pytorch python3 -m pytest -q -rs repository/python/tests
 pytorch "torch, timm, numpy" peers \
     python3 repository/benches/peers/peers.py --device cuda --out results/peers.json --chart results/peers.svg
 step bench env CRITERION_HOME=results/criterion PACE_BENCH_JSON=results/bench.json ./bench_cuda --bench

@@ -7,9 +7,9 @@ use rand::{Rng, RngExt};
 /// An adapter on a frozen linear layer (paper section 3.4 and the official code's `residual_adapters`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Adapter {
-    /// `ΔW = D·U`, `Δb = δb`.
+    /// `ΔW = B·A`, `Δb = δb`.
     LoraAdd,
-    /// `ΔW = W0 ⊙ (D·U)`, `Δb = W0·(Pd·Pu) + b0⊙δb`: the paper's main adapter.
+    /// `ΔW = W0 ⊙ (B·A)`, `Δb = W0·(Pd·Pu) + b0⊙δb`: the paper's main adapter.
     LoraMulVptAdd,
     /// `ΔW = 0`, `Δb = W0·(Pd·Pu)`.
     VptAdd,
@@ -37,9 +37,9 @@ pub struct Parameter {
     pub init: Init,
 }
 
-/// `D [N, r]`.
+/// `B [N, r]`.
 pub const DOWN: &str = "delta_W_down";
-/// `U [r, K]`.
+/// `A [r, K]`.
 pub const UP: &str = "delta_W_up";
 /// `δb [N]`.
 pub const DELTA_BIAS: &str = "delta_b";

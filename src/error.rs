@@ -138,6 +138,26 @@ pub enum Error {
         /// The driver's name for what went wrong.
         status: String,
     },
+    /// A call of cuBLASLt failed.
+    #[cfg(feature = "cuda")]
+    #[error("cuBLASLt could not {action}: {status}")]
+    Library {
+        /// What was tried.
+        action: &'static str,
+        /// The library's name for what went wrong.
+        status: String,
+    },
+    /// A family of kernels was asked for that does not run on the device.
+    #[cfg(feature = "cuda")]
+    #[error("the family `{family}` does not run on CUDA device {ordinal}: {why}")]
+    NoFamily {
+        /// Its name.
+        family: &'static str,
+        /// The device, from 0.
+        ordinal: usize,
+        /// What it lacks.
+        why: String,
+    },
     /// A weight file does not hold what the model needs.
     #[error("weights: {0}")]
     Weights(String),

@@ -16,6 +16,7 @@
 use crate::error::{Error, Result};
 use crate::real::Real;
 use crate::vector::{Loop, widest};
+use std::convert::Infallible;
 
 /// One call of Philox4x32-10: ten rounds over a 128-bit `counter` under a 64-bit `key`.
 ///
@@ -323,19 +324,41 @@ pub(crate) fn check_samples(first_sample: u64, batch: usize) -> Result<()> {
     }
 }
 
-/// Where a layer's `z` comes from.
-#[derive(Debug, Clone, Copy)]
-pub enum Noise<'a, T> {
+/// Where a layer's `z` comes from, on every device.
+///
+/// `Z` is a tensor of given values: a slice for the operators in [`cpu`](crate::cpu), device memory for those in `cuda`. `K` is a key
+/// in device memory; the CPU has none.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Noise<Z, K = Infallible> {
     /// No noise, `z = 1`: evaluation, and layers with σ = 0.
     Off,
     /// Generated on the fly in the forward pass and again in the backward pass; never stored.
     Generated(Generator),
+    /// The same with a key that is read when the kernel runs, instead of the generator's: one `u64` in device memory, made by
+    /// `u64::from(key)`. A captured CUDA graph is replayed with fresh noise by changing it.
+    Keyed {
+        /// Strength, shape and addresses of the noise.
+        generator: Generator,
+        /// The key.
+        key: K,
+    },
     /// Given by the caller: `[R, N]` for [`NoiseShape::PerSample`], `[R, T, N]` for [`NoiseShape::PerToken`], where
     /// `R` is branches × batch.
     Given {
         /// The values, row-major.
-        z: &'a [T],
+        z: Z,
         /// Which elements share one value.
         shape: NoiseShape,
     },
+}
+
+impl<Z, K> Noise<Z, K> {
+    /// Which elements share a `z`; `None` if there is no noise.
+    pub fn shape(&self) -> Option<NoiseShape> {
+        match self {
+            Noise::Off => None,
+            Noise::Generated(generator) | Noise::Keyed { generator, .. } => Some(generator.shape()),
+            Noise::Given { shape, .. } => Some(*shape),
+        }
+    }
 }

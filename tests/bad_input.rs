@@ -193,8 +193,8 @@ impl Call {
         match self.op {
             Dense | DenseBackward => all.push((self.has(1), "delta_weight", vec![Out, In])),
             LowRank | LowRankBackward | LoraAdd | LoraAddBackward | LoraMul | LoraMulBackward => {
-                all.push((true, "down", vec![Out, Rank]));
-                all.push((true, "up", vec![Rank, In]));
+                all.push((true, "lora_b", vec![Out, Rank]));
+                all.push((true, "lora_a", vec![Rank, In]));
             }
             Prompt | PromptBackward => {
                 all.push((true, "base_weight", vec![Out, In]));
@@ -214,8 +214,8 @@ impl Call {
                 if self.op == DenseBackward {
                     all.push((self.has(1) && self.has(10), "grads.delta_weight", vec![Out, In]));
                 } else {
-                    all.push((self.has(10), "grads.down", vec![Out, Rank]));
-                    all.push((self.has(11), "grads.up", vec![Rank, In]));
+                    all.push((self.has(10), "grads.lora_b", vec![Out, Rank]));
+                    all.push((self.has(11), "grads.lora_a", vec![Rank, In]));
                 }
             }
             Epilogue => all.extend([(true, "a", y.clone()), (true, "y", y)]),
@@ -223,8 +223,8 @@ impl Call {
             LoraAdd | LoraMul => all.push((true, "out", vec![Out, In])),
             LoraAddBackward | LoraMulBackward => {
                 all.push((true, "delta_weight_grad", vec![Out, In]));
-                all.push((true, "grads.down", vec![Out, Rank]));
-                all.push((true, "grads.up", vec![Rank, In]));
+                all.push((true, "grads.lora_b", vec![Out, Rank]));
+                all.push((true, "grads.lora_a", vec![Rank, In]));
             }
             Prompt => all.push((true, "out", vec![Out])),
             PromptBackward => {
@@ -285,8 +285,8 @@ impl Call {
             noise,
             base,
             rank,
-            down: input("down"),
-            up: input("up"),
+            lora_b: input("lora_b"),
+            lora_a: input("lora_a"),
             delta_bias: optional("delta_bias"),
             scale: self.scale,
         };
@@ -294,8 +294,8 @@ impl Call {
             out_features,
             in_features,
             rank,
-            down: input("down"),
-            up: input("up"),
+            lora_b: input("lora_b"),
+            lora_a: input("lora_a"),
             scale: self.scale,
         };
         let prompt = || PromptBias {
@@ -314,10 +314,10 @@ impl Call {
         let [mut o1, mut o2, mut o3, mut o4] = match self.op {
             Dense | LowRank | Epilogue | DropPath => ["y", "", "", ""],
             DenseBackward => ["grads.input", "grads.delta_weight", "grads.delta_bias", ""],
-            LowRankBackward => ["grads.input", "grads.down", "grads.up", "grads.delta_bias"],
+            LowRankBackward => ["grads.input", "grads.lora_b", "grads.lora_a", "grads.delta_bias"],
             EpilogueBackward => ["da", "", "", ""],
             LoraAdd | LoraMul | Prompt => ["out", "", "", ""],
-            LoraAddBackward | LoraMulBackward => ["grads.down", "grads.up", "", ""],
+            LoraAddBackward | LoraMulBackward => ["grads.lora_b", "grads.lora_a", "", ""],
             PromptBackward => ["grads.prompt_down", "grads.prompt_up", "grads.delta_bias", ""],
             DropPathBackward => ["dx", "", "", ""],
             FpDistance => [""; 4],
@@ -337,8 +337,8 @@ impl Call {
             LowRankBackward => {
                 let grads = LowRankGrads {
                     input: asked("grads.input", &mut o1[..]),
-                    down: asked("grads.down", &mut o2[..]),
-                    up: asked("grads.up", &mut o3[..]),
+                    lora_b: asked("grads.lora_b", &mut o2[..]),
+                    lora_a: asked("grads.lora_a", &mut o3[..]),
                     delta_bias: asked("grads.delta_bias", &mut o4[..]),
                 };
                 low_rank().backward(input("x"), input("dy"), grads)
@@ -348,11 +348,11 @@ impl Call {
             LoraAdd => low_rank_weight(lora(), &mut o1),
             LoraMul => lora_mul_weight(lora(), input("base_weight"), &mut o1),
             LoraAddBackward => {
-                let grads = LoraGrads { down: &mut o1, up: &mut o2 };
+                let grads = LoraGrads { lora_b: &mut o1, lora_a: &mut o2 };
                 low_rank_weight_backward(lora(), input("delta_weight_grad"), grads)
             }
             LoraMulBackward => {
-                let grads = LoraGrads { down: &mut o1, up: &mut o2 };
+                let grads = LoraGrads { lora_b: &mut o1, lora_a: &mut o2 };
                 lora_mul_weight_backward(lora(), input("base_weight"), input("delta_weight_grad"), grads)
             }
             Prompt => prompt().forward(&mut o1),
@@ -385,7 +385,7 @@ impl Call {
     fn depends(&self, argument: &str, dim: Dim) -> bool {
         let dims = match argument {
             "weight" => vec![Out, In],
-            "x·Uᵀ" => vec![Branches, Batch, Tokens, Rank],
+            "x·Aᵀ" => vec![Branches, Batch, Tokens, Rank],
             // A layer refuses sizes whose unshared input would overflow, so that one check serves both.
             "x" | "y" if self.op.is_layer() => {
                 vec![Branches, Batch, Tokens, if argument == "x" { In } else { Out }]

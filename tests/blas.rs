@@ -58,7 +58,7 @@ fn values(seed: usize, len: usize) -> Vec<f64> {
 }
 
 /// Outputs and gradients of both layers, over sizes that are large enough for a BLAS.
-fn run(noise: Noise<'_, f64>, shape: LinearShape) -> Vec<Vec<f64>> {
+fn run(noise: Noise<&'_ [f64]>, shape: LinearShape) -> Vec<Vec<f64>> {
     let (m, k, n, r) = (shape.out_rows(), shape.in_features, shape.out_features, 40);
     let [weight, bias, delta, x, dy] =
         [n * k, n, n * k, shape.in_rows() * k, m * n].map(|len| values(len, len));
@@ -70,13 +70,25 @@ fn run(noise: Noise<'_, f64>, shape: LinearShape) -> Vec<Vec<f64>> {
         NoisyLinearGrads { input: Some(&mut dx), delta_weight: Some(&mut dw), delta_bias: Some(&mut db) };
     layer.backward(&x, &dy, grads).unwrap();
 
-    let (down, up) = (values(1, n * r), values(2, r * k));
-    let lora =
-        LowRankLinear { shape, noise, base, rank: r, down: &down, up: &up, delta_bias: None, scale: 0.5 };
-    let (mut y2, mut dx2, mut dd, mut du) = (y.clone(), x.clone(), down.clone(), up.clone());
+    let (lora_b, lora_a) = (values(1, n * r), values(2, r * k));
+    let lora = LowRankLinear {
+        shape,
+        noise,
+        base,
+        rank: r,
+        lora_b: &lora_b,
+        lora_a: &lora_a,
+        delta_bias: None,
+        scale: 0.5,
+    };
+    let (mut y2, mut dx2, mut dd, mut du) = (y.clone(), x.clone(), lora_b.clone(), lora_a.clone());
     lora.forward(&x, &mut y2).unwrap();
-    let grads =
-        LowRankGrads { input: Some(&mut dx2), down: Some(&mut dd), up: Some(&mut du), delta_bias: None };
+    let grads = LowRankGrads {
+        input: Some(&mut dx2),
+        lora_b: Some(&mut dd),
+        lora_a: Some(&mut du),
+        delta_bias: None,
+    };
     lora.backward(&x, &dy, grads).unwrap();
     vec![y, dx, dw, db, y2, dx2, dd, du]
 }

@@ -2,13 +2,21 @@
 
 // The build script uses all of it.
 #[allow(dead_code)]
+#[path = "../build/kernels.rs"]
+mod kernels;
+#[allow(dead_code)]
 #[path = "../build/nvcc.rs"]
 mod nvcc;
 
-use nvcc::{Nvcc, Unusable, archs, check_archs, find, is_newer, prerequisites, release};
+use kernels::{Group, Source, groups, sources, table};
+use nvcc::{
+    Nvcc, Targets, Unusable, archs, check_archs, find, is_newer, only_capability, prerequisites, release,
+    targets,
+};
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::time::{Duration, SystemTime};
 
 /// An empty folder of its own for each test.
@@ -92,6 +100,102 @@ fn architectures_are_read() {
     assert!(check_archs(&archs("90").unwrap(), "compute_90").unwrap_err().contains("80"), "the PTX floor");
 }
 
+/// The folder decides the architectures.
+#[test]
+fn families_have_their_own_architectures() {
+    let targets_of = |family, list| targets(family, &archs(list).unwrap());
+    for family in ["", "sm80"] {
+        let images = ["80", "86", "90a"].map(String::from).to_vec();
+        assert_eq!(targets_of(family, "80;86;90a"), Ok(Targets { images, ptx: Some("80") }), "{family}");
+        assert_eq!(only_capability(family), None);
+    }
+    for (list, images) in
+        [("80;90a", &["90a"][..]), ("90", &["90a"]), ("90;90a;100a", &["90a"]), ("80;100a", &[])]
+    {
+        let images = images.iter().map(|&arch| arch.into()).collect();
+        assert_eq!(targets_of("sm90", list), Ok(Targets { images, ptx: None }), "{list}");
+    }
+    assert_eq!(only_capability("sm90"), Some((9, 0)));
+    assert!(targets_of("sm70", "80").unwrap_err().contains("kernels/sm70"));
+}
+
+#[test]
+fn sources_are_found_in_families() {
+    let folder = folder("sources");
+    for path in ["b.cu", "a.cuh", "README.md", "sm80/b.cu", "sm80/a.cu", "sm90/b.cu", "sm90/ptx.cuh"] {
+        file(&folder.join(path), "");
+    }
+    let found = sources(&folder).unwrap();
+    let names: Vec<_> =
+        found.iter().map(|source| (&*source.file, source.family(), source.flat_name())).collect();
+    assert_eq!(
+        names,
+        [
+            ("b", "", "b".into()),
+            ("sm80/a", "sm80", "sm80_a".into()),
+            ("sm80/b", "sm80", "sm80_b".into()),
+            ("sm90/b", "sm90", "sm90_b".to_owned()),
+        ]
+    );
+    assert_eq!(found[1].path, folder.join("sm80").join("a.cu"));
+    assert!(sources(&folder.join("none")).unwrap_err().contains("none"));
+}
+
+#[test]
+fn kernels_are_read() {
+    let text = "#define PACE_KERNEL_OF(name) \\\n    PACE_KERNEL(name##_f32, \\\n// PACE_KERNEL(no, P)\n\
+                PACE_KERNEL(norm, Params, 256) { total(p); }\nPACE_KERNELS(loss, Params, (512), f<T>(p))\n\
+                PACE_KERNELS_F32(y, Params, (256), f<T>(p))\nPACE_KERNELS_16(y, Params, (256, 4), f<T>(p))\n\
+                PACE_GEMM_KERNELS(linear, Params, (256), f<Math>(p))\nPACE_KERNELS_16(z, Params, (1), f(p))\n";
+    let group =
+        |name: &str, suffixes: &[&'static str]| Group { name: name.into(), suffixes: suffixes.to_vec() };
+    let expected = [
+        group("norm", &[""]),
+        group("loss", &["_f32", "_f16", "_bf16"]),
+        group("y", &["_f32", "_f16", "_bf16"]),
+        group("linear", &["_f32", "_tf32", "_f16", "_bf16"]),
+        group("z", &["_f16", "_bf16"]),
+    ];
+    assert_eq!(groups(text).as_deref(), Ok(&expected[..]));
+    assert_eq!(expected[4].kernels().collect::<Vec<_>>(), ["z_f16", "z_bf16"]);
+    assert!(groups("PACE_KERNELS_64(a, Params, (1), f(p))").unwrap_err().contains("PACE_KERNELS_64"));
+    assert!(groups("PACE_KERNELS(\n    a, Params, (1), f(p))").unwrap_err().contains("one line"));
+}
+
+#[test]
+fn the_table_has_every_kernel() {
+    let folder = folder("table");
+    let gemm = source(&folder, "sm80/linear", "PACE_GEMM_KERNELS(linear, Params, (256), f<Math>(p))\n");
+    let norm =
+        source(&folder, "norm", "PACE_KERNEL(norm, Params, 1) {}\nPACE_KERNELS(loss, P, (1), f<T>(p))\n");
+    let half = source(&folder, "sm90/linear", "PACE_KERNELS_16(sm90_linear, Params, (1), f<T>(p))\n");
+    let rust = table(&[norm.clone(), gemm.clone(), half]).unwrap();
+    let (list, constants) = rust.split_once("];\n").unwrap();
+    assert_eq!(list.matches("Kernel {").count(), 1 + 3 + 4 + 2, "{list}");
+    assert!(list.contains(r#"Kernel { file: "sm80/linear", name: "linear_tf32" },"#), "{list}");
+    assert!(
+        constants.contains(r#"const NORM: Kernel = Kernel { file: "norm", name: "norm" };"#),
+        "{constants}"
+    );
+    for (name, kind, fields) in [
+        ("LOSS", "Kernels", &["f32: ", "f16: ", "bf16: "][..]),
+        ("LINEAR", "GemmKernels", &["f32: ", "tf32: ", "f16: ", "bf16: "]),
+        ("SM90_LINEAR", "HalfKernels", &["f16: ", "bf16: "]),
+    ] {
+        let start = format!("pub(crate) const {name}: {kind} = {kind} {{\n");
+        let (_, rest) = constants.split_once(&start).unwrap_or_else(|| panic!("no `{start}` in {constants}"));
+        let lines = rest.lines().take_while(|line| *line != "};");
+        assert!(lines.eq(rest.lines().take(fields.len())), "{rest}");
+        assert!(rest.lines().zip(fields).all(|(line, field)| line.trim().starts_with(field)), "{rest}");
+    }
+
+    // One program has all kernels, so that names have to differ between files too.
+    let twice = source(&folder, "sm90/again", "PACE_KERNEL(loss_f16, Params, 1) {}\n");
+    assert!(table(&[norm, twice]).unwrap_err().contains("another kernel loss_f16"));
+    let odd = source(&folder, "odd", "PACE_KERNELS_F32(odd, Params, (1), f<T>(p))\n");
+    assert!(table(&[odd]).unwrap_err().contains("no set of types"));
+}
+
 #[test]
 fn depfiles_are_read() {
     let paths = |text| prerequisites(text).iter().map(|path| path.display().to_string()).collect::<Vec<_>>();
@@ -141,6 +245,7 @@ while [ $# -gt 1 ]; do
     shift
 done
 grep -q broken "$1" && {{ echo "error: it is broken"; exit 2; }}
+grep -q serialised "$1" && echo "ptxas info : (C7510) Potential Performance Loss: wgmma" >&2
 echo fatbin > "$output"
 echo "$output : $1" > "$depfile"
 "#
@@ -164,12 +269,13 @@ fn sources_are_compiled_once_and_again_when_something_changed() {
         };
         Nvcc::from_environment(&variable).unwrap_or_else(|_| panic!("the script is a usable nvcc"))
     };
-    let sources: Vec<PathBuf> = (0..5).map(|i| folder.join(format!("{i}.cu"))).collect();
-    sources.iter().for_each(|source| file(source, "fine"));
+    let sources: Vec<Source> = (0..5).map(|i| source(&folder, &i.to_string(), "fine")).collect();
     let compiled = || fs::read_to_string(&log).unwrap().lines().count();
 
     let nvcc = open("90a");
-    assert_eq!(nvcc.compile(&sources, &folder, 3), Ok(()));
+    let lines = Mutex::new(Vec::new());
+    let progress = |line: &str| lines.lock().unwrap().push(line.to_owned());
+    assert_eq!(nvcc.compile(&sources, &folder, 3, &progress).as_deref(), Ok(&sources[..]));
     assert_eq!(compiled(), 5);
     assert!((0..5).all(|i| folder.join(format!("{i}.fatbin")).is_file()));
     let command = fs::read_to_string(&log).unwrap();
@@ -178,20 +284,86 @@ fn sources_are_compiled_once_and_again_when_something_changed() {
     {
         assert!(command.contains(argument), "{command}");
     }
-    assert_eq!(nvcc.compile(&sources, &folder, 3), Ok(()));
+    let lines = lines.into_inner().unwrap();
+    assert_eq!(lines.len(), 10);
+    assert!(lines.contains(&"nvcc 12.4: 0.cu, 1 of 5".to_owned()), "{lines:?}");
+
+    let quiet = |line: &str| panic!("nothing is compiled, but this is said: {line}");
+    assert_eq!(nvcc.compile(&sources, &folder, 3, &quiet).as_deref(), Ok(&sources[..]));
     assert_eq!(compiled(), 5, "nothing changed");
     let later = SystemTime::now() + Duration::from_secs(2);
-    fs::File::options().append(true).open(&sources[2]).unwrap().set_modified(later).unwrap();
-    assert_eq!(nvcc.compile(&sources, &folder, 1), Ok(()));
+    fs::File::options().append(true).open(&sources[2].path).unwrap().set_modified(later).unwrap();
+    nvcc.compile(&sources, &folder, 1, &|_| {}).unwrap();
     assert_eq!(compiled(), 6, "one source is newer");
-    file(&sources[2], "fine");
-    assert_eq!(open("80").compile(&sources, &folder, 100), Ok(()));
+    file(&sources[2].path, "fine");
+    open("80").compile(&sources, &folder, 100, &|_| {}).unwrap();
     assert_eq!(compiled(), 11, "another architecture");
 
-    file(&sources[1], "broken");
-    file(&sources[3], "broken");
-    let error = open("90a").compile(&sources, &folder, 2).unwrap_err();
+    file(&sources[1].path, "broken");
+    file(&sources[3].path, "broken");
+    let error = open("90a").compile(&sources, &folder, 2, &|_| {}).unwrap_err();
     assert_eq!(error.matches("error: it is broken").count(), 2, "{error}");
+}
+
+/// A file of kernels in `folder`.
+fn source(folder: &Path, name: &str, contents: &str) -> Source {
+    let source = Source { file: name.into(), path: folder.join(name).with_extension("cu") };
+    file(&source.path, contents);
+    source
+}
+
+#[cfg(unix)]
+#[test]
+fn a_family_is_compiled_for_its_architectures() {
+    let folder = folder("families");
+    let (path, log) = (folder.join("nvcc"), folder.join("log"));
+    fake_nvcc(&path, "13.0");
+    let open = |archs: &'static str| {
+        let variable = |name: &str| match name {
+            "NVCC" => Some(path.clone().into()),
+            "PACE_CUDA_ARCHS" => Some(archs.into()),
+            _ => None,
+        };
+        Nvcc::from_environment(&variable).unwrap_or_else(|_| panic!("the script is a usable nvcc"))
+    };
+    let compile = |archs, sources: &[Source]| open(archs).compile(sources, &folder, 1, &|_| {});
+    let names = ["fill", "sm80/linear", "sm90/linear"];
+    let mut all = names.map(|name| source(&folder, name, "fine"));
+    assert_eq!(compile("80;90", &all).as_deref(), Ok(&all[..]));
+    assert!(
+        ["fill", "sm80_linear", "sm90_linear"]
+            .iter()
+            .all(|name| folder.join(name).with_extension("fatbin").is_file())
+    );
+    let commands = fs::read_to_string(&log).unwrap();
+    let codes = |name: &str| {
+        let command = commands.lines().find(|line| line.contains(name)).unwrap();
+        command.split("code=").skip(1).map(|rest| rest.split(' ').next().unwrap()).collect::<Vec<_>>()
+    };
+    assert_eq!(codes("sm80_linear.fatbin"), ["sm_80", "sm_90", "compute_80"]);
+    assert_eq!(codes("sm90_linear.fatbin"), ["sm_90a"]);
+    // Nobody asked for Hopper.
+    assert_eq!(compile("80", &all).as_deref(), Ok(&all[..2]));
+
+    // Slow code is an error where it can only be a mistake, also the next time, and although this file was fine before.
+    compile("90a", &all).unwrap();
+    all.iter().for_each(|source| file(&source.path, "serialised"));
+    let later = SystemTime::now() + Duration::from_secs(2);
+    all.iter().for_each(|source| {
+        fs::File::options().append(true).open(&source.path).unwrap().set_modified(later).unwrap()
+    });
+    for _ in 0..2 {
+        let error = compile("90a", &all).unwrap_err();
+        assert!(error.contains("Potential Performance Loss: wgmma") && error.contains("sm90"), "{error}");
+        assert_eq!(error.matches("made slow code").count(), 1, "{error}");
+        // As if the source were older than what nvcc made of it.
+        let earlier = SystemTime::now() - Duration::from_secs(10);
+        all.iter().for_each(|source| {
+            fs::File::options().append(true).open(&source.path).unwrap().set_modified(earlier).unwrap()
+        });
+    }
+    all[0].file = "sm70/fill".into();
+    assert!(compile("80", &all).unwrap_err().contains("kernels/sm70"));
 }
 
 #[cfg(unix)]

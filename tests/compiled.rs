@@ -5,12 +5,15 @@
 //! `docs/kernels.md` is made here: `PACE_UPDATE_DOCS=1 cargo test --test compiled` writes it.
 
 #[allow(dead_code)]
+#[path = "../build/kernels.rs"]
+mod kernels;
+#[allow(dead_code)]
 #[path = "../build/nvcc.rs"]
 mod nvcc;
 
 // `FATBINS` and `WHY_NOT_BUILT`, by build.rs.
 mod built {
-    include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+    include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
 }
 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
@@ -37,15 +40,16 @@ const FACTORS: &[&str] = &["HMMA", "LDSM", "LDG.128"];
 /// and some of its modifiers, `|` between alternatives. A kernel takes the first line that fits it.
 const INSTRUCTIONS: &[(&str, &str, &[&str])] = &[
     ("drop_path", "drop_path_", VECTORS),
+    ("layer_epilogue", "layer_epilogue_", VECTORS),
     ("loss", "loss_scan_", LOADS),
     ("loss", "loss_", VECTORS),
-    ("low_rank_linear", "low_rank_factors_", FACTORS),
-    ("low_rank_linear", "low_rank_linear_", PRODUCT),
+    ("sm80/low_rank_linear", "low_rank_factors_", FACTORS),
+    ("sm80/low_rank_linear", "low_rank_linear_", PRODUCT),
     ("noise_fill", "noise_fill", &["STG.128"]),
     ("noisy_epilogue", "noisy_epilogue_", VECTORS),
-    ("noisy_linear", "noisy_linear_weight_f32", TRANSPOSED),
-    ("noisy_linear", "noisy_linear_weight_tf32", TRANSPOSED),
-    ("noisy_linear", "noisy_linear_", PRODUCT),
+    ("sm80/noisy_linear", "noisy_linear_weight_f32", TRANSPOSED),
+    ("sm80/noisy_linear", "noisy_linear_weight_tf32", TRANSPOSED),
+    ("sm80/noisy_linear", "noisy_linear_", PRODUCT),
     ("norms", "grad_norm_", LOADS),
     ("norms", "fp_distance_", LOADS),
     // Reads partial sums only.
@@ -113,6 +117,7 @@ type Name = (String, String, String);
 struct Compiled {
     /// As nvcc gives it, `13.0.88`.
     version: String,
+    /// Those asked for, `90a`.
     archs: Vec<String>,
     kernels: BTreeMap<Name, Code>,
 }
@@ -145,20 +150,23 @@ impl Compiled {
         // Where cuobjdump looks for nvdisasm.
         let path = std::env::join_paths(&folders).map_err(|error| error.to_string())?;
         let mut kernels = BTreeMap::new();
-        for (file, _) in built::FATBINS {
-            let fatbin = Path::new(env!("OUT_DIR")).join(format!("{file}.fatbin"));
+        for (file, ..) in built::FATBINS {
+            let fatbin = Path::new(env!("OUT_DIR")).join(format!("{}.fatbin", file.replace('/', "_")));
             let mut command = Command::new(&cuobjdump);
             command.args(["-elf", "-res-usage", "-sass"]).arg(fatbin).env("PATH", &path);
             for ((arch, kernel), code) in read(&run(&mut command)?)? {
                 kernels.insert(((*file).to_owned(), kernel, arch), code);
             }
         }
-        Ok(Self {
-            version: version.to_owned(),
-            archs: archs.iter().map(|arch| format!("sm_{arch}")).collect(),
-            kernels,
-        })
+        Ok(Self { version: version.to_owned(), archs, kernels })
     }
+}
+
+/// The architectures that a file has an image for, `sm_90a`.
+fn images(file: &str, archs: &[String]) -> Result<Vec<String>, String> {
+    let family = file.split_once('/').map_or("", |(family, _)| family);
+    let images = nvcc::targets(family, archs)?.images;
+    Ok(images.iter().map(|arch| format!("sm_{arch}")).collect())
 }
 
 fn run(command: &mut Command) -> Result<String, String> {
@@ -216,11 +224,6 @@ fn read(dump: &str) -> Result<BTreeMap<(String, String), Code>, String> {
     Ok(kernels)
 }
 
-/// The crate's list of kernels.
-fn listed() -> impl Iterator<Item = &'static Kernel> {
-    KERNELS.iter().copied().flatten()
-}
-
 /// All problems at once.
 fn verdict(problems: &[String]) -> Result<Completion, Failed> {
     if problems.is_empty() { Ok(Completion::Completed) } else { Err(problems.join("\n").into()) }
@@ -228,11 +231,11 @@ fn verdict(problems: &[String]) -> Result<Completion, Failed> {
 
 /// The crate's list of kernels and the machine code agree, for every architecture.
 fn every_kernel_is_there(compiled: &Compiled) -> Result<Completion, Failed> {
-    let listed = |arch: &String| {
-        let arch = arch.clone();
-        listed().map(move |kernel| (kernel.file.to_owned(), kernel.name.to_owned(), arch.clone()))
-    };
-    let listed: BTreeSet<Name> = compiled.archs.iter().flat_map(listed).collect();
+    let mut listed: BTreeSet<Name> = BTreeSet::new();
+    for &Kernel { file, name } in KERNELS {
+        let images = images(file, &compiled.archs)?;
+        listed.extend(images.into_iter().map(|arch| (file.to_owned(), name.to_owned(), arch)));
+    }
     let compiled: BTreeSet<Name> = compiled.kernels.keys().cloned().collect();
     let missing = listed.difference(&compiled).map(|name| format!("{name:?} is not in the machine code"));
     let unknown = compiled.difference(&listed).map(|name| format!("{name:?} is not in KERNELS"));
@@ -277,8 +280,7 @@ fn instructions(compiled: &Compiled) -> Result<Completion, Failed> {
 }
 
 fn docs_are_up_to_date(compiled: &Compiled) -> Result<Completion, Failed> {
-    let archs = nvcc::archs(nvcc::DEFAULT_ARCHS)?.iter().map(|arch| format!("sm_{arch}")).collect::<Vec<_>>();
-    if compiled.archs != archs {
+    if compiled.archs != nvcc::archs(nvcc::DEFAULT_ARCHS)? {
         return Ok(Completion::ignored_with("PACE_CUDA_ARCHS asks for other architectures"));
     }
     let now = docs(compiled)?;
@@ -314,16 +316,17 @@ fn docs(compiled: &Compiled) -> Result<String, Failed> {
          This file is written by `PACE_UPDATE_DOCS=1 cargo test --test compiled` and checked by `tests/compiled.rs`.\n",
         compiled.version
     );
-    for (file, _) in built::FATBINS {
+    for (file, ..) in built::FATBINS {
         let source = concat!(env!("CARGO_MANIFEST_DIR"), "/kernels");
         let source = std::fs::read_to_string(Path::new(source).join(format!("{file}.cu")))?;
         // The first paragraph of the comment at its head.
         let head = source.lines().map_while(|line| line.strip_prefix("// ")).collect::<Vec<_>>().join(" ");
         let _ = write!(text, "\n## {file}\n\n{head}\n\n| kernel | threads |");
-        compiled.archs.iter().for_each(|arch| text += &format!(" registers, {arch} | shared, {arch} |"));
-        let _ = writeln!(text, "\n|---|---|{}", "---|---|".repeat(compiled.archs.len()));
-        for kernel in listed().filter(|kernel| kernel.file == *file) {
-            let codes = compiled.archs.iter().map(|arch| {
+        let archs = images(file, &compiled.archs)?;
+        archs.iter().for_each(|arch| text += &format!(" registers, {arch} | shared, {arch} |"));
+        let _ = writeln!(text, "\n|---|---|{}", "---|---|".repeat(archs.len()));
+        for kernel in KERNELS.iter().filter(|kernel| kernel.file == *file) {
+            let codes = archs.iter().map(|arch| {
                 let name = (kernel.file.to_owned(), kernel.name.to_owned(), arch.clone());
                 compiled.kernels.get(&name).ok_or(format!("{name:?} is not in the machine code"))
             });

@@ -1,9 +1,10 @@
 //! Plans refuse wrong arguments with the error that names them, and opening a device never panics.
 
 use pace_kernels::cuda::{
-    Base, Buffer, DType, Device, Direction, DropPath, Finding, FpDistance, GradNorm, LoraFactors, LoraGrads,
-    Loss, LossSettings, LossStatus, LowRankGrads, LowRankLinear, MaskSource, Merge, MergeSign, NoiseFill,
-    NoisyEpilogue, NoisyLinear, NoisyLinearGrads, Partner, Plan, PromptBias, PromptGrads, Source,
+    Base, Buffer, DType, Device, Direction, DropPath, Family, Finding, FpDistance, Gpu, GradNorm, Launch,
+    LoraFactors, LoraGrads, Loss, LossSettings, LossStatus, LowRankGrads, LowRankLinear, MaskSource, Merge,
+    MergeSign, NoiseFill, NoisyEpilogue, NoisyLinear, NoisyLinearGrads, Partner, Plan, PromptBias,
+    PromptGrads, Source,
 };
 use pace_kernels::noise::NoiseShape::{PerSample, PerToken};
 use pace_kernels::noise::{Generator, Key, NoiseShape};
@@ -30,7 +31,7 @@ fn fill() -> NoiseFill {
 fn epilogue() -> NoisyEpilogue {
     NoisyEpilogue {
         shape: SHAPE,
-        noise: Source::Generated { generator: generator(PerSample, 0), key: None },
+        noise: Source::Generated(generator(PerSample, 0)),
         direction: Direction::Forward,
         dtype: DType::F16,
         input: buffer(4096, M * 24),
@@ -63,6 +64,19 @@ fn loss() -> Loss {
 const NULL: &str = "is a null pointer";
 const MISALIGNED: &str = "does not start at a multiple of its element size";
 
+/// The only launch of a plan.
+fn only(plan: Plan) -> Launch {
+    let [launch] = launches(&plan);
+    assert_eq!(plan.steps().len(), 1);
+    launch
+}
+
+/// The launches of a plan, as many as are expected.
+fn launches<const N: usize>(plan: &Plan) -> [Launch; N] {
+    let launches: Vec<Launch> = plan.launches().cloned().collect();
+    launches.try_into().unwrap_or_else(|launches| panic!("{launches:?}"))
+}
+
 fn assert_error<T: std::fmt::Debug>(result: Result<T, Error>, want: &Error) {
     match result {
         Err(got) => assert_eq!(got, *want),
@@ -80,10 +94,10 @@ fn length(argument: &'static str, shape: &'static str, expected: usize, got: usi
 
 #[test]
 fn right_arguments_give_the_documented_geometry() {
-    let plan = fill().plan().unwrap();
+    let plan = only(fill().plan().unwrap());
     // 6 groups in 8 of x, 30 rows in 32 of y.
     assert_eq!((plan.kernel.name, plan.grid, plan.block), ("noise_fill", [1, 1, 1], [8, 32, 1]));
-    let plan = epilogue().plan().unwrap();
+    let plan = only(epilogue().plan().unwrap());
     // 3 columns in 4 of x, 5 tokens in 8 of y, 6 units in 8 of z.
     assert_eq!((plan.kernel.name, plan.grid, plan.block), ("noisy_epilogue_f16", [1, 1, 1], [4, 8, 8]));
     for (dtype, direction, name) in [
@@ -94,7 +108,7 @@ fn right_arguments_give_the_documented_geometry() {
         (DType::BF16, Direction::Backward, "noisy_epilogue_backward_bf16"),
     ] {
         let operator = NoisyEpilogue { dtype, direction, output: buffer(1 << 20, M * 24), ..epilogue() };
-        assert_eq!(operator.plan().unwrap().kernel.name, name);
+        assert_eq!(only(operator.plan().unwrap()).kernel.name, name);
     }
     // Blocks have at most 1024 threads and 64 along z, and grids at most 65535 rows, whatever the shape.
     for channels in [1, 4, 5, 8, 33, 768, 3072, 1 << 20] {
@@ -102,9 +116,9 @@ fn right_arguments_give_the_documented_geometry() {
             for batch in [1, 64, 1 << 10, 1 << 18] {
                 let shape = LinearShape { batch, tokens, out_features: channels, ..SHAPE };
                 let len = shape.out_rows() * channels;
-                let z = NoiseFill { shape, z: buffer(1 << 40, len), ..fill() }.plan().unwrap();
+                let z = only(NoiseFill { shape, z: buffer(1 << 40, len), ..fill() }.plan().unwrap());
                 let (input, output) = (buffer(1 << 56, len), buffer(1 << 57, len));
-                let y = NoisyEpilogue { shape, input, output, ..epilogue() }.plan().unwrap();
+                let y = only(NoisyEpilogue { shape, input, output, ..epilogue() }.plan().unwrap());
                 for (grid, block) in [(z.grid, z.block), (y.grid, y.block)] {
                     assert!(block.iter().product::<u32>() <= 256 && block[2] <= 64, "{shape:?}: {block:?}");
                     assert!(grid.iter().all(|&size| size > 0) && grid[1] <= 65535, "{shape:?}: {grid:?}");
@@ -142,10 +156,7 @@ fn wrong_sizes_are_refused() {
     };
     let generator = generator(PerSample, (1 << 56) - 2);
     assert_error(NoiseFill { generator, ..fill() }.plan(), &want);
-    assert_error(
-        NoisyEpilogue { noise: Source::Generated { generator, key: None }, ..epilogue() }.plan(),
-        &want,
-    );
+    assert_error(NoisyEpilogue { noise: Source::Generated(generator), ..epilogue() }.plan(), &want);
 }
 
 #[test]
@@ -216,7 +227,7 @@ fn drop_path() -> DropPath {
 
 #[test]
 fn drop_path_plans() {
-    let plan = drop_path().plan().unwrap();
+    let plan = only(drop_path().plan().unwrap());
     // 125 vectors: four per thread, 32 threads on a row, 8 rows side by side.
     assert_eq!((plan.kernel.name, plan.grid, plan.block), ("drop_path_bf16", [1, 1, 1], [256, 1, 1]));
     // As many blocks as suit every device; of a large sample as many as it needs.
@@ -227,7 +238,7 @@ fn drop_path_plans() {
         let mask = MaskSource::Given(buffer(1 << 20, batch));
         let (input, output) = (buffer(1 << 40, total), buffer(1 << 41, total));
         let operator = DropPath { batch, features, mask, input, output, ..drop_path() };
-        assert_eq!(operator.plan().unwrap().grid, grid);
+        assert_eq!(only(operator.plan().unwrap()).grid, grid);
     }
 
     let zero = |argument| Error::Size { argument, expected: "at least 1", got: 0 };
@@ -287,39 +298,41 @@ const LORA: LoraFactors<Buffer> = LoraFactors {
     out_features: 40,
     in_features: 520,
     rank: 3,
-    down: Buffer { address: 1 << 16, len: 120 },
-    up: Buffer { address: 1 << 17, len: 1560 },
+    lora_b: Buffer { address: 1 << 16, len: 120 },
+    lora_a: Buffer { address: 1 << 17, len: 1560 },
     scale: 0.5,
 };
 const WEIGHT: Buffer = Buffer { address: 1 << 20, len: 40 * 520 };
-const LORA_GRADS: LoraGrads<Buffer> =
-    LoraGrads { down: Buffer { address: 1 << 21, len: 120 }, up: Buffer { address: 1 << 22, len: 1560 } };
+const LORA_GRADS: LoraGrads<Buffer> = LoraGrads {
+    lora_b: Buffer { address: 1 << 21, len: 120 },
+    lora_a: Buffer { address: 1 << 22, len: 1560 },
+};
 /// Of `LORA`'s gradients, in the 16-bit types.
 const LORA_WORKSPACE: Buffer = Buffer { address: 1 << 23, len: 3 * 1560 + 3 * 120 };
 
 #[test]
 fn low_rank_plans() {
     let out = buffer(1 << 24, 40 * 520);
-    let plan = LORA.weight(DType::F16, None, out).unwrap();
+    let plan = only(LORA.weight(DType::F16, None, out).unwrap());
     assert_eq!((plan.kernel.name, plan.grid, plan.block), ("low_rank_weight_f16", [3, 3, 1], [128, 1, 1]));
-    assert_eq!(LORA.weight(DType::F32, Some(WEIGHT), out).unwrap().grid, [5, 3, 1]);
+    assert_eq!(only(LORA.weight(DType::F32, Some(WEIGHT), out).unwrap()).grid, [5, 3, 1]);
     let workspace = buffer(1 << 23, LORA.workspace_len(DType::BF16));
     assert_eq!(workspace, LORA_WORKSPACE);
     let plan = LORA.backward(DType::BF16, Some(WEIGHT), out, LORA_GRADS, workspace).unwrap();
-    assert_eq!((plan.partials.kernel.name, plan.partials.grid), ("low_rank_weight_backward_bf16", [3, 3, 1]));
-    let (down, up) = plan.sums;
-    assert_eq!((down.kernel.name, down.grid, up.grid), ("partial_sums_bf16", [1, 1, 1], [2, 1, 1]));
+    let [partials, lora_b, lora_a] = launches(&plan);
+    assert_eq!((partials.kernel.name, partials.grid), ("low_rank_weight_backward_bf16", [3, 3, 1]));
+    assert_eq!((lora_b.kernel.name, lora_b.grid, lora_a.grid), ("partial_sums_bf16", [1, 1, 1], [2, 1, 1]));
     // Parts have at most 128 rows; grids at most 65535.
     for (out_features, grid) in [(1 << 20, 8192), (1 << 24, 65535)] {
-        let down = buffer(1 << 40, 3 * out_features);
-        let up = buffer(1 << 50, 3);
-        let lora = LoraFactors { out_features, in_features: 1, down, up, ..LORA };
-        let grads = LoraGrads { down: buffer(1 << 41, 3 * out_features), up: buffer(1 << 51, 3) };
+        let lora_b = buffer(1 << 40, 3 * out_features);
+        let lora_a = buffer(1 << 50, 3);
+        let lora = LoraFactors { out_features, in_features: 1, lora_b, lora_a, ..LORA };
+        let grads = LoraGrads { lora_b: buffer(1 << 41, 3 * out_features), lora_a: buffer(1 << 51, 3) };
         let workspace = buffer(1 << 42, lora.workspace_len(DType::F16));
         let grad = buffer(1 << 43, out_features);
         let plan = lora.backward(DType::F16, None, grad, grads, workspace).unwrap();
-        assert_eq!(plan.partials.grid, [1, grid, 1]);
-        assert_eq!(lora.weight(DType::F16, None, grad).unwrap().grid, [1, 65535, 1]);
+        assert_eq!(launches::<3>(&plan)[0].grid, [1, grid, 1]);
+        assert_eq!(only(lora.weight(DType::F16, None, grad).unwrap()).grid, [1, 65535, 1]);
     }
 
     let zero = |argument| Error::Size { argument, expected: "at least 1", got: 0 };
@@ -335,22 +348,25 @@ fn low_rank_plans() {
             Error::Overflow { argument: "weight", shape: "[N, K]" },
         ),
         (
-            LoraFactors { in_features: 1 << 21, rank: 1 << 20, down: buffer(256, 40 << 20), ..LORA },
-            Error::Overflow { argument: "up", shape: "[r, K]" },
+            LoraFactors { in_features: 1 << 21, rank: 1 << 20, lora_b: buffer(256, 40 << 20), ..LORA },
+            Error::Overflow { argument: "lora_a", shape: "[r, K]" },
         ),
-        (LoraFactors { down: buffer(1 << 16, 119), ..LORA }, length("down", "[N, r]", 120, 119)),
-        (LoraFactors { up: buffer(1 << 16, 1), ..LORA }, length("up", "[r, K]", 1560, 1)),
-        (LoraFactors { up: buffer(1, 1560), ..LORA }, argument("up", MISALIGNED)),
-        (LoraFactors { down: buffer(u64::MAX - 237, 120), ..LORA }, argument("down", ENDLESS)),
+        (LoraFactors { lora_b: buffer(1 << 16, 119), ..LORA }, length("lora_b", "[N, r]", 120, 119)),
+        (LoraFactors { lora_a: buffer(1 << 16, 1), ..LORA }, length("lora_a", "[r, K]", 1560, 1)),
+        (LoraFactors { lora_a: buffer(1, 1560), ..LORA }, argument("lora_a", MISALIGNED)),
+        (LoraFactors { lora_b: buffer(u64::MAX - 237, 120), ..LORA }, argument("lora_b", ENDLESS)),
         (
             LoraFactors { scale: f32::INFINITY, ..LORA },
             Error::Value { argument: "scale", expected: "finite", got: f64::INFINITY },
         ),
-        (LoraFactors { up: out, ..LORA }, length("up", "[r, K]", 1560, 40 * 520)),
-        (LoraFactors { up: buffer((1 << 24) + 64, 1560), ..LORA }, argument("up", "overlaps an output")),
+        (LoraFactors { lora_a: out, ..LORA }, length("lora_a", "[r, K]", 1560, 40 * 520)),
+        (
+            LoraFactors { lora_a: buffer((1 << 24) + 64, 1560), ..LORA },
+            argument("lora_a", "overlaps an output"),
+        ),
     ] {
         assert_error(lora.weight(DType::F16, None, out), &want);
-        let grads = LoraGrads { down: buffer((1 << 24) + 2, 120), ..LORA_GRADS };
+        let grads = LoraGrads { lora_b: buffer((1 << 24) + 2, 120), ..LORA_GRADS };
         assert_error(lora.backward(DType::F16, None, WEIGHT, grads, LORA_WORKSPACE), &want);
     }
     let wrong = |base, out, want| assert_error(LORA.weight(DType::F16, base, out), &want);
@@ -362,12 +378,12 @@ fn low_rank_plans() {
         assert_error(LORA.backward(DType::F16, Some(WEIGHT), grad, grads, workspace), &want);
     };
     wrong(buffer(1 << 24, 1), LORA_GRADS, LORA_WORKSPACE, length("delta_weight_grad", "[N, K]", 20800, 1));
-    let grads = LoraGrads { down: buffer(1 << 21, 1), ..LORA_GRADS };
-    wrong(out, grads, LORA_WORKSPACE, length("grads.down", "[N, r]", 120, 1));
-    let grads = LoraGrads { up: buffer((1 << 22) + 1, 1560), ..LORA_GRADS };
-    wrong(out, grads, LORA_WORKSPACE, argument("grads.up", MISALIGNED));
-    let grads = LoraGrads { down: buffer(1 << 22, 120), ..LORA_GRADS };
-    wrong(out, grads, LORA_WORKSPACE, argument("grads.up", "overlaps another output"));
+    let grads = LoraGrads { lora_b: buffer(1 << 21, 1), ..LORA_GRADS };
+    wrong(out, grads, LORA_WORKSPACE, length("grads.lora_b", "[N, r]", 120, 1));
+    let grads = LoraGrads { lora_a: buffer((1 << 22) + 1, 1560), ..LORA_GRADS };
+    wrong(out, grads, LORA_WORKSPACE, argument("grads.lora_a", MISALIGNED));
+    let grads = LoraGrads { lora_b: buffer(1 << 22, 120), ..LORA_GRADS };
+    wrong(out, grads, LORA_WORKSPACE, argument("grads.lora_a", "overlaps another output"));
     wrong(out, LORA_GRADS, buffer(1 << 23, 5039), length("workspace", "[workspace_len()]", 5040, 5039));
     wrong(out, LORA_GRADS, buffer((1 << 24) - 4, 5040), argument("delta_weight_grad", "overlaps an output"));
     wrong(out, LORA_GRADS, buffer((1 << 22) - 4, 5040), argument("workspace", "overlaps another output"));
@@ -401,13 +417,14 @@ fn prompt_plans() {
     let len = 4 * 520 + 9 * 3;
     assert_eq!(prompt().workspace_len(DType::F16), len);
     let workspace = buffer(1 << 23, len);
-    let (product, bias) = prompt().forward(DType::F16, out, workspace).unwrap();
+    let [product, bias] = launches(&prompt().forward(DType::F16, out, workspace).unwrap());
     assert_eq!((product.kernel.name, product.grid), ("prompt_bias_product_f16", [65, 1, 1]));
     assert_eq!((bias.kernel.name, bias.grid), ("prompt_bias_f16", [5, 1, 1]));
     let plan = prompt().backward(DType::F16, out, grads, workspace).unwrap();
-    assert_eq!((plan.columns.0.kernel.name, plan.columns.0.grid), ("prompt_bias_columns_f16", [3, 3, 1]));
-    assert_eq!((plan.grads.0.kernel.name, plan.grads.0.grid), ("prompt_bias_grads_f16", [9, 1, 1]));
-    let names = [plan.columns.1, plan.grads.1].map(|sums| sums.kernel.name);
+    let [columns, column_sums, factors, factor_sums] = launches(&plan);
+    assert_eq!((columns.kernel.name, columns.grid), ("prompt_bias_columns_f16", [3, 3, 1]));
+    assert_eq!((factors.kernel.name, factors.grid), ("prompt_bias_grads_f16", [9, 1, 1]));
+    let names = [column_sums, factor_sums].map(|sums| sums.kernel.name);
     assert_eq!(names, ["partial_sums_f32", "partial_sums_f16"]);
 
     let zero = |argument| Error::Size { argument, expected: "at least 1", got: 0 };
@@ -454,12 +471,12 @@ fn merge_plans() {
         target: buffer(1 << 16, 9000),
         delta: buffer(1 << 17, 9000),
     };
-    let plan = merge.plan().unwrap().unwrap();
+    let plan = only(merge.plan().unwrap());
     assert_eq!((plan.kernel.name, plan.grid, plan.block), ("merge_bf16", [2, 1, 1], [256, 1, 1]));
     let (target, delta) = (buffer(1 << 40, 1 << 34), buffer(1 << 41, 1 << 34));
-    assert_eq!(Merge { target, delta, ..merge }.plan().unwrap().unwrap().grid, [2048, 1, 1]);
+    assert_eq!(only(Merge { target, delta, ..merge }.plan().unwrap()).grid, [2048, 1, 1]);
     let empty = buffer(0, 0);
-    assert_eq!(Merge { target: empty, delta: empty, ..merge }.plan(), Ok(None));
+    assert_eq!(Merge { target: empty, delta: empty, ..merge }.plan(), Ok(Plan::default()));
     let refused = |merge: Merge, want| assert_error(merge.plan(), &want);
     refused(Merge { delta: empty, ..merge }, length("delta", "[target.len()]", 9000, 0));
     refused(Merge { target: empty, ..merge }, length("delta", "[target.len()]", 0, 9000));
@@ -476,10 +493,11 @@ fn norm_plans() {
     let workspace = buffer(1 << 10, 3);
     let operator = GradNorm { dtype: DType::F16, gradients: &gradients, norm, workspace };
     assert_eq!(GradNorm::workspace_len([16385, 0, 5]), 3);
-    let (launches, total) = operator.plan().unwrap();
-    assert_eq!((launches.len(), launches[0].kernel.name, launches[0].grid), (1, "grad_norm_f16", [3, 1, 1]));
+    let [sums, total] = launches(&operator.plan().unwrap());
+    assert_eq!((sums.kernel.name, sums.grid), ("grad_norm_f16", [3, 1, 1]));
     assert_eq!((total.kernel.name, total.grid), ("norm_total", [1, 1, 1]));
-    assert_eq!(GradNorm { gradients: &[], workspace: buffer(0, 0), ..operator }.plan().unwrap().0, []);
+    let empty = GradNorm { gradients: &[], workspace: buffer(0, 0), ..operator };
+    assert_eq!(only(empty.plan().unwrap()).kernel.name, "norm_total");
     let refused = |operator: GradNorm<'_>, want| assert_error(operator.plan(), &want);
     let with = |gradients: &[Buffer], want| refused(GradNorm { gradients, ..operator }, want);
     with(&[gradients[0], buffer(0, 3)], argument("gradients", NULL));
@@ -509,7 +527,7 @@ fn norm_plans() {
         workspace,
     };
     assert_eq!(FpDistance::workspace_len(10, 2000), 2);
-    let (sums, _) = operator.plan().unwrap();
+    let [sums, _] = launches(&operator.plan().unwrap());
     assert_eq!((sums.kernel.name, sums.grid), ("fp_distance_f32", [2, 1, 1]));
     let shape = "[samples, features]";
     let zero = |argument| Error::Size { argument, expected: "at least 1", got: 0 };
@@ -539,8 +557,7 @@ fn norm_plans() {
 #[test]
 fn a_loss_has_the_documented_geometry() {
     // A warp per sample of up to 256 classes; a block per sample while the batch is small.
-    let (first, launch) = loss().plan().unwrap();
-    assert!(first.is_none());
+    let launch = only(loss().plan().unwrap());
     assert_eq!((launch.kernel.name, launch.grid, launch.block), ("loss_f16", [1, 6, 1], [32, 1, 1]));
     // Two slices of 2056 and 2048 classes.
     let settings = LossSettings { classes: 4104, ..SETTINGS };
@@ -552,12 +569,11 @@ fn a_loss_has_the_documented_geometry() {
         workspace: buffer(1 << 22, settings.workspace_len(B)),
         ..loss()
     };
-    let (first, launch) = wide.plan().unwrap();
-    let first = first.unwrap();
+    let [first, launch] = launches(&wide.plan().unwrap());
     assert_eq!((first.kernel.name, first.grid, first.block), ("loss_scan_f16", [2, 6, 1], [512, 1, 1]));
     assert_eq!((launch.kernel.name, launch.grid, launch.block), ("loss_apply_f16", [2, 6, 1], [512, 1, 1]));
     // Only what combines the slices is left.
-    let (_, launch) = Loss { gradient: None, ..wide }.plan().unwrap();
+    let [_, launch] = launches(&Loss { gradient: None, ..wide }.plan().unwrap());
     assert_eq!(launch.grid, [1, 6, 1]);
     // Whatever the sizes, blocks have at most 512 threads, and grids at most 65535 rows.
     for classes in [1, 33, 256, 257, 4096, 4097, 50257, 1 << 20, 1 << 30] {
@@ -572,8 +588,8 @@ fn a_loss_has_the_documented_geometry() {
                 workspace: buffer(1 << 63, settings.workspace_len(batch)),
                 ..loss()
             };
-            let (first, launch) = operator.plan().unwrap();
-            for launch in first.iter().chain([&launch]) {
+            let plan = operator.plan().unwrap();
+            for launch in plan.launches() {
                 let ([x, y, _], [threads, ..]) = (launch.grid, launch.block);
                 assert!(x > 0 && (1..=65535).contains(&y), "{classes} {batch}: {launch:?}");
                 assert!((32..=512).contains(&threads) && threads % 32 == 0, "{classes} {batch}: {launch:?}");
@@ -741,7 +757,7 @@ fn tensor(i: u64, len: usize) -> Buffer {
 }
 
 fn layer_noise() -> Source {
-    Source::Generated { generator: generator(PerSample, 0), key: Some(tensor(9, 1)) }
+    Source::Keyed { generator: generator(PerSample, 0), key: tensor(9, 1) }
 }
 
 fn base() -> Base<Buffer> {
@@ -766,24 +782,30 @@ fn low_rank_linear() -> LowRankLinear<Buffer, Source> {
         noise: layer_noise(),
         base: Some(base()),
         rank: 5,
-        down: tensor(3, 24 * 5),
-        up: tensor(4, 5 * 7),
+        lora_b: tensor(3, 24 * 5),
+        lora_a: tensor(4, 5 * 7),
         delta_bias: Some(tensor(5, 24)),
         scale: 1.0,
         allow_tf32: false,
     }
 }
 
+/// A device whose layers our kernels compute, and one whose layers cuBLASLt computes.
+const SM80: Gpu = Gpu::A100.with_family(Family::Sm80);
+const GPUS: [Gpu; 2] = [SM80, Gpu::A100.with_family(Family::CublasLt)];
+
 /// The shared input, the output and its gradient, and more than enough of a workspace.
 const X: Buffer = Buffer { address: 10 << 20, len: 15 * 7 };
 const Y: Buffer = Buffer { address: 11 << 20, len: M * 24 };
 const DY: Buffer = Buffer { address: 12 << 20, len: M * 24 };
 const S: Buffer = Buffer { address: 13 << 20, len: 15 * 5 };
-const WORKSPACE: Buffer = Buffer { address: 20 << 20, len: 1 << 16 };
+const WORKSPACE: Buffer = Buffer { address: 20 << 20, len: 1 << 18 };
 
 #[test]
 fn linear_layers_choose_their_kernels() {
-    let name = |layer: NoisyLinear<Buffer, Source>, dtype| layer.forward(dtype, X, Y).unwrap().kernel.name;
+    let name = |layer: NoisyLinear<Buffer, Source>, dtype| {
+        only(layer.forward(&SM80, dtype, X, Y, WORKSPACE).unwrap()).kernel.name
+    };
     assert_eq!(name(noisy_linear(), DType::F32), "noisy_linear_two_f32");
     assert_eq!(name(NoisyLinear { allow_tf32: true, ..noisy_linear() }, DType::F32), "noisy_linear_two_tf32");
     assert_eq!(name(NoisyLinear { base: None, ..noisy_linear() }, DType::F16), "noisy_linear_one_f16");
@@ -799,13 +821,14 @@ fn linear_layers_choose_their_kernels() {
         (LinearShape { shared_input: false, tokens: 197, ..LAYER }, layer_noise(), true),
         (
             LinearShape { shared_input: false, tokens: 197, ..LAYER },
-            Source::Generated { generator: generator(PerToken, 0), key: None },
+            Source::Generated(generator(PerToken, 0)),
             false,
         ),
     ] {
         let layer = NoisyLinear { shape, noise, fold: true, ..noisy_linear() };
         let (x, y) = (tensor(100, shape.in_rows() * 7), tensor(200, shape.out_rows() * 24));
-        let name = layer.forward(DType::BF16, x, y).unwrap().kernel.name;
+        let workspace = buffer(1 << 40, 1 << 30);
+        let name = only(layer.forward(&SM80, DType::BF16, x, y, workspace).unwrap()).kernel.name;
         assert_eq!(
             name,
             if folds { "noisy_linear_folded_bf16" } else { "noisy_linear_two_bf16" },
@@ -813,20 +836,14 @@ fn linear_layers_choose_their_kernels() {
         );
     }
     let names = |layer: LowRankLinear<Buffer, Source>| {
-        let mut names = Vec::new();
         let s = tensor(13, 15 * layer.rank);
-        let plan = layer.forward(DType::F32, X, s, Y).unwrap();
-        plan.for_each(&mut |launch| {
-            names.push(launch.kernel.name);
-            Ok(())
-        })
-        .unwrap();
-        names
+        let plan = layer.forward(&SM80, DType::F32, X, s, Y, WORKSPACE).unwrap();
+        plan.launches().map(|launch| launch.kernel.name).collect::<Vec<_>>()
     };
     let rank = |rank| LowRankLinear {
         rank,
-        down: tensor(3, 24 * rank),
-        up: tensor(4, rank * 7),
+        lora_b: tensor(3, 24 * rank),
+        lora_a: tensor(4, rank * 7),
         ..low_rank_linear()
     };
     assert_eq!(names(rank(16)), ["low_rank_linear_16_f32"]);
@@ -839,10 +856,14 @@ fn linear_layers_choose_their_kernels() {
 fn wrong_arguments_of_linear_layers_are_refused() {
     let (null, misaligned) = ("is a null pointer", "does not start at a multiple of its element size");
     let dense = |layer: NoisyLinear<Buffer, Source>, x, y, want: Error| {
-        assert_error(layer.forward(DType::F32, x, y), &want);
+        for gpu in GPUS {
+            assert_error(layer.forward(&gpu, DType::F32, x, y, WORKSPACE), &want);
+        }
     };
     let low = |layer: LowRankLinear<Buffer, Source>, x, s, y, want: Error| {
-        assert_error(layer.forward(DType::F32, x, s, y), &want);
+        for gpu in GPUS {
+            assert_error(layer.forward(&gpu, DType::F32, x, s, y, WORKSPACE), &want);
+        }
     };
     // Sizes.
     let zero = |argument| Error::Size { argument, expected: "at least 1", got: 0 };
@@ -867,7 +888,7 @@ fn wrong_arguments_of_linear_layers_are_refused() {
     low(LowRankLinear { rank, ..low_rank_linear() }, X, S, Y, large);
     for scale in [f32::NAN, f32::INFINITY] {
         let layer = LowRankLinear { scale, ..low_rank_linear() };
-        match layer.forward(DType::F32, X, S, Y) {
+        match layer.forward(&SM80, DType::F32, X, S, Y, WORKSPACE) {
             Err(Error::Value { argument: "scale", expected: "finite", .. }) => {}
             other => panic!("{other:?}"),
         }
@@ -894,10 +915,10 @@ fn wrong_arguments_of_linear_layers_are_refused() {
     low(LowRankLinear { delta_bias, ..low_rank_linear() }, X, S, Y, want());
     let want = argument("delta_weight", "is required when there is no base term");
     dense(NoisyLinear { base: None, delta_weight: None, ..noisy_linear() }, X, Y, want);
-    let want = length("down", "[N, r]", 24 * 5, 5);
-    low(LowRankLinear { down: tensor(3, 5), ..low_rank_linear() }, X, S, Y, want);
-    let want = length("up", "[r, K]", 5 * 7, 5);
-    low(LowRankLinear { up: tensor(4, 5), ..low_rank_linear() }, X, S, Y, want);
+    let want = length("lora_b", "[N, r]", 24 * 5, 5);
+    low(LowRankLinear { lora_b: tensor(3, 5), ..low_rank_linear() }, X, S, Y, want);
+    let want = length("lora_a", "[r, K]", 5 * 7, 5);
+    low(LowRankLinear { lora_a: tensor(4, 5), ..low_rank_linear() }, X, S, Y, want);
     // Inputs and outputs: lengths, and what overlaps.
     let overlap = |what| argument(what, "overlaps an output");
     for (x, y, want) in [
@@ -918,16 +939,20 @@ fn wrong_arguments_of_linear_layers_are_refused() {
         Y,
         argument("y", "overlaps another output"),
     );
-    low(low_rank_linear(), X, Buffer { address: 4 << 20, ..S }, Y, overlap("up"));
+    low(low_rank_linear(), X, Buffer { address: 4 << 20, ..S }, Y, overlap("lora_a"));
 }
 
 #[test]
 fn wrong_gradients_of_linear_layers_are_refused() {
     let dense = |grads, workspace, want: Error| {
-        assert_error(noisy_linear().backward(DType::F32, X, DY, grads, workspace), &want);
+        for gpu in GPUS {
+            assert_error(noisy_linear().backward(&gpu, DType::F32, X, DY, grads, workspace), &want);
+        }
     };
     let low = |grads, workspace, want: Error| {
-        assert_error(low_rank_linear().backward(DType::F32, X, S, DY, grads, workspace), &want);
+        for gpu in GPUS {
+            assert_error(low_rank_linear().backward(&gpu, DType::F32, X, S, DY, grads, workspace), &want);
+        }
     };
     let none = NoisyLinearGrads::default;
     let no = LowRankGrads::default;
@@ -947,24 +972,29 @@ fn wrong_gradients_of_linear_layers_are_refused() {
     let want = || length("grads.delta_bias", "[N]", 24, 3);
     dense(NoisyLinearGrads { delta_bias: Some(tensor(14, 3)), ..none() }, WORKSPACE, want());
     low(LowRankGrads { delta_bias: Some(tensor(14, 3)), ..no() }, WORKSPACE, want());
-    let want = length("grads.down", "[N, r]", 24 * 5, 3);
-    low(LowRankGrads { down: Some(tensor(14, 3)), ..no() }, WORKSPACE, want);
-    let want = length("grads.up", "[r, K]", 5 * 7, 3);
-    low(LowRankGrads { up: Some(tensor(14, 3)), ..no() }, WORKSPACE, want);
+    let want = length("grads.lora_b", "[N, r]", 24 * 5, 3);
+    low(LowRankGrads { lora_b: Some(tensor(14, 3)), ..no() }, WORKSPACE, want);
+    let want = length("grads.lora_a", "[r, K]", 5 * 7, 3);
+    low(LowRankGrads { lora_a: Some(tensor(14, 3)), ..no() }, WORKSPACE, want);
     let layer = NoisyLinear { delta_weight: None, ..noisy_linear() };
     let grads = NoisyLinearGrads { delta_weight: Some(tensor(14, 24 * 7)), ..none() };
     let want = argument("grads.delta_weight", "is asked for, but the layer has no `delta_weight`");
-    assert_error(layer.backward(DType::F32, X, DY, grads, WORKSPACE), &want);
+    assert_error(layer.backward(&SM80, DType::F32, X, DY, grads, WORKSPACE), &want);
     // Workspaces that are too small, absent or misaligned. Where none is needed, any will do.
-    let needed = low_rank_linear().workspace_len(DType::F32);
-    let want = |got| length("workspace", "[workspace_len()]", needed, got);
-    low(no(), Buffer { len: needed - 1, ..WORKSPACE }, want(needed - 1));
-    low(no(), buffer(0, 0), want(0));
-    low(no(), buffer(0, needed), argument("workspace", "is a null pointer"));
     let misaligned = "does not start at a multiple of its element size";
-    low(no(), Buffer { address: 4097, ..WORKSPACE }, argument("workspace", misaligned));
-    assert_eq!(noisy_linear().workspace_len(), 0);
-    noisy_linear().backward(DType::F32, X, DY, none(), buffer(0, 0)).unwrap();
+    for gpu in GPUS {
+        let low = |workspace, want: Error| {
+            assert_error(low_rank_linear().backward(&gpu, DType::F32, X, S, DY, no(), workspace), &want);
+        };
+        let needed = low_rank_linear().workspace_len(&gpu, DType::F32);
+        let want = |got| length("workspace", "[workspace_len()]", needed, got);
+        low(Buffer { len: needed - 1, ..WORKSPACE }, want(needed - 1));
+        low(buffer(0, 0), want(0));
+        low(buffer(0, needed), argument("workspace", "is a null pointer"));
+        low(Buffer { address: 4097, ..WORKSPACE }, argument("workspace", misaligned));
+    }
+    assert_eq!(noisy_linear().workspace_len(&SM80, DType::F32), 0);
+    noisy_linear().backward(&SM80, DType::F32, X, DY, none(), buffer(0, 0)).unwrap();
 }
 
 /// What is asked before anything is checked: no size panics, and those that are refused need nothing or more than there is.
@@ -979,14 +1009,22 @@ fn workspaces_of_any_size() {
                     let dense = NoisyLinear { shape, ..noisy_linear() };
                     let low = LowRankLinear { shape, rank: a, ..low_rank_linear() };
                     if a == 0 || b == 0 || c == 0 {
-                        assert_eq!((dense.workspace_len(), low.workspace_len(dtype)), (0, 0));
+                        for gpu in GPUS {
+                            let lens = (dense.workspace_len(&gpu, dtype), low.workspace_len(&gpu, dtype));
+                            assert_eq!(lens, (0, 0));
+                        }
                     }
-                    dense.backward(dtype, X, DY, NoisyLinearGrads::default(), WORKSPACE).unwrap_err();
-                    low.backward(dtype, X, S, DY, LowRankGrads::default(), WORKSPACE).unwrap_err();
+                    for gpu in GPUS {
+                        dense
+                            .backward(&gpu, dtype, X, DY, NoisyLinearGrads::default(), WORKSPACE)
+                            .unwrap_err();
+                        low.backward(&gpu, dtype, X, S, DY, LowRankGrads::default(), WORKSPACE).unwrap_err();
+                    }
                     let weight = tensor(3, 1);
                     let (out_features, in_features, rank) = (a, b, c);
-                    let (down, up, scale) = (weight, weight, 1.0);
-                    LoraFactors { out_features, in_features, rank, down, up, scale }.workspace_len(dtype);
+                    let (lora_b, lora_a, scale) = (weight, weight, 1.0);
+                    LoraFactors { out_features, in_features, rank, lora_b, lora_a, scale }
+                        .workspace_len(dtype);
                     let (base_weight, prompt_down, prompt_up) = (weight, weight, weight);
                     let (base_bias, delta_bias) = (None, None);
                     PromptBias {

@@ -70,8 +70,8 @@ struct Data<T> {
     b0: Vec<T>,
     dw: Vec<T>,
     db: Vec<T>,
-    down: Vec<T>,
-    up: Vec<T>,
+    lora_b: Vec<T>,
+    lora_a: Vec<T>,
     prompt_down: Vec<T>,
     prompt_up: Vec<T>,
     /// `[N]`, the gradient that comes into a bias.
@@ -90,8 +90,8 @@ const FIELDS: [(&str, Field); 15] = [
     ("b0", |d| &mut d.b0),
     ("dw", |d| &mut d.dw),
     ("db", |d| &mut d.db),
-    ("down", |d| &mut d.down),
-    ("up", |d| &mut d.up),
+    ("lora_b", |d| &mut d.lora_b),
+    ("lora_a", |d| &mut d.lora_a),
     ("prompt_down", |d| &mut d.prompt_down),
     ("prompt_up", |d| &mut d.prompt_up),
     ("g", |d| &mut d.g),
@@ -119,8 +119,8 @@ impl Data<f64> {
             b0: uniform(6, n),
             dw: uniform(7, n * k),
             db: uniform(8, n),
-            down: uniform(9, n * r),
-            up: uniform(10, r * k),
+            lora_b: uniform(9, n * r),
+            lora_a: uniform(10, r * k),
             prompt_down: uniform(11, k * r),
             prompt_up: uniform(12, r),
             g: uniform(13, n),
@@ -139,8 +139,8 @@ impl Data<f64> {
             b0: cast(&self.b0),
             dw: cast(&self.dw),
             db: cast(&self.db),
-            down: cast(&self.down),
-            up: cast(&self.up),
+            lora_b: cast(&self.lora_b),
+            lora_a: cast(&self.lora_a),
             prompt_down: cast(&self.prompt_down),
             prompt_up: cast(&self.prompt_up),
             g: cast(&self.g),
@@ -154,7 +154,7 @@ impl Case {
         Generator::new(Key::derive(7, 3, 2), 0.5, shape, (1 << 32) - 1).unwrap()
     }
 
-    fn noise<'a, T>(&self, z: &'a [T]) -> Noise<'a, T> {
+    fn noise<'a, T>(&self, z: &'a [T]) -> Noise<&'a [T]> {
         match self.source {
             Source::Off => Noise::Off,
             Source::Generated(shape) => Noise::Generated(self.generator(shape)),
@@ -244,32 +244,33 @@ fn low_rank<T: Real>(case: &Case, d: &Data<T>) -> Outputs<T> {
         noise: case.noise(&d.z),
         base: case.base(d),
         rank: case.rank,
-        down: &d.down,
-        up: &d.up,
+        lora_b: &d.lora_b,
+        lora_a: &d.lora_a,
         delta_bias: case.delta_bias.then_some(&d.db),
         scale: T::from_f64(case.scale),
     };
     let (mut y, mut dx) = (unwritten(d.dy.len()), unwritten(d.x.len()));
-    let (mut dd, mut du, mut db) = (unwritten(d.down.len()), unwritten(d.up.len()), unwritten(d.db.len()));
+    let (mut dd, mut du, mut db) =
+        (unwritten(d.lora_b.len()), unwritten(d.lora_a.len()), unwritten(d.db.len()));
     layer.forward(&d.x, &mut y).unwrap();
     let grads = LowRankGrads {
         input: Some(&mut dx),
-        down: Some(&mut dd),
-        up: Some(&mut du),
+        lora_b: Some(&mut dd),
+        lora_a: Some(&mut du),
         delta_bias: Some(&mut db),
     };
     layer.backward(&d.x, &d.dy, grads).unwrap();
-    vec![("y", y), ("dx", dx), ("dD", dd), ("dU", du), ("dδb", db)]
+    vec![("y", y), ("dx", dx), ("dB", dd), ("dA", du), ("dδb", db)]
 }
 
 /// The same layer with ΔW written out.
 fn low_rank_reference(case: &Case, d: &Data<f64>) -> Outputs<f64> {
     let (z, factors) = (case.z(&d.z), case.factors());
-    let weight = factors.weight(&d.down, &d.up, None);
+    let weight = factors.weight(&d.lora_b, &d.lora_a, None);
     let layer = case.layer(d, &z, Some(&weight));
     let grads = layer.backward(&d.x, &d.dy);
-    let (dd, du) = factors.backward(&d.down, &d.up, None, &grads.delta_weight);
-    vec![("y", layer.forward(&d.x)), ("dx", grads.input), ("dD", dd), ("dU", du), ("dδb", grads.delta_bias)]
+    let (dd, du) = factors.backward(&d.lora_b, &d.lora_a, None, &grads.delta_weight);
+    vec![("y", layer.forward(&d.x)), ("dx", grads.input), ("dB", dd), ("dA", du), ("dδb", grads.delta_bias)]
 }
 
 fn epilogue<T: Real>(case: &Case, d: &Data<T>) -> Outputs<T> {
@@ -289,29 +290,29 @@ fn epilogue_reference(case: &Case, d: &Data<f64>) -> Outputs<f64> {
 fn lora_factors<'a, T: Real>(case: &Case, d: &'a Data<T>) -> LoraFactors<'a, T> {
     let LinearShape { in_features, out_features, .. } = case.shape;
     let scale = T::from_f64(case.scale);
-    LoraFactors { out_features, in_features, rank: case.rank, down: &d.down, up: &d.up, scale }
+    LoraFactors { out_features, in_features, rank: case.rank, lora_b: &d.lora_b, lora_a: &d.lora_a, scale }
 }
 
 fn lora_add<T: Real>(case: &Case, d: &Data<T>) -> Outputs<T> {
     let lora = lora_factors(case, d);
-    let [mut w, mut dd, mut du] = [d.w0.len(), d.down.len(), d.up.len()].map(unwritten);
+    let [mut w, mut dd, mut du] = [d.w0.len(), d.lora_b.len(), d.lora_a.len()].map(unwritten);
     low_rank_weight(lora, &mut w).unwrap();
-    low_rank_weight_backward(lora, &d.dw, LoraGrads { down: &mut dd, up: &mut du }).unwrap();
-    vec![("ΔW", w), ("dD", dd), ("dU", du)]
+    low_rank_weight_backward(lora, &d.dw, LoraGrads { lora_b: &mut dd, lora_a: &mut du }).unwrap();
+    vec![("ΔW", w), ("dB", dd), ("dA", du)]
 }
 
 fn lora_mul<T: Real>(case: &Case, d: &Data<T>) -> Outputs<T> {
     let lora = lora_factors(case, d);
-    let [mut w, mut dd, mut du] = [d.w0.len(), d.down.len(), d.up.len()].map(unwritten);
+    let [mut w, mut dd, mut du] = [d.w0.len(), d.lora_b.len(), d.lora_a.len()].map(unwritten);
     lora_mul_weight(lora, &d.w0, &mut w).unwrap();
-    lora_mul_weight_backward(lora, &d.w0, &d.dw, LoraGrads { down: &mut dd, up: &mut du }).unwrap();
-    vec![("ΔW", w), ("dD", dd), ("dU", du)]
+    lora_mul_weight_backward(lora, &d.w0, &d.dw, LoraGrads { lora_b: &mut dd, lora_a: &mut du }).unwrap();
+    vec![("ΔW", w), ("dB", dd), ("dA", du)]
 }
 
 fn lora_reference(case: &Case, d: &Data<f64>, mask: Option<&[f64]>) -> Outputs<f64> {
     let factors = case.factors();
-    let (dd, du) = factors.backward(&d.down, &d.up, mask, &d.dw);
-    vec![("ΔW", factors.weight(&d.down, &d.up, mask)), ("dD", dd), ("dU", du)]
+    let (dd, du) = factors.backward(&d.lora_b, &d.lora_a, mask, &d.dw);
+    vec![("ΔW", factors.weight(&d.lora_b, &d.lora_a, mask)), ("dB", dd), ("dA", du)]
 }
 
 fn prompt<T: Real>(case: &Case, d: &Data<T>) -> Outputs<T> {
@@ -383,8 +384,8 @@ const LOW_RANK: Op = Op {
     incoming: |d| &d.dy,
     gradients: &[
         ("dx", |d| &mut d.x),
-        ("dD", |d| &mut d.down),
-        ("dU", |d| &mut d.up),
+        ("dB", |d| &mut d.lora_b),
+        ("dA", |d| &mut d.lora_a),
         ("dδb", |d| &mut d.db),
     ],
 };
@@ -408,14 +409,14 @@ const WEIGHTS: [Op; 3] = [
         f32: lora_add,
         reference: |case, d| lora_reference(case, d, None),
         incoming: |d| &d.dw,
-        gradients: &[("dD", |d| &mut d.down), ("dU", |d| &mut d.up)],
+        gradients: &[("dB", |d| &mut d.lora_b), ("dA", |d| &mut d.lora_a)],
     },
     Op {
         f64: lora_mul,
         f32: lora_mul,
         reference: |case, d| lora_reference(case, d, Some(&d.w0)),
         incoming: |d| &d.dw,
-        gradients: &[("dD", |d| &mut d.down), ("dU", |d| &mut d.up)],
+        gradients: &[("dB", |d| &mut d.lora_b), ("dA", |d| &mut d.lora_a)],
     },
     Op {
         f64: prompt,

@@ -1,4 +1,4 @@
-//! The PyTorch package: `pytest` over `examples/pytorch/tests`, one trial for each file.
+//! The PyTorch package: `pytest` over `python/tests`, one trial for each file.
 //!
 //! It takes a Python with torch, timm and pytest: `PACE_PYTHON`, or `python3` if it has them. The package itself need not be
 //! installed.
@@ -6,7 +6,7 @@
 #[path = "common/installed.rs"]
 mod installed;
 
-use installed::{prefix, root, run};
+use installed::{prefix, root, run, say};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use std::process::Command;
 use std::sync::LazyLock;
@@ -40,18 +40,19 @@ fn test(file: &str) -> Result<Completion, Failed> {
     pytest
         // `-rs` tells why tests were skipped.
         .args(["-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"])
-        .arg(root().join("examples/pytorch/tests").join(file))
-        .env("PYTHONPATH", root().join("examples/pytorch/src"))
+        .arg(root().join("python/tests").join(file))
+        .env("PYTHONPATH", root().join("python/src"))
         .env("PYTHONDONTWRITEBYTECODE", "1")
         .env("PACE_KERNELS_LIBRARY", prefix().join("lib").join(library))
         .current_dir(env!("CARGO_TARGET_TMPDIR"));
+    say(&format!("pytest {file}"));
     println!("{}", run(&mut pytest));
     Ok(Completion::Completed)
 }
 
 fn main() {
     let arguments = Arguments::from_args();
-    let entries = std::fs::read_dir(root().join("examples/pytorch/tests")).unwrap();
+    let entries = std::fs::read_dir(root().join("python/tests")).unwrap();
     let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
     let mut files: Vec<_> = names.filter(|name| name.starts_with("test_") && name.ends_with(".py")).collect();
     files.sort();

@@ -61,6 +61,6 @@ pub fn generator(shape: NoiseShape) -> Generator {
 }
 
 /// The official default: one draw per (sample, channel).
-pub fn noise() -> Noise<'static, f32> {
+pub fn noise() -> Noise<&'static [f32]> {
     Noise::Generated(generator(NoiseShape::PerSample))
 }

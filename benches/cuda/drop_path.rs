@@ -21,6 +21,7 @@ fn case<T: Value>() -> Case {
     let len = BRANCHES * BATCH * features;
     Case {
         operator: "shared_drop_path",
+        family: "–",
         dtype: T::NAME,
         shape: format!("{}x{TOKENS} {CHANNELS}", BRANCHES * BATCH),
         bytes: 2 * len * size_of::<T>(),

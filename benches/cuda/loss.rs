@@ -17,6 +17,7 @@ fn case(classes: usize, history: bool) -> Case {
     let rows: Vec<i64> = (0..BATCH as i64).rev().collect();
     Case {
         operator: if history { "loss history" } else { "loss two branches" },
+        family: "–",
         dtype: "f32",
         shape: format!("{BATCH}x{classes}"),
         // Logits and gradient of both branches; or of one, and its rows of the table, read and written.

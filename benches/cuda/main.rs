@@ -20,7 +20,7 @@ mod weights;
 use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput};
 use gpu::{Batch, Gpu};
 use pace_kernels::LinearShape;
-use pace_kernels::cuda::Device;
+use pace_kernels::cuda::{Device, Family};
 use report::Row;
 use std::time::Duration;
 
@@ -37,6 +37,8 @@ pub type Set = Box<dyn Fn(&Gpu) -> Fallible<Launch>>;
 pub struct Case {
     /// Operator and pass.
     pub operator: &'static str,
+    /// The family that computes it, where there are several.
+    pub family: &'static str,
     /// Type of the tensors.
     pub dtype: &'static str,
     pub shape: String,
@@ -55,6 +57,23 @@ pub fn layer((in_features, out_features): (usize, usize)) -> LinearShape {
     LinearShape { branches: 2, batch: 64, tokens: 197, in_features, out_features, shared_input: false }
 }
 
+/// The device, set to each family that it has, or to the one that `PACE_BENCH_FAMILY` names.
+fn families(device: &Device) -> Fallible<Vec<Device>> {
+    if let Ok(name) = std::env::var("PACE_BENCH_FAMILY") {
+        return Ok(vec![device.with_family(name.parse()?)?]);
+    }
+    Family::ALL
+        .into_iter()
+        .filter(|family| family.is_available(device.gpu()))
+        .map(|family| Ok(device.with_family(family)?))
+        .collect()
+}
+
+/// The name of the family that a device is set to.
+pub fn family(device: &Device) -> &'static str {
+    device.gpu().family.map_or("–", Family::name)
+}
+
 /// Times that criterion takes of each case.
 const SAMPLES: usize = 20;
 
@@ -68,16 +87,18 @@ fn main() -> Fallible {
     };
     let gpu = Gpu::new(device)?;
     println!("{}", gpu.describe()?);
+    let layers = families(&gpu.device)?
+        .into_iter()
+        .flat_map(|device| noisy_linear::cases(&device).into_iter().chain(low_rank_linear::cases(&device)));
     let cases = [
         references::cases(&gpu)?,
         noise_fill::cases(),
         noisy_epilogue::cases(),
-        noisy_linear::cases(),
-        low_rank_linear::cases(),
         loss::cases(),
         drop_path::cases(),
         weights::cases(),
         norms::cases(),
+        layers.collect(),
     ];
 
     let mut criterion = Criterion::default()
@@ -93,7 +114,7 @@ fn main() -> Fallible {
             0 => Throughput::Bytes(case.bytes as u64),
             flop => Throughput::Elements(flop as u64),
         });
-        let parameter = format!("{} {}", case.dtype, case.shape);
+        let parameter = format!("{} {} {}", case.family, case.dtype, case.shape);
         let id = BenchmarkId::new(case.operator, &parameter);
         // Criterion comes back for every sample, and not at all if the case is filtered out.
         let mut batch = None;

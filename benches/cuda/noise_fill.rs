@@ -23,6 +23,7 @@ fn case(operator: &'static str, noise: NoiseShape, channels: usize) -> Case {
     let generator = common::generator(noise);
     Case {
         operator,
+        family: "–",
         dtype: "f32",
         shape: format!("{name} {channels}"),
         bytes: 4 * len,

@@ -21,13 +21,14 @@ pub fn cases() -> Vec<Case> {
 
 fn passes<T: Value>(shape: LinearShape, generator: Generator) -> [Case; 2] {
     let len = shape.out_rows() * shape.out_features;
-    let noise = Noise::Generated { generator, key: None };
+    let noise = Noise::Generated(generator);
     let operators = match generator.shape() {
         NoiseShape::PerSample => ["noisy_epilogue BC forward", "noisy_epilogue BC backward"],
         NoiseShape::PerToken => ["noisy_epilogue BTC forward", "noisy_epilogue BTC backward"],
     };
     let case = |operator, tensors, set| Case {
         operator,
+        family: "–",
         dtype: T::NAME,
         shape: format!("{}x{} {}", shape.samples(), shape.tokens, shape.out_features),
         bytes: tensors * len * size_of::<T>(),

@@ -1,20 +1,30 @@
-//! Dense noisy layer: forward with two products, forward with both folded into one, and backward with all gradients.
+//! Dense noisy layer by each family: forward with two GEMMs, forward with both folded into one (of `sm80`), and backward with all
+//! gradients.
 
 use crate::gpu::{Gpu, Value};
 use crate::{Case, Fallible, Launch, common, layer};
 use half::bf16;
 use pace_kernels::LinearShape;
 use pace_kernels::cuda::cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut};
-use pace_kernels::cuda::{Base, Noise, NoisyLinear, NoisyLinearGrads};
+use pace_kernels::cuda::{Base, Device, Family, Noise, NoisyLinear, NoisyLinearGrads};
 use pace_kernels::noise::NoiseShape;
 
-pub fn cases() -> Vec<Case> {
+/// For the family that `device` is set to.
+pub fn cases(device: &Device) -> Vec<Case> {
     let mut cases = Vec::new();
     for layer in common::VIT_B.map(layer) {
-        cases.extend([forward::<bf16>(layer, false), forward::<bf16>(layer, true), backward::<bf16>(layer)]);
+        cases.extend(passes::<bf16>(device, layer));
     }
-    let layer = layer(common::VIT_B[0]);
-    cases.extend([forward::<f32>(layer, false), forward::<f32>(layer, true), backward::<f32>(layer)]);
+    cases.extend(passes::<f32>(device, layer(common::VIT_B[0])));
+    cases
+}
+
+fn passes<T: Value>(device: &Device, shape: LinearShape) -> Vec<Case> {
+    let mut cases = vec![forward::<T>(device, shape, false), backward::<T>(device, shape)];
+    // The others have no other way to compute it.
+    if device.gpu().family == Some(Family::Sm80) {
+        cases.push(forward::<T>(device, shape, true));
+    }
     cases
 }
 
@@ -42,7 +52,7 @@ impl<T: Value> Tensors<T> {
     fn layer(&self, shape: LinearShape, fold: bool) -> NoisyLinear<&dyn DevicePtr<T>, Noise<'_>> {
         NoisyLinear {
             shape,
-            noise: Noise::Generated { generator: common::generator(NoiseShape::PerSample), key: None },
+            noise: Noise::Generated(common::generator(NoiseShape::PerSample)),
             base: Some(Base { weight: &self.weight, bias: Some(&self.bias) }),
             delta_weight: Some(&self.delta_weight),
             delta_bias: Some(&self.delta_bias),
@@ -52,30 +62,36 @@ impl<T: Value> Tensors<T> {
     }
 }
 
-fn forward<T: Value>(shape: LinearShape, fold: bool) -> Case {
+fn forward<T: Value>(device: &Device, shape: LinearShape, fold: bool) -> Case {
+    let device = device.clone();
     let (m, k, n) = (shape.out_rows(), shape.in_features, shape.out_features);
     Case {
         operator: if fold { "noisy_linear folded forward" } else { "noisy_linear exact forward" },
+        family: crate::family(&device),
         dtype: T::NAME,
         shape: common::name(&shape),
         bytes: size_of::<T>() * (m * k + 2 * n * k + 2 * n + m * n),
         flop: 2 * m * k * n,
         against_product: true,
         set: Box::new(move |gpu| {
-            let (tensors, mut y) = (Tensors::<T>::new(gpu, shape)?, gpu.zeros::<T>(m * n)?);
+            let (device, tensors) = (device.clone(), Tensors::<T>::new(gpu, shape)?);
+            let len = tensors.layer(shape, fold).workspace_len(device.gpu(), T::DTYPE).max(1);
+            let (mut y, mut workspace) = (gpu.zeros::<T>(m * n)?, gpu.zeros::<f32>(len)?);
             let launch: Launch = Box::new(move |gpu: &Gpu| {
                 let layer = tensors.layer(shape, fold);
-                Ok(gpu.device.noisy_linear(&layer, &tensors.x, &mut y, &gpu.stream)?)
+                Ok(device.noisy_linear(&layer, &tensors.x, &mut y, &mut workspace, &gpu.stream)?)
             });
             Ok(launch)
         }),
     }
 }
 
-fn backward<T: Value>(shape: LinearShape) -> Case {
+fn backward<T: Value>(device: &Device, shape: LinearShape) -> Case {
+    let device = device.clone();
     let (m, k, n) = (shape.out_rows(), shape.in_features, shape.out_features);
     Case {
         operator: "noisy_linear backward",
+        family: crate::family(&device),
         dtype: T::NAME,
         shape: common::name(&shape),
         // x, dy, both weights; dx, dΔW, dΔb.
@@ -84,12 +100,12 @@ fn backward<T: Value>(shape: LinearShape) -> Case {
         flop: 4 * m * k * n,
         against_product: false,
         set: Box::new(move |gpu| {
-            let tensors = Tensors::<T>::new(gpu, shape)?;
+            let (device, tensors) = (device.clone(), Tensors::<T>::new(gpu, shape)?);
             let dy = gpu.values::<T>(m * n)?;
             let (mut dx, mut dw, mut db) =
                 (gpu.zeros::<T>(m * k)?, gpu.zeros::<T>(n * k)?, gpu.zeros::<T>(n)?);
             // An allocation has one element at least.
-            let workspace_len = tensors.layer(shape, false).workspace_len().max(1);
+            let workspace_len = tensors.layer(shape, false).workspace_len(device.gpu(), T::DTYPE).max(1);
             let mut workspace = gpu.zeros::<f32>(workspace_len)?;
             let launch: Launch = Box::new(move |gpu: &Gpu| {
                 let layer = tensors.layer(shape, false);
@@ -99,7 +115,7 @@ fn backward<T: Value>(shape: LinearShape) -> Case {
                     delta_bias: Some(&mut db),
                 };
                 let (x, stream) = (&tensors.x, &gpu.stream);
-                Ok(gpu.device.noisy_linear_backward(&layer, x, &dy, grads, &mut workspace, stream)?)
+                Ok(device.noisy_linear_backward(&layer, x, &dy, grads, &mut workspace, stream)?)
             });
             Ok(launch)
         }),

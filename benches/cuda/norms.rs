@@ -18,6 +18,7 @@ pub fn cases() -> Vec<Case> {
 fn grad_norm() -> Case {
     Case {
         operator: "grad_norm",
+        family: "–",
         dtype: "f32",
         shape: format!("{LAYERS}x{GRADIENT}"),
         bytes: LAYERS * GRADIENT * 4,
@@ -42,6 +43,7 @@ fn fp_distance() -> Case {
     let len = SAMPLES * FEATURES;
     Case {
         operator: "fp_distance",
+        family: "–",
         dtype: "f32",
         shape: format!("{SAMPLES}x{FEATURES}"),
         bytes: 2 * len * 4,

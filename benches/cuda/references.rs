@@ -27,6 +27,7 @@ fn copy() -> Case {
     const LEN: usize = 1 << 26;
     Case {
         operator: COPY,
+        family: "–",
         dtype: f32::NAME,
         shape: "256 MiB".into(),
         bytes: 2 * LEN * size_of::<f32>(),
@@ -66,6 +67,7 @@ fn product(blas: &Rc<CudaBlasLT>, shape: LinearShape) -> Case {
     };
     Case {
         operator: PRODUCT,
+        family: "–",
         dtype: bf16::NAME,
         shape: common::name(&shape),
         bytes: size_of::<bf16>() * (m * k + n * k + m * n),

@@ -43,14 +43,15 @@ impl Figures {
 
 /// Prints the table in Markdown.
 pub fn print(rows: &[Row]) {
-    println!("\n| operator | type | shape | µs | GB/s | TFLOP/s | % of copy | % of cuBLASLt |");
-    println!("|---|---|---|---|---|---|---|---|");
+    println!("\n| operator | family | type | shape | µs | GB/s | TFLOP/s | % of copy | % of cuBLASLt |");
+    println!("|---|---|---|---|---|---|---|---|---|");
     for row in rows {
         let figures = Figures::new(row, rows);
         let optional = |value: Option<f64>| value.map_or("–".into(), |value| format!("{value:.1}"));
         println!(
-            "| {} | {} | {} | {:.2} | {:.0} | {} | {} | {} |",
+            "| {} | {} | {} | {} | {:.2} | {:.0} | {} | {} | {} |",
             row.case.operator,
+            row.case.family,
             row.case.dtype,
             row.case.shape,
             figures.microseconds,
@@ -70,6 +71,7 @@ pub fn json(gpu: &Gpu, rows: &[Row]) -> Fallible<String> {
             let figures = Figures::new(row, rows);
             json!({
                 "operator": row.case.operator,
+                "family": row.case.family,
                 "type": row.case.dtype,
                 "shape": row.case.shape,
                 "microseconds": figures.microseconds,

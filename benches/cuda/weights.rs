@@ -17,6 +17,7 @@ pub fn cases() -> Vec<Case> {
             let factors = RANK * (n + k);
             let case = |operator, elements, set| Case {
                 operator,
+                family: "–",
                 dtype: T::NAME,
                 shape: format!("{k}->{n}"),
                 bytes: size_of::<T>() * elements,
@@ -37,12 +38,12 @@ pub fn cases() -> Vec<Case> {
         .collect()
 }
 
-/// `D`, `U`, and `W0` for LoRA mul.
+/// `B`, `A`, and `W0` for LoRA mul.
 struct Lora {
     out_features: usize,
     in_features: usize,
-    down: CudaSlice<T>,
-    up: CudaSlice<T>,
+    lora_b: CudaSlice<T>,
+    lora_a: CudaSlice<T>,
     weight: Option<CudaSlice<T>>,
 }
 
@@ -51,15 +52,15 @@ impl Lora {
         Ok(Self {
             out_features: n,
             in_features: k,
-            down: gpu.values(n * RANK)?,
-            up: gpu.values(RANK * k)?,
+            lora_b: gpu.values(n * RANK)?,
+            lora_a: gpu.values(RANK * k)?,
             weight: mul.then(|| gpu.values(n * k)).transpose()?,
         })
     }
 
     fn factors(&self) -> LoraFactors<&dyn DevicePtr<T>> {
-        let &Self { out_features, in_features, ref down, ref up, .. } = self;
-        LoraFactors { out_features, in_features, rank: RANK, down, up, scale: 1.0 }
+        let &Self { out_features, in_features, ref lora_b, ref lora_a, .. } = self;
+        LoraFactors { out_features, in_features, rank: RANK, lora_b, lora_a, scale: 1.0 }
     }
 }
 
@@ -84,7 +85,7 @@ fn lora_backward(k: usize, n: usize, mul: bool) -> Set {
         let mut workspace = gpu.zeros::<f32>(lora.factors().workspace_len(T::DTYPE))?;
         let launch: Launch = Box::new(move |gpu: &Gpu| {
             let (device, stream, workspace) = (&gpu.device, &gpu.stream, &mut workspace);
-            let grads = LoraGrads { down: &mut dd as &mut dyn DevicePtrMut<T>, up: &mut du };
+            let grads = LoraGrads { lora_b: &mut dd as &mut dyn DevicePtrMut<T>, lora_a: &mut du };
             let factors = lora.factors();
             Ok(match &lora.weight {
                 Some(weight) => {
@@ -103,8 +104,8 @@ struct Prompt {
     in_features: usize,
     weight: CudaSlice<T>,
     bias: CudaSlice<T>,
-    down: CudaSlice<T>,
-    up: CudaSlice<T>,
+    lora_b: CudaSlice<T>,
+    lora_a: CudaSlice<T>,
     delta_bias: CudaSlice<T>,
 }
 
@@ -115,8 +116,8 @@ impl Prompt {
             in_features: k,
             weight: gpu.values(n * k)?,
             bias: gpu.values(n)?,
-            down: gpu.values(k * RANK)?,
-            up: gpu.values(RANK)?,
+            lora_b: gpu.values(k * RANK)?,
+            lora_a: gpu.values(RANK)?,
             delta_bias: gpu.values(n)?,
         })
     }
@@ -128,8 +129,8 @@ impl Prompt {
             rank: RANK,
             base_weight: &self.weight,
             base_bias: Some(&self.bias),
-            prompt_down: &self.down,
-            prompt_up: &self.up,
+            prompt_down: &self.lora_b,
+            prompt_up: &self.lora_a,
             delta_bias: Some(&self.delta_bias),
         }
     }

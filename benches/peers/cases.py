@@ -201,11 +201,11 @@ TRAFFIC = {
         RUST: [(1, 1, 5), (2, 2, 6)],
     },
 }
-# Ours on CUDA, where the products are PyTorch's.
+# Ours on CUDA with cuBLASLt's GEMMs, the C library's family for most shapes.
 CUDA_TRAFFIC = {
     # base; s; s·Dᵀ; epilogue     |     z⊙g; ds, dD, dδb; dx in two parts; dU
     LORA_ADD: [(5, 2, 1), (6, 4, 1)],
-    # ΔW; W0·p; two products; epilogue     |     z⊙g; ΔW again; dx in two parts; dΔW; dδb; dD and dU; q
+    # ΔW; W0·p; two GEMMs; epilogue     |     z⊙g; ΔW again; dx in two parts; dΔW; dδb; dD and dU; q
     LORA_MUL: [(5, 2, 5), (6, 4, 8)],
 }
 

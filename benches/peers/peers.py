@@ -1,6 +1,6 @@
 """PACE's layers, loss and training step: the official formulas, other libraries and this crate, side by side.
 
-    pip install torch timm peft numpy matplotlib ./examples/pytorch
+    pip install torch timm peft numpy matplotlib ./python
     cargo build --release --example peer_worker
     python benches/peers/peers.py --out results/peers.json --chart results/peers.svg
 

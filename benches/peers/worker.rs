@@ -30,8 +30,8 @@ struct Layer {
     dy: Vec<f32>,
     weight: Vec<f32>,
     bias: Vec<f32>,
-    down: Vec<f32>,
-    up: Vec<f32>,
+    lora_b: Vec<f32>,
+    lora_a: Vec<f32>,
     delta_bias: Vec<f32>,
     prompt_down: Vec<f32>,
     prompt_up: Vec<f32>,
@@ -60,8 +60,8 @@ impl Layer {
             dy: get("dy")?,
             weight: get("weight")?,
             bias: get("bias")?,
-            down: get("down")?,
-            up: get("up")?,
+            lora_b: get("lora_b")?,
+            lora_a: get("lora_a")?,
             delta_bias: get("delta_bias")?,
             prompt_down: get("prompt_down")?,
             prompt_up: get("prompt_up")?,
@@ -74,7 +74,7 @@ impl Layer {
     }
 
     /// Forward and backward of one operator; everything that it returns is allocated here, as a trainer would.
-    fn step(&self, op: &str, noise: Noise<'_, f32>) -> Result<Iteration> {
+    fn step(&self, op: &str, noise: Noise<&'_ [f32]>) -> Result<Iteration> {
         match op {
             "frozen" => Ok(self.frozen()),
             "lora_add" => self.lora_add(noise),
@@ -101,14 +101,14 @@ impl Layer {
         Iteration { forward_end, outputs: vec![("y", y), ("dx", dx)] }
     }
 
-    fn lora_add(&self, noise: Noise<'_, f32>) -> Result<Iteration> {
+    fn lora_add(&self, noise: Noise<&'_ [f32]>) -> Result<Iteration> {
         let layer = LowRankLinear {
             shape: self.shape,
             noise,
             base: Some(self.base()),
             rank: self.rank,
-            down: &self.down,
-            up: &self.up,
+            lora_b: &self.lora_b,
+            lora_a: &self.lora_a,
             delta_bias: Some(&self.delta_bias),
             scale: 1.0,
         };
@@ -116,28 +116,29 @@ impl Layer {
         layer.forward(&self.x, &mut y)?;
         let forward_end = Instant::now();
         let mut dx = vec![0.0; self.x.len()];
-        let mut down = vec![0.0; self.down.len()];
-        let mut up = vec![0.0; self.up.len()];
+        let mut lora_b = vec![0.0; self.lora_b.len()];
+        let mut lora_a = vec![0.0; self.lora_a.len()];
         let mut delta_bias = vec![0.0; self.delta_bias.len()];
         let grads = LowRankGrads {
             input: Some(&mut dx),
-            down: Some(&mut down),
-            up: Some(&mut up),
+            lora_b: Some(&mut lora_b),
+            lora_a: Some(&mut lora_a),
             delta_bias: Some(&mut delta_bias),
         };
         layer.backward(&self.x, &self.dy, grads)?;
-        let outputs = vec![("y", y), ("dx", dx), ("down", down), ("up", up), ("delta_bias", delta_bias)];
+        let outputs =
+            vec![("y", y), ("dx", dx), ("lora_b", lora_b), ("lora_a", lora_a), ("delta_bias", delta_bias)];
         Ok(Iteration { forward_end, outputs })
     }
 
-    fn lora_mul_vpt(&self, noise: Noise<'_, f32>) -> Result<Iteration> {
+    fn lora_mul_vpt(&self, noise: Noise<&'_ [f32]>) -> Result<Iteration> {
         let (k, n) = (self.shape.in_features, self.shape.out_features);
         let lora = LoraFactors {
             out_features: n,
             in_features: k,
             rank: self.rank,
-            down: &self.down,
-            up: &self.up,
+            lora_b: &self.lora_b,
+            lora_a: &self.lora_a,
             scale: 1.0,
         };
         let prompt = PromptBias {
@@ -173,9 +174,9 @@ impl Layer {
             delta_bias: Some(&mut bias_grad),
         };
         layer.backward(&self.x, &self.dy, grads)?;
-        let mut down = vec![0.0; self.down.len()];
-        let mut up = vec![0.0; self.up.len()];
-        let grads = LoraGrads { down: &mut down, up: &mut up };
+        let mut lora_b = vec![0.0; self.lora_b.len()];
+        let mut lora_a = vec![0.0; self.lora_a.len()];
+        let grads = LoraGrads { lora_b: &mut lora_b, lora_a: &mut lora_a };
         lora_mul_weight_backward(lora, &self.weight, &weight_grad, grads)?;
         let mut prompt_down = vec![0.0; self.prompt_down.len()];
         let mut prompt_up = vec![0.0; self.prompt_up.len()];
@@ -189,8 +190,8 @@ impl Layer {
         let outputs = vec![
             ("y", y),
             ("dx", dx),
-            ("down", down),
-            ("up", up),
+            ("lora_b", lora_b),
+            ("lora_a", lora_a),
             ("delta_bias", own_bias),
             ("prompt_down", prompt_down),
             ("prompt_up", prompt_up),
@@ -199,7 +200,7 @@ impl Layer {
     }
 
     /// Fresh noise, as at step `step` of a run.
-    fn noise(step: u64) -> Result<Noise<'static, f32>> {
+    fn noise(step: u64) -> Result<Noise<&'static [f32]>> {
         Ok(Noise::Generated(Generator::new(Key::derive(0, step, 1), SIGMA, NoiseShape::PerSample, 0)?))
     }
 
@@ -215,7 +216,7 @@ impl Layer {
             }
             "check" => {
                 let z = floats(&self.dir, "z")?;
-                let noise = Noise::Given { z: &z, shape: NoiseShape::PerSample };
+                let noise: Noise<&[f32]> = Noise::Given { z: &z, shape: NoiseShape::PerSample };
                 for (name, values) in self.step(op, noise)?.outputs {
                     let path = self.dir.join(format!("{op}.{name}.ours.f32"));
                     fs::write(path, bytemuck::cast_slice(&values))?;

@@ -33,8 +33,8 @@ static PaceTensor tensor(float *data, uint64_t len) {
 #define TENSOR(array) tensor((float *)(array), sizeof(array) / sizeof(float))
 
 int main(void) {
-    static float weight[CLASSES][FEATURES], down[CLASSES][RANK], up[RANK][FEATURES], x[BATCH][FEATURES];
-    static float y[2 * BATCH][CLASSES], dy[2 * BATCH][CLASSES], ddown[CLASSES][RANK], dup[RANK][FEATURES], losses[3];
+    static float weight[CLASSES][FEATURES], lora_b[CLASSES][RANK], lora_a[RANK][FEATURES], x[BATCH][FEATURES];
+    static float y[2 * BATCH][CLASSES], dy[2 * BATCH][CLASSES], grad_b[CLASSES][RANK], grad_a[RANK][FEATURES], losses[3];
     static int64_t labels[BATCH];
     if (pace_abi_version() != PACE_ABI_VERSION) {
         fprintf(stderr, "the library is not that of the header\n");
@@ -43,7 +43,7 @@ int main(void) {
     for (int c = 0; c < CLASSES; c++)
         for (int k = 0; k < FEATURES; k++) weight[c][k] = 0.1f * next();
     for (int r = 0; r < RANK; r++)
-        for (int k = 0; k < FEATURES; k++) up[r][k] = 0.4f * next();
+        for (int k = 0; k < FEATURES; k++) lora_a[r][k] = 0.4f * next();
     for (int i = 0; i < BATCH; i++) {
         labels[i] = i % CLASSES;
         for (int k = 0; k < FEATURES; k++) x[i][k] = next() + (k % CLASSES == labels[i]);
@@ -65,13 +65,13 @@ int main(void) {
     layer.rank = RANK;
     layer.scale = 1.0;
     layer.base_weight = TENSOR(weight);
-    layer.down = TENSOR(down);
-    layer.up = TENSOR(up);
+    layer.lora_b = TENSOR(lora_b);
+    layer.lora_a = TENSOR(lora_a);
     layer.x = TENSOR(x);
     layer.y = TENSOR(y);
     layer.dy = TENSOR(dy);
-    layer.grad_down = TENSOR(ddown);
-    layer.grad_up = TENSOR(dup);
+    layer.grad_lora_b = TENSOR(grad_b);
+    layer.grad_lora_a = TENSOR(grad_a);
 
     PaceLoss loss = {0};
     loss.size = sizeof loss;
@@ -91,8 +91,8 @@ int main(void) {
         check(pace_low_rank_linear_forward(NULL, NULL, &layer));
         check(pace_loss(NULL, NULL, &loss));
         check(pace_low_rank_linear_backward(NULL, NULL, &layer));
-        for (int i = 0; i < CLASSES * RANK; i++) (&down[0][0])[i] -= 0.3f * (&ddown[0][0])[i];
-        for (int i = 0; i < RANK * FEATURES; i++) (&up[0][0])[i] -= 0.3f * (&dup[0][0])[i];
+        for (int i = 0; i < CLASSES * RANK; i++) (&lora_b[0][0])[i] -= 0.3f * (&grad_b[0][0])[i];
+        for (int i = 0; i < RANK * FEATURES; i++) (&lora_a[0][0])[i] -= 0.3f * (&grad_a[0][0])[i];
         if (step == 0) first = losses[0];
         if (step % 50 == 0 || step == STEPS - 1)
             printf("step %3d: loss %.4f, cross-entropy %.4f, consistency %.4f\n", (int)step, losses[0], losses[1], losses[2]);

@@ -57,7 +57,7 @@ inline Device open(std::uint32_t ordinal) {
 constexpr std::size_t BATCH = 4, TOKENS = 3, IN = 8, OUT = 5, RANK = 2;
 
 struct Layer {
-    std::vector<double> weight = numbers(OUT * IN), bias = numbers(OUT), down = numbers(OUT * RANK), up = numbers(RANK * IN);
+    std::vector<double> weight = numbers(OUT * IN), bias = numbers(OUT), lora_b = numbers(OUT * RANK), lora_a = numbers(RANK * IN);
 
     static std::vector<double> numbers(std::size_t count) {
         std::vector<double> values(count);
@@ -71,13 +71,13 @@ struct Layer {
         args.in_features = IN;
         args.rank = RANK;
         args.scale = 1.0;
-        args.down = pace::tensor(down);
-        args.up = pace::tensor(up);
+        args.lora_b = pace::tensor(lora_b);
+        args.lora_a = pace::tensor(lora_a);
         args.base_weight = pace::tensor(weight);
         return args;
     }
 
-    // y = x W0ᵀ + b0 + z ⊙ (x ΔWᵀ) of the samples first..first + count, with ΔW = W0 ⊙ (D U).
+    // y = x W0ᵀ + b0 + z ⊙ (x ΔWᵀ) of the samples first..first + count, with ΔW = W0 ⊙ (B A).
     PaceNoisyLinear linear(std::vector<double>& delta, std::vector<double>& x, std::size_t first, std::size_t count) {
         auto args = pace::args<PaceNoisyLinear>();
         args.shape = {1, count, TOKENS, IN, OUT, 0};
@@ -114,7 +114,7 @@ struct Layer {
 
     // Gradients of Σ y to D and U.
     std::pair<std::vector<double>, std::vector<double>> backward(std::vector<double>& x) {
-        std::vector<double> delta(OUT * IN), ddelta(OUT * IN), dy(BATCH * TOKENS * OUT, 1.0), ddown(OUT * RANK), dup(RANK * IN);
+        std::vector<double> delta(OUT * IN), ddelta(OUT * IN), dy(BATCH * TOKENS * OUT, 1.0), grad_b(OUT * RANK), grad_a(RANK * IN);
         auto build = builder();
         build.out = pace::tensor(delta);
         pace::check(pace_low_rank_weight_forward(nullptr, nullptr, &build));
@@ -123,10 +123,10 @@ struct Layer {
         args.grad_delta_weight = pace::tensor(ddelta);
         pace::check(pace_noisy_linear_backward(nullptr, nullptr, &args));
         build.dout = pace::tensor(ddelta);
-        build.grad_down = pace::tensor(ddown);
-        build.grad_up = pace::tensor(dup);
+        build.grad_lora_b = pace::tensor(grad_b);
+        build.grad_lora_a = pace::tensor(grad_a);
         pace::check(pace_low_rank_weight_backward(nullptr, nullptr, &build));
-        return {ddown, dup};
+        return {grad_b, grad_a};
     }
 };
 
@@ -147,9 +147,9 @@ int main() try {
     for (std::size_t i = 0; i < y.size(); i++)
         if (!(std::abs(split[i] - y[i]) < 1e-12)) throw std::runtime_error("two threads give other outputs than one");
 
-    const auto [ddown, dup] = layer.backward(x);
+    const auto [grad_b, grad_a] = layer.backward(x);
     double worst = 0;
-    for (auto [values, gradient] : {std::pair{&layer.down, &ddown}, std::pair{&layer.up, &dup}})
+    for (auto [values, gradient] : {std::pair{&layer.lora_b, &grad_b}, std::pair{&layer.lora_a, &grad_a}})
         for (std::size_t i = 0; i < values->size(); i++) {
             const double h = 1e-6, kept = (*values)[i];
             (*values)[i] = kept + h;

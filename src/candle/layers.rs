@@ -113,13 +113,13 @@ pub struct PaceLinear {
 #[derive(Debug, Clone)]
 enum Parameters {
     LoraAdd {
-        down: Tensor,
-        up: Tensor,
+        lora_b: Tensor,
+        lora_a: Tensor,
         delta_bias: Tensor,
     },
     LoraMulVptAdd {
-        down: Tensor,
-        up: Tensor,
+        lora_b: Tensor,
+        lora_a: Tensor,
         delta_bias: Tensor,
         prompt_down: Tensor,
         prompt_up: Tensor,
@@ -166,8 +166,8 @@ impl PaceLinear {
     pub fn merged(&self) -> Result<Linear> {
         let FrozenLinear { weight, bias } = &self.base;
         let (delta_weight, delta_bias) = match &self.parameters {
-            Parameters::LoraAdd { down, up, delta_bias } => {
-                (Some((down.matmul(up)? * self.scale)?), Some(delta_bias.clone()))
+            Parameters::LoraAdd { lora_b, lora_a, delta_bias } => {
+                (Some((lora_b.matmul(lora_a)? * self.scale)?), Some(delta_bias.clone()))
             }
             Parameters::Head => (None, None),
             _ => self.dense_delta()?,
@@ -183,8 +183,8 @@ impl PaceLinear {
     /// ΔW and Δb of the adapters that have them in full.
     fn dense_delta(&self) -> Result<(Option<Tensor>, Option<Tensor>)> {
         match &self.parameters {
-            Parameters::LoraMulVptAdd { down, up, delta_bias, prompt_down, prompt_up } => Ok((
-                Some(lora_mul_weight(&self.base.weight, down, up, self.scale)?),
+            Parameters::LoraMulVptAdd { lora_b, lora_a, delta_bias, prompt_down, prompt_up } => Ok((
+                Some(lora_mul_weight(&self.base.weight, lora_b, lora_a, self.scale)?),
                 Some(prompt_bias(&self.base, prompt_down, prompt_up, Some(delta_bias))?),
             )),
             Parameters::VptAdd { prompt_down, prompt_up } => {
@@ -245,8 +245,8 @@ impl PaceLinear {
         let (shape, noise) = self.plan(x, branching)?;
         let base = Some(self.base.clone());
         match &self.parameters {
-            Parameters::LoraAdd { down, up, delta_bias } => {
-                low_rank_linear(Layer { shape, noise, base }, x, down, up, delta_bias, self.scale)
+            Parameters::LoraAdd { lora_b, lora_a, delta_bias } => {
+                low_rank_linear(Layer { shape, noise, base }, x, lora_b, lora_a, delta_bias, self.scale)
             }
             parameters => {
                 let base = if matches!(parameters, Parameters::Head) { None } else { base };
@@ -339,7 +339,7 @@ impl<'a> Injector<'a> {
         self
     }
 
-    /// The same with a factor on `D·U` (the α/r of common LoRA code) other than the 1 of the official code.
+    /// The same with a factor on `B·A` (the α/r of common LoRA code) other than the 1 of the official code.
     pub fn with_scale(mut self, scale: f64) -> Self {
         self.scale = scale;
         self
@@ -371,13 +371,13 @@ impl<'a> Injector<'a> {
         };
         let parameters = match self.adapter {
             Adapter::LoraAdd => Parameters::LoraAdd {
-                down: take(adapter::DOWN)?,
-                up: take(adapter::UP)?,
+                lora_b: take(adapter::DOWN)?,
+                lora_a: take(adapter::UP)?,
                 delta_bias: take(adapter::DELTA_BIAS)?,
             },
             Adapter::LoraMulVptAdd => Parameters::LoraMulVptAdd {
-                down: take(adapter::DOWN)?,
-                up: take(adapter::UP)?,
+                lora_b: take(adapter::DOWN)?,
+                lora_a: take(adapter::UP)?,
                 delta_bias: take(adapter::DELTA_BIAS)?,
                 prompt_down: take(adapter::PROMPT_DOWN)?,
                 prompt_up: take(adapter::PROMPT_UP)?,

@@ -5,7 +5,7 @@ use super::{
     Failure, PACE_ERROR_DTYPE, PACE_ERROR_LENGTH, PACE_ERROR_SIZE, PACE_ERROR_VALUE, PACE_ERROR_VERSION,
     PaceDevice, PaceStatus, Result, run,
 };
-use crate::cuda::{self, Buffer, DType, Plan, Source};
+use crate::cuda::{self, Buffer, DType, Gpu, Plan, Source};
 use crate::noise::{Generator, Key, Noise, NoiseShape};
 use crate::{LinearShape, Real, cpu};
 use std::ffi::c_void;
@@ -45,6 +45,7 @@ args! {
     PaceNoiseFill: 136,
     PaceNoisyLinear: 296,
     PaceLowRankLinear: 360,
+    PaceLoraMulLinear: 416,
     PaceNoisyEpilogue: 184,
     PaceLowRankWeight: 176,
     PacePromptBias: 216,
@@ -101,7 +102,8 @@ pub(super) trait Operator<A> {
     /// # Safety
     /// As the exported functions: present tensors are host memory of their length, and nothing else touches them.
     unsafe fn on_cpu<T: Real>(args: &A) -> Result<()>;
-    fn plan(args: &A, dtype: DType) -> Result<Box<dyn Plan>>;
+    /// The same on a device.
+    fn plan(args: &A, gpu: &Gpu, dtype: DType) -> Result<Plan>;
 }
 
 /// Runs an operator on the CPU or on a device.
@@ -133,9 +135,9 @@ pub(super) unsafe fn call<O: Operator<A>, A: Args>(
                 }
             },
             Some(device) => {
-                let plan = O::plan(&args, device_dtype(args.dtype())?)?;
+                let plan = O::plan(&args, device.gpu(), device_dtype(args.dtype())?)?;
                 // SAFETY: the caller's promise; the plan is unchanged.
-                unsafe { device.launch(plan.as_ref(), stream) }
+                unsafe { device.launch(&plan, stream) }
             }
         }
     })
@@ -144,12 +146,12 @@ pub(super) unsafe fn call<O: Operator<A>, A: Args>(
 /// Answers a workspace query: `bytes_on_device` is asked only if there is a device.
 ///
 /// # Safety
-/// `args` as in [`read`]; `bytes` is NULL or a place for a number.
+/// `device` and `args` as in [`call`]; `bytes` is NULL or a place for a number.
 pub(super) unsafe fn workspace<A: Args>(
     device: *const PaceDevice,
     args: *const A,
     bytes: *mut u64,
-    bytes_on_device: impl FnOnce(&A, DType) -> Result<usize>,
+    bytes_on_device: impl FnOnce(&A, &Gpu, DType) -> Result<usize>,
 ) -> PaceStatus {
     run(|| {
         if bytes.is_null() || !bytes.is_aligned() {
@@ -157,7 +159,11 @@ pub(super) unsafe fn workspace<A: Args>(
         }
         // SAFETY: the caller's promise.
         let args = unsafe { read(args) }?;
-        let needed = if device.is_null() { 0 } else { bytes_on_device(&args, device_dtype(args.dtype())?)? };
+        // SAFETY: the caller's promise.
+        let needed = match unsafe { device.as_ref() } {
+            None => 0,
+            Some(device) => bytes_on_device(&args, device.gpu(), device_dtype(args.dtype())?)?,
+        };
         // SAFETY: the caller's promise.
         unsafe { bytes.write(needed as u64) };
         Ok(())
@@ -337,7 +343,7 @@ impl Host {
 
     /// # Safety
     /// As [`input`](Self::input), also for the key behind `key_address`.
-    pub(super) unsafe fn noise<'a, T>(&mut self, noise: &PaceNoise) -> Result<Noise<'a, T>> {
+    pub(super) unsafe fn noise<'a, T>(&mut self, noise: &PaceNoise) -> Result<Noise<&'a [T]>> {
         match noise.kind {
             PACE_NOISE_OFF => Ok(Noise::Off),
             PACE_NOISE_GENERATED => {
@@ -427,10 +433,13 @@ pub(super) fn key_buffer(address: *const u64) -> Option<Buffer> {
 pub(super) fn source(noise: &PaceNoise) -> Result<Source> {
     match noise.kind {
         PACE_NOISE_OFF => Ok(Source::Off),
-        PACE_NOISE_GENERATED => Ok(Source::Generated {
-            generator: generator(noise, key(noise.key))?,
-            key: key_buffer(noise.key_address),
-        }),
+        PACE_NOISE_GENERATED => {
+            let generator = generator(noise, key(noise.key))?;
+            Ok(match key_buffer(noise.key_address) {
+                Some(key) => Source::Keyed { generator, key },
+                None => Source::Generated(generator),
+            })
+        }
         PACE_NOISE_GIVEN => Ok(Source::Given { z: buffer(noise.z), shape: noise_shape(noise)? }),
         other => Err(bad_kind(other)),
     }

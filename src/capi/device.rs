@@ -2,11 +2,14 @@
 
 use super::{Failure, PaceStatus, Result, run};
 use crate::cuda::cudarc::driver::sys::CUstream;
-use crate::cuda::{Device, Plan, keeping_context, probe_driver};
+use crate::cuda::{Device, Gpu, Plan, keeping_context, probe_driver};
 use std::ffi::c_void;
 
 /// Something that carries out plans: a device, or in tests a simulator.
 pub trait Launcher: Send + Sync {
+    /// What plans for it are made from.
+    fn gpu(&self) -> &Gpu;
+
     /// Launches everything in the plan on a `CUstream`.
     ///
     /// # Errors
@@ -14,11 +17,15 @@ pub trait Launcher: Send + Sync {
     ///
     /// # Safety
     /// As [`Device::launch`]; the stream must be NULL or a live stream of the launcher's context.
-    unsafe fn launch(&self, plan: &dyn Plan, stream: *mut c_void) -> crate::Result<()>;
+    unsafe fn launch(&self, plan: &Plan, stream: *mut c_void) -> crate::Result<()>;
 }
 
 impl Launcher for Device {
-    unsafe fn launch(&self, plan: &dyn Plan, stream: *mut c_void) -> crate::Result<()> {
+    fn gpu(&self) -> &Gpu {
+        self.gpu()
+    }
+
+    unsafe fn launch(&self, plan: &Plan, stream: *mut c_void) -> crate::Result<()> {
         // The CUDA runtime takes the current context for the current device: a caller with several would notice.
         // SAFETY: the caller's promise is this function's.
         keeping_context(|| unsafe { self.launch_on(plan, stream as CUstream) })
@@ -42,9 +49,13 @@ impl PaceDevice {
         Self { launcher: Box::new(launcher) }
     }
 
+    pub(super) fn gpu(&self) -> &Gpu {
+        self.launcher.gpu()
+    }
+
     /// # Safety
     /// As [`Launcher::launch`].
-    pub(super) unsafe fn launch(&self, plan: &dyn Plan, stream: *mut c_void) -> Result<()> {
+    pub(super) unsafe fn launch(&self, plan: &Plan, stream: *mut c_void) -> Result<()> {
         // SAFETY: the caller's promise is this function's.
         Ok(unsafe { self.launcher.launch(plan, stream) }?)
     }

@@ -3,7 +3,7 @@
 use super::call::*;
 use super::types::*;
 use super::{PaceDevice, PaceStatus, Result};
-use crate::cuda::{self, Buffer, DType, Direction, Plan, Source};
+use crate::cuda::{self, Buffer, DType, Direction, Gpu, Plan, Source};
 use crate::shape::nonzero;
 use crate::{LinearShape, Real, cpu};
 use std::ffi::c_void;
@@ -52,8 +52,10 @@ impl Operator<PaceNoisyLinear> for Forward {
         }
     }
 
-    fn plan(args: &PaceNoisyLinear, dtype: DType) -> Result<Box<dyn Plan>> {
-        Ok(Box::new(noisy_linear(args)?.forward(dtype, buffer(args.x), buffer(args.y))?))
+    fn plan(args: &PaceNoisyLinear, gpu: &Gpu, dtype: DType) -> Result<Plan> {
+        let layer = noisy_linear(args)?;
+        let workspace = workspace_buffer(args.workspace, 4, layer.workspace_len(gpu, dtype))?;
+        Ok(layer.forward(gpu, dtype, buffer(args.x), buffer(args.y), workspace)?)
     }
 }
 
@@ -63,26 +65,26 @@ impl Operator<PaceNoisyLinear> for Backward {
         // SAFETY: the caller's promise.
         unsafe {
             let layer = noisy_linear_on_cpu::<T>(&mut host, args)?;
-            let (x, dy) = (host.input("x", args.x)?, host.input("dy", args.dy)?);
+            let (x, dy) = (host.optional("x", args.x)?, host.input("dy", args.dy)?);
             let grads = cpu::NoisyLinearGrads {
                 input: host.optional_output("grad_input", args.grad_input)?,
                 delta_weight: host.optional_output("grad_delta_weight", args.grad_delta_weight)?,
                 delta_bias: host.optional_output("grad_delta_bias", args.grad_delta_bias)?,
             };
-            Ok(layer.backward(x, dy, grads)?)
+            Ok(layer.backward_from(x, dy, grads)?)
         }
     }
 
-    fn plan(args: &PaceNoisyLinear, dtype: DType) -> Result<Box<dyn Plan>> {
+    fn plan(args: &PaceNoisyLinear, gpu: &Gpu, dtype: DType) -> Result<Plan> {
         let grads = cuda::NoisyLinearGrads {
             input: optional_buffer(args.grad_input),
             delta_weight: optional_buffer(args.grad_delta_weight),
             delta_bias: optional_buffer(args.grad_delta_bias),
         };
         let layer = noisy_linear(args)?;
-        let workspace = workspace_buffer(args.workspace, 4, layer.workspace_len())?;
-        let (x, dy) = (buffer(args.x), buffer(args.dy));
-        Ok(Box::new(layer.backward(dtype, x, dy, grads, workspace)?))
+        let workspace = workspace_buffer(args.workspace, 4, layer.workspace_len(gpu, dtype))?;
+        let (x, dy) = (optional_buffer(args.x), buffer(args.dy));
+        Ok(layer.backward_from(gpu, dtype, x, dy, grads, workspace)?)
     }
 }
 
@@ -117,7 +119,7 @@ pub unsafe extern "C" fn pace_noisy_linear_backward(
     unsafe { call::<Backward, _>(device, stream, args) }
 }
 
-/// The bytes of workspace that the backward pass needs; the tensors of `args` do not matter.
+/// The bytes of workspace that suffice for either pass; the tensors of `args` are ignored.
 ///
 /// # Safety
 /// `args` is NULL or points to as many bytes as its `size` says, `bytes` is NULL or a place for a number.
@@ -129,19 +131,10 @@ pub unsafe extern "C" fn pace_noisy_linear_workspace(
 ) -> PaceStatus {
     // SAFETY: the caller's promise.
     unsafe {
-        workspace(device, args, bytes, |args, _| {
-            let shape = linear_shape(&args.shape)?;
-            shape.check()?;
-            let layer = cuda::NoisyLinear::<(), ()> {
-                shape,
-                noise: (),
-                base: None,
-                delta_weight: None,
-                delta_bias: None,
-                fold: false,
-                allow_tf32: false,
-            };
-            Ok(layer.workspace_len().saturating_mul(4))
+        workspace(device, args, bytes, |args, gpu, dtype| {
+            let layer = noisy_linear(args)?;
+            layer.shape.check()?;
+            Ok(layer.workspace_len(gpu, dtype).saturating_mul(4))
         })
     }
 }
@@ -153,8 +146,8 @@ fn low_rank_linear(args: &PaceLowRankLinear) -> Result<cuda::LowRankLinear<Buffe
         noise: source(&args.noise)?,
         base: base_buffer(args.base_weight, args.base_bias)?,
         rank: size("rank", args.rank)?,
-        down: buffer(args.down),
-        up: buffer(args.up),
+        lora_b: buffer(args.lora_b),
+        lora_a: buffer(args.lora_a),
         delta_bias: optional_buffer(args.delta_bias),
         scale: check_scale(args.scale)? as f32,
         allow_tf32: args.flags & PACE_ALLOW_TF32 != 0,
@@ -173,8 +166,8 @@ unsafe fn low_rank_linear_on_cpu<'a, T: Real>(
             noise: host.noise(&args.noise)?,
             base: host.base(args.base_weight, args.base_bias)?,
             rank: size("rank", args.rank)?,
-            down: host.input("down", args.down)?,
-            up: host.input("up", args.up)?,
+            lora_b: host.input("lora_b", args.lora_b)?,
+            lora_a: host.input("lora_a", args.lora_a)?,
             delta_bias: host.optional("delta_bias", args.delta_bias)?,
             scale: T::from_f64(check_scale(args.scale)?),
         })
@@ -192,9 +185,11 @@ impl Operator<PaceLowRankLinear> for Forward {
         }
     }
 
-    fn plan(args: &PaceLowRankLinear, dtype: DType) -> Result<Box<dyn Plan>> {
+    fn plan(args: &PaceLowRankLinear, gpu: &Gpu, dtype: DType) -> Result<Plan> {
         let (x, s, y) = (buffer(args.x), buffer(args.s), buffer(args.y));
-        Ok(Box::new(low_rank_linear(args)?.forward(dtype, x, s, y)?))
+        let layer = low_rank_linear(args)?;
+        let workspace = workspace_buffer(args.workspace, 4, layer.workspace_len(gpu, dtype))?;
+        Ok(layer.forward(gpu, dtype, x, s, y, workspace)?)
     }
 }
 
@@ -207,25 +202,25 @@ impl Operator<PaceLowRankLinear> for Backward {
             let (x, dy) = (host.input("x", args.x)?, host.input("dy", args.dy)?);
             let grads = cpu::LowRankGrads {
                 input: host.optional_output("grad_input", args.grad_input)?,
-                down: host.optional_output("grad_down", args.grad_down)?,
-                up: host.optional_output("grad_up", args.grad_up)?,
+                lora_b: host.optional_output("grad_lora_b", args.grad_lora_b)?,
+                lora_a: host.optional_output("grad_lora_a", args.grad_lora_a)?,
                 delta_bias: host.optional_output("grad_delta_bias", args.grad_delta_bias)?,
             };
             Ok(layer.backward(x, dy, grads)?)
         }
     }
 
-    fn plan(args: &PaceLowRankLinear, dtype: DType) -> Result<Box<dyn Plan>> {
+    fn plan(args: &PaceLowRankLinear, gpu: &Gpu, dtype: DType) -> Result<Plan> {
         let grads = cuda::LowRankGrads {
             input: optional_buffer(args.grad_input),
-            down: optional_buffer(args.grad_down),
-            up: optional_buffer(args.grad_up),
+            lora_b: optional_buffer(args.grad_lora_b),
+            lora_a: optional_buffer(args.grad_lora_a),
             delta_bias: optional_buffer(args.grad_delta_bias),
         };
         let layer = low_rank_linear(args)?;
-        let workspace = workspace_buffer(args.workspace, 4, layer.workspace_len(dtype))?;
+        let workspace = workspace_buffer(args.workspace, 4, layer.workspace_len(gpu, dtype))?;
         let (x, s, dy) = (buffer(args.x), buffer(args.s), buffer(args.dy));
-        Ok(Box::new(layer.backward(dtype, x, s, dy, grads, workspace)?))
+        Ok(layer.backward(gpu, dtype, x, s, dy, grads, workspace)?)
     }
 }
 
@@ -244,7 +239,7 @@ pub unsafe extern "C" fn pace_low_rank_linear_forward(
 }
 
 /// Computes gradients from `x`, `dy` and on CUDA `s`, with the noise of the forward pass made again. With `g = dy`, `e = z⊙g`,
-/// `ds = scale·e·D`: `dx = g·W0 + ds·U`, `dD = eᵀ·s`, `dU = dsᵀ·x`, `dδb = Σ_rows e`; with a shared input, sums over the
+/// `ds = scale·e·B`: `dx = g·W0 + ds·A`, `dB = eᵀ·s`, `dA = dsᵀ·x`, `dδb = Σ_rows e`; with a shared input, sums over the
 /// branches.
 ///
 /// # Safety
@@ -259,7 +254,7 @@ pub unsafe extern "C" fn pace_low_rank_linear_backward(
     unsafe { call::<Backward, _>(device, stream, args) }
 }
 
-/// The bytes of workspace that the backward pass needs; the tensors of `args` do not matter.
+/// The bytes of workspace that suffice for either pass; the tensors of `args` are ignored.
 ///
 /// # Safety
 /// As `pace_noisy_linear_workspace`.
@@ -271,22 +266,11 @@ pub unsafe extern "C" fn pace_low_rank_linear_workspace(
 ) -> PaceStatus {
     // SAFETY: the caller's promise.
     unsafe {
-        workspace(device, args, bytes, |args, dtype| {
-            let (shape, rank) = (linear_shape(&args.shape)?, size("rank", args.rank)?);
-            shape.check()?;
-            nonzero("rank", rank)?;
-            let layer = cuda::LowRankLinear::<(), ()> {
-                shape,
-                noise: (),
-                base: None,
-                rank,
-                down: (),
-                up: (),
-                delta_bias: None,
-                scale: 1.0,
-                allow_tf32: false,
-            };
-            Ok(layer.workspace_len(dtype).saturating_mul(4))
+        workspace(device, args, bytes, |args, gpu, dtype| {
+            let layer = low_rank_linear(&PaceLowRankLinear { scale: 1.0, ..*args })?;
+            layer.shape.check()?;
+            nonzero("rank", layer.rank)?;
+            Ok(layer.workspace_len(gpu, dtype).saturating_mul(4))
         })
     }
 }
@@ -296,11 +280,11 @@ fn epilogue(
     direction: Direction,
     (input, output): (PaceTensor, PaceTensor),
     dtype: DType,
-) -> Result<Box<dyn Plan>> {
+) -> Result<Plan> {
     check_flags(args.flags, 0)?;
     let (shape, noise) = (epilogue_shape(args)?, source(&args.noise)?);
     let (input, output) = (buffer(input), buffer(output));
-    Ok(Box::new(cuda::NoisyEpilogue { shape, noise, direction, dtype, input, output }.plan()?))
+    Ok(cuda::NoisyEpilogue { shape, noise, direction, dtype, input, output }.plan()?)
 }
 
 fn epilogue_shape(args: &PaceNoisyEpilogue) -> Result<LinearShape> {
@@ -318,7 +302,7 @@ impl Operator<PaceNoisyEpilogue> for Forward {
         }
     }
 
-    fn plan(args: &PaceNoisyEpilogue, dtype: DType) -> Result<Box<dyn Plan>> {
+    fn plan(args: &PaceNoisyEpilogue, _: &Gpu, dtype: DType) -> Result<Plan> {
         epilogue(args, Direction::Forward, (args.a, args.y), dtype)
     }
 }
@@ -334,7 +318,7 @@ impl Operator<PaceNoisyEpilogue> for Backward {
         }
     }
 
-    fn plan(args: &PaceNoisyEpilogue, dtype: DType) -> Result<Box<dyn Plan>> {
+    fn plan(args: &PaceNoisyEpilogue, _: &Gpu, dtype: DType) -> Result<Plan> {
         epilogue(args, Direction::Backward, (args.dy, args.da), dtype)
     }
 }

@@ -3,7 +3,7 @@
 use super::call::*;
 use super::types::*;
 use super::{Failure, PACE_ERROR_VALUE, PaceDevice, PaceStatus, Result, run};
-use crate::cuda::{self, DType, LossSettings, LossStatus, Partner, Plan};
+use crate::cuda::{self, DType, Gpu, LossSettings, LossStatus, Partner, Plan};
 use crate::shape::nonzero;
 use crate::{Real, cpu};
 use std::ffi::c_void;
@@ -53,7 +53,7 @@ impl Operator<PaceLoss> for Evaluate {
         Ok(())
     }
 
-    fn plan(args: &PaceLoss, dtype: DType) -> Result<Box<dyn Plan>> {
+    fn plan(args: &PaceLoss, _: &Gpu, dtype: DType) -> Result<Plan> {
         let partner = match args.consistency {
             PACE_CONSISTENCY_NONE => Partner::None,
             PACE_CONSISTENCY_TWO_BRANCH => Partner::OtherBranch,
@@ -75,7 +75,7 @@ impl Operator<PaceLoss> for Evaluate {
             status: buffer(args.status),
             workspace: workspace_buffer(args.workspace, 4, settings.workspace_len(batch))?,
         };
-        Ok(Box::new(loss.plan()?))
+        Ok(loss.plan()?)
     }
 }
 
@@ -107,7 +107,7 @@ pub unsafe extern "C" fn pace_loss_workspace(
 ) -> PaceStatus {
     // SAFETY: the caller's promise.
     unsafe {
-        workspace(device, args, bytes, |args, _| {
+        workspace(device, args, bytes, |args, _, _| {
             let (settings, batch) = (settings(args)?, size("labels.len", args.labels.len)?);
             nonzero("classes", settings.classes)?;
             nonzero("labels.len", batch)?;

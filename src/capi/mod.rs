@@ -18,6 +18,7 @@
 mod call;
 mod device;
 mod linear;
+mod lora;
 mod loss;
 mod noise;
 mod norms;
@@ -26,6 +27,7 @@ mod weights;
 
 pub use device::*;
 pub use linear::*;
+pub use lora::*;
 pub use loss::*;
 pub use noise::*;
 pub use norms::*;
@@ -66,13 +68,13 @@ pub const PACE_ERROR_NO_DEVICE: PaceStatus = 17;
 pub const PACE_ERROR_DEVICE_TOO_OLD: PaceStatus = 18;
 /// The library was built without nvcc.
 pub const PACE_ERROR_KERNELS_NOT_BUILT: PaceStatus = 19;
-/// A call of the CUDA driver failed.
+/// A call of the CUDA driver or of cuBLASLt failed.
 pub const PACE_ERROR_DRIVER: PaceStatus = 20;
 /// A fault of the library.
 pub const PACE_ERROR_INTERNAL: PaceStatus = 32;
 
 /// Grows with every change that an old caller could notice.
-pub const PACE_ABI_VERSION: u32 = 1;
+pub const PACE_ABI_VERSION: u32 = 2;
 
 /// Why a call did nothing.
 #[derive(Debug)]
@@ -105,7 +107,10 @@ impl From<Error> for Failure {
             Error::NoDevice { .. } => PACE_ERROR_NO_DEVICE,
             Error::DeviceTooOld { .. } => PACE_ERROR_DEVICE_TOO_OLD,
             Error::KernelsNotBuilt { .. } => PACE_ERROR_KERNELS_NOT_BUILT,
-            Error::Driver { .. } | Error::OtherDevice { .. } => PACE_ERROR_DRIVER,
+            Error::Driver { .. }
+            | Error::Library { .. }
+            | Error::NoFamily { .. }
+            | Error::OtherDevice { .. } => PACE_ERROR_DRIVER,
             Error::Weights(_) => PACE_ERROR_INTERNAL,
         };
         // The Rust interface's names of arguments, where they are others here.

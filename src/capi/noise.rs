@@ -3,7 +3,7 @@
 use super::call::*;
 use super::types::*;
 use super::{Failure, PACE_ERROR_DTYPE, PACE_ERROR_VALUE, PaceDevice, PaceStatus, Result, run};
-use crate::cuda::{self, DType, Direction, MaskSource, Plan};
+use crate::cuda::{self, DType, Direction, Gpu, MaskSource, Plan};
 use crate::noise::{self, Key, NoiseShape};
 use crate::{Real, cpu, schedule, shape};
 use rayon::prelude::*;
@@ -67,7 +67,7 @@ impl Operator<PaceNoiseFill> for Fill {
         Ok(())
     }
 
-    fn plan(args: &PaceNoiseFill, dtype: DType) -> Result<Box<dyn Plan>> {
+    fn plan(args: &PaceNoiseFill, _: &Gpu, dtype: DType) -> Result<Plan> {
         check_flags(args.flags, 0)?;
         check_generated(args)?;
         if dtype != DType::F32 {
@@ -79,7 +79,7 @@ impl Operator<PaceNoiseFill> for Fill {
             key: key_buffer(args.noise.key_address),
             z: buffer(args.z),
         };
-        Ok(Box::new(fill.plan()?))
+        Ok(fill.plan()?)
     }
 }
 
@@ -156,7 +156,7 @@ fn drop_path_plan(
     direction: Direction,
     (input, output): (PaceTensor, PaceTensor),
     dtype: DType,
-) -> Result<Box<dyn Plan>> {
+) -> Result<Plan> {
     check_flags(args.flags, 0)?;
     let mask = match optional_buffer(args.mask) {
         Some(mask) => MaskSource::Given(mask),
@@ -177,7 +177,7 @@ fn drop_path_plan(
         input: buffer(input),
         output: buffer(output),
     };
-    Ok(Box::new(drop_path.plan()?))
+    Ok(drop_path.plan()?)
 }
 
 impl Operator<PaceDropPath> for Forward {
@@ -186,7 +186,7 @@ impl Operator<PaceDropPath> for Forward {
         unsafe { drop_path_on_cpu::<T>(args, ("x", args.x), ("y", args.y), cpu::shared_drop_path) }
     }
 
-    fn plan(args: &PaceDropPath, dtype: DType) -> Result<Box<dyn Plan>> {
+    fn plan(args: &PaceDropPath, _: &Gpu, dtype: DType) -> Result<Plan> {
         drop_path_plan(args, Direction::Forward, (args.x, args.y), dtype)
     }
 }
@@ -199,7 +199,7 @@ impl Operator<PaceDropPath> for Backward {
         }
     }
 
-    fn plan(args: &PaceDropPath, dtype: DType) -> Result<Box<dyn Plan>> {
+    fn plan(args: &PaceDropPath, _: &Gpu, dtype: DType) -> Result<Plan> {
         drop_path_plan(args, Direction::Backward, (args.dy, args.dx), dtype)
     }
 }

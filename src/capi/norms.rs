@@ -3,7 +3,7 @@
 use super::call::*;
 use super::types::*;
 use super::{Failure, PACE_ERROR_SIZE, PaceDevice, PaceStatus, Result};
-use crate::cuda::{self, Buffer, DType, Plan};
+use crate::cuda::{self, Buffer, DType, Gpu, Plan};
 use crate::{Real, cpu, shape};
 use std::ffi::c_void;
 
@@ -43,14 +43,14 @@ impl Operator<PaceGradNorm> for Compute {
         Ok(())
     }
 
-    fn plan(args: &PaceGradNorm, dtype: DType) -> Result<Box<dyn Plan>> {
+    fn plan(args: &PaceGradNorm, _: &Gpu, dtype: DType) -> Result<Plan> {
         check_flags(args.flags, 0)?;
         // SAFETY: the list is in host memory, by the promise of whoever called the exported function.
         let list = unsafe { gradients(&mut Host::default(), args) }?;
         let gradients: Vec<Buffer> = list.iter().copied().map(buffer).collect();
         let needed = cuda::GradNorm::workspace_len(gradients.iter().map(|gradient| gradient.len));
         let (norm, workspace) = (buffer(args.norm), workspace_buffer(args.workspace, 8, needed)?);
-        Ok(Box::new(cuda::GradNorm { dtype, gradients: &gradients, norm, workspace }.plan()?))
+        Ok(cuda::GradNorm { dtype, gradients: &gradients, norm, workspace }.plan()?)
     }
 }
 
@@ -80,7 +80,7 @@ pub unsafe extern "C" fn pace_grad_norm_workspace(
 ) -> PaceStatus {
     // SAFETY: the caller's promise.
     unsafe {
-        workspace(device, args, bytes, |args, _| {
+        workspace(device, args, bytes, |args, _, _| {
             let list = gradients(&mut Host::default(), args)?;
             let lengths = list.iter().map(|tensor| size("gradients.len", tensor.len));
             Ok(cuda::GradNorm::workspace_len(lengths.collect::<Result<Vec<_>>>()?).saturating_mul(8))
@@ -104,7 +104,7 @@ impl Operator<PaceFpDistance> for Compute {
         Ok(())
     }
 
-    fn plan(args: &PaceFpDistance, dtype: DType) -> Result<Box<dyn Plan>> {
+    fn plan(args: &PaceFpDistance, _: &Gpu, dtype: DType) -> Result<Plan> {
         check_flags(args.flags, 0)?;
         let (samples, features) = (size("samples", args.samples)?, size("features", args.features)?);
         let needed = cuda::FpDistance::workspace_len(samples, features);
@@ -117,7 +117,7 @@ impl Operator<PaceFpDistance> for Compute {
             distance: buffer(args.distance),
             workspace: workspace_buffer(args.workspace, 8, needed)?,
         };
-        Ok(Box::new(distance.plan()?))
+        Ok(distance.plan()?)
     }
 }
 
@@ -147,7 +147,7 @@ pub unsafe extern "C" fn pace_fp_distance_workspace(
 ) -> PaceStatus {
     // SAFETY: the caller's promise.
     unsafe {
-        workspace(device, args, bytes, |args, _| {
+        workspace(device, args, bytes, |args, _, _| {
             let len = cuda::FpDistance::workspace_len(
                 size("samples", args.samples)?,
                 size("features", args.features)?,

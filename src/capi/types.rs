@@ -130,8 +130,8 @@ pub struct PaceNoisyLinear {
     pub delta_weight: PaceTensor,
     /// `Δb [N]`; absent for zero.
     pub delta_bias: PaceTensor,
-    /// `[M, K]`, or `[B·T, K]` if the input is shared. The backward pass reads it for `grad_delta_weight` only; otherwise it may
-    /// hold anything.
+    /// `[M, K]`, or `[B·T, K]` if the input is shared. The backward pass needs it for `grad_delta_weight` only, and without that it
+    /// may be absent.
     pub x: PaceTensor,
     /// Output of the forward pass, `[M, N]`.
     pub y: PaceTensor,
@@ -143,11 +143,11 @@ pub struct PaceNoisyLinear {
     pub grad_delta_weight: PaceTensor,
     /// Output of the backward pass, `[N]`.
     pub grad_delta_bias: PaceTensor,
-    /// Backward: at least `pace_noisy_linear_workspace` bytes.
+    /// At least `pace_noisy_linear_workspace` bytes; contents are ignored.
     pub workspace: PaceTensor,
 }
 
-/// Arguments of `pace_low_rank_linear_*`: `y = x·W0ᵀ + b0 + z ⊙ (scale·(x·Uᵀ)·Dᵀ + δb)`, LoRA add under noise.
+/// Arguments of `pace_low_rank_linear_*`: `y = x·W0ᵀ + b0 + z ⊙ (scale·(x·Aᵀ)·Bᵀ + δb)`, LoRA add under noise.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct PaceLowRankLinear {
@@ -163,21 +163,21 @@ pub struct PaceLowRankLinear {
     pub noise: PaceNoise,
     /// Rank `r`.
     pub rank: u64,
-    /// Factor on `D·U` (the α/r of common LoRA code); 1 in the paper. Not 0.
+    /// Factor on `B·A` (the α/r of common LoRA code); 1 in the paper. Not 0.
     pub scale: f64,
     /// `W0 [N, K]`; absent for a zero base term.
     pub base_weight: PaceTensor,
     /// `b0 [N]`, or absent.
     pub base_bias: PaceTensor,
-    /// `D [N, r]`.
-    pub down: PaceTensor,
-    /// `U [r, K]`.
-    pub up: PaceTensor,
+    /// `A [r, K]`.
+    pub lora_a: PaceTensor,
+    /// `B [N, r]`.
+    pub lora_b: PaceTensor,
     /// `δb [N]`, or absent.
     pub delta_bias: PaceTensor,
     /// `[M, K]`, or `[B·T, K]` if the input is shared.
     pub x: PaceTensor,
-    /// CUDA: `scale·x·Uᵀ`, a row of `r` elements for each of `x`. The forward pass writes it, the backward pass reads it. The
+    /// CUDA: `scale·x·Aᵀ`, a row of `r` elements for each of `x`. The forward pass writes it, the backward pass reads it. The
     /// CPU does not use it.
     pub s: PaceTensor,
     /// Output of the forward pass, `[M, N]`.
@@ -186,13 +186,71 @@ pub struct PaceLowRankLinear {
     pub dy: PaceTensor,
     /// Output of the backward pass, of the shape of `x`; absent if not wanted, as the next three.
     pub grad_input: PaceTensor,
-    /// Output of the backward pass, `[N, r]`.
-    pub grad_down: PaceTensor,
     /// Output of the backward pass, `[r, K]`.
-    pub grad_up: PaceTensor,
+    pub grad_lora_a: PaceTensor,
+    /// Output of the backward pass, `[N, r]`.
+    pub grad_lora_b: PaceTensor,
     /// Output of the backward pass, `[N]`.
     pub grad_delta_bias: PaceTensor,
-    /// Backward: at least `pace_low_rank_linear_workspace` bytes.
+    /// At least `pace_low_rank_linear_workspace` bytes; contents are ignored.
+    pub workspace: PaceTensor,
+}
+
+/// Arguments of `pace_lora_mul_linear_*`, a layer with the paper's main adapter: `y = x·W0ᵀ + b0 + z ⊙ (x·ΔWᵀ + Δb)` with
+/// `ΔW = W0 ⊙ (scale·B·A)` and `Δb = W0·(Pd·Pu) + b0⊙δb` (paper equation 8). Both are built for each pass.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct PaceLoraMulLinear {
+    /// `sizeof(PaceLoraMulLinear)`.
+    pub size: u64,
+    /// Type of all tensors but `z` and the workspace.
+    pub dtype: u32,
+    /// `PACE_ALLOW_TF32`.
+    pub flags: u32,
+    /// Sizes.
+    pub shape: PaceShape,
+    /// Source of `z`.
+    pub noise: PaceNoise,
+    /// Rank `r`, if there is a `lora_a`.
+    pub rank: u64,
+    /// Rank `p`, if there is a `prompt_down`.
+    pub prompt_rank: u64,
+    /// Factor on `B·A`, if there is a `lora_a`; 1 in the paper. Not 0.
+    pub scale: f64,
+    /// `W0 [N, K]`.
+    pub base_weight: PaceTensor,
+    /// `b0 [N]`, or absent.
+    pub base_bias: PaceTensor,
+    /// `A [r, K]`; absent, with `lora_b`, for no ΔW (VPT add).
+    pub lora_a: PaceTensor,
+    /// `B [N, r]`.
+    pub lora_b: PaceTensor,
+    /// `Pd [K, p]`; absent, with `prompt_up`, for `Δb = δb`.
+    pub prompt_down: PaceTensor,
+    /// `Pu [p]`.
+    pub prompt_up: PaceTensor,
+    /// `δb [N]`, or absent.
+    pub delta_bias: PaceTensor,
+    /// `[M, K]`, or `[B·T, K]` if the input is shared. The backward pass needs it for the gradients to `lora_a` and `lora_b` only,
+    /// and without them it may be absent.
+    pub x: PaceTensor,
+    /// Output of the forward pass, `[M, N]`.
+    pub y: PaceTensor,
+    /// Backward: `∂L/∂y [M, N]`.
+    pub dy: PaceTensor,
+    /// Output of the backward pass, of the shape of `x`; absent if not wanted, as the next five.
+    pub grad_input: PaceTensor,
+    /// Output of the backward pass, `[r, K]`.
+    pub grad_lora_a: PaceTensor,
+    /// Output of the backward pass, `[N, r]`.
+    pub grad_lora_b: PaceTensor,
+    /// Output of the backward pass, `[K, p]`.
+    pub grad_prompt_down: PaceTensor,
+    /// Output of the backward pass, `[p]`.
+    pub grad_prompt_up: PaceTensor,
+    /// Output of the backward pass, `[N]`.
+    pub grad_delta_bias: PaceTensor,
+    /// At least `pace_lora_mul_linear_workspace` bytes; contents are ignored.
     pub workspace: PaceTensor,
 }
 
@@ -220,7 +278,7 @@ pub struct PaceNoisyEpilogue {
     pub da: PaceTensor,
 }
 
-/// Arguments of `pace_low_rank_weight_*`: `ΔW = scale·D·U`, or `W0 ⊙ (scale·D·U)` (LoRA mul) if there is a `base_weight`.
+/// Arguments of `pace_low_rank_weight_*`: `ΔW = scale·B·A`, or `W0 ⊙ (scale·B·A)` (LoRA mul) if there is a `base_weight`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct PaceLowRankWeight {
@@ -236,22 +294,22 @@ pub struct PaceLowRankWeight {
     pub in_features: u64,
     /// Rank `r`.
     pub rank: u64,
-    /// Factor on `D·U`; 1 in the paper. Not 0.
+    /// Factor on `B·A`; 1 in the paper. Not 0.
     pub scale: f64,
-    /// `D [N, r]`.
-    pub down: PaceTensor,
-    /// `U [r, K]`.
-    pub up: PaceTensor,
+    /// `A [r, K]`.
+    pub lora_a: PaceTensor,
+    /// `B [N, r]`.
+    pub lora_b: PaceTensor,
     /// `W0 [N, K]` for LoRA mul, or absent.
     pub base_weight: PaceTensor,
     /// Output of the forward pass: `ΔW [N, K]`.
     pub out: PaceTensor,
     /// Backward: `∂L/∂ΔW [N, K]`.
     pub dout: PaceTensor,
-    /// Output of the backward pass, `[N, r]`.
-    pub grad_down: PaceTensor,
     /// Output of the backward pass, `[r, K]`.
-    pub grad_up: PaceTensor,
+    pub grad_lora_a: PaceTensor,
+    /// Output of the backward pass, `[N, r]`.
+    pub grad_lora_b: PaceTensor,
     /// Backward: at least `pace_low_rank_weight_workspace` bytes.
     pub workspace: PaceTensor,
 }

@@ -3,7 +3,7 @@
 use super::call::*;
 use super::types::*;
 use super::{Failure, PaceDevice, PaceStatus, Result};
-use crate::cuda::{self, Buffer, DType, MergeSign, Plan};
+use crate::cuda::{self, Buffer, DType, Gpu, MergeSign, Plan};
 use crate::shape::nonzero;
 use crate::{Real, cpu};
 use std::ffi::c_void;
@@ -28,8 +28,8 @@ fn factors(args: &PaceLowRankWeight) -> Result<cuda::LoraFactors<Buffer>> {
         out_features,
         in_features,
         rank,
-        down: buffer(args.down),
-        up: buffer(args.up),
+        lora_b: buffer(args.lora_b),
+        lora_a: buffer(args.lora_a),
         scale: check_scale(args.scale)? as f32,
     })
 }
@@ -46,8 +46,8 @@ unsafe fn factors_on_cpu<'a, T: Real>(
             out_features,
             in_features,
             rank,
-            down: host.input("down", args.down)?,
-            up: host.input("up", args.up)?,
+            lora_b: host.input("lora_b", args.lora_b)?,
+            lora_a: host.input("lora_a", args.lora_a)?,
             scale: T::from_f64(check_scale(args.scale)?),
         };
         Ok((lora, host.optional("base_weight", args.base_weight)?))
@@ -69,8 +69,8 @@ impl Operator<PaceLowRankWeight> for Forward {
         Ok(done?)
     }
 
-    fn plan(args: &PaceLowRankWeight, dtype: DType) -> Result<Box<dyn Plan>> {
-        Ok(Box::new(factors(args)?.weight(dtype, optional_buffer(args.base_weight), buffer(args.out))?))
+    fn plan(args: &PaceLowRankWeight, _: &Gpu, dtype: DType) -> Result<Plan> {
+        Ok(factors(args)?.weight(dtype, optional_buffer(args.base_weight), buffer(args.out))?)
     }
 }
 
@@ -81,8 +81,13 @@ impl Operator<PaceLowRankWeight> for Backward {
         let (lora, base, dout, grads) = unsafe {
             let (lora, base) = factors_on_cpu::<T>(&mut host, args)?;
             let dout = host.input("dout", args.dout)?;
-            let down = host.output("grad_down", args.grad_down)?;
-            (lora, base, dout, cpu::LoraGrads { down, up: host.output("grad_up", args.grad_up)? })
+            let lora_b = host.output("grad_lora_b", args.grad_lora_b)?;
+            (
+                lora,
+                base,
+                dout,
+                cpu::LoraGrads { lora_b, lora_a: host.output("grad_lora_a", args.grad_lora_a)? },
+            )
         };
         let done = match base {
             None => cpu::low_rank_weight_backward(lora, dout, grads),
@@ -91,12 +96,12 @@ impl Operator<PaceLowRankWeight> for Backward {
         Ok(done?)
     }
 
-    fn plan(args: &PaceLowRankWeight, dtype: DType) -> Result<Box<dyn Plan>> {
-        let grads = cuda::LoraGrads { down: buffer(args.grad_down), up: buffer(args.grad_up) };
+    fn plan(args: &PaceLowRankWeight, _: &Gpu, dtype: DType) -> Result<Plan> {
+        let grads = cuda::LoraGrads { lora_b: buffer(args.grad_lora_b), lora_a: buffer(args.grad_lora_a) };
         let (base, dout) = (optional_buffer(args.base_weight), buffer(args.dout));
         let lora = factors(args)?;
         let workspace = workspace_buffer(args.workspace, 4, lora.workspace_len(dtype))?;
-        Ok(Box::new(lora.backward(dtype, base, dout, grads, workspace)?))
+        Ok(lora.backward(dtype, base, dout, grads, workspace)?)
     }
 }
 
@@ -114,7 +119,7 @@ pub unsafe extern "C" fn pace_low_rank_weight_forward(
     unsafe { call::<Forward, _>(device, stream, args) }
 }
 
-/// Computes the factors' gradients from `dout`: with `Q = scale·dout` (`⊙ W0` for LoRA mul), `dD = Q·Uᵀ`, `dU = Dᵀ·Q`.
+/// Computes the factors' gradients from `dout`: with `Q = scale·dout` (`⊙ W0` for LoRA mul), `dB = Q·Aᵀ`, `dA = Bᵀ·Q`.
 ///
 /// # Safety
 /// As `pace_noisy_linear_forward`.
@@ -140,7 +145,7 @@ pub unsafe extern "C" fn pace_low_rank_weight_workspace(
 ) -> PaceStatus {
     // SAFETY: the caller's promise.
     unsafe {
-        workspace(device, args, bytes, |args, dtype| {
+        workspace(device, args, bytes, |args, _, dtype| {
             Ok(factors(args)?.workspace_len(dtype).saturating_mul(4))
         })
     }
@@ -192,10 +197,10 @@ impl Operator<PacePromptBias> for Forward {
         }
     }
 
-    fn plan(args: &PacePromptBias, dtype: DType) -> Result<Box<dyn Plan>> {
+    fn plan(args: &PacePromptBias, _: &Gpu, dtype: DType) -> Result<Plan> {
         let prompt = prompt(args)?;
         let workspace = workspace_buffer(args.workspace, 4, prompt.workspace_len(dtype))?;
-        Ok(Box::new(prompt.forward(dtype, buffer(args.out), workspace)?))
+        Ok(prompt.forward(dtype, buffer(args.out), workspace)?)
     }
 }
 
@@ -215,7 +220,7 @@ impl Operator<PacePromptBias> for Backward {
         }
     }
 
-    fn plan(args: &PacePromptBias, dtype: DType) -> Result<Box<dyn Plan>> {
+    fn plan(args: &PacePromptBias, _: &Gpu, dtype: DType) -> Result<Plan> {
         let grads = cuda::PromptGrads {
             prompt_down: buffer(args.grad_prompt_down),
             prompt_up: buffer(args.grad_prompt_up),
@@ -223,7 +228,7 @@ impl Operator<PacePromptBias> for Backward {
         };
         let prompt = prompt(args)?;
         let workspace = workspace_buffer(args.workspace, 4, prompt.workspace_len(dtype))?;
-        Ok(Box::new(prompt.backward(dtype, buffer(args.dout), grads, workspace)?))
+        Ok(prompt.backward(dtype, buffer(args.dout), grads, workspace)?)
     }
 }
 
@@ -267,7 +272,9 @@ pub unsafe extern "C" fn pace_prompt_bias_workspace(
 ) -> PaceStatus {
     // SAFETY: the caller's promise.
     unsafe {
-        workspace(device, args, bytes, |args, dtype| Ok(prompt(args)?.workspace_len(dtype).saturating_mul(4)))
+        workspace(device, args, bytes, |args, _, dtype| {
+            Ok(prompt(args)?.workspace_len(dtype).saturating_mul(4))
+        })
     }
 }
 
@@ -285,14 +292,14 @@ unsafe fn merge_on_cpu<T: Real>(
     Ok(apply(target, delta)?)
 }
 
-fn merge_plan(args: &PaceMerge, sign: MergeSign, dtype: DType) -> Result<Box<dyn Plan>> {
+fn merge_plan(args: &PaceMerge, sign: MergeSign, dtype: DType) -> Result<Plan> {
     check_flags(args.flags, 0)?;
     let (target, delta) = (buffer(args.target), buffer(args.delta));
     if target.address == 0 {
         // A plan does nothing for empty tensors; in C a forgotten one is as empty.
         return Err(Failure::argument("target", "is a null pointer"));
     }
-    Ok(Box::new(cuda::Merge { sign, dtype, target, delta }.plan()?))
+    Ok(cuda::Merge { sign, dtype, target, delta }.plan()?)
 }
 
 impl Operator<PaceMerge> for In {
@@ -301,7 +308,7 @@ impl Operator<PaceMerge> for In {
         unsafe { merge_on_cpu::<T>(args, cpu::merge) }
     }
 
-    fn plan(args: &PaceMerge, dtype: DType) -> Result<Box<dyn Plan>> {
+    fn plan(args: &PaceMerge, _: &Gpu, dtype: DType) -> Result<Plan> {
         merge_plan(args, MergeSign::Merge, dtype)
     }
 }
@@ -312,7 +319,7 @@ impl Operator<PaceMerge> for Out {
         unsafe { merge_on_cpu::<T>(args, cpu::unmerge) }
     }
 
-    fn plan(args: &PaceMerge, dtype: DType) -> Result<Box<dyn Plan>> {
+    fn plan(args: &PaceMerge, _: &Gpu, dtype: DType) -> Result<Plan> {
         merge_plan(args, MergeSign::Unmerge, dtype)
     }
 }

@@ -1,7 +1,7 @@
-//! Low-rank noisy linear layer (LoRA add): `y = x·W0ᵀ + b0 + z ⊙ (c·(x·Uᵀ)·Dᵀ + δb)`, `c` the scale.
+//! Low-rank noisy linear layer (LoRA add): `y = x·W0ᵀ + b0 + z ⊙ (c·(x·Aᵀ)·Bᵀ + δb)`, `c` the scale.
 //!
-//! ΔW = c·D·U is never formed: `s = c·x·Uᵀ` has r columns, and the rank-r product joins each tile of the base product
-//! in its epilogue. The backward pass does the same with `ds = e·D`.
+//! ΔW = c·B·A is never formed: `s = c·x·Aᵀ` has r columns, and the rank-r product joins each tile of the base product
+//! in its epilogue. The backward pass does the same with `ds = e·B`.
 
 use super::Base;
 use super::matmul::{
@@ -16,24 +16,24 @@ use crate::shape::{LinearShape, length, nonzero, product};
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// `y = x·W0ᵀ + b0 + z ⊙ (scale·(x·Uᵀ)·Dᵀ + δb)` and its gradients: the paper's LoRA add with noise.
+/// `y = x·W0ᵀ + b0 + z ⊙ (scale·(x·Aᵀ)·Bᵀ + δb)` and its gradients: the paper's LoRA add with noise.
 #[derive(Debug, Clone, Copy)]
 pub struct LowRankLinear<'a, T> {
     /// Sizes.
     pub shape: LinearShape,
     /// Source of `z`.
-    pub noise: Noise<'a, T>,
+    pub noise: Noise<&'a [T]>,
     /// The frozen layer; `None` is a zero base term.
     pub base: Option<Base<'a, T>>,
     /// Rank `r`.
     pub rank: usize,
-    /// `D [N, r]`.
-    pub down: &'a [T],
-    /// `U [r, K]`.
-    pub up: &'a [T],
+    /// `B [N, r]`.
+    pub lora_b: &'a [T],
+    /// `A [r, K]`.
+    pub lora_a: &'a [T],
     /// `δb [N]`; `None` is zero.
     pub delta_bias: Option<&'a [T]>,
-    /// Factor on `D·U` (the α/r of common LoRA code); 1 in the paper.
+    /// Factor on `B·A` (the α/r of common LoRA code); 1 in the paper.
     pub scale: T,
 }
 
@@ -42,17 +42,17 @@ pub struct LowRankLinear<'a, T> {
 pub struct LowRankGrads<'a, T> {
     /// `dx`, of the shape of `x`.
     pub input: Option<&'a mut [T]>,
-    /// `dD [N, r]`.
-    pub down: Option<&'a mut [T]>,
-    /// `dU [r, K]`.
-    pub up: Option<&'a mut [T]>,
+    /// `dB [N, r]`.
+    pub lora_b: Option<&'a mut [T]>,
+    /// `dA [r, K]`.
+    pub lora_a: Option<&'a mut [T]>,
     /// `dδb [N]`.
     pub delta_bias: Option<&'a mut [T]>,
 }
 
 impl<T> Default for LowRankGrads<'_, T> {
     fn default() -> Self {
-        Self { input: None, down: None, up: None, delta_bias: None }
+        Self { input: None, lora_b: None, lora_a: None, delta_bias: None }
     }
 }
 
@@ -62,9 +62,9 @@ impl<T: Real> LowRankLinear<'_, T> {
         check_base(self.base, &self.shape)?;
         nonzero("rank", self.rank)?;
         let LinearShape { in_features: k, out_features: n, .. } = self.shape;
-        length("down", "[N, r]", self.down, product("down", "[N, r]", &[n, self.rank])?)?;
-        length("up", "[r, K]", self.up, product("up", "[r, K]", &[self.rank, k])?)?;
-        product("x·Uᵀ", "[M, r]", &[self.shape.in_rows(), self.rank])?;
+        length("lora_b", "[N, r]", self.lora_b, product("lora_b", "[N, r]", &[n, self.rank])?)?;
+        length("lora_a", "[r, K]", self.lora_a, product("lora_a", "[r, K]", &[self.rank, k])?)?;
+        product("x·Aᵀ", "[M, r]", &[self.shape.in_rows(), self.rank])?;
         if let Some(bias) = self.delta_bias {
             length("delta_bias", "[N]", bias, n)?;
         }
@@ -82,12 +82,12 @@ impl<T: Real> LowRankLinear<'_, T> {
         let (m, k, r) = (self.shape.in_rows(), self.shape.in_features, self.rank);
         // sᵀ [r, M]
         let mut s = vec![T::zero(); r * m];
-        let up = mat(self.up, r, k).transpose();
-        gemm_scaled(mat_mut_t(&mut s, m, r), Accum::Replace, self.scale, mat(x, m, k), up, all_threads());
+        let lora_a = mat(self.lora_a, r, k).transpose();
+        gemm_scaled(mat_mut_t(&mut s, m, r), Accum::Replace, self.scale, mat(x, m, k), lora_a, all_threads());
         let s = mat_t(&s, m, r);
         let adapter = |rows: Range<usize>, channels: Range<usize>, tile: MatMut<'_, T>, par: Par| {
-            let down = mat(&self.down[channels.start * r..channels.end * r], channels.len(), r);
-            gemm(tile, Accum::Replace, s.subrows(rows.start, rows.len()), down.transpose(), par);
+            let lora_b = mat(&self.lora_b[channels.start * r..channels.end * r], channels.len(), r);
+            gemm(tile, Accum::Replace, s.subrows(rows.start, rows.len()), lora_b.transpose(), par);
         };
         rows::forward(&z, self.base, Some(&adapter), self.delta_bias, x, y);
         Ok(())
@@ -95,7 +95,7 @@ impl<T: Real> LowRankLinear<'_, T> {
 
     /// Computes gradients from `x` and `dy = ∂L/∂y [M, N]`, with the noise of the forward pass made again.
     ///
-    /// With `g = dy`, `e = z⊙g`, `s = scale·x·Uᵀ` and `ds = scale·e·D`: `dx = g·W0 + ds·U`, `dD = eᵀ·s`, `dU = dsᵀ·x`,
+    /// With `g = dy`, `e = z⊙g`, `s = scale·x·Aᵀ` and `ds = scale·e·B`: `dx = g·W0 + ds·A`, `dB = eᵀ·s`, `dA = dsᵀ·x`,
     /// `dδb = Σ_rows e`; with a shared input, sums over the branches.
     ///
     /// # Errors
@@ -109,19 +109,19 @@ impl<T: Real> LowRankLinear<'_, T> {
             check_io(&self.shape, ("grads.input", dx), ("dy", dy))?;
         }
         for (argument, shape, grad, expected) in [
-            ("grads.down", "[N, r]", &grads.down, n * r),
-            ("grads.up", "[r, K]", &grads.up, r * k),
+            ("grads.lora_b", "[N, r]", &grads.lora_b, n * r),
+            ("grads.lora_a", "[r, K]", &grads.lora_a, r * k),
             ("grads.delta_bias", "[N]", &grads.delta_bias, n),
         ] {
             grad.as_ref().map_or(Ok(()), |grad| length(argument, shape, grad, expected))?;
         }
 
-        let LowRankGrads { mut input, down, up, delta_bias } = grads;
+        let LowRankGrads { mut input, lora_b, lora_a, delta_bias } = grads;
         if let Some(dx) = &mut input {
             rows::base_gradient(&self.shape, self.base, dy, dx);
         }
-        if input.is_some() || down.is_some() || up.is_some() {
-            self.backward_factors(&z, x, dy, input, down, up);
+        if input.is_some() || lora_b.is_some() || lora_a.is_some() {
+            self.backward_factors(&z, x, dy, input, lora_b, lora_a);
         }
         if let Some(db) = delta_bias {
             rows::delta_bias(&z, dy, db);
@@ -129,21 +129,21 @@ impl<T: Real> LowRankLinear<'_, T> {
         Ok(())
     }
 
-    /// `dx += ds·U`, `dD = eᵀ·s`, `dU = dsᵀ·x` in one pass over `g`: each tile of `e` serves `ds` and `dD`.
+    /// `dx += ds·A`, `dB = eᵀ·s`, `dA = dsᵀ·x` in one pass over `g`: each tile of `e` serves `ds` and `dB`.
     ///
-    /// A task is some rows and has sums of its own for `dD` and `dU`; these are added up in the order of the rows.
+    /// A task is some rows and has sums of its own for `dB` and `dA`; these are added up in the order of the rows.
     fn backward_factors(
         &self,
         z: &Z<'_, T>,
         x: &[T],
         dy: &[T],
         dx: Option<&mut [T]>,
-        down: Option<&mut [T]>,
-        up: Option<&mut [T]>,
+        lora_b: Option<&mut [T]>,
+        lora_a: Option<&mut [T]>,
     ) {
         let LinearShape { in_features: k, out_features: n, .. } = self.shape;
         let (m, r) = (self.shape.in_rows(), self.rank);
-        let u = mat(self.up, r, k);
+        let u = mat(self.lora_a, r, k);
         let size = m.div_ceil(MAX_SUMS).max(ROWS);
         let dx: Vec<_> = match dx {
             Some(dx) => dx.chunks_mut(size * k).map(Some).collect(),
@@ -151,8 +151,8 @@ impl<T: Real> LowRankLinear<'_, T> {
         };
         let task = |scratch: &mut Scratch<T>, (i, mut dx): (usize, Option<&mut [T]>)| {
             let mut sums = Sums {
-                down: down.as_ref().map(|_| vec![T::zero(); n * r]),
-                up: up.as_ref().map(|_| vec![T::zero(); r * k]),
+                lora_b: lora_b.as_ref().map(|_| vec![T::zero(); n * r]),
+                lora_a: lora_a.as_ref().map(|_| vec![T::zero(); r * k]),
             };
             let part = i * size..m.min((i + 1) * size);
             for rows in blocks(part.len(), ROWS) {
@@ -161,7 +161,7 @@ impl<T: Real> LowRankLinear<'_, T> {
                 let Scratch { s, ds, tile, z_row } = scratch;
                 s.resize(count * r, T::zero());
                 ds.resize(count * r, T::zero());
-                if sums.down.is_some() {
+                if sums.lora_b.is_some() {
                     let s = mat_mut_t(s, count, r);
                     gemm_scaled(s, Accum::Replace, self.scale, x, u.transpose(), Par::Seq);
                 }
@@ -170,10 +170,10 @@ impl<T: Real> LowRankLinear<'_, T> {
                     tile.resize(count * width, T::zero());
                     z.gradient_tile(dy, first..first + count, channels, z_row, tile);
                     let e = mat(tile, count, width);
-                    let d = mat(self.down, n, r).subrows(at, width);
+                    let d = mat(self.lora_b, n, r).subrows(at, width);
                     let accum = if at == 0 { Accum::Replace } else { Accum::Add };
                     gemm_scaled(mat_mut_t(ds, count, r), accum, self.scale, e, d, Par::Seq);
-                    if let Some(sum) = &mut sums.down {
+                    if let Some(sum) = &mut sums.lora_b {
                         let sum = mat_mut_t(sum, n, r).subrows_mut(at, width);
                         gemm(sum, Accum::Add, e.transpose(), mat_t(s, count, r), Par::Seq);
                     }
@@ -183,19 +183,19 @@ impl<T: Real> LowRankLinear<'_, T> {
                     let dx = &mut dx[rows.start * k..rows.end * k];
                     gemm(mat_mut(dx, count, k), Accum::Add, ds, u, Par::Seq);
                 }
-                if let Some(sum) = &mut sums.up {
+                if let Some(sum) = &mut sums.lora_a {
                     gemm(mat_mut(sum, r, k), Accum::Add, ds.transpose(), x, Par::Seq);
                 }
             }
             sums
         };
         let parts: Vec<_> = dx.into_par_iter().enumerate().map_init(Scratch::default, task).collect();
-        if let Some(down) = down {
-            let total = add_up(parts.iter().filter_map(|part| part.down.as_deref()));
-            transpose(&total, down, r);
+        if let Some(lora_b) = lora_b {
+            let total = add_up(parts.iter().filter_map(|part| part.lora_b.as_deref()));
+            transpose(&total, lora_b, r);
         }
-        if let Some(up) = up {
-            up.copy_from_slice(&add_up(parts.iter().filter_map(|part| part.up.as_deref())));
+        if let Some(lora_a) = lora_a {
+            lora_a.copy_from_slice(&add_up(parts.iter().filter_map(|part| part.lora_a.as_deref())));
         }
     }
 }
@@ -205,10 +205,10 @@ const ROWS: usize = 128;
 /// Most partial sums of the factors' gradients.
 const MAX_SUMS: usize = 64;
 
-/// Partial sums of one task: `dDᵀ [r, N]` and `dU [r, K]`.
+/// Partial sums of one task: `dBᵀ [r, N]` and `dA [r, K]`.
 struct Sums<T> {
-    down: Option<Vec<T>>,
-    up: Option<Vec<T>>,
+    lora_b: Option<Vec<T>>,
+    lora_a: Option<Vec<T>>,
 }
 
 /// Buffers of one thread: `sᵀ` and `dsᵀ [r, rows]`, a tile of `e`, and `z` of its channels.

@@ -6,6 +6,7 @@
 
 mod blas;
 mod drop_path;
+mod lora_mul_linear;
 mod loss;
 mod low_rank_linear;
 mod matmul;
@@ -19,6 +20,9 @@ mod weights;
 pub(crate) use blas::BlasReal;
 pub use blas::{Blas, Gemm, set_blas};
 pub use drop_path::{shared_drop_path, shared_drop_path_backward};
+#[cfg(feature = "cuda")]
+pub(crate) use lora_mul_linear::check_adapter;
+pub use lora_mul_linear::{Lora, LoraMulLinear, LoraMulLinearGrads, Prompt};
 #[cfg(any(feature = "candle", feature = "cuda"))]
 pub(crate) use loss::check_lambda;
 pub use loss::{Consistency, Loss, LossValues};
@@ -28,6 +32,8 @@ pub(crate) use loss::{check_label_smoothing, history_rows};
 pub(crate) use low_rank_linear::check_scale;
 pub use low_rank_linear::{LowRankGrads, LowRankLinear};
 pub use noisy_epilogue::{noisy_epilogue, noisy_epilogue_backward};
+#[cfg(feature = "cuda")]
+pub(crate) use noisy_linear::NEEDS_INPUT;
 pub use noisy_linear::{NoisyLinear, NoisyLinearGrads};
 pub use norms::{fp_distance, grad_norm};
 pub(crate) use scratch::Scratched;

@@ -17,7 +17,12 @@ const TASK: usize = 1 << 15;
 ///
 /// # Errors
 /// If a size is zero or overflows, or a slice is not of `M·N` elements.
-pub fn noisy_epilogue<T: Real>(shape: LinearShape, noise: Noise<'_, T>, a: &[T], y: &mut [T]) -> Result<()> {
+pub fn noisy_epilogue<T: Real>(
+    shape: LinearShape,
+    noise: Noise<&'_ [T]>,
+    a: &[T],
+    y: &mut [T],
+) -> Result<()> {
     apply(shape, noise, ("a", a), ("y", y), |y, a, z| *y += z * a)
 }
 
@@ -27,7 +32,7 @@ pub fn noisy_epilogue<T: Real>(shape: LinearShape, noise: Noise<'_, T>, a: &[T],
 /// As [`noisy_epilogue`].
 pub fn noisy_epilogue_backward<T: Real>(
     shape: LinearShape,
-    noise: Noise<'_, T>,
+    noise: Noise<&'_ [T]>,
     dy: &[T],
     da: &mut [T],
 ) -> Result<()> {
@@ -36,7 +41,7 @@ pub fn noisy_epilogue_backward<T: Real>(
 
 fn apply<T: Real>(
     shape: LinearShape,
-    noise: Noise<'_, T>,
+    noise: Noise<&'_ [T]>,
     input: (&'static str, &[T]),
     output: (&'static str, &mut [T]),
     op: impl Fn(&mut T, T, T) + Sync,

@@ -51,7 +51,7 @@ pub struct NoisyLinear<'a, T> {
     /// Sizes.
     pub shape: LinearShape,
     /// Source of `z`.
-    pub noise: Noise<'a, T>,
+    pub noise: Noise<&'a [T]>,
     /// The frozen layer; `None` is a zero base term (the noisy head).
     pub base: Option<Base<'a, T>>,
     /// `ΔW [N, K]`; `None` is zero (VPT add).
@@ -76,6 +76,10 @@ impl<T> Default for NoisyLinearGrads<'_, T> {
         Self { input: None, delta_weight: None, delta_bias: None }
     }
 }
+
+/// What a backward pass says that lacks `x`.
+pub(crate) const NEEDS_INPUT: Error =
+    Error::Argument { argument: "x", problem: "is required for the gradient to a weight" };
 
 /// Checks a base term against the sizes of its layer.
 pub(super) fn check_base<T>(base: Option<Base<'_, T>>, shape: &LinearShape) -> Result<()> {
@@ -188,9 +192,22 @@ impl<T: Real> NoisyLinear<'_, T> {
     /// # Errors
     /// As [`forward`](Self::forward); also if the gradient of ΔW is asked for and the layer has none.
     pub fn backward(&self, x: &[T], dy: &[T], grads: NoisyLinearGrads<'_, T>) -> Result<()> {
+        self.backward_from(Some(x), dy, grads)
+    }
+
+    /// The same without `x`, if its product with the gradient is not asked for.
+    pub(crate) fn backward_from(
+        &self,
+        x: Option<&[T]>,
+        dy: &[T],
+        grads: NoisyLinearGrads<'_, T>,
+    ) -> Result<()> {
         let z = self.check()?;
-        check_io(&self.shape, ("x", x), ("dy", dy))?;
         let (k, n) = (self.shape.in_features, self.shape.out_features);
+        length("dy", "[M, N]", dy, self.shape.out_rows() * n)?;
+        if let Some(x) = x {
+            check_io(&self.shape, ("x", x), ("dy", dy))?;
+        }
         if let Some(dx) = &grads.input {
             check_io(&self.shape, ("grads.input", dx), ("dy", dy))?;
         }
@@ -202,6 +219,9 @@ impl<T: Real> NoisyLinear<'_, T> {
                     problem: "is asked for, but the layer has no `delta_weight`",
                 });
             }
+            if x.is_none() {
+                return Err(NEEDS_INPUT);
+            }
         }
         if let Some(db) = &grads.delta_bias {
             length("grads.delta_bias", "[N]", db, n)?;
@@ -210,6 +230,7 @@ impl<T: Real> NoisyLinear<'_, T> {
             self.backward_input(&z, dy, dx);
         }
         if let Some(dw) = grads.delta_weight {
+            let x = x.unwrap_or_default();
             rows::for_channel_blocks(&z, dy, k, dw, |rows, channels, e, dw, first, par| {
                 let e = mat(e, rows.len(), channels.len()).transpose();
                 let x = mat(&x[rows.start * k..rows.end * k], rows.len(), k);

@@ -36,13 +36,13 @@ pub(super) fn blocks(total: usize, size: usize) -> impl Iterator<Item = Range<us
 /// `z` of a layer, row by row, from whichever source.
 #[derive(Clone, Copy)]
 pub(super) struct Z<'a, T> {
-    noise: Noise<'a, T>,
+    noise: Noise<&'a [T]>,
     shape: LinearShape,
 }
 
 impl<'a, T: Real> Z<'a, T> {
     /// Checks sizes and noise.
-    pub(super) fn new(noise: Noise<'a, T>, shape: LinearShape) -> Result<Self> {
+    pub(super) fn new(noise: Noise<&'a [T]>, shape: LinearShape) -> Result<Self> {
         shape.check()?;
         match noise {
             Noise::Off => {}
@@ -63,7 +63,8 @@ impl<'a, T: Real> Z<'a, T> {
 
     /// Whether all tokens of a sample share their `z`.
     pub(super) fn per_sample(&self) -> bool {
-        match self.noise {
+        let noise = self.noise;
+        match noise {
             Noise::Off => true,
             Noise::Generated(generator) => generator.shape() == NoiseShape::PerSample,
             Noise::Given { shape, .. } => shape == NoiseShape::PerSample,
@@ -73,7 +74,8 @@ impl<'a, T: Real> Z<'a, T> {
     /// Writes `z` of the given channels of output row `row` (counted over branches, samples, tokens).
     pub(super) fn fill(&self, row: usize, channels: Range<usize>, out: &mut [T]) {
         let (sample, token) = (row / self.shape.tokens, row % self.shape.tokens);
-        match self.noise {
+        let noise = self.noise;
+        match noise {
             Noise::Off => out.fill(T::one()),
             Noise::Generated(generator) => generator.fill(
                 (sample / self.shape.batch) as u8,

@@ -2,8 +2,8 @@
 //!
 //! | adapter | ΔW | Δb |
 //! |---|---|---|
-//! | LoRA add | `c·D·U` | `δb` |
-//! | LoRA mul + VPT add | `W0 ⊙ (c·D·U)` | `W0·(Pd·Pu) + b0⊙δb` |
+//! | LoRA add | `c·B·A` | `δb` |
+//! | LoRA mul + VPT add | `W0 ⊙ (c·B·A)` | `W0·(Pd·Pu) + b0⊙δb` |
 //! | VPT add | 0 | `W0·(Pd·Pu)` |
 
 use super::low_rank_linear::check_scale;
@@ -16,10 +16,10 @@ use rayon::prelude::*;
 
 /// Channels of a block of ΔW that stays in the cache while it is used twice.
 const CHANNELS: usize = 192;
-/// Most partial sums of dU.
+/// Most partial sums of dA.
 const MAX_SUMS: usize = 64;
 
-/// The trained factors of a low-rank weight `[N, K]`: `D [N, r]`, `U [r, K]`, and a scale on their product.
+/// The trained factors of a low-rank weight `[N, K]`: `B [N, r]`, `A [r, K]`, and a scale on their product.
 #[derive(Debug, Clone, Copy)]
 pub struct LoraFactors<'a, T> {
     /// Out-features `N`.
@@ -28,21 +28,21 @@ pub struct LoraFactors<'a, T> {
     pub in_features: usize,
     /// Rank `r`.
     pub rank: usize,
-    /// `D [N, r]`.
-    pub down: &'a [T],
-    /// `U [r, K]`.
-    pub up: &'a [T],
-    /// Factor on `D·U`; 1 in the paper.
+    /// `B [N, r]`.
+    pub lora_b: &'a [T],
+    /// `A [r, K]`.
+    pub lora_a: &'a [T],
+    /// Factor on `B·A`; 1 in the paper.
     pub scale: T,
 }
 
 /// Where the gradients of [`LoraFactors`] go; both are overwritten.
 #[derive(Debug)]
 pub struct LoraGrads<'a, T> {
-    /// `dD [N, r]`.
-    pub down: &'a mut [T],
-    /// `dU [r, K]`.
-    pub up: &'a mut [T],
+    /// `dB [N, r]`.
+    pub lora_b: &'a mut [T],
+    /// `dA [r, K]`.
+    pub lora_a: &'a mut [T],
 }
 
 impl<T: Real> LoraFactors<'_, T> {
@@ -51,8 +51,18 @@ impl<T: Real> LoraFactors<'_, T> {
         nonzero("in_features", self.in_features)?;
         nonzero("rank", self.rank)?;
         product("weight", "[N, K]", &[self.out_features, self.in_features])?;
-        length("down", "[N, r]", self.down, product("down", "[N, r]", &[self.out_features, self.rank])?)?;
-        length("up", "[r, K]", self.up, product("up", "[r, K]", &[self.rank, self.in_features])?)?;
+        length(
+            "lora_b",
+            "[N, r]",
+            self.lora_b,
+            product("lora_b", "[N, r]", &[self.out_features, self.rank])?,
+        )?;
+        length(
+            "lora_a",
+            "[r, K]",
+            self.lora_a,
+            product("lora_a", "[r, K]", &[self.rank, self.in_features])?,
+        )?;
         check_scale(self.scale)
     }
 
@@ -60,19 +70,19 @@ impl<T: Real> LoraFactors<'_, T> {
         length(argument, "[N, K]", weight, self.out_features * self.in_features)
     }
 
-    /// `out = scale·D·U`, or `base ⊙ (scale·D·U)`, block by block of channels.
+    /// `out = scale·B·A`, or `base ⊙ (scale·B·A)`, block by block of channels.
     fn product(&self, base: Option<&[T]>, out: &mut [T]) {
         let Self { in_features: k, rank: r, .. } = *self;
-        let up = mat(self.up, r, k);
-        let blocks = out.par_chunks_mut(CHANNELS * k).zip(self.down.par_chunks(CHANNELS * r));
-        blocks.enumerate().for_each(|(i, (out, down))| {
-            let count = down.len() / r;
+        let lora_a = mat(self.lora_a, r, k);
+        let blocks = out.par_chunks_mut(CHANNELS * k).zip(self.lora_b.par_chunks(CHANNELS * r));
+        blocks.enumerate().for_each(|(i, (out, lora_b))| {
+            let count = lora_b.len() / r;
             gemm_scaled(
                 mat_mut(out, count, k),
                 Accum::Replace,
                 self.scale,
-                mat(down, count, r),
-                up,
+                mat(lora_b, count, r),
+                lora_a,
                 Par::Seq,
             );
             if let Some(base) = base {
@@ -81,19 +91,19 @@ impl<T: Real> LoraFactors<'_, T> {
         });
     }
 
-    /// `dD = scale·q·Uᵀ`, `dU = scale·Dᵀ·q` for `q = ∂L/∂(scale·D·U)`, given as `grad`, or `grad ⊙ base`.
+    /// `dB = scale·q·Aᵀ`, `dA = scale·Bᵀ·q` for `q = ∂L/∂(scale·B·A)`, given as `grad`, or `grad ⊙ base`.
     ///
-    /// Block by block of channels, so that `q` is never held as a whole; the blocks' shares of dU are added in order.
+    /// Block by block of channels, so that `q` is never held as a whole; the blocks' shares of dA are added in order.
     fn backward(&self, grad: &[T], base: Option<&[T]>, grads: LoraGrads<'_, T>) -> Result<()> {
         let Self { out_features: n, in_features: k, rank: r, .. } = *self;
-        length("grads.down", "[N, r]", grads.down, n * r)?;
-        length("grads.up", "[r, K]", grads.up, r * k)?;
-        let up = mat(self.up, r, k).transpose();
+        length("grads.lora_b", "[N, r]", grads.lora_b, n * r)?;
+        length("grads.lora_a", "[r, K]", grads.lora_a, r * k)?;
+        let lora_a = mat(self.lora_a, r, k).transpose();
         let block = n.div_ceil(MAX_SUMS).max(CHANNELS);
         let parts: Vec<Vec<T>> = grads
-            .down
+            .lora_b
             .par_chunks_mut(block * r)
-            .zip(self.down.par_chunks(block * r))
+            .zip(self.lora_b.par_chunks(block * r))
             .enumerate()
             .map_init(
                 || (Vec::new(), Vec::new()),
@@ -110,7 +120,7 @@ impl<T: Real> LoraFactors<'_, T> {
                     };
                     let (q, d) = (mat(q, count, k), mat(d, count, r));
                     dd_t.resize(count * r, T::zero());
-                    gemm_scaled(mat_mut_t(dd_t, count, r), Accum::Replace, self.scale, q, up, Par::Seq);
+                    gemm_scaled(mat_mut_t(dd_t, count, r), Accum::Replace, self.scale, q, lora_a, Par::Seq);
                     transpose(dd_t, dd, r);
                     let mut share = vec![T::zero(); r * k];
                     gemm_scaled(
@@ -125,12 +135,12 @@ impl<T: Real> LoraFactors<'_, T> {
                 },
             )
             .collect();
-        grads.up.copy_from_slice(&add_up(parts.iter().map(Vec::as_slice)));
+        grads.lora_a.copy_from_slice(&add_up(parts.iter().map(Vec::as_slice)));
         Ok(())
     }
 }
 
-/// `ΔW [N, K] = scale·D·U`: LoRA add.
+/// `ΔW [N, K] = scale·B·A`: LoRA add.
 ///
 /// # Errors
 /// If a size is zero, a slice has another length than its shape, or `scale` is not finite.
@@ -141,7 +151,7 @@ pub fn low_rank_weight<T: Real>(lora: LoraFactors<'_, T>, out: &mut [T]) -> Resu
     Ok(())
 }
 
-/// `dD = scale·dΔW·Uᵀ`, `dU = scale·Dᵀ·dΔW`: gradients of [`low_rank_weight`].
+/// `dB = scale·dΔW·Aᵀ`, `dA = scale·Bᵀ·dΔW`: gradients of [`low_rank_weight`].
 ///
 /// # Errors
 /// As [`low_rank_weight`].
@@ -155,7 +165,7 @@ pub fn low_rank_weight_backward<T: Real>(
     lora.backward(delta_weight_grad, None, grads)
 }
 
-/// `ΔW [N, K] = W0 ⊙ (scale·D·U)`: LoRA mul, the paper's main adapter.
+/// `ΔW [N, K] = W0 ⊙ (scale·B·A)`: LoRA mul, the paper's main adapter.
 ///
 /// # Errors
 /// As [`low_rank_weight`].
@@ -167,7 +177,7 @@ pub fn lora_mul_weight<T: Real>(lora: LoraFactors<'_, T>, base_weight: &[T], out
     Ok(())
 }
 
-/// `dD = scale·Q·Uᵀ`, `dU = scale·Dᵀ·Q` with `Q = dΔW ⊙ W0`: gradients of [`lora_mul_weight`].
+/// `dB = scale·Q·Aᵀ`, `dA = scale·Bᵀ·Q` with `Q = dΔW ⊙ W0`: gradients of [`lora_mul_weight`].
 ///
 /// # Errors
 /// As [`low_rank_weight`].

@@ -1,19 +1,16 @@
 //! DropPath shared by the branches; plans `kernels/drop_path.cu`.
 
+use super::borrows::Borrows;
+use super::buffer::{Buffer, DType, Direction, Element, MAX_ROWS, grid};
 use super::device::Device;
-use super::launch::{Buffer, DType, Element, Kernel, Launch, MAX_ROWS, grid, params};
-use super::noisy_epilogue::Direction;
+use super::kernel::table;
+use super::plan::{Launch, Plan};
+use super::pointer::{Input, Output, Void};
 use crate::error::{Error, Result};
 use crate::noise::{Key, check_samples, keep_threshold};
 use crate::shape::{nonzero, product};
+use bytemuck::{Pod, Zeroable};
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
-
-const fn kernel(name: &'static str) -> Kernel {
-    Kernel { file: "drop_path", name }
-}
-
-pub(super) const KERNELS: [Kernel; 3] =
-    [kernel("drop_path_f32"), kernel("drop_path_f16"), kernel("drop_path_bf16")];
 
 /// Threads of a block.
 const THREADS: usize = 256;
@@ -51,7 +48,7 @@ pub struct DropPath {
     pub features: usize,
     /// Which samples live.
     pub mask: MaskSource,
-    /// Whether the tensors are `x` and `y` or `dy` and `dx`; the launch is the same.
+    /// Whether the tensors are `x` and `y` or `dy` and `dx`; the plan is the same.
     pub direction: Direction,
     /// Type of both tensors.
     pub dtype: DType,
@@ -61,32 +58,38 @@ pub struct DropPath {
     pub output: Buffer,
 }
 
-params! {
-    /// `pace::DropPathParams` of the kernels.
-    DropPathParams, 80 bytes {
-        0 given: u64,
-        8 key_address: u64,
-        16 key: [u32; 2],
-        24 first_sample: u64,
-        32 threshold: u64,
-        40 input: u64,
-        48 output: u64,
-        56 features: u32,
-        60 batch: u32,
-        64 rows: u32,
-        68 columns: u32,
-        72 aligned: u32,
-        76 reserved: u32,
-    }
+/// Parameters of the kernels `drop_path*`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
+pub struct DropPathParams {
+    /// Mask of the caller; null if generated.
+    given: Input<f32>,
+    /// The key, read when the kernel runs; null: `key` is the key.
+    key_address: Input<u64>,
+    key: [u32; 2],
+    /// Number of the batch's sample 0 in the global batch.
+    first_sample: u64,
+    /// A sample is kept if its random word is below.
+    threshold: u64,
+    input: Input<Void>,
+    output: Output<Void>,
+    features: u32,
+    batch: u32,
+    /// Branches * batch.
+    rows: u32,
+    /// Threads that share a row, a power of two.
+    columns: u32,
+    /// Rows of both tensors start at multiples of 16 bytes and hold whole vectors.
+    aligned: u64,
 }
 
 impl DropPath {
-    /// The launch that computes the output.
+    /// The plan that computes the output.
     ///
     /// # Errors
     /// If a size is zero or too large, the drop probability is not in `[0, 1)`, the samples reach 2⁵⁶, or a buffer has the
     /// wrong length, is not aligned to its element or overlaps the output.
-    pub fn plan(&self) -> Result<Launch<DropPathParams>> {
+    pub fn plan(&self) -> Result<Plan> {
         let &Self { branches, batch, features, mask, direction, dtype, input, output } = self;
         let names = match direction {
             Direction::Forward => ("x", "y"),
@@ -107,10 +110,11 @@ impl DropPath {
         }
         input.check(names.0, shape, total, bytes)?;
         output.check(names.1, shape, total, bytes)?;
-        let overlap = |argument, other: Buffer, other_bytes| match other.overlaps(other_bytes, &output, bytes)
-        {
-            true => Err(Error::Argument { argument, problem: "overlaps the output" }),
-            false => Ok(()),
+        let overlap = |argument, other: Buffer, other_bytes| {
+            if other.overlaps(other_bytes, &output, bytes) {
+                return Err(Error::Argument { argument, problem: "overlaps the output" });
+            }
+            Ok(())
         };
         overlap(names.0, input, bytes)?;
 
@@ -122,14 +126,14 @@ impl DropPath {
         let aligned =
             features.is_multiple_of(width) && input.is_vector_aligned() && output.is_vector_aligned();
         let mut params = DropPathParams {
-            input: input.address,
-            output: output.address,
+            input: input.into(),
+            output: output.into(),
             features: features as u32,
             batch: batch as u32,
             rows: rows as u32,
             columns: columns as u32,
-            aligned: u32::from(aligned),
-            ..bytemuck::Zeroable::zeroed()
+            aligned: u64::from(aligned),
+            ..DropPathParams::zeroed()
         };
         match mask {
             MaskSource::Generated { key, key_address, drop_probability, first_sample } => {
@@ -140,23 +144,19 @@ impl DropPath {
                 if let Some(address) = key_address {
                     address.check("key", "[1]", 1, 8)?;
                     overlap("key", address, 8)?;
-                    params.key_address = address.address;
+                    params.key_address = address.into();
                 }
             }
             MaskSource::Given(mask) => {
                 mask.check("mask", "[B]", batch, 4)?;
                 overlap("mask", mask, 4)?;
-                params.given = mask.address;
+                params.given = mask.into();
             }
         }
-        Ok(Launch {
-            kernel: dtype.choose(KERNELS),
-            grid: grid(x, y),
-            block: [THREADS as u32, 1, 1],
-            // A double per warp.
-            shared_bytes: (THREADS / 32 * 8) as u32,
-            params,
-        })
+        // A double per warp.
+        let shared = THREADS / 32 * 8;
+        Ok(Launch::new(table::DROP_PATH.choose(dtype), grid(x, y), [THREADS as u32, 1, 1], shared, &params)
+            .into())
     }
 }
 
@@ -167,7 +167,7 @@ pub enum Mask<'a> {
     Generated {
         /// The stream of random numbers.
         key: Key,
-        /// One `u64` in device memory: the key to use instead, as in [`Noise::Generated`](super::Noise::Generated).
+        /// One `u64` in device memory: the key to use instead, as in [`Noise::Keyed`](crate::noise::Noise::Keyed).
         key_address: Option<&'a dyn DevicePtr<u64>>,
         /// Probability of a sample to be dropped, in `[0, 1)`.
         drop_probability: f64,
@@ -225,7 +225,7 @@ impl Device {
         output: (&'static str, &mut dyn DevicePtrMut<T>),
         stream: &CudaStream,
     ) -> Result<()> {
-        let mut borrows = self.borrows(stream);
+        let mut borrows = Borrows::new(self, stream);
         let mask = match mask {
             Mask::Generated { key, key_address, drop_probability, first_sample } => {
                 let key_address = borrows.optional("key", key_address)?;

@@ -1,29 +1,24 @@
 //! The training loss and its gradient to the logits; plans `kernels/loss.cu`.
 
+use super::borrows::Borrows;
+use super::buffer::{Buffer, DType, Element, Named, check_disjoint};
 use super::device::Device;
-use super::launch::{Buffer, DType, Element, Kernel, Launch, Named, check_disjoint, params};
+use super::kernel::{Kernels, table};
+use super::plan::{Launch, Plan};
+use super::pointer::{Input, Output, Void};
 use crate::cpu::{check_label_smoothing, check_lambda, history_rows};
 use crate::error::{Error, Result};
 use crate::shape::{nonzero, product};
+use bytemuck::{Pod, Zeroable};
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
 
-const fn kernel(name: &'static str) -> Kernel {
-    Kernel { file: "loss", name }
-}
-
-pub(super) const WHOLE: [Kernel; 3] = [kernel("loss_f32"), kernel("loss_f16"), kernel("loss_bf16")];
-pub(super) const SCAN: [Kernel; 3] =
-    [kernel("loss_scan_f32"), kernel("loss_scan_f16"), kernel("loss_scan_bf16")];
-pub(super) const APPLY: [Kernel; 3] =
-    [kernel("loss_apply_f32"), kernel("loss_apply_f16"), kernel("loss_apply_bf16")];
-
-/// `ELEMENTS` of the kernels: what a thread holds of a row.
-const ELEMENTS: usize = 8;
+/// What a thread holds of a row.
+pub const LOSS_ELEMENTS: usize = 8;
 const WARP: usize = 32;
 /// Threads that share a row or a slice of one, at most; then they are the block.
 const MAX_GROUP: usize = 512;
 /// Elements of a slice, at most.
-const MAX_SLICE: usize = MAX_GROUP * ELEMENTS;
+const MAX_SLICE: usize = MAX_GROUP * LOSS_ELEMENTS;
 /// Threads of a block of several groups, at most.
 const THREADS: usize = 256;
 /// A batch is spread over so many blocks before a block gets several samples.
@@ -31,7 +26,7 @@ const SPREAD: usize = 64;
 /// Blocks, at most, unless a row alone needs more: each of them counts the labels of the whole batch.
 const MAX_BLOCKS: usize = 1024;
 /// Words of shared memory for each warp of a block; one more is for all of them.
-const SHARED_WORDS: usize = 9;
+pub const LOSS_SHARED_WORDS: usize = 9;
 /// Samples, at most: the kernels count them in `f32`.
 const MAX_BATCH: usize = 1 << 24;
 const MAX_CLASSES: usize = 1 << 30;
@@ -117,52 +112,63 @@ pub struct Loss {
     pub workspace: Buffer,
 }
 
-params! {
-    /// `pace::LossParams` of the kernels.
-    LossParams, 128 bytes {
-        0 logits: u64,
-        8 labels: u64,
-        16 history: u64,
-        24 index: u64,
-        32 gradient: u64,
-        40 values: u64,
-        48 status: u64,
-        56 workspace: u64,
-        64 history_rows: u64,
-        72 ignore_label: i64,
-        80 has_ignore_label: u32,
-        84 two_branches: u32,
-        88 batch: u32,
-        92 classes: u32,
-        96 slice: u32,
-        100 slices: u32,
-        104 group: u32,
-        108 aligned: u32,
-        112 lambda: f32,
-        116 smoothing: f32,
-        120 spread: f32,
-        124 pull: f32,
-    }
+/// Parameters of the kernels `loss*`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
+pub struct LossParams {
+    logits: Input<Void>,
+    labels: Input<i64>,
+    /// Null: none.
+    history: Output<f32>,
+    index: Input<i64>,
+    /// Null: not wanted.
+    gradient: Output<Void>,
+    values: Output<f32>,
+    status: Output<u64>,
+    workspace: Output<u32>,
+    history_rows: u64,
+    ignore_label: i64,
+    has_ignore_label: u32,
+    two_branches: u32,
+    /// Samples `B`, below 2^24: counts and positions are exact in f32.
+    batch: u32,
+    /// Classes `C`, or the scale `c` of a low-rank layer.
+    classes: u32,
+    /// Elements of a slice; the last may have fewer.
+    slice: u32,
+    /// Slices of a row.
+    slices: u32,
+    /// Threads of a group.
+    group: u32,
+    /// Rows and slices of every tensor start at multiples of 16 bytes and hold whole vectors.
+    aligned: u32,
+    lambda: f32,
+    /// Label smoothing `s`.
+    smoothing: f32,
+    /// `s / C`.
+    spread: f32,
+    /// `2 lambda / B`.
+    pull: f32,
 }
 
 impl Loss {
-    /// The launch that computes everything; for more than 4096 classes another one goes before it.
+    /// The plan that computes everything: one launch up to 4096 classes, two above.
     ///
     /// # Errors
     /// If a size is zero or too large, λ or the smoothing is out of range, or a buffer has the wrong length, is not aligned
     /// to its element or overlaps an output.
-    pub fn plan(&self) -> Result<(Option<Launch<LossParams>>, Launch<LossParams>)> {
+    pub fn plan(&self) -> Result<Plan> {
         let LossSettings { classes, lambda, label_smoothing, ignore_label } = self.settings;
         let (batch, bytes) = (self.labels.len, self.dtype.bytes());
         let history_rows = self.check()?;
         let (history, index) = match self.partner {
-            Partner::History { table, index } => (Some(table), index.address),
-            Partner::None | Partner::OtherBranch => (None, 0),
+            Partner::History { table, index } => (Some(table), Some(index)),
+            Partner::None | Partner::OtherBranch => (None, None),
         };
 
         let (slice, slices) = (self.settings.slice(), self.settings.slices());
         let group = match slices {
-            1 => classes.div_ceil(ELEMENTS).next_power_of_two().max(WARP),
+            1 => classes.div_ceil(LOSS_ELEMENTS).next_power_of_two().max(WARP),
             _ => MAX_GROUP,
         };
         let groups = (batch / SPREAD).clamp(1, (THREADS / group).max(1));
@@ -170,14 +176,14 @@ impl Loss {
         let aligned = classes.is_multiple_of(16 / bytes)
             && [Some(self.logits), self.gradient, history].iter().flatten().all(Buffer::is_vector_aligned);
         let params = LossParams {
-            logits: self.logits.address,
-            labels: self.labels.address,
-            history: history.map_or(0, |table| table.address),
-            index,
-            gradient: self.gradient.map_or(0, |gradient| gradient.address),
-            values: self.values.address,
-            status: self.status.address,
-            workspace: self.workspace.address,
+            logits: self.logits.into(),
+            labels: self.labels.into(),
+            history: history.into(),
+            index: index.into(),
+            gradient: self.gradient.into(),
+            values: self.values.into(),
+            status: self.status.into(),
+            workspace: self.workspace.into(),
             history_rows: history_rows as u64,
             ignore_label: ignore_label.unwrap_or_default(),
             has_ignore_label: ignore_label.is_some().into(),
@@ -193,19 +199,20 @@ impl Loss {
             spread: (label_smoothing / classes as f64) as f32,
             pull: (2.0 * lambda / batch as f64) as f32,
         };
-        let launch = |kernels: [Kernel; 3], columns: usize| Launch {
-            kernel: self.dtype.choose(kernels),
-            grid: [columns as u32, batch.div_ceil(groups).min((MAX_BLOCKS / columns).max(1)) as u32, 1],
-            block: [threads as u32, 1, 1],
-            shared_bytes: (4 * (SHARED_WORDS * threads / WARP + 1)) as u32,
-            params,
+        let launch = |kernels: Kernels, columns: usize| {
+            let rows = batch.div_ceil(groups).min((MAX_BLOCKS / columns).max(1));
+            let (grid, block) = ([columns as u32, rows as u32, 1], [threads as u32, 1, 1]);
+            let shared = 4 * (LOSS_SHARED_WORDS * threads / WARP + 1);
+            Launch::new(kernels.choose(self.dtype), grid, block, shared, &params)
         };
         if slices == 1 {
-            return Ok((None, launch(WHOLE, 1)));
+            return Ok(launch(table::LOSS, 1).into());
         }
         // Without something to write for every element, one block per row combines what the first launch found.
         let writes = self.gradient.is_some() || history.is_some();
-        Ok((Some(launch(SCAN, slices)), launch(APPLY, if writes { slices } else { 1 })))
+        let mut plan = Plan::from(launch(table::LOSS_SCAN, slices));
+        plan.push(launch(table::LOSS_APPLY, if writes { slices } else { 1 }));
+        Ok(plan)
     }
 
     /// Checks everything and gives the rows of the history table, 0 without one.
@@ -265,7 +272,7 @@ impl Loss {
         ];
         let [inputs, outputs] =
             [&inputs[..], &outputs].map(|named| named.iter().copied().flatten().collect::<Vec<_>>());
-        check_disjoint(&inputs, &outputs, 1, None)?;
+        check_disjoint(&inputs, &outputs, 1)?;
         Ok(history)
     }
 }
@@ -378,7 +385,7 @@ impl Device {
         outputs: LossOutputs<'a, T>,
         stream: &'a CudaStream,
     ) -> Result<()> {
-        let mut borrows = self.borrows(stream);
+        let mut borrows = Borrows::new(self, stream);
         let plan = Loss {
             settings: *settings,
             dtype: T::DTYPE,

@@ -59,71 +59,55 @@
 //! ```
 
 mod borrowed;
+mod borrows;
+mod buffer;
+mod cublaslt;
 mod device;
 mod drop_path;
-mod launch;
+mod gemm;
+mod gpu;
+mod kernel;
+mod layer;
+mod layer_epilogue;
+mod lora_mul_linear;
 mod loss;
 mod low_rank_linear;
+mod low_rank_weight;
+mod merge;
 mod noise_fill;
 mod noise_source;
 mod noisy_epilogue;
 mod noisy_linear;
 mod norms;
 mod partial_sums;
-mod weights;
+mod plan;
+mod pointer;
+mod prompt_bias;
+mod select;
+mod under_noise;
 
+pub use crate::cpu::{Lora, LoraMulLinearGrads, Prompt};
 pub use borrowed::BorrowedTensor;
+pub use borrows::Noise;
+pub use buffer::{Address, Base, Buffer, DType, Direction, Element};
 pub use cudarc;
-pub use device::{Device, Noise};
+pub use device::Device;
 #[cfg(feature = "capi")]
 pub(crate) use device::{keeping_context, probe_driver};
-pub use drop_path::{DropPath, DropPathParams, Mask, MaskSource};
-pub use launch::{Buffer, DType, Element, Kernel, Launch, Params, Plan, RawLaunch};
-pub use loss::{Consistency, Finding, Loss, LossOutputs, LossParams, LossSettings, LossStatus, Partner};
-pub use low_rank_linear::{
-    LowRankBackward, LowRankFactorsParams, LowRankForward, LowRankGrads, LowRankLinear, LowRankLinearParams,
-};
-pub use noise_fill::{NoiseFill, NoiseFillParams};
-pub use noise_source::{NoiseSource, Source};
-pub use noisy_epilogue::{Direction, NoisyEpilogue, NoisyEpilogueParams};
-pub use noisy_linear::{
-    Base, NoisyLinear, NoisyLinearBackward, NoisyLinearGrads, NoisyLinearInputParams, NoisyLinearParams,
-    NoisyLinearWeightParams, Segment, WeightPlan,
-};
-pub use norms::{FpDistance, FpDistanceParams, GradNorm, GradNormParams, NormTotalParams};
-pub use partial_sums::PartialSumsParams;
-pub use weights::{
-    LoraBackward, LoraFactors, LoraGrads, LowRankBackwardParams, LowRankWeightParams, Merge, MergeParams,
-    MergeSign, PromptBackward, PromptBias, PromptBiasParams, PromptGrads, PromptGradsParams,
-};
-
-/// Every kernel, by operator.
-pub const KERNELS: &[&[Kernel]] = &[
-    &low_rank_linear::FORWARD[0],
-    &low_rank_linear::FORWARD[1],
-    &low_rank_linear::FACTORS[0],
-    &low_rank_linear::FACTORS[1],
-    &drop_path::KERNELS,
-    &loss::WHOLE,
-    &loss::SCAN,
-    &loss::APPLY,
-    &[noise_fill::KERNEL],
-    &noisy_epilogue::FORWARD,
-    &noisy_epilogue::BACKWARD,
-    &noisy_linear::ONE,
-    &noisy_linear::TWO,
-    &noisy_linear::FOLDED,
-    &noisy_linear::INPUT,
-    &noisy_linear::WEIGHT,
-    &norms::GRAD_NORM,
-    &norms::FP_DISTANCE,
-    &[norms::TOTAL],
-    &partial_sums::KERNELS,
-    &weights::LOW_RANK,
-    &weights::LOW_RANK_BACKWARD,
-    &weights::PROMPT_PRODUCT,
-    &weights::PROMPT_BIAS,
-    &weights::PROMPT_COLUMNS,
-    &weights::PROMPT_GRADS,
-    &weights::MERGE,
-];
+pub use drop_path::{DropPath, Mask, MaskSource};
+pub use gemm::{Gemm, Matrix, Workspace};
+pub use gpu::{Family, Gpu};
+pub use kernel::{KERNELS, Kernel};
+pub use lora_mul_linear::LoraMulLinear;
+pub use loss::{Consistency, Finding, Loss, LossOutputs, LossSettings, LossStatus, Partner};
+pub use low_rank_linear::{LowRankGrads, LowRankLinear};
+pub use low_rank_weight::{LoraFactors, LoraGrads};
+pub use merge::{Merge, MergeSign};
+pub use noise_fill::NoiseFill;
+pub use noise_source::Source;
+pub use noisy_epilogue::NoisyEpilogue;
+pub use noisy_linear::{NoisyLinear, NoisyLinearGrads};
+pub use norms::{FpDistance, GradNorm};
+pub use plan::{Launch, Params, Plan, Step, TensorMap};
+pub use prompt_bias::{PromptBias, PromptGrads};
+pub use select::{Problem, select};

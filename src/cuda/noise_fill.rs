@@ -1,14 +1,17 @@
 //! `z` written out; plans `kernels/noise_fill.cu`.
 
+use super::borrows::Borrows;
+use super::buffer::{Buffer, check_output_shape, grid};
 use super::device::Device;
-use super::launch::{Buffer, Kernel, Launch, check_output_shape, grid, params};
+use super::kernel::table;
 use super::noise_source::{NoiseSource, Source};
+use super::plan::{Launch, Plan};
+use super::pointer::Output;
 use crate::error::Result;
 use crate::noise::{Generator, NoiseShape};
 use crate::shape::LinearShape;
+use bytemuck::{Pod, Zeroable};
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
-
-pub(super) const KERNEL: Kernel = Kernel { file: "noise_fill", name: "noise_fill" };
 
 /// Threads of a block, at most.
 const THREADS: usize = 256;
@@ -28,27 +31,33 @@ pub struct NoiseFill {
     pub z: Buffer,
 }
 
-params! {
-    /// `pace::NoiseFillParams` of the kernel.
-    NoiseFillParams, 72 bytes {
-        0 noise: NoiseSource,
-        48 z: u64,
-        56 rows: u32,
-        60 tokens: u32,
-        64 channels: u32,
-        68 aligned: u32,
-    }
+/// Parameters of the kernels `noise_fill*`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
+pub struct NoiseFillParams {
+    noise: NoiseSource,
+    z: Output<f32>,
+    rows: u32,
+    /// Rows per sample: T for BTC noise, 1 for BC.
+    tokens: u32,
+    channels: u32,
+    /// Rows start at multiples of 16 bytes and hold whole vectors.
+    aligned: u32,
 }
 
 impl NoiseFill {
-    /// The launch that fills `z`.
+    /// The plan that fills `z`.
     ///
     /// # Errors
     /// If a size is zero or too large, the samples reach 2⁵⁶, or a buffer has the wrong length, is not aligned to its
     /// element or overlaps the output.
-    pub fn plan(&self) -> Result<Launch<NoiseFillParams>> {
+    pub fn plan(&self) -> Result<Plan> {
         let shape = check_output_shape(self.shape)?;
-        let source = Source::Generated { generator: self.generator, key: self.key };
+        let generator = self.generator;
+        let source = match self.key {
+            Some(key) => Source::Keyed { generator, key },
+            None => Source::Generated(generator),
+        };
         let noise = source.plan(&shape)?;
         let (rows, tokens, name) = match self.generator.shape() {
             NoiseShape::PerSample => (shape.samples(), 1, "[R, N]"),
@@ -61,20 +70,16 @@ impl NoiseFill {
         let groups = channels.div_ceil(4);
         let x = groups.next_power_of_two().min(GROUPS);
         let y = THREADS / x;
-        Ok(Launch {
-            kernel: KERNEL,
-            grid: grid(groups.div_ceil(x), rows.div_ceil(y)),
-            block: [x as u32, y as u32, 1],
-            shared_bytes: 0,
-            params: NoiseFillParams {
-                noise,
-                z: self.z.address,
-                rows: rows as u32,
-                tokens: tokens as u32,
-                channels: channels as u32,
-                aligned: u32::from(channels.is_multiple_of(4) && self.z.is_vector_aligned()),
-            },
-        })
+        let params = NoiseFillParams {
+            noise,
+            z: self.z.into(),
+            rows: rows as u32,
+            tokens: tokens as u32,
+            channels: channels as u32,
+            aligned: u32::from(channels.is_multiple_of(4) && self.z.is_vector_aligned()),
+        };
+        let grid = grid(groups.div_ceil(x), rows.div_ceil(y));
+        Ok(Launch::new(table::NOISE_FILL, grid, [x as u32, y as u32, 1], 0, &params).into())
     }
 }
 
@@ -82,7 +87,7 @@ impl Device {
     /// Writes `z` of all samples, tokens (for [`NoiseShape::PerToken`]) and channels: `[R, N]` or `[R, T, N]`, bitwise
     /// what [`Generator::fill`] gives.
     ///
-    /// `key`, one `u64` (see [`Noise::Generated`](super::Noise::Generated)), replaces the generator's when the kernel runs.
+    /// `key`, one `u64` (see [`Noise::Keyed`](crate::noise::Noise::Keyed)), replaces the generator's when the kernel runs.
     ///
     /// # Errors
     /// As [`NoiseFill::plan`]; also if an argument belongs to another device, or the launch fails.
@@ -94,8 +99,8 @@ impl Device {
         z: &mut dyn DevicePtrMut<f32>,
         stream: &CudaStream,
     ) -> Result<()> {
-        let (key, _key) = key.map(|key| self.input("key", key, stream)).transpose()?.unzip();
-        let (z, _z) = self.output("z", z, stream)?;
+        let mut borrows = Borrows::new(self, stream);
+        let (key, z) = (borrows.optional("key", key)?, borrows.output("z", z)?);
         let plan = NoiseFill { shape, generator, key, z }.plan()?;
         // SAFETY: the plan's addresses are those of live device tensors of this context, whose guards outlive the launch,
         // and the plan checked their lengths against what the kernel touches.

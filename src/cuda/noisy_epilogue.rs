@@ -1,23 +1,16 @@
-//! Noisy epilogue after a product of the caller's own; plans `kernels/noisy_epilogue.cu`.
+//! Noisy epilogue after a GEMM of the caller's own; plans `kernels/noisy_epilogue.cu`.
 
-use super::device::{Device, Noise};
-use super::launch::{Buffer, DType, Element, Kernel, Launch, check_output_shape, grid, params};
+use super::borrows::{Borrows, Noise};
+use super::buffer::{Buffer, DType, Direction, Element, check_output_shape, grid};
+use super::device::Device;
+use super::kernel::table;
 use super::noise_source::{NoiseSource, Source};
+use super::plan::{Launch, Plan};
+use super::pointer::{Input, Output, Void};
 use crate::error::{Error, Result};
 use crate::shape::LinearShape;
+use bytemuck::{Pod, Zeroable};
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
-
-const fn kernel(name: &'static str) -> Kernel {
-    Kernel { file: "noisy_epilogue", name }
-}
-
-pub(super) const FORWARD: [Kernel; 3] =
-    [kernel("noisy_epilogue_f32"), kernel("noisy_epilogue_f16"), kernel("noisy_epilogue_bf16")];
-pub(super) const BACKWARD: [Kernel; 3] = [
-    kernel("noisy_epilogue_backward_f32"),
-    kernel("noisy_epilogue_backward_f16"),
-    kernel("noisy_epilogue_backward_bf16"),
-];
 
 /// Threads of a block, at most.
 const THREADS: usize = 256;
@@ -30,15 +23,6 @@ const TOKENS: usize = 8;
 const TOKENS_TIMES_BYTES: usize = 32;
 /// Largest z dimension of a block.
 const MAX_BLOCK_Z: usize = 64;
-
-/// Which way through the epilogue.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Direction {
-    /// `output += z ⊙ input`: `y` and `a`.
-    Forward,
-    /// `output = z ⊙ input`: `da` and `dy`.
-    Backward,
-}
 
 /// Arguments of a noisy epilogue over `[M, N]` tensors.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -57,34 +41,42 @@ pub struct NoisyEpilogue {
     pub output: Buffer,
 }
 
-params! {
-    /// `pace::NoisyEpilogueParams` of the kernels.
-    NoisyEpilogueParams, 88 bytes {
-        0 noise: NoiseSource,
-        48 input: u64,
-        56 output: u64,
-        64 samples: u32,
-        68 tokens: u32,
-        72 channels: u32,
-        76 chunk: u32,
-        80 chunks: u32,
-        84 aligned: u32,
-    }
+/// Parameters of the kernels `noisy_epilogue*`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
+pub struct NoisyEpilogueParams {
+    noise: NoiseSource,
+    /// a, dy.
+    input: Input<Void>,
+    /// y, da.
+    output: Output<Void>,
+    /// Rank `r`, or sample rows `R` of an epilogue.
+    samples: u32,
+    /// Tokens per sample `T`.
+    tokens: u32,
+    /// Out-features `N`.
+    channels: u32,
+    /// Tokens per unit.
+    chunk: u32,
+    /// Units per sample.
+    chunks: u32,
+    /// Rows of every tensor start at multiples of 16 bytes and hold whole vectors.
+    aligned: u32,
 }
 
 impl NoisyEpilogue {
-    /// The launch that computes the output.
+    /// The plan that computes the output.
     ///
     /// # Errors
     /// If a size is zero or too large, the samples reach 2⁵⁶, or a buffer has the wrong length, is not aligned to its
     /// element or overlaps the output.
-    pub fn plan(&self) -> Result<Launch<NoisyEpilogueParams>> {
+    pub fn plan(&self) -> Result<Plan> {
         let shape = check_output_shape(self.shape)?;
         let noise = self.noise.plan(&shape)?;
         let (m, n, bytes) = (shape.out_rows(), shape.out_features, self.dtype.bytes());
         let (input, output, kernels) = match self.direction {
-            Direction::Forward => ("a", "y", FORWARD),
-            Direction::Backward => ("dy", "da", BACKWARD),
+            Direction::Forward => ("a", "y", table::NOISY_EPILOGUE),
+            Direction::Backward => ("dy", "da", table::NOISY_EPILOGUE_BACKWARD),
         };
         self.input.check(input, "[M, N]", m * n, bytes)?;
         self.output.check(output, "[M, N]", m * n, bytes)?;
@@ -103,23 +95,20 @@ impl NoisyEpilogue {
             && self.input.is_vector_aligned()
             && self.output.is_vector_aligned()
             && self.noise.is_vector_aligned();
-        Ok(Launch {
-            kernel: self.dtype.choose(kernels),
-            grid: grid(columns.div_ceil(x), (shape.samples() * chunks).div_ceil(z)),
-            block: [x as u32, y as u32, z as u32],
-            shared_bytes: 0,
-            params: NoisyEpilogueParams {
-                noise,
-                input: self.input.address,
-                output: self.output.address,
-                samples: shape.samples() as u32,
-                tokens: shape.tokens as u32,
-                channels: n as u32,
-                chunk: shape.tokens.div_ceil(chunks) as u32,
-                chunks: chunks as u32,
-                aligned: u32::from(aligned),
-            },
-        })
+        let params = NoisyEpilogueParams {
+            noise,
+            input: self.input.into(),
+            output: self.output.into(),
+            samples: shape.samples() as u32,
+            tokens: shape.tokens as u32,
+            channels: n as u32,
+            chunk: shape.tokens.div_ceil(chunks) as u32,
+            chunks: chunks as u32,
+            aligned: u32::from(aligned),
+        };
+        let grid = grid(columns.div_ceil(x), (shape.samples() * chunks).div_ceil(z));
+        let block = [x as u32, y as u32, z as u32];
+        Ok(Launch::new(kernels.choose(self.dtype), grid, block, 0, &params).into())
     }
 }
 
@@ -165,9 +154,9 @@ impl Device {
         output: (&'static str, &mut dyn DevicePtrMut<T>),
         stream: &CudaStream,
     ) -> Result<()> {
-        let (noise, _noise) = self.source(&noise, stream)?;
-        let (input, _input) = self.input(input.0, input.1, stream)?;
-        let (output, _output) = self.output(output.0, output.1, stream)?;
+        let mut borrows = Borrows::new(self, stream);
+        let noise = borrows.noise(&noise)?;
+        let (input, output) = (borrows.input(input.0, input.1)?, borrows.output(output.0, output.1)?);
         let plan = NoisyEpilogue { shape, noise, direction, dtype: T::DTYPE, input, output }.plan()?;
         // SAFETY: the plan's addresses are those of live device tensors of this context, whose guards outlive the launch,
         // and the plan checked their lengths against what the kernel touches.

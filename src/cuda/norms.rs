@@ -1,29 +1,23 @@
 //! Gradient norm and FP-distance; plans `kernels/norms.cu`.
 
+use super::borrows::Borrows;
+use super::buffer::{Address, Buffer, DType, Element, Named, check_disjoint};
 use super::device::Device;
-use super::launch::{Buffer, DType, Element, Kernel, Launch, Named, check_disjoint, params};
+use super::kernel::{Kernel, table};
+use super::plan::{Launch, Plan};
+use super::pointer::{Input, Output, Void};
 use crate::error::{Error, Result};
 use crate::shape::{nonzero, product};
-use bytemuck::Zeroable;
+use bytemuck::{Pod, Zeroable};
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
-
-const fn kernel(name: &'static str) -> Kernel {
-    Kernel { file: "norms", name }
-}
-
-pub(super) const GRAD_NORM: [Kernel; 3] =
-    [kernel("grad_norm_f32"), kernel("grad_norm_f16"), kernel("grad_norm_bf16")];
-pub(super) const FP_DISTANCE: [Kernel; 3] =
-    [kernel("fp_distance_f32"), kernel("fp_distance_f16"), kernel("fp_distance_bf16")];
-pub(super) const TOTAL: Kernel = kernel("norm_total");
 
 const THREADS: usize = 256;
 const TOTAL_THREADS: usize = 1024;
 const WARP: usize = 32;
 /// Elements of a block.
-const CHUNK: usize = 16384;
+pub const NORMS_CHUNK: usize = 16384;
 /// Tensors of a launch.
-const TENSORS: usize = 128;
+pub const NORMS_TENSORS: usize = 128;
 /// Bytes of `f64`.
 const WIDE: usize = 8;
 
@@ -59,39 +53,43 @@ pub struct FpDistance {
     pub workspace: Buffer,
 }
 
-params! {
-    /// `pace::GradNormParams` of the kernels.
-    GradNormParams, 2576 bytes {
-        0 tensors: [u64; TENSORS],
-        1024 lengths: [u64; TENSORS],
-        2048 partial: u64,
-        2056 first_chunk: [u32; TENSORS],
-        2568 count: u32,
-        2572 reserved: u32,
-    }
+/// Parameters of the kernels `grad_norm*`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
+pub struct GradNormParams {
+    tensors: [Input<Void>; NORMS_TENSORS],
+    /// None is zero.
+    lengths: [u64; NORMS_TENSORS],
+    /// Of the launch's first chunk.
+    partial: Output<f64>,
+    /// Of each tensor, counted from the launch's first.
+    first_chunk: [u32; NORMS_TENSORS],
+    /// Tensors that there are.
+    count: u64,
 }
 
-params! {
-    /// `pace::FpDistanceParams` of the kernels.
-    FpDistanceParams, 40 bytes {
-        0 fine_tuned: u64,
-        8 pre_trained: u64,
-        16 partial: u64,
-        24 length: u64,
-        32 aligned: u32,
-        36 reserved: u32,
-    }
+/// Parameters of the kernels `fp_distance*`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
+pub struct FpDistanceParams {
+    fine_tuned: Input<Void>,
+    pre_trained: Input<Void>,
+    partial: Output<f64>,
+    length: u64,
+    /// Both tensors start at multiples of 16 bytes.
+    aligned: u64,
 }
 
-params! {
-    /// `pace::NormTotalParams` of the kernel.
-    NormTotalParams, 32 bytes {
-        0 partial: u64,
-        8 out: u64,
-        16 divisor: f64,
-        24 parts: u32,
-        28 root: u32,
-    }
+/// Parameters of the kernels `norm_total*`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
+pub struct NormTotalParams {
+    partial: Input<f64>,
+    out: Output<f64>,
+    divisor: f64,
+    parts: u32,
+    /// Whether the root is asked for, instead of the quotient.
+    root: u32,
 }
 
 /// Checks the outputs against each other and the inputs, and the number of partial sums.
@@ -104,49 +102,44 @@ fn check(dtype: DType, inputs: &[Named], out: Named, workspace: Buffer, parts: u
     // In elements of the inputs.
     let wide = |buffer: Buffer| Buffer { len: buffer.len * (WIDE / dtype.bytes()), ..buffer };
     let outputs = [(out.0, wide(out.1)), ("workspace", wide(workspace))];
-    check_disjoint(inputs, &outputs, dtype.bytes(), None)
+    check_disjoint(inputs, &outputs, dtype.bytes())
 }
 
 /// The launch that adds up `parts` partial sums and takes the root, or the quotient by `divisor`.
-fn total(partial: Buffer, parts: usize, out: Buffer, divisor: Option<usize>) -> Launch<NormTotalParams> {
-    Launch {
-        kernel: TOTAL,
-        grid: [1, 1, 1],
-        block: [TOTAL_THREADS as u32, 1, 1],
-        shared_bytes: (TOTAL_THREADS / WARP * WIDE) as u32,
-        params: NormTotalParams {
-            partial: partial.address,
-            out: out.address,
-            divisor: divisor.map_or(1.0, |divisor| divisor as f64),
-            parts: parts as u32,
-            root: u32::from(divisor.is_none()),
-        },
-    }
+fn total(partial: Buffer, parts: usize, out: Buffer, divisor: Option<usize>) -> Launch {
+    let params = NormTotalParams {
+        partial: partial.into(),
+        out: out.into(),
+        divisor: divisor.map_or(1.0, |divisor| divisor as f64),
+        parts: parts as u32,
+        root: u32::from(divisor.is_none()),
+    };
+    Launch::new(
+        table::NORM_TOTAL,
+        [1, 1, 1],
+        [TOTAL_THREADS as u32, 1, 1],
+        TOTAL_THREADS / WARP * WIDE,
+        &params,
+    )
 }
 
 /// A launch that has a block for each of `chunks` chunks.
-fn chunked<P>(kernel: Kernel, chunks: u32, params: P) -> Launch<P> {
-    Launch {
-        kernel,
-        grid: [chunks, 1, 1],
-        block: [THREADS as u32, 1, 1],
-        shared_bytes: (THREADS / WARP * WIDE) as u32,
-        params,
-    }
+fn chunked(kernel: Kernel, chunks: u32, params: &impl Pod) -> Launch {
+    Launch::new(kernel, [chunks, 1, 1], [THREADS as u32, 1, 1], THREADS / WARP * WIDE, params)
 }
 
 impl GradNorm<'_> {
     /// The `f64` elements of workspace for tensors of these lengths; saturates.
     pub fn workspace_len(lengths: impl IntoIterator<Item = usize>) -> usize {
-        lengths.into_iter().fold(0, |sum, length| sum.saturating_add(length.div_ceil(CHUNK)))
+        lengths.into_iter().fold(0, |sum, length| sum.saturating_add(length.div_ceil(NORMS_CHUNK)))
     }
 
-    /// The launches that compute the norm: one for each 128 tensors that are not empty, and one for the total.
+    /// The plan that computes the norm: a launch for each 128 tensors that are not empty, and one for the total.
     ///
     /// # Errors
     /// If a buffer is not aligned to its element or overlaps an output, there are more than 2³¹ chunks of 16384 elements,
     /// the norm has not one element or the workspace is too small.
-    pub fn plan(&self) -> Result<(Vec<Launch<GradNormParams>>, Launch<NormTotalParams>)> {
+    pub fn plan(&self) -> Result<Plan> {
         let &Self { dtype, gradients, norm, workspace } = self;
         let full: Vec<Named> = gradients
             .iter()
@@ -160,36 +153,38 @@ impl GradNorm<'_> {
         let parts = Self::workspace_len(full.iter().map(|(_, gradient)| gradient.len));
         check(dtype, &full, ("norm", norm), workspace, parts)?;
 
-        let mut partial = workspace.address;
-        let launches = full.chunks(TENSORS).map(|tensors| {
-            let mut params =
-                GradNormParams { partial, count: tensors.len() as u32, ..GradNormParams::zeroed() };
+        let mut partial = Address::from(workspace);
+        let mut plan = Plan::default();
+        for tensors in full.chunks(NORMS_TENSORS) {
+            let (partial_sums, count) = (partial.into(), tensors.len() as u64);
+            let mut params = GradNormParams { partial: partial_sums, count, ..GradNormParams::zeroed() };
             let mut chunks = 0;
             for (i, (_, gradient)) in tensors.iter().enumerate() {
-                params.tensors[i] = gradient.address;
+                params.tensors[i] = (*gradient).into();
                 params.lengths[i] = gradient.len as u64;
                 params.first_chunk[i] = chunks;
-                chunks += gradient.len.div_ceil(CHUNK) as u32;
+                chunks += gradient.len.div_ceil(NORMS_CHUNK) as u32;
             }
-            partial += u64::from(chunks) * WIDE as u64;
-            chunked(dtype.choose(GRAD_NORM), chunks, params)
-        });
-        Ok((launches.collect(), total(workspace, parts, norm, None)))
+            partial = partial.offset(chunks as usize * WIDE);
+            plan.push(chunked(table::GRAD_NORM.choose(dtype), chunks, &params));
+        }
+        plan.push(total(workspace, parts, norm, None));
+        Ok(plan)
     }
 }
 
 impl FpDistance {
     /// The `f64` elements of workspace for outputs `[samples, features]`; saturates for sizes that are refused.
     pub fn workspace_len(samples: usize, features: usize) -> usize {
-        samples.saturating_mul(features).div_ceil(CHUNK)
+        samples.saturating_mul(features).div_ceil(NORMS_CHUNK)
     }
 
-    /// The launches that compute the distance.
+    /// The plan that computes the distance.
     ///
     /// # Errors
     /// If a size is zero or they are too large, a buffer has the wrong length, is not aligned to its element or overlaps an
     /// output, or the workspace is too small.
-    pub fn plan(&self) -> Result<(Launch<FpDistanceParams>, Launch<NormTotalParams>)> {
+    pub fn plan(&self) -> Result<Plan> {
         let &Self { samples, features, dtype, fine_tuned, pre_trained, distance, workspace } = self;
         nonzero("samples", samples)?;
         nonzero("features", features)?;
@@ -202,15 +197,15 @@ impl FpDistance {
         let parts = Self::workspace_len(samples, features);
         check(dtype, &inputs, ("distance", distance), workspace, parts)?;
         let params = FpDistanceParams {
-            fine_tuned: fine_tuned.address,
-            pre_trained: pre_trained.address,
-            partial: workspace.address,
+            fine_tuned: fine_tuned.into(),
+            pre_trained: pre_trained.into(),
+            partial: workspace.into(),
             length: length as u64,
-            aligned: u32::from(fine_tuned.is_vector_aligned() && pre_trained.is_vector_aligned()),
-            reserved: 0,
+            aligned: u64::from(fine_tuned.is_vector_aligned() && pre_trained.is_vector_aligned()),
         };
-        let sums = chunked(dtype.choose(FP_DISTANCE), parts as u32, params);
-        Ok((sums, total(workspace, parts, distance, Some(samples))))
+        let mut plan = Plan::from(chunked(table::FP_DISTANCE.choose(dtype), parts as u32, &params));
+        plan.push(total(workspace, parts, distance, Some(samples)));
+        Ok(plan)
     }
 }
 
@@ -227,7 +222,7 @@ impl Device {
         workspace: &'a mut dyn DevicePtrMut<f64>,
         stream: &'a CudaStream,
     ) -> Result<()> {
-        let mut borrows = self.borrows(stream);
+        let mut borrows = Borrows::new(self, stream);
         let gradients = gradients
             .iter()
             .map(|&gradient| borrows.input("gradients", gradient))
@@ -256,7 +251,7 @@ impl Device {
         workspace: &mut dyn DevicePtrMut<f64>,
         stream: &CudaStream,
     ) -> Result<()> {
-        let mut borrows = self.borrows(stream);
+        let mut borrows = Borrows::new(self, stream);
         let fine_tuned = borrows.input("fine_tuned", fine_tuned)?;
         let pre_trained = borrows.input("pre_trained", pre_trained)?;
         let distance = borrows.output("distance", distance)?;

@@ -1,13 +1,10 @@
 //! Sums of partial results in their order; plans `kernels/partial_sums.cu`.
 
-use super::launch::{Buffer, DType, Kernel, Launch, params};
-
-const fn kernel(name: &'static str) -> Kernel {
-    Kernel { file: "partial_sums", name }
-}
-
-pub(super) const KERNELS: [Kernel; 3] =
-    [kernel("partial_sums_f32"), kernel("partial_sums_f16"), kernel("partial_sums_bf16")];
+use super::buffer::{Address, Buffer, DType};
+use super::kernel::table;
+use super::plan::Launch;
+use super::pointer::{Input, Output, Void};
+use bytemuck::{Pod, Zeroable};
 
 const THREADS: usize = 256;
 /// Elements of one thread.
@@ -16,40 +13,35 @@ const WIDTH: usize = 4;
 const MIN_RUN: usize = 4;
 const MAX_GROUPS: usize = 16;
 
-params! {
-    /// `pace::PartialSumsParams` of the kernels.
-    PartialSumsParams, 40 bytes {
-        0 partial: u64,
-        8 out: u64,
-        16 length: u64,
-        24 parts: u32,
-        28 aligned: u32,
-        32 groups: u32,
-        36 reserved: u32,
-    }
+/// Parameters of the kernels `partial_sums*`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
+pub struct PartialSumsParams {
+    partial: Input<f32>,
+    out: Output<Void>,
+    length: u64,
+    /// Rows of `partial` start at multiples of 16 bytes and hold whole vectors.
+    aligned: u64,
+    parts: u32,
+    /// Threads that share the parts, a power of two.
+    groups: u32,
 }
 
 /// The launch that adds up `partial [parts, out.len()]`, `f32` at this address. Both were checked before.
-pub(super) fn partial_sums(
-    partial: u64,
-    parts: usize,
-    out: Buffer,
-    dtype: DType,
-) -> Launch<PartialSumsParams> {
+pub(super) fn partial_sums(partial: Address, parts: usize, out: Buffer, dtype: DType) -> Launch {
     let groups = (parts / MIN_RUN + 1).next_power_of_two().div_ceil(2).min(MAX_GROUPS);
-    Launch {
-        kernel: dtype.choose(KERNELS),
-        grid: [out.len.div_ceil(THREADS / groups * WIDTH) as u32, 1, 1],
-        block: [THREADS as u32, 1, 1],
-        shared_bytes: if groups > 1 { (THREADS * WIDTH * 4) as u32 } else { 0 },
-        params: PartialSumsParams {
-            partial,
-            out: out.address,
+    Launch::new(
+        table::PARTIAL_SUMS.choose(dtype),
+        [out.len.div_ceil(THREADS / groups * WIDTH) as u32, 1, 1],
+        [THREADS as u32, 1, 1],
+        if groups > 1 { THREADS * WIDTH * 4 } else { 0 },
+        &PartialSumsParams {
+            partial: partial.into(),
+            out: out.into(),
             length: out.len as u64,
             parts: parts as u32,
-            aligned: u32::from(out.len.is_multiple_of(WIDTH) && partial.is_multiple_of(16)),
+            aligned: u64::from(out.len.is_multiple_of(WIDTH) && partial.is_vector_aligned()),
             groups: groups as u32,
-            reserved: 0,
         },
-    }
+    )
 }

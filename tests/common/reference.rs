@@ -90,24 +90,24 @@ pub struct Factors {
 }
 
 impl Factors {
-    /// `ΔW = mask ⊙ (scale·D·U)`; LoRA mul has `mask = W0`, LoRA add has none.
-    pub fn weight(&self, down: &[f64], up: &[f64], mask: Option<&[f64]>) -> Vec<f64> {
-        let product = matmul(self.n, self.r, self.k, down, up);
+    /// `ΔW = mask ⊙ (scale·B·A)`; LoRA mul has `mask = W0`, LoRA add has none.
+    pub fn weight(&self, lora_b: &[f64], lora_a: &[f64], mask: Option<&[f64]>) -> Vec<f64> {
+        let product = matmul(self.n, self.r, self.k, lora_b, lora_a);
         (0..product.len()).map(|i| product[i] * self.scale * mask.map_or(1.0, |mask| mask[i])).collect()
     }
 
-    /// `dD = scale·Q·Uᵀ` and `dU = scale·Dᵀ·Q` with `Q = mask ⊙ dΔW`.
+    /// `dB = scale·Q·Aᵀ` and `dA = scale·Bᵀ·Q` with `Q = mask ⊙ dΔW`.
     pub fn backward(
         &self,
-        down: &[f64],
-        up: &[f64],
+        lora_b: &[f64],
+        lora_a: &[f64],
         mask: Option<&[f64]>,
         delta_weight_grad: &[f64],
     ) -> (Vec<f64>, Vec<f64>) {
         let Self { n, k, r, scale } = *self;
         let q: Vec<f64> =
             (0..n * k).map(|i| scale * delta_weight_grad[i] * mask.map_or(1.0, |mask| mask[i])).collect();
-        (matmul(n, k, r, &q, &transpose(r, k, up)), matmul(r, n, k, &transpose(n, r, down), &q))
+        (matmul(n, k, r, &q, &transpose(r, k, lora_a)), matmul(r, n, k, &transpose(n, r, lora_b), &q))
     }
 }
 

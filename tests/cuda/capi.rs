@@ -1,11 +1,12 @@
 //! The C interface on a device, here the simulator: every operator gives what it gives on the CPU.
 
+use crate::simulate;
 use crate::support::distance;
 use crate::uniform;
 use bytemuck::Pod;
 use pace_kernels::capi::*;
-use pace_kernels::cuda::Plan;
-use pace_simt::{Launch, Memory, Schedule, Tensor};
+use pace_kernels::cuda::{Gpu, Plan};
+use pace_simt::{Memory, Schedule, Tensor};
 use std::ffi::{CStr, c_void};
 use std::mem::MaybeUninit;
 use std::ptr::{null, null_mut};
@@ -15,15 +16,13 @@ use std::sync::{Arc, Mutex};
 struct Simulator(Arc<Mutex<Memory>>);
 
 impl Launcher for Simulator {
-    unsafe fn launch(&self, plan: &dyn Plan, _: *mut c_void) -> pace_kernels::Result<()> {
-        plan.for_each(&mut |launch| {
-            let (grid, block, shared_bytes) = (launch.grid, launch.block, launch.shared_bytes);
-            let launch =
-                Launch { kernel: launch.kernel.name, grid, block, shared_bytes, params: launch.params };
-            let result = self.0.lock().unwrap().launch(&launch, Schedule::InOrder);
-            result.unwrap_or_else(|fault| panic!("{}: {fault}", launch.kernel));
-            Ok(())
-        })
+    fn gpu(&self) -> &Gpu {
+        &simulate::GPU
+    }
+
+    unsafe fn launch(&self, plan: &Plan, _: *mut c_void) -> pace_kernels::Result<()> {
+        simulate::run(plan, &mut self.0.lock().unwrap(), Schedule::InOrder);
+        Ok(())
     }
 }
 
@@ -241,6 +240,44 @@ pub fn noisy_linear() {
     }
 }
 
+pub fn lora_mul_linear() {
+    let (rank, prompt_rank) = (3, 2);
+    let build = |with_prompt: bool| {
+        move |t: &mut Tensors<'_>| {
+            let mut args = PaceLoraMulLinear {
+                shape: shape(),
+                noise: noise(t),
+                rank: rank as u64,
+                scale: 0.5,
+                base_weight: t.input(N * K),
+                base_bias: t.input(N),
+                lora_a: t.input(rank * K),
+                lora_b: t.input(N * rank),
+                delta_bias: t.input(N),
+                x: t.input(M / 2 * K),
+                y: t.output("y", M * N),
+                dy: t.input(M * N),
+                grad_input: t.output("dx", M / 2 * K),
+                grad_lora_a: t.output("dA", rank * K),
+                grad_lora_b: t.output("dB", N * rank),
+                grad_delta_bias: t.output("dδb", N),
+                ..zeroed()
+            };
+            if with_prompt {
+                args.prompt_rank = prompt_rank as u64;
+                args.prompt_down = t.input(K * prompt_rank);
+                args.prompt_up = t.input(prompt_rank);
+                args.grad_prompt_down = t.output("dPd", K * prompt_rank);
+                args.grad_prompt_up = t.output("dPu", prompt_rank);
+            }
+            args.workspace = t.workspace(pace_lora_mul_linear_workspace, &args);
+            args
+        }
+    };
+    same(build(true), &[pace_lora_mul_linear_forward, pace_lora_mul_linear_backward]);
+    same(build(false), &[pace_lora_mul_linear_forward, pace_lora_mul_linear_backward]);
+}
+
 pub fn low_rank_linear() {
     let build = |t: &mut Tensors<'_>| {
         let (rank, z) = (4, t.input(R * N));
@@ -251,15 +288,15 @@ pub fn low_rank_linear() {
             scale: -1.5,
             base_weight: t.input(N * K),
             base_bias: t.input(N),
-            down: t.input(N * rank),
-            up: t.input(rank * K),
+            lora_b: t.input(N * rank),
+            lora_a: t.input(rank * K),
             delta_bias: t.input(N),
             x: t.input(M / 2 * K),
             y: t.output("y", M * N),
             dy: t.input(M * N),
             grad_input: t.output("dx", M / 2 * K),
-            grad_down: t.output("dD", N * rank),
-            grad_up: t.output("dU", rank * K),
+            grad_lora_b: t.output("dB", N * rank),
+            grad_lora_a: t.output("dA", rank * K),
             grad_delta_bias: t.output("dδb", N),
             ..zeroed()
         };
@@ -299,12 +336,12 @@ pub fn weights() {
                 in_features: K as u64,
                 rank: rank as u64,
                 scale: 0.5,
-                down: t.input(N * rank),
-                up: t.input(rank * K),
+                lora_b: t.input(N * rank),
+                lora_a: t.input(rank * K),
                 out: t.output("ΔW", N * K),
                 dout: t.input(N * K),
-                grad_down: t.output("dD", N * rank),
-                grad_up: t.output("dU", rank * K),
+                grad_lora_b: t.output("dB", N * rank),
+                grad_lora_a: t.output("dA", rank * K),
                 ..zeroed()
             };
             if lora_mul {

@@ -1,5 +1,6 @@
 //! Device 0, if there is one.
 
+use crate::machine::Target;
 use pace_kernels::Error;
 use pace_kernels::cuda::Device;
 use pace_kernels::cuda::cudarc::driver::{CudaSlice, CudaStream, DeviceRepr};
@@ -25,6 +26,11 @@ pub fn open() -> Result<Opened, String> {
 }
 
 impl Opened {
+    /// The device, with the families that it chooses.
+    pub fn target(&self) -> Target<'_> {
+        Target { gpu: *self.device.gpu(), device: Some(self) }
+    }
+
     /// A copy of `values` in device memory, behind `shift` elements of no meaning.
     pub fn upload<T: DeviceRepr + Copy>(&self, shift: usize, values: &[T]) -> CudaSlice<T> {
         let shifted: Vec<T> = values[..1].repeat(shift).iter().chain(values).copied().collect();

@@ -148,9 +148,9 @@ fn typed<T: Type>(case: &Case, target: &Target<'_>) {
     for blocks in [None, Some(1)] {
         target.run(case.shift, |machine| {
             let operator = case.operator(&input, machine);
-            let mut launch = operator.plan().unwrap();
-            launch.grid[1] = blocks.unwrap_or(launch.grid[1]);
-            machine.launch(&launch);
+            let mut plan = operator.plan().unwrap();
+            plan.launches_mut().for_each(|launch| launch.grid[1] = blocks.unwrap_or(launch.grid[1]));
+            machine.launch(&plan);
             assert!(machine.read::<T>(operator.output) == want, "{case:?} {:?}", T::DTYPE);
         });
     }

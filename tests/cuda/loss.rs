@@ -385,19 +385,16 @@ pub fn any_grid(target: &Target<'_>) {
         for &(groups, rows) in grids {
             target.run(case.shift, |machine| {
                 let operator = data.operator(machine);
-                let (mut first, mut launch) = operator.plan().unwrap();
-                for launch in first.iter_mut().chain([&mut launch]) {
+                let mut plan = operator.plan().unwrap();
+                for launch in plan.launches_mut() {
                     let group = case.classes.div_ceil(8).next_power_of_two().clamp(32, 512) as u32;
                     launch.grid[1] = rows;
                     launch.block[0] = groups * group;
                     launch.shared_bytes = 4 * (9 * groups * group / 32 + 1);
                 }
-                machine.launch(&(first, launch));
-                assert_eq!(
-                    data.check(machine, &operator, &want),
-                    LossStatus::default(),
-                    "{case:?} {launch:?}"
-                );
+                machine.launch(&plan);
+                let status = data.check(machine, &operator, &want);
+                assert_eq!(status, LossStatus::default(), "{case:?} {plan:?}");
             });
         }
     };

@@ -69,8 +69,8 @@ struct Data<T> {
     dy: Vec<T>,
     weight: Vec<T>,
     bias: Vec<T>,
-    down: Vec<T>,
-    up: Vec<T>,
+    lora_b: Vec<T>,
+    lora_a: Vec<T>,
     delta_bias: Vec<T>,
 }
 
@@ -83,8 +83,8 @@ impl<T: Type> Data<T> {
             dy: rounded(22, shape.out_rows() * n),
             weight: rounded(23, n * k),
             bias: rounded(24, n),
-            down: rounded(25, n * rank),
-            up: rounded(26, rank * k),
+            lora_b: rounded(25, n * rank),
+            lora_a: rounded(26, rank * k),
             delta_bias: rounded(27, n),
         }
     }
@@ -104,8 +104,8 @@ impl<T: Type> Data<T> {
                 bias: biases.then(|| machine.input("b0", &self.bias)),
             }),
             rank,
-            down: machine.input("D", &self.down),
-            up: machine.input("U", &self.up),
+            lora_b: machine.input("B", &self.lora_b),
+            lora_a: machine.input("A", &self.lora_a),
             delta_bias: biases.then(|| machine.input("δb", &self.delta_bias)),
             scale,
             allow_tf32,
@@ -116,7 +116,7 @@ impl<T: Type> Data<T> {
 /// Outputs and gradients.
 type Results<T> = [Vec<T>; 6];
 
-const NAMES: [&str; 6] = ["s", "y", "dx", "dD", "dU", "dδb"];
+const NAMES: [&str; 6] = ["s", "y", "dx", "dB", "dA", "dδb"];
 
 /// `a·bᵀ`, `[rows, columns]`, over `inner`.
 fn times(a: &[f64], b: &[f64], inner: usize) -> Vec<f64> {
@@ -134,8 +134,8 @@ fn transposed(a: &[f64], columns: usize) -> Vec<f64> {
 /// What the CPU operator gives.
 fn exact<T: Type>(case: &Case, data: &Data<T>) -> Results<f64> {
     let Case { shape, rank, base, biases, scale, .. } = *case;
-    let [x, dy, weight, bias, down, up, delta_bias] =
-        [&data.x, &data.dy, &data.weight, &data.bias, &data.down, &data.up, &data.delta_bias]
+    let [x, dy, weight, bias, lora_b, lora_a, delta_bias] =
+        [&data.x, &data.dy, &data.weight, &data.bias, &data.lora_b, &data.lora_a, &data.delta_bias]
             .map(|values| wide(values));
     let given: Vec<f64> = case.z.given(&shape).into_iter().map(f64::from).collect();
     let layer = cpu::LowRankLinear {
@@ -143,16 +143,18 @@ fn exact<T: Type>(case: &Case, data: &Data<T>) -> Results<f64> {
         noise: case.z.cpu(&given),
         base: base.then_some(cpu::Base { weight: &weight, bias: biases.then_some(&bias) }),
         rank,
-        down: &down,
-        up: &up,
+        lora_b: &lora_b,
+        lora_a: &lora_a,
         delta_bias: biases.then_some(&delta_bias),
         scale: scale.into(),
     };
-    let s = times(&x, &up, shape.in_features).iter().map(|s| f64::from(scale) * s).collect();
-    let mut results = [&data.dy, &data.x, &data.down, &data.up, &data.bias].map(|like| vec![0.0; like.len()]);
+    let s = times(&x, &lora_a, shape.in_features).iter().map(|s| f64::from(scale) * s).collect();
+    let mut results =
+        [&data.dy, &data.x, &data.lora_b, &data.lora_a, &data.bias].map(|like| vec![0.0; like.len()]);
     let [y, dx, dd, du, db] = &mut results;
     layer.forward(&x, y).unwrap();
-    let grads = cpu::LowRankGrads { input: Some(dx), down: Some(dd), up: Some(du), delta_bias: Some(db) };
+    let grads =
+        cpu::LowRankGrads { input: Some(dx), lora_b: Some(dd), lora_a: Some(du), delta_bias: Some(db) };
     layer.backward(&x, &dy, grads).unwrap();
     let [y, dx, dd, du, db] = results;
     [s, y, dx, dd, du, db]
@@ -166,30 +168,30 @@ fn unfused<T: Type>(case: &Case, data: &Data<T>) -> Results<T> {
     let round = |value: f64| f64::from(T::round(value).widen());
     let rounded = |values: Vec<f64>| values.into_iter().map(round).collect::<Vec<f64>>();
     let z: Vec<f64> = case.z.written_out(&shape).into_iter().map(|z| round(z.into())).collect();
-    let [x, dy, weight, bias, down, up, delta_bias] =
-        [&data.x, &data.dy, &data.weight, &data.bias, &data.down, &data.up, &data.delta_bias]
+    let [x, dy, weight, bias, lora_b, lora_a, delta_bias] =
+        [&data.x, &data.dy, &data.weight, &data.bias, &data.lora_b, &data.lora_a, &data.delta_bias]
             .map(|values| wide(values));
     // Both branches' rows of what they share.
     let shared = |values: &[f64], columns: usize| -> Vec<f64> {
         (0..m).flat_map(|i| values[i % rows * columns..][..columns].to_vec()).collect()
     };
     let scaled = |values: Vec<f64>| rounded(rounded(values).iter().map(|v| f64::from(scale) * v).collect());
-    let s = scaled(times(&x, &up, k));
+    let s = scaled(times(&x, &lora_a, k));
     let (x, s_all) = (shared(&x, k), shared(&s, r));
     let with_bias = |product: Vec<f64>, bias: &[f64]| match biases {
         true => rounded(product.iter().zip(bias.iter().cycle()).map(|(p, b)| p + b).collect()),
         false => product,
     };
-    let adapter = with_bias(rounded(times(&s_all, &down, r)), &delta_bias);
+    let adapter = with_bias(rounded(times(&s_all, &lora_b, r)), &delta_bias);
     let under = match base {
         true => with_bias(rounded(times(&x, &weight, k)), &bias),
         false => vec![0.0; m * n],
     };
     let y = (0..m * n).map(|i| under[i] + round(z[i] * adapter[i])).collect();
     let e: Vec<f64> = z.iter().zip(&dy).map(|(z, g)| round(z * g)).collect();
-    let ds = scaled(times(&e, &transposed(&down, r), n));
+    let ds = scaled(times(&e, &transposed(&lora_b, r), n));
     let mut dx = vec![0.0; rows * k];
-    let adapter = rounded(times(&ds, &transposed(&up, k), r));
+    let adapter = rounded(times(&ds, &transposed(&lora_a, k), r));
     let under = match base {
         true => rounded(times(&dy, &transposed(&weight, k), n)),
         false => vec![0.0; m * k],
@@ -216,13 +218,15 @@ fn launch<T: Type>(
     let (x, dy) = (machine.input("x", &data.x), machine.input("dy", &data.dy));
     let s = machine.output::<T>("s", layer.shape.in_rows() * layer.rank);
     let y = machine.output::<T>("y", data.dy.len());
-    machine.launch(&layer.forward(T::DTYPE, x, s, y).unwrap());
+    let gpu = machine.gpu;
+    let workspace = machine.output::<f32>("workspace", layer.workspace_len(&gpu, T::DTYPE));
+    machine.launch(&layer.forward(&gpu, T::DTYPE, x, s, y, workspace).unwrap());
     let mut grad = |name: &str, like: &[T]| machine.output::<T>(name, like.len());
-    let grads = [grad("dx", &data.x), grad("dD", &data.down), grad("dU", &data.up), grad("dδb", &data.bias)];
-    let workspace = machine.output::<f32>("workspace", layer.workspace_len(T::DTYPE));
-    let [input, down, up, delta_bias] = grads.map(Some);
-    let targets = cuda::LowRankGrads { input, down, up, delta_bias };
-    machine.launch(&layer.backward(T::DTYPE, x, s, dy, targets, workspace).unwrap());
+    let grads =
+        [grad("dx", &data.x), grad("dB", &data.lora_b), grad("dA", &data.lora_a), grad("dδb", &data.bias)];
+    let [input, lora_b, lora_a, delta_bias] = grads.map(Some);
+    let targets = cuda::LowRankGrads { input, lora_b, lora_a, delta_bias };
+    machine.launch(&layer.backward(&gpu, T::DTYPE, x, s, dy, targets, workspace).unwrap());
     let [dx, dd, du, db] = grads;
     [s, y, dx, dd, du, db].map(|buffer| machine.read::<T>(buffer))
 }
@@ -282,10 +286,12 @@ pub fn one_gradient(target: &Target<'_>) {
             for (i, want) in all.iter().enumerate().skip(2) {
                 let grad = machine.output::<f32>(NAMES[i], want.len());
                 let one = |j| (i == j).then_some(grad);
-                let (input, down, up, delta_bias) = (one(2), one(3), one(4), one(5));
-                let grads = cuda::LowRankGrads { input, down, up, delta_bias };
-                let workspace = machine.output::<f32>("workspace", layer.workspace_len(cuda::DType::F32));
-                let plan = layer.backward(cuda::DType::F32, x, s, dy, grads, workspace).unwrap();
+                let (input, lora_b, lora_a, delta_bias) = (one(2), one(3), one(4), one(5));
+                let grads = cuda::LowRankGrads { input, lora_b, lora_a, delta_bias };
+                let workspace =
+                    machine.output::<f32>("workspace", layer.workspace_len(&machine.gpu, cuda::DType::F32));
+                let plan =
+                    layer.backward(&machine.gpu, cuda::DType::F32, x, s, dy, grads, workspace).unwrap();
                 machine.launch(&plan);
                 assert!(machine.read::<f32>(grad) == *want, "{} of rank {}", NAMES[i], case.rank);
             }
@@ -323,7 +329,7 @@ pub fn batch_split(target: &Target<'_>) {
             let from = crate::support::generator(noise, crate::support::key());
             let first = from.first_sample() + samples.start as u64;
             let generator = Generator::new(from.key(), from.sigma(), noise, first).unwrap();
-            layer.noise = Source::Generated { generator, key: None };
+            layer.noise = Source::Generated(generator);
             *results.borrow_mut() = launch(&layer, &data, machine);
         });
         results.into_inner()
@@ -344,23 +350,21 @@ pub fn safe_methods(opened: &Opened) {
         let Z::Generated(noise) = z else { unreachable!("filtered") };
         let data = Data::<f16>::new(case);
         let want = std::cell::RefCell::new(Results::default());
-        Target::Device(opened).run(shift, |machine| *want.borrow_mut() = run(case, &data, false, machine));
+        opened.target().run(shift, |machine| *want.borrow_mut() = run(case, &data, false, machine));
         let want = want.into_inner();
 
-        let inputs = [&data.x, &data.dy, &data.weight, &data.bias, &data.down, &data.up, &data.delta_bias]
-            .map(|values| opened.upload(shift, values));
+        let inputs =
+            [&data.x, &data.dy, &data.weight, &data.bias, &data.lora_b, &data.lora_a, &data.delta_bias]
+                .map(|values| opened.upload(shift, values));
         let views = inputs.each_ref().map(|tensor| tensor.slice(shift..));
-        let [x, dy, weight, bias, down, up, delta_bias] = &views;
+        let [x, dy, weight, bias, lora_b, lora_a, delta_bias] = &views;
         let layer: cuda::LowRankLinear<&dyn DevicePtr<f16>, cuda::Noise<'_>> = cuda::LowRankLinear {
             shape,
-            noise: cuda::Noise::Generated {
-                generator: crate::support::generator(noise, crate::support::key()),
-                key: None,
-            },
+            noise: cuda::Noise::Generated(crate::support::generator(noise, crate::support::key())),
             base: base.then_some(Base { weight, bias: biases.then_some(bias as _) }),
             rank,
-            down,
-            up,
+            lora_b,
+            lora_a,
             delta_bias: biases.then_some(delta_bias as _),
             scale,
             allow_tf32: false,
@@ -369,14 +373,15 @@ pub fn safe_methods(opened: &Opened) {
         {
             let [s, y, dx, dd, du, db] = outputs.each_mut().map(|output| output.slice_mut(shift..));
             let (mut s, mut y, mut dx, mut dd, mut du, mut db) = (s, y, dx, dd, du, db);
-            device.low_rank_linear(&layer, x, &mut s, &mut y, stream).unwrap();
+            let len = layer.workspace_len(device.gpu(), cuda::DType::F16);
+            let mut workspace = stream.alloc_zeros::<f32>(len).unwrap();
+            device.low_rank_linear(&layer, x, &mut s, &mut y, &mut workspace, stream).unwrap();
             let grads = cuda::LowRankGrads {
                 input: Some(&mut dx as &mut dyn DevicePtrMut<f16>),
-                down: Some(&mut dd),
-                up: Some(&mut du),
+                lora_b: Some(&mut dd),
+                lora_a: Some(&mut du),
                 delta_bias: Some(&mut db),
             };
-            let mut workspace = stream.alloc_zeros::<f32>(layer.workspace_len(cuda::DType::F16)).unwrap();
             device.low_rank_linear_backward(&layer, x, &s, dy, grads, &mut workspace, stream).unwrap();
         }
         for (i, output) in outputs.iter().enumerate() {
@@ -392,12 +397,13 @@ pub fn in_a_graph(opened: &Opened) {
     {
         let Case { shape, rank, scale, .. } = case;
         let data = Data::<bf16>::new(&case);
-        let [x, dy, weight, down, up] =
-            [&data.x, &data.dy, &data.weight, &data.down, &data.up].map(|values| opened.upload(0, values));
+        let [x, dy, weight, lora_b, lora_a] = [&data.x, &data.dy, &data.weight, &data.lora_b, &data.lora_a]
+            .map(|values| opened.upload(0, values));
         let mut key = opened.upload(0, &[0u64]);
         let generator = |key| crate::support::generator(PerSample, key);
         let mut s = opened.upload(0, &vec![bf16::NAN; shape.in_rows() * rank]);
-        let mut workspace = stream.alloc_zeros::<f32>(1 << 16).unwrap();
+        // Enough for any family.
+        let mut workspace = stream.alloc_zeros::<f32>(12 << 20).unwrap();
         let outputs = || [&data.dy, &data.x].map(|like| opened.upload(0, &vec![bf16::NAN; like.len()]));
         let mut pass = |noise: cuda::Noise<'_>, [y, dx]: &mut [CudaSlice<bf16>; 2]| {
             let layer: cuda::LowRankLinear<&dyn DevicePtr<bf16>, _> = cuda::LowRankLinear {
@@ -405,26 +411,28 @@ pub fn in_a_graph(opened: &Opened) {
                 noise,
                 base: Some(Base { weight: &weight, bias: None }),
                 rank,
-                down: &down,
-                up: &up,
+                lora_b: &lora_b,
+                lora_a: &lora_a,
                 delta_bias: None,
                 scale,
                 allow_tf32: false,
             };
-            device.low_rank_linear(&layer, &x, &mut s, y, stream).unwrap();
+            device.low_rank_linear(&layer, &x, &mut s, y, &mut workspace, stream).unwrap();
             let grads = cuda::LowRankGrads { input: Some(dx as _), ..Default::default() };
             device.low_rank_linear_backward(&layer, &x, &s, &dy, grads, &mut workspace, stream).unwrap();
         };
         let mut replayed = outputs();
+        // A library loads what it needs when it is first used, which a capture does not allow.
+        pass(cuda::Noise::Off, &mut replayed);
         stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
-        let noise = cuda::Noise::Generated { generator: generator(Key([0, 0])), key: Some(&key) };
+        let noise = cuda::Noise::Keyed { generator: generator(Key([0, 0])), key: &key };
         pass(noise, &mut replayed);
         let graph = stream.end_capture(CUgraphInstantiate_flags(0)).unwrap().expect("something was captured");
         for fresh in [Key::derive(1, 0, 0), Key::derive(1, 1, 0)] {
             stream.memcpy_htod(&[u64::from(fresh)], &mut key).unwrap();
             graph.launch().unwrap();
             let mut direct = outputs();
-            pass(cuda::Noise::Generated { generator: generator(fresh), key: None }, &mut direct);
+            pass(cuda::Noise::Generated(generator(fresh)), &mut direct);
             for (replayed, direct) in replayed.iter().zip(&direct) {
                 assert!(opened.download(0, replayed) == opened.download(0, direct), "rank {rank}");
             }

@@ -1,11 +1,11 @@
-//! Where a test runs: the simulator, or a device. A test is written once, against plans and buffers.
+//! Where a test runs: the simulator, or a device, with plans of one family. A test is written once, against plans and buffers.
 
 use crate::device::Opened;
+use crate::simulate;
 use bytemuck::Pod;
-use pace_kernels::Error;
 use pace_kernels::cuda::cudarc::driver::{CudaSlice, DevicePtr};
-use pace_kernels::cuda::{Buffer, Plan};
-use pace_simt::{Launch, Memory, Schedule, Tensor};
+use pace_kernels::cuda::{Buffer, Gpu, Plan};
+use pace_simt::{Memory, Schedule, Tensor};
 use std::collections::HashMap;
 
 /// Random orders that small launches run in. What sanitizers look for depends little on the order.
@@ -13,10 +13,11 @@ const SCHEDULES: u64 = if pace_simt::IS_SANITIZED { 2 } else { 32 };
 /// Tests that launch up to so many threads run in all of them.
 const SMALL: usize = 4096;
 
-/// What to run tests on.
-pub enum Target<'a> {
-    Simulator,
-    Device(&'a Opened),
+/// What to run tests on: what plans are made for, and a machine.
+pub struct Target<'a> {
+    pub gpu: Gpu,
+    /// A device, or else the simulator.
+    pub device: Option<&'a Opened>,
 }
 
 impl Target<'_> {
@@ -24,33 +25,31 @@ impl Target<'_> {
     /// runs again and again with threads in other orders, and has to find the same each time.
     pub fn run(&self, shift: usize, body: impl Fn(&mut Machine<'_>)) {
         let threads = self.once(shift, &body);
-        if let Target::Simulator = self {
+        if self.device.is_none() {
             let seeds = if threads <= SMALL { SCHEDULES } else { 1 };
             (0..seeds).for_each(|seed| {
-                simulate(shift, Schedule::Random(seed), &body);
+                self.simulate(shift, Schedule::Random(seed), &body);
             });
         }
     }
 
     /// The same, but once and with threads in their order. Gives the threads that were launched in the simulator.
     pub fn once(&self, shift: usize, body: impl Fn(&mut Machine<'_>)) -> usize {
-        match self {
-            Target::Device(opened) => {
-                body(&mut Machine { shift, place: Place::Device { opened, memory: HashMap::new() } });
-                0
-            }
-            Target::Simulator => simulate(shift, Schedule::InOrder, &body),
-        }
+        let Some(opened) = self.device else { return self.simulate(shift, Schedule::InOrder, &body) };
+        let place = Place::Device { opened, memory: HashMap::new() };
+        body(&mut Machine { gpu: self.gpu, shift, place });
+        0
     }
-}
 
-fn simulate(shift: usize, schedule: Schedule, body: &impl Fn(&mut Machine<'_>)) -> usize {
-    let (memory, tensors) = (Memory::new(shift), HashMap::new());
-    let mut machine = Machine { shift, place: Place::Simulator { memory, tensors, schedule, threads: 0 } };
-    body(&mut machine);
-    match machine.place {
-        Place::Simulator { threads, .. } => threads,
-        Place::Device { .. } => unreachable!("the place does not change"),
+    fn simulate(&self, shift: usize, schedule: Schedule, body: &impl Fn(&mut Machine<'_>)) -> usize {
+        let (memory, tensors) = (Memory::new(shift), HashMap::new());
+        let place = Place::Simulator { memory, tensors, schedule, threads: 0 };
+        let mut machine = Machine { gpu: self.gpu, shift, place };
+        body(&mut machine);
+        match machine.place {
+            Place::Simulator { threads, .. } => threads,
+            Place::Device { .. } => unreachable!("the place does not change"),
+        }
     }
 }
 
@@ -61,6 +60,8 @@ enum Place<'a> {
 
 /// Memory, and something that runs plans on it.
 pub struct Machine<'a> {
+    /// What plans are made for.
+    pub gpu: Gpu,
     shift: usize,
     place: Place<'a>,
 }
@@ -121,24 +122,10 @@ impl Machine<'_> {
     }
 
     /// Carries out a plan.
-    pub fn launch(&mut self, plan: &impl Plan) {
+    pub fn launch(&mut self, plan: &Plan) {
         match &mut self.place {
             Place::Simulator { memory, schedule, threads, .. } => {
-                let mut run = |launch: pace_kernels::cuda::RawLaunch<'_>| {
-                    *threads += launch.grid.iter().chain(&launch.block).product::<u32>() as usize;
-                    let plan = Launch {
-                        kernel: launch.kernel.name,
-                        grid: launch.grid,
-                        block: launch.block,
-                        shared_bytes: launch.shared_bytes,
-                        params: launch.params,
-                    };
-                    memory
-                        .launch(&plan, *schedule)
-                        .unwrap_or_else(|fault| panic!("{}: {fault}", launch.kernel.name));
-                    Ok::<(), Error>(())
-                };
-                plan.for_each(&mut run).unwrap();
+                *threads += simulate::run(plan, memory, *schedule);
             }
             Place::Device { opened, .. } => {
                 // SAFETY: tests make their plans from buffers of this machine, which live as long as it does.

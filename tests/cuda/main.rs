@@ -4,6 +4,7 @@
 mod capi;
 mod device;
 mod drop_path;
+mod lora_mul_linear;
 mod loss;
 mod low_rank_linear;
 mod machine;
@@ -11,20 +12,39 @@ mod noise_fill;
 mod noisy_epilogue;
 mod noisy_linear;
 mod norms;
+mod simulate;
 mod support;
 mod weights;
 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use machine::Target;
 use pace_kernels::LinearShape;
-use pace_kernels::cuda::{KERNELS, Kernel};
+use pace_kernels::cuda::{Family, KERNELS};
 use pace_kernels::noise::philox4x32_10;
 use std::collections::BTreeSet;
 
 type Test = fn(&Target<'_>);
 type DeviceTest = fn(&device::Opened);
 
-/// Tests of plans, which run in the simulator and on a device.
+/// Tests of the operators that have families, which run for each of them.
+const LAYER_TESTS: &[(&str, Test)] = &[
+    ("lora_mul_linear::f32", lora_mul_linear::f32),
+    ("lora_mul_linear::bf16", lora_mul_linear::bf16),
+    ("low_rank_linear::f32", low_rank_linear::f32),
+    ("low_rank_linear::tf32", low_rank_linear::tf32),
+    ("low_rank_linear::f16", low_rank_linear::f16),
+    ("low_rank_linear::bf16", low_rank_linear::bf16),
+    ("low_rank_linear::batch_split", low_rank_linear::batch_split),
+    ("low_rank_linear::one_gradient", low_rank_linear::one_gradient),
+    ("noisy_linear::f32", noisy_linear::f32),
+    ("noisy_linear::tf32", noisy_linear::tf32),
+    ("noisy_linear::f16", noisy_linear::f16),
+    ("noisy_linear::bf16", noisy_linear::bf16),
+    ("noisy_linear::long_sums", noisy_linear::long_sums),
+    ("noisy_linear::batch_split", noisy_linear::batch_split),
+];
+
+/// Tests of the other plans, which run in the simulator and on a device.
 const TESTS: &[(&str, Test)] = &[
     ("loss", loss::test),
     ("loss::streamed", loss::streamed),
@@ -32,23 +52,11 @@ const TESTS: &[(&str, Test)] = &[
     ("loss::again", loss::again),
     ("loss::wrong_data", loss::wrong_data),
     ("loss::not_a_number", loss::not_a_number),
-    ("low_rank_linear::f32", low_rank_linear::f32),
-    ("low_rank_linear::tf32", low_rank_linear::tf32),
-    ("low_rank_linear::f16", low_rank_linear::f16),
-    ("low_rank_linear::bf16", low_rank_linear::bf16),
-    ("low_rank_linear::batch_split", low_rank_linear::batch_split),
-    ("low_rank_linear::one_gradient", low_rank_linear::one_gradient),
     ("drop_path", drop_path::test),
     ("noise_fill", noise_fill::test),
     ("noise_fill::key_in_memory", noise_fill::key_in_memory),
     ("noisy_epilogue", noisy_epilogue::test),
     ("noisy_epilogue::any_grid", noisy_epilogue::any_grid),
-    ("noisy_linear::f32", noisy_linear::f32),
-    ("noisy_linear::tf32", noisy_linear::tf32),
-    ("noisy_linear::f16", noisy_linear::f16),
-    ("noisy_linear::bf16", noisy_linear::bf16),
-    ("noisy_linear::long_sums", noisy_linear::long_sums),
-    ("noisy_linear::batch_split", noisy_linear::batch_split),
     ("norms::fp_distance", norms::fp_distance),
     ("norms::grad_norm", norms::grad_norm),
     ("weights::low_rank", weights::low_rank),
@@ -76,6 +84,7 @@ const DEVICE_TESTS: &[(&str, DeviceTest)] = &[
 /// The C interface; its device is the simulator.
 const C_TESTS: &[(&str, fn())] = &[
     ("capi::noisy_linear", capi::noisy_linear),
+    ("capi::lora_mul_linear", capi::lora_mul_linear),
     ("capi::low_rank_linear", capi::low_rank_linear),
     ("capi::noise_and_epilogue", capi::noise_and_epilogue),
     ("capi::weights", capi::weights),
@@ -99,7 +108,11 @@ fn main() {
         simulated(name, Box::new(test));
     }
     for &(name, test) in TESTS {
-        simulated(name, Box::new(move || test(&Target::Simulator)));
+        simulated(name, Box::new(move || test(&Target { gpu: simulate::GPU, device: None })));
+    }
+    for (family, name, test) in layer_tests() {
+        let gpu = simulate::GPU.with_family(family);
+        simulated(&name, Box::new(move || test(&Target { gpu, device: None })));
     }
     let mut on_device = |name: &str, test: Box<dyn FnOnce(&device::Opened) + Send>| {
         trials.push(Trial::ignorable_test(format!("device::{name}"), move || match device::open() {
@@ -111,36 +124,49 @@ fn main() {
         }));
     };
     for &(name, test) in TESTS {
-        on_device(name, Box::new(move |opened| test(&Target::Device(opened))));
+        on_device(name, Box::new(move |opened| test(&opened.target())));
     }
     for &(name, test) in DEVICE_TESTS {
         on_device(name, Box::new(test));
     }
+    for (family, name, test) in layer_tests() {
+        trials.push(Trial::ignorable_test(format!("device::{name}"), move || on_family(family, &name, test)));
+    }
     libtest_mimic::run(&arguments, trials).exit();
 }
 
-/// `KERNELS` names what the files in `kernels/` define, no more and no less, and the simulator has all of it.
-fn every_kernel_is_listed() {
-    let all = || KERNELS.iter().copied().flatten();
-    let listed: BTreeSet<(String, String)> =
-        all().map(|&Kernel { file, name }| (file.to_owned(), name.to_owned())).collect();
-    assert_eq!(listed.len(), all().count());
-    let mut defined = BTreeSet::new();
-    for file in std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/kernels")).unwrap() {
-        let path = file.unwrap().path();
-        if path.extension().is_some_and(|extension| extension == "cu") {
-            let stem = path.file_stem().unwrap().to_str().unwrap().to_owned();
-            let source = std::fs::read_to_string(&path).unwrap();
-            let names =
-                source.split("\nPACE_KERNEL(").skip(1).map(|rest| rest.split(',').next().unwrap().to_owned());
-            defined.extend(names.map(|name| (stem.clone(), name)));
+/// A layer test on device 0, where it has the family.
+fn on_family(family: Family, name: &str, test: Test) -> Result<Completion, Failed> {
+    let opened = match device::open() {
+        Ok(opened) => opened,
+        Err(why) => return Ok(Completion::ignored_with(format!("no CUDA device: {why}"))),
+    };
+    if family == Family::CublasLt && name.ends_with("::batch_split") {
+        return Ok(Completion::ignored_with("a library may compute other batches by other kernels"));
+    }
+    match opened.device.with_family(family) {
+        Ok(device) => {
+            test(&Target { gpu: *device.gpu(), device: Some(&opened) });
+            Ok(Completion::Completed)
         }
+        Err(why) => Ok(Completion::ignored_with(why.to_string())),
     }
-    assert_eq!(listed, defined);
+}
+
+/// Every layer test for every family, as `FAMILY::TEST`.
+fn layer_tests() -> impl Iterator<Item = (Family, String, Test)> {
+    Family::ALL.into_iter().flat_map(|family| {
+        LAYER_TESTS.iter().map(move |&(name, test)| (family, format!("{}::{name}", family.name()), test))
+    })
+}
+
+/// The table names every kernel once, and the simulator has all of them.
+fn every_kernel_is_listed() {
+    let listed: BTreeSet<&str> = KERNELS.iter().map(|kernel| kernel.name).collect();
+    assert_eq!(listed.len(), KERNELS.len());
     let simulated: BTreeSet<&str> = pace_simt::kernels().collect();
-    for (_, name) in &listed {
-        assert!(simulated.contains(name.as_str()), "the simulator has no kernel {name}");
-    }
+    let missing: Vec<_> = listed.difference(&simulated).collect();
+    assert!(missing.is_empty(), "the simulator lacks {missing:?}");
 }
 
 /// A layer's output; operators without a product have no in-features.

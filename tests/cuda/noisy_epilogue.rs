@@ -132,14 +132,15 @@ pub fn any_grid(target: &Target<'_>) {
         for (rows, block) in [(1, None), (2, None), (1, Some([32, 1, 1])), (3, Some([32, 2, 4]))] {
             target.run(case.shift, |machine| {
                 let operator = data.operator(&case, machine);
-                let mut launch = operator.plan().unwrap();
+                let mut plan = operator.plan().unwrap();
+                let launch = plan.launches_mut().next().unwrap();
                 launch.grid[1] = rows;
                 if let Some(block) = block {
                     launch.block = block;
                     launch.grid[0] = case.shape.out_features.div_ceil(8 * 32) as u32;
                 }
-                machine.launch(&launch);
-                assert!(machine.read::<f16>(operator.output) == data.want, "{case:?} {launch:?}");
+                machine.launch(&plan);
+                assert!(machine.read::<f16>(operator.output) == data.want, "{case:?} {plan:?}");
             });
         }
     }
@@ -154,7 +155,7 @@ pub fn safe_methods(opened: &device::Opened) {
         let (input, mut output) = (opened.upload(shift, &data.input), opened.upload(shift, &data.before));
         let Z::Generated(noise) = case.z else { unreachable!("filtered") };
         let generator = crate::support::generator(noise, crate::support::key());
-        let noise = pace_kernels::cuda::Noise::Generated { generator, key: None };
+        let noise = pace_kernels::cuda::Noise::Generated(generator);
         let (from, mut to) = (input.slice(shift..), output.slice_mut(shift..));
         match case.direction {
             Direction::Forward => device.noisy_epilogue::<f32>(case.shape, noise, &from, &mut to, stream),

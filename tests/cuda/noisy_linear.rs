@@ -6,7 +6,7 @@ use crate::support::{SOURCES, Type, Z, check_results, check_tf32, rounded, shape
 use half::{bf16, f16};
 use pace_kernels::cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use pace_kernels::cuda::cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut};
-use pace_kernels::cuda::{self, Base, Buffer, Source};
+use pace_kernels::cuda::{self, Base, Buffer, Family, Launch, Source};
 use pace_kernels::noise::NoiseShape::{PerSample, PerToken};
 use pace_kernels::noise::{Generator, Key};
 use pace_kernels::{LinearShape, cpu};
@@ -195,8 +195,13 @@ fn launch<T: Type>(
 ) -> Results<T> {
     let (x, dy) = (machine.input("x", &data.x), machine.input("dy", &data.dy));
     let y = machine.output::<T>("y", data.dy.len());
-    let forward = layer.forward(T::DTYPE, x, y).unwrap();
-    assert_eq!(forward.kernel.name.contains("folded"), layer.fold, "{layer:?}");
+    let gpu = machine.gpu;
+    let workspace = machine.output::<f32>("workspace", layer.workspace_len(&gpu, T::DTYPE));
+    let forward = layer.forward(&gpu, T::DTYPE, x, y, workspace).unwrap();
+    if gpu.family == Some(Family::Sm80) {
+        let is_folded = |launch: &Launch| launch.kernel.name.contains("folded");
+        assert_eq!(forward.launches().any(is_folded), layer.fold, "{layer:?}");
+    }
     machine.launch(&forward);
     let delta = layer.delta_weight.is_some();
     let grads = cuda::NoisyLinearGrads {
@@ -204,8 +209,7 @@ fn launch<T: Type>(
         delta_weight: delta.then(|| machine.output::<T>("dΔW", data.weight.len())),
         delta_bias: Some(machine.output::<T>("dΔb", data.bias.len())),
     };
-    let workspace = machine.output::<f32>("workspace", layer.workspace_len());
-    machine.launch(&layer.backward(T::DTYPE, x, dy, grads, workspace).unwrap());
+    machine.launch(&layer.backward(&gpu, T::DTYPE, x, dy, grads, workspace).unwrap());
     let results = [Some(y), grads.input, grads.delta_weight, grads.delta_bias];
     results.map(|buffer| buffer.map_or(Vec::new(), |buffer| machine.read::<T>(buffer)))
 }
@@ -287,7 +291,7 @@ pub fn batch_split(target: &Target<'_>) {
                 let mut from = crate::support::generator(noise, crate::support::key());
                 let first = from.first_sample() + samples.start as u64;
                 from = Generator::new(from.key(), from.sigma(), noise, first).unwrap();
-                layer.noise = Source::Generated { generator: from, key: None };
+                layer.noise = Source::Generated(from);
                 *results.borrow_mut() = launch(&layer, &data, machine);
             });
             results.into_inner()
@@ -307,7 +311,7 @@ pub fn safe_methods(opened: &Opened) {
         let Z::Generated(noise) = z else { unreachable!("filtered") };
         let data = Data::<bf16>::new(&shape);
         let want = std::cell::RefCell::new(Results::default());
-        Target::Device(opened).run(shift, |machine| *want.borrow_mut() = run(case, &data, false, machine));
+        opened.target().run(shift, |machine| *want.borrow_mut() = run(case, &data, false, machine));
         let want = want.into_inner();
 
         let inputs = [&data.x, &data.dy, &data.weight, &data.delta_weight, &data.bias, &data.delta_bias]
@@ -316,10 +320,7 @@ pub fn safe_methods(opened: &Opened) {
         let [x, dy, weight, delta_weight, bias, delta_bias] = &views;
         let layer: cuda::NoisyLinear<&dyn DevicePtr<bf16>, cuda::Noise<'_>> = cuda::NoisyLinear {
             shape,
-            noise: cuda::Noise::Generated {
-                generator: crate::support::generator(noise, crate::support::key()),
-                key: None,
-            },
+            noise: cuda::Noise::Generated(crate::support::generator(noise, crate::support::key())),
             base: base.then_some(Base { weight, bias: biases.then_some(bias as _) }),
             delta_weight: Some(delta_weight),
             delta_bias: biases.then_some(delta_bias as _),
@@ -331,13 +332,14 @@ pub fn safe_methods(opened: &Opened) {
             let [y, dx, dw, db] = &mut outputs;
             let (mut y, mut dx) = (y.slice_mut(shift..), dx.slice_mut(shift..));
             let (mut dw, mut db) = (dw.slice_mut(shift..), db.slice_mut(shift..));
-            device.noisy_linear(&layer, x, &mut y, stream).unwrap();
+            let len = layer.workspace_len(device.gpu(), cuda::DType::BF16).max(1);
+            let mut workspace = stream.alloc_zeros::<f32>(len).unwrap();
+            device.noisy_linear(&layer, x, &mut y, &mut workspace, stream).unwrap();
             let grads = cuda::NoisyLinearGrads {
                 input: Some(&mut dx as &mut dyn DevicePtrMut<bf16>),
                 delta_weight: Some(&mut dw),
                 delta_bias: Some(&mut db),
             };
-            let mut workspace = stream.alloc_zeros::<f32>(layer.workspace_len().max(1)).unwrap();
             device.noisy_linear_backward(&layer, x, dy, grads, &mut workspace, stream).unwrap();
         }
         for (i, output) in outputs.iter().enumerate() {
@@ -356,7 +358,8 @@ pub fn in_a_graph(opened: &Opened) {
     let mut key = opened.upload(0, &[0u64]);
     let generator = |key| crate::support::generator(PerSample, key);
     let outputs = || [&data.dy, &data.x].map(|like| opened.upload(0, &vec![bf16::NAN; like.len()]));
-    let mut workspace = stream.alloc_zeros::<f32>(1 << 16).unwrap();
+    // Enough for any family.
+    let mut workspace = stream.alloc_zeros::<f32>(12 << 20).unwrap();
     let mut pass = |noise: cuda::Noise<'_>, [y, dx]: &mut [CudaSlice<bf16>; 2]| {
         let layer: cuda::NoisyLinear<&dyn DevicePtr<bf16>, _> = cuda::NoisyLinear {
             shape,
@@ -367,20 +370,22 @@ pub fn in_a_graph(opened: &Opened) {
             fold: false,
             allow_tf32: false,
         };
-        device.noisy_linear(&layer, &x, y, stream).unwrap();
+        device.noisy_linear(&layer, &x, y, &mut workspace, stream).unwrap();
         let grads = cuda::NoisyLinearGrads { input: Some(dx as _), ..Default::default() };
         device.noisy_linear_backward(&layer, &x, &dy, grads, &mut workspace, stream).unwrap();
     };
     let mut replayed = outputs();
+    // A library loads what it needs when it is first used, which a capture does not allow.
+    pass(cuda::Noise::Off, &mut replayed);
     stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
-    let noise = cuda::Noise::Generated { generator: generator(Key([0, 0])), key: Some(&key) };
+    let noise = cuda::Noise::Keyed { generator: generator(Key([0, 0])), key: &key };
     pass(noise, &mut replayed);
     let graph = stream.end_capture(CUgraphInstantiate_flags(0)).unwrap().expect("something was captured");
     for fresh in [Key::derive(1, 0, 0), Key::derive(1, 1, 0)] {
         stream.memcpy_htod(&[u64::from(fresh)], &mut key).unwrap();
         graph.launch().unwrap();
         let mut direct = outputs();
-        let noise = cuda::Noise::Generated { generator: generator(fresh), key: None };
+        let noise = cuda::Noise::Generated(generator(fresh));
         pass(noise, &mut direct);
         for (replayed, direct) in replayed.iter().zip(&direct) {
             assert!(opened.download(0, replayed) == opened.download(0, direct));

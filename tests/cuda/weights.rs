@@ -92,13 +92,13 @@ fn check<T: Type>(
     });
 }
 
-/// Operands of LoRA: `D`, `U`, `W0` and the gradient to `ΔW`.
+/// Operands of LoRA: `B`, `A`, `W0` and the gradient to `ΔW`.
 fn lora_data<T: Type>(case: &Case) -> [Vec<T>; 4] {
     let &Case { n, k, r, .. } = case;
     [rounded(1, n * r), rounded(2, r * k), rounded(3, n * k), rounded(4, n * k)]
 }
 
-/// `ΔW`, `dD` and `dU` by the CPU.
+/// `ΔW`, `dB` and `dA` by the CPU.
 fn lora_exact<T: Type>(case: &Case, data: &[Vec<T>; 4]) -> Vec<Vec<f64>> {
     let &Case { n, k, r, full, .. } = case;
     let [d, u, base, grad] = data.each_ref().map(|values| wide(values));
@@ -106,12 +106,12 @@ fn lora_exact<T: Type>(case: &Case, data: &[Vec<T>; 4]) -> Vec<Vec<f64>> {
         out_features: n,
         in_features: k,
         rank: r,
-        down: &d,
-        up: &u,
+        lora_b: &d,
+        lora_a: &u,
         scale: f64::from(SCALE),
     };
-    let (mut weight, mut down, mut up) = (vec![0.0; n * k], vec![0.0; n * r], vec![0.0; r * k]);
-    let grads = cpu::LoraGrads { down: &mut down, up: &mut up };
+    let (mut weight, mut lora_b, mut lora_a) = (vec![0.0; n * k], vec![0.0; n * r], vec![0.0; r * k]);
+    let grads = cpu::LoraGrads { lora_b: &mut lora_b, lora_a: &mut lora_a };
     if full {
         cpu::lora_mul_weight(lora, &base, &mut weight).unwrap();
         cpu::lora_mul_weight_backward(lora, &base, &grad, grads).unwrap();
@@ -119,7 +119,7 @@ fn lora_exact<T: Type>(case: &Case, data: &[Vec<T>; 4]) -> Vec<Vec<f64>> {
         cpu::low_rank_weight(lora, &mut weight).unwrap();
         cpu::low_rank_weight_backward(lora, &grad, grads).unwrap();
     }
-    vec![weight, down, up]
+    vec![weight, lora_b, lora_a]
 }
 
 /// The same with every operation's result rounded to `T`.
@@ -132,8 +132,8 @@ fn lora_unfused<T: Type>(case: &Case, data: &[Vec<T>; 4]) -> Results<T> {
     let weight = |n: usize, c: usize| scaled(dot(r, |j| d[n * r + j] * u[j * k + c])) * base(n * k + c);
     vec![
         ("ΔW", table(n, k, weight)),
-        ("dD", table(n, r, |n, j| scaled(dot(k, |c| q[n * k + c] * u[j * k + c])))),
-        ("dU", table(r, k, |j, c| scaled(dot(n, |n| d[n * r + j] * q[n * k + c])))),
+        ("dB", table(n, r, |n, j| scaled(dot(k, |c| q[n * k + c] * u[j * k + c])))),
+        ("dA", table(r, k, |j, c| scaled(dot(n, |n| d[n * r + j] * q[n * k + c])))),
     ]
 }
 
@@ -142,24 +142,26 @@ fn low_rank_typed<T: Type>(case: &Case, target: &Target<'_>) {
     let data = lora_data::<T>(case);
     let (exact, unfused) = (lora_exact(case, &data), lora_unfused(case, &data));
     check(case, target, &unfused, &exact, |machine| {
-        let [down, up, base, grad] = &data;
-        let (down, up) = (machine.input("D", down), machine.input("U", up));
+        let [lora_b, lora_a, base, grad] = &data;
+        let (lora_b, lora_a) = (machine.input("B", lora_b), machine.input("A", lora_a));
         let base = full.then(|| machine.input("W0", base));
         let grad = machine.input("dΔW", grad);
-        let lora = LoraFactors { out_features: n, in_features: k, rank: r, down, up, scale: SCALE };
+        let lora = LoraFactors { out_features: n, in_features: k, rank: r, lora_b, lora_a, scale: SCALE };
         let weight = machine.output::<T>("ΔW", n * k);
         let grads =
-            LoraGrads { down: machine.output::<T>("dD", n * r), up: machine.output::<T>("dU", r * k) };
+            LoraGrads { lora_b: machine.output::<T>("dB", n * r), lora_a: machine.output::<T>("dA", r * k) };
         let workspace = machine.output::<f32>("workspace", lora.workspace_len(T::DTYPE));
         let mut forward = lora.weight(T::DTYPE, base, weight).unwrap();
         let mut backward = lora.backward(T::DTYPE, base, grad, grads, workspace).unwrap();
         if single {
-            forward.grid[1] = 1;
-            backward.partials.grid[1] = 1;
+            // Of the weight, and of the partial sums of its gradients.
+            for plan in [&mut forward, &mut backward] {
+                plan.launches_mut().next().unwrap().grid[1] = 1;
+            }
         }
         machine.launch(&forward);
         machine.launch(&backward);
-        vec![weight, grads.down, grads.up]
+        vec![weight, grads.lora_b, grads.lora_a]
     });
 }
 
@@ -180,15 +182,15 @@ fn prompt_data<T: Type>(case: &Case) -> [Vec<T>; 6] {
 /// `Δb`, `dPd`, `dPu` and `dδb` by the CPU.
 fn prompt_exact<T: Type>(case: &Case, data: &[Vec<T>; 6]) -> Vec<Vec<f64>> {
     let &Case { n, k, r, full, .. } = case;
-    let [weight, down, up, bias, delta, grad] = data.each_ref().map(|values| wide(values));
+    let [weight, lora_b, lora_a, bias, delta, grad] = data.each_ref().map(|values| wide(values));
     let prompt = cpu::PromptBias {
         out_features: n,
         in_features: k,
         rank: r,
         base_weight: &weight,
         base_bias: full.then_some(&bias),
-        prompt_down: &down,
-        prompt_up: &up,
+        prompt_down: &lora_b,
+        prompt_up: &lora_a,
         delta_bias: Some(&delta),
     };
     let mut results = [n, k * r, r, n].map(|len| vec![0.0; len]);
@@ -203,15 +205,15 @@ fn prompt_exact<T: Type>(case: &Case, data: &[Vec<T>; 6]) -> Vec<Vec<f64>> {
 /// The same with every operation's result rounded to `T`.
 fn prompt_unfused<T: Type>(case: &Case, data: &[Vec<T>; 6]) -> Results<T> {
     let &Case { n, k, r, full, .. } = case;
-    let [weight, down, up, bias, delta, grad] = data.each_ref().map(|values| wide(values));
+    let [weight, lora_b, lora_a, bias, delta, grad] = data.each_ref().map(|values| wide(values));
     let bias = |i: usize| if full { bias[i] } else { 0.0 };
-    let p: Vec<f64> = (0..k).map(|c| round::<T>(dot(r, |j| down[c * r + j] * up[j]))).collect();
+    let p: Vec<f64> = (0..k).map(|c| round::<T>(dot(r, |j| lora_b[c * r + j] * lora_a[j]))).collect();
     let q: Vec<f64> = (0..k).map(|c| round::<T>(dot(n, |n| weight[n * k + c] * grad[n]))).collect();
     let out = |n: usize, _| round::<T>(dot(k, |c| weight[n * k + c] * p[c])) + round::<T>(bias(n) * delta[n]);
     vec![
         ("Δb", table(n, 1, out)),
-        ("dPd", table(k, r, |c, j| q[c] * up[j])),
-        ("dPu", table(r, 1, |j, _| dot(k, |c| down[c * r + j] * q[c]))),
+        ("dPd", table(k, r, |c, j| q[c] * lora_a[j])),
+        ("dPu", table(r, 1, |j, _| dot(k, |c| lora_b[c * r + j] * q[c]))),
         ("dδb", table(n, 1, |n, _| bias(n) * grad[n])),
     ]
 }
@@ -221,15 +223,15 @@ fn prompt_typed<T: Type>(case: &Case, target: &Target<'_>) {
     let data = prompt_data::<T>(case);
     let (exact, unfused) = (prompt_exact(case, &data), prompt_unfused(case, &data));
     check(case, target, &unfused, &exact, |machine| {
-        let [weight, down, up, bias, delta, grad] = &data;
+        let [weight, lora_b, lora_a, bias, delta, grad] = &data;
         let prompt = PromptBias {
             out_features: n,
             in_features: k,
             rank: r,
             base_weight: machine.input("W0", weight),
             base_bias: full.then(|| machine.input("b0", bias)),
-            prompt_down: machine.input("Pd", down),
-            prompt_up: machine.input("Pu", up),
+            prompt_down: machine.input("Pd", lora_b),
+            prompt_up: machine.input("Pu", lora_a),
             delta_bias: Some(machine.input("δb", delta)),
         };
         let grad = machine.input("dΔb", grad);
@@ -244,7 +246,7 @@ fn prompt_typed<T: Type>(case: &Case, target: &Target<'_>) {
         machine.launch(&prompt.forward(T::DTYPE, out, workspaces[0]).unwrap());
         let mut backward = prompt.backward(T::DTYPE, grad, grads, workspaces[1]).unwrap();
         if single {
-            backward.columns.0.grid[1] = 1;
+            backward.launches_mut().next().unwrap().grid[1] = 1;
         }
         machine.launch(&backward);
         vec![out, grads.prompt_down, grads.prompt_up, grads.delta_bias.unwrap()]
@@ -277,11 +279,11 @@ fn merge_typed<T: Type>(target: &Target<'_>) {
             let want = merged(sign, &before, &delta);
             target.run(i % 2, |machine| {
                 let (target, delta) = (machine.in_out("target", &before), machine.input("delta", &delta));
-                let mut launch = Merge { sign, dtype: T::DTYPE, target, delta }.plan().unwrap().unwrap();
+                let mut plan = Merge { sign, dtype: T::DTYPE, target, delta }.plan().unwrap();
                 if i % 3 == 0 {
-                    launch.grid[0] = 1;
+                    plan.launches_mut().for_each(|launch| launch.grid[0] = 1);
                 }
-                machine.launch(&launch);
+                machine.launch(&plan);
                 assert!(machine.read::<T>(target) == want, "{sign:?} {len} {:?}", T::DTYPE);
             });
         }
@@ -326,13 +328,13 @@ fn lora_methods(opened: &Opened, case: &Case) {
     let data = lora_data::<f16>(case);
     let tensors = data.each_ref().map(|values| opened.upload(shift, values));
     let [d, u, base, grad] = tensors.each_ref().map(|tensor| tensor.slice(shift..));
-    let (down, up): (&dyn DevicePtr<f16>, &dyn DevicePtr<f16>) = (&d, &u);
-    let lora = LoraFactors { out_features: n, in_features: k, rank: r, down, up, scale: SCALE };
+    let (lora_b, lora_a): (&dyn DevicePtr<f16>, &dyn DevicePtr<f16>) = (&d, &u);
+    let lora = LoraFactors { out_features: n, in_features: k, rank: r, lora_b, lora_a, scale: SCALE };
     let mut workspace = opened.upload(0, &vec![f32::NAN; lora.workspace_len(f16::DTYPE)]);
     let mut outs = [n * k, n * r, r * k].map(|len| opened.upload(shift, &vec![f16::NAN; len]));
     {
-        let [mut weight, mut down, mut up] = outs.each_mut().map(|out| out.slice_mut(shift..));
-        let grads = LoraGrads::<&mut dyn DevicePtrMut<f16>> { down: &mut down, up: &mut up };
+        let [mut weight, mut lora_b, mut lora_a] = outs.each_mut().map(|out| out.slice_mut(shift..));
+        let grads = LoraGrads::<&mut dyn DevicePtrMut<f16>> { lora_b: &mut lora_b, lora_a: &mut lora_a };
         if full {
             device.lora_mul_weight::<f16>(lora, &base, &mut weight, stream).unwrap();
             device.lora_mul_weight_backward(lora, &base, &grad, grads, &mut workspace, stream).unwrap();
@@ -351,25 +353,26 @@ fn prompt_methods(opened: &Opened, case: &Case) {
     let data = prompt_data::<f16>(case);
     let tensors = data.each_ref().map(|values| opened.upload(shift, values));
     let views = tensors.each_ref().map(|tensor| tensor.slice(shift..));
-    let [weight, down, up, bias, delta, grad] = views.each_ref().map(|view| view as &dyn DevicePtr<f16>);
+    let [weight, lora_b, lora_a, bias, delta, grad] =
+        views.each_ref().map(|view| view as &dyn DevicePtr<f16>);
     let prompt = PromptBias {
         out_features: n,
         in_features: k,
         rank: r,
         base_weight: weight,
         base_bias: full.then_some(bias),
-        prompt_down: down,
-        prompt_up: up,
+        prompt_down: lora_b,
+        prompt_up: lora_a,
         delta_bias: Some(delta),
     };
     let mut workspace = opened.upload(0, &vec![f32::NAN; prompt.workspace_len(f16::DTYPE)]);
     let mut outs = [n, k * r, r, n].map(|len| opened.upload(shift, &vec![f16::NAN; len]));
     {
-        let [mut out, mut down, mut up, mut bias] = outs.each_mut().map(|out| out.slice_mut(shift..));
+        let [mut out, mut lora_b, mut lora_a, mut bias] = outs.each_mut().map(|out| out.slice_mut(shift..));
         device.prompt_bias(&prompt, &mut out, &mut workspace, stream).unwrap();
         let grads = PromptGrads::<&mut dyn DevicePtrMut<f16>> {
-            prompt_down: &mut down,
-            prompt_up: &mut up,
+            prompt_down: &mut lora_b,
+            prompt_up: &mut lora_a,
             delta_bias: Some(&mut bias),
         };
         device.prompt_bias_backward(&prompt, grad, grads, &mut workspace, stream).unwrap();

@@ -79,24 +79,25 @@ fn low_rank(bench: &mut Bench<'_, '_>, shape: LinearShape, noise: Source) -> Res
         noise,
         base: Some(Base { weight: bench.input("base_weight")?, bias: bench.input_if_present("base_bias")? }),
         rank,
-        down: bench.input(adapter::DOWN)?,
-        up: bench.input(adapter::UP)?,
+        lora_b: bench.input(adapter::DOWN)?,
+        lora_a: bench.input(adapter::UP)?,
         delta_bias: Some(bench.input(adapter::DELTA_BIAS)?),
         scale: 1.0,
         allow_tf32: false,
     };
     let (x, dy) = (bench.input("x")?, bench.input("dy")?);
     let s = bench.output("s", shape.in_rows() * rank);
+    let gpu = bench.machine.gpu;
+    let workspace = bench.output("workspace", layer.workspace_len(&gpu, TYPE));
     for (name, noise) in [("y", noise), ("y_eval", Source::Off)] {
         let y = bench.output(name, dy.len);
-        bench.machine.launch(&LowRankLinear { noise, ..layer }.forward(TYPE, x, s, y)?);
+        bench.machine.launch(&LowRankLinear { noise, ..layer }.forward(&gpu, TYPE, x, s, y, workspace)?);
         bench.expect(name, y)?;
     }
-    let [dx, dd, du, db] = [("dx", x.len), ("dD", n * rank), ("dU", rank * k), ("dδb", n)]
+    let [dx, dd, du, db] = [("dx", x.len), ("dB", n * rank), ("dA", rank * k), ("dδb", n)]
         .map(|(name, len)| bench.output(name, len));
-    let grads = LowRankGrads { input: Some(dx), down: Some(dd), up: Some(du), delta_bias: Some(db) };
-    let workspace = bench.output("workspace", layer.workspace_len(TYPE));
-    bench.machine.launch(&layer.backward(TYPE, x, s, dy, grads, workspace)?);
+    let grads = LowRankGrads { input: Some(dx), lora_b: Some(dd), lora_a: Some(du), delta_bias: Some(db) };
+    bench.machine.launch(&layer.backward(&gpu, TYPE, x, s, dy, grads, workspace)?);
     bench.expect("dx", dx)?;
     bench.expect("grad_delta_W_down", dd)?;
     bench.expect("grad_delta_W_up", du)?;
@@ -120,8 +121,8 @@ fn dense(
             out_features: n,
             in_features: k,
             rank,
-            down: bench.input(adapter::DOWN)?,
-            up: bench.input(adapter::UP)?,
+            lora_b: bench.input(adapter::DOWN)?,
+            lora_a: bench.input(adapter::UP)?,
             scale: 1.0,
         }),
         false => None,
@@ -161,9 +162,11 @@ fn dense(
         fold: false,
         allow_tf32: false,
     };
+    let gpu = bench.machine.gpu;
+    let workspace = bench.output("workspace", layer.workspace_len(&gpu, TYPE));
     for (name, noise) in [("y", noise), ("y_eval", Source::Off)] {
         let y = bench.output(name, dy.len);
-        bench.machine.launch(&NoisyLinear { noise, ..layer }.forward(TYPE, x, y)?);
+        bench.machine.launch(&NoisyLinear { noise, ..layer }.forward(&gpu, TYPE, x, y, workspace)?);
         bench.expect(name, y)?;
     }
 
@@ -173,19 +176,18 @@ fn dense(
         delta_weight: layer.delta_weight.map(|_| dw),
         delta_bias: Some(db),
     };
-    let workspace = bench.output("workspace", layer.workspace_len());
-    bench.machine.launch(&layer.backward(TYPE, x, dy, grads, workspace)?);
+    bench.machine.launch(&layer.backward(&gpu, TYPE, x, dy, grads, workspace)?);
     bench.expect("dx", dx)?;
     let Some(prompt) = prompt else {
         bench.expect("grad_base_weight", dw)?;
         return if bias.is_some() { bench.expect("grad_base_bias", db) } else { Ok(()) };
     };
     if let Some(factors) = factors {
-        let grads = LoraGrads { down: bench.output("dD", n * rank), up: bench.output("dU", rank * k) };
-        let workspace = bench.output("workspace of dD and dU", factors.workspace_len(TYPE));
+        let grads = LoraGrads { lora_b: bench.output("dB", n * rank), lora_a: bench.output("dA", rank * k) };
+        let workspace = bench.output("workspace of dB and dA", factors.workspace_len(TYPE));
         bench.machine.launch(&factors.backward(TYPE, Some(weight), dw, grads, workspace)?);
-        bench.expect("grad_delta_W_down", grads.down)?;
-        bench.expect("grad_delta_W_up", grads.up)?;
+        bench.expect("grad_delta_W_down", grads.lora_b)?;
+        bench.expect("grad_delta_W_up", grads.lora_a)?;
     }
     let grads = PromptGrads {
         prompt_down: bench.output("dPd", k * rank),

@@ -17,6 +17,8 @@ mod machine;
 mod on;
 mod operators;
 mod plain;
+#[path = "../cuda/simulate.rs"]
+mod simulate;
 mod training;
 mod vit;
 
@@ -25,6 +27,7 @@ use case::Case;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use machine::Target;
 use on::On;
+use pace_kernels::cuda::Family;
 use std::path::{Path, PathBuf};
 
 type Check = fn(&Case) -> Result<(), Failed>;
@@ -46,12 +49,12 @@ const CHECKS: &[(&str, &str, Check)] = &[
     ("vit_training", "candle_f32", |case| vit::training(case, &On::CPU_F32)),
 ];
 
-/// The checks of the CUDA kernels, which run in the simulator and on device 0.
-const KERNEL_CHECKS: &[(&str, KernelCheck)] = &[
-    ("adapter", kernels::adapter),
-    ("loss", kernels::loss),
-    ("drop_path", kernels::drop_path),
-    ("vit_training", training::training),
+/// The checks of the CUDA kernels, which run in the simulator, for each of these families, and on device 0.
+const KERNEL_CHECKS: &[(&str, &[Family], KernelCheck)] = &[
+    ("adapter", &Family::ALL, kernels::adapter),
+    ("loss", &[Family::Sm80], kernels::loss),
+    ("drop_path", &[Family::Sm80], kernels::drop_path),
+    ("vit_training", &Family::ALL, training::training),
 ];
 
 /// The checks of candle's CUDA tensors, on device 0.
@@ -99,18 +102,20 @@ fn trials(folder: &Path) -> Vec<Trial> {
                 case.all_tensors_used()
             }));
         }
-        for &(_, check) in KERNEL_CHECKS.iter().filter(|check| check.0 == kind) {
-            let simulated = file.clone();
-            trials.push(Trial::test(format!("{stem}::simt_f32"), move || {
-                let case = Case::read(&simulated)?;
-                check(&case, &Target::Simulator)?;
-                case.all_tensors_used()
-            }));
+        for &(_, families, check) in KERNEL_CHECKS.iter().filter(|check| check.0 == kind) {
+            for &family in families {
+                let simulated = file.clone();
+                trials.push(Trial::test(format!("{stem}::simt_{}_f32", family.name()), move || {
+                    let case = Case::read(&simulated)?;
+                    check(&case, &Target { gpu: simulate::GPU.with_family(family), device: None })?;
+                    case.all_tensors_used()
+                }));
+            }
             let file = file.clone();
             trials.push(Trial::ignorable_test(format!("{stem}::cuda_f32"), move || match device::open() {
                 Ok(opened) => {
                     let case = Case::read(&file)?;
-                    check(&case, &Target::Device(&opened))?;
+                    check(&case, &opened.target())?;
                     case.all_tensors_used()?;
                     Ok(Completion::Completed)
                 }

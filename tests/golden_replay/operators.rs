@@ -53,7 +53,7 @@ pub fn adapter<T: Real>(case: &Case) -> Result<(), Failed> {
     if z.is_none() && case.number::<f64>("sigma")? != 0.0 {
         return Err("sigma is not 0, but there is no `noise_z`".into());
     }
-    let noise = match &z {
+    let noise: Noise<&[T]> = match &z {
         Some(z) => Noise::Given { z, shape: noise_shape(case)? },
         None => Noise::Off,
     };
@@ -63,10 +63,10 @@ pub fn adapter<T: Real>(case: &Case) -> Result<(), Failed> {
     }
 }
 
-fn low_rank<T: Real>(case: &Case, shape: LinearShape, noise: Noise<'_, T>) -> Result<(), Failed> {
+fn low_rank<T: Real>(case: &Case, shape: LinearShape, noise: Noise<&'_ [T]>) -> Result<(), Failed> {
     let (k, n, rank) = (shape.in_features, shape.out_features, case.number("rank")?);
     let (weight, bias) = (case.get::<T>("base_weight")?, case.get_if_present::<T>("base_bias")?);
-    let (down, up) = (case.get::<T>(adapter::DOWN)?, case.get::<T>(adapter::UP)?);
+    let (lora_b, lora_a) = (case.get::<T>(adapter::DOWN)?, case.get::<T>(adapter::UP)?);
     let delta_bias = case.get::<T>(adapter::DELTA_BIAS)?;
     let (x, dy) = (case.get::<T>("x")?, case.get::<T>("dy")?);
     let layer = cpu::LowRankLinear {
@@ -74,8 +74,8 @@ fn low_rank<T: Real>(case: &Case, shape: LinearShape, noise: Noise<'_, T>) -> Re
         noise,
         base: Some(Base { weight: &weight, bias: bias.as_deref() }),
         rank,
-        down: &down,
-        up: &up,
+        lora_b: &lora_b,
+        lora_a: &lora_a,
         delta_bias: Some(&delta_bias),
         scale: T::one(),
     };
@@ -90,8 +90,8 @@ fn low_rank<T: Real>(case: &Case, shape: LinearShape, noise: Noise<'_, T>) -> Re
     let (mut dd, mut du, mut db) = (vec![T::zero(); n * rank], vec![T::zero(); rank * k], vec![T::zero(); n]);
     let grads = cpu::LowRankGrads {
         input: Some(&mut dx),
-        down: Some(&mut dd),
-        up: Some(&mut du),
+        lora_b: Some(&mut dd),
+        lora_a: Some(&mut du),
         delta_bias: Some(&mut db),
     };
     layer.backward(&x, &dy, grads)?;
@@ -105,7 +105,7 @@ fn low_rank<T: Real>(case: &Case, shape: LinearShape, noise: Noise<'_, T>) -> Re
 fn dense<T: Real>(
     case: &Case,
     shape: LinearShape,
-    noise: Noise<'_, T>,
+    noise: Noise<&'_ [T]>,
     kind: Option<Adapter>,
 ) -> Result<(), Failed> {
     let (k, n, rank) = (shape.in_features, shape.out_features, case.number("rank")?);
@@ -114,10 +114,16 @@ fn dense<T: Real>(
     let tolerance = tolerance::<T>();
     let lora = kind == Some(Adapter::LoraMulVptAdd);
 
-    let (down, up) =
+    let (lora_b, lora_a) =
         if lora { (case.get::<T>(adapter::DOWN)?, case.get::<T>(adapter::UP)?) } else { (vec![], vec![]) };
-    let factors =
-        LoraFactors { out_features: n, in_features: k, rank, down: &down, up: &up, scale: T::one() };
+    let factors = LoraFactors {
+        out_features: n,
+        in_features: k,
+        rank,
+        lora_b: &lora_b,
+        lora_a: &lora_a,
+        scale: T::one(),
+    };
     let mut delta_weight = vec![T::zero(); n * k];
     if lora {
         cpu::lora_mul_weight(factors, &weight, &mut delta_weight)?;
@@ -185,7 +191,7 @@ fn dense<T: Real>(
     }
     if lora {
         let (mut dd, mut du) = (vec![T::zero(); n * rank], vec![T::zero(); rank * k]);
-        cpu::lora_mul_weight_backward(factors, &weight, &dw, LoraGrads { down: &mut dd, up: &mut du })?;
+        cpu::lora_mul_weight_backward(factors, &weight, &dw, LoraGrads { lora_b: &mut dd, lora_a: &mut du })?;
         case.expect("grad_delta_W_down", &dd, tolerance)?;
         case.expect("grad_delta_W_up", &du, tolerance)?;
     }

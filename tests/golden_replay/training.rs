@@ -6,6 +6,7 @@ use super::device;
 use super::machine::{Machine, Target};
 use super::on::On;
 use super::plain;
+use super::simulate;
 use super::vit::{is_trained, tensor, train};
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, Layout, Shape, Tensor, Var};
 use libtest_mimic::Failed;
@@ -13,8 +14,8 @@ use pace_kernels::LinearShape;
 use pace_kernels::adapter::{DELTA_BIAS, DOWN, PROMPT_DOWN, PROMPT_UP, UP};
 use pace_kernels::candle::PaceContext;
 use pace_kernels::cuda::{
-    Base, Buffer, DType, LoraFactors, LoraGrads, LowRankGrads, LowRankLinear, NoisyLinear, NoisyLinearGrads,
-    PromptBias, PromptGrads, Source,
+    Base, Buffer, DType, Gpu, LoraFactors, LoraGrads, LowRankGrads, LowRankLinear, NoisyLinear,
+    NoisyLinearGrads, PromptBias, PromptGrads, Source,
 };
 use pace_kernels::noise::NoiseShape;
 use std::cell::RefCell;
@@ -28,21 +29,30 @@ type Backward = Box<dyn Fn(&mut Machine<'_>, &Slices<'_>, &[f32]) -> Vec<Buffer>
 
 /// An operator that runs on a machine of its own, forward and backward.
 struct Op {
-    /// On a device, not in the simulator.
-    on_device: bool,
+    place: Place,
     shape: Shape,
     forward: Forward,
     backward: Backward,
 }
 
+/// What plans are made for, and whether they run there or in the simulator.
+#[derive(Clone, Copy)]
+pub struct Place {
+    gpu: Gpu,
+    on_device: bool,
+}
+
+impl Default for Place {
+    fn default() -> Self {
+        Self { gpu: simulate::GPU, on_device: false }
+    }
+}
+
 impl Op {
     fn run(&self, body: impl Fn(&mut Machine<'_>)) -> candle_core::Result<()> {
-        if self.on_device {
-            let opened = device::open().map_err(candle_core::Error::Msg)?;
-            Target::Device(&opened).once(0, body);
-        } else {
-            Target::Simulator.once(0, body);
-        }
+        let Place { gpu, on_device } = self.place;
+        let opened = on_device.then(device::open).transpose().map_err(candle_core::Error::Msg)?;
+        Target { gpu, device: opened.as_ref() }.once(0, body);
         Ok(())
     }
 
@@ -172,13 +182,14 @@ impl Layer {
     fn dense_op(self, shape: Shape) -> Op {
         let other = self.clone();
         Op {
-            on_device: false,
+            place: Place::default(),
             shape,
             forward: Box::new(move |machine, arguments| {
                 let layer = self.dense(machine, arguments);
                 let x = machine.input("x", arguments[0]);
                 let y = machine.output::<f32>("y", self.shape.out_rows() * self.shape.out_features);
-                machine.launch(&layer.forward(TYPE, x, y).unwrap());
+                let workspace = machine.output::<f32>("workspace", layer.workspace_len(&machine.gpu, TYPE));
+                machine.launch(&layer.forward(&machine.gpu, TYPE, x, y, workspace).unwrap());
                 y
             }),
             backward: Box::new(move |machine, arguments, grad| {
@@ -193,24 +204,24 @@ impl Layer {
                     delta_weight: layer.delta_weight.map(|_| grads[1]),
                     delta_bias: grads.last().copied(),
                 };
-                let workspace = machine.output::<f32>("workspace", layer.workspace_len());
-                machine.launch(&layer.backward(TYPE, x, dy, wanted, workspace).unwrap());
+                let workspace = machine.output::<f32>("workspace", layer.workspace_len(&machine.gpu, TYPE));
+                machine.launch(&layer.backward(&machine.gpu, TYPE, x, dy, wanted, workspace).unwrap());
                 grads
             }),
         }
     }
 
-    /// `(x, [D | δb], U)`.
+    /// `(x, [B | δb], A)`.
     fn low_rank(&self, machine: &mut Machine<'_>, arguments: &Slices<'_>) -> LowRankLinear<Buffer, Source> {
         let rank = arguments[2].len() / self.shape.in_features;
-        let (down, bias) = arguments[1].split_at(self.shape.out_features * rank);
+        let (lora_b, bias) = arguments[1].split_at(self.shape.out_features * rank);
         LowRankLinear {
             shape: self.shape,
             noise: self.noise(machine),
             base: self.base(machine),
             rank,
-            down: machine.input("D", down),
-            up: machine.input("U", arguments[2]),
+            lora_b: machine.input("B", lora_b),
+            lora_a: machine.input("A", arguments[2]),
             delta_bias: Some(machine.input("δb", bias)),
             scale: 1.0,
             allow_tf32: false,
@@ -222,11 +233,12 @@ impl Layer {
         let forward = |layer: &LowRankLinear<Buffer, Source>, machine: &mut Machine<'_>, x: Buffer| {
             let s = machine.output::<f32>("s", layer.shape.in_rows() * layer.rank);
             let y = machine.output::<f32>("y", layer.shape.out_rows() * layer.shape.out_features);
-            machine.launch(&layer.forward(TYPE, x, s, y).unwrap());
+            let workspace = machine.output::<f32>("workspace", layer.workspace_len(&machine.gpu, TYPE));
+            machine.launch(&layer.forward(&machine.gpu, TYPE, x, s, y, workspace).unwrap());
             (s, y)
         };
         Op {
-            on_device: false,
+            place: Place::default(),
             shape,
             forward: Box::new(move |machine, arguments| {
                 let layer = self.low_rank(machine, arguments);
@@ -238,35 +250,39 @@ impl Layer {
                 let (x, dy) = (machine.input("x", arguments[0]), machine.input("dy", grad));
                 let (s, _) = forward(&layer, machine, x);
                 let n = other.shape.out_features;
-                let [dx, down, bias, up] = [arguments[0].len(), n * layer.rank, n, arguments[2].len()]
+                let [dx, lora_b, bias, lora_a] = [arguments[0].len(), n * layer.rank, n, arguments[2].len()]
                     .map(|len| machine.output::<f32>("gradient", len));
-                let grads =
-                    LowRankGrads { input: Some(dx), down: Some(down), up: Some(up), delta_bias: Some(bias) };
-                let workspace = machine.output::<f32>("workspace", layer.workspace_len(TYPE));
-                machine.launch(&layer.backward(TYPE, x, s, dy, grads, workspace).unwrap());
-                let joined = [machine.read::<f32>(down), machine.read::<f32>(bias)].concat();
-                vec![dx, machine.input("joined", &joined), up]
+                let grads = LowRankGrads {
+                    input: Some(dx),
+                    lora_b: Some(lora_b),
+                    lora_a: Some(lora_a),
+                    delta_bias: Some(bias),
+                };
+                let workspace = machine.output::<f32>("workspace", layer.workspace_len(&machine.gpu, TYPE));
+                machine.launch(&layer.backward(&machine.gpu, TYPE, x, s, dy, grads, workspace).unwrap());
+                let joined = [machine.read::<f32>(lora_b), machine.read::<f32>(bias)].concat();
+                vec![dx, machine.input("joined", &joined), lora_a]
             }),
         }
     }
 }
 
-/// `(D, U)` to `W0 ⊙ (D·U)`.
+/// `(B, A)` to `W0 ⊙ (B·A)`.
 fn lora_mul(base: Vec<f32>, [n, k]: [usize; 2]) -> Op {
     let factors = move |machine: &mut Machine<'_>, arguments: &Slices<'_>, base: &[f32]| {
         let factors = LoraFactors {
             out_features: n,
             in_features: k,
             rank: arguments[0].len() / n,
-            down: machine.input("D", arguments[0]),
-            up: machine.input("U", arguments[1]),
+            lora_b: machine.input("B", arguments[0]),
+            lora_a: machine.input("A", arguments[1]),
             scale: 1.0,
         };
         (factors, Some(machine.input("W0", base)))
     };
     let other = base.clone();
     Op {
-        on_device: false,
+        place: Place::default(),
         shape: Shape::from((n, k)),
         forward: Box::new(move |machine, arguments| {
             let (factors, base) = factors(machine, arguments, &base);
@@ -277,10 +293,12 @@ fn lora_mul(base: Vec<f32>, [n, k]: [usize; 2]) -> Op {
         backward: Box::new(move |machine, arguments, grad| {
             let (factors, base) = factors(machine, arguments, &other);
             let grad = machine.input("dΔW", grad);
-            let [down, up] = [0, 1].map(|i| machine.output::<f32>("gradient", arguments[i].len()));
+            let [lora_b, lora_a] = [0, 1].map(|i| machine.output::<f32>("gradient", arguments[i].len()));
             let workspace = machine.output::<f32>("workspace", factors.workspace_len(TYPE));
-            machine.launch(&factors.backward(TYPE, base, grad, LoraGrads { down, up }, workspace).unwrap());
-            vec![down, up]
+            machine.launch(
+                &factors.backward(TYPE, base, grad, LoraGrads { lora_b, lora_a }, workspace).unwrap(),
+            );
+            vec![lora_b, lora_a]
         }),
     }
 }
@@ -300,7 +318,7 @@ fn prompt(base: (Vec<f32>, Vec<f32>), [n, k]: [usize; 2]) -> Op {
         };
     let other = base.clone();
     Op {
-        on_device: false,
+        place: Place::default(),
         shape: Shape::from(n),
         forward: Box::new(move |machine, arguments| {
             let prompt = prompt(machine, arguments, &base);
@@ -324,14 +342,12 @@ fn prompt(base: (Vec<f32>, Vec<f32>), [n, k]: [usize; 2]) -> Op {
 }
 
 /// What computes the noisy layers.
-#[derive(Clone, Copy, PartialEq)]
+#[derive(Clone, Copy)]
 pub enum Layers {
     /// candle, operation by operation.
     Plain,
-    /// The kernels in the simulator.
-    Simulator,
-    /// The kernels on a device.
-    Device,
+    /// The kernels.
+    Kernels(Place),
 }
 
 /// The recorded transformer.
@@ -353,12 +369,13 @@ impl Model<'_> {
     }
 
     fn place(&self, op: Op) -> Op {
-        Op { on_device: self.layers == Layers::Device, ..op }
+        let Layers::Kernels(place) = self.layers else { unreachable!("plain layers are no operators") };
+        Op { place, ..op }
     }
 
     /// A noisy layer in training step `step`, or in evaluation.
     fn linear(&self, name: &str, x: &Tensor, step: Option<usize>) -> Result<Tensor, Failed> {
-        if self.layers == Layers::Plain {
+        if matches!(self.layers, Layers::Plain) {
             return self.plain_linear(name, x, step);
         }
         let branches = if step.is_some() { self.context.branches() } else { 1 };
@@ -400,12 +417,12 @@ impl Model<'_> {
         let (factors, bias, prompts) =
             (of(DOWN).zip(of(UP)), of(DELTA_BIAS), of(PROMPT_DOWN).zip(of(PROMPT_UP)));
         Ok(match (factors, bias, prompts) {
-            (Some((down, up)), Some(bias), None) => {
-                let joined = Tensor::cat(&[&down.flatten_all()?, bias], 0)?;
-                x.apply_op3(&joined, up, self.place(layer.low_rank_op(dims)))?
+            (Some((lora_b, lora_a)), Some(bias), None) => {
+                let joined = Tensor::cat(&[&lora_b.flatten_all()?, bias], 0)?;
+                x.apply_op3(&joined, lora_a, self.place(layer.low_rank_op(dims)))?
             }
-            (Some((down, up)), Some(bias), Some((prompt_down, prompt_up))) => {
-                let delta_weight = down.apply_op2(up, self.place(lora_mul(base.0.clone(), [n, k])))?;
+            (Some((lora_b, lora_a)), Some(bias), Some((prompt_down, prompt_up))) => {
+                let delta_weight = lora_b.apply_op2(lora_a, self.place(lora_mul(base.0.clone(), [n, k])))?;
                 let delta_bias = prompt_down.apply_op3(prompt_up, bias, self.place(prompt(base, [n, k])))?;
                 x.apply_op3(&delta_weight, &delta_bias, self.place(layer.dense_op(dims)))?
             }
@@ -498,7 +515,7 @@ pub fn trained(case: &Case, on: &On) -> Result<BTreeMap<String, Var>, Failed> {
 pub fn training(case: &Case, target: &Target<'_>) -> Result<(), Failed> {
     let (on, context) = (On::CPU_F32, PaceContext::new(0));
     let trained = trained(case, &on)?;
-    let layers = if matches!(target, Target::Device(_)) { Layers::Device } else { Layers::Simulator };
+    let layers = Layers::Kernels(Place { gpu: target.gpu, on_device: target.device.is_some() });
     let model = Model { layers, case, on: &on, context: &context, trained: &trained };
     train(case, &on, &context, &trained, &|x, step| model.forward(x, step))
 }

@@ -2,6 +2,12 @@
 //!
 //! Writes `kernels.rs` to `OUT_DIR`: a table of every kernel by name.
 
+// The crate's build script uses the rest.
+#[allow(dead_code)]
+#[path = "../../build/kernels.rs"]
+mod kernels;
+
+use kernels::{Group, Source, all_groups, sources};
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
@@ -35,19 +41,16 @@ fn main() {
     let mut declarations = String::from("unsafe extern \"C\" {\n");
     let mut table = String::from("const KERNELS: &[Kernel] = &[\n");
     println!("cargo:rerun-if-changed={}", include.display());
+    println!("cargo:rerun-if-changed={}", here.join("../../build/kernels.rs").display());
     for folder in [&kernels, &here.join("kernels")] {
         println!("cargo:rerun-if-changed={}", folder.display());
-        let mut files: Vec<PathBuf> = std::fs::read_dir(folder)
-            .expect("a folder of kernels")
-            .map(|file| file.expect("a file").path())
-            .collect();
-        files.sort();
-        for file in files.iter().filter(|file| file.extension().is_some_and(|extension| extension == "cu")) {
+        let files = sources(folder).expect("a folder of kernels");
+        for file in &files {
             // The extension would make the compiler look for CUDA.
             build.file(as_cpp(file, &out));
-            let source = std::fs::read_to_string(file).expect("a readable kernel");
-            for rest in source.split("\nPACE_KERNEL(").skip(1) {
-                let name = rest.split(',').next().expect("split gives one part at least").trim();
+        }
+        for (_, groups) in all_groups(&files).expect("kernels with names of their own") {
+            for name in groups.iter().flat_map(Group::kernels) {
                 let _ = writeln!(declarations, "    fn pace_simt_run_{name}(params: *const u8);");
                 let _ = writeln!(declarations, "    safe fn pace_simt_bytes_{name}() -> usize;");
                 let _ = writeln!(
@@ -63,9 +66,9 @@ fn main() {
 }
 
 /// A C++ file that includes `file`.
-fn as_cpp(file: &Path, out: &Path) -> PathBuf {
-    let file = file.canonicalize().expect("the file was just listed");
-    let cpp = out.join(file.file_name().expect("a file has a name")).with_extension("cpp");
-    std::fs::write(&cpp, format!("#include {:?}\n", file.to_string_lossy())).expect("a writable OUT_DIR");
+fn as_cpp(file: &Source, out: &Path) -> PathBuf {
+    let path = file.path.canonicalize().expect("the file was just listed");
+    let cpp = out.join(file.flat_name()).with_extension("cpp");
+    std::fs::write(&cpp, format!("#include {:?}\n", path.to_string_lossy())).expect("a writable OUT_DIR");
     cpp
 }

@@ -6,8 +6,6 @@
 
 mod composed;
 
-#[cfg(feature = "candle-cuda")]
-use crate::candle::ops::OnDevice;
 use crate::candle::ops::{Element, Grads, Kernel, apply1, apply3};
 use crate::vector::{Loop, widest, zip1, zip2};
 use candle_core::{Result, Shape, Tensor};
@@ -296,14 +294,6 @@ impl Kernel for GeluKernel {
         Ok(())
     }
 }
-
-// On devices these are composed.
-#[cfg(feature = "candle-cuda")]
-impl OnDevice for LayerNormKernel {}
-#[cfg(feature = "candle-cuda")]
-impl OnDevice for AttentionKernel {}
-#[cfg(feature = "candle-cuda")]
-impl OnDevice for GeluKernel {}
 
 /// Layer norm over the last dimension of `x`, differentiable in all three.
 pub(super) fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, epsilon: f64) -> Result<Tensor> {

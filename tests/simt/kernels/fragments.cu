@@ -1,9 +1,9 @@
 // What the host twins of tensor cores and asynchronous copies do, for the simulator's own tests: each lane writes out the
 // registers that it holds.
 
-#include "tensor_core.cuh"
+#include "sm80/mma.cuh"
 
-namespace pace {
+namespace pace::sm80 {
 namespace {
 
 struct FragmentParams {
@@ -20,31 +20,28 @@ template <bool TRANSPOSED> void load_fragment(const FragmentParams &p) {
     }
     __syncthreads();
     u32 result[4];
-    PACE_LOAD_MATRICES(result, rows + 4 * load(p.x + 128 + lane), TRANSPOSED);
+    ldmatrix(result, rows + 4 * load(p.x + 128 + lane), TRANSPOSED);
     for (u32 i = 0; i < 4; ++i) {
         store(p.y + 4 * lane + i, result[i]);
     }
 }
 
 // x: of each lane 4 registers of a, 2 of each of two b, 4 of each of two c. y: those of c += a * b.
-template <class Instruction> void multiply_fragments(const FragmentParams &p) {
+template <class Atom> void multiply_fragments(const FragmentParams &p) {
     constexpr u32 COUNT = 2;
-    struct Right {
-        u32 value[2];
-    };
     const u32 *x = p.x + 16 * threadIdx.x;
     u32 a[4];
-    Right b[COUNT];
+    u32 b[COUNT][2];
     float c[COUNT][4];
     for (u32 i = 0; i < 4; ++i) {
         a[i] = load(x + i);
-        b[i / 2].value[i % 2] = load(x + 4 + i);
+        b[i / 2][i % 2] = load(x + 4 + i);
     }
     for (u32 i = 0; i < 8; ++i) {
         const u32 bits = load(x + 8 + i);
         std::memcpy(&c[i / 4][i % 4], &bits, 4);
     }
-    PACE_MULTIPLY(Instruction, c, a, b, value);
+    mma<Atom>(c, a, b);
     for (u32 i = 0; i < 8; ++i) {
         u32 bits;
         std::memcpy(&bits, &c[i / 4][i % 4], 4);
@@ -65,19 +62,20 @@ template <class T> void pack_pair(const FragmentParams &p) {
 }
 
 } // namespace
-} // namespace pace
+} // namespace pace::sm80
 
 using namespace pace;
+using namespace pace::sm80;
 
 PACE_KERNEL(load_plain, FragmentParams, 32) { load_fragment<false>(p); }
 
 PACE_KERNEL(load_transposed, FragmentParams, 32) { load_fragment<true>(p); }
 
-PACE_KERNEL(multiply_f16, FragmentParams, 32) { multiply_fragments<Mma16<f16>>(p); }
+PACE_KERNEL(multiply_f16, FragmentParams, 32) { multiply_fragments<Atom16<f16>>(p); }
 
-PACE_KERNEL(multiply_bf16, FragmentParams, 32) { multiply_fragments<Mma16<bf16>>(p); }
+PACE_KERNEL(multiply_bf16, FragmentParams, 32) { multiply_fragments<Atom16<bf16>>(p); }
 
-PACE_KERNEL(multiply_tf32, FragmentParams, 32) { multiply_fragments<MmaTf32>(p); }
+PACE_KERNEL(multiply_tf32, FragmentParams, 32) { multiply_fragments<AtomTf32>(p); }
 
 PACE_KERNEL(round_to_tf32, FragmentParams, 32) { store(p.y + threadIdx.x, to_tf32(number(p.x + threadIdx.x))); }
 

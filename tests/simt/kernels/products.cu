@@ -1,9 +1,9 @@
-// A product as kernels/product.cuh makes it, in small, for the simulator's own tests: one that is right, and the same with
+// A GEMM as kernels/sm80/mainloop.cuh makes it, in small, for the simulator's own tests: one that is right, and the same with
 // one fault each.
 
-#include "tensor_core.cuh"
+#include "sm80/mma.cuh"
 
-namespace pace {
+namespace pace::sm80 {
 namespace {
 
 struct ProductParams {
@@ -81,16 +81,13 @@ template <Seed SEED> void small_product(const ProductParams &p) {
         }
         u32 a[4], bits[4];
         if (SEED == Seed::OTHER_PLACE && is_last && thread == 37) {
-            PACE_LOAD_MATRICES(a, address, false);
+            ldmatrix(a, address, false);
         } else {
-            PACE_LOAD_MATRICES(a, address, SEED == Seed::OTHER_OPERATION && is_last && thread == 37);
+            ldmatrix(a, address, SEED == Seed::OTHER_OPERATION && is_last && thread == 37);
         }
-        PACE_LOAD_MATRICES(bits, right + (8 * warp + lane % 8) * 32 + lane / 8 % 2 * 16, false);
-        struct Right {
-            u32 value[2];
-        };
-        const Right b[1] = {{{bits[0], bits[1]}}};
-        PACE_MULTIPLY(Mma16<f16>, c, a, b, value);
+        ldmatrix(bits, right + (8 * warp + lane % 8) * 32 + lane / 8 % 2 * 16, false);
+        const u32 b[1][2] = {{bits[0], bits[1]}};
+        mma<Atom16<f16>>(c, a, b);
     }
     for (u32 i = 0; i < 4; ++i) {
         store(p.y + (lane / 4 + i / 2 * 8) * 16 + 8 * warp + lane % 4 * 2 + i % 2, c[0][i]);
@@ -98,9 +95,10 @@ template <Seed SEED> void small_product(const ProductParams &p) {
 }
 
 } // namespace
-} // namespace pace
+} // namespace pace::sm80
 
 using namespace pace;
+using namespace pace::sm80;
 
 PACE_KERNEL(product, ProductParams, 64) { small_product<Seed::NOTHING>(p); }
 

@@ -90,6 +90,9 @@ impl Drop for Region {
     }
 }
 
+/// Who accesses memory when no kernel runs.
+const LIBRARY: Thread = Thread { block: [0; 3], thread: [0; 3] };
+
 struct Allocation {
     name: String,
     region: Region,
@@ -232,6 +235,35 @@ impl Memory {
             return Err(Fault::WriteToInput { thread, access, tensor: tensor() });
         }
         written.iter().for_each(|written| written.set(true));
+        Ok(())
+    }
+
+    /// What a library reads that runs between kernels: `len` elements from `address` on.
+    ///
+    /// # Errors
+    /// As a kernel's access: [`Fault::OutOfBounds`], [`Fault::Misaligned`], [`Fault::ReadBeforeWrite`].
+    pub fn library_read<T: Pod>(&self, address: u64, len: usize) -> Result<Vec<T>, Fault> {
+        (0..len)
+            .map(|i| {
+                let at = address as usize + i * size_of::<T>();
+                self.access(LIBRARY, at, size_of::<T>(), false)?;
+                // SAFETY: the access was just found to lie in an allocation, aligned to its size.
+                Ok(unsafe { (at as *const T).read_unaligned() })
+            })
+            .collect()
+    }
+
+    /// What a library writes that runs between kernels.
+    ///
+    /// # Errors
+    /// As a kernel's access: [`Fault::OutOfBounds`], [`Fault::Misaligned`], [`Fault::WriteToInput`].
+    pub fn library_write<T: Pod>(&mut self, address: u64, values: &[T]) -> Result<(), Fault> {
+        for (i, value) in values.iter().enumerate() {
+            let at = address as usize + i * size_of::<T>();
+            self.access(LIBRARY, at, size_of::<T>(), true)?;
+            // SAFETY: the access was just found to lie in an allocation that is no input.
+            unsafe { (at as *mut T).write_unaligned(*value) };
+        }
         Ok(())
     }
 

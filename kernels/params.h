@@ -1,0 +1,519 @@
+// Parameter structs of the kernels, and constants that kernels and plans share.
+//
+// Generated from src/cuda by `PACE_UPDATE_DOCS=1 cargo test -p pace-params`: change it there.
+
+#ifndef PACE_PARAMS_H
+#define PACE_PARAMS_H
+
+#include "storage.cuh"
+
+namespace pace {
+
+/// What a thread holds of a row.
+constexpr u32 LOSS_ELEMENTS = 8;
+
+/// Words of shared memory for each warp of a block; one more is for all of them.
+constexpr u32 LOSS_SHARED_WORDS = 9;
+
+/// Length of the status in device memory.
+constexpr u32 LossStatus_WORDS = 9;
+
+constexpr u32 LOW_RANK_STAGES = 3;
+
+/// Token rows of a tile of `factors`, and bytes of its rows.
+constexpr u32 FACTORS_ROWS = 32;
+
+constexpr u32 FACTORS_ROW_BYTES = 1024;
+
+/// Warps of a block that shares rows, and the rows of such a block.
+constexpr u32 WEIGHT_WARPS = 4;
+
+constexpr u32 WEIGHT_ROWS = 16;
+
+/// Inner sizes of a chunk, forward and backward.
+constexpr u32 WEIGHT_RANKS = 16;
+
+constexpr u32 WEIGHT_BACKWARD_RANKS = 8;
+
+/// No noise, `z = 1`.
+constexpr u32 NOISE_OFF = 0;
+
+/// Generated, one draw per sample (BC).
+constexpr u32 NOISE_PER_SAMPLE = 1;
+
+/// Generated, one draw per token (BTC).
+constexpr u32 NOISE_PER_TOKEN = 2;
+
+/// `z [R, N]` of the caller.
+constexpr u32 NOISE_GIVEN_PER_SAMPLE = 3;
+
+/// `z [R, T, N]` of the caller.
+constexpr u32 NOISE_GIVEN_PER_TOKEN = 4;
+
+/// Rows and columns of a block's tile of outputs.
+constexpr u32 GEMM_TILE = 128;
+
+constexpr u32 GEMM_THREADS = 256;
+
+constexpr u32 FORWARD_STAGES = 4;
+
+constexpr u32 FOLDED_STAGES = 3;
+
+constexpr u32 BACKWARD_STAGES = 3;
+
+/// Elements of a block.
+constexpr u32 NORMS_CHUNK = 16384;
+
+/// Tensors of a launch.
+constexpr u32 NORMS_TENSORS = 128;
+
+/// Parameters of the kernels `drop_path*`.
+struct DropPathParams {
+  /// Mask of the caller; null if generated.
+  Input<float> given;
+  /// The key, read when the kernel runs; null: `key` is the key.
+  Input<u64> key_address;
+  u32 key[2];
+  /// Number of the batch's sample 0 in the global batch.
+  u64 first_sample;
+  /// A sample is kept if its random word is below.
+  u64 threshold;
+  Input<void> input;
+  Output<void> output;
+  u32 features;
+  u32 batch;
+  /// Branches * batch.
+  u32 rows;
+  /// Threads that share a row, a power of two.
+  u32 columns;
+  /// Rows of both tensors start at multiples of 16 bytes and hold whole vectors.
+  u64 aligned;
+};
+
+/// Where a kernel's `z` comes from.
+struct NoiseSource {
+  /// z of the caller; null if generated.
+  Input<float> given;
+  /// The key, read when the kernel runs; null: `key` is the key.
+  Input<u64> key_address;
+  u32 key[2];
+  /// Number of the batch's sample 0 in the global batch.
+  u64 first_sample;
+  /// Samples per branch.
+  u32 batch;
+  /// One of the `NOISE_` constants.
+  u32 kind;
+  float sigma;
+  /// Rows of a given z start at multiples of 16 bytes and hold whole vectors.
+  u32 aligned;
+};
+
+/// Parameters of the kernels `layer_epilogue*`.
+struct LayerEpilogueParams {
+  NoiseSource noise;
+  /// May be null.
+  Input<void> base;
+  /// a, or null; g.
+  Input<void> input;
+  /// May be null.
+  Input<void> bias;
+  /// y; e, or null.
+  Output<void> output;
+  /// May be null.
+  Output<void> sum;
+  /// Partial sums, or null.
+  Output<float> bias_sums;
+  /// Of base, a, e.
+  u32 rows;
+  /// Tokens per sample `T`.
+  u32 tokens;
+  /// Out-features `N`.
+  u32 channels;
+  /// That share each row.
+  u32 branches;
+  /// Rows of a block.
+  u32 part;
+  /// Rows of every tensor start at multiples of 16 bytes and hold whole vectors.
+  u32 aligned;
+};
+
+/// Parameters of the kernels `loss*`.
+struct LossParams {
+  Input<void> logits;
+  Input<i64> labels;
+  /// Null: none.
+  Output<float> history;
+  Input<i64> index;
+  /// Null: not wanted.
+  Output<void> gradient;
+  Output<float> values;
+  Output<u64> status;
+  Output<u32> workspace;
+  u64 history_rows;
+  i64 ignore_label;
+  u32 has_ignore_label;
+  u32 two_branches;
+  /// Samples `B`, below 2^24: counts and positions are exact in f32.
+  u32 batch;
+  /// Classes `C`, or the scale `c` of a low-rank layer.
+  u32 classes;
+  /// Elements of a slice; the last may have fewer.
+  u32 slice;
+  /// Slices of a row.
+  u32 slices;
+  /// Threads of a group.
+  u32 group;
+  /// Rows and slices of every tensor start at multiples of 16 bytes and hold whole vectors.
+  u32 aligned;
+  float lambda;
+  /// Label smoothing `s`.
+  float smoothing;
+  /// `s / C`.
+  float spread;
+  /// `2 lambda / B`.
+  float pull;
+};
+
+/// Parameters of the kernels `low_rank_linear*`.
+struct LowRankLinearParams {
+  NoiseSource noise;
+  Input<void> x;
+  Input<void> weight;
+  Input<void> lora_a;
+  Input<void> lora_b;
+  /// May be null.
+  Input<void> base_bias;
+  /// May be null.
+  Input<void> delta_bias;
+  Output<void> s;
+  Output<void> y;
+  /// Whether rows of y are.
+  u64 aligned;
+  /// Token rows `M`.
+  u32 rows;
+  /// Tokens per sample `T`.
+  u32 tokens;
+  /// Out-features `N`.
+  u32 channels;
+  /// In-features `K`.
+  u32 inner;
+  /// Rank `r`, or sample rows `R` of an epilogue.
+  u32 rank;
+  /// Rows of x.
+  u32 wrap;
+  u32 tile_columns;
+  /// Whether rows of x, W0 and A are.
+  u32 x_aligned;
+  /// Whether rows of B are.
+  u32 b_aligned;
+  /// Classes `C`, or the scale `c` of a low-rank layer.
+  float scale;
+};
+
+/// Parameters of the kernels `low_rank_factors*`.
+struct LowRankFactorsParams {
+  NoiseSource noise;
+  Input<void> g;
+  Input<void> s;
+  Input<void> lora_b;
+  /// Partial sums [chunks, M, r], or null.
+  Output<float> ds;
+  /// Partial sums of dB [parts, N, r], or null.
+  Output<float> b_sums;
+  /// Partial sums of ddb [parts, N], or null.
+  Output<float> delta_bias;
+  /// Token rows `M`.
+  u32 rows;
+  /// Tokens per sample `T`.
+  u32 tokens;
+  /// Out-features `N`.
+  u32 channels;
+  /// Rank `r`, or sample rows `R` of an epilogue.
+  u32 rank;
+  /// Rows of s.
+  u32 wrap;
+  /// Of channels.
+  u32 chunks;
+  /// Token rows of a block, a multiple of 32.
+  u32 part;
+  /// Whether rows of g are.
+  u32 aligned;
+  /// Whether rows of s and B are.
+  u32 rank_aligned;
+  /// Classes `C`, or the scale `c` of a low-rank layer.
+  float scale;
+};
+
+/// Parameters of the kernels `low_rank_weight*`.
+struct LowRankWeightParams {
+  Input<void> lora_b;
+  Input<void> lora_a;
+  /// W0, or null.
+  Input<void> base;
+  Output<void> out;
+  /// Out-features `N`.
+  u32 rows;
+  /// In-features `K`.
+  u32 columns;
+  u32 rank;
+  float scale;
+  /// Rows of A, W0 and the output start at multiples of 16 bytes and hold whole vectors.
+  u64 aligned;
+};
+
+/// Parameters of the kernels `low_rank_backward*`.
+struct LowRankBackwardParams {
+  /// Gradient to dW.
+  Input<void> grad;
+  /// W0, or null.
+  Input<void> base;
+  Input<void> lora_b;
+  Input<void> lora_a;
+  /// [parts, r, K].
+  Output<float> a_partial;
+  /// [strips, N, r].
+  Output<float> b_partial;
+  /// Out-features `N`.
+  u32 rows;
+  /// In-features `K`.
+  u32 columns;
+  u32 rank;
+  float scale;
+  /// Rows of a part, at most MAX_PART.
+  u32 part;
+  /// Rows of the gradient, W0, U and `up_partial` start at multiples of 16 bytes and hold whole vectors.
+  u32 aligned;
+};
+
+/// Parameters of the kernels `merge*`.
+struct MergeParams {
+  Output<void> target;
+  Input<void> delta;
+  u64 length;
+  float sign;
+  /// Both start at multiples of 16 bytes.
+  u32 aligned;
+};
+
+/// Parameters of the kernels `noise_fill*`.
+struct NoiseFillParams {
+  NoiseSource noise;
+  Output<float> z;
+  u32 rows;
+  /// Rows per sample: T for BTC noise, 1 for BC.
+  u32 tokens;
+  u32 channels;
+  /// Rows start at multiples of 16 bytes and hold whole vectors.
+  u32 aligned;
+};
+
+/// Parameters of the kernels `noisy_epilogue*`.
+struct NoisyEpilogueParams {
+  NoiseSource noise;
+  /// a, dy.
+  Input<void> input;
+  /// y, da.
+  Output<void> output;
+  /// Rank `r`, or sample rows `R` of an epilogue.
+  u32 samples;
+  /// Tokens per sample `T`.
+  u32 tokens;
+  /// Out-features `N`.
+  u32 channels;
+  /// Tokens per unit.
+  u32 chunk;
+  /// Units per sample.
+  u32 chunks;
+  /// Rows of every tensor start at multiples of 16 bytes and hold whole vectors.
+  u32 aligned;
+};
+
+/// One GEMM of a sum of them.
+struct Segment {
+  Input<void> left;
+  Input<void> right;
+  u32 inner;
+  /// Belongs under the noise.
+  u32 adapter;
+  /// Token row of y or g that row 0 of the left operand stands for.
+  u32 first_row;
+  /// Rows of both operands hold whole 16-byte vectors and start at multiples of 16 bytes.
+  u32 aligned;
+};
+
+/// Parameters of the kernels `noisy_linear*`.
+struct NoisyLinearParams {
+  NoiseSource noise;
+  Segment segments[2];
+  /// May be null.
+  Input<void> base_bias;
+  /// May be null.
+  Input<void> delta_bias;
+  Output<void> y;
+  /// Token rows `M`.
+  u32 rows;
+  /// Tokens per sample `T`.
+  u32 tokens;
+  /// Out-features `N`.
+  u32 channels;
+  /// Rows of x.
+  u32 wrap;
+  /// Segments.
+  u32 count;
+  u32 tile_columns;
+  /// Whether rows of y are.
+  u32 aligned;
+  /// Factor on the adapter's product.
+  float scale;
+};
+
+/// Parameters of the kernels `noisy_linear_input*`.
+struct NoisyLinearInputParams {
+  NoiseSource noise;
+  Segment segments[4];
+  Output<void> dx;
+  /// Of dx.
+  u32 rows;
+  /// Tokens per sample `T`.
+  u32 tokens;
+  /// Out-features `N`.
+  u32 channels;
+  /// In-features `K`.
+  u32 columns;
+  /// Segments.
+  u32 count;
+  u32 tile_columns;
+  /// Whether rows of dx are.
+  u32 aligned;
+  /// Factor on the sum.
+  float scale;
+};
+
+/// Parameters of the kernels `noisy_linear_weight*`.
+struct NoisyLinearWeightParams {
+  NoiseSource noise;
+  Input<void> g;
+  Input<void> x;
+  /// dW, or partial sums of it; or null.
+  Output<void> weight;
+  /// dW, or partial sums of it; or null.
+  Output<void> bias;
+  /// Token rows `M`.
+  u32 rows;
+  /// Tokens per sample `T`.
+  u32 tokens;
+  /// Out-features `N`.
+  u32 channels;
+  /// In-features `K`.
+  u32 columns;
+  /// Rows of x.
+  u32 wrap;
+  u32 tile_columns;
+  u32 tile_rows;
+  /// Token rows of a partial sum.
+  u32 part;
+  /// Write partial sums in f32, those of part i behind those of the parts before.
+  u32 partial;
+  u32 left_aligned;
+  u32 right_aligned;
+  /// Whether rows of dW are.
+  u32 aligned;
+};
+
+/// Parameters of the kernels `grad_norm*`.
+struct GradNormParams {
+  Input<void> tensors[NORMS_TENSORS];
+  /// None is zero.
+  u64 lengths[NORMS_TENSORS];
+  /// Of the launch's first chunk.
+  Output<double> partial;
+  /// Of each tensor, counted from the launch's first.
+  u32 first_chunk[NORMS_TENSORS];
+  /// Tensors that there are.
+  u64 count;
+};
+
+/// Parameters of the kernels `fp_distance*`.
+struct FpDistanceParams {
+  Input<void> fine_tuned;
+  Input<void> pre_trained;
+  Output<double> partial;
+  u64 length;
+  /// Both tensors start at multiples of 16 bytes.
+  u64 aligned;
+};
+
+/// Parameters of the kernels `norm_total*`.
+struct NormTotalParams {
+  Input<double> partial;
+  Output<double> out;
+  double divisor;
+  u32 parts;
+  /// Whether the root is asked for, instead of the quotient.
+  u32 root;
+};
+
+/// Parameters of the kernels `partial_sums*`.
+struct PartialSumsParams {
+  Input<float> partial;
+  Output<void> out;
+  u64 length;
+  /// Rows of `partial` start at multiples of 16 bytes and hold whole vectors.
+  u64 aligned;
+  u32 parts;
+  /// Threads that share the parts, a power of two.
+  u32 groups;
+};
+
+/// Parameters of the kernels `prompt_bias*`.
+struct PromptBiasParams {
+  /// [rows, columns].
+  Input<void> matrix;
+  /// [columns].
+  Input<void> vector;
+  /// [rows], or null.
+  Input<void> base_bias;
+  /// [rows], or null.
+  Input<void> delta_bias;
+  /// [rows].
+  Output<void> out;
+  u32 rows;
+  u32 columns;
+  /// The vector and rows of the matrix start at multiples of 16 bytes, and the rows hold whole vectors.
+  u64 aligned;
+};
+
+/// Parameters of the kernels `prompt_grads*`.
+struct PromptGradsParams {
+  /// [K].
+  Input<float> q;
+  /// Pd.
+  Input<void> prompt_down;
+  /// Pu.
+  Input<void> prompt_up;
+  /// Whether rows of g are.
+  Input<void> grad;
+  /// B0; null is zero.
+  Input<void> base_bias;
+  /// DPd.
+  Output<void> prompt_down_grad;
+  /// [parts, r].
+  Output<float> prompt_up_partial;
+  /// Dd, or null.
+  Output<void> delta_bias;
+  /// Out-features `N`.
+  u64 rows;
+  /// In-features `K`.
+  u32 columns;
+  u32 rank;
+  /// Of K, for a block.
+  u32 part;
+  /// Threads side by side along r: a power of two, not less than r or the whole block.
+  u32 width;
+};
+
+
+
+}  // namespace pace
+
+#endif  // PACE_PARAMS_H

@@ -1,0 +1,256 @@
+"""Adapters around linear layers, and the noise around adapters; names and structure are those of the official code."""
+
+import contextlib
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .controller import Pace
+from .ops import NO_NOISE, Noise
+
+
+def _autocast(x: Tensor, *tensors: Optional[Tensor]) -> list[Optional[Tensor]]:
+    """Everything in the type of autocast, if it is on; as PyTorch's, it leaves float64 alone."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return [x, *tensors]
+    dtype = torch.get_autocast_dtype(device)
+    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *tensors)]
+
+
+def _rename(state_dict: dict, prefix: str, new_name) -> None:
+    """Renames the entries of a module; `new_name` gives the new relative name of a relative name."""
+    for name in [name for name in state_dict if name.startswith(prefix)]:
+        renamed = prefix + new_name(name[len(prefix) :])
+        if renamed != name:
+            state_dict[renamed] = state_dict.pop(name)
+
+
+class _CallsItsLayers(nn.Module):
+    """Explains to a model that reads the weights of its linear layers, rather than calling them, why it cannot."""
+
+    def __getattr__(self, name: str):
+        if name in ("weight", "bias"):
+            raise AttributeError(
+                f"the model reads the {name} of one of its linear layers itself, so that an adapter around the layer has no "
+                "effect: PACE needs models that call them, such as timm's VisionTransformer and SwinTransformer"
+            )
+        return super().__getattr__(name)
+
+
+class Adapter(_CallsItsLayers):
+    """A frozen linear layer and what is trained beside it. `forward(x, noise)` maps `[R, ..., K]` to `[R, ..., N]`.
+
+    Loads its own names, those of a noisy checkpoint (`adapter.…`) and those of a plain linear layer.
+    """
+
+    def __init__(self, base_module: nn.Linear):
+        super().__init__()
+        self.base_module = base_module.requires_grad_(False)
+
+    def _parameter(self, *shape: int, init=nn.init.zeros_) -> nn.Parameter:
+        parameter = nn.Parameter(self.base_module.weight.new_empty(shape))
+        init(parameter)
+        return parameter
+
+    def merged(self) -> tuple[Tensor, Optional[Tensor]]:
+        """Weight and bias of the plain layer that computes the same without noise."""
+        raise NotImplementedError
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        def new_name(name: str) -> str:
+            name = name.removeprefix("adapter.")
+            return f"base_module.{name}" if name in ("weight", "bias") else name
+
+        _rename(state_dict, prefix, new_name)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class LoraMulVptAdd(Adapter):
+    """`ΔW = W0 ⊙ (scale·B·A)`, `Δb = W0·(Pd·Pu) + b0⊙δb`: the paper's main adapter, `LoRAmul_VPTadd_Linear`.
+
+    Without a bias in the base layer `delta_b` exists but is neither used nor trained.
+    """
+
+    def __init__(self, base_module: nn.Linear, rank: int, scale: float = 1.0):
+        super().__init__(base_module)
+        n, k = base_module.weight.shape
+        self.scale = scale
+        self.delta_W_down = self._parameter(n, rank)
+        self.delta_W_up = self._parameter(rank, k, init=nn.init.xavier_uniform_)
+        self.delta_b = self._parameter(n).requires_grad_(base_module.bias is not None)
+        self.delta_prompt_down = self._parameter(k, rank)
+        self.delta_prompt_up = self._parameter(rank, 1, init=nn.init.xavier_uniform_)
+
+    def _tensors(self):
+        base = self.base_module
+        delta_b = None if base.bias is None else self.delta_b
+        return (base.weight, base.bias, self.delta_W_up, self.delta_W_down, delta_b, self.delta_prompt_down,
+                self.delta_prompt_up)
+
+    def forward(self, x: Tensor, noise: Noise = NO_NOISE) -> Tensor:
+        x, *tensors, prompt_down, prompt_up = _autocast(x, *self._tensors())
+        return ops.lora_mul_linear(x, *tensors, noise, prompt_down=prompt_down, prompt_up=prompt_up, scale=self.scale)
+
+    def merged(self):
+        weight, bias, lora_a, lora_b, delta_b, prompt_down, prompt_up = self._tensors()
+        delta = ops.prompt_bias(weight, bias, prompt_down, prompt_up, delta_b)
+        weight = weight + ops.low_rank_weight(lora_a, lora_b, weight, scale=self.scale)
+        return weight, delta if bias is None else bias + delta
+
+
+class LoraAdd(Adapter):
+    """`ΔW = scale·B·A`, `Δb = δb`: `LoRAadd_Linear`."""
+
+    def __init__(self, base_module: nn.Linear, rank: int, scale: float = 1.0):
+        super().__init__(base_module)
+        n, k = base_module.weight.shape
+        self.scale = scale
+        self.delta_W_down = self._parameter(n, rank)
+        self.delta_W_up = self._parameter(rank, k, init=nn.init.xavier_uniform_)
+        self.delta_b = self._parameter(n)
+
+    def forward(self, x: Tensor, noise: Noise = NO_NOISE) -> Tensor:
+        base = self.base_module
+        x, *tensors = _autocast(x, base.weight, base.bias, self.delta_W_up, self.delta_W_down, self.delta_b)
+        return ops.lora_linear(x, *tensors, noise, scale=self.scale)
+
+    def merged(self):
+        weight, bias = self.base_module.weight, self.base_module.bias
+        weight = weight + ops.low_rank_weight(self.delta_W_up, self.delta_W_down, scale=self.scale)
+        return weight, self.delta_b if bias is None else bias + self.delta_b
+
+
+class VptAdd(Adapter):
+    """`ΔW = 0`, `Δb = W0·(Pd·Pu)`: `VPTadd_Linear`."""
+
+    def __init__(self, base_module: nn.Linear, rank: int):
+        super().__init__(base_module)
+        k = base_module.weight.shape[1]
+        self.delta_prompt_down = self._parameter(k, rank)
+        self.delta_prompt_up = self._parameter(rank, 1, init=nn.init.xavier_uniform_)
+
+    def forward(self, x: Tensor, noise: Noise = NO_NOISE) -> Tensor:
+        base = self.base_module
+        x, weight, bias, down, up = _autocast(
+            x, base.weight, base.bias, self.delta_prompt_down, self.delta_prompt_up
+        )
+        return ops.lora_mul_linear(x, weight, bias, None, None, None, noise, prompt_down=down, prompt_up=up)
+
+    def merged(self):
+        weight, bias = self.base_module.weight, self.base_module.bias
+        delta = ops.prompt_bias(weight, None, self.delta_prompt_down, self.delta_prompt_up)
+        return weight, delta if bias is None else bias + delta
+
+
+class Head(Adapter):
+    """The classification head, trained itself: under noise `y = z⊙(x·Wᵀ + b)`. `HeadLinear`."""
+
+    def __init__(self, base_module: nn.Linear):
+        super().__init__(base_module)
+        base_module.requires_grad_(True)
+
+    def forward(self, x: Tensor, noise: Noise = NO_NOISE) -> Tensor:
+        x, weight, bias = _autocast(x, self.base_module.weight, self.base_module.bias)
+        return ops.noisy_linear(x, None, None, weight, bias, noise)
+
+    def merged(self):
+        return self.base_module.weight, self.base_module.bias
+
+
+class RecomputedGELU(nn.GELU):
+    """A GELU whose output the linear layer behind it does not keep for its backward pass.
+
+    The GELU keeps its input for its own. From that the layer makes the output again: one element-wise kernel, for a tensor
+    of four times the model's width. Only on CUDA, where that costs next to nothing.
+    """
+
+    def __init__(self, approximate: str = "none"):
+        super().__init__(approximate)
+        self.__dict__["last"] = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and _recomputes(y):
+            self.__dict__["last"] = x.detach(), x._version, y, y._version
+        return y
+
+    def behind(self, y: Tensor):
+        """A context for the layer behind, in which `y` is not kept if it is what this module has just returned."""
+        last, self.__dict__["last"] = self.last, None
+        if last is None or last[2] is not y or last[3] != y._version:
+            return contextlib.nullcontext()
+        # Checkpointing has its own say in what is kept; where PyTorch cannot tell whether it is on, everything is kept.
+        if getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: "unknown")(True) is not None:
+            return contextlib.nullcontext()
+        x, version = last[:2]
+        address, shape = y.data_ptr(), y.shape
+
+        def pack(tensor: Tensor) -> Optional[Tensor]:
+            return None if tensor.data_ptr() == address and tensor.shape == shape else tensor
+
+        def unpack(kept: Optional[Tensor]) -> Tensor:
+            if kept is not None:
+                return kept
+            if x._version != version:
+                raise RuntimeError("the input of a GELU was changed in place before the backward pass")
+            return super(RecomputedGELU, self).forward(x)
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+    def __getstate__(self):
+        return {**self.__dict__, "last": None}
+
+
+def _recomputes(y: Tensor) -> bool:
+    return y.is_cuda
+
+
+class NoisyLinear(_CallsItsLayers):
+    """An adapter whose contribution is perturbed in training: `MultiplicativeNoiseAdapter`.
+
+    `layer` numbers its noise. A tensor assigned to `z` (`[R, N]`, or `[R, T, N]` per token) is used instead of noise.
+    Loads its own names, those of a checkpoint without noise, and those of a plain linear layer.
+    """
+
+    def __init__(self, adapter: Adapter, sigma: float, pace: Pace, layer: int):
+        super().__init__()
+        self.adapter = adapter
+        self.sigma, self.layer = float(sigma), layer
+        self.z: Optional[Tensor] = None
+        # The controller is a submodule of the model, once; so is the GELU in front of this layer, if there is one.
+        self.__dict__.update(pace=pace, gelu=None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        is_noisy = self.training and self.sigma != 0
+        noise = self.pace.noise(self.layer, self.sigma, x.shape[0], self.z) if is_noisy else NO_NOISE
+        if self.gelu is None:
+            return self.adapter(x, noise)
+        with self.gelu.behind(x):
+            return self.adapter(x, noise)
+
+    def extra_repr(self) -> str:
+        return f"sigma={self.sigma:g}, layer={self.layer}"
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        _rename(state_dict, prefix, lambda name: name if name.startswith("adapter.") else f"adapter.{name}")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class SharedDropPath(nn.Module):
+    """DropPath that drops the same samples in both branches, and divides its mask by the mean over the global batch."""
+
+    def __init__(self, drop_prob: float, pace: Pace, layer: int):
+        super().__init__()
+        self.drop_prob, self.layer = drop_prob, layer
+        self.__dict__["pace"] = pace
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.drop_prob == 0:
+            return x
+        return self.pace.drop_path(self.layer, self.drop_prob, x)
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob:0.3f}, layer={self.layer}"

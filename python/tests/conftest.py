@@ -1,0 +1,87 @@
+import json
+import struct
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.models.swin_transformer import SwinTransformer
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benches" / "peers"))
+
+torch.set_num_threads(1)
+
+
+class Case:
+    """A recorded case of the official code: tensors, and settings as text."""
+
+    def __init__(self, path: Path):
+        with open(path, "rb") as file:
+            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+        self.settings, self.tensors = header["__metadata__"], load_file(path)
+
+    def __getitem__(self, name):
+        return self.tensors[name]
+
+    def get(self, name):
+        return self.tensors.get(name)
+
+    def under(self, prefix):
+        return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
+
+
+def golden(*patterns):
+    """Recorded cases, as parameters of a test."""
+    paths = sorted(path for pattern in patterns for path in (ROOT / "tests" / "golden").glob(pattern))
+    return pytest.mark.parametrize("case", paths, ids=[path.stem for path in paths], indirect=True)
+
+
+@pytest.fixture
+def case(request):
+    return Case(request.param)
+
+
+def vit(classes=7, drop_path_rate=0.0, depth=3, dtype=torch.float64, seed=0):
+    """A vision transformer of the size of the recorded training runs."""
+    torch.manual_seed(seed)
+    norm = partial(torch.nn.LayerNorm, eps=1e-6)
+    return timm.models.VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=24, depth=depth, num_heads=4, mlp_ratio=2, num_classes=classes,
+        drop_path_rate=drop_path_rate, norm_layer=norm,
+    ).to(dtype)
+
+
+def swin(classes=5, drop_path_rate=0.0, dtype=torch.float64, seed=0):
+    """A small Swin with windows, shifts and a downsampling layer without bias."""
+    torch.manual_seed(seed)
+    return SwinTransformer(
+        img_size=32, patch_size=4, window_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 4), num_classes=classes,
+        drop_path_rate=drop_path_rate,
+    ).to(dtype)
+
+
+def perturb(model, scale=0.1, seed=1):
+    """Moves the trained tensors away from their start, where most gradients are zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.add_((scale * noise).to(parameter.dtype))
+    return model
+
+
+def error(got, expected):
+    """The largest difference, relative to the largest expected value."""
+    got, expected = got.detach().double(), expected.detach().double()
+    assert got.shape == expected.shape, f"shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
+    return ((got - expected).abs().max() / expected.abs().max().clamp_min(1e-300)).item()
+
+
+def close(got, expected, tolerance=1e-10):
+    measured = error(got, expected)
+    assert measured <= tolerance, f"off by {measured:.2e}, allowed are {tolerance:.0e}"

@@ -1,0 +1,297 @@
+//! The operators as candle custom operations.
+//!
+//! A [`Kernel`] is an operator with its backward pass, on slices and with the feature `candle-cuda` on device memory; [`Op`]
+//! makes a candle operation of it. Each operator is a file, with both halves.
+
+#[cfg(feature = "candle-cuda")]
+mod device;
+mod drop_path;
+mod element;
+mod layer;
+mod lora_mul_weight;
+mod low_rank_linear;
+mod noisy_add;
+mod noisy_linear;
+mod prompt_bias;
+mod scalar;
+
+#[cfg(feature = "candle-cuda")]
+use self::device::{CudaSlice, CudaView, Gpu, Gradients};
+pub(super) use self::drop_path::DropPathKernel;
+pub(super) use self::element::Element;
+pub(super) use self::layer::{FrozenLinear, Layer, LayerNoise};
+pub(super) use self::lora_mul_weight::lora_mul_weight;
+pub(super) use self::low_rank_linear::low_rank_linear;
+pub use self::noisy_add::noisy_add;
+pub(super) use self::noisy_linear::noisy_linear;
+pub(super) use self::prompt_bias::prompt_bias;
+pub(super) use self::scalar::scalar;
+#[cfg(feature = "candle-cuda")]
+use candle_core::CudaStorage;
+use candle_core::backend::BackendStorage;
+use candle_core::{
+    CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Error, Layout, Result, Shape, Storage, Tensor,
+    WithDType,
+};
+
+/// An operator on one to three tensors: a forward pass on slices, and the gradients of its arguments.
+pub(super) trait Kernel: Send + Sync + 'static {
+    const NAME: &'static str;
+
+    /// The shape of the result, from the arguments' shapes.
+    fn shape(&self, arguments: &[&Shape]) -> Result<Shape>;
+
+    /// Computes the result; `out` has as many elements as [`shape`](Self::shape) says.
+    fn forward<T: Element>(&self, arguments: &[&[T]], out: &mut [T]) -> Result<()>;
+
+    /// Computes the gradients of the arguments that have a place for it, from that of the result.
+    fn backward<T: Element>(&self, arguments: &[&[T]], grad: &[T], out: Grads<'_, T>) -> Result<()>;
+
+    /// [`forward`](Self::forward) on a device. Contents of `out` are ignored.
+    #[cfg(feature = "candle-cuda")]
+    fn forward_cuda<T: device::Element>(
+        &self,
+        _gpu: &Gpu,
+        _arguments: &[CudaView<'_, T>],
+        _out: &mut CudaSlice<T>,
+    ) -> Result<()> {
+        candle_core::bail!("this operator has no kernel for CUDA tensors")
+    }
+
+    /// Computes on a device the gradients of the arguments that `wanted` asks for, and perhaps others.
+    #[cfg(feature = "candle-cuda")]
+    fn backward_cuda<T: device::Element>(
+        &self,
+        _gpu: &Gpu,
+        _arguments: &[CudaView<'_, T>],
+        _grad: &CudaView<'_, T>,
+        _wanted: &[bool],
+    ) -> Result<Gradients<T>> {
+        candle_core::bail!("this operator has no kernel for CUDA tensors")
+    }
+}
+
+/// A place for the gradient of each argument that needs one.
+pub(super) type Grads<'a, T> = Vec<Option<&'a mut [T]>>;
+
+/// Errors of the operators, to candle.
+pub(super) fn wrap<V>(result: crate::Result<V>) -> Result<V> {
+    result.map_err(Error::wrap)
+}
+
+fn unsupported(name: &str, dtype: DType) -> Error {
+    Error::Msg(format!("{name}: element type {dtype:?} is not supported, expected F32 or F64"))
+}
+
+/// The elements of a contiguous CPU tensor.
+fn view<'a, T: Element>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
+    let Some((start, end)) = layout.contiguous_offsets() else {
+        candle_core::bail!("a tensor that should be contiguous is not");
+    };
+    Ok(&T::cpu_storage_as_slice(storage)?[start..end])
+}
+
+fn on_cpu<'a>(storage: &'a Storage, name: &str) -> Result<&'a CpuStorage> {
+    match storage {
+        Storage::Cpu(storage) => Ok(storage),
+        _ => candle_core::bail!("{name}: a tensor is not on the CPU, as the others are"),
+    }
+}
+
+/// Calls `body` with the elements of contiguous CPU tensors.
+pub(super) fn with_slices<T: Element, R>(
+    name: &str,
+    tensors: &[&Tensor],
+    body: impl FnOnce(&[&[T]]) -> Result<R>,
+) -> Result<R> {
+    let storages: Vec<_> = tensors.iter().map(|tensor| tensor.storage_and_layout()).collect();
+    let slices: Vec<&[T]> = storages
+        .iter()
+        .map(|(storage, layout)| view::<T>(on_cpu(storage, name)?, layout))
+        .collect::<Result<_>>()?;
+    body(&slices)
+}
+
+/// Runs one of two monomorphic versions by element type.
+macro_rules! by_dtype {
+    ($name:expr, $dtype:expr, $T:ident => $body:expr) => {
+        match $dtype {
+            candle_core::DType::F32 => {
+                type $T = f32;
+                $body
+            }
+            candle_core::DType::F64 => {
+                type $T = f64;
+                $body
+            }
+            other => Err($crate::candle::ops::unsupported($name, other)),
+        }
+    };
+}
+use by_dtype;
+
+/// A [`Kernel`] as a candle operation.
+struct Op<K>(K);
+
+impl<K: Kernel> Op<K> {
+    fn fwd(&self, arguments: &[(&CpuStorage, &Layout)]) -> Result<(CpuStorage, Shape)> {
+        let shapes: Vec<&Shape> = arguments.iter().map(|(_, layout)| layout.shape()).collect();
+        let shape = self.0.shape(&shapes)?;
+        let dtype = arguments[0].0.dtype();
+        by_dtype!(K::NAME, dtype, T => {
+            let slices: Vec<&[T]> = arguments
+                .iter()
+                .map(|(storage, layout)| view(storage, layout))
+                .collect::<Result<_>>()?;
+            let mut out = vec![0.0; shape.elem_count()];
+            self.0.forward::<T>(&slices, &mut out)?;
+            Ok((T::to_cpu_storage_owned(out), shape))
+        })
+    }
+
+    fn bwd<const N: usize>(&self, arguments: [&Tensor; N], grad: &Tensor) -> Result<[Option<Tensor>; N]> {
+        let grad = grad.contiguous()?;
+        #[cfg(feature = "candle-cuda")]
+        if let candle_core::Device::Cuda(gpu) = grad.device() {
+            return device::backward(&self.0, gpu, arguments, &grad);
+        }
+        by_dtype!(K::NAME, grad.dtype(), T => {
+            let mut grads = arguments.map(|argument| argument.track_op().then(|| vec![0.0; argument.elem_count()]));
+            let places: Grads<'_, T> = grads.iter_mut().map(Option::as_deref_mut).collect();
+            let mut tensors = arguments.to_vec();
+            tensors.push(&grad);
+            with_slices::<T, _>(K::NAME, &tensors, |slices| {
+                self.0.backward(&slices[..N], slices[N], places)
+            })?;
+            let mut out = [const { None }; N];
+            for ((out, values), argument) in out.iter_mut().zip(grads).zip(arguments) {
+                *out = values
+                    .map(|values| Tensor::from_vec(values, argument.shape(), argument.device()))
+                    .transpose()?;
+            }
+            Ok(out)
+        })
+    }
+}
+
+impl<K: Kernel> CustomOp1 for Op<K> {
+    fn name(&self) -> &'static str {
+        K::NAME
+    }
+    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
+        self.fwd(&[(s, l)])
+    }
+    #[cfg(feature = "candle-cuda")]
+    fn cuda_fwd(&self, s: &CudaStorage, l: &Layout) -> Result<(CudaStorage, Shape)> {
+        device::forward(&self.0, &[(s, l)])
+    }
+    fn bwd(&self, a: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let [a] = Op::bwd(self, [a], grad)?;
+        Ok(a)
+    }
+}
+
+impl<K: Kernel> CustomOp2 for Op<K> {
+    fn name(&self) -> &'static str {
+        K::NAME
+    }
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        self.fwd(&[(s1, l1), (s2, l2)])
+    }
+    #[cfg(feature = "candle-cuda")]
+    fn cuda_fwd(
+        &self,
+        s1: &CudaStorage,
+        l1: &Layout,
+        s2: &CudaStorage,
+        l2: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        device::forward(&self.0, &[(s1, l1), (s2, l2)])
+    }
+    fn bwd(
+        &self,
+        a: &Tensor,
+        b: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let [a, b] = Op::bwd(self, [a, b], grad)?;
+        Ok((a, b))
+    }
+}
+
+impl<K: Kernel> CustomOp3 for Op<K> {
+    fn name(&self) -> &'static str {
+        K::NAME
+    }
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+        s3: &CpuStorage,
+        l3: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        self.fwd(&[(s1, l1), (s2, l2), (s3, l3)])
+    }
+    #[cfg(feature = "candle-cuda")]
+    fn cuda_fwd(
+        &self,
+        s1: &CudaStorage,
+        l1: &Layout,
+        s2: &CudaStorage,
+        l2: &Layout,
+        s3: &CudaStorage,
+        l3: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        device::forward(&self.0, &[(s1, l1), (s2, l2), (s3, l3)])
+    }
+    fn bwd(
+        &self,
+        a: &Tensor,
+        b: &Tensor,
+        c: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let [a, b, c] = Op::bwd(self, [a, b, c], grad)?;
+        Ok((a, b, c))
+    }
+}
+
+pub(super) fn apply1<K: Kernel>(kernel: K, a: &Tensor) -> Result<Tensor> {
+    a.contiguous()?.apply_op1(Op(kernel))
+}
+
+fn apply2<K: Kernel>(kernel: K, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    a.contiguous()?.apply_op2(&b.contiguous()?, Op(kernel))
+}
+
+pub(super) fn apply3<K: Kernel>(kernel: K, a: &Tensor, b: &Tensor, c: &Tensor) -> Result<Tensor> {
+    a.contiguous()?.apply_op3(&b.contiguous()?, &c.contiguous()?, Op(kernel))
+}
+
+/// Where gradients go that an operator always computes: the place that was given, or a spare one.
+fn places<'a, T: Element, const N: usize>(
+    out: &'a mut Grads<'_, T>,
+    spare: &'a mut [Vec<T>; N],
+    lengths: [usize; N],
+) -> [&'a mut [T]; N] {
+    let mut out = out.iter_mut();
+    let mut spare = spare.iter_mut();
+    lengths.map(|length| match (out.next(), spare.next()) {
+        (Some(Some(place)), _) => &mut place[..],
+        (_, Some(spare)) => {
+            spare.resize(length, T::zero());
+            &mut spare[..]
+        }
+        _ => &mut [],
+    })
+}

@@ -1,0 +1,102 @@
+//! Base and perturbed adapter output, for layers that compute both themselves.
+
+#[cfg(feature = "candle-cuda")]
+use super::device::{self, CudaSlice, CudaView, Gpu, Gradients, places};
+use super::{Element, Grads, Kernel, LayerNoise, apply2, wrap};
+use crate::cpu;
+use crate::noise::Generator;
+use crate::shape::LinearShape;
+use candle_core::{Result, Shape, Tensor};
+
+/// `base + z⊙a` for layers that compute both terms themselves, differentiable in both; `[rows, …, features]`.
+///
+/// `generator` is the noise and `branches` says how many branches the rows hold; `None` is plain addition.
+///
+/// # Errors
+/// If the shapes differ or do not fit the branches, or the tensors are on a device that has no such operator.
+pub fn noisy_add(base: &Tensor, a: &Tensor, generator: Option<Generator>, branches: usize) -> Result<Tensor> {
+    let dims = a.dims();
+    let Some(rows) = dims.first().filter(|&&rows| branches > 0 && rows % branches == 0 && dims.len() >= 2)
+    else {
+        candle_core::bail!("`a` needs [rows, …, features] with rows divisible by {branches}, got {dims:?}");
+    };
+    let features = dims[dims.len() - 1];
+    let shape = LinearShape {
+        branches,
+        batch: rows / branches,
+        tokens: dims[1..dims.len() - 1].iter().product(),
+        in_features: features,
+        out_features: features,
+        shared_input: false,
+    };
+    let noise = generator.map_or(LayerNoise::Off, LayerNoise::Generated);
+    apply2(NoisyAddKernel { shape, noise }, base, a)
+}
+
+/// `(base, a)` to `base + z⊙a`, see [`cpu::noisy_epilogue`].
+struct NoisyAddKernel {
+    shape: LinearShape,
+    noise: LayerNoise,
+}
+
+impl Kernel for NoisyAddKernel {
+    const NAME: &'static str = "noisy_epilogue";
+
+    fn shape(&self, arguments: &[&Shape]) -> Result<Shape> {
+        if arguments[0] != arguments[1] {
+            candle_core::bail!("shapes {:?} and {:?} differ", arguments[0], arguments[1]);
+        }
+        Ok(arguments[0].clone())
+    }
+
+    fn forward<T: Element>(&self, arguments: &[&[T]], out: &mut [T]) -> Result<()> {
+        out.copy_from_slice(arguments[0]);
+        self.noise.with(|noise| wrap(cpu::noisy_epilogue(self.shape, noise, arguments[1], out)))
+    }
+
+    fn backward<T: Element>(&self, _: &[&[T]], grad: &[T], mut out: Grads<'_, T>) -> Result<()> {
+        if let Some(base) = &mut out[0] {
+            base.copy_from_slice(grad);
+        }
+        match &mut out[1] {
+            Some(a) => {
+                self.noise.with(|noise| wrap(cpu::noisy_epilogue_backward(self.shape, noise, grad, a)))
+            }
+            None => Ok(()),
+        }
+    }
+
+    #[cfg(feature = "candle-cuda")]
+    fn forward_cuda<T: device::Element>(
+        &self,
+        gpu: &Gpu,
+        arguments: &[CudaView<'_, T>],
+        out: &mut CudaSlice<T>,
+    ) -> Result<()> {
+        gpu.candle.memcpy_dtod(&arguments[0], out)?;
+        let (shape, a) = (self.shape, &arguments[1]);
+        self.noise.on_device(|noise| wrap(gpu.operators.noisy_epilogue(shape, noise, a, out, &gpu.stream)))
+    }
+
+    #[cfg(feature = "candle-cuda")]
+    fn backward_cuda<T: device::Element>(
+        &self,
+        gpu: &Gpu,
+        arguments: &[CudaView<'_, T>],
+        grad: &CudaView<'_, T>,
+        wanted: &[bool],
+    ) -> Result<Gradients<T>> {
+        let mut out = places(gpu, arguments, wanted)?;
+        let [base, a] = &mut out[..] else { candle_core::bail!("noisy_epilogue takes two arguments") };
+        if let Some(base) = base {
+            gpu.candle.memcpy_dtod(grad, base)?;
+        }
+        if let Some(a) = a {
+            let (shape, stream) = (self.shape, &gpu.stream);
+            self.noise.on_device(|noise| {
+                wrap(gpu.operators.noisy_epilogue_backward(shape, noise, grad, a, stream))
+            })?;
+        }
+        Ok(out)
+    }
+}

@@ -1,0 +1,207 @@
+//! A layer with the paper's main adapter (LoRA mul, VPT add, or both), from the adapter's own parameters.
+
+use super::{
+    Base, LoraFactors, LoraGrads, NoisyLinear, NoisyLinearGrads, PromptBias, PromptGrads, lora_mul_weight,
+    lora_mul_weight_backward,
+};
+use crate::error::{Error, Result};
+use crate::noise::Noise;
+use crate::real::Real;
+use crate::shape::{LinearShape, length};
+
+/// `y = x·W0ᵀ + b0 + z ⊙ (x·ΔWᵀ + Δb)` with `ΔW = W0 ⊙ (scale·B·A)` and `Δb = W0·(Pd·Pu) + b0⊙δb`; paper equation 8.
+///
+/// ΔW and Δb are built for each pass and not kept. The same as [`lora_mul_weight`], [`PromptBias`] and [`NoisyLinear`] one after the
+/// other.
+#[derive(Debug, Clone, Copy)]
+pub struct LoraMulLinear<'a, T> {
+    /// Sizes.
+    pub shape: LinearShape,
+    /// Source of `z`.
+    pub noise: Noise<&'a [T]>,
+    /// The frozen layer.
+    pub base: Base<'a, T>,
+    /// LoRA mul; `None` is no ΔW.
+    pub lora: Option<Lora<&'a [T], T>>,
+    /// VPT add; without it `Δb = δb`.
+    pub prompt: Option<Prompt<&'a [T]>>,
+    /// `δb [N]`; `None` is zero.
+    pub delta_bias: Option<&'a [T]>,
+}
+
+/// Factors of a low-rank weight; `B` are the tensors, `S` is the scale.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Lora<B, S> {
+    /// Rank `r`.
+    pub rank: usize,
+    /// `A [r, K]`.
+    pub lora_a: B,
+    /// `B [N, r]`.
+    pub lora_b: B,
+    /// Factor on `B·A`; 1 in the paper.
+    pub scale: S,
+}
+
+/// Factors of a prompt; `B` are the tensors.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Prompt<B> {
+    /// Rank `p`.
+    pub rank: usize,
+    /// `Pd [K, p]`.
+    pub down: B,
+    /// `Pu [p]`.
+    pub up: B,
+}
+
+/// Where the gradients of a [`LoraMulLinear`] go; each is overwritten, `None` is not computed.
+#[derive(Debug)]
+pub struct LoraMulLinearGrads<B> {
+    /// `dx`, of the shape of `x`.
+    pub input: Option<B>,
+    /// `dA [r, K]`.
+    pub lora_a: Option<B>,
+    /// `dB [N, r]`.
+    pub lora_b: Option<B>,
+    /// `dPd [K, p]`.
+    pub prompt_down: Option<B>,
+    /// `dPu [p]`.
+    pub prompt_up: Option<B>,
+    /// `dδb [N]`.
+    pub delta_bias: Option<B>,
+}
+
+impl<B> Default for LoraMulLinearGrads<B> {
+    fn default() -> Self {
+        Self { input: None, lora_a: None, lora_b: None, prompt_down: None, prompt_up: None, delta_bias: None }
+    }
+}
+
+/// Checks that there is an adapter.
+pub(crate) fn check_adapter(has_lora: bool, has_prompt: bool) -> Result<()> {
+    if has_lora || has_prompt {
+        return Ok(());
+    }
+    Err(Error::Argument { argument: "lora_a", problem: "is required when there is no prompt" })
+}
+
+impl<B> LoraMulLinearGrads<B> {
+    /// Checks that nothing is asked for that the layer does not have.
+    pub(crate) fn check(&self, has_lora: bool, has_prompt: bool) -> Result<()> {
+        let asked = [
+            ("grads.lora_a", self.lora_a.is_some() && !has_lora),
+            ("grads.lora_b", self.lora_b.is_some() && !has_lora),
+            ("grads.prompt_down", self.prompt_down.is_some() && !has_prompt),
+            ("grads.prompt_up", self.prompt_up.is_some() && !has_prompt),
+        ];
+        match asked.into_iter().find(|&(_, is_wrong)| is_wrong) {
+            Some((argument, _)) => {
+                Err(Error::Argument { argument, problem: "is asked for, but the layer has no such factor" })
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+impl<'a, T: Real> LoraMulLinear<'a, T> {
+    fn factors(&self, lora: Lora<&'a [T], T>) -> LoraFactors<'a, T> {
+        let LinearShape { in_features, out_features, .. } = self.shape;
+        let Lora { rank, lora_a, lora_b, scale } = lora;
+        LoraFactors { out_features, in_features, rank, lora_b, lora_a, scale }
+    }
+
+    fn prompt_bias(&self, prompt: Prompt<&'a [T]>) -> PromptBias<'a, T> {
+        let LinearShape { in_features, out_features, .. } = self.shape;
+        PromptBias {
+            out_features,
+            in_features,
+            rank: prompt.rank,
+            base_weight: self.base.weight,
+            base_bias: self.base.bias,
+            prompt_down: prompt.down,
+            prompt_up: prompt.up,
+            delta_bias: self.delta_bias,
+        }
+    }
+
+    /// Calls `body` with the layer whose ΔW and Δb are these. Of a ΔW that is not needed only the length counts.
+    fn dense<R>(&self, needs_weight: bool, body: impl FnOnce(&NoisyLinear<'_, T>) -> Result<R>) -> Result<R> {
+        self.shape.check()?;
+        let LinearShape { in_features: k, out_features: n, .. } = self.shape;
+        length("base.weight", "[N, K]", self.base.weight, n * k)?;
+        let mut weight = vec![T::zero(); if self.lora.is_some() { n * k } else { 0 }];
+        if let Some(lora) = self.lora.filter(|_| needs_weight) {
+            lora_mul_weight(self.factors(lora), self.base.weight, &mut weight)?;
+        }
+        let mut bias = vec![T::zero(); if self.prompt.is_some() { n } else { 0 }];
+        if let Some(prompt) = self.prompt {
+            self.prompt_bias(prompt).forward(&mut bias)?;
+        }
+        body(&NoisyLinear {
+            shape: self.shape,
+            noise: self.noise,
+            base: Some(self.base),
+            delta_weight: self.lora.map(|_| &weight[..]),
+            delta_bias: if self.prompt.is_some() { Some(&bias) } else { self.delta_bias },
+        })
+    }
+
+    /// Computes `y [M, N]` from `x` (`[M, K]`, or `[B·T, K]` if the input is shared).
+    ///
+    /// # Errors
+    /// If there is neither LoRA nor a prompt, a size is zero or too large, a slice has another length than its shape, or `scale` is not finite.
+    pub fn forward(&self, x: &[T], y: &mut [T]) -> Result<()> {
+        check_adapter(self.lora.is_some(), self.prompt.is_some())?;
+        self.dense(true, |layer| layer.forward(x, y))
+    }
+
+    /// Computes gradients from `x` and `dy = ∂L/∂y [M, N]`, with the noise of the forward pass made again: those of
+    /// [`NoisyLinear`], [`lora_mul_weight`] and [`PromptBias`]. Only those to A and B need `x`.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward); also if a gradient is asked for whose factor the layer does not have.
+    pub fn backward(&self, x: Option<&[T]>, dy: &[T], grads: LoraMulLinearGrads<&mut [T]>) -> Result<()> {
+        check_adapter(self.lora.is_some(), self.prompt.is_some())?;
+        grads.check(self.lora.is_some(), self.prompt.is_some())?;
+        let LinearShape { in_features: k, out_features: n, .. } = self.shape;
+        let LoraMulLinearGrads { input, lora_a, lora_b, prompt_down, prompt_up, delta_bias } = grads;
+        let with_lora = lora_a.is_some() || lora_b.is_some();
+        let with_prompt =
+            self.prompt.is_some() && (prompt_down.is_some() || prompt_up.is_some() || delta_bias.is_some());
+        let mut dw = vec![T::zero(); if with_lora { n.saturating_mul(k) } else { 0 }];
+        let mut db = vec![T::zero(); if with_prompt { n } else { 0 }];
+        let mut delta_bias = delta_bias;
+        // Δb has no part in any gradient.
+        Self { prompt: None, ..*self }.dense(input.is_some(), |layer| {
+            let delta_bias = if with_prompt { Some(&mut db[..]) } else { delta_bias.as_deref_mut() };
+            let grads =
+                NoisyLinearGrads { input, delta_weight: with_lora.then_some(&mut dw[..]), delta_bias };
+            layer.backward_from(x, dy, grads)
+        })?;
+        // Both factors' gradients come together; one that is not wanted goes nowhere.
+        let (mut spare_a, mut spare_b) = (Vec::new(), Vec::new());
+        if let Some(lora) = self.lora.filter(|_| with_lora) {
+            let lora_a = or_spare(lora_a, &mut spare_a, lora.lora_a.len());
+            let lora_b = or_spare(lora_b, &mut spare_b, lora.lora_b.len());
+            let grads = LoraGrads { lora_b, lora_a };
+            lora_mul_weight_backward(self.factors(lora), self.base.weight, &dw, grads)?;
+        }
+        if let Some(prompt) = self.prompt.filter(|_| with_prompt) {
+            let prompt_down = or_spare(prompt_down, &mut spare_a, prompt.down.len());
+            let prompt_up = or_spare(prompt_up, &mut spare_b, prompt.up.len());
+            let grads = PromptGrads { prompt_down, prompt_up, delta_bias };
+            self.prompt_bias(prompt).backward(&db, grads)?;
+        }
+        Ok(())
+    }
+}
+
+fn or_spare<'s, T: Real>(wanted: Option<&'s mut [T]>, spare: &'s mut Vec<T>, len: usize) -> &'s mut [T] {
+    match wanted {
+        Some(wanted) => wanted,
+        None => {
+            spare.clear();
+            spare.resize(len, T::zero());
+            spare
+        }
+    }
+}
