@@ -44,10 +44,10 @@
 // `BTC`: one draw per (sample, token, channel).
 #define PACE_PER_TOKEN 1
 
-// Flag of a layer on CUDA: one product with `W0 + z⊙ΔW` in place of two, where that pays. The CPU always does it.
+// Flag of a layer on CUDA: one GEMM with `W0 + z⊙ΔW` in place of two, where that pays. The CPU always does it.
 #define PACE_FOLD 1
 
-// Flag of a layer on CUDA in `PACE_F32`: products of TF32 accuracy.
+// Flag of a layer on CUDA in `PACE_F32`: GEMMs of TF32 accuracy.
 #define PACE_ALLOW_TF32 2
 
 // Plain cross-entropy; logits `[B, C]`.
@@ -201,7 +201,7 @@ typedef struct PaceLowRankLinear {
   struct PaceTensor workspace;
 } PaceLowRankLinear;
 
-// Arguments of `pace_noisy_epilogue_*`, for trainers with a product of their own: `y += z ⊙ a` in place.
+// Arguments of `pace_noisy_epilogue_*`, for trainers with a GEMM of their own: `y += z ⊙ a` in place.
 typedef struct PaceNoisyEpilogue {
   // `sizeof(PaceNoisyEpilogue)`.
   uint64_t size;
@@ -559,8 +559,8 @@ const char *pace_version(void);
 // never return: start processes before, or afresh.
 PaceStatus pace_set_threads(uint64_t threads);
 
-// Lends the CPU operators a BLAS for their large products, once and until the process ends; otherwise they use the library's own.
-// It is called from many threads at a time, and each product is to run on the calling thread alone:
+// Registers a BLAS for the CPU operators' large GEMMs, once and until the process ends; otherwise they use the library's own.
+// It is called from many threads at a time, and each GEMM is to run on the calling thread alone:
 // `set_num_threads_local` is for a BLAS that has threads of its own, and may be NULL.
 //
 // # Safety
@@ -595,7 +595,7 @@ PaceStatus pace_noisy_linear_forward(const struct PaceDevice *device,
                                      void *stream,
                                      const struct PaceNoisyLinear *args);
 
-// Computes gradients from `x` and `dy`, with the noise of the forward pass made again: `dx = g·W0 + e·ΔW`, `dΔW = eᵀ·x`,
+// Computes gradients from `x` and `dy`, with the noise of the forward pass recomputed: `dx = g·W0 + e·ΔW`, `dΔW = eᵀ·x`,
 // `dΔb = Σ_rows e`, where `g = dy` and `e = z⊙g`; with a shared input, sums over the branches.
 //
 // # Safety
@@ -620,7 +620,7 @@ PaceStatus pace_low_rank_linear_forward(const struct PaceDevice *device,
                                         void *stream,
                                         const struct PaceLowRankLinear *args);
 
-// Computes gradients from `x`, `dy` and on CUDA `s`, with the noise of the forward pass made again. With `g = dy`, `e = z⊙g`,
+// Computes gradients from `x`, `dy` and on CUDA `s`, with the noise of the forward pass recomputed. With `g = dy`, `e = z⊙g`,
 // `ds = scale·e·B`: `dx = g·W0 + ds·A`, `dB = eᵀ·s`, `dA = dsᵀ·x`, `dδb = Σ_rows e`; with a shared input, sums over the
 // branches.
 //
@@ -646,7 +646,7 @@ PaceStatus pace_noisy_epilogue_forward(const struct PaceDevice *device,
                                        void *stream,
                                        const struct PaceNoisyEpilogue *args);
 
-// Computes `da = z ⊙ dy`, with the noise of the forward pass made again.
+// Computes `da = z ⊙ dy`, with the noise of the forward pass recomputed.
 //
 // # Safety
 // As `pace_noisy_linear_forward`.
@@ -662,7 +662,7 @@ PaceStatus pace_lora_mul_linear_forward(const struct PaceDevice *device,
                                         void *stream,
                                         const struct PaceLoraMulLinear *args);
 
-// Computes gradients from `x` and `dy`, with the noise of the forward pass made again: those of `pace_noisy_linear_backward`,
+// Computes gradients from `x` and `dy`, with the noise of the forward pass recomputed: those of `pace_noisy_linear_backward`,
 // `pace_low_rank_weight_backward` and `pace_prompt_bias_backward`.
 //
 // # Safety

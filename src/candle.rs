@@ -11,7 +11,7 @@
 //!
 //! The feature `candle-cuda` takes what candle's own CUDA support takes to build, nvcc and NVIDIA's libraries, and a device
 //! that `cuda::Device::open` accepts. Operators run on the stream of the candle device and allocate from it; only
-//! [`Objective::step`] and [`grad_norm`] wait for the device. Products of `f32` follow candle's own switch for TF32,
+//! [`Objective::step`] and [`grad_norm`] wait for the device. GEMMs of `f32` follow candle's own switch for TF32,
 //! `candle_core::cuda::set_gemm_reduced_precision_f32`, which is off at the start. The operators of [`vit`] that are not
 //! PACE's (layer norm, attention, GELU) are composed of candle's on CUDA.
 //!

@@ -59,7 +59,7 @@ impl Gpu {
     }
 
     /// Memory for `len` elements, at least one: the driver has no empty allocations. It holds anything: a kernel writes it
-    /// before anybody reads it.
+    /// before it is read.
     pub(super) fn alloc<T: DeviceRepr>(&self, len: usize) -> Result<CudaSlice<T>> {
         // SAFETY: the operators overwrite their outputs in full and take workspaces that hold anything; where one fails,
         // what it should have written is dropped unread.

@@ -150,7 +150,7 @@ impl PaceLinear {
 
     /// Lets the branches part: `B` rows in, `branches·B` differently perturbed rows out.
     ///
-    /// The rows that both branches share go through the products once. In evaluation, or with one branch, it is
+    /// The rows that both branches share go through the GEMMs once. In evaluation, or with one branch, it is
     /// [`forward`](Module::forward).
     ///
     /// # Errors

@@ -407,7 +407,7 @@ pub(super) fn workspace_buffer(tensor: PaceTensor, bytes: usize, needed: usize) 
     Ok(Buffer { len: buffer.len / bytes, ..buffer })
 }
 
-/// Checks a factor that nobody wants to be zero: in a zeroed struct it was forgotten.
+/// Rejects a factor of 0, which almost always means that the field was not set.
 pub(super) fn check_scale(scale: f64) -> Result<f64> {
     match scale {
         0.0 => Err(Failure::new(

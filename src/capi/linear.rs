@@ -1,4 +1,4 @@
-//! Linear layers under noise, and the epilogue for products of the caller's own.
+//! Linear layers under noise, and the epilogue for GEMMs of the caller's own.
 
 use super::call::*;
 use super::types::*;
@@ -104,7 +104,7 @@ pub unsafe extern "C" fn pace_noisy_linear_forward(
     unsafe { call::<Forward, _>(device, stream, args) }
 }
 
-/// Computes gradients from `x` and `dy`, with the noise of the forward pass made again: `dx = g·W0 + e·ΔW`, `dΔW = eᵀ·x`,
+/// Computes gradients from `x` and `dy`, with the noise of the forward pass recomputed: `dx = g·W0 + e·ΔW`, `dΔW = eᵀ·x`,
 /// `dΔb = Σ_rows e`, where `g = dy` and `e = z⊙g`; with a shared input, sums over the branches.
 ///
 /// # Safety
@@ -238,7 +238,7 @@ pub unsafe extern "C" fn pace_low_rank_linear_forward(
     unsafe { call::<Forward, _>(device, stream, args) }
 }
 
-/// Computes gradients from `x`, `dy` and on CUDA `s`, with the noise of the forward pass made again. With `g = dy`, `e = z⊙g`,
+/// Computes gradients from `x`, `dy` and on CUDA `s`, with the noise of the forward pass recomputed. With `g = dy`, `e = z⊙g`,
 /// `ds = scale·e·B`: `dx = g·W0 + ds·A`, `dB = eᵀ·s`, `dA = dsᵀ·x`, `dδb = Σ_rows e`; with a shared input, sums over the
 /// branches.
 ///
@@ -337,7 +337,7 @@ pub unsafe extern "C" fn pace_noisy_epilogue_forward(
     unsafe { call::<Forward, _>(device, stream, args) }
 }
 
-/// Computes `da = z ⊙ dy`, with the noise of the forward pass made again.
+/// Computes `da = z ⊙ dy`, with the noise of the forward pass recomputed.
 ///
 /// # Safety
 /// As `pace_noisy_linear_forward`.

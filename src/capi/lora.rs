@@ -161,7 +161,7 @@ pub unsafe extern "C" fn pace_lora_mul_linear_forward(
     unsafe { call::<Forward, _>(device, stream, args) }
 }
 
-/// Computes gradients from `x` and `dy`, with the noise of the forward pass made again: those of `pace_noisy_linear_backward`,
+/// Computes gradients from `x` and `dy`, with the noise of the forward pass recomputed: those of `pace_noisy_linear_backward`,
 /// `pace_low_rank_weight_backward` and `pace_prompt_bias_backward`.
 ///
 /// # Safety

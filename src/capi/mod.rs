@@ -250,11 +250,11 @@ pub type PaceDgemm = unsafe extern "C" fn(
     ldc: *const i32,
 );
 
-/// `MKL_Set_Num_Threads_Local`: sets how many threads products on the calling thread use, and gives the number before.
+/// `MKL_Set_Num_Threads_Local`: sets how many threads GEMMs on the calling thread use, and gives the number before.
 pub type PaceSetNumThreads = unsafe extern "C" fn(threads: i32) -> i32;
 
-/// Lends the CPU operators a BLAS for their large products, once and until the process ends; otherwise they use the library's own.
-/// It is called from many threads at a time, and each product is to run on the calling thread alone:
+/// Registers a BLAS for the CPU operators' large GEMMs, once and until the process ends; otherwise they use the library's own.
+/// It is called from many threads at a time, and each GEMM is to run on the calling thread alone:
 /// `set_num_threads_local` is for a BLAS that has threads of its own, and may be NULL.
 ///
 /// # Safety

@@ -26,9 +26,9 @@ pub const PACE_PER_SAMPLE: u32 = 0;
 /// `BTC`: one draw per (sample, token, channel).
 pub const PACE_PER_TOKEN: u32 = 1;
 
-/// Flag of a layer on CUDA: one product with `W0 + z⊙ΔW` in place of two, where that pays. The CPU always does it.
+/// Flag of a layer on CUDA: one GEMM with `W0 + z⊙ΔW` in place of two, where that pays. The CPU always does it.
 pub const PACE_FOLD: u32 = 1;
-/// Flag of a layer on CUDA in `PACE_F32`: products of TF32 accuracy.
+/// Flag of a layer on CUDA in `PACE_F32`: GEMMs of TF32 accuracy.
 pub const PACE_ALLOW_TF32: u32 = 2;
 
 /// Plain cross-entropy; logits `[B, C]`.
@@ -254,7 +254,7 @@ pub struct PaceLoraMulLinear {
     pub workspace: PaceTensor,
 }
 
-/// Arguments of `pace_noisy_epilogue_*`, for trainers with a product of their own: `y += z ⊙ a` in place.
+/// Arguments of `pace_noisy_epilogue_*`, for trainers with a GEMM of their own: `y += z ⊙ a` in place.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct PaceNoisyEpilogue {

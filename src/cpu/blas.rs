@@ -1,4 +1,4 @@
-//! Matrix products by a BLAS that the host program lends, in place of `faer`'s.
+//! GEMMs by a BLAS that the host program registers, in place of `faer`'s.
 //!
 //! Trainers often bring one that is made for the processor at hand (PyTorch has MKL in it on x86). It is called for one tile
 //! at a time, from the threads that the operators run on, and computes each on the calling thread alone.
@@ -32,8 +32,8 @@ pub struct Blas {
     pub sgemm: Gemm<f32>,
     /// Double precision.
     pub dgemm: Gemm<f64>,
-    /// `MKL_Set_Num_Threads_Local`, for a library that has threads of its own: sets how many the calling thread's products use,
-    /// and gives the number before. `None` if products run on the calling thread anyway.
+    /// `MKL_Set_Num_Threads_Local`, for a library that has threads of its own: sets how many the calling thread's GEMMs use,
+    /// and gives the number before. `None` if GEMMs run on the calling thread anyway.
     pub set_num_threads_local: Option<unsafe extern "C" fn(c_int) -> c_int>,
 }
 
@@ -42,7 +42,7 @@ static BLAS: OnceLock<Blas> = OnceLock::new();
 /// Below so many multiplications `faer`, which the compiler can see through, is at least as fast.
 const MIN_WORK: usize = 1 << 20;
 
-/// Lets large products on the CPU be computed by a BLAS, from now until the process ends.
+/// Registers a BLAS for large GEMMs on the CPU, from now until the process ends.
 ///
 /// # Errors
 /// [`Error::Argument`] if one has been set already.
@@ -54,12 +54,12 @@ pub unsafe fn set_blas(blas: Blas) -> Result<()> {
     set.map_err(|_| Error::Argument { argument: "blas", problem: "has been set before" })
 }
 
-/// Whether large products are a BLAS's.
+/// Whether a BLAS computes large GEMMs.
 pub(super) fn is_lent() -> bool {
     BLAS.get().is_some()
 }
 
-/// A type that BLAS has products for.
+/// A type that BLAS has GEMMs for.
 pub trait BlasReal: Copy {
     /// The function of this type.
     fn gemm(blas: &Blas) -> Gemm<Self>;
@@ -88,7 +88,7 @@ fn layout<T>(a: MatRef<'_, T>) -> Option<(c_char, c_int)> {
     Some((letter as c_char, stride))
 }
 
-/// Whether there is a BLAS that suits a product and each of its `parts`.
+/// Whether there is a BLAS that suits a GEMM and each of its `parts`.
 pub(super) fn suits<T>(c: MatRef<'_, T>, a: MatRef<'_, T>, b: MatRef<'_, T>, parts: usize) -> bool {
     let (m, n, k) = (c.nrows(), c.ncols(), a.ncols());
     is_lent()
@@ -100,7 +100,7 @@ pub(super) fn suits<T>(c: MatRef<'_, T>, a: MatRef<'_, T>, b: MatRef<'_, T>, par
         && [c, a, b].into_iter().all(|matrix| layout(matrix).is_some())
 }
 
-/// `c = scale·a·b + beta·c` on this thread, for a product (or a part of one) that [`suits`].
+/// `c = scale·a·b + beta·c` on this thread, for a GEMM (or a part of one) that [`suits`].
 pub(super) fn gemm<T: BlasReal>(c: MatMut<'_, T>, beta: T, scale: T, a: MatRef<'_, T>, b: MatRef<'_, T>) {
     // BLAS writes columns: a row-major result is the transpose of one.
     let (c, a, b) =

@@ -154,7 +154,7 @@ impl<'a, T: Real> LoraMulLinear<'a, T> {
         self.dense(true, |layer| layer.forward(x, y))
     }
 
-    /// Computes gradients from `x` and `dy = ∂L/∂y [M, N]`, with the noise of the forward pass made again: those of
+    /// Computes gradients from `x` and `dy = ∂L/∂y [M, N]`, with the noise of the forward pass recomputed: those of
     /// [`NoisyLinear`], [`lora_mul_weight`] and [`PromptBias`]. Only those to A and B need `x`.
     ///
     /// # Errors
@@ -177,7 +177,7 @@ impl<'a, T: Real> LoraMulLinear<'a, T> {
                 NoisyLinearGrads { input, delta_weight: with_lora.then_some(&mut dw[..]), delta_bias };
             layer.backward_from(x, dy, grads)
         })?;
-        // Both factors' gradients come together; one that is not wanted goes nowhere.
+        // Both factors' gradients come together; one that was not asked for is dropped.
         let (mut spare_a, mut spare_b) = (Vec::new(), Vec::new());
         if let Some(lora) = self.lora.filter(|_| with_lora) {
             let lora_a = or_spare(lora_a, &mut spare_a, lora.lora_a.len());

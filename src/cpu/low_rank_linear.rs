@@ -1,6 +1,6 @@
 //! Low-rank noisy linear layer (LoRA add): `y = x·W0ᵀ + b0 + z ⊙ (c·(x·Aᵀ)·Bᵀ + δb)`, `c` the scale.
 //!
-//! ΔW = c·B·A is never formed: `s = c·x·Aᵀ` has r columns, and the rank-r product joins each tile of the base product
+//! ΔW = c·B·A is never formed: `s = c·x·Aᵀ` has r columns, and the rank-r GEMM joins each tile of the base GEMM
 //! in its epilogue. The backward pass does the same with `ds = e·B`.
 
 use super::Base;
@@ -93,7 +93,7 @@ impl<T: Real> LowRankLinear<'_, T> {
         Ok(())
     }
 
-    /// Computes gradients from `x` and `dy = ∂L/∂y [M, N]`, with the noise of the forward pass made again.
+    /// Computes gradients from `x` and `dy = ∂L/∂y [M, N]`, with the noise of the forward pass recomputed.
     ///
     /// With `g = dy`, `e = z⊙g`, `s = scale·x·Aᵀ` and `ds = scale·e·B`: `dx = g·W0 + ds·A`, `dB = eᵀ·s`, `dA = dsᵀ·x`,
     /// `dδb = Σ_rows e`; with a shared input, sums over the branches.
@@ -225,7 +225,7 @@ impl<T> Default for Scratch<T> {
     }
 }
 
-/// The scale of a low-rank product must be finite.
+/// The scale of a low-rank adapter must be finite.
 pub(crate) fn check_scale<T: Real>(scale: T) -> Result<()> {
     if scale.to_f64().is_finite() {
         Ok(())

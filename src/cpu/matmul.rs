@@ -1,4 +1,4 @@
-//! Matrix products over slices that were checked before, by `faer` or a lent BLAS; and sums of partial ones.
+//! GEMMs over slices that were checked before, by `faer` or a registered BLAS; and sums of partial ones.
 
 use super::blas;
 use crate::real::Real;
@@ -22,7 +22,7 @@ pub(super) fn mat_mut<T>(slice: &mut [T], rows: usize, cols: usize) -> MatMut<'_
     MatMut::from_row_major_slice_mut(slice, rows, cols)
 }
 
-/// A column-major slice as a mutable matrix. Products with few columns run several times faster into this layout.
+/// A column-major slice as a mutable matrix. GEMMs with few columns run several times faster into this layout.
 pub(super) fn mat_mut_t<T>(slice: &mut [T], rows: usize, cols: usize) -> MatMut<'_, T> {
     MatMut::from_column_major_slice_mut(slice, rows, cols)
 }
@@ -50,7 +50,7 @@ pub(super) fn gemm_scaled<T: Real>(
     }
 }
 
-/// A product by BLAS, in parts that run in parallel.
+/// A GEMM by BLAS, in parts that run in parallel.
 fn blas_in_parts<T: Real>(
     c: MatMut<'_, T>,
     beta: T,
@@ -98,7 +98,7 @@ pub(super) fn all_threads() -> Par {
     if threads > 1 { Par::rayon(threads) } else { Par::Seq }
 }
 
-/// How one product inside `tasks` parallel tasks should run: alone when the tasks keep every thread busy.
+/// How one GEMM inside `tasks` parallel tasks should run: alone when the tasks keep every thread busy.
 pub(super) fn inner_threads(tasks: usize) -> Par {
     if tasks >= rayon::current_num_threads() { Par::Seq } else { all_threads() }
 }

@@ -1,4 +1,4 @@
-//! Noisy epilogue for trainers that keep their own product: `y += z⊙a` in place.
+//! Noisy epilogue for trainers that keep their own GEMM: `y += z⊙a` in place.
 
 use super::rows::Z;
 use crate::error::Result;

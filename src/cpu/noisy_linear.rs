@@ -2,9 +2,9 @@
 //!
 //! Two ways to the same numbers:
 //!
-//! * *general*: both products, tile by tile, joined in the epilogue. Any noise, any sizes.
+//! * *general*: both GEMMs, tile by tile, joined in the epilogue. Any noise, any sizes.
 //! * *folded*: when the tokens of a sample share `z` and there are enough of them to pay for it, each sample gets
-//!   its effective weight `W0 + z⊙ΔW`, built block by block in the cache, and one product does the work of two.
+//!   its effective weight `W0 + z⊙ΔW`, built block by block in the cache, and one GEMM does the work of two.
 //!   With the noise off there is one effective weight for all samples.
 //!
 //! The weight gradient is the same in both: `ΔW` rows are summed over all token rows in a fixed order.
@@ -21,7 +21,7 @@ use crate::vector::zip2;
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Tokens per sample from which building an effective weight per sample is cheaper than a second product.
+/// Tokens per sample from which building an effective weight per sample is cheaper than a second GEMM.
 const FOLD_TOKENS: usize = 32;
 
 /// `y = x·W0ᵀ + b0 + z ⊙ (x·ΔWᵀ + Δb)` and its gradients; paper equation 8.
@@ -169,7 +169,7 @@ impl<T: Real> NoisyLinear<'_, T> {
                 z.fill(sample * t, channels.clone(), z_row);
                 let weight = weight.get(width * k);
                 fold.block(channels.clone(), 0..k, z_row, weight, par);
-                // z becomes the effective bias b0 + z⊙Δb, laid under the product.
+                // z becomes the effective bias b0 + z⊙Δb, which the GEMM is added to.
                 for (z, c) in z_row.iter_mut().zip(channels) {
                     let delta = self.delta_bias.map_or(T::zero(), |bias| *z * bias[c]);
                     *z = self.base.and_then(|base| base.bias).map_or(delta, |bias| bias[c] + delta);
@@ -184,7 +184,7 @@ impl<T: Real> NoisyLinear<'_, T> {
         );
     }
 
-    /// Computes gradients from `x` and `dy = ∂L/∂y [M, N]`, with the noise of the forward pass made again.
+    /// Computes gradients from `x` and `dy = ∂L/∂y [M, N]`, with the noise of the forward pass recomputed.
     ///
     /// `dx = g·W0 + e·ΔW`, `dΔW = eᵀ·x`, `dΔb = Σ_rows e`, where `g = dy` and `e = z⊙g`; with a shared input, sums over
     /// the branches.

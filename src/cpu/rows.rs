@@ -204,7 +204,7 @@ pub(super) fn forward<T: Real>(
     );
 }
 
-/// `y = product + b0 + z ⊙ (tile + Δb)`; the base product, if any, lies in the first branch's rows.
+/// `y = base + b0 + z ⊙ (tile + Δb)`; the base GEMM's result, if any, is in the first branch's rows.
 #[expect(
     clippy::too_many_arguments,
     reason = "one call site; the arguments are the tile's address and operands"
@@ -222,7 +222,7 @@ fn epilogue<T: Real>(
     let (n, width) = (z.shape.out_features, channels.len());
     let rows = out[0].len() / n;
     bias.resize(width, T::zero());
-    // The last branch first: the base product in branch 0's rows is read by all and overwritten by its own.
+    // The last branch first: the base GEMM's result in branch 0's rows is read by all and overwritten by its own.
     for branch in (0..out.len()).rev() {
         let (before, out) = out.split_at_mut(branch);
         let offset = branch * z.shape.in_rows() + first_row;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 /// A tensor that something else owns (PyTorch, a C program), for the operators of [`Device`](super::Device) and `cudarc`'s.
 ///
-/// It is never freed here, and nobody waits for anybody: order the work on it with that of its owner, as on one stream. A
+/// It is never freed here, and nothing is synchronised: order the work on it with that of its owner, as on one stream. A
 /// stream of the owner's comes in by [`CudaContext::wrap_borrowed_stream`](cudarc::driver::CudaContext::wrap_borrowed_stream)
 /// of [`Device::context`](super::Device::context).
 #[derive(Debug)]

@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use std::ffi::c_void;
 use std::sync::{Mutex, PoisonError};
 
-/// A handle of the library for one device, and what it chose for each kind of product. As the device, it stays until the process ends.
+/// A handle of the library for one device, and what it chose for each kind of GEMM. Like the device, it stays until the process ends.
 #[derive(Debug)]
 pub(super) struct CublasLt {
     handle: sys::cublasLtHandle_t,
@@ -22,7 +22,7 @@ unsafe impl Send for CublasLt {}
 // SAFETY: as above; what is kept beside it is behind a lock.
 unsafe impl Sync for CublasLt {}
 
-/// Kinds of products that are kept, at most: for callers whose batch size never stays the same.
+/// Kinds of GEMMs that are kept, at most: for callers whose batch size never stays the same.
 const MOST_PREPARED: usize = 1024;
 
 /// Everything that the choice of an algorithm depends on.
@@ -55,7 +55,7 @@ impl Key {
     }
 }
 
-/// The library's description of a product, and its choice of an algorithm.
+/// The library's description of a GEMM, and its choice of an algorithm.
 #[derive(Debug)]
 struct Prepared {
     operation: Operation,
@@ -139,11 +139,11 @@ impl CublasLt {
         Ok(Self { handle, prepared: Mutex::default() })
     }
 
-    /// Queues a product on a stream.
+    /// Queues a GEMM on a stream.
     ///
     /// # Safety
     /// The context of this handle is current and the stream is one of it; operands and workspace are device memory there with at
-    /// least the sizes that the product states, and stay so until it has run.
+    /// least the sizes that the GEMM states, and stay so until it has run.
     pub(super) unsafe fn run(&self, gemm: &Gemm, stream: CUstream) -> Result<()> {
         // A panic elsewhere cannot leave an entry half made.
         let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
@@ -161,7 +161,7 @@ impl CublasLt {
                 .set(sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias)?;
         }
         let [first, second, output] = &prepared.layouts;
-        // The library is column-major: it computes Bᵀ = Bᵀ·Aᵀ.
+        // The library is column-major: it computes Dᵀ = Bᵀ·Aᵀ.
         // SAFETY: the descriptions were made for these sizes; the rest is the caller's promise. Scalars are read before the
         // call returns.
         let queued = unsafe {

@@ -99,7 +99,7 @@ impl Device {
         &self.gpu
     }
 
-    /// Whether this device has a cuBLASLt library, or why not; without one, [`select`](super::select) falls back to kernels of this
+    /// Whether this device has a cuBLASLt library, or why not; without one, [`select`](super::select()) falls back to kernels of this
     /// crate.
     ///
     /// # Errors

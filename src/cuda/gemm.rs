@@ -1,10 +1,10 @@
-//! Matrix products as steps of a plan, for a library to compute.
+//! GEMMs as steps of a plan, for a library to compute.
 
 use super::buffer::{Address, DType};
 use super::gpu::Gpu;
 use super::layer::Arithmetic;
 
-/// `D [m, n] = alpha·A @ B + beta·B + bias`, all row-major and of one type, accumulated in `f32` and rounded once.
+/// `D [m, n] = alpha·A @ B + beta·D + bias`, all row-major and of one type, accumulated in `f32` and rounded once.
 ///
 /// Plans have checked the sizes and what overlaps: each fits 32 bits signed.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -13,9 +13,9 @@ pub struct Gemm {
     pub dtype: DType,
     /// Whether `f32` may be multiplied as TF32 (10 fraction bits).
     pub allow_tf32: bool,
-    /// Rows of `B`.
+    /// Rows of `D`.
     pub m: usize,
-    /// Columns of `B`.
+    /// Columns of `D`.
     pub n: usize,
     /// The inner size.
     pub k: usize,
@@ -23,11 +23,11 @@ pub struct Gemm {
     pub a: Matrix,
     /// `B [k, n]`.
     pub b: Matrix,
-    /// `B`.
+    /// `D`.
     pub d: Address,
-    /// Factor on the product.
+    /// Factor on `A @ B`.
     pub alpha: f32,
-    /// Factor on what is in `B` before: 0 (contents are ignored) or 1.
+    /// Factor on what is in `D` before: 0 (contents are ignored) or 1.
     pub beta: f32,
     /// A vector `[n]` that is added to each row before rounding.
     pub bias: Option<Address>,
@@ -99,7 +99,7 @@ impl Gemms {
 }
 
 impl Gemm {
-    /// The same, added to what is in `B`.
+    /// The same, added to what is in `D`.
     pub(super) fn accumulated(self) -> Self {
         Self { beta: 1.0, ..self }
     }

@@ -48,7 +48,7 @@ struct Places {
     /// Their gradients.
     weight_grad: Buffer,
     bias_grad: Buffer,
-    /// Gradients that nobody wants, of the larger and the smaller factor.
+    /// Gradients that were not asked for, of the larger and the smaller factor.
     spare: [Address; 4],
     /// For the operators, one after the other.
     operators: Buffer,
@@ -182,7 +182,7 @@ impl LoraMulLinear<Buffer, Source> {
         Ok(plan)
     }
 
-    /// The plan that computes gradients from `x` and `dy = ∂L/∂y [M, N]`, with the noise of the forward pass made again.
+    /// The plan that computes gradients from `x` and `dy = ∂L/∂y [M, N]`, with the noise of the forward pass recomputed.
     /// `workspace` as in [`forward`](Self::forward). Only the gradients to A and B need `x`.
     ///
     /// # Errors
@@ -301,7 +301,7 @@ impl Device {
         unsafe { self.launch(&plan, stream) }
     }
 
-    /// Computes gradients from `x` and `dy = ∂L/∂y [M, N]`, with the noise of the forward pass made again. `workspace` as
+    /// Computes gradients from `x` and `dy = ∂L/∂y [M, N]`, with the noise of the forward pass recomputed. `workspace` as
     /// in [`lora_mul_linear`](Self::lora_mul_linear).
     ///
     /// # Errors

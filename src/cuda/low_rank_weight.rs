@@ -230,7 +230,7 @@ impl LoraFactors<Buffer> {
     }
 
     /// The plan that computes `dB = scale·Q·Aᵀ` and `dA = scale·Bᵀ·Q` from the gradient of [`weight`](Self::weight)'s
-    /// output, `delta_weight_grad [N, K]`: `Q` is that, or with a `base_weight` its product with `W0`.
+    /// output, `delta_weight_grad [N, K]`: `Q` is that, or with a `base_weight` times `W0`, element by element.
     ///
     /// # Errors
     /// As [`weight`](Self::weight); also if the workspace is too small.
@@ -306,7 +306,7 @@ impl Device {
     }
 
     /// `dB = scale·dΔW·Aᵀ`, `dA = scale·Bᵀ·dΔW`: gradients of [`Device::low_rank_weight`]. `workspace` has at least
-    /// [`LoraFactors::workspace_len`] elements; what it holds does not matter.
+    /// [`LoraFactors::workspace_len`] elements; contents are ignored.
     ///
     /// # Errors
     /// As [`LoraFactors::backward`]; also if an argument belongs to another device, or a launch fails.

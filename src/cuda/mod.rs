@@ -1,14 +1,14 @@
-//! The operators on NVIDIA devices: hand-written kernels, planned on the host, launched on the caller's stream.
+//! The operators on NVIDIA devices: planned on the host, launched on the caller's stream.
 //!
-//! An operator turns its arguments into a plan, a plain [`Launch`]: which kernel, how many blocks and threads, which
-//! parameters. Planning checks every argument and needs neither device nor driver. [`Device`] carries plans out through
-//! `cudarc`: methods that take anything which implements `cudarc`'s `DevicePtr` are safe; [`Device::launch`] takes plans
-//! over raw addresses.
+//! An operator turns its arguments and a [`Gpu`] into a [`Plan`]: launches of kernels, and GEMMs of cuBLASLt, one after the
+//! other. Planning checks every argument and needs neither device nor driver; [`select()`] chooses the [`Family`] that computes a
+//! linear layer. [`Device`] carries plans out through `cudarc`: methods that take anything which implements `cudarc`'s
+//! `DevicePtr` are safe; [`Device::launch`] takes plans over raw addresses.
 //!
 //! Nothing here allocates device memory, waits for the device or creates a stream, so everything can be captured in a
-//! CUDA graph. A captured graph replays with fresh noise if the key lies in device memory (see [`Noise::Generated`]).
-//! `cudarc` itself records events on tensors as soon as there is a second stream; switch that off
-//! (`CudaContext::disable_event_tracking`) before you make the tensors of a graph.
+//! CUDA graph. A captured graph replays with fresh noise if the key lies in device memory (see
+//! [`noise::Noise::Keyed`](crate::noise::Noise::Keyed)). `cudarc` itself records events on tensors as soon as there is a second
+//! stream; switch that off (`CudaContext::disable_event_tracking`) before you make the tensors of a graph.
 //!
 //! Streams and tensors of other libraries come in as [`BorrowedTensor`] and `cudarc`'s `wrap_borrowed_stream`.
 //!
@@ -20,7 +20,7 @@
 //!
 //! ```no_run
 //! use pace_kernels::LinearShape;
-//! use pace_kernels::cuda::{Base, Device, LowRankLinear, Noise};
+//! use pace_kernels::cuda::{Base, DType, Device, LowRankLinear, Noise};
 //! use pace_kernels::noise::{Generator, Key, NoiseShape};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -36,16 +36,16 @@
 //! };
 //! let (k, n, rank) = (shape.in_features, shape.out_features, 16);
 //! let (weight, bias) = (stream.alloc_zeros::<f32>(n * k)?, stream.alloc_zeros::<f32>(n)?);
-//! let (down, up) = (stream.alloc_zeros::<f32>(n * rank)?, stream.alloc_zeros::<f32>(rank * k)?);
+//! let (lora_b, lora_a) = (stream.alloc_zeros::<f32>(n * rank)?, stream.alloc_zeros::<f32>(rank * k)?);
 //! let (seed, step, layer, sigma) = (42, 0, 0, 0.5);
 //! let generator = Generator::new(Key::derive(seed, step, layer), sigma, NoiseShape::PerSample, 0)?;
 //! let lora = LowRankLinear {
 //!     shape,
-//!     noise: Noise::Generated { generator, key: None },
+//!     noise: Noise::Generated(generator),
 //!     base: Some(Base { weight: &weight as _, bias: Some(&bias as _) }),
 //!     rank,
-//!     down: &down as _,
-//!     up: &up as _,
+//!     lora_b: &lora_b as _,
+//!     lora_a: &lora_a as _,
 //!     delta_bias: None,
 //!     scale: 1.0,
 //!     allow_tf32: false,
@@ -53,7 +53,9 @@
 //! let x = stream.alloc_zeros::<f32>(shape.in_rows() * k)?;
 //! let mut s = stream.alloc_zeros::<f32>(shape.in_rows() * rank)?;
 //! let mut y = stream.alloc_zeros::<f32>(shape.out_rows() * n)?;
-//! device.low_rank_linear(&lora, &x, &mut s, &mut y, &stream)?;
+//! let workspace_len = lora.workspace_len(device.gpu(), DType::F32);
+//! let mut workspace = stream.alloc_zeros::<f32>(workspace_len.max(1))?;
+//! device.low_rank_linear(&lora, &x, &mut s, &mut y, &mut workspace, &stream)?;
 //! # Ok(())
 //! # }
 //! ```

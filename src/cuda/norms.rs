@@ -211,7 +211,7 @@ impl FpDistance {
 
 impl Device {
     /// Euclidean norm of all gradients together, `√(Σ g²)`, accumulated in `f64`, into `norm [1]`. `workspace` has at least
-    /// [`GradNorm::workspace_len`] elements; what it holds does not matter.
+    /// [`GradNorm::workspace_len`] elements; contents are ignored.
     ///
     /// # Errors
     /// As [`GradNorm::plan`]; also if an argument belongs to another device, or a launch fails.
@@ -236,7 +236,7 @@ impl Device {
 
     /// FP-distance of a fine-tuned model to its pre-trained self, `mean_i ‖f(θ; x_i) − f(θ0; x_i)‖²` (paper section 3.2),
     /// from both models' outputs `[samples, features]`, into `distance [1]`. `workspace` has at least
-    /// [`FpDistance::workspace_len`] elements; what it holds does not matter.
+    /// [`FpDistance::workspace_len`] elements; contents are ignored.
     ///
     /// # Errors
     /// As [`FpDistance::plan`]; also if an argument belongs to another device, or a launch fails.

@@ -268,8 +268,8 @@ impl<'a, T> PromptBias<&'a dyn DevicePtr<T>> {
 }
 
 impl Device {
-    /// `out [N] = W0·(Pd·Pu) + b0⊙δb`. `workspace` has at least [`PromptBias::workspace_len`] elements; what it holds does
-    /// not matter.
+    /// `out [N] = W0·(Pd·Pu) + b0⊙δb`. `workspace` has at least [`PromptBias::workspace_len`] elements; contents are
+    /// ignored.
     ///
     /// # Errors
     /// As [`PromptBias::forward`]; also if an argument belongs to another device, or a launch fails.

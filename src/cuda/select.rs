@@ -18,7 +18,8 @@ pub struct Problem {
     pub rank: Option<usize>,
 }
 
-/// The family that computes a layer on a device, in both passes.
+/// The family that computes a layer on a device, in both passes. Sizes that a forced family does not take fall back to
+/// `sm80`, which takes all.
 ///
 /// ```
 /// use pace_kernels::LinearShape;
@@ -38,16 +39,16 @@ pub struct Problem {
 /// assert_eq!(select(&Gpu { has_cublaslt: false, ..Gpu::H100 }, &problem), Family::Sm80);
 /// ```
 pub fn select(gpu: &Gpu, problem: &Problem) -> Family {
+    let LinearShape { in_features, out_features, .. } = problem.shape;
+    let (rows, rank) = (problem.shape.out_rows(), problem.rank.unwrap_or(0));
+    // cuBLASLt's kernels index with 32 bits.
+    if [rows, in_features, out_features, rank].iter().any(|&size| size > i32::MAX as usize) {
+        return Family::Sm80;
+    }
     if let Some(forced) = gpu.family {
         return forced;
     }
     if !gpu.has_cublaslt {
-        return Family::Sm80;
-    }
-    let LinearShape { in_features, out_features, .. } = problem.shape;
-    let rows = problem.shape.out_rows();
-    // cuBLASLt's kernels index with 32 bits.
-    if [rows, in_features, out_features].iter().any(|&size| size > i32::MAX as usize) {
         return Family::Sm80;
     }
     // H200, 2026-11-26, ViT-B shapes: GEMMs of `sm80` reach 12 to 35 % of cuBLASLt's speed in bf16 and 33 % in f32, in every shape,

@@ -39,13 +39,13 @@ pub fn linear<'a>(
     };
     let factors = of(DOWN).zip(of(UP)).zip(of(DELTA_BIAS));
     let delta = match (factors, prompt) {
-        (Some(((down, up), delta_bias)), None) => {
-            let s = product(up)?;
-            s.broadcast_matmul(&down.t()?)?.broadcast_add(delta_bias)?
+        (Some(((lora_b, lora_a), delta_bias)), None) => {
+            let s = product(lora_a)?;
+            s.broadcast_matmul(&lora_b.t()?)?.broadcast_add(delta_bias)?
         }
-        (Some(((down, up), delta_bias)), Some(prompt)) => {
+        (Some(((lora_b, lora_a), delta_bias)), Some(prompt)) => {
             let delta_bias = (prompt + (bias * delta_bias)?)?;
-            product(&(weight * down.matmul(up)?)?)?.broadcast_add(&delta_bias)?
+            product(&(weight * lora_b.matmul(lora_a)?)?)?.broadcast_add(&delta_bias)?
         }
         (None, Some(prompt)) => prompt.broadcast_as(base.shape())?,
         (None, None) => return Err("a layer with the parameters of no adapter".into()),

@@ -369,13 +369,13 @@ impl Model<'_> {
     }
 
     fn place(&self, op: Op) -> Op {
-        let Layers::Kernels(place) = self.layers else { unreachable!("plain layers are no operators") };
+        let Layers::Kernels(place) = self.layers else { return op };
         Op { place, ..op }
     }
 
     /// A noisy layer in training step `step`, or in evaluation.
     fn linear(&self, name: &str, x: &Tensor, step: Option<usize>) -> Result<Tensor, Failed> {
-        if matches!(self.layers, Layers::Plain) {
+        if let Layers::Plain = self.layers {
             return self.plain_linear(name, x, step);
         }
         let branches = if step.is_some() { self.context.branches() } else { 1 };

@@ -57,7 +57,7 @@ pub(super) fn forward(
     plan
 }
 
-/// `e = z⊙g`, and a GEMM for each product of the gradients.
+/// `e = z⊙g`, and a GEMM for each term of the gradients.
 pub(super) fn backward(
     layer: &LowRankLinear<Buffer, Source>,
     pass: &Pass,

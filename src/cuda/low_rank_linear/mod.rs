@@ -23,7 +23,7 @@ use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
 /// where `z` comes from: [`Source`] or [`Noise`].
 ///
 /// Ranks up to 32 have kernels of their own: `s = scale·x·Aᵀ` costs no pass over `x`, and the backward pass reads `dy` once
-/// for all gradients of the adapter. Larger ranks, and layers without a base, are products one after the other.
+/// for all gradients of the adapter. Larger ranks, and layers without a base, are GEMMs one after the other.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LowRankLinear<B, N> {
     /// Sizes.
@@ -150,7 +150,7 @@ impl LowRankLinear<Buffer, Source> {
     }
 
     /// The plan that computes gradients from `x`, the `s` of the forward pass and `dy = ∂L/∂y [M, N]`, with the noise of
-    /// the forward pass made again. `workspace` as in [`forward`](Self::forward).
+    /// the forward pass recomputed. `workspace` as in [`forward`](Self::forward).
     ///
     /// With `g = dy`, `e = z⊙g` and `ds = scale·e·B`: `dx = g·W0 + ds·A`, `dB = eᵀ·s`, `dA = dsᵀ·x`, `dδb = Σ_rows e`; with a
     /// shared input, sums over the branches.
@@ -239,7 +239,7 @@ impl Device {
     }
 
     /// Computes gradients from `x`, the `s` of the forward pass and `dy = ∂L/∂y [M, N]`, with the noise of the forward pass
-    /// made again. `workspace` as in [`low_rank_linear`](Self::low_rank_linear).
+    /// recomputed. `workspace` as in [`low_rank_linear`](Self::low_rank_linear).
     ///
     /// # Errors
     /// As [`LowRankLinear::backward`]; also if an argument belongs to another device, or a launch fails.

@@ -120,7 +120,7 @@ struct Workspace {
     ds: usize,
     /// Partial sums of `ds`, `dB` and `dδb`.
     sums: [usize; 3],
-    /// Partial sums of a product's weight gradient: of `dB`, where it is one, and later of `dA`.
+    /// Partial sums of a GEMM's weight gradient: of `dB`, where it is one, and later of `dA`.
     products: usize,
     len: usize,
 }

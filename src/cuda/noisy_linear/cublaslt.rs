@@ -40,7 +40,7 @@ pub(super) fn forward(layer: &NoisyLinear<Buffer, Source>, pass: &Pass, x: Buffe
     outputs.plan(shape, pass, &mut arena)
 }
 
-/// `e = z⊙g`, and a GEMM for each product of the gradients.
+/// `e = z⊙g`, and a GEMM for each term of the gradients.
 pub(super) fn backward(
     layer: &NoisyLinear<Buffer, Source>,
     pass: &Pass,

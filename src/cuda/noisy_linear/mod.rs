@@ -33,7 +33,7 @@ pub struct NoisyLinear<B, N> {
     pub delta_weight: Option<B>,
     /// `Δb [N]`; `None` is zero.
     pub delta_bias: Option<B>,
-    /// Whether the forward pass may take one product with `W0 + z⊙ΔW` instead of two, where a sample's tokens share `z` and
+    /// Whether the forward pass may take one GEMM with `W0 + z⊙ΔW` instead of two, where a sample's tokens share `z` and
     /// fill the tiles (or the noise is off). The sum is rounded to the tensors' type: nothing is lost in `f32`; in the
     /// 16-bit types an adapter that is small against `W0` keeps fewer bits.
     pub fold: bool,
@@ -131,7 +131,7 @@ impl NoisyLinear<Buffer, Source> {
         }
     }
 
-    /// The plan that computes gradients from `x` and `dy = ∂L/∂y [M, N]`, with the noise of the forward pass made again.
+    /// The plan that computes gradients from `x` and `dy = ∂L/∂y [M, N]`, with the noise of the forward pass recomputed.
     /// `workspace` as in [`forward`](Self::forward).
     ///
     /// `dx = g·W0 + e·ΔW`, `dΔW = eᵀ·x`, `dΔb = Σ_rows e`, where `g = dy` and `e = z⊙g`; with a shared input, sums over
@@ -238,7 +238,7 @@ impl Device {
         unsafe { self.launch(&plan, stream) }
     }
 
-    /// Computes gradients from `x` and `dy = ∂L/∂y [M, N]`, with the noise of the forward pass made again. `workspace` as
+    /// Computes gradients from `x` and `dy = ∂L/∂y [M, N]`, with the noise of the forward pass recomputed. `workspace` as
     /// in [`noisy_linear`](Self::noisy_linear).
     ///
     /// # Errors

@@ -138,7 +138,7 @@ pub(in crate::cuda) fn blocks(argument: &'static str, sizes: &[usize]) -> Result
     }
 }
 
-/// Operands of a forward product `y = Σ left·rightᵀ`, checked before; adapter segments come last.
+/// Operands of a forward GEMM `y = Σ left·rightᵀ`, checked before; adapter segments come last.
 pub(in crate::cuda) struct ForwardGemm<'a> {
     pub(in crate::cuda) run: Arithmetic,
     pub(in crate::cuda) shape: LinearShape,
@@ -149,7 +149,7 @@ pub(in crate::cuda) struct ForwardGemm<'a> {
     pub(in crate::cuda) delta_bias: Option<Buffer>,
     pub(in crate::cuda) y: Buffer,
     pub(in crate::cuda) fold: bool,
-    /// Factor on the adapter's product.
+    /// Factor on the adapter's term.
     pub(in crate::cuda) scale: f32,
 }
 

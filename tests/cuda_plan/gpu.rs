@@ -1,0 +1,55 @@
+//! What plans know of a device, and the names of families.
+
+use crate::support::*;
+use pace_kernels::cuda::{Family, Gpu};
+use std::collections::HashSet;
+
+#[test]
+fn families_have_names_of_their_own() {
+    let names = Family::ALL.map(Family::name);
+    assert_eq!(names, ["sm80", "cublaslt"]);
+    assert_eq!(names.iter().collect::<HashSet<_>>().len(), names.len());
+    for family in Family::ALL {
+        assert_eq!(family.name().parse(), Ok(family));
+    }
+    let unknown = argument("family", "is no family, expected `sm80` or `cublaslt`");
+    for name in ["", "SM80", "sm80 ", " cublaslt", "cublasLt", "cublas", "sm90", "sm80,cublaslt"] {
+        assert_error(name.parse::<Family>(), &unknown);
+    }
+    // The error names every family.
+    names.iter().for_each(|name| assert!(unknown.to_string().contains(&format!("`{name}`"))));
+}
+
+#[test]
+fn a_forced_family_changes_nothing_else() {
+    for gpu in [Gpu::A100, Gpu::RTX_4090, Gpu::H100] {
+        assert_eq!(gpu.family, None);
+        for family in Family::ALL {
+            let forced = gpu.with_family(family);
+            assert_eq!(forced.family, Some(family));
+            assert_eq!(Gpu { family: None, ..forced }, gpu);
+            let other = if family == Family::Sm80 { Family::CublasLt } else { Family::Sm80 };
+            assert_eq!(forced.with_family(other), gpu.with_family(other));
+        }
+    }
+}
+
+#[test]
+fn a_family_runs_where_its_needs_are_met() {
+    for (capability, has_cublaslt, want) in [
+        ((7, 5), false, [false, false]),
+        ((7, 5), true, [false, true]),
+        ((8, 0), false, [true, false]),
+        ((8, 9), true, [true, true]),
+        ((9, 0), false, [true, false]),
+        ((12, 0), true, [true, true]),
+    ] {
+        let gpu = Gpu { capability, has_cublaslt, ..Gpu::A100 };
+        assert_eq!(Family::ALL.map(|family| family.is_available(&gpu)), want, "{gpu:?}");
+        // Whether it is forced does not matter.
+        for forced in Family::ALL {
+            let gpu = gpu.with_family(forced);
+            assert_eq!(Family::ALL.map(|family| family.is_available(&gpu)), want, "{gpu:?}");
+        }
+    }
+}

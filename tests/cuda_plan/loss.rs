@@ -1,0 +1,210 @@
+//! The loss: geometry, wrong arguments, and its status.
+
+use crate::support::*;
+use pace_kernels::Error;
+use pace_kernels::cuda::{Buffer, DType, Finding, Loss, LossSettings, LossStatus, Partner};
+
+/// Classes, samples and remembered samples of `loss`.
+const C: usize = 24;
+const B: usize = 6;
+const ROWS: usize = 10;
+const SETTINGS: LossSettings =
+    LossSettings { classes: C, lambda: 0.5, label_smoothing: 0.1, ignore_label: None };
+
+/// Its tensors lie at multiples of 4096, in their order here.
+fn loss() -> Loss {
+    Loss {
+        settings: SETTINGS,
+        dtype: DType::F16,
+        logits: buffer(4096, B * C),
+        labels: buffer(2 * 4096, B),
+        partner: Partner::History { table: buffer(3 * 4096, ROWS * C), index: buffer(4 * 4096, B) },
+        gradient: Some(buffer(5 * 4096, B * C)),
+        values: buffer(6 * 4096, 3),
+        status: buffer(7 * 4096, LossStatus::WORDS),
+        workspace: buffer(8 * 4096, SETTINGS.workspace_len(B)),
+    }
+}
+
+#[test]
+fn a_loss_has_the_documented_geometry() {
+    // A warp per sample of up to 256 classes; a block per sample while the batch is small.
+    let plan = loss().plan().unwrap();
+    let launch = only(&plan);
+    assert_eq!((launch.kernel.name, launch.grid, launch.block), ("loss_f16", [1, 6, 1], [32, 1, 1]));
+    // Two slices of 2056 and 2048 classes.
+    let settings = LossSettings { classes: 4104, ..SETTINGS };
+    let wide = Loss {
+        settings,
+        logits: buffer(1 << 20, B * 4104),
+        partner: Partner::None,
+        gradient: Some(buffer(1 << 21, B * 4104)),
+        workspace: buffer(1 << 22, settings.workspace_len(B)),
+        ..loss()
+    };
+    let plan = wide.plan().unwrap();
+    let [first, launch] = launches(&plan);
+    assert_eq!((first.kernel.name, first.grid, first.block), ("loss_scan_f16", [2, 6, 1], [512, 1, 1]));
+    assert_eq!((launch.kernel.name, launch.grid, launch.block), ("loss_apply_f16", [2, 6, 1], [512, 1, 1]));
+    // Only what combines the slices is left.
+    let plan = Loss { gradient: None, ..wide }.plan().unwrap();
+    assert_eq!(launches::<2>(&plan)[1].grid, [1, 6, 1]);
+    // Whatever the sizes, blocks have at most 512 threads, and grids at most 65535 rows.
+    for classes in [1, 33, 256, 257, 4096, 4097, 50257, 1 << 20, 1 << 30] {
+        for batch in [1, 63, 64, 130, 1 << 12, 1 << 24] {
+            let settings = LossSettings { classes, ..SETTINGS };
+            let operator = Loss {
+                settings,
+                logits: buffer(1 << 60, 2 * batch * classes),
+                labels: buffer(1 << 61, batch),
+                partner: Partner::OtherBranch,
+                gradient: Some(buffer(1 << 62, 2 * batch * classes)),
+                workspace: buffer(1 << 63, settings.workspace_len(batch)),
+                ..loss()
+            };
+            let plan = operator.plan().unwrap();
+            let count = if classes <= 4096 { 1 } else { 2 };
+            assert_eq!((plan.steps().len(), plan.launches().count()), (count, count), "{classes} {batch}");
+            for launch in plan.launches() {
+                let ([x, y, _], [threads, ..]) = (launch.grid, launch.block);
+                assert!(x > 0 && (1..=65535).contains(&y), "{classes} {batch}: {launch:?}");
+                assert!((32..=512).contains(&threads) && threads % 32 == 0, "{classes} {batch}: {launch:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn wrong_arguments_of_a_loss_are_refused() {
+    let wrong = |operator: Loss, want: Error| assert_error(operator.plan(), &want);
+    let size = |argument, expected, got| Error::Size { argument, expected, got };
+    let settings = |settings, want| wrong(Loss { settings, ..loss() }, want);
+    settings(LossSettings { classes: 0, ..SETTINGS }, size("classes", "at least 1", 0));
+    let classes = (1 << 30) + 1;
+    settings(LossSettings { classes, ..SETTINGS }, size("classes", "at most 2^30", classes));
+    for lambda in [-0.5, f64::INFINITY, f64::NEG_INFINITY, 1e39] {
+        let got = if lambda == 1e39 { f64::INFINITY } else { lambda };
+        let want = Error::Value { argument: "lambda", expected: "finite and not negative", got };
+        settings(LossSettings { lambda, ..SETTINGS }, want);
+    }
+    for label_smoothing in [-0.1, 1.1, f64::INFINITY] {
+        let want = Error::Value { argument: "label_smoothing", expected: "in [0, 1]", got: label_smoothing };
+        settings(LossSettings { label_smoothing, ..SETTINGS }, want);
+    }
+    for operator in [
+        LossSettings { lambda: f64::NAN, ..SETTINGS },
+        LossSettings { label_smoothing: f64::NAN, ..SETTINGS },
+    ] {
+        assert!(matches!(Loss { settings: operator, ..loss() }.plan(), Err(Error::Value { .. })));
+    }
+    wrong(Loss { labels: buffer(8192, 0), ..loss() }, size("labels.len()", "at least 1", 0));
+    let batch = (1 << 24) + 1;
+    wrong(Loss { labels: buffer(8192, batch), ..loss() }, size("labels.len()", "at most 2^24", batch));
+
+    // Each tensor in turn: what it is called, its shape and length, the bytes of an element, and the loss with another one.
+    type With = fn(Buffer) -> Loss;
+    let needed = SETTINGS.workspace_len(B);
+    let tensors: [(&'static str, &'static str, usize, u64, With); 8] = [
+        ("logits", "[B, C]", B * C, 2, |logits| Loss { logits, ..loss() }),
+        ("labels", "[B]", B, 8, |labels| Loss { labels, ..loss() }),
+        ("history", "[n, C]", ROWS * C, 4, |table| {
+            let index = buffer(4 * 4096, B);
+            Loss { partner: Partner::History { table, index }, ..loss() }
+        }),
+        ("index", "[B]", B, 8, |index| {
+            let table = buffer(3 * 4096, ROWS * C);
+            Loss { partner: Partner::History { table, index }, ..loss() }
+        }),
+        ("gradient", "[B, C]", B * C, 2, |gradient| Loss { gradient: Some(gradient), ..loss() }),
+        ("values", "[3]", 3, 4, |values| Loss { values, ..loss() }),
+        ("status", "[9]", LossStatus::WORDS, 8, |status| Loss { status, ..loss() }),
+        ("workspace", "[workspace_len()]", needed, 4, |workspace| Loss { workspace, ..loss() }),
+    ];
+    for (i, (name, shape, len, bytes, with)) in tensors.into_iter().enumerate() {
+        let address = 4096 * (i as u64 + 1);
+        assert_eq!(with(buffer(address, len)), loss(), "{name}");
+        wrong(with(buffer(0, len)), argument(name, NULL));
+        wrong(with(buffer(address + bytes / 2, len)), argument(name, MISALIGNED));
+        match name {
+            "history" => {
+                let expected = "a multiple of the number of classes, and not 0";
+                for got in [0, 1, len - 1, len + 1] {
+                    wrong(with(buffer(address, got)), size("history.len()", expected, got));
+                }
+                let want = Error::Overflow { argument: "history", shape: "[n, C]" };
+                wrong(with(buffer(address, usize::MAX - usize::MAX % C)), want);
+            }
+            // Another length is another batch.
+            "labels" => wrong(with(buffer(address, B + 1)), length("logits", "[B, C]", (B + 1) * C, B * C)),
+            // More is fine.
+            "workspace" => {
+                wrong(with(buffer(address, len - 1)), length(name, shape, len, len - 1));
+                assert!(with(buffer(address, usize::MAX)).plan().is_ok());
+            }
+            _ => {
+                for got in [0, len - 1, len + 1, usize::MAX] {
+                    wrong(with(buffer(address, got)), length(name, shape, len, got));
+                }
+            }
+        }
+        // No output may touch anything else, by one element at either end; inputs may touch inputs.
+        let input = |name| ["logits", "labels", "index"].contains(&name);
+        for (j, &(other, _, other_len, other_bytes, _)) in tensors.iter().enumerate().filter(|&(j, _)| j != i)
+        {
+            // Addresses are multiples of 8 as well as of the element.
+            let (start, end) =
+                (4096 * (j as u64 + 1), 4096 * (j as u64 + 1) + other_bytes * other_len as u64);
+            let behind = (end - 1) / 8 * 8;
+            let before = (start - bytes * len as u64) / 8 * 8 + 8;
+            for at in [behind, before] {
+                let moved = with(buffer(at, len));
+                match moved.plan() {
+                    Ok(_) => assert!(input(name) && input(other), "{name} over {other}"),
+                    Err(Error::Argument { argument, problem }) => {
+                        let outputs = !input(name) && !input(other);
+                        assert_eq!(
+                            problem,
+                            if outputs { "overlaps another output" } else { "overlaps an output" }
+                        );
+                        // With an input it is the one that is named.
+                        assert!([name, other].contains(&argument) && (outputs || input(argument)));
+                    }
+                    Err(error) => panic!("{name} over {other}: {error}"),
+                }
+            }
+        }
+    }
+    // The length saturates for sizes that no plan accepts.
+    for classes in [0, usize::MAX] {
+        let settings = LossSettings { classes, ..SETTINGS };
+        assert_eq!(settings.workspace_len(usize::MAX), usize::MAX);
+    }
+    let both = Loss { partner: Partner::OtherBranch, ..loss() };
+    wrong(both, length("logits", "[2B, C]", 2 * B * C, B * C));
+    let both = Loss { logits: buffer(4096, 2 * B * C), ..both };
+    wrong(both, length("gradient", "[2B, C]", 2 * B * C, B * C));
+    let huge = LossSettings { classes: 1 << 30, ..SETTINGS };
+    let huge =
+        Loss { settings: huge, labels: buffer(8192, 1 << 24), logits: buffer(4096, usize::MAX), ..both };
+    assert!(matches!(huge.plan(), Err(Error::Length { argument: "logits", .. })));
+}
+
+#[test]
+fn a_status_becomes_the_error_of_the_first_wrong_element() {
+    let words = [2, 5, (-7i64).cast_unsigned(), 1, 3, 99, 4, 1, 8];
+    let status = LossStatus::new(words);
+    let finding = |count, position, value| Finding { count, position, value };
+    let [labels, indices, repeated] = [finding(2, 5, -7), finding(1, 3, 99), finding(4, 1, 8)];
+    assert_eq!(status, LossStatus { labels, indices, repeated });
+    let none = Finding::default();
+    let check = |status: LossStatus| status.check(C, ROWS);
+    assert_eq!(check(LossStatus::default()), Ok(()));
+    assert_eq!(check(status), Err(Error::Label { position: 5, label: -7, classes: C }));
+    let duplicate = Err(Error::DuplicateIndex { position: 1, index: 8 });
+    assert_eq!(check(LossStatus { labels: none, ..status }), duplicate);
+    assert_eq!(check(LossStatus { labels: none, indices: none, repeated }), duplicate);
+    let index = Err(Error::Index { position: 3, index: 99, rows: ROWS });
+    let later = finding(1, 4, 8);
+    assert_eq!(check(LossStatus { labels: none, indices, repeated: later }), index);
+    assert_eq!(check(LossStatus { labels: none, indices, repeated: none }), index);
+}

@@ -1,0 +1,207 @@
+//! Weights of adapters, the prompt's bias and merging: geometry, and wrong arguments.
+
+use crate::support::*;
+use pace_kernels::Error;
+use pace_kernels::cuda::{
+    Buffer, DType, LoraFactors, LoraGrads, Merge, MergeSign, Plan, PromptBias, PromptGrads,
+};
+
+/// Rank 3 under a weight [40, 520]: three strips of 256 columns and three parts of 16 rows.
+const LORA: LoraFactors<Buffer> = LoraFactors {
+    out_features: 40,
+    in_features: 520,
+    rank: 3,
+    lora_b: Buffer { address: 1 << 16, len: 120 },
+    lora_a: Buffer { address: 1 << 17, len: 1560 },
+    scale: 0.5,
+};
+const WEIGHT: Buffer = Buffer { address: 1 << 20, len: 40 * 520 };
+const LORA_GRADS: LoraGrads<Buffer> = LoraGrads {
+    lora_b: Buffer { address: 1 << 21, len: 120 },
+    lora_a: Buffer { address: 1 << 22, len: 1560 },
+};
+/// Of `LORA`'s gradients, in the 16-bit types.
+const LORA_WORKSPACE: Buffer = Buffer { address: 1 << 23, len: 3 * 1560 + 3 * 120 };
+
+#[test]
+fn low_rank_plans() {
+    let out = buffer(1 << 24, 40 * 520);
+    let plan = LORA.weight(DType::F16, None, out).unwrap();
+    let launch = only(&plan);
+    assert_eq!(
+        (launch.kernel.name, launch.grid, launch.block),
+        ("low_rank_weight_f16", [3, 3, 1], [128, 1, 1])
+    );
+    assert_eq!(only(&LORA.weight(DType::F32, Some(WEIGHT), out).unwrap()).grid, [5, 3, 1]);
+    let workspace = buffer(1 << 23, LORA.workspace_len(DType::BF16));
+    assert_eq!(workspace, LORA_WORKSPACE);
+    let plan = LORA.backward(DType::BF16, Some(WEIGHT), out, LORA_GRADS, workspace).unwrap();
+    let [partials, lora_b, lora_a] = launches(&plan);
+    assert_eq!((partials.kernel.name, partials.grid), ("low_rank_weight_backward_bf16", [3, 3, 1]));
+    assert_eq!((lora_b.kernel.name, lora_b.grid, lora_a.grid), ("partial_sums_bf16", [1, 1, 1], [2, 1, 1]));
+    // Parts have at most 128 rows; grids at most 65535.
+    for (out_features, grid) in [(1 << 20, 8192), (1 << 24, 65535)] {
+        let lora_b = buffer(1 << 40, 3 * out_features);
+        let lora_a = buffer(1 << 50, 3);
+        let lora = LoraFactors { out_features, in_features: 1, lora_b, lora_a, ..LORA };
+        let grads = LoraGrads { lora_b: buffer(1 << 41, 3 * out_features), lora_a: buffer(1 << 51, 3) };
+        let workspace = buffer(1 << 42, lora.workspace_len(DType::F16));
+        let grad = buffer(1 << 43, out_features);
+        let plan = lora.backward(DType::F16, None, grad, grads, workspace).unwrap();
+        let [partials, ..] = launches::<3>(&plan);
+        assert_eq!(partials.grid, [1, grid, 1]);
+        assert_eq!(only(&lora.weight(DType::F16, None, grad).unwrap()).grid, [1, 65535, 1]);
+    }
+
+    let zero = |argument| Error::Size { argument, expected: "at least 1", got: 0 };
+    let large = |argument| Error::Size { argument, expected: "at most 2^31", got: (1 << 31) + 1 };
+    for (lora, want) in [
+        (LoraFactors { out_features: 0, ..LORA }, zero("out_features")),
+        (LoraFactors { in_features: 0, ..LORA }, zero("in_features")),
+        (LoraFactors { rank: 0, ..LORA }, zero("rank")),
+        (LoraFactors { out_features: (1 << 31) + 1, ..LORA }, large("out_features")),
+        (LoraFactors { rank: (1 << 31) + 1, ..LORA }, large("rank")),
+        (
+            LoraFactors { out_features: 1 << 31, in_features: 1 << 31, ..LORA },
+            Error::Overflow { argument: "weight", shape: "[N, K]" },
+        ),
+        (
+            LoraFactors { in_features: 1 << 21, rank: 1 << 20, lora_b: buffer(256, 40 << 20), ..LORA },
+            Error::Overflow { argument: "lora_a", shape: "[r, K]" },
+        ),
+        (LoraFactors { lora_b: buffer(1 << 16, 119), ..LORA }, length("lora_b", "[N, r]", 120, 119)),
+        (LoraFactors { lora_a: buffer(1 << 16, 1), ..LORA }, length("lora_a", "[r, K]", 1560, 1)),
+        (LoraFactors { lora_a: buffer(1, 1560), ..LORA }, argument("lora_a", MISALIGNED)),
+        (LoraFactors { lora_b: buffer(u64::MAX - 237, 120), ..LORA }, argument("lora_b", ENDLESS)),
+        (
+            LoraFactors { scale: f32::INFINITY, ..LORA },
+            Error::Value { argument: "scale", expected: "finite", got: f64::INFINITY },
+        ),
+        (LoraFactors { lora_a: out, ..LORA }, length("lora_a", "[r, K]", 1560, 40 * 520)),
+        (
+            LoraFactors { lora_a: buffer((1 << 24) + 64, 1560), ..LORA },
+            argument("lora_a", "overlaps an output"),
+        ),
+    ] {
+        assert_error(lora.weight(DType::F16, None, out), &want);
+        let grads = LoraGrads { lora_b: buffer((1 << 24) + 2, 120), ..LORA_GRADS };
+        assert_error(lora.backward(DType::F16, None, WEIGHT, grads, LORA_WORKSPACE), &want);
+    }
+    let wrong = |base, out, want| assert_error(LORA.weight(DType::F16, base, out), &want);
+    wrong(Some(buffer(1 << 20, 7)), out, length("base_weight", "[N, K]", 20800, 7));
+    wrong(Some(out), out, argument("base_weight", "overlaps an output"));
+    wrong(None, buffer(0, 20800), argument("out", NULL));
+    wrong(None, buffer(1 << 24, 20801), length("out", "[N, K]", 20800, 20801));
+    let wrong = |grad, grads, workspace, want| {
+        assert_error(LORA.backward(DType::F16, Some(WEIGHT), grad, grads, workspace), &want);
+    };
+    wrong(buffer(1 << 24, 1), LORA_GRADS, LORA_WORKSPACE, length("delta_weight_grad", "[N, K]", 20800, 1));
+    let grads = LoraGrads { lora_b: buffer(1 << 21, 1), ..LORA_GRADS };
+    wrong(out, grads, LORA_WORKSPACE, length("grads.lora_b", "[N, r]", 120, 1));
+    let grads = LoraGrads { lora_a: buffer((1 << 22) + 1, 1560), ..LORA_GRADS };
+    wrong(out, grads, LORA_WORKSPACE, argument("grads.lora_a", MISALIGNED));
+    let grads = LoraGrads { lora_b: buffer(1 << 22, 120), ..LORA_GRADS };
+    wrong(out, grads, LORA_WORKSPACE, argument("grads.lora_a", "overlaps another output"));
+    wrong(out, LORA_GRADS, buffer(1 << 23, 5039), length("workspace", "[workspace_len()]", 5040, 5039));
+    wrong(out, LORA_GRADS, buffer((1 << 24) - 4, 5040), argument("delta_weight_grad", "overlaps an output"));
+    wrong(out, LORA_GRADS, buffer((1 << 22) - 4, 5040), argument("workspace", "overlaps another output"));
+    // Partial sums of a weight that can be addressed need not be.
+    let lora = LoraFactors { out_features: 1 << 31, in_features: 1 << 28, rank: 1 << 9, ..LORA };
+    assert_eq!(lora.workspace_len(DType::F16), (1 << 24 << 28 << 9) + (1 << 20 << 31 << 9));
+}
+
+fn prompt() -> PromptBias<Buffer> {
+    PromptBias {
+        out_features: 40,
+        in_features: 520,
+        rank: 3,
+        base_weight: WEIGHT,
+        base_bias: Some(buffer(1 << 12, 40)),
+        prompt_down: buffer(1 << 16, 1560),
+        prompt_up: buffer(1 << 10, 3),
+        delta_bias: Some(buffer(1 << 13, 40)),
+    }
+}
+
+#[test]
+fn prompt_plans() {
+    let grads = PromptGrads {
+        prompt_down: buffer(1 << 21, 1560),
+        prompt_up: buffer(1 << 22, 3),
+        delta_bias: Some(buffer(1 << 25, 40)),
+    };
+    let out = buffer(1 << 24, 40);
+    // Three parts of q and q itself, and nine parts of dPu.
+    let len = 4 * 520 + 9 * 3;
+    assert_eq!(prompt().workspace_len(DType::F16), len);
+    let workspace = buffer(1 << 23, len);
+    let plan = prompt().forward(DType::F16, out, workspace).unwrap();
+    let [product, bias] = launches(&plan);
+    assert_eq!((product.kernel.name, product.grid), ("prompt_bias_product_f16", [65, 1, 1]));
+    assert_eq!((bias.kernel.name, bias.grid), ("prompt_bias_f16", [5, 1, 1]));
+    let plan = prompt().backward(DType::F16, out, grads, workspace).unwrap();
+    let [columns, column_sums, partials, up_sums] = launches(&plan);
+    assert_eq!((columns.kernel.name, columns.grid), ("prompt_bias_columns_f16", [3, 3, 1]));
+    assert_eq!((partials.kernel.name, partials.grid), ("prompt_bias_grads_f16", [9, 1, 1]));
+    let names = [column_sums, up_sums].map(|sums| sums.kernel.name);
+    assert_eq!(names, ["partial_sums_f32", "partial_sums_f16"]);
+
+    let zero = |argument| Error::Size { argument, expected: "at least 1", got: 0 };
+    for (prompt, want) in [
+        (PromptBias { out_features: 0, ..prompt() }, zero("out_features")),
+        (PromptBias { rank: 0, ..prompt() }, zero("rank")),
+        (PromptBias { base_weight: out, ..prompt() }, length("base_weight", "[N, K]", 20800, 40)),
+        (PromptBias { base_bias: Some(buffer(256, 41)), ..prompt() }, length("base_bias", "[N]", 40, 41)),
+        (PromptBias { prompt_down: buffer(256, 3), ..prompt() }, length("prompt_down", "[K, r]", 1560, 3)),
+        (PromptBias { prompt_up: buffer(0, 3), ..prompt() }, argument("prompt_up", NULL)),
+        (PromptBias { delta_bias: Some(buffer(257, 40)), ..prompt() }, argument("delta_bias", MISALIGNED)),
+        (
+            PromptBias { prompt_up: buffer((1 << 23) + 8, 3), ..prompt() },
+            argument("prompt_up", "overlaps an output"),
+        ),
+    ] {
+        assert_error(prompt.forward(DType::F16, out, workspace), &want);
+        assert_error(prompt.backward(DType::F16, out, grads, workspace), &want);
+    }
+    let wrong = |out, workspace, want| assert_error(prompt().forward(DType::F16, out, workspace), &want);
+    wrong(buffer(1 << 24, 39), workspace, length("out", "[N]", 40, 39));
+    wrong(buffer(1 << 13, 40), workspace, argument("delta_bias", "overlaps an output"));
+    wrong(out, buffer(1 << 23, len - 1), length("workspace", "[workspace_len()]", len, len - 1));
+    wrong(out, buffer((1 << 23) + 2, len), argument("workspace", MISALIGNED));
+    wrong(out, buffer((1 << 24) - 4, len), argument("workspace", "overlaps another output"));
+    let wrong =
+        |grad, grads, want| assert_error(prompt().backward(DType::F16, grad, grads, workspace), &want);
+    wrong(buffer(1 << 24, 1), grads, length("delta_bias_grad", "[N]", 40, 1));
+    let prompt_down = buffer(1 << 21, 1);
+    wrong(out, PromptGrads { prompt_down, ..grads }, length("grads.prompt_down", "[K, r]", 1560, 1));
+    let prompt_up = buffer(1 << 22, 4);
+    wrong(out, PromptGrads { prompt_up, ..grads }, length("grads.prompt_up", "[r]", 3, 4));
+    let delta_bias = Some(buffer(1 << 25, 4));
+    wrong(out, PromptGrads { delta_bias, ..grads }, length("grads.delta_bias", "[N]", 40, 4));
+    let delta_bias = Some(out);
+    wrong(out, PromptGrads { delta_bias, ..grads }, argument("delta_bias_grad", "overlaps an output"));
+}
+
+#[test]
+fn merge_plans() {
+    let merge = Merge {
+        sign: MergeSign::Unmerge,
+        dtype: DType::BF16,
+        target: buffer(1 << 16, 9000),
+        delta: buffer(1 << 17, 9000),
+    };
+    let plan = merge.plan().unwrap();
+    let launch = only(&plan);
+    assert_eq!((launch.kernel.name, launch.grid, launch.block), ("merge_bf16", [2, 1, 1], [256, 1, 1]));
+    let (target, delta) = (buffer(1 << 40, 1 << 34), buffer(1 << 41, 1 << 34));
+    assert_eq!(only(&Merge { target, delta, ..merge }.plan().unwrap()).grid, [2048, 1, 1]);
+    let empty = buffer(0, 0);
+    assert_eq!(Merge { target: empty, delta: empty, ..merge }.plan(), Ok(Plan::default()));
+    let refused = |merge: Merge, want| assert_error(merge.plan(), &want);
+    refused(Merge { delta: empty, ..merge }, length("delta", "[target.len()]", 9000, 0));
+    refused(Merge { target: empty, ..merge }, length("delta", "[target.len()]", 0, 9000));
+    refused(Merge { target: buffer(0, 9000), ..merge }, argument("target", NULL));
+    refused(Merge { target: buffer(1 << 17, 9000), ..merge }, argument("delta", "overlaps an output"));
+    let target = buffer(1 << 16, usize::MAX);
+    refused(Merge { target, ..merge }, Error::Overflow { argument: "target", shape: "any" });
+}
