@@ -6,7 +6,7 @@
 #[path = "common/installed.rs"]
 mod installed;
 
-use installed::{prefix, root, run};
+use installed::{prefix, root, run, say};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use std::process::Command;
 use std::sync::LazyLock;
@@ -45,6 +45,7 @@ fn test(file: &str) -> Result<Completion, Failed> {
         .env("PYTHONDONTWRITEBYTECODE", "1")
         .env("PACE_KERNELS_LIBRARY", prefix().join("lib").join(library))
         .current_dir(env!("CARGO_TARGET_TMPDIR"));
+    say(&format!("pytest {file}"));
     println!("{}", run(&mut pytest));
     Ok(Completion::Completed)
 }

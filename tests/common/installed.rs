@@ -1,5 +1,6 @@
 //! The C library as `scripts/install_c.sh` installs it.
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
@@ -20,9 +21,16 @@ pub fn prefix() -> &'static Path {
         for variable in ["NVCC", "CUDA_HOME", "CUDA_PATH", "PACE_REQUIRE_NVCC"] {
             install.env_remove(variable);
         }
+        say("building the C library, which may take minutes");
         run(&mut install);
         prefix
     })
+}
+
+/// Says what is going on while nothing else is printed. Not by `eprintln!`: the test harness keeps that until a test fails.
+pub fn say(what: &str) {
+    // It does not matter if nobody listens.
+    let _ = writeln!(std::io::stderr(), "... {what}");
 }
 
 /// Runs a command that must succeed, and gives what it printed.
