@@ -145,14 +145,12 @@ macro_rules! operators {
     };
 }
 
-const OPERATORS: [(&str, Operator, usize); 20] = operators! {
+const OPERATORS: [(&str, Operator, usize); 18] = operators! {
     pace_noise_fill: PaceNoiseFill,
     pace_noisy_linear_forward: PaceNoisyLinear,
     pace_noisy_linear_backward: PaceNoisyLinear,
     pace_low_rank_linear_forward: PaceLowRankLinear,
     pace_low_rank_linear_backward: PaceLowRankLinear,
-    pace_lora_mul_linear_forward: PaceLoraMulLinear,
-    pace_lora_mul_linear_backward: PaceLoraMulLinear,
     pace_noisy_epilogue_forward: PaceNoisyEpilogue,
     pace_noisy_epilogue_backward: PaceNoisyEpilogue,
     pace_low_rank_weight_forward: PaceLowRankWeight,
