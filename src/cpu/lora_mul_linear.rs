@@ -123,11 +123,17 @@ impl<'a, T: Real> LoraMulLinear<'a, T> {
         }
     }
 
+    /// Checks the sizes that memory is allocated for: what holds for a slice that exists can be allocated again.
+    fn check(&self) -> Result<()> {
+        check_adapter(self.lora.is_some(), self.prompt.is_some())?;
+        self.shape.check()?;
+        let LinearShape { in_features, out_features, .. } = self.shape;
+        length("base.weight", "[N, K]", self.base.weight, out_features * in_features)
+    }
+
     /// Calls `body` with the layer whose ΔW and Δb are these. Of a ΔW that is not needed only the length counts.
     fn dense<R>(&self, needs_weight: bool, body: impl FnOnce(&NoisyLinear<'_, T>) -> Result<R>) -> Result<R> {
-        self.shape.check()?;
         let LinearShape { in_features: k, out_features: n, .. } = self.shape;
-        length("base.weight", "[N, K]", self.base.weight, n * k)?;
         let mut weight = vec![T::zero(); if self.lora.is_some() { n * k } else { 0 }];
         if let Some(lora) = self.lora.filter(|_| needs_weight) {
             lora_mul_weight(self.factors(lora), self.base.weight, &mut weight)?;
@@ -150,7 +156,7 @@ impl<'a, T: Real> LoraMulLinear<'a, T> {
     /// # Errors
     /// If there is neither LoRA nor a prompt, a size is zero or too large, a slice has another length than its shape, or `scale` is not finite.
     pub fn forward(&self, x: &[T], y: &mut [T]) -> Result<()> {
-        check_adapter(self.lora.is_some(), self.prompt.is_some())?;
+        self.check()?;
         self.dense(true, |layer| layer.forward(x, y))
     }
 
@@ -160,14 +166,14 @@ impl<'a, T: Real> LoraMulLinear<'a, T> {
     /// # Errors
     /// As [`forward`](Self::forward); also if a gradient is asked for whose factor the layer does not have.
     pub fn backward(&self, x: Option<&[T]>, dy: &[T], grads: LoraMulLinearGrads<&mut [T]>) -> Result<()> {
-        check_adapter(self.lora.is_some(), self.prompt.is_some())?;
+        self.check()?;
         grads.check(self.lora.is_some(), self.prompt.is_some())?;
         let LinearShape { in_features: k, out_features: n, .. } = self.shape;
         let LoraMulLinearGrads { input, lora_a, lora_b, prompt_down, prompt_up, delta_bias } = grads;
         let with_lora = lora_a.is_some() || lora_b.is_some();
         let with_prompt =
             self.prompt.is_some() && (prompt_down.is_some() || prompt_up.is_some() || delta_bias.is_some());
-        let mut dw = vec![T::zero(); if with_lora { n.saturating_mul(k) } else { 0 }];
+        let mut dw = vec![T::zero(); if with_lora { n * k } else { 0 }];
         let mut db = vec![T::zero(); if with_prompt { n } else { 0 }];
         let mut delta_bias = delta_bias;
         // Δb has no part in any gradient.

@@ -145,12 +145,14 @@ macro_rules! operators {
     };
 }
 
-const OPERATORS: [(&str, Operator, usize); 18] = operators! {
+const OPERATORS: [(&str, Operator, usize); 20] = operators! {
     pace_noise_fill: PaceNoiseFill,
     pace_noisy_linear_forward: PaceNoisyLinear,
     pace_noisy_linear_backward: PaceNoisyLinear,
     pace_low_rank_linear_forward: PaceLowRankLinear,
     pace_low_rank_linear_backward: PaceLowRankLinear,
+    pace_lora_mul_linear_forward: PaceLoraMulLinear,
+    pace_lora_mul_linear_backward: PaceLoraMulLinear,
     pace_noisy_epilogue_forward: PaceNoisyEpilogue,
     pace_noisy_epilogue_backward: PaceNoisyEpilogue,
     pace_low_rank_weight_forward: PaceLowRankWeight,
@@ -315,6 +317,31 @@ fn cases(arena: &mut Arena) -> Vec<Case> {
         grad_delta_bias: arena.tensor(n),
         ..zeroed()
     };
+    let lora_mul = PaceLoraMulLinear {
+        shape: shape(),
+        noise,
+        workspace,
+        rank: r,
+        prompt_rank: r,
+        scale: 1.0,
+        base_weight: arena.tensor(n * k),
+        base_bias: arena.tensor(n),
+        lora_a: arena.tensor(r * k),
+        lora_b: arena.tensor(n * r),
+        prompt_down: arena.tensor(k * r),
+        prompt_up: arena.tensor(r),
+        delta_bias: arena.tensor(n),
+        x: arena.tensor(m / 2 * k),
+        y: arena.tensor(m * n),
+        dy: arena.tensor(m * n),
+        grad_input: arena.tensor(m / 2 * k),
+        grad_lora_a: arena.tensor(r * k),
+        grad_lora_b: arena.tensor(n * r),
+        grad_prompt_down: arena.tensor(k * r),
+        grad_prompt_up: arena.tensor(r),
+        grad_delta_bias: arena.tensor(n),
+        ..zeroed()
+    };
     let epilogue = PaceNoisyEpilogue {
         shape: shape(),
         noise,
@@ -405,6 +432,8 @@ fn cases(arena: &mut Arena) -> Vec<Case> {
         words("pace_noisy_linear_backward", layer),
         words("pace_low_rank_linear_forward", low_rank),
         words("pace_low_rank_linear_backward", low_rank),
+        words("pace_lora_mul_linear_forward", lora_mul),
+        words("pace_lora_mul_linear_backward", lora_mul),
         words("pace_noisy_epilogue_forward", epilogue),
         words("pace_noisy_epilogue_backward", epilogue),
         words("pace_low_rank_weight_forward", weight),
@@ -428,7 +457,7 @@ fn call(case: &Case, words: &[u64]) -> PaceStatus {
 
 #[test]
 fn whatever_is_in_the_structs_there_is_a_status_and_a_message() {
-    let mut arena = Arena::new(100);
+    let mut arena = Arena::new(130);
     let cases = cases(&mut arena);
     assert_eq!(cases.len(), OPERATORS.len());
     let before = arena.memory.clone();
@@ -498,7 +527,7 @@ fn is_length(words: &[u64], at: usize, arena: &Arena) -> bool {
 
 #[test]
 fn overlap_is_refused() {
-    let mut arena = Arena::new(100);
+    let mut arena = Arena::new(130);
     let case = cases(&mut arena).swap_remove(1);
     let is_pointer =
         |&i: &usize| arena.holds(case.words[i]) && i * 8 >= offset_of!(PaceNoisyLinear, base_weight);
