@@ -126,8 +126,12 @@ pub fn table(sources: &[Source]) -> Result<String, String> {
                 [""] => "Kernel",
                 ["_f32", "_f16", "_bf16"] => "Kernels",
                 ["_f32", "_tf32", "_f16", "_bf16"] => "GemmKernels",
-                ["_f16", "_bf16"] => "HalfKernels",
-                _ => return Err(format!("{}: {group:?} is no set of types", source.path.display())),
+                _ => {
+                    let path = source.path.display();
+                    return Err(format!(
+                        "{path}: no struct in src/cuda/kernel.rs has the types of {group:?}; add it there and here"
+                    ));
+                }
             };
             let value = match group.suffixes[..] {
                 [""] => literal(&group.name),

@@ -155,7 +155,7 @@ struct LossParams {
   u32 two_branches;
   /// Samples `B`, below 2^24: counts and positions are exact in f32.
   u32 batch;
-  /// Classes `C`, or the scale `c` of a low-rank layer.
+  /// Classes `C`.
   u32 classes;
   /// Elements of a slice; the last may have fewer.
   u32 slice;
@@ -187,7 +187,7 @@ struct LowRankLinearParams {
   Input<void> delta_bias;
   Output<void> s;
   Output<void> y;
-  /// Whether rows of y are.
+  /// Rows of y start at multiples of 16 bytes and hold whole vectors.
   u64 aligned;
   /// Token rows `M`.
   u32 rows;
@@ -197,16 +197,17 @@ struct LowRankLinearParams {
   u32 channels;
   /// In-features `K`.
   u32 inner;
-  /// Rank `r`, or sample rows `R` of an epilogue.
+  /// Rank `r`.
   u32 rank;
-  /// Rows of x.
+  /// Rows of x; those of y continue with row 0 after the last.
   u32 wrap;
+  /// Tiles along the columns of y.
   u32 tile_columns;
-  /// Whether rows of x, W0 and A are.
+  /// Rows of x, W0 and A start at multiples of 16 bytes and hold whole vectors.
   u32 x_aligned;
-  /// Whether rows of B are.
+  /// Rows of B start at multiples of 16 bytes and hold whole vectors.
   u32 b_aligned;
-  /// Classes `C`, or the scale `c` of a low-rank layer.
+  /// Factor on `B @ A`.
   float scale;
 };
 
@@ -216,11 +217,11 @@ struct LowRankFactorsParams {
   Input<void> g;
   Input<void> s;
   Input<void> lora_b;
-  /// Partial sums [chunks, M, r], or null.
+  /// Partial sums `[chunks, M, r]`, or null.
   Output<float> ds;
-  /// Partial sums of dB [parts, N, r], or null.
+  /// Partial sums of `grad_B`, `[parts, N, r]`, or null.
   Output<float> b_sums;
-  /// Partial sums of ddb [parts, N], or null.
+  /// Partial sums of `grad_bd`, `[parts, N]`, or null.
   Output<float> delta_bias;
   /// Token rows `M`.
   u32 rows;
@@ -228,19 +229,19 @@ struct LowRankFactorsParams {
   u32 tokens;
   /// Out-features `N`.
   u32 channels;
-  /// Rank `r`, or sample rows `R` of an epilogue.
+  /// Rank `r`.
   u32 rank;
-  /// Rows of s.
+  /// Rows of s; those of g continue with row 0 after the last.
   u32 wrap;
-  /// Of channels.
+  /// Chunks of channels.
   u32 chunks;
   /// Token rows of a block, a multiple of 32.
   u32 part;
-  /// Whether rows of g are.
+  /// Rows of g start at multiples of 16 bytes and hold whole vectors.
   u32 aligned;
-  /// Whether rows of s and B are.
+  /// Rows of s and B start at multiples of 16 bytes and hold whole vectors.
   u32 rank_aligned;
-  /// Classes `C`, or the scale `c` of a low-rank layer.
+  /// Factor on `B @ A`.
   float scale;
 };
 
@@ -281,7 +282,7 @@ struct LowRankBackwardParams {
   float scale;
   /// Rows of a part, at most MAX_PART.
   u32 part;
-  /// Rows of the gradient, W0, U and `up_partial` start at multiples of 16 bytes and hold whole vectors.
+  /// Rows of the gradient, W0, A and `a_partial` start at multiples of 16 bytes and hold whole vectors.
   u32 aligned;
 };
 
@@ -314,7 +315,7 @@ struct NoisyEpilogueParams {
   Input<void> input;
   /// y, da.
   Output<void> output;
-  /// Rank `r`, or sample rows `R` of an epilogue.
+  /// Sample rows `R`.
   u32 samples;
   /// Tokens per sample `T`.
   u32 tokens;
@@ -333,11 +334,11 @@ struct Segment {
   Input<void> left;
   Input<void> right;
   u32 inner;
-  /// Belongs under the noise.
+  /// 1: under the noise.
   u32 adapter;
   /// Token row of y or g that row 0 of the left operand stands for.
   u32 first_row;
-  /// Rows of both operands hold whole 16-byte vectors and start at multiples of 16 bytes.
+  /// Rows of both operands start at multiples of 16 bytes and hold whole vectors.
   u32 aligned;
 };
 
@@ -356,14 +357,15 @@ struct NoisyLinearParams {
   u32 tokens;
   /// Out-features `N`.
   u32 channels;
-  /// Rows of x.
+  /// Rows of x; those of y continue with row 0 after the last.
   u32 wrap;
-  /// Segments.
+  /// Number of segments.
   u32 count;
+  /// Tiles along the columns of the output.
   u32 tile_columns;
-  /// Whether rows of y are.
+  /// Rows of y start at multiples of 16 bytes and hold whole vectors.
   u32 aligned;
-  /// Factor on the adapter's product.
+  /// Factor on the segments under the noise.
   float scale;
 };
 
@@ -372,7 +374,7 @@ struct NoisyLinearInputParams {
   NoiseSource noise;
   Segment segments[4];
   Output<void> dx;
-  /// Of dx.
+  /// Rows of dx.
   u32 rows;
   /// Tokens per sample `T`.
   u32 tokens;
@@ -380,10 +382,11 @@ struct NoisyLinearInputParams {
   u32 channels;
   /// In-features `K`.
   u32 columns;
-  /// Segments.
+  /// Number of segments.
   u32 count;
+  /// Tiles along the columns of the output.
   u32 tile_columns;
-  /// Whether rows of dx are.
+  /// Rows of dx start at multiples of 16 bytes and hold whole vectors.
   u32 aligned;
   /// Factor on the sum.
   float scale;
@@ -394,9 +397,9 @@ struct NoisyLinearWeightParams {
   NoiseSource noise;
   Input<void> g;
   Input<void> x;
-  /// dW, or partial sums of it; or null.
+  /// `grad_Wd`, or its partial sums; or null.
   Output<void> weight;
-  /// db, or partial sums of it; or null.
+  /// `grad_bd`, or its partial sums; or null.
   Output<void> bias;
   /// Token rows `M`.
   u32 rows;
@@ -406,17 +409,21 @@ struct NoisyLinearWeightParams {
   u32 channels;
   /// In-features `K`.
   u32 columns;
-  /// Rows of x.
+  /// Rows of x; those of y continue with row 0 after the last.
   u32 wrap;
+  /// Tiles along the columns of the output.
   u32 tile_columns;
+  /// Tiles along its rows.
   u32 tile_rows;
   /// Token rows of a partial sum.
   u32 part;
-  /// Write partial sums in f32, those of part i behind those of the parts before.
+  /// Split-K: write f32 partial sums, `[parts, N, K]`.
   u32 partial;
+  /// Rows of g start at multiples of 16 bytes and hold whole vectors.
   u32 left_aligned;
+  /// Rows of x start at multiples of 16 bytes and hold whole vectors.
   u32 right_aligned;
-  /// Whether rows of dW are.
+  /// Rows of the weight gradient, or of its partial sums, start at multiples of 16 bytes and hold whole vectors.
   u32 aligned;
 };
 
@@ -485,28 +492,28 @@ struct PromptBiasParams {
 
 /// Parameters of the kernels `prompt_grads*`.
 struct PromptGradsParams {
-  /// [K].
+  /// `q [K]`.
   Input<float> q;
-  /// Pd.
+  /// Pd `[K, r]`.
   Input<void> prompt_down;
-  /// Pu.
+  /// Pu `[r]`.
   Input<void> prompt_up;
-  /// Whether rows of g are.
+  /// `grad_bd [N]`.
   Input<void> grad;
-  /// B0; null is zero.
+  /// b0 `[N]`; null is zero.
   Input<void> base_bias;
-  /// DPd.
+  /// `grad_Pd [K, r]`.
   Output<void> prompt_down_grad;
-  /// [parts, r].
+  /// Partial sums of `grad_Pu`, `[parts, r]`.
   Output<float> prompt_up_partial;
-  /// Dd, or null.
+  /// `grad_delta_bias [N]`, or null.
   Output<void> delta_bias;
   /// Out-features `N`.
   u64 rows;
   /// In-features `K`.
   u32 columns;
   u32 rank;
-  /// Of K, for a block.
+  /// In-features of a block.
   u32 part;
   /// Threads side by side along r: a power of two, not less than r or the whole block.
   u32 width;

@@ -304,7 +304,7 @@ pub(crate) fn keeping_context<T>(body: impl FnOnce() -> Result<T>) -> Result<T> 
 /// Whether there is a driver with all functions that are called here: `cudarc` panics where there is none.
 pub(crate) fn probe_driver() -> Result<()> {
     const LIBRARIES: &[&str] = if cfg!(windows) { &["nvcuda.dll"] } else { &["libcuda.so.1", "libcuda.so"] };
-    const FUNCTIONS: [&str; 15] = [
+    const FUNCTIONS: [&str; 16] = [
         "cuInit",
         "cuDeviceGetCount",
         "cuDeviceGet",
@@ -320,6 +320,7 @@ pub(crate) fn probe_driver() -> Result<()> {
         "cuLaunchKernel",
         "cuEventRecord",
         "cuStreamWaitEvent",
+        "cuTensorMapEncodeTiled",
     ];
     let mut problem = String::new();
     for &name in LIBRARIES {

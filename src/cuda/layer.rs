@@ -4,7 +4,7 @@ use super::buffer::{Base, Buffer, DType, Named};
 use super::gpu::Gpu;
 use super::kernel::{GemmKernels, Kernel};
 use super::noise_source::{NoiseSource, Source};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::shape::LinearShape;
 
 /// How numbers are multiplied.
@@ -63,6 +63,15 @@ pub(super) fn check_base(base: Option<Base<Buffer>>, shape: &LinearShape, dtype:
     let (k, n) = (shape.in_features, shape.out_features);
     base.weight.check("base.weight", "[N, K]", n * k, dtype.bytes())?;
     base.bias.map_or(Ok(()), |bias| bias.check("base.bias", "[N]", n, dtype.bytes()))
+}
+
+/// A grid of so many blocks along x, for tiles of the argument.
+pub(super) fn blocks(argument: &'static str, sizes: &[usize]) -> Result<[u32; 3]> {
+    let count = sizes.iter().try_fold(1usize, |product, &size| product.checked_mul(size));
+    match count.and_then(|count| i32::try_from(count).ok()) {
+        Some(count) => Ok([count as u32, 1, 1]),
+        None => Err(Error::Overflow { argument, shape: "a grid of its tiles" }),
+    }
 }
 
 /// A base term's tensors.

@@ -132,7 +132,7 @@ pub struct LossParams {
     two_branches: u32,
     /// Samples `B`, below 2^24: counts and positions are exact in f32.
     batch: u32,
-    /// Classes `C`, or the scale `c` of a low-rank layer.
+    /// Classes `C`.
     classes: u32,
     /// Elements of a slice; the last may have fewer.
     slice: u32,

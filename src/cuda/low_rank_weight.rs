@@ -100,7 +100,7 @@ pub struct LowRankBackwardParams {
     pub(super) scale: f32,
     /// Rows of a part, at most MAX_PART.
     pub(super) part: u32,
-    /// Rows of the gradient, W0, U and `up_partial` start at multiples of 16 bytes and hold whole vectors.
+    /// Rows of the gradient, W0, A and `a_partial` start at multiples of 16 bytes and hold whole vectors.
     pub(super) aligned: u32,
 }
 

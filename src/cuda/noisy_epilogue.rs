@@ -50,7 +50,7 @@ pub struct NoisyEpilogueParams {
     input: Input<Void>,
     /// y, da.
     output: Output<Void>,
-    /// Rank `r`, or sample rows `R` of an epilogue.
+    /// Sample rows `R`.
     samples: u32,
     /// Tokens per sample `T`.
     tokens: u32,

@@ -75,28 +75,28 @@ pub struct PromptBiasParams {
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
 pub struct PromptGradsParams {
-    /// [K].
+    /// `q [K]`.
     q: Input<f32>,
-    /// Pd.
+    /// Pd `[K, r]`.
     prompt_down: Input<Void>,
-    /// Pu.
+    /// Pu `[r]`.
     prompt_up: Input<Void>,
-    /// Whether rows of g are.
+    /// `grad_bd [N]`.
     grad: Input<Void>,
-    /// B0; null is zero.
+    /// b0 `[N]`; null is zero.
     base_bias: Input<Void>,
-    /// DPd.
+    /// `grad_Pd [K, r]`.
     prompt_down_grad: Output<Void>,
-    /// [parts, r].
+    /// Partial sums of `grad_Pu`, `[parts, r]`.
     prompt_up_partial: Output<f32>,
-    /// Dd, or null.
+    /// `grad_delta_bias [N]`, or null.
     delta_bias: Output<Void>,
     /// Out-features `N`.
     rows: u64,
     /// In-features `K`.
     columns: u32,
     rank: u32,
-    /// Of K, for a block.
+    /// In-features of a block.
     part: u32,
     /// Threads side by side along r: a power of two, not less than r or the whole block.
     width: u32,

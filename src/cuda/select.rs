@@ -18,8 +18,8 @@ pub struct Problem {
     pub rank: Option<usize>,
 }
 
-/// The family that computes a layer on a device, in both passes. Sizes that a forced family does not take fall back to
-/// `sm80`, which takes all.
+/// The family that computes a layer on a device, in both passes: the forced one where it takes the problem, or else the fastest
+/// that was measured.
 ///
 /// ```
 /// use pace_kernels::LinearShape;
@@ -39,19 +39,24 @@ pub struct Problem {
 /// assert_eq!(select(&Gpu { has_cublaslt: false, ..Gpu::H100 }, &problem), Family::Sm80);
 /// ```
 pub fn select(gpu: &Gpu, problem: &Problem) -> Family {
-    let LinearShape { in_features, out_features, .. } = problem.shape;
-    let (rows, rank) = (problem.shape.out_rows(), problem.rank.unwrap_or(0));
-    // cuBLASLt's kernels index with 32 bits.
-    if [rows, in_features, out_features, rank].iter().any(|&size| size > i32::MAX as usize) {
-        return Family::Sm80;
-    }
-    if let Some(forced) = gpu.family {
-        return forced;
-    }
-    if !gpu.has_cublaslt {
-        return Family::Sm80;
-    }
     // H200, 2026-11-26, ViT-B shapes: GEMMs of `sm80` reach 12 to 35 % of cuBLASLt's speed in bf16 and 33 % in f32, in every shape,
     // which no saved pass over memory makes up for (`docs/tuning.md`). Nothing else was measured.
-    Family::CublasLt
+    let fastest_first = [gpu.has_cublaslt.then_some(Family::CublasLt)];
+    let candidates = [gpu.family].into_iter().chain(fastest_first).flatten();
+    candidates.into_iter().find(|family| family.takes(problem)).unwrap_or(Family::Sm80)
+}
+
+impl Family {
+    /// Whether it computes a layer of this kind, on a device where it is available. [`Family::Sm80`] takes all.
+    fn takes(self, problem: &Problem) -> bool {
+        match self {
+            Self::Sm80 => true,
+            Self::CublasLt => {
+                let LinearShape { in_features, out_features, .. } = problem.shape;
+                let sizes = [problem.shape.out_rows(), in_features, out_features, problem.rank.unwrap_or(0)];
+                // The library's kernels index with 32 bits.
+                sizes.into_iter().all(|size| size <= i32::MAX as usize)
+            }
+        }
+    }
 }

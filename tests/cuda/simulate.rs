@@ -17,6 +17,10 @@ pub fn run(plan: &Plan, memory: &mut Memory, schedule: Schedule) -> usize {
         match step {
             Step::Launch(launch) => {
                 threads += launch.grid.iter().chain(&launch.block).product::<u32>() as usize;
+                assert!(
+                    launch.cluster == [1; 3] && launch.params.maps().is_empty(),
+                    "the simulator has no clusters and no tensor maps: {launch:?}"
+                );
                 let simulated = Launch {
                     kernel: launch.kernel.name,
                     grid: launch.grid,

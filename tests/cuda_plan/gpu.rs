@@ -1,23 +1,22 @@
 //! What plans know of a device, and the names of families.
 
-use crate::support::*;
+use pace_kernels::Error;
 use pace_kernels::cuda::{Family, Gpu};
 use std::collections::HashSet;
 
 #[test]
 fn families_have_names_of_their_own() {
     let names = Family::ALL.map(Family::name);
-    assert_eq!(names, ["sm80", "cublaslt"]);
     assert_eq!(names.iter().collect::<HashSet<_>>().len(), names.len());
     for family in Family::ALL {
         assert_eq!(family.name().parse(), Ok(family));
     }
-    let unknown = argument("family", "is no family, expected `sm80` or `cublaslt`");
-    for name in ["", "SM80", "sm80 ", " cublaslt", "cublasLt", "cublas", "sm90", "sm80,cublaslt"] {
-        assert_error(name.parse::<Family>(), &unknown);
+    for name in ["", "SM80", "sm80 ", " cublaslt", "cublasLt", "cublas", "sm", "sm80,cublaslt"] {
+        let Err(unknown @ Error::Argument { argument: "family", .. }) = name.parse::<Family>() else {
+            panic!("{name} is a family");
+        };
+        names.iter().for_each(|name| assert!(unknown.to_string().contains(&format!("`{name}`"))));
     }
-    // The error names every family.
-    names.iter().for_each(|name| assert!(unknown.to_string().contains(&format!("`{name}`"))));
 }
 
 #[test]

@@ -56,12 +56,23 @@ const DY: Buffer = Buffer { address: 12 << 20, len: M * 24 };
 const S: Buffer = Buffer { address: 13 << 20, len: 15 * 5 };
 const WORKSPACE: Buffer = Buffer { address: 20 << 20, len: 1 << 16 };
 
-/// What the same layer is planned for: the errors must not depend on it.
-const GPUS: [Gpu; 2] = [Gpu::A100.with_family(Family::Sm80), Gpu::A100.with_family(Family::CublasLt)];
+/// What the same layer is planned for, a device that runs every family: the errors must not depend on it.
+fn gpus() -> [Gpu; Family::ALL.len()] {
+    Family::ALL.map(|family| Gpu::H100.with_family(family))
+}
+
+/// Checks that a plan is refused with this error, whatever it is made for.
+fn assert_refused(plan: impl Fn(&Gpu, DType) -> Result<Plan>, want: &Error) {
+    for gpu in gpus() {
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            assert_error(plan(&gpu, dtype), want);
+        }
+    }
+}
 
 #[test]
 fn linear_layers_choose_their_kernels() {
-    let gpu = GPUS[0];
+    let gpu = Gpu::H100.with_family(Family::Sm80);
     let name = |layer: NoisyLinear<Buffer, Source>, dtype| {
         only(&layer.forward(&gpu, dtype, X, Y, WORKSPACE).unwrap()).kernel.name
     };
@@ -115,14 +126,10 @@ fn linear_layers_choose_their_kernels() {
 fn wrong_arguments_of_linear_layers_are_refused() {
     let (null, misaligned) = (NULL, MISALIGNED);
     let dense = |layer: NoisyLinear<Buffer, Source>, x, y, want: Error| {
-        for gpu in &GPUS {
-            assert_error(layer.forward(gpu, DType::F32, x, y, WORKSPACE), &want);
-        }
+        assert_refused(|gpu, dtype| layer.forward(gpu, dtype, x, y, WORKSPACE), &want);
     };
     let low = |layer: LowRankLinear<Buffer, Source>, x, s, y, want: Error| {
-        for gpu in &GPUS {
-            assert_error(layer.forward(gpu, DType::F32, x, s, y, WORKSPACE), &want);
-        }
+        assert_refused(|gpu, dtype| layer.forward(gpu, dtype, x, s, y, WORKSPACE), &want);
     };
     // Sizes.
     let zero = |argument| Error::Size { argument, expected: "at least 1", got: 0 };
@@ -147,7 +154,7 @@ fn wrong_arguments_of_linear_layers_are_refused() {
     low(LowRankLinear { rank, ..low_rank_linear() }, X, S, Y, large);
     for scale in [f32::NAN, f32::INFINITY] {
         let layer = LowRankLinear { scale, ..low_rank_linear() };
-        for gpu in &GPUS {
+        for gpu in &gpus() {
             match layer.forward(gpu, DType::F32, X, S, Y, WORKSPACE) {
                 Err(Error::Value { argument: "scale", expected: "finite", .. }) => {}
                 other => panic!("{other:?}"),
@@ -206,16 +213,11 @@ fn wrong_arguments_of_linear_layers_are_refused() {
 #[test]
 fn wrong_gradients_of_linear_layers_are_refused() {
     let dense = |grads, want: Error| {
-        for gpu in &GPUS {
-            let plan = noisy_linear().backward(gpu, DType::F32, X, DY, grads, WORKSPACE);
-            assert_error(plan, &want);
-        }
+        assert_refused(|gpu, dtype| noisy_linear().backward(gpu, dtype, X, DY, grads, WORKSPACE), &want);
     };
     let low = |grads, want: Error| {
-        for gpu in &GPUS {
-            let plan = low_rank_linear().backward(gpu, DType::F32, X, S, DY, grads, WORKSPACE);
-            assert_error(plan, &want);
-        }
+        let layer = low_rank_linear();
+        assert_refused(|gpu, dtype| layer.backward(gpu, dtype, X, S, DY, grads, WORKSPACE), &want);
     };
     let none = NoisyLinearGrads::default;
     let no = LowRankGrads::default;
@@ -244,12 +246,10 @@ fn wrong_gradients_of_linear_layers_are_refused() {
     let want = || argument("grads.delta_bias", "overlaps another output");
     dense(NoisyLinearGrads { input: dx, delta_bias: bias, ..none() }, want());
     low(LowRankGrads { input: dx, delta_bias: bias, ..no() }, want());
-    for gpu in &GPUS {
-        let layer = NoisyLinear { delta_weight: None, ..noisy_linear() };
-        let grads = NoisyLinearGrads { delta_weight: Some(tensor(14, 24 * 7)), ..none() };
-        let want = argument("grads.delta_weight", "is asked for, but the layer has no `delta_weight`");
-        assert_error(layer.backward(gpu, DType::F32, X, DY, grads, WORKSPACE), &want);
-    }
+    let layer = NoisyLinear { delta_weight: None, ..noisy_linear() };
+    let grads = NoisyLinearGrads { delta_weight: Some(tensor(14, 24 * 7)), ..none() };
+    let want = argument("grads.delta_weight", "is asked for, but the layer has no `delta_weight`");
+    assert_refused(|gpu, dtype| layer.backward(gpu, dtype, X, DY, grads, WORKSPACE), &want);
 }
 
 #[test]
@@ -284,7 +284,7 @@ fn wrong_workspaces_of_linear_layers_are_refused() {
     let low = LowRankLinear { delta_bias: Some(tensor(6, 24)), ..low_rank_linear() };
     let (dx, y) = (tensor(17, 15 * 7), tensor(17, M * 24));
     for dtype in [DType::F32, DType::BF16] {
-        for gpu in &GPUS {
+        for gpu in &gpus() {
             let needed = dense.workspace_len(gpu, dtype);
             if gpu.family == Some(Family::CublasLt) {
                 let grads = NoisyLinearGrads { input: Some(dx), ..NoisyLinearGrads::default() };
@@ -315,7 +315,7 @@ fn workspaces_of_any_size() {
         for a in sizes {
             for b in sizes {
                 for c in sizes {
-                    for gpu in &GPUS {
+                    for gpu in &gpus() {
                         layer_workspaces(gpu, dtype, [a, b, c]);
                     }
                     let weight = tensor(3, 1);

@@ -1,14 +1,16 @@
 //! The low-rank layer by GEMMs of cuBLASLt, with our epilogues between them.
 
-use super::{LowRankGrads, LowRankLinear};
+use super::{Layer, LowRankGrads, Passes};
 use crate::cuda::buffer::{Buffer, DType};
 use crate::cuda::gemm::{Arena, Gemms, Workspace};
 use crate::cuda::gpu::Gpu;
 use crate::cuda::layer::Pass;
-use crate::cuda::noise_source::Source;
 use crate::cuda::plan::Plan;
 use crate::cuda::under_noise::{self, Outputs};
+use crate::error::Result;
 use crate::shape::LinearShape;
+
+pub(super) const PASSES: Passes = Passes { workspace_len, forward, backward };
 
 /// The library's part of the workspace, for the largest GEMM's output.
 fn gemm_workspace(arena: &mut Arena, gpu: &Gpu, shape: &LinearShape, rank: usize) -> Workspace {
@@ -21,8 +23,7 @@ fn ds_bytes(shape: &LinearShape, rank: usize, dtype: DType) -> usize {
     shape.in_rows().saturating_mul(rank).saturating_mul(dtype.bytes())
 }
 
-/// `f32` elements of workspace for either pass.
-pub(super) fn workspace_len(gpu: &Gpu, shape: &LinearShape, rank: usize, dtype: DType) -> usize {
+fn workspace_len(gpu: &Gpu, shape: &LinearShape, rank: usize, dtype: DType) -> usize {
     Arena::len_of(|arena| {
         gemm_workspace(arena, gpu, shape, rank);
         arena.take(ds_bytes(shape, rank, dtype));
@@ -31,13 +32,7 @@ pub(super) fn workspace_len(gpu: &Gpu, shape: &LinearShape, rank: usize, dtype: 
 }
 
 /// `s = scale·x·Aᵀ`, two GEMMs for base and adapter, and `y = base + z⊙(adapter + δb)` where there is noise.
-pub(super) fn forward(
-    layer: &LowRankLinear<Buffer, Source>,
-    pass: &Pass,
-    x: Buffer,
-    s: Buffer,
-    y: Buffer,
-) -> Plan {
+fn forward(layer: &Layer, pass: &Pass, x: Buffer, s: Buffer, y: Buffer) -> Result<Plan> {
     let (shape, r) = (&layer.shape, layer.rank);
     let (rows, k, n) = (shape.in_rows(), shape.in_features, shape.out_features);
     let mut arena = Arena::new(pass.workspace.into());
@@ -54,16 +49,16 @@ pub(super) fn forward(
         y,
     };
     plan.append(outputs.plan(shape, pass, &mut arena));
-    plan
+    Ok(plan)
 }
 
 /// `e = z⊙g`, and a GEMM for each term of the gradients.
-pub(super) fn backward(
-    layer: &LowRankLinear<Buffer, Source>,
+fn backward(
+    layer: &Layer,
     pass: &Pass,
     [x, s, dy]: [Buffer; 3],
     grads: LowRankGrads<Buffer>,
-) -> Plan {
+) -> Result<Plan> {
     let (shape, r, dtype) = (&layer.shape, layer.rank, pass.arithmetic.dtype);
     let (rows, k, n) = (shape.in_rows(), shape.in_features, shape.out_features);
     let mut arena = Arena::new(pass.workspace.into());
@@ -90,5 +85,5 @@ pub(super) fn backward(
     if let Some(lora_a) = grads.lora_a {
         plan.push(gemms.transposed_times([r, k, rows], ds, x.into(), lora_a.into()));
     }
-    plan
+    Ok(plan)
 }

@@ -1,6 +1,7 @@
 //! Low-rank noisy linear layer: LoRA add under noise.
 
 mod cublaslt;
+mod params;
 mod sm80;
 
 use super::borrows::{Borrows, Noise};
@@ -65,10 +66,26 @@ impl<B> Default for LowRankGrads<B> {
     }
 }
 
+/// The layer as plans have it.
+type Layer = LowRankLinear<Buffer, Source>;
+
+/// What a family makes of the layer; the arguments of the passes are checked.
+struct Passes {
+    /// `f32` elements of workspace for either pass, for a rank.
+    workspace_len: fn(&Gpu, &LinearShape, usize, DType) -> usize,
+    /// From `x` to `s` and `y`.
+    forward: fn(&Layer, &Pass, Buffer, Buffer, Buffer) -> Result<Plan>,
+    /// From `x`, `s` and `dy`.
+    backward: fn(&Layer, &Pass, [Buffer; 3], LowRankGrads<Buffer>) -> Result<Plan>,
+}
+
 impl<B, Z, K> LowRankLinear<B, noise::Noise<Z, K>> {
-    fn family(&self, gpu: &Gpu, dtype: DType) -> Family {
+    fn passes(&self, gpu: &Gpu, dtype: DType) -> Passes {
         let (noise, rank) = (self.noise.shape(), Some(self.rank));
-        select(gpu, &Problem { shape: self.shape, dtype, noise, rank })
+        match select(gpu, &Problem { shape: self.shape, dtype, noise, rank }) {
+            Family::Sm80 => sm80::PASSES,
+            Family::CublasLt => cublaslt::PASSES,
+        }
     }
 
     /// The `f32` elements of workspace that either pass needs on a device, whichever gradients are asked for; 0 for sizes that are
@@ -77,14 +94,11 @@ impl<B, Z, K> LowRankLinear<B, noise::Noise<Z, K>> {
         if check_linear_shape(&self.shape).is_err() || !(1..=MAX_ROWS).contains(&self.rank) {
             return 0;
         }
-        match self.family(gpu, dtype) {
-            Family::Sm80 => sm80::workspace_len(&self.shape, self.rank, dtype),
-            Family::CublasLt => cublaslt::workspace_len(gpu, &self.shape, self.rank, dtype),
-        }
+        (self.passes(gpu, dtype).workspace_len)(gpu, &self.shape, self.rank, dtype)
     }
 }
 
-impl LowRankLinear<Buffer, Source> {
+impl Layer {
     /// Checks all but the tensors of one pass.
     fn check(&self, gpu: &Gpu, dtype: DType, s: &Buffer, workspace: Buffer) -> Result<Pass> {
         let (shape, r, bytes) = (&self.shape, self.rank, dtype.bytes());
@@ -143,10 +157,7 @@ impl LowRankLinear<Buffer, Source> {
         check_input("x", &x, &self.shape, dtype)?;
         y.check("y", "[M, N]", self.shape.out_rows() * self.shape.out_features, dtype.bytes())?;
         self.check_disjoint(&[("x", x)], vec![("s", s), ("y", y)], &pass)?;
-        match self.family(gpu, dtype) {
-            Family::Sm80 => sm80::forward(self, &pass, x, s, y),
-            Family::CublasLt => Ok(cublaslt::forward(self, &pass, x, s, y)),
-        }
+        (self.passes(gpu, dtype).forward)(self, &pass, x, s, y)
     }
 
     /// The plan that computes gradients from `x`, the `s` of the forward pass and `dy = ∂L/∂y [M, N]`, with the noise of
@@ -188,10 +199,7 @@ impl LowRankLinear<Buffer, Source> {
             }
         }
         self.check_disjoint(&[("x", x), ("s", s), ("dy", dy)], outputs, &pass)?;
-        match self.family(gpu, dtype) {
-            Family::Sm80 => sm80::backward(self, &pass, [x, s, dy], grads),
-            Family::CublasLt => Ok(cublaslt::backward(self, &pass, [x, s, dy], grads)),
-        }
+        (self.passes(gpu, dtype).backward)(self, &pass, [x, s, dy], grads)
     }
 }
 

@@ -1,22 +1,22 @@
 //! The low-rank layer by this crate's portable kernels; plans `kernels/sm80/low_rank_linear.cu`, and `kernels/sm80/noisy_linear.cu` for what
 //! is a plain GEMM.
 
-use super::{LowRankGrads, LowRankLinear};
+use super::params::{LowRankFactorsParams, LowRankLinearParams};
+use super::{Layer, LowRankGrads, Passes};
 use crate::cuda::buffer::{Address, Buffer, DType, rows_are_aligned};
+use crate::cuda::gpu::Gpu;
 use crate::cuda::kernel::{GemmKernels, table};
-use crate::cuda::layer::Pass;
-use crate::cuda::noise_source::{NoiseSource, Source};
-use crate::cuda::noisy_linear::sm80::{
-    ForwardGemm, GEMM_THREADS, GEMM_TILE, InputGradient, WeightGradient, blocks,
-};
+use crate::cuda::layer::{Pass, blocks};
+use crate::cuda::noise_source::NoiseSource;
+use crate::cuda::noisy_linear::sm80::{ForwardGemm, GEMM_THREADS, GEMM_TILE, InputGradient, WeightGradient};
 use crate::cuda::partial_sums::partial_sums;
 use crate::cuda::plan::{Launch, Plan};
-use crate::cuda::pointer::{Input, Output, Void};
 use crate::error::Result;
 use crate::shape::LinearShape;
-use bytemuck::{Pod, Zeroable};
 
-/// ForwardGemm pass, up to rank 16 and 32.
+pub(super) const PASSES: Passes = Passes { workspace_len, forward, backward };
+
+/// Forward pass, up to rank 16 and 32.
 const FORWARD: [GemmKernels; 2] = [table::LOW_RANK_LINEAR_16, table::LOW_RANK_LINEAR_32];
 /// The adapter's part of the backward pass, up to rank 16 and 32.
 const FACTORS: [GemmKernels; 2] = [table::LOW_RANK_FACTORS_16, table::LOW_RANK_FACTORS_32];
@@ -31,80 +31,6 @@ pub const FACTORS_ROW_BYTES: usize = 1024;
 /// token rows that a block has at least.
 const BLOCKS: usize = 264;
 const MIN_PART: usize = 64;
-
-/// Parameters of the kernels `low_rank_linear*`.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
-pub struct LowRankLinearParams {
-    noise: NoiseSource,
-    x: Input<Void>,
-    weight: Input<Void>,
-    lora_a: Input<Void>,
-    lora_b: Input<Void>,
-    /// May be null.
-    base_bias: Input<Void>,
-    /// May be null.
-    delta_bias: Input<Void>,
-    s: Output<Void>,
-    y: Output<Void>,
-    /// Whether rows of y are.
-    aligned: u64,
-    /// Token rows `M`.
-    rows: u32,
-    /// Tokens per sample `T`.
-    tokens: u32,
-    /// Out-features `N`.
-    channels: u32,
-    /// In-features `K`.
-    inner: u32,
-    /// Rank `r`, or sample rows `R` of an epilogue.
-    rank: u32,
-    /// Rows of x.
-    wrap: u32,
-    tile_columns: u32,
-    /// Whether rows of x, W0 and A are.
-    x_aligned: u32,
-    /// Whether rows of B are.
-    b_aligned: u32,
-    /// Classes `C`, or the scale `c` of a low-rank layer.
-    scale: f32,
-}
-
-/// Parameters of the kernels `low_rank_factors*`.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
-pub struct LowRankFactorsParams {
-    noise: NoiseSource,
-    g: Input<Void>,
-    s: Input<Void>,
-    lora_b: Input<Void>,
-    /// Partial sums [chunks, M, r], or null.
-    ds: Output<f32>,
-    /// Partial sums of dB [parts, N, r], or null.
-    b_sums: Output<f32>,
-    /// Partial sums of ddb [parts, N], or null.
-    delta_bias: Output<f32>,
-    /// Token rows `M`.
-    rows: u32,
-    /// Tokens per sample `T`.
-    tokens: u32,
-    /// Out-features `N`.
-    channels: u32,
-    /// Rank `r`, or sample rows `R` of an epilogue.
-    rank: u32,
-    /// Rows of s.
-    wrap: u32,
-    /// Of channels.
-    chunks: u32,
-    /// Token rows of a block, a multiple of 32.
-    part: u32,
-    /// Whether rows of g are.
-    aligned: u32,
-    /// Whether rows of s and B are.
-    rank_aligned: u32,
-    /// Classes `C`, or the scale `c` of a low-rank layer.
-    scale: f32,
-}
 
 /// Sizes of a layer, and the plans that depend on them alone.
 #[derive(Clone, Copy)]
@@ -173,23 +99,16 @@ impl Sizes {
     }
 }
 
-/// `f32` elements of workspace for either pass.
-pub(super) fn workspace_len(shape: &LinearShape, rank: usize, dtype: DType) -> usize {
+fn workspace_len(_: &Gpu, shape: &LinearShape, rank: usize, dtype: DType) -> usize {
     Sizes { shape: *shape, rank, dtype }.workspace().len
 }
 
-fn sizes(layer: &LowRankLinear<Buffer, Source>, pass: &Pass) -> Sizes {
+fn sizes(layer: &Layer, pass: &Pass) -> Sizes {
     Sizes { shape: layer.shape, rank: layer.rank, dtype: pass.arithmetic.dtype }
 }
 
 /// The forward pass: one kernel up to rank 32, otherwise two GEMMs.
-pub(super) fn forward(
-    layer: &LowRankLinear<Buffer, Source>,
-    pass: &Pass,
-    x: Buffer,
-    s: Buffer,
-    y: Buffer,
-) -> Result<Plan> {
+fn forward(layer: &Layer, pass: &Pass, x: Buffer, s: Buffer, y: Buffer) -> Result<Plan> {
     match (layer.base, sizes(layer, pass).columns()) {
         (Some(base), Some(columns)) => {
             let tensors = [x, base.weight, layer.lora_a, layer.lora_b, s, y];
@@ -200,7 +119,7 @@ pub(super) fn forward(
 }
 
 fn fused_forward(
-    layer: &LowRankLinear<Buffer, Source>,
+    layer: &Layer,
     pass: &Pass,
     tensors: [Buffer; 6],
     base_bias: Option<Buffer>,
@@ -241,13 +160,7 @@ fn fused_forward(
     Ok(Launch::new(kernel, grid, [GEMM_THREADS, 1, 1], shared, &params).into())
 }
 
-fn composed_forward(
-    layer: &LowRankLinear<Buffer, Source>,
-    pass: &Pass,
-    x: Buffer,
-    s: Buffer,
-    y: Buffer,
-) -> Result<Plan> {
+fn composed_forward(layer: &Layer, pass: &Pass, x: Buffer, s: Buffer, y: Buffer) -> Result<Plan> {
     let (shape, k, r) = (layer.shape, layer.shape.in_features, layer.rank);
     let low = ForwardGemm {
         run: pass.arithmetic,
@@ -283,8 +196,8 @@ fn composed_forward(
 }
 
 /// The backward pass: the adapter's part, one kernel up to rank 32, then dx and dA as GEMMs.
-pub(super) fn backward(
-    layer: &LowRankLinear<Buffer, Source>,
+fn backward(
+    layer: &Layer,
     pass: &Pass,
     [x, s, dy]: [Buffer; 3],
     grads: LowRankGrads<Buffer>,
@@ -319,7 +232,7 @@ pub(super) fn backward(
 
 /// `ds`, `dB` and `dδb`, those that have a target, in one pass over `dy`.
 fn fused_factors(
-    layer: &LowRankLinear<Buffer, Source>,
+    layer: &Layer,
     pass: &Pass,
     [s, dy]: [Buffer; 2],
     targets: [Option<Buffer>; 3],
@@ -367,7 +280,7 @@ fn fused_factors(
 
 /// The same as GEMMs, for larger ranks.
 fn composed_factors(
-    layer: &LowRankLinear<Buffer, Source>,
+    layer: &Layer,
     pass: &Pass,
     [s, dy]: [Buffer; 2],
     [ds, lora_b, delta_bias]: [Option<Buffer>; 3],

@@ -1,14 +1,16 @@
 //! The dense layer by GEMMs of cuBLASLt, with our epilogues between them.
 
-use super::{NoisyLinear, NoisyLinearGrads};
+use super::{Layer, NoisyLinearGrads, Passes};
 use crate::cuda::buffer::{Buffer, DType};
 use crate::cuda::gemm::{Arena, Gemms, Workspace};
 use crate::cuda::gpu::Gpu;
 use crate::cuda::layer::Pass;
-use crate::cuda::noise_source::Source;
 use crate::cuda::plan::Plan;
 use crate::cuda::under_noise::{self, Outputs};
+use crate::error::Result;
 use crate::shape::LinearShape;
+
+pub(super) const PASSES: Passes = Passes { workspace_len, forward, backward };
 
 /// The library's part of the workspace; the largest GEMM's output is y or ΔW.
 fn gemm_workspace(arena: &mut Arena, gpu: &Gpu, shape: &LinearShape) -> Workspace {
@@ -16,8 +18,7 @@ fn gemm_workspace(arena: &mut Arena, gpu: &Gpu, shape: &LinearShape) -> Workspac
     arena.take_workspace(gpu, shape.in_rows().saturating_mul(k.max(n)).max(k.saturating_mul(n)))
 }
 
-/// `f32` elements of workspace for either pass.
-pub(super) fn workspace_len(gpu: &Gpu, shape: &LinearShape, dtype: DType) -> usize {
+fn workspace_len(gpu: &Gpu, shape: &LinearShape, dtype: DType) -> usize {
     Arena::len_of(|arena| {
         gemm_workspace(arena, gpu, shape);
         under_noise::reserve(arena, shape, dtype);
@@ -25,7 +26,7 @@ pub(super) fn workspace_len(gpu: &Gpu, shape: &LinearShape, dtype: DType) -> usi
 }
 
 /// Two GEMMs, and `y = base + z⊙(adapter + Δb)` where there is noise.
-pub(super) fn forward(layer: &NoisyLinear<Buffer, Source>, pass: &Pass, x: Buffer, y: Buffer) -> Plan {
+fn forward(layer: &Layer, pass: &Pass, x: Buffer, y: Buffer) -> Result<Plan> {
     let shape = &layer.shape;
     let mut arena = Arena::new(pass.workspace.into());
     let gemms = Gemms::new(pass.arithmetic, gemm_workspace(&mut arena, &pass.gpu, shape));
@@ -37,16 +38,16 @@ pub(super) fn forward(layer: &NoisyLinear<Buffer, Source>, pass: &Pass, x: Buffe
         bias: layer.delta_bias,
         y,
     };
-    outputs.plan(shape, pass, &mut arena)
+    Ok(outputs.plan(shape, pass, &mut arena))
 }
 
 /// `e = z⊙g`, and a GEMM for each term of the gradients.
-pub(super) fn backward(
-    layer: &NoisyLinear<Buffer, Source>,
+fn backward(
+    layer: &Layer,
     pass: &Pass,
     [x, dy]: [Buffer; 2],
     grads: NoisyLinearGrads<Buffer>,
-) -> Plan {
+) -> Result<Plan> {
     let shape = &layer.shape;
     let mut arena = Arena::new(pass.workspace.into());
     let gemms = Gemms::new(pass.arithmetic, gemm_workspace(&mut arena, &pass.gpu, shape));
@@ -65,5 +66,5 @@ pub(super) fn backward(
     if let Some(dw) = grads.delta_weight {
         plan.push(gemms.transposed_times([n, k, rows], e, x.into(), dw.into()));
     }
-    plan
+    Ok(plan)
 }

@@ -1,6 +1,7 @@
 //! Dense noisy linear layer.
 
 mod cublaslt;
+mod params;
 pub(super) mod sm80;
 
 use super::borrows::{Borrows, Noise};
@@ -58,9 +59,25 @@ impl<B> Default for NoisyLinearGrads<B> {
     }
 }
 
+/// The layer as plans have it.
+type Layer = NoisyLinear<Buffer, Source>;
+
+/// What a family makes of the layer; the arguments of the passes are checked.
+struct Passes {
+    /// `f32` elements of workspace for either pass.
+    workspace_len: fn(&Gpu, &LinearShape, DType) -> usize,
+    /// From `x` to `y`.
+    forward: fn(&Layer, &Pass, Buffer, Buffer) -> Result<Plan>,
+    /// From `x` and `dy`.
+    backward: fn(&Layer, &Pass, [Buffer; 2], NoisyLinearGrads<Buffer>) -> Result<Plan>,
+}
+
 impl<B, Z, K> NoisyLinear<B, noise::Noise<Z, K>> {
-    fn family(&self, gpu: &Gpu, dtype: DType) -> Family {
-        select(gpu, &Problem { shape: self.shape, dtype, noise: self.noise.shape(), rank: None })
+    fn passes(&self, gpu: &Gpu, dtype: DType) -> Passes {
+        match select(gpu, &Problem { shape: self.shape, dtype, noise: self.noise.shape(), rank: None }) {
+            Family::Sm80 => sm80::PASSES,
+            Family::CublasLt => cublaslt::PASSES,
+        }
     }
 
     /// The `f32` elements of workspace that either pass needs on a device, whichever gradients are asked for; 0 for sizes that are
@@ -69,14 +86,11 @@ impl<B, Z, K> NoisyLinear<B, noise::Noise<Z, K>> {
         if check_linear_shape(&self.shape).is_err() {
             return 0;
         }
-        match self.family(gpu, dtype) {
-            Family::Sm80 => sm80::workspace_len(&self.shape),
-            Family::CublasLt => cublaslt::workspace_len(gpu, &self.shape, dtype),
-        }
+        (self.passes(gpu, dtype).workspace_len)(gpu, &self.shape, dtype)
     }
 }
 
-impl NoisyLinear<Buffer, Source> {
+impl Layer {
     /// Checks all but the tensors of one pass.
     fn check(&self, gpu: &Gpu, dtype: DType, workspace: Buffer) -> Result<Pass> {
         let shape = &self.shape;
@@ -125,10 +139,7 @@ impl NoisyLinear<Buffer, Source> {
         check_input("x", &x, &self.shape, dtype)?;
         y.check("y", "[M, N]", self.shape.out_rows() * self.shape.out_features, dtype.bytes())?;
         self.check_disjoint(&[("x", x)], vec![("y", y)], &pass)?;
-        match self.family(gpu, dtype) {
-            Family::Sm80 => sm80::forward(self, &pass, x, y),
-            Family::CublasLt => Ok(cublaslt::forward(self, &pass, x, y)),
-        }
+        (self.passes(gpu, dtype).forward)(self, &pass, x, y)
     }
 
     /// The plan that computes gradients from `x` and `dy = ∂L/∂y [M, N]`, with the noise of the forward pass recomputed.
@@ -192,11 +203,7 @@ impl NoisyLinear<Buffer, Source> {
         }
         let inputs: Vec<Named> = x.map(|x| ("x", x)).into_iter().chain([("dy", dy)]).collect();
         self.check_disjoint(&inputs, outputs, &pass)?;
-        let x = x.unwrap_or(Buffer::ABSENT);
-        match self.family(gpu, dtype) {
-            Family::Sm80 => sm80::backward(self, &pass, [x, dy], grads),
-            Family::CublasLt => Ok(cublaslt::backward(self, &pass, [x, dy], grads)),
-        }
+        (self.passes(gpu, dtype).backward)(self, &pass, [x.unwrap_or(Buffer::ABSENT), dy], grads)
     }
 }
 

@@ -2,18 +2,21 @@
 //!
 //! Its GEMMs serve the low-rank layer as well.
 
-use super::{NoisyLinear, NoisyLinearGrads};
+use super::params::{NoisyLinearInputParams, NoisyLinearParams, NoisyLinearWeightParams, Segment};
+use super::{Layer, NoisyLinearGrads, Passes};
 use crate::cuda::buffer::{Address, Buffer, DType, rows_are_aligned};
+use crate::cuda::gpu::Gpu;
 use crate::cuda::kernel::table;
-use crate::cuda::layer::{Arithmetic, Pass};
-use crate::cuda::noise_source::{NoiseSource, Source};
+use crate::cuda::layer::{Arithmetic, Pass, blocks};
+use crate::cuda::noise_source::NoiseSource;
 use crate::cuda::partial_sums::partial_sums;
 use crate::cuda::plan::{Launch, Plan};
-use crate::cuda::pointer::{Input, Output, Void};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::noise::NoiseShape;
 use crate::shape::LinearShape;
-use bytemuck::{Pod, Zeroable};
+use bytemuck::Zeroable;
+
+pub(super) const PASSES: Passes = Passes { workspace_len, forward, backward };
 
 /// Rows and columns of a block's tile of outputs.
 pub const GEMM_TILE: usize = 128;
@@ -28,115 +31,6 @@ const BLOCKS: usize = 264;
 /// Token rows of a partial sum are a multiple of this, and not fewer than `MIN_PART`.
 const PART_STEP: usize = 32;
 const MIN_PART: usize = 256;
-
-/// One GEMM of a sum of them.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
-pub struct Segment {
-    left: Input<Void>,
-    right: Input<Void>,
-    inner: u32,
-    /// Belongs under the noise.
-    adapter: u32,
-    /// Token row of y or g that row 0 of the left operand stands for.
-    first_row: u32,
-    /// Rows of both operands hold whole 16-byte vectors and start at multiples of 16 bytes.
-    aligned: u32,
-}
-
-/// Parameters of the kernels `noisy_linear*`.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
-pub struct NoisyLinearParams {
-    noise: NoiseSource,
-    segments: [Segment; 2],
-    /// May be null.
-    base_bias: Input<Void>,
-    /// May be null.
-    delta_bias: Input<Void>,
-    y: Output<Void>,
-    /// Token rows `M`.
-    rows: u32,
-    /// Tokens per sample `T`.
-    tokens: u32,
-    /// Out-features `N`.
-    channels: u32,
-    /// Rows of x.
-    wrap: u32,
-    /// Segments.
-    count: u32,
-    tile_columns: u32,
-    /// Whether rows of y are.
-    aligned: u32,
-    /// Factor on the adapter's product.
-    scale: f32,
-}
-
-/// Parameters of the kernels `noisy_linear_input*`.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
-pub struct NoisyLinearInputParams {
-    noise: NoiseSource,
-    segments: [Segment; 4],
-    dx: Output<Void>,
-    /// Of dx.
-    rows: u32,
-    /// Tokens per sample `T`.
-    tokens: u32,
-    /// Out-features `N`.
-    channels: u32,
-    /// In-features `K`.
-    columns: u32,
-    /// Segments.
-    count: u32,
-    tile_columns: u32,
-    /// Whether rows of dx are.
-    aligned: u32,
-    /// Factor on the sum.
-    scale: f32,
-}
-
-/// Parameters of the kernels `noisy_linear_weight*`.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
-pub struct NoisyLinearWeightParams {
-    noise: NoiseSource,
-    g: Input<Void>,
-    x: Input<Void>,
-    /// dW, or partial sums of it; or null.
-    weight: Output<Void>,
-    /// db, or partial sums of it; or null.
-    bias: Output<Void>,
-    /// Token rows `M`.
-    rows: u32,
-    /// Tokens per sample `T`.
-    tokens: u32,
-    /// Out-features `N`.
-    channels: u32,
-    /// In-features `K`.
-    columns: u32,
-    /// Rows of x.
-    wrap: u32,
-    tile_columns: u32,
-    tile_rows: u32,
-    /// Token rows of a partial sum.
-    part: u32,
-    /// Write partial sums in f32, those of part i behind those of the parts before.
-    partial: u32,
-    left_aligned: u32,
-    right_aligned: u32,
-    /// Whether rows of dW are.
-    aligned: u32,
-}
-
-/// A grid of so many blocks along x.
-pub(in crate::cuda) fn blocks(argument: &'static str, sizes: &[usize]) -> Result<[u32; 3]> {
-    let count = sizes.iter().try_fold(1usize, |product, &size| product.checked_mul(size));
-    match count.and_then(|count| i32::try_from(count).ok()) {
-        Some(count) => Ok([count as u32, 1, 1]),
-        None => Err(Error::Overflow { argument, shape: "[M, N] in tiles of 128" }),
-    }
-}
 
 /// Operands of a forward GEMM `y = Σ left·rightᵀ`, checked before; adapter segments come last.
 pub(in crate::cuda) struct ForwardGemm<'a> {
@@ -363,7 +257,7 @@ impl WeightGradient {
 }
 
 /// Whether folding is allowed, possible, and cheaper than two GEMMs.
-fn folds(layer: &NoisyLinear<Buffer, Source>) -> bool {
+fn folds(layer: &Layer) -> bool {
     let tokens = layer.shape.tokens;
     let pays = match layer.noise.shape() {
         None => true,
@@ -375,12 +269,7 @@ fn folds(layer: &NoisyLinear<Buffer, Source>) -> bool {
 }
 
 /// The forward pass: one kernel.
-pub(super) fn forward(
-    layer: &NoisyLinear<Buffer, Source>,
-    pass: &Pass,
-    x: Buffer,
-    y: Buffer,
-) -> Result<Plan> {
+fn forward(layer: &Layer, pass: &Pass, x: Buffer, y: Buffer) -> Result<Plan> {
     let k = layer.shape.in_features;
     let base = layer.base.map(|base| (x, base.weight, k, false));
     let delta = layer.delta_weight.map(|weight| (x, weight, k, true));
@@ -400,8 +289,8 @@ pub(super) fn forward(
 }
 
 /// The backward pass: a kernel for dx, and one for dΔW and dΔb with the sums of their parts.
-pub(super) fn backward(
-    layer: &NoisyLinear<Buffer, Source>,
+fn backward(
+    layer: &Layer,
     pass: &Pass,
     [x, dy]: [Buffer; 2],
     grads: NoisyLinearGrads<Buffer>,
@@ -423,7 +312,6 @@ pub(super) fn backward(
     Ok(plan)
 }
 
-/// `f32` elements of workspace for either pass.
-pub(super) fn workspace_len(shape: &LinearShape) -> usize {
+fn workspace_len(_: &Gpu, shape: &LinearShape, _: DType) -> usize {
     WeightGradient::workspace_len(shape)
 }
