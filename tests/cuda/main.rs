@@ -6,6 +6,7 @@ mod device;
 mod drop_path;
 mod lora_mul_linear;
 mod loss;
+mod loss_data;
 mod low_rank_linear;
 mod machine;
 mod noise_fill;

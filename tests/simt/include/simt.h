@@ -1,8 +1,9 @@
 // CUDA's keywords and intrinsics for the host compiler, so that kernels/*.cu runs thread by thread on a CPU.
 //
 // Included before everything else by the build script. Every CUDA thread is a coroutine (src/machine.rs); the functions
-// declared here are its way back to the scheduler. Threads switch only at barriers and warp exchanges. Shared memory is
-// dynamic only (PACE_SHARED): the simulator poisons it and watches its ends, which it cannot do with static arrays.
+// declared here (src/hooks.rs) are its way back to the scheduler. Threads switch only at barriers and warp exchanges.
+// Shared memory is dynamic only (PACE_SHARED): the simulator poisons it and watches its ends, which it cannot do with
+// static arrays.
 
 #ifndef PACE_SIMT_H
 #define PACE_SIMT_H

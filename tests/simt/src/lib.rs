@@ -23,6 +23,7 @@
 //! blocks other than by their order.
 
 mod fault;
+mod hooks;
 mod machine;
 mod memory;
 

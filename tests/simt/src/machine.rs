@@ -1,12 +1,13 @@
 //! The scheduler: a block's threads as coroutines, and where they wait for each other.
 
-use crate::fault::{Access, Fault, Thread};
+use crate::fault::Fault;
+use crate::hooks::{CURRENT, Collective, Context, Coordinates, Place, SHARED, WARP, Wait};
 use crate::memory::{Memory, Region};
 use corosensei::stack::{DefaultStack, Stack, StackPointer};
-use corosensei::{Coroutine, CoroutineResult, Yielder};
+use corosensei::{Coroutine, CoroutineResult};
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
-use std::ffi::{CStr, c_char, c_void};
+use std::ffi::c_void;
 use std::rc::Rc;
 
 struct Kernel {
@@ -48,7 +49,7 @@ pub enum Schedule {
 }
 
 /// SplitMix64.
-struct Dice(Option<u64>);
+pub struct Dice(Option<u64>);
 
 impl Dice {
     fn next(&mut self) -> Option<u64> {
@@ -61,7 +62,7 @@ impl Dice {
     }
 
     /// A number below `below`; 0 when in order.
-    fn roll(&mut self, below: usize) -> usize {
+    pub fn roll(&mut self, below: usize) -> usize {
         // The upper half of the product: every switch of threads comes here, and divisions take long.
         self.next().map_or(0, |z| ((u128::from(z) * below as u128) >> 64) as usize)
     }
@@ -72,9 +73,6 @@ impl Dice {
     }
 }
 
-const WARP: usize = 32;
-/// What faults call it.
-const SHARED: &str = "shared memory";
 /// Stack of one thread; the kernels keep little there, but a sanitizer puts red zones around it.
 const STACK: usize = if crate::IS_SANITIZED { 256 << 10 } else { 64 << 10 };
 /// What every device since compute capability 8.0 allows.
@@ -82,44 +80,6 @@ const MAX_THREADS: u32 = 1024;
 const MAX_BLOCK: [u32; 3] = [1024, 1024, 64];
 const MAX_GRID: [u32; 3] = [i32::MAX as u32, 65535, 65535];
 const MAX_SHARED: u32 = 99 << 10;
-
-/// A line of a kernel.
-#[derive(Clone, Copy, PartialEq, Eq)]
-struct Place {
-    file: *const c_char,
-    line: u32,
-}
-
-impl std::fmt::Display for Place {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        // SAFETY: `__FILE__` is a string that lives as long as the program.
-        let file = unsafe { CStr::from_ptr(self.file) }.to_string_lossy();
-        write!(f, "{}:{}", file.rsplit('/').next().unwrap_or_default(), self.line)
-    }
-}
-
-/// What a warp does together: sees what each lane brought, and writes there what each lane gets.
-#[derive(Clone, Copy)]
-#[repr(transparent)]
-struct Collective(unsafe extern "C" fn(*const *mut c_void));
-
-impl PartialEq for Collective {
-    fn eq(&self, other: &Self) -> bool {
-        // The linker may merge two that do the same: no harm.
-        std::ptr::fn_addr_eq(self.0, other.0)
-    }
-}
-
-impl Eq for Collective {}
-
-/// Why a thread gave way.
-enum Wait {
-    Barrier(Place),
-    Exchange(Place, u32),
-    Collective(Place, Collective),
-    /// Boxed, to keep the others small: they are what threads hand over at every switch.
-    Fault(Box<Fault>),
-}
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum State {
@@ -147,72 +107,7 @@ impl State {
     }
 }
 
-/// `pace_simt_coordinates` of simt.h.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Coordinates {
-    thread: [u32; 3],
-    block: [u32; 3],
-    block_dim: [u32; 3],
-    grid_dim: [u32; 3],
-}
-
-/// What the hooks know of the thread that runs.
-struct Context {
-    coordinates: Coordinates,
-    memory: *const Memory,
-    shared: *mut u8,
-    shared_bytes: usize,
-    yielder: Cell<*const Yielder<(), Wait>>,
-    /// What it gives to an exchange, and what all lanes gave to the last one.
-    given: Cell<u64>,
-    received: RefCell<Rc<[Option<u64>; WARP]>>,
-    /// What it brings to a collective operation.
-    operands: Cell<*mut c_void>,
-    /// Asynchronous copies that have not arrived, by group; the last group is open.
-    copies: RefCell<VecDeque<Vec<Copy>>>,
-    /// Which of them arrive at once.
-    dice: RefCell<Dice>,
-}
-
-/// An asynchronous copy to shared memory: `bytes` from global memory, the rest of 16 zeros.
-struct Copy {
-    to: *mut u8,
-    from: *const u8,
-    bytes: usize,
-}
-
-impl Copy {
-    const SIZE: usize = 16;
-
-    fn carry_out(&self) {
-        // SAFETY: the ends were checked when the copy was issued, and both memories outlive the launch.
-        unsafe {
-            self.to.copy_from_nonoverlapping(self.from, self.bytes);
-            self.to.add(self.bytes).write_bytes(0, Self::SIZE - self.bytes);
-        }
-    }
-}
-
-impl Context {
-    fn thread(&self) -> Thread {
-        Thread { block: self.coordinates.block, thread: self.coordinates.thread }
-    }
-
-    fn wait(&self, why: Wait) {
-        // SAFETY: set when the coroutine started, which has not ended: it is the one that calls this.
-        unsafe { &*self.yielder.get() }.suspend(why);
-    }
-
-    /// Ends the launch. The scheduler never resumes a thread that reports a fault.
-    fn fail(&self, fault: Fault) -> ! {
-        self.wait(Wait::Fault(Box::new(fault)));
-        unreachable!("a failed thread is not resumed");
-    }
-}
-
 thread_local! {
-    static CURRENT: Cell<*const Context> = const { Cell::new(std::ptr::null()) };
     /// Stacks of threads that have ended.
     static STACKS: RefCell<Vec<DefaultStack>> = const { RefCell::new(Vec::new()) };
 }
@@ -242,129 +137,6 @@ unsafe impl Stack for LaneStack {
 
     fn limit(&self) -> StackPointer {
         self.memory.limit()
-    }
-}
-
-/// The thread that runs.
-fn current() -> &'static Context {
-    // SAFETY: hooks are only called by kernels, which the scheduler only runs with this set; the reference is gone before
-    // the block ends.
-    unsafe { &*CURRENT.get() }
-}
-
-#[unsafe(no_mangle)]
-extern "C" fn pace_simt_thread() -> *const Coordinates {
-    &raw const current().coordinates
-}
-
-#[unsafe(no_mangle)]
-extern "C" fn pace_simt_shared() -> *mut u8 {
-    current().shared
-}
-
-#[unsafe(no_mangle)]
-extern "C" fn pace_simt_barrier(file: *const c_char, line: u32) {
-    current().wait(Wait::Barrier(Place { file, line }));
-}
-
-#[unsafe(no_mangle)]
-extern "C" fn pace_simt_exchange(file: *const c_char, line: u32, mask: u32, source: u32, value: u64) -> u64 {
-    let (context, place) = (current(), Place { file, line });
-    let inactive = |lane: u32| {
-        context.fail(Fault::InactiveLane { thread: context.thread(), place: place.to_string(), lane })
-    };
-    let [x, y, z] = context.coordinates.thread;
-    let [width, height, _] = context.coordinates.block_dim;
-    let own = (x + width * (y + height * z)) % WARP as u32;
-    if mask >> own & 1 == 0 {
-        inactive(own);
-    }
-    context.given.set(value);
-    context.wait(Wait::Exchange(place, mask));
-    let received = context.received.borrow().get(source as usize).copied().flatten();
-    received.unwrap_or_else(|| inactive(source))
-}
-
-#[unsafe(no_mangle)]
-extern "C" fn pace_simt_collective(
-    file: *const c_char,
-    line: u32,
-    operation: Collective,
-    operands: *mut c_void,
-) {
-    let (context, place) = (current(), Place { file, line });
-    let last = context.coordinates.block_dim.iter().product::<u32>() % WARP as u32;
-    if last != 0 {
-        let thread = context.thread();
-        context.fail(Fault::InactiveLane { thread, place: place.to_string(), lane: last });
-    }
-    context.operands.set(operands);
-    context.wait(Wait::Collective(place, operation));
-}
-
-/// Checks that `bytes` bytes of shared memory, a power of two, lie inside it and are aligned to their number.
-#[unsafe(no_mangle)]
-extern "C" fn pace_simt_shared_access(address: *const c_void, bytes: usize) {
-    let context = current();
-    let offset = (address as usize).wrapping_sub(context.shared as usize) as i64;
-    let inside = offset >= 0 && offset as usize + bytes <= context.shared_bytes;
-    if !inside || offset as usize & (bytes - 1) != 0 {
-        let access = Access { offset, bytes, is_write: false };
-        let (thread, tensor) = (context.thread(), SHARED.to_owned());
-        context.fail(match inside {
-            true => Fault::Misaligned { thread, access, tensor },
-            false => Fault::OutOfBounds { thread, access, tensor },
-        });
-    }
-}
-
-/// Notes a copy of 16 bytes to shared memory, of which `bytes` come from global memory.
-#[unsafe(no_mangle)]
-extern "C" fn pace_simt_copy_async(to: *mut c_void, from: *const c_void, bytes: usize) {
-    pace_simt_shared_access(to, Copy::SIZE);
-    if bytes > 0 {
-        pace_simt_access(from, Copy::SIZE, false);
-    }
-    let copy = Copy { to: to.cast(), from: from.cast(), bytes };
-    let context = current();
-    // At once: it overwrites what others still read. Late: who does not wait for it does not find it.
-    if context.dice.borrow_mut().roll(2) == 1 {
-        copy.carry_out();
-        return;
-    }
-    let mut copies = context.copies.borrow_mut();
-    if copies.is_empty() {
-        copies.push_back(Vec::new());
-    }
-    copies.back_mut().expect("a group is open").push(copy);
-}
-
-/// Closes the open group of copies.
-#[unsafe(no_mangle)]
-extern "C" fn pace_simt_commit_copies() {
-    let mut copies = current().copies.borrow_mut();
-    if copies.is_empty() {
-        copies.push_back(Vec::new());
-    }
-    copies.push_back(Vec::new());
-}
-
-/// Carries out what is left of all but the last `pending` closed groups: a kernel that does not wait does not find it.
-#[unsafe(no_mangle)]
-extern "C" fn pace_simt_wait_for_copies(pending: u32) {
-    let mut copies = current().copies.borrow_mut();
-    while copies.len() > pending as usize + 1 {
-        copies.pop_front().expect("it is not empty").iter().for_each(Copy::carry_out);
-    }
-}
-
-#[unsafe(no_mangle)]
-extern "C" fn pace_simt_access(address: *const c_void, bytes: usize, is_write: bool) {
-    let context = current();
-    // SAFETY: the memory outlives the launch.
-    let memory = unsafe { &*context.memory };
-    if let Err(fault) = memory.access(context.thread(), address as usize, bytes, is_write) {
-        context.fail(fault);
     }
 }
 

@@ -1,4 +1,4 @@
-// Evaluates kernels/noise.cuh on the records of a file, so that tests/noise.rs can compare it with the Rust code.
+// Evaluates kernels/noise.cuh on the records of a file, so that cpp_header.rs can compare it with the Rust code.
 //
 //   noise_twin INPUT OUTPUT
 //
@@ -38,7 +38,7 @@ static float __uint2float_rn(unsigned a) { return static_cast<float>(a); }
 static float __int2float_rn(int a) { return static_cast<float>(a); }
 #endif
 
-#include "../kernels/noise.cuh"
+#include "../../kernels/noise.cuh"
 
 using pace::noise::u32;
 using pace::noise::u64;

@@ -1,0 +1,10 @@
+//! Every CPU operator against plain loops, against finite differences, and against what its documentation promises.
+
+mod data;
+mod formulas;
+mod loss;
+mod norms;
+mod operators;
+mod promises;
+mod reference;
+mod support;
