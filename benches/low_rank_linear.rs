@@ -37,7 +37,7 @@ fn low_rank_linear(c: &mut Criterion) {
         });
         group.bench_function(BenchmarkId::new("backward", common::name(&shape)), |b| {
             b.iter(|| {
-                let grads = LowRankGrads {
+                let grads: LowRankGrads<&mut [_]> = LowRankGrads {
                     input: Some(&mut dx),
                     lora_b: Some(&mut dd),
                     lora_a: Some(&mut du),

@@ -35,7 +35,7 @@ fn noisy_linear(c: &mut Criterion) {
         }
         group.bench_function(BenchmarkId::new("prompt backward", common::name(&shape)), |b| {
             b.iter(|| {
-                let grads =
+                let grads: NoisyLinearGrads<&mut [_]> =
                     NoisyLinearGrads { input: Some(&mut dx), delta_bias: Some(&mut db), delta_weight: None };
                 prompt.backward(&x, &dy, grads)
             });
@@ -43,7 +43,7 @@ fn noisy_linear(c: &mut Criterion) {
         group.throughput(Throughput::Elements(2 * flop));
         group.bench_function(BenchmarkId::new("dense backward", common::name(&shape)), |b| {
             b.iter(|| {
-                let grads = NoisyLinearGrads {
+                let grads: NoisyLinearGrads<&mut [_]> = NoisyLinearGrads {
                     input: Some(&mut dx),
                     delta_weight: Some(&mut dw),
                     delta_bias: Some(&mut db),

@@ -20,7 +20,7 @@ fn weights(c: &mut Criterion) {
         let (mut out, mut out_bias) = (vec![0.0; n * k], vec![0.0; n]);
         let (mut dd, mut du) = (vec![0.0; n * RANK], vec![0.0; RANK * k]);
         let (mut dpd, mut dpu, mut ddb) = (vec![0.0; k * RANK], vec![0.0; RANK], vec![0.0; n]);
-        let lora = LoraFactors {
+        let lora: LoraFactors<&[_], _> = LoraFactors {
             out_features: n,
             in_features: k,
             rank: RANK,
@@ -28,7 +28,7 @@ fn weights(c: &mut Criterion) {
             lora_a: &lora_a,
             scale: 1.0,
         };
-        let prompt = PromptBias {
+        let prompt: PromptBias<&[_]> = PromptBias {
             out_features: n,
             in_features: k,
             rank: RANK,
@@ -48,7 +48,7 @@ fn weights(c: &mut Criterion) {
         group.bench_function(id("prompt"), |b| b.iter(|| prompt.forward(&mut out_bias)));
         group.bench_function(id("prompt backward"), |b| {
             b.iter(|| {
-                let grads =
+                let grads: PromptGrads<&mut [_]> =
                     PromptGrads { prompt_down: &mut dpd, prompt_up: &mut dpu, delta_bias: Some(&mut ddb) };
                 prompt.backward(&bias, grads)
             });

@@ -66,7 +66,7 @@ fn run(noise: Noise<&'_ [f64]>, shape: LinearShape) -> Vec<Vec<f64>> {
     let layer = NoisyLinear { shape, noise, base, delta_weight: Some(&delta), delta_bias: Some(&bias) };
     let (mut y, mut dx, mut dw, mut db) = (vec![0.0; m * n], x.clone(), delta.clone(), bias.clone());
     layer.forward(&x, &mut y).unwrap();
-    let grads =
+    let grads: NoisyLinearGrads<&mut [_]> =
         NoisyLinearGrads { input: Some(&mut dx), delta_weight: Some(&mut dw), delta_bias: Some(&mut db) };
     layer.backward(&x, &dy, grads).unwrap();
 
@@ -83,7 +83,7 @@ fn run(noise: Noise<&'_ [f64]>, shape: LinearShape) -> Vec<Vec<f64>> {
     };
     let (mut y2, mut dx2, mut dd, mut du) = (y.clone(), x.clone(), lora_b.clone(), lora_a.clone());
     lora.forward(&x, &mut y2).unwrap();
-    let grads = LowRankGrads {
+    let grads: LowRankGrads<&mut [_]> = LowRankGrads {
         input: Some(&mut dx2),
         lora_b: Some(&mut dd),
         lora_a: Some(&mut du),

@@ -69,7 +69,7 @@ impl Layer {
         })
     }
 
-    fn base(&self) -> Base<'_, f32> {
+    fn base(&self) -> Base<&[f32]> {
         Base { weight: &self.weight, bias: Some(&self.bias) }
     }
 
@@ -119,7 +119,7 @@ impl Layer {
         let mut lora_b = vec![0.0; self.lora_b.len()];
         let mut lora_a = vec![0.0; self.lora_a.len()];
         let mut delta_bias = vec![0.0; self.delta_bias.len()];
-        let grads = LowRankGrads {
+        let grads: LowRankGrads<&mut [_]> = LowRankGrads {
             input: Some(&mut dx),
             lora_b: Some(&mut lora_b),
             lora_a: Some(&mut lora_a),
@@ -133,7 +133,7 @@ impl Layer {
 
     fn lora_mul_vpt(&self, noise: Noise<&'_ [f32]>) -> Result<Iteration> {
         let (k, n) = (self.shape.in_features, self.shape.out_features);
-        let lora = LoraFactors {
+        let lora: LoraFactors<&[_], _> = LoraFactors {
             out_features: n,
             in_features: k,
             rank: self.rank,
@@ -141,7 +141,7 @@ impl Layer {
             lora_a: &self.lora_a,
             scale: 1.0,
         };
-        let prompt = PromptBias {
+        let prompt: PromptBias<&[_]> = PromptBias {
             out_features: n,
             in_features: k,
             rank: self.rank,
@@ -168,7 +168,7 @@ impl Layer {
         let mut dx = vec![0.0; self.x.len()];
         let mut weight_grad = vec![0.0; n * k];
         let mut bias_grad = vec![0.0; n];
-        let grads = NoisyLinearGrads {
+        let grads: NoisyLinearGrads<&mut [_]> = NoisyLinearGrads {
             input: Some(&mut dx),
             delta_weight: Some(&mut weight_grad),
             delta_bias: Some(&mut bias_grad),
@@ -176,12 +176,12 @@ impl Layer {
         layer.backward(&self.x, &self.dy, grads)?;
         let mut lora_b = vec![0.0; self.lora_b.len()];
         let mut lora_a = vec![0.0; self.lora_a.len()];
-        let grads = LoraGrads { lora_b: &mut lora_b, lora_a: &mut lora_a };
+        let grads: LoraGrads<&mut [_]> = LoraGrads { lora_b: &mut lora_b, lora_a: &mut lora_a };
         lora_mul_weight_backward(lora, &self.weight, &weight_grad, grads)?;
         let mut prompt_down = vec![0.0; self.prompt_down.len()];
         let mut prompt_up = vec![0.0; self.prompt_up.len()];
         let mut own_bias = vec![0.0; n];
-        let grads = PromptGrads {
+        let grads: PromptGrads<&mut [_]> = PromptGrads {
             prompt_down: &mut prompt_down,
             prompt_up: &mut prompt_up,
             delta_bias: Some(&mut own_bias),

@@ -5,10 +5,12 @@ use super::{
     Failure, PACE_ERROR_DTYPE, PACE_ERROR_LENGTH, PACE_ERROR_SIZE, PACE_ERROR_VALUE, PACE_ERROR_VERSION,
     PaceDevice, PaceStatus, Result, run,
 };
-use crate::cuda::{self, Buffer, DType, Gpu, Plan, Source};
+use crate::cpu::Base;
+use crate::cuda::{Buffer, DType, Gpu, Plan, Source};
 use crate::noise::{Generator, Key, Noise, NoiseShape};
-use crate::{LinearShape, Real, cpu};
+use crate::{LinearShape, Real};
 use std::ffi::c_void;
+use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
@@ -99,9 +101,8 @@ pub(super) unsafe fn read<A: Args>(args: *const A) -> Result<A> {
 
 /// One direction of an operator, on both back ends.
 pub(super) trait Operator<A> {
-    /// # Safety
-    /// As the exported functions: present tensors are host memory of their length, and nothing else touches them.
-    unsafe fn on_cpu<T: Real>(args: &A) -> Result<()>;
+    /// On the tensors of `args`, which are `host`'s.
+    fn on_cpu<T: Real>(args: &A, host: &mut Host<'_, T>) -> Result<()>;
     /// The same on a device.
     fn plan(args: &A, gpu: &Gpu, dtype: DType) -> Result<Plan>;
 }
@@ -125,14 +126,13 @@ pub(super) unsafe fn call<O: Operator<A>, A: Args>(
             None if !stream.is_null() => {
                 Err(Failure::argument("stream", "needs a device; on the CPU it is NULL"))
             }
-            // SAFETY: the caller's promise.
-            None => unsafe {
-                match args.dtype() {
-                    PACE_F32 => O::on_cpu::<f32>(&args),
-                    PACE_F64 => O::on_cpu::<f64>(&args),
-                    PACE_F16 | PACE_BF16 => Err(dtype("the CPU takes PACE_F32 and PACE_F64 only")),
-                    other => Err(dtype(&format!("`dtype` is {other}, which is no type"))),
-                }
+            None => match args.dtype() {
+                // SAFETY: the caller's promise.
+                PACE_F32 => O::on_cpu::<f32>(&args, &mut unsafe { Host::new() }),
+                // SAFETY: the caller's promise.
+                PACE_F64 => O::on_cpu::<f64>(&args, &mut unsafe { Host::new() }),
+                PACE_F16 | PACE_BF16 => Err(dtype("the CPU takes PACE_F32 and PACE_F64 only")),
+                other => Err(dtype(&format!("`dtype` is {other}, which is no type"))),
             },
             Some(device) => {
                 let plan = O::plan(&args, device.gpu(), device_dtype(args.dtype())?)?;
@@ -242,25 +242,120 @@ fn bad_kind(kind: u32) -> Failure {
     Failure::new(PACE_ERROR_VALUE, format!("`noise.kind` is {kind}, expected 0, 1 or 2"))
 }
 
-/// Slices over the caller's host memory. They come out checked: not null, aligned, inside the address space, and no output
-/// shares memory with anything else.
-#[derive(Default)]
-pub(super) struct Host {
-    inputs: Vec<(&'static str, Range<usize>)>,
-    outputs: Vec<(&'static str, Range<usize>)>,
+/// Where the caller's tensors lie. An operator is made of a C struct once, for whichever memory.
+pub(super) trait Memory {
+    /// A tensor that is read.
+    type Tensor: Copy;
+    /// A tensor that is written.
+    type TensorMut;
+    /// Where `z` comes from.
+    type Noise;
+
+    fn input(&mut self, name: &'static str, tensor: PaceTensor) -> Result<Self::Tensor>;
+    fn output(&mut self, name: &'static str, tensor: PaceTensor) -> Result<Self::TensorMut>;
+    fn noise(&mut self, noise: &PaceNoise) -> Result<Self::Noise>;
+
+    fn optional(&mut self, name: &'static str, tensor: PaceTensor) -> Result<Option<Self::Tensor>> {
+        present(tensor).map(|tensor| self.input(name, tensor)).transpose()
+    }
+
+    fn optional_output(&mut self, name: &'static str, tensor: PaceTensor) -> Result<Option<Self::TensorMut>> {
+        present(tensor).map(|tensor| self.output(name, tensor)).transpose()
+    }
+
+    fn base(&mut self, weight: PaceTensor, bias: PaceTensor) -> Result<Option<Base<Self::Tensor>>> {
+        match (self.optional("base_weight", weight)?, self.optional("base_bias", bias)?) {
+            (Some(weight), bias) => Ok(Some(Base { weight, bias })),
+            (None, None) => Ok(None),
+            (None, Some(_)) => Err(Failure::argument("base_bias", "is given without a `base_weight`")),
+        }
+    }
 }
 
-impl Host {
+/// Device memory; plans check it.
+pub(super) struct OnDevice;
+
+impl Memory for OnDevice {
+    type Tensor = Buffer;
+    type TensorMut = Buffer;
+    type Noise = Source;
+
+    fn input(&mut self, _: &'static str, tensor: PaceTensor) -> Result<Buffer> {
+        Ok(buffer(tensor))
+    }
+
+    fn output(&mut self, _: &'static str, tensor: PaceTensor) -> Result<Buffer> {
+        Ok(buffer(tensor))
+    }
+
+    fn noise(&mut self, noise: &PaceNoise) -> Result<Source> {
+        match noise.kind {
+            PACE_NOISE_OFF => Ok(Source::Off),
+            PACE_NOISE_GENERATED => {
+                let generator = generator(noise, key(noise.key))?;
+                Ok(match key_buffer(noise.key_address) {
+                    Some(key) => Source::Keyed { generator, key },
+                    None => Source::Generated(generator),
+                })
+            }
+            PACE_NOISE_GIVEN => Ok(Source::Given { z: buffer(noise.z), shape: noise_shape(noise)? }),
+            other => Err(bad_kind(other)),
+        }
+    }
+}
+
+/// The caller's host memory; tensors of an operator have elements `T`. Slices come out checked: not null, aligned, inside the
+/// address space, and no output shares memory with anything else.
+pub(super) struct Host<'a, T> {
+    inputs: Vec<(&'static str, Range<usize>)>,
+    outputs: Vec<(&'static str, Range<usize>)>,
+    memory: PhantomData<&'a mut T>,
+}
+
+impl<'a, T> Memory for Host<'a, T> {
+    type Tensor = &'a [T];
+    type TensorMut = &'a mut [T];
+    type Noise = Noise<&'a [T]>;
+
+    fn input(&mut self, name: &'static str, tensor: PaceTensor) -> Result<&'a [T]> {
+        self.slice(name, tensor)
+    }
+
+    fn output(&mut self, name: &'static str, tensor: PaceTensor) -> Result<&'a mut [T]> {
+        self.slice_mut(name, tensor)
+    }
+
+    fn noise(&mut self, noise: &PaceNoise) -> Result<Noise<&'a [T]>> {
+        match noise.kind {
+            PACE_NOISE_OFF => Ok(Noise::Off),
+            PACE_NOISE_GENERATED => {
+                let key = self.key(noise.key, noise.key_address)?;
+                Ok(Noise::Generated(generator(noise, key)?))
+            }
+            PACE_NOISE_GIVEN => Ok(Noise::Given { z: self.input("z", noise.z)?, shape: noise_shape(noise)? }),
+            other => Err(bad_kind(other)),
+        }
+    }
+}
+
+impl<'a, T> Host<'a, T> {
+    /// # Safety
+    /// Every tensor that comes to the methods is absent, or memory of its length that stays for `'a`, an input initialised, and
+    /// that nothing else touches in conflict.
+    pub(super) unsafe fn new() -> Self {
+        Self { inputs: Vec::new(), outputs: Vec::new(), memory: PhantomData }
+    }
+
     /// The addresses of a present tensor, and its length.
-    fn range<T>(name: &'static str, tensor: PaceTensor) -> Result<(Range<usize>, usize)> {
+    fn range<E>(name: &'static str, tensor: PaceTensor) -> Result<(Range<usize>, usize)> {
         let start = tensor.data as usize;
         if start == 0 {
             return Err(Failure::argument(name, "is a null pointer"));
         }
-        if !start.is_multiple_of(align_of::<T>()) {
+        if !start.is_multiple_of(align_of::<E>()) {
             return Err(Failure::argument(name, "does not start at a multiple of its element size"));
         }
-        let bytes = usize::try_from(tensor.len).ok().and_then(|len| len.checked_mul(size_of::<T>()));
+        let bytes = usize::try_from(tensor.len).ok().and_then(|len| len.checked_mul(size_of::<E>()));
         let bytes = bytes.filter(|&bytes| bytes <= isize::MAX as usize);
         match bytes.and_then(|bytes| start.checked_add(bytes)) {
             Some(end) => Ok((start..end, tensor.len as usize)),
@@ -273,103 +368,37 @@ impl Host {
         hit.map(|&(name, _)| name)
     }
 
-    /// # Safety
-    /// The tensor is absent or initialised memory of its length that stays unchanged for `'a`.
-    pub(super) unsafe fn input<'a, T>(&mut self, name: &'static str, tensor: PaceTensor) -> Result<&'a [T]> {
-        let (range, len) = Self::range::<T>(name, tensor)?;
+    /// A tensor of any elements that is read.
+    pub(super) fn slice<E>(&mut self, name: &'static str, tensor: PaceTensor) -> Result<&'a [E]> {
+        let (range, len) = Self::range::<E>(name, tensor)?;
         if let Some(output) = Self::overlap(&range, &self.outputs) {
             return Err(Failure::argument(name, &format!("overlaps the output `{output}`")));
         }
         self.inputs.push((name, range));
-        // SAFETY: not null, aligned, no larger than the address space; the rest is the caller's promise.
+        // SAFETY: not null, aligned, no larger than the address space, apart from what was given out to be written; the rest was
+        // promised to `new`.
         Ok(unsafe { std::slice::from_raw_parts(tensor.data.cast(), len) })
     }
 
-    /// # Safety
-    /// The tensor is absent or memory of its length that nothing else touches for `'a`.
-    pub(super) unsafe fn output<'a, T>(
-        &mut self,
-        name: &'static str,
-        tensor: PaceTensor,
-    ) -> Result<&'a mut [T]> {
-        let (range, len) = Self::range::<T>(name, tensor)?;
+    /// A tensor of any elements that is written.
+    pub(super) fn slice_mut<E>(&mut self, name: &'static str, tensor: PaceTensor) -> Result<&'a mut [E]> {
+        let (range, len) = Self::range::<E>(name, tensor)?;
         if let Some(other) = Self::overlap(&range, &self.outputs).or(Self::overlap(&range, &self.inputs)) {
             return Err(Failure::argument(name, &format!("is an output and overlaps `{other}`")));
         }
         self.outputs.push((name, range));
-        // SAFETY: not null, aligned, no larger than the address space, disjoint from all other slices; the rest is the caller's
-        // promise.
+        // SAFETY: not null, aligned, no larger than the address space, apart from all other slices; the rest was promised to
+        // `new`.
         Ok(unsafe { std::slice::from_raw_parts_mut(tensor.data.cast(), len) })
     }
 
-    /// # Safety
-    /// As [`input`](Self::input).
-    pub(super) unsafe fn optional<'a, T>(
-        &mut self,
-        name: &'static str,
-        tensor: PaceTensor,
-    ) -> Result<Option<&'a [T]>> {
-        // SAFETY: the caller's promise.
-        present(tensor).map(|tensor| unsafe { self.input(name, tensor) }).transpose()
-    }
-
-    /// # Safety
-    /// As [`output`](Self::output).
-    pub(super) unsafe fn optional_output<'a, T>(
-        &mut self,
-        name: &'static str,
-        tensor: PaceTensor,
-    ) -> Result<Option<&'a mut [T]>> {
-        // SAFETY: the caller's promise.
-        present(tensor).map(|tensor| unsafe { self.output(name, tensor) }).transpose()
-    }
-
-    /// # Safety
-    /// As [`input`](Self::input).
-    pub(super) unsafe fn base<'a, T>(
-        &mut self,
-        weight: PaceTensor,
-        bias: PaceTensor,
-    ) -> Result<Option<cpu::Base<'a, T>>> {
-        // SAFETY: the caller's promise.
-        let (weight, bias) =
-            unsafe { (self.optional("base_weight", weight)?, self.optional("base_bias", bias)?) };
-        match (weight, bias) {
-            (Some(weight), bias) => Ok(Some(cpu::Base { weight, bias })),
-            (None, None) => Ok(None),
-            (None, Some(_)) => Err(lonely_bias()),
-        }
-    }
-
-    /// # Safety
-    /// As [`input`](Self::input), also for the key behind `key_address`.
-    pub(super) unsafe fn noise<'a, T>(&mut self, noise: &PaceNoise) -> Result<Noise<&'a [T]>> {
-        match noise.kind {
-            PACE_NOISE_OFF => Ok(Noise::Off),
-            PACE_NOISE_GENERATED => {
-                // SAFETY: the caller's promise.
-                let key = unsafe { self.key(noise.key, noise.key_address) }?;
-                Ok(Noise::Generated(generator(noise, key)?))
-            }
-            PACE_NOISE_GIVEN => {
-                // SAFETY: the caller's promise.
-                Ok(Noise::Given { z: unsafe { self.input("z", noise.z) }?, shape: noise_shape(noise)? })
-            }
-            other => Err(bad_kind(other)),
-        }
-    }
-
     /// The key, from wherever it is.
-    ///
-    /// # Safety
-    /// As [`input`](Self::input).
-    pub(super) unsafe fn key(&mut self, value: u64, address: *const u64) -> Result<Key> {
+    pub(super) fn key(&mut self, value: u64, address: *const u64) -> Result<Key> {
         if address.is_null() {
             return Ok(key(value));
         }
         let tensor = PaceTensor { data: address.cast_mut().cast(), len: 1 };
-        // SAFETY: the caller's promise.
-        let value: &[u64] = unsafe { self.input("key_address", tensor) }?;
+        let value: &[u64] = self.slice("key_address", tensor)?;
         Ok(key(value[0]))
     }
 }
@@ -377,10 +406,6 @@ impl Host {
 /// A tensor that may be absent.
 pub(super) fn present(tensor: PaceTensor) -> Option<PaceTensor> {
     (!tensor.data.is_null() || tensor.len > 0).then_some(tensor)
-}
-
-fn lonely_bias() -> Failure {
-    Failure::argument("base_bias", "is given without a `base_weight`")
 }
 
 /// A tensor in device memory; plans check it.
@@ -418,29 +443,6 @@ pub(super) fn check_scale(scale: f64) -> Result<f64> {
     }
 }
 
-pub(super) fn base_buffer(weight: PaceTensor, bias: PaceTensor) -> Result<Option<cuda::Base<Buffer>>> {
-    match (optional_buffer(weight), optional_buffer(bias)) {
-        (Some(weight), bias) => Ok(Some(cuda::Base { weight, bias })),
-        (None, None) => Ok(None),
-        (None, Some(_)) => Err(lonely_bias()),
-    }
-}
-
 pub(super) fn key_buffer(address: *const u64) -> Option<Buffer> {
     (!address.is_null()).then_some(Buffer { address: address as u64, len: 1 })
-}
-
-pub(super) fn source(noise: &PaceNoise) -> Result<Source> {
-    match noise.kind {
-        PACE_NOISE_OFF => Ok(Source::Off),
-        PACE_NOISE_GENERATED => {
-            let generator = generator(noise, key(noise.key))?;
-            Ok(match key_buffer(noise.key_address) {
-                Some(key) => Source::Keyed { generator, key },
-                None => Source::Generated(generator),
-            })
-        }
-        PACE_NOISE_GIVEN => Ok(Source::Given { z: buffer(noise.z), shape: noise_shape(noise)? }),
-        other => Err(bad_kind(other)),
-    }
 }

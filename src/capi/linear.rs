@@ -3,7 +3,7 @@
 use super::call::*;
 use super::types::*;
 use super::{PaceDevice, PaceStatus, Result};
-use crate::cuda::{self, Buffer, DType, Direction, Gpu, Plan, Source};
+use crate::cuda::{self, DType, Direction, Gpu, LowRankGrads, NoisyLinearGrads, Plan};
 use crate::shape::nonzero;
 use crate::{LinearShape, Real, cpu};
 use std::ffi::c_void;
@@ -11,77 +11,65 @@ use std::ffi::c_void;
 enum Forward {}
 enum Backward {}
 
-fn noisy_linear(args: &PaceNoisyLinear) -> Result<cuda::NoisyLinear<Buffer, Source>> {
+fn noisy_linear<M: Memory>(
+    memory: &mut M,
+    args: &PaceNoisyLinear,
+) -> Result<cuda::NoisyLinear<M::Tensor, M::Noise>> {
     check_flags(args.flags, PACE_FOLD | PACE_ALLOW_TF32)?;
     Ok(cuda::NoisyLinear {
         shape: linear_shape(&args.shape)?,
-        noise: source(&args.noise)?,
-        base: base_buffer(args.base_weight, args.base_bias)?,
-        delta_weight: optional_buffer(args.delta_weight),
-        delta_bias: optional_buffer(args.delta_bias),
+        noise: memory.noise(&args.noise)?,
+        base: memory.base(args.base_weight, args.base_bias)?,
+        delta_weight: memory.optional("delta_weight", args.delta_weight)?,
+        delta_bias: memory.optional("delta_bias", args.delta_bias)?,
         fold: args.flags & PACE_FOLD != 0,
         allow_tf32: args.flags & PACE_ALLOW_TF32 != 0,
     })
 }
 
-unsafe fn noisy_linear_on_cpu<'a, T: Real>(
-    host: &mut Host,
+fn noisy_linear_grads<M: Memory>(
+    memory: &mut M,
+    args: &PaceNoisyLinear,
+) -> Result<NoisyLinearGrads<M::TensorMut>> {
+    Ok(NoisyLinearGrads {
+        input: memory.optional_output("grad_input", args.grad_input)?,
+        delta_weight: memory.optional_output("grad_delta_weight", args.grad_delta_weight)?,
+        delta_bias: memory.optional_output("grad_delta_bias", args.grad_delta_bias)?,
+    })
+}
+
+/// The same layer on the CPU, which chooses itself how to multiply.
+fn noisy_linear_on_cpu<'a, T: Real>(
+    host: &mut Host<'a, T>,
     args: &PaceNoisyLinear,
 ) -> Result<cpu::NoisyLinear<'a, T>> {
-    check_flags(args.flags, PACE_FOLD | PACE_ALLOW_TF32)?;
-    // SAFETY: the caller's promise.
-    unsafe {
-        Ok(cpu::NoisyLinear {
-            shape: linear_shape(&args.shape)?,
-            noise: host.noise(&args.noise)?,
-            base: host.base(args.base_weight, args.base_bias)?,
-            delta_weight: host.optional("delta_weight", args.delta_weight)?,
-            delta_bias: host.optional("delta_bias", args.delta_bias)?,
-        })
-    }
+    let cuda::NoisyLinear { shape, noise, base, delta_weight, delta_bias, .. } = noisy_linear(host, args)?;
+    Ok(cpu::NoisyLinear { shape, noise, base, delta_weight, delta_bias })
 }
 
 impl Operator<PaceNoisyLinear> for Forward {
-    unsafe fn on_cpu<T: Real>(args: &PaceNoisyLinear) -> Result<()> {
-        let mut host = Host::default();
-        // SAFETY: the caller's promise.
-        unsafe {
-            let layer = noisy_linear_on_cpu::<T>(&mut host, args)?;
-            let x = host.input("x", args.x)?;
-            Ok(layer.forward(x, host.output("y", args.y)?)?)
-        }
+    fn on_cpu<T: Real>(args: &PaceNoisyLinear, host: &mut Host<'_, T>) -> Result<()> {
+        let layer = noisy_linear_on_cpu(host, args)?;
+        Ok(layer.forward(host.input("x", args.x)?, host.output("y", args.y)?)?)
     }
 
     fn plan(args: &PaceNoisyLinear, gpu: &Gpu, dtype: DType) -> Result<Plan> {
-        let layer = noisy_linear(args)?;
+        let layer = noisy_linear(&mut OnDevice, args)?;
         let workspace = workspace_buffer(args.workspace, 4, layer.workspace_len(gpu, dtype))?;
         Ok(layer.forward(gpu, dtype, buffer(args.x), buffer(args.y), workspace)?)
     }
 }
 
 impl Operator<PaceNoisyLinear> for Backward {
-    unsafe fn on_cpu<T: Real>(args: &PaceNoisyLinear) -> Result<()> {
-        let mut host = Host::default();
-        // SAFETY: the caller's promise.
-        unsafe {
-            let layer = noisy_linear_on_cpu::<T>(&mut host, args)?;
-            let (x, dy) = (host.optional("x", args.x)?, host.input("dy", args.dy)?);
-            let grads = cpu::NoisyLinearGrads {
-                input: host.optional_output("grad_input", args.grad_input)?,
-                delta_weight: host.optional_output("grad_delta_weight", args.grad_delta_weight)?,
-                delta_bias: host.optional_output("grad_delta_bias", args.grad_delta_bias)?,
-            };
-            Ok(layer.backward_from(x, dy, grads)?)
-        }
+    fn on_cpu<T: Real>(args: &PaceNoisyLinear, host: &mut Host<'_, T>) -> Result<()> {
+        let layer = noisy_linear_on_cpu(host, args)?;
+        let (x, dy) = (host.optional("x", args.x)?, host.input("dy", args.dy)?);
+        Ok(layer.backward_from(x, dy, noisy_linear_grads(host, args)?)?)
     }
 
     fn plan(args: &PaceNoisyLinear, gpu: &Gpu, dtype: DType) -> Result<Plan> {
-        let grads = cuda::NoisyLinearGrads {
-            input: optional_buffer(args.grad_input),
-            delta_weight: optional_buffer(args.grad_delta_weight),
-            delta_bias: optional_buffer(args.grad_delta_bias),
-        };
-        let layer = noisy_linear(args)?;
+        let layer = noisy_linear(&mut OnDevice, args)?;
+        let grads = noisy_linear_grads(&mut OnDevice, args)?;
         let workspace = workspace_buffer(args.workspace, 4, layer.workspace_len(gpu, dtype))?;
         let (x, dy) = (optional_buffer(args.x), buffer(args.dy));
         Ok(layer.backward_from(gpu, dtype, x, dy, grads, workspace)?)
@@ -132,92 +120,75 @@ pub unsafe extern "C" fn pace_noisy_linear_workspace(
     // SAFETY: the caller's promise.
     unsafe {
         workspace(device, args, bytes, |args, gpu, dtype| {
-            let layer = noisy_linear(args)?;
+            let layer = noisy_linear(&mut OnDevice, args)?;
             layer.shape.check()?;
             Ok(layer.workspace_len(gpu, dtype).saturating_mul(4))
         })
     }
 }
 
-fn low_rank_linear(args: &PaceLowRankLinear) -> Result<cuda::LowRankLinear<Buffer, Source>> {
+fn low_rank_linear<M: Memory>(
+    memory: &mut M,
+    args: &PaceLowRankLinear,
+) -> Result<cuda::LowRankLinear<M::Tensor, M::Noise>> {
     check_flags(args.flags, PACE_ALLOW_TF32)?;
     Ok(cuda::LowRankLinear {
         shape: linear_shape(&args.shape)?,
-        noise: source(&args.noise)?,
-        base: base_buffer(args.base_weight, args.base_bias)?,
+        noise: memory.noise(&args.noise)?,
+        base: memory.base(args.base_weight, args.base_bias)?,
         rank: size("rank", args.rank)?,
-        lora_b: buffer(args.lora_b),
-        lora_a: buffer(args.lora_a),
-        delta_bias: optional_buffer(args.delta_bias),
+        lora_b: memory.input("lora_b", args.lora_b)?,
+        lora_a: memory.input("lora_a", args.lora_a)?,
+        delta_bias: memory.optional("delta_bias", args.delta_bias)?,
         scale: check_scale(args.scale)? as f32,
         allow_tf32: args.flags & PACE_ALLOW_TF32 != 0,
     })
 }
 
-unsafe fn low_rank_linear_on_cpu<'a, T: Real>(
-    host: &mut Host,
+fn low_rank_grads<M: Memory>(memory: &mut M, args: &PaceLowRankLinear) -> Result<LowRankGrads<M::TensorMut>> {
+    Ok(LowRankGrads {
+        input: memory.optional_output("grad_input", args.grad_input)?,
+        lora_b: memory.optional_output("grad_lora_b", args.grad_lora_b)?,
+        lora_a: memory.optional_output("grad_lora_a", args.grad_lora_a)?,
+        delta_bias: memory.optional_output("grad_delta_bias", args.grad_delta_bias)?,
+    })
+}
+
+/// The same layer on the CPU, whose scale has the tensors' precision.
+fn low_rank_linear_on_cpu<'a, T: Real>(
+    host: &mut Host<'a, T>,
     args: &PaceLowRankLinear,
 ) -> Result<cpu::LowRankLinear<'a, T>> {
-    check_flags(args.flags, PACE_ALLOW_TF32)?;
-    // SAFETY: the caller's promise.
-    unsafe {
-        Ok(cpu::LowRankLinear {
-            shape: linear_shape(&args.shape)?,
-            noise: host.noise(&args.noise)?,
-            base: host.base(args.base_weight, args.base_bias)?,
-            rank: size("rank", args.rank)?,
-            lora_b: host.input("lora_b", args.lora_b)?,
-            lora_a: host.input("lora_a", args.lora_a)?,
-            delta_bias: host.optional("delta_bias", args.delta_bias)?,
-            scale: T::from_f64(check_scale(args.scale)?),
-        })
-    }
+    let layer = low_rank_linear(host, args)?;
+    let cuda::LowRankLinear { shape, noise, base, rank, lora_b, lora_a, delta_bias, .. } = layer;
+    let scale = T::from_f64(args.scale);
+    Ok(cpu::LowRankLinear { shape, noise, base, rank, lora_b, lora_a, delta_bias, scale })
 }
 
 impl Operator<PaceLowRankLinear> for Forward {
-    unsafe fn on_cpu<T: Real>(args: &PaceLowRankLinear) -> Result<()> {
-        let mut host = Host::default();
-        // SAFETY: the caller's promise.
-        unsafe {
-            let layer = low_rank_linear_on_cpu::<T>(&mut host, args)?;
-            let x = host.input("x", args.x)?;
-            Ok(layer.forward(x, host.output("y", args.y)?)?)
-        }
+    fn on_cpu<T: Real>(args: &PaceLowRankLinear, host: &mut Host<'_, T>) -> Result<()> {
+        let layer = low_rank_linear_on_cpu(host, args)?;
+        Ok(layer.forward(host.input("x", args.x)?, host.output("y", args.y)?)?)
     }
 
     fn plan(args: &PaceLowRankLinear, gpu: &Gpu, dtype: DType) -> Result<Plan> {
         let (x, s, y) = (buffer(args.x), buffer(args.s), buffer(args.y));
-        let layer = low_rank_linear(args)?;
+        let layer = low_rank_linear(&mut OnDevice, args)?;
         let workspace = workspace_buffer(args.workspace, 4, layer.workspace_len(gpu, dtype))?;
         Ok(layer.forward(gpu, dtype, x, s, y, workspace)?)
     }
 }
 
 impl Operator<PaceLowRankLinear> for Backward {
-    unsafe fn on_cpu<T: Real>(args: &PaceLowRankLinear) -> Result<()> {
-        let mut host = Host::default();
-        // SAFETY: the caller's promise.
-        unsafe {
-            let layer = low_rank_linear_on_cpu::<T>(&mut host, args)?;
-            let (x, dy) = (host.input("x", args.x)?, host.input("dy", args.dy)?);
-            let grads = cpu::LowRankGrads {
-                input: host.optional_output("grad_input", args.grad_input)?,
-                lora_b: host.optional_output("grad_lora_b", args.grad_lora_b)?,
-                lora_a: host.optional_output("grad_lora_a", args.grad_lora_a)?,
-                delta_bias: host.optional_output("grad_delta_bias", args.grad_delta_bias)?,
-            };
-            Ok(layer.backward(x, dy, grads)?)
-        }
+    fn on_cpu<T: Real>(args: &PaceLowRankLinear, host: &mut Host<'_, T>) -> Result<()> {
+        let layer = low_rank_linear_on_cpu(host, args)?;
+        let (x, dy) = (host.input("x", args.x)?, host.input("dy", args.dy)?);
+        Ok(layer.backward(x, dy, low_rank_grads(host, args)?)?)
     }
 
     fn plan(args: &PaceLowRankLinear, gpu: &Gpu, dtype: DType) -> Result<Plan> {
-        let grads = cuda::LowRankGrads {
-            input: optional_buffer(args.grad_input),
-            lora_b: optional_buffer(args.grad_lora_b),
-            lora_a: optional_buffer(args.grad_lora_a),
-            delta_bias: optional_buffer(args.grad_delta_bias),
-        };
-        let layer = low_rank_linear(args)?;
+        let layer = low_rank_linear(&mut OnDevice, args)?;
+        let grads = low_rank_grads(&mut OnDevice, args)?;
         let workspace = workspace_buffer(args.workspace, 4, layer.workspace_len(gpu, dtype))?;
         let (x, s, dy) = (buffer(args.x), buffer(args.s), buffer(args.dy));
         Ok(layer.backward(gpu, dtype, x, s, dy, grads, workspace)?)
@@ -267,7 +238,7 @@ pub unsafe extern "C" fn pace_low_rank_linear_workspace(
     // SAFETY: the caller's promise.
     unsafe {
         workspace(device, args, bytes, |args, gpu, dtype| {
-            let layer = low_rank_linear(&PaceLowRankLinear { scale: 1.0, ..*args })?;
+            let layer = low_rank_linear(&mut OnDevice, &PaceLowRankLinear { scale: 1.0, ..*args })?;
             layer.shape.check()?;
             nonzero("rank", layer.rank)?;
             Ok(layer.workspace_len(gpu, dtype).saturating_mul(4))
@@ -282,7 +253,7 @@ fn epilogue(
     dtype: DType,
 ) -> Result<Plan> {
     check_flags(args.flags, 0)?;
-    let (shape, noise) = (epilogue_shape(args)?, source(&args.noise)?);
+    let (shape, noise) = (epilogue_shape(args)?, OnDevice.noise(&args.noise)?);
     let (input, output) = (buffer(input), buffer(output));
     Ok(cuda::NoisyEpilogue { shape, noise, direction, dtype, input, output }.plan()?)
 }
@@ -292,14 +263,10 @@ fn epilogue_shape(args: &PaceNoisyEpilogue) -> Result<LinearShape> {
 }
 
 impl Operator<PaceNoisyEpilogue> for Forward {
-    unsafe fn on_cpu<T: Real>(args: &PaceNoisyEpilogue) -> Result<()> {
+    fn on_cpu<T: Real>(args: &PaceNoisyEpilogue, host: &mut Host<'_, T>) -> Result<()> {
         check_flags(args.flags, 0)?;
-        let mut host = Host::default();
-        // SAFETY: the caller's promise.
-        unsafe {
-            let (noise, a) = (host.noise::<T>(&args.noise)?, host.input("a", args.a)?);
-            Ok(cpu::noisy_epilogue(epilogue_shape(args)?, noise, a, host.output("y", args.y)?)?)
-        }
+        let (noise, a) = (host.noise(&args.noise)?, host.input("a", args.a)?);
+        Ok(cpu::noisy_epilogue(epilogue_shape(args)?, noise, a, host.output("y", args.y)?)?)
     }
 
     fn plan(args: &PaceNoisyEpilogue, _: &Gpu, dtype: DType) -> Result<Plan> {
@@ -308,14 +275,10 @@ impl Operator<PaceNoisyEpilogue> for Forward {
 }
 
 impl Operator<PaceNoisyEpilogue> for Backward {
-    unsafe fn on_cpu<T: Real>(args: &PaceNoisyEpilogue) -> Result<()> {
+    fn on_cpu<T: Real>(args: &PaceNoisyEpilogue, host: &mut Host<'_, T>) -> Result<()> {
         check_flags(args.flags, 0)?;
-        let mut host = Host::default();
-        // SAFETY: the caller's promise.
-        unsafe {
-            let (noise, dy) = (host.noise::<T>(&args.noise)?, host.input("dy", args.dy)?);
-            Ok(cpu::noisy_epilogue_backward(epilogue_shape(args)?, noise, dy, host.output("da", args.da)?)?)
-        }
+        let (noise, dy) = (host.noise(&args.noise)?, host.input("dy", args.dy)?);
+        Ok(cpu::noisy_epilogue_backward(epilogue_shape(args)?, noise, dy, host.output("da", args.da)?)?)
     }
 
     fn plan(args: &PaceNoisyEpilogue, _: &Gpu, dtype: DType) -> Result<Plan> {

@@ -2,8 +2,8 @@
 
 use super::call::*;
 use super::types::*;
-use super::{Failure, PaceDevice, PaceStatus, Result};
-use crate::cuda::{self, Base, Buffer, DType, Gpu, Lora, LoraMulLinearGrads, Plan, Prompt, Source};
+use super::{PaceDevice, PaceStatus, Result};
+use crate::cuda::{self, Base, DType, Gpu, Lora, LoraMulLinearGrads, Plan, Prompt};
 use crate::shape::nonzero;
 use crate::{Real, cpu};
 use std::ffi::c_void;
@@ -11,137 +11,93 @@ use std::ffi::c_void;
 enum Forward {}
 enum Backward {}
 
-/// What there is besides the frozen layer.
-struct Factors {
-    /// Rank and scale of `lora_a` and `lora_b`.
-    lora: Option<(usize, f64)>,
-    /// Rank of the prompt.
-    prompt: Option<usize>,
+/// A rank, which a present factor needs.
+fn rank(name: &'static str, value: u64) -> Result<usize> {
+    let rank = size(name, value)?;
+    nonzero(name, rank)?;
+    Ok(rank)
 }
 
-fn factors(args: &PaceLoraMulLinear) -> Result<Factors> {
+fn layer<M: Memory>(
+    memory: &mut M,
+    args: &PaceLoraMulLinear,
+) -> Result<cuda::LoraMulLinear<M::Tensor, M::Noise>> {
     check_flags(args.flags, PACE_ALLOW_TF32)?;
-    let rank = |name: &'static str, rank: u64| {
-        let rank = size(name, rank)?;
-        nonzero(name, rank)?;
-        Ok::<_, Failure>(rank)
-    };
     let lora = match present(args.lora_a).or(present(args.lora_b)) {
-        Some(_) => Some((rank("rank", args.rank)?, check_scale(args.scale)?)),
+        Some(_) => Some(Lora {
+            rank: rank("rank", args.rank)?,
+            scale: check_scale(args.scale)? as f32,
+            lora_a: memory.input("lora_a", args.lora_a)?,
+            lora_b: memory.input("lora_b", args.lora_b)?,
+        }),
         None => None,
     };
     let prompt = match present(args.prompt_down).or(present(args.prompt_up)) {
-        Some(_) => Some(rank("prompt_rank", args.prompt_rank)?),
+        Some(_) => Some(Prompt {
+            rank: rank("prompt_rank", args.prompt_rank)?,
+            down: memory.input("prompt_down", args.prompt_down)?,
+            up: memory.input("prompt_up", args.prompt_up)?,
+        }),
         None => None,
     };
-    Ok(Factors { lora, prompt })
-}
-
-fn layer(args: &PaceLoraMulLinear) -> Result<cuda::LoraMulLinear<Buffer, Source>> {
-    let Factors { lora, prompt } = factors(args)?;
     Ok(cuda::LoraMulLinear {
         shape: linear_shape(&args.shape)?,
-        noise: source(&args.noise)?,
-        base: Base { weight: buffer(args.base_weight), bias: optional_buffer(args.base_bias) },
-        lora: lora.map(|(rank, scale)| Lora {
-            rank,
-            lora_a: buffer(args.lora_a),
-            lora_b: buffer(args.lora_b),
-            scale: scale as f32,
-        }),
-        prompt: prompt.map(|rank| Prompt {
-            rank,
-            down: buffer(args.prompt_down),
-            up: buffer(args.prompt_up),
-        }),
-        delta_bias: optional_buffer(args.delta_bias),
+        noise: memory.noise(&args.noise)?,
+        base: Base {
+            weight: memory.input("base_weight", args.base_weight)?,
+            bias: memory.optional("base_bias", args.base_bias)?,
+        },
+        lora,
+        prompt,
+        delta_bias: memory.optional("delta_bias", args.delta_bias)?,
         allow_tf32: args.flags & PACE_ALLOW_TF32 != 0,
     })
 }
 
-unsafe fn layer_on_cpu<'a, T: Real>(
-    host: &mut Host,
+fn grads<M: Memory>(memory: &mut M, args: &PaceLoraMulLinear) -> Result<LoraMulLinearGrads<M::TensorMut>> {
+    Ok(LoraMulLinearGrads {
+        input: memory.optional_output("grad_input", args.grad_input)?,
+        lora_a: memory.optional_output("grad_lora_a", args.grad_lora_a)?,
+        lora_b: memory.optional_output("grad_lora_b", args.grad_lora_b)?,
+        prompt_down: memory.optional_output("grad_prompt_down", args.grad_prompt_down)?,
+        prompt_up: memory.optional_output("grad_prompt_up", args.grad_prompt_up)?,
+        delta_bias: memory.optional_output("grad_delta_bias", args.grad_delta_bias)?,
+    })
+}
+
+/// The same layer on the CPU, whose scale has the tensors' precision.
+fn layer_on_cpu<'a, T: Real>(
+    host: &mut Host<'a, T>,
     args: &PaceLoraMulLinear,
 ) -> Result<cpu::LoraMulLinear<'a, T>> {
-    let Factors { lora, prompt } = factors(args)?;
-    // SAFETY: the caller's promise.
-    unsafe {
-        Ok(cpu::LoraMulLinear {
-            shape: linear_shape(&args.shape)?,
-            noise: host.noise(&args.noise)?,
-            base: cpu::Base {
-                weight: host.input("base_weight", args.base_weight)?,
-                bias: host.optional("base_bias", args.base_bias)?,
-            },
-            lora: match lora {
-                Some((rank, scale)) => Some(Lora {
-                    rank,
-                    lora_a: host.input("lora_a", args.lora_a)?,
-                    lora_b: host.input("lora_b", args.lora_b)?,
-                    scale: T::from_f64(scale),
-                }),
-                None => None,
-            },
-            prompt: match prompt {
-                Some(rank) => Some(Prompt {
-                    rank,
-                    down: host.input("prompt_down", args.prompt_down)?,
-                    up: host.input("prompt_up", args.prompt_up)?,
-                }),
-                None => None,
-            },
-            delta_bias: host.optional("delta_bias", args.delta_bias)?,
-        })
-    }
+    let cuda::LoraMulLinear { shape, noise, base, lora, prompt, delta_bias, .. } = layer(host, args)?;
+    let scale = T::from_f64(args.scale);
+    let lora = lora.map(|Lora { rank, lora_a, lora_b, .. }| Lora { rank, lora_a, lora_b, scale });
+    Ok(cpu::LoraMulLinear { shape, noise, base, lora, prompt, delta_bias })
 }
 
 impl Operator<PaceLoraMulLinear> for Forward {
-    unsafe fn on_cpu<T: Real>(args: &PaceLoraMulLinear) -> Result<()> {
-        let mut host = Host::default();
-        // SAFETY: the caller's promise.
-        unsafe {
-            let layer = layer_on_cpu::<T>(&mut host, args)?;
-            let x = host.input("x", args.x)?;
-            Ok(layer.forward(x, host.output("y", args.y)?)?)
-        }
+    fn on_cpu<T: Real>(args: &PaceLoraMulLinear, host: &mut Host<'_, T>) -> Result<()> {
+        let layer = layer_on_cpu(host, args)?;
+        Ok(layer.forward(host.input("x", args.x)?, host.output("y", args.y)?)?)
     }
 
     fn plan(args: &PaceLoraMulLinear, gpu: &Gpu, dtype: DType) -> Result<Plan> {
-        let layer = layer(args)?;
+        let layer = layer(&mut OnDevice, args)?;
         let workspace = workspace_buffer(args.workspace, 4, layer.workspace_len(gpu, dtype))?;
         Ok(layer.forward(gpu, dtype, buffer(args.x), buffer(args.y), workspace)?)
     }
 }
 
 impl Operator<PaceLoraMulLinear> for Backward {
-    unsafe fn on_cpu<T: Real>(args: &PaceLoraMulLinear) -> Result<()> {
-        let mut host = Host::default();
-        // SAFETY: the caller's promise.
-        unsafe {
-            let layer = layer_on_cpu::<T>(&mut host, args)?;
-            let (x, dy) = (host.optional("x", args.x)?, host.input("dy", args.dy)?);
-            let grads = LoraMulLinearGrads {
-                input: host.optional_output("grad_input", args.grad_input)?,
-                lora_a: host.optional_output("grad_lora_a", args.grad_lora_a)?,
-                lora_b: host.optional_output("grad_lora_b", args.grad_lora_b)?,
-                prompt_down: host.optional_output("grad_prompt_down", args.grad_prompt_down)?,
-                prompt_up: host.optional_output("grad_prompt_up", args.grad_prompt_up)?,
-                delta_bias: host.optional_output("grad_delta_bias", args.grad_delta_bias)?,
-            };
-            Ok(layer.backward(x, dy, grads)?)
-        }
+    fn on_cpu<T: Real>(args: &PaceLoraMulLinear, host: &mut Host<'_, T>) -> Result<()> {
+        let layer = layer_on_cpu(host, args)?;
+        let (x, dy) = (host.optional("x", args.x)?, host.input("dy", args.dy)?);
+        Ok(layer.backward(x, dy, grads(host, args)?)?)
     }
 
     fn plan(args: &PaceLoraMulLinear, gpu: &Gpu, dtype: DType) -> Result<Plan> {
-        let grads = LoraMulLinearGrads {
-            input: optional_buffer(args.grad_input),
-            lora_a: optional_buffer(args.grad_lora_a),
-            lora_b: optional_buffer(args.grad_lora_b),
-            prompt_down: optional_buffer(args.grad_prompt_down),
-            prompt_up: optional_buffer(args.grad_prompt_up),
-            delta_bias: optional_buffer(args.grad_delta_bias),
-        };
-        let layer = layer(args)?;
+        let (layer, grads) = (layer(&mut OnDevice, args)?, grads(&mut OnDevice, args)?);
         let workspace = workspace_buffer(args.workspace, 4, layer.workspace_len(gpu, dtype))?;
         Ok(layer.backward(gpu, dtype, optional_buffer(args.x), buffer(args.dy), grads, workspace)?)
     }
@@ -189,7 +145,7 @@ pub unsafe extern "C" fn pace_lora_mul_linear_workspace(
     // SAFETY: the caller's promise.
     unsafe {
         workspace(device, args, bytes, |args, gpu, dtype| {
-            let layer = layer(args)?;
+            let layer = layer(&mut OnDevice, args)?;
             layer.shape.check()?;
             Ok(layer.workspace_len(gpu, dtype).saturating_mul(4))
         })

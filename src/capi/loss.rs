@@ -24,28 +24,20 @@ fn bad_consistency(value: u32) -> Failure {
 }
 
 impl Operator<PaceLoss> for Evaluate {
-    unsafe fn on_cpu<T: Real>(args: &PaceLoss) -> Result<()> {
+    fn on_cpu<T: Real>(args: &PaceLoss, host: &mut Host<'_, T>) -> Result<()> {
         let LossSettings { classes, lambda, label_smoothing, ignore_label } = settings(args)?;
-        let mut host = Host::default();
-        // SAFETY: the caller's promise.
-        let (labels, logits, consistency, gradient, values) = unsafe {
-            let consistency = match args.consistency {
-                PACE_CONSISTENCY_NONE => cpu::Consistency::None,
-                PACE_CONSISTENCY_TWO_BRANCH => cpu::Consistency::TwoBranch,
-                PACE_CONSISTENCY_HISTORY => cpu::Consistency::History {
-                    table: host.output::<T>("history", args.history)?,
-                    index: host.input("index", args.index)?,
-                },
-                other => return Err(bad_consistency(other)),
-            };
-            (
-                host.input("labels", args.labels)?,
-                host.input("logits", args.logits)?,
-                consistency,
-                host.optional_output("gradient", args.gradient)?,
-                host.output::<T>("values", args.values)?,
-            )
+        let consistency = match args.consistency {
+            PACE_CONSISTENCY_NONE => cpu::Consistency::None,
+            PACE_CONSISTENCY_TWO_BRANCH => cpu::Consistency::TwoBranch,
+            PACE_CONSISTENCY_HISTORY => cpu::Consistency::History {
+                table: host.output("history", args.history)?,
+                index: host.slice("index", args.index)?,
+            },
+            other => return Err(bad_consistency(other)),
         };
+        let (labels, logits) = (host.slice("labels", args.labels)?, host.input("logits", args.logits)?);
+        let gradient = host.optional_output("gradient", args.gradient)?;
+        let values = host.output("values", args.values)?;
         crate::shape::length("values", "[3]", values, 3)?;
         let loss = cpu::Loss { classes, labels, lambda, label_smoothing, ignore_label };
         let result = loss.evaluate(logits, consistency, gradient)?;
@@ -125,7 +117,7 @@ pub unsafe extern "C" fn pace_loss_status(words: *const u64, classes: u64, histo
     run(|| {
         let tensor = PaceTensor { data: words.cast_mut().cast(), len: LossStatus::WORDS as u64 };
         // SAFETY: the caller's promise.
-        let words: &[u64] = unsafe { Host::default().input("words", tensor) }?;
+        let words = unsafe { Host::<u64>::new() }.input("words", tensor)?;
         let words = words.try_into().expect("the slice has that many words");
         Ok(LossStatus::new(words).check(size("classes", classes)?, size("history_rows", history_rows)?)?)
     })

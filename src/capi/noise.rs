@@ -32,7 +32,7 @@ pub unsafe extern "C" fn pace_sigma_by_block(
             schedule::sigma_by_block(size("blocks", blocks)?, sigma, size("first_noisy", first_noisy)?)?;
         let tensor = PaceTensor { data: out.cast(), len: blocks };
         // SAFETY: the caller's promise.
-        unsafe { Host::default().output("out", tensor) }?.copy_from_slice(&sigmas);
+        unsafe { Host::new() }.output("out", tensor)?.copy_from_slice(&sigmas);
         Ok(())
     })
 }
@@ -40,17 +40,12 @@ pub unsafe extern "C" fn pace_sigma_by_block(
 enum Fill {}
 
 impl Operator<PaceNoiseFill> for Fill {
-    unsafe fn on_cpu<T: Real>(args: &PaceNoiseFill) -> Result<()> {
+    fn on_cpu<T: Real>(args: &PaceNoiseFill, host: &mut Host<'_, T>) -> Result<()> {
         check_flags(args.flags, 0)?;
         check_generated(args)?;
         let shape = linear_shape(&PaceShape { in_features: 1, shared_input: 0, ..args.shape })?;
         shape.check()?;
-        let mut host = Host::default();
-        // SAFETY: the caller's promise.
-        let (key, z) = unsafe {
-            let key = host.key(args.noise.key, args.noise.key_address)?;
-            (key, host.output::<T>("z", args.z)?)
-        };
+        let (key, z) = (host.key(args.noise.key, args.noise.key_address)?, host.output("z", args.z)?);
         let generator = generator(&args.noise, key)?;
         noise::check_samples(generator.first_sample(), shape.batch)?;
         let (name, tokens) = match generator.shape() {
@@ -113,21 +108,18 @@ enum Backward {}
 /// `shared_drop_path` or its backward pass: branches, features, mask, input, output.
 type DropPathOperator<T> = fn(usize, usize, &[T], &[T], &mut [T]) -> crate::Result<()>;
 
-unsafe fn drop_path_on_cpu<T: Real>(
+fn drop_path_on_cpu<T: Real>(
     args: &PaceDropPath,
+    host: &mut Host<'_, T>,
     input: (&'static str, PaceTensor),
     output: (&'static str, PaceTensor),
     apply: DropPathOperator<T>,
 ) -> Result<()> {
     check_flags(args.flags, 0)?;
     let (branches, batch) = (size("branches", args.branches)?, size("batch", args.batch)?);
-    let mut host = Host::default();
-    // SAFETY: the caller's promise.
-    let (given, key, input, output) = unsafe {
-        let given = host.optional::<T>("mask", args.mask)?;
-        let key = host.key(args.key, args.key_address)?;
-        (given, key, host.input(input.0, input.1)?, host.output(output.0, output.1)?)
-    };
+    let given = host.optional("mask", args.mask)?;
+    let key = host.key(args.key, args.key_address)?;
+    let (input, output) = (host.input(input.0, input.1)?, host.output(output.0, output.1)?);
     let generated;
     let mask = match given {
         Some(mask) => {
@@ -181,9 +173,8 @@ fn drop_path_plan(
 }
 
 impl Operator<PaceDropPath> for Forward {
-    unsafe fn on_cpu<T: Real>(args: &PaceDropPath) -> Result<()> {
-        // SAFETY: the caller's promise.
-        unsafe { drop_path_on_cpu::<T>(args, ("x", args.x), ("y", args.y), cpu::shared_drop_path) }
+    fn on_cpu<T: Real>(args: &PaceDropPath, host: &mut Host<'_, T>) -> Result<()> {
+        drop_path_on_cpu(args, host, ("x", args.x), ("y", args.y), cpu::shared_drop_path)
     }
 
     fn plan(args: &PaceDropPath, _: &Gpu, dtype: DType) -> Result<Plan> {
@@ -192,11 +183,8 @@ impl Operator<PaceDropPath> for Forward {
 }
 
 impl Operator<PaceDropPath> for Backward {
-    unsafe fn on_cpu<T: Real>(args: &PaceDropPath) -> Result<()> {
-        // SAFETY: the caller's promise.
-        unsafe {
-            drop_path_on_cpu::<T>(args, ("dy", args.dy), ("dx", args.dx), cpu::shared_drop_path_backward)
-        }
+    fn on_cpu<T: Real>(args: &PaceDropPath, host: &mut Host<'_, T>) -> Result<()> {
+        drop_path_on_cpu(args, host, ("dy", args.dy), ("dx", args.dx), cpu::shared_drop_path_backward)
     }
 
     fn plan(args: &PaceDropPath, _: &Gpu, dtype: DType) -> Result<Plan> {
@@ -247,7 +235,7 @@ pub unsafe extern "C" fn pace_drop_path_mask(
 ) -> PaceStatus {
     unsafe fn write<T: Real>(key: u64, probability: f64, first: u64, mask: PaceTensor) -> Result<()> {
         // SAFETY: the caller's promise.
-        let mask: &mut [T] = unsafe { Host::default().output("mask", mask) }?;
+        let mask = unsafe { Host::<T>::new() }.output("mask", mask)?;
         Ok(noise::drop_path_mask(super::call::key(key), probability, first, mask)?)
     }
     // SAFETY: the caller's promise.

@@ -9,11 +9,8 @@ use std::ffi::c_void;
 
 enum Compute {}
 
-/// The list of gradients; more than any model has is a forgotten number.
-///
-/// # Safety
-/// The list is NULL or `count` tensors.
-unsafe fn gradients<'a>(host: &mut Host, args: &PaceGradNorm) -> Result<&'a [PaceTensor]> {
+/// The list of gradients, which is in host memory; more than any model has is a forgotten number.
+fn gradients<'a, T>(host: &mut Host<'a, T>, args: &PaceGradNorm) -> Result<&'a [PaceTensor]> {
     const MAX: u64 = 1 << 24;
     if args.count == 0 {
         return Ok(&[]);
@@ -24,21 +21,16 @@ unsafe fn gradients<'a>(host: &mut Host, args: &PaceGradNorm) -> Result<&'a [Pac
             format!("`count` is {}, expected at most 2^24", args.count),
         ));
     }
-    let list = PaceTensor { data: args.gradients.cast_mut().cast(), len: args.count };
-    // SAFETY: the caller's promise.
-    unsafe { host.input("gradients", list) }
+    host.slice("gradients", PaceTensor { data: args.gradients.cast_mut().cast(), len: args.count })
 }
 
 impl Operator<PaceGradNorm> for Compute {
-    unsafe fn on_cpu<T: Real>(args: &PaceGradNorm) -> Result<()> {
+    fn on_cpu<T: Real>(args: &PaceGradNorm, host: &mut Host<'_, T>) -> Result<()> {
         check_flags(args.flags, 0)?;
-        let mut host = Host::default();
-        // SAFETY: the caller's promise.
-        let (list, norm) = unsafe { (gradients(&mut host, args)?, host.output::<f64>("norm", args.norm)?) };
+        let (list, norm) = (gradients(host, args)?, host.slice_mut("norm", args.norm)?);
         shape::length("norm", "[1]", norm, 1)?;
         let tensors = list.iter().filter(|tensor| tensor.len > 0);
-        // SAFETY: the caller's promise.
-        let tensors = tensors.map(|&tensor| unsafe { host.input::<T>("gradients", tensor) });
+        let tensors = tensors.map(|&tensor| host.input("gradients", tensor));
         norm[0] = cpu::grad_norm(&tensors.collect::<Result<Vec<_>>>()?);
         Ok(())
     }
@@ -46,7 +38,7 @@ impl Operator<PaceGradNorm> for Compute {
     fn plan(args: &PaceGradNorm, _: &Gpu, dtype: DType) -> Result<Plan> {
         check_flags(args.flags, 0)?;
         // SAFETY: the list is in host memory, by the promise of whoever called the exported function.
-        let list = unsafe { gradients(&mut Host::default(), args) }?;
+        let list = gradients(&mut unsafe { Host::<()>::new() }, args)?;
         let gradients: Vec<Buffer> = list.iter().copied().map(buffer).collect();
         let needed = cuda::GradNorm::workspace_len(gradients.iter().map(|gradient| gradient.len));
         let (norm, workspace) = (buffer(args.norm), workspace_buffer(args.workspace, 8, needed)?);
@@ -81,7 +73,7 @@ pub unsafe extern "C" fn pace_grad_norm_workspace(
     // SAFETY: the caller's promise.
     unsafe {
         workspace(device, args, bytes, |args, _, _| {
-            let list = gradients(&mut Host::default(), args)?;
+            let list = gradients(&mut Host::<()>::new(), args)?;
             let lengths = list.iter().map(|tensor| size("gradients.len", tensor.len));
             Ok(cuda::GradNorm::workspace_len(lengths.collect::<Result<Vec<_>>>()?).saturating_mul(8))
         })
@@ -89,16 +81,12 @@ pub unsafe extern "C" fn pace_grad_norm_workspace(
 }
 
 impl Operator<PaceFpDistance> for Compute {
-    unsafe fn on_cpu<T: Real>(args: &PaceFpDistance) -> Result<()> {
+    fn on_cpu<T: Real>(args: &PaceFpDistance, host: &mut Host<'_, T>) -> Result<()> {
         check_flags(args.flags, 0)?;
         let (samples, features) = (size("samples", args.samples)?, size("features", args.features)?);
-        let mut host = Host::default();
-        // SAFETY: the caller's promise.
-        let (fine_tuned, pre_trained, distance) = unsafe {
-            let fine_tuned = host.input::<T>("fine_tuned", args.fine_tuned)?;
-            let pre_trained = host.input::<T>("pre_trained", args.pre_trained)?;
-            (fine_tuned, pre_trained, host.output::<f64>("distance", args.distance)?)
-        };
+        let fine_tuned = host.input("fine_tuned", args.fine_tuned)?;
+        let pre_trained = host.input("pre_trained", args.pre_trained)?;
+        let distance = host.slice_mut("distance", args.distance)?;
         shape::length("distance", "[1]", distance, 1)?;
         distance[0] = cpu::fp_distance(samples, features, fine_tuned, pre_trained)?;
         Ok(())

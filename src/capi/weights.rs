@@ -3,7 +3,7 @@
 use super::call::*;
 use super::types::*;
 use super::{Failure, PaceDevice, PaceStatus, Result};
-use crate::cuda::{self, Buffer, DType, Gpu, MergeSign, Plan};
+use crate::cuda::{self, DType, Gpu, LoraFactors, LoraGrads, MergeSign, Plan, PromptBias, PromptGrads};
 use crate::shape::nonzero;
 use crate::{Real, cpu};
 use std::ffi::c_void;
@@ -21,86 +21,66 @@ fn sizes(out_features: u64, in_features: u64, rank: u64) -> Result<[usize; 3]> {
     Ok(checked)
 }
 
-fn factors(args: &PaceLowRankWeight) -> Result<cuda::LoraFactors<Buffer>> {
+fn factors<M: Memory>(memory: &mut M, args: &PaceLowRankWeight) -> Result<LoraFactors<M::Tensor>> {
     check_flags(args.flags, 0)?;
     let [out_features, in_features, rank] = sizes(args.out_features, args.in_features, args.rank)?;
-    Ok(cuda::LoraFactors {
+    Ok(LoraFactors {
         out_features,
         in_features,
         rank,
-        lora_b: buffer(args.lora_b),
-        lora_a: buffer(args.lora_a),
+        lora_b: memory.input("lora_b", args.lora_b)?,
+        lora_a: memory.input("lora_a", args.lora_a)?,
         scale: check_scale(args.scale)? as f32,
     })
 }
 
-unsafe fn factors_on_cpu<'a, T: Real>(
-    host: &mut Host,
+fn lora_grads<M: Memory>(memory: &mut M, args: &PaceLowRankWeight) -> Result<LoraGrads<M::TensorMut>> {
+    Ok(LoraGrads {
+        lora_b: memory.output("grad_lora_b", args.grad_lora_b)?,
+        lora_a: memory.output("grad_lora_a", args.grad_lora_a)?,
+    })
+}
+
+/// The same factors on the CPU, whose scale has the tensors' precision.
+fn factors_on_cpu<'a, T: Real>(
+    host: &mut Host<'a, T>,
     args: &PaceLowRankWeight,
-) -> Result<(cpu::LoraFactors<'a, T>, Option<&'a [T]>)> {
-    check_flags(args.flags, 0)?;
-    // SAFETY: the caller's promise.
-    unsafe {
-        let [out_features, in_features, rank] = sizes(args.out_features, args.in_features, args.rank)?;
-        let lora = cpu::LoraFactors {
-            out_features,
-            in_features,
-            rank,
-            lora_b: host.input("lora_b", args.lora_b)?,
-            lora_a: host.input("lora_a", args.lora_a)?,
-            scale: T::from_f64(check_scale(args.scale)?),
-        };
-        Ok((lora, host.optional("base_weight", args.base_weight)?))
-    }
+) -> Result<LoraFactors<&'a [T], T>> {
+    let LoraFactors { out_features, in_features, rank, lora_b, lora_a, .. } = factors(host, args)?;
+    Ok(LoraFactors { out_features, in_features, rank, lora_b, lora_a, scale: T::from_f64(args.scale) })
 }
 
 impl Operator<PaceLowRankWeight> for Forward {
-    unsafe fn on_cpu<T: Real>(args: &PaceLowRankWeight) -> Result<()> {
-        let mut host = Host::default();
-        // SAFETY: the caller's promise.
-        let (lora, base, out) = unsafe {
-            let (lora, base) = factors_on_cpu::<T>(&mut host, args)?;
-            (lora, base, host.output("out", args.out)?)
-        };
-        let done = match base {
+    fn on_cpu<T: Real>(args: &PaceLowRankWeight, host: &mut Host<'_, T>) -> Result<()> {
+        let lora = factors_on_cpu(host, args)?;
+        let (base, out) = (host.optional("base_weight", args.base_weight)?, host.output("out", args.out)?);
+        Ok(match base {
             None => cpu::low_rank_weight(lora, out),
             Some(base) => cpu::lora_mul_weight(lora, base, out),
-        };
-        Ok(done?)
+        }?)
     }
 
     fn plan(args: &PaceLowRankWeight, _: &Gpu, dtype: DType) -> Result<Plan> {
-        Ok(factors(args)?.weight(dtype, optional_buffer(args.base_weight), buffer(args.out))?)
+        let lora = factors(&mut OnDevice, args)?;
+        Ok(lora.weight(dtype, optional_buffer(args.base_weight), buffer(args.out))?)
     }
 }
 
 impl Operator<PaceLowRankWeight> for Backward {
-    unsafe fn on_cpu<T: Real>(args: &PaceLowRankWeight) -> Result<()> {
-        let mut host = Host::default();
-        // SAFETY: the caller's promise.
-        let (lora, base, dout, grads) = unsafe {
-            let (lora, base) = factors_on_cpu::<T>(&mut host, args)?;
-            let dout = host.input("dout", args.dout)?;
-            let lora_b = host.output("grad_lora_b", args.grad_lora_b)?;
-            (
-                lora,
-                base,
-                dout,
-                cpu::LoraGrads { lora_b, lora_a: host.output("grad_lora_a", args.grad_lora_a)? },
-            )
-        };
-        let done = match base {
+    fn on_cpu<T: Real>(args: &PaceLowRankWeight, host: &mut Host<'_, T>) -> Result<()> {
+        let lora = factors_on_cpu(host, args)?;
+        let base = host.optional("base_weight", args.base_weight)?;
+        let (dout, grads) = (host.input("dout", args.dout)?, lora_grads(host, args)?);
+        Ok(match base {
             None => cpu::low_rank_weight_backward(lora, dout, grads),
             Some(base) => cpu::lora_mul_weight_backward(lora, base, dout, grads),
-        };
-        Ok(done?)
+        }?)
     }
 
     fn plan(args: &PaceLowRankWeight, _: &Gpu, dtype: DType) -> Result<Plan> {
-        let grads = cuda::LoraGrads { lora_b: buffer(args.grad_lora_b), lora_a: buffer(args.grad_lora_a) };
-        let (base, dout) = (optional_buffer(args.base_weight), buffer(args.dout));
-        let lora = factors(args)?;
+        let (lora, grads) = (factors(&mut OnDevice, args)?, lora_grads(&mut OnDevice, args)?);
         let workspace = workspace_buffer(args.workspace, 4, lora.workspace_len(dtype))?;
+        let (base, dout) = (optional_buffer(args.base_weight), buffer(args.dout));
         Ok(lora.backward(dtype, base, dout, grads, workspace)?)
     }
 }
@@ -146,87 +126,56 @@ pub unsafe extern "C" fn pace_low_rank_weight_workspace(
     // SAFETY: the caller's promise.
     unsafe {
         workspace(device, args, bytes, |args, _, dtype| {
-            Ok(factors(args)?.workspace_len(dtype).saturating_mul(4))
+            Ok(factors(&mut OnDevice, args)?.workspace_len(dtype).saturating_mul(4))
         })
     }
 }
 
-fn prompt(args: &PacePromptBias) -> Result<cuda::PromptBias<Buffer>> {
+fn prompt<M: Memory>(memory: &mut M, args: &PacePromptBias) -> Result<PromptBias<M::Tensor>> {
     check_flags(args.flags, 0)?;
     let [out_features, in_features, rank] = sizes(args.out_features, args.in_features, args.rank)?;
-    Ok(cuda::PromptBias {
+    Ok(PromptBias {
         out_features,
         in_features,
         rank,
-        base_weight: buffer(args.base_weight),
-        base_bias: optional_buffer(args.base_bias),
-        prompt_down: buffer(args.prompt_down),
-        prompt_up: buffer(args.prompt_up),
-        delta_bias: optional_buffer(args.delta_bias),
+        base_weight: memory.input("base_weight", args.base_weight)?,
+        base_bias: memory.optional("base_bias", args.base_bias)?,
+        prompt_down: memory.input("prompt_down", args.prompt_down)?,
+        prompt_up: memory.input("prompt_up", args.prompt_up)?,
+        delta_bias: memory.optional("delta_bias", args.delta_bias)?,
     })
 }
 
-unsafe fn prompt_on_cpu<'a, T: Real>(
-    host: &mut Host,
-    args: &PacePromptBias,
-) -> Result<cpu::PromptBias<'a, T>> {
-    check_flags(args.flags, 0)?;
-    // SAFETY: the caller's promise.
-    unsafe {
-        let [out_features, in_features, rank] = sizes(args.out_features, args.in_features, args.rank)?;
-        Ok(cpu::PromptBias {
-            out_features,
-            in_features,
-            rank,
-            base_weight: host.input("base_weight", args.base_weight)?,
-            base_bias: host.optional("base_bias", args.base_bias)?,
-            prompt_down: host.input("prompt_down", args.prompt_down)?,
-            prompt_up: host.input("prompt_up", args.prompt_up)?,
-            delta_bias: host.optional("delta_bias", args.delta_bias)?,
-        })
-    }
+fn prompt_grads<M: Memory>(memory: &mut M, args: &PacePromptBias) -> Result<PromptGrads<M::TensorMut>> {
+    Ok(PromptGrads {
+        prompt_down: memory.output("grad_prompt_down", args.grad_prompt_down)?,
+        prompt_up: memory.output("grad_prompt_up", args.grad_prompt_up)?,
+        delta_bias: memory.optional_output("grad_delta_bias", args.grad_delta_bias)?,
+    })
 }
 
 impl Operator<PacePromptBias> for Forward {
-    unsafe fn on_cpu<T: Real>(args: &PacePromptBias) -> Result<()> {
-        let mut host = Host::default();
-        // SAFETY: the caller's promise.
-        unsafe {
-            let prompt = prompt_on_cpu::<T>(&mut host, args)?;
-            Ok(prompt.forward(host.output("out", args.out)?)?)
-        }
+    fn on_cpu<T: Real>(args: &PacePromptBias, host: &mut Host<'_, T>) -> Result<()> {
+        let prompt = prompt(host, args)?;
+        Ok(prompt.forward(host.output("out", args.out)?)?)
     }
 
     fn plan(args: &PacePromptBias, _: &Gpu, dtype: DType) -> Result<Plan> {
-        let prompt = prompt(args)?;
+        let prompt = prompt(&mut OnDevice, args)?;
         let workspace = workspace_buffer(args.workspace, 4, prompt.workspace_len(dtype))?;
         Ok(prompt.forward(dtype, buffer(args.out), workspace)?)
     }
 }
 
 impl Operator<PacePromptBias> for Backward {
-    unsafe fn on_cpu<T: Real>(args: &PacePromptBias) -> Result<()> {
-        let mut host = Host::default();
-        // SAFETY: the caller's promise.
-        unsafe {
-            let prompt = prompt_on_cpu::<T>(&mut host, args)?;
-            let dout = host.input("dout", args.dout)?;
-            let grads = cpu::PromptGrads {
-                prompt_down: host.output("grad_prompt_down", args.grad_prompt_down)?,
-                prompt_up: host.output("grad_prompt_up", args.grad_prompt_up)?,
-                delta_bias: host.optional_output("grad_delta_bias", args.grad_delta_bias)?,
-            };
-            Ok(prompt.backward(dout, grads)?)
-        }
+    fn on_cpu<T: Real>(args: &PacePromptBias, host: &mut Host<'_, T>) -> Result<()> {
+        let prompt = prompt(host, args)?;
+        let dout = host.input("dout", args.dout)?;
+        Ok(prompt.backward(dout, prompt_grads(host, args)?)?)
     }
 
     fn plan(args: &PacePromptBias, _: &Gpu, dtype: DType) -> Result<Plan> {
-        let grads = cuda::PromptGrads {
-            prompt_down: buffer(args.grad_prompt_down),
-            prompt_up: buffer(args.grad_prompt_up),
-            delta_bias: optional_buffer(args.grad_delta_bias),
-        };
-        let prompt = prompt(args)?;
+        let (prompt, grads) = (prompt(&mut OnDevice, args)?, prompt_grads(&mut OnDevice, args)?);
         let workspace = workspace_buffer(args.workspace, 4, prompt.workspace_len(dtype))?;
         Ok(prompt.backward(dtype, buffer(args.dout), grads, workspace)?)
     }
@@ -273,7 +222,7 @@ pub unsafe extern "C" fn pace_prompt_bias_workspace(
     // SAFETY: the caller's promise.
     unsafe {
         workspace(device, args, bytes, |args, _, dtype| {
-            Ok(prompt(args)?.workspace_len(dtype).saturating_mul(4))
+            Ok(prompt(&mut OnDevice, args)?.workspace_len(dtype).saturating_mul(4))
         })
     }
 }
@@ -281,15 +230,13 @@ pub unsafe extern "C" fn pace_prompt_bias_workspace(
 enum In {}
 enum Out {}
 
-unsafe fn merge_on_cpu<T: Real>(
+fn merge_on_cpu<T: Real>(
     args: &PaceMerge,
+    host: &mut Host<'_, T>,
     apply: fn(&mut [T], &[T]) -> crate::Result<()>,
 ) -> Result<()> {
     check_flags(args.flags, 0)?;
-    let mut host = Host::default();
-    // SAFETY: the caller's promise.
-    let (target, delta) = unsafe { (host.output("target", args.target)?, host.input("delta", args.delta)?) };
-    Ok(apply(target, delta)?)
+    Ok(apply(host.output("target", args.target)?, host.input("delta", args.delta)?)?)
 }
 
 fn merge_plan(args: &PaceMerge, sign: MergeSign, dtype: DType) -> Result<Plan> {
@@ -303,9 +250,8 @@ fn merge_plan(args: &PaceMerge, sign: MergeSign, dtype: DType) -> Result<Plan> {
 }
 
 impl Operator<PaceMerge> for In {
-    unsafe fn on_cpu<T: Real>(args: &PaceMerge) -> Result<()> {
-        // SAFETY: the caller's promise.
-        unsafe { merge_on_cpu::<T>(args, cpu::merge) }
+    fn on_cpu<T: Real>(args: &PaceMerge, host: &mut Host<'_, T>) -> Result<()> {
+        merge_on_cpu(args, host, cpu::merge)
     }
 
     fn plan(args: &PaceMerge, _: &Gpu, dtype: DType) -> Result<Plan> {
@@ -314,9 +260,8 @@ impl Operator<PaceMerge> for In {
 }
 
 impl Operator<PaceMerge> for Out {
-    unsafe fn on_cpu<T: Real>(args: &PaceMerge) -> Result<()> {
-        // SAFETY: the caller's promise.
-        unsafe { merge_on_cpu::<T>(args, cpu::unmerge) }
+    fn on_cpu<T: Real>(args: &PaceMerge, host: &mut Host<'_, T>) -> Result<()> {
+        merge_on_cpu(args, host, cpu::unmerge)
     }
 
     fn plan(args: &PaceMerge, _: &Gpu, dtype: DType) -> Result<Plan> {

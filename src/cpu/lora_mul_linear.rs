@@ -20,7 +20,7 @@ pub struct LoraMulLinear<'a, T> {
     /// Source of `z`.
     pub noise: Noise<&'a [T]>,
     /// The frozen layer.
-    pub base: Base<'a, T>,
+    pub base: Base<&'a [T]>,
     /// LoRA mul; `None` is no ΔW.
     pub lora: Option<Lora<&'a [T], T>>,
     /// VPT add; without it `Δb = δb`.
@@ -54,7 +54,7 @@ pub struct Prompt<B> {
 }
 
 /// Where the gradients of a [`LoraMulLinear`] go; each is overwritten, `None` is not computed.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LoraMulLinearGrads<B> {
     /// `dx`, of the shape of `x`.
     pub input: Option<B>,
@@ -103,13 +103,13 @@ impl<B> LoraMulLinearGrads<B> {
 }
 
 impl<'a, T: Real> LoraMulLinear<'a, T> {
-    fn factors(&self, lora: Lora<&'a [T], T>) -> LoraFactors<'a, T> {
+    fn factors(&self, lora: Lora<&'a [T], T>) -> LoraFactors<&'a [T], T> {
         let LinearShape { in_features, out_features, .. } = self.shape;
         let Lora { rank, lora_a, lora_b, scale } = lora;
         LoraFactors { out_features, in_features, rank, lora_b, lora_a, scale }
     }
 
-    fn prompt_bias(&self, prompt: Prompt<&'a [T]>) -> PromptBias<'a, T> {
+    fn prompt_bias(&self, prompt: Prompt<&'a [T]>) -> PromptBias<&'a [T]> {
         let LinearShape { in_features, out_features, .. } = self.shape;
         PromptBias {
             out_features,

@@ -24,7 +24,7 @@ pub struct LowRankLinear<'a, T> {
     /// Source of `z`.
     pub noise: Noise<&'a [T]>,
     /// The frozen layer; `None` is a zero base term.
-    pub base: Option<Base<'a, T>>,
+    pub base: Option<Base<&'a [T]>>,
     /// Rank `r`.
     pub rank: usize,
     /// `B [N, r]`.
@@ -38,19 +38,19 @@ pub struct LowRankLinear<'a, T> {
 }
 
 /// Where the gradients of a [`LowRankLinear`] go; each is overwritten, `None` is not computed.
-#[derive(Debug)]
-pub struct LowRankGrads<'a, T> {
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LowRankGrads<B> {
     /// `dx`, of the shape of `x`.
-    pub input: Option<&'a mut [T]>,
+    pub input: Option<B>,
     /// `dB [N, r]`.
-    pub lora_b: Option<&'a mut [T]>,
+    pub lora_b: Option<B>,
     /// `dA [r, K]`.
-    pub lora_a: Option<&'a mut [T]>,
+    pub lora_a: Option<B>,
     /// `dδb [N]`.
-    pub delta_bias: Option<&'a mut [T]>,
+    pub delta_bias: Option<B>,
 }
 
-impl<T> Default for LowRankGrads<'_, T> {
+impl<B> Default for LowRankGrads<B> {
     fn default() -> Self {
         Self { input: None, lora_b: None, lora_a: None, delta_bias: None }
     }
@@ -100,7 +100,7 @@ impl<T: Real> LowRankLinear<'_, T> {
     ///
     /// # Errors
     /// As [`forward`](Self::forward).
-    pub fn backward(&self, x: &[T], dy: &[T], grads: LowRankGrads<'_, T>) -> Result<()> {
+    pub fn backward(&self, x: &[T], dy: &[T], grads: LowRankGrads<&mut [T]>) -> Result<()> {
         let z = self.check()?;
         check_io(&self.shape, ("x", x), ("dy", dy))?;
         let LinearShape { in_features: k, out_features: n, .. } = self.shape;

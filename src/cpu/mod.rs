@@ -42,11 +42,11 @@ pub use weights::{
     low_rank_weight, low_rank_weight_backward, merge, unmerge,
 };
 
-/// The frozen layer under an adapter: `W0 [N, K]` and `b0 [N]`.
-#[derive(Debug, Clone, Copy)]
-pub struct Base<'a, T> {
+/// The frozen layer under an adapter. `B` are the tensors: slices here, and on NVIDIA devices what the operators in `cuda` take.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Base<B> {
     /// `W0 [N, K]`.
-    pub weight: &'a [T],
+    pub weight: B,
     /// `b0 [N]`.
-    pub bias: Option<&'a [T]>,
+    pub bias: Option<B>,
 }

@@ -53,25 +53,25 @@ pub struct NoisyLinear<'a, T> {
     /// Source of `z`.
     pub noise: Noise<&'a [T]>,
     /// The frozen layer; `None` is a zero base term (the noisy head).
-    pub base: Option<Base<'a, T>>,
+    pub base: Option<Base<&'a [T]>>,
     /// `ΔW [N, K]`; `None` is zero (VPT add).
     pub delta_weight: Option<&'a [T]>,
     /// `Δb [N]`; `None` is zero.
     pub delta_bias: Option<&'a [T]>,
 }
 
-/// Where the gradients of a [`NoisyLinear`] go; each is overwritten, `None` is not computed.
-#[derive(Debug)]
-pub struct NoisyLinearGrads<'a, T> {
+/// Where the gradients of a [`NoisyLinear`] go; each is overwritten, `None` is not computed. `B` are the tensors: slices here.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct NoisyLinearGrads<B> {
     /// `dx`, of the shape of `x`.
-    pub input: Option<&'a mut [T]>,
+    pub input: Option<B>,
     /// `dΔW [N, K]`.
-    pub delta_weight: Option<&'a mut [T]>,
+    pub delta_weight: Option<B>,
     /// `dΔb [N]`.
-    pub delta_bias: Option<&'a mut [T]>,
+    pub delta_bias: Option<B>,
 }
 
-impl<T> Default for NoisyLinearGrads<'_, T> {
+impl<B> Default for NoisyLinearGrads<B> {
     fn default() -> Self {
         Self { input: None, delta_weight: None, delta_bias: None }
     }
@@ -82,7 +82,7 @@ pub(crate) const NEEDS_INPUT: Error =
     Error::Argument { argument: "x", problem: "is required for the gradient to a weight" };
 
 /// Checks a base term against the sizes of its layer.
-pub(super) fn check_base<T>(base: Option<Base<'_, T>>, shape: &LinearShape) -> Result<()> {
+pub(super) fn check_base<T>(base: Option<Base<&[T]>>, shape: &LinearShape) -> Result<()> {
     let Some(base) = base else { return Ok(()) };
     length("base.weight", "[N, K]", base.weight, shape.out_features * shape.in_features)?;
     base.bias.map_or(Ok(()), |bias| length("base.bias", "[N]", bias, shape.out_features))
@@ -138,7 +138,7 @@ impl<T: Real> NoisyLinear<'_, T> {
         match self.fold(&z) {
             Some(fold) if z.is_off() => {
                 let merged = fold.merged(n);
-                let base = Base { weight: &merged, bias: self.base.and_then(|base| base.bias) };
+                let base = Base { weight: &merged[..], bias: self.base.and_then(|base| base.bias) };
                 rows::forward(&z, Some(base), None, self.delta_bias, x, y);
             }
             Some(fold) => self.forward_folded(&z, &fold, x, y),
@@ -191,7 +191,7 @@ impl<T: Real> NoisyLinear<'_, T> {
     ///
     /// # Errors
     /// As [`forward`](Self::forward); also if the gradient of ΔW is asked for and the layer has none.
-    pub fn backward(&self, x: &[T], dy: &[T], grads: NoisyLinearGrads<'_, T>) -> Result<()> {
+    pub fn backward(&self, x: &[T], dy: &[T], grads: NoisyLinearGrads<&mut [T]>) -> Result<()> {
         self.backward_from(Some(x), dy, grads)
     }
 
@@ -200,7 +200,7 @@ impl<T: Real> NoisyLinear<'_, T> {
         &self,
         x: Option<&[T]>,
         dy: &[T],
-        grads: NoisyLinearGrads<'_, T>,
+        grads: NoisyLinearGrads<&mut [T]>,
     ) -> Result<()> {
         let z = self.check()?;
         let (k, n) = (self.shape.in_features, self.shape.out_features);
@@ -249,7 +249,7 @@ impl<T: Real> NoisyLinear<'_, T> {
         match self.fold(z) {
             Some(fold) if z.is_off() => {
                 let merged = fold.merged(n);
-                rows::base_gradient(&self.shape, Some(Base { weight: &merged, bias: None }), dy, dx);
+                rows::base_gradient(&self.shape, Some(Base { weight: &merged[..], bias: None }), dy, dx);
             }
             Some(fold) => {
                 let tasks = column_tasks(dx, t, k, fold_part(k, k));

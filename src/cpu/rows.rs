@@ -170,7 +170,7 @@ pub(super) type AdapterProduct<'f, T> = dyn Fn(Range<usize>, Range<usize>, MatMu
 /// `y = base(x) + z ⊙ (adapter(x) + Δb)` in tiles of rows × channels; no adapter stands for ΔW = 0.
 pub(super) fn forward<T: Real>(
     z: &Z<'_, T>,
-    base: Option<Base<'_, T>>,
+    base: Option<Base<&[T]>>,
     adapter: Option<&AdapterProduct<'_, T>>,
     delta_bias: Option<&[T]>,
     x: &[T],
@@ -211,7 +211,7 @@ pub(super) fn forward<T: Real>(
 )]
 fn epilogue<T: Real>(
     z: &Z<'_, T>,
-    base: Option<Base<'_, T>>,
+    base: Option<Base<&[T]>>,
     delta_bias: Option<&[T]>,
     first_row: usize,
     channels: Range<usize>,
@@ -256,7 +256,7 @@ fn epilogue<T: Real>(
 }
 
 /// `dx = Σ g·W0`, or zero without a base term; the sum goes over the branches that share the input.
-pub(super) fn base_gradient<T: Real>(shape: &LinearShape, base: Option<Base<'_, T>>, g: &[T], dx: &mut [T]) {
+pub(super) fn base_gradient<T: Real>(shape: &LinearShape, base: Option<Base<&[T]>>, g: &[T], dx: &mut [T]) {
     let (m, k, n) = (shape.in_rows(), shape.in_features, shape.out_features);
     let Some(base) = base else { return dx.fill(T::zero()) };
     let weight = mat(base.weight, n, k);

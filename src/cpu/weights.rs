@@ -19,9 +19,10 @@ const CHANNELS: usize = 192;
 /// Most partial sums of dA.
 const MAX_SUMS: usize = 64;
 
-/// The trained factors of a low-rank weight `[N, K]`: `B [N, r]`, `A [r, K]`, and a scale on their product.
-#[derive(Debug, Clone, Copy)]
-pub struct LoraFactors<'a, T> {
+/// The trained factors of a low-rank weight `[N, K]`: `B [N, r]`, `A [r, K]`, and a scale `S` on their product. `B` are the
+/// tensors: slices here, and on NVIDIA devices what the operators in `cuda` take.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LoraFactors<B, S = f32> {
     /// Out-features `N`.
     pub out_features: usize,
     /// In-features `K`.
@@ -29,23 +30,23 @@ pub struct LoraFactors<'a, T> {
     /// Rank `r`.
     pub rank: usize,
     /// `B [N, r]`.
-    pub lora_b: &'a [T],
+    pub lora_b: B,
     /// `A [r, K]`.
-    pub lora_a: &'a [T],
+    pub lora_a: B,
     /// Factor on `B·A`; 1 in the paper.
-    pub scale: T,
+    pub scale: S,
 }
 
 /// Where the gradients of [`LoraFactors`] go; both are overwritten.
-#[derive(Debug)]
-pub struct LoraGrads<'a, T> {
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LoraGrads<B> {
     /// `dB [N, r]`.
-    pub lora_b: &'a mut [T],
+    pub lora_b: B,
     /// `dA [r, K]`.
-    pub lora_a: &'a mut [T],
+    pub lora_a: B,
 }
 
-impl<T: Real> LoraFactors<'_, T> {
+impl<T: Real> LoraFactors<&[T], T> {
     fn check(&self) -> Result<()> {
         nonzero("out_features", self.out_features)?;
         nonzero("in_features", self.in_features)?;
@@ -94,7 +95,7 @@ impl<T: Real> LoraFactors<'_, T> {
     /// `dB = scale·q·Aᵀ`, `dA = scale·Bᵀ·q` for `q = ∂L/∂(scale·B·A)`, given as `grad`, or `grad ⊙ base`.
     ///
     /// Block by block of channels, so that `q` is never held as a whole; the blocks' shares of dA are added in order.
-    fn backward(&self, grad: &[T], base: Option<&[T]>, grads: LoraGrads<'_, T>) -> Result<()> {
+    fn backward(&self, grad: &[T], base: Option<&[T]>, grads: LoraGrads<&mut [T]>) -> Result<()> {
         let Self { out_features: n, in_features: k, rank: r, .. } = *self;
         length("grads.lora_b", "[N, r]", grads.lora_b, n * r)?;
         length("grads.lora_a", "[r, K]", grads.lora_a, r * k)?;
@@ -144,7 +145,7 @@ impl<T: Real> LoraFactors<'_, T> {
 ///
 /// # Errors
 /// If a size is zero, a slice has another length than its shape, or `scale` is not finite.
-pub fn low_rank_weight<T: Real>(lora: LoraFactors<'_, T>, out: &mut [T]) -> Result<()> {
+pub fn low_rank_weight<T: Real>(lora: LoraFactors<&[T], T>, out: &mut [T]) -> Result<()> {
     lora.check()?;
     lora.check_weight("out", out)?;
     lora.product(None, out);
@@ -156,9 +157,9 @@ pub fn low_rank_weight<T: Real>(lora: LoraFactors<'_, T>, out: &mut [T]) -> Resu
 /// # Errors
 /// As [`low_rank_weight`].
 pub fn low_rank_weight_backward<T: Real>(
-    lora: LoraFactors<'_, T>,
+    lora: LoraFactors<&[T], T>,
     delta_weight_grad: &[T],
-    grads: LoraGrads<'_, T>,
+    grads: LoraGrads<&mut [T]>,
 ) -> Result<()> {
     lora.check()?;
     lora.check_weight("delta_weight_grad", delta_weight_grad)?;
@@ -169,7 +170,7 @@ pub fn low_rank_weight_backward<T: Real>(
 ///
 /// # Errors
 /// As [`low_rank_weight`].
-pub fn lora_mul_weight<T: Real>(lora: LoraFactors<'_, T>, base_weight: &[T], out: &mut [T]) -> Result<()> {
+pub fn lora_mul_weight<T: Real>(lora: LoraFactors<&[T], T>, base_weight: &[T], out: &mut [T]) -> Result<()> {
     lora.check()?;
     lora.check_weight("base_weight", base_weight)?;
     lora.check_weight("out", out)?;
@@ -182,10 +183,10 @@ pub fn lora_mul_weight<T: Real>(lora: LoraFactors<'_, T>, base_weight: &[T], out
 /// # Errors
 /// As [`low_rank_weight`].
 pub fn lora_mul_weight_backward<T: Real>(
-    lora: LoraFactors<'_, T>,
+    lora: LoraFactors<&[T], T>,
     base_weight: &[T],
     delta_weight_grad: &[T],
-    grads: LoraGrads<'_, T>,
+    grads: LoraGrads<&mut [T]>,
 ) -> Result<()> {
     lora.check()?;
     lora.check_weight("base_weight", base_weight)?;
@@ -193,9 +194,10 @@ pub fn lora_mul_weight_backward<T: Real>(
     lora.backward(delta_weight_grad, Some(base_weight), grads)
 }
 
-/// The prompt adapter's bias `Δb [N] = W0·(Pd·Pu) + b0⊙δb` (VPT add; the second term belongs to LoRA mul).
-#[derive(Debug, Clone, Copy)]
-pub struct PromptBias<'a, T> {
+/// The prompt adapter's bias `Δb [N] = W0·(Pd·Pu) + b0⊙δb` (VPT add; the second term belongs to LoRA mul). `B` are the
+/// tensors, as in [`LoraFactors`].
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PromptBias<B> {
     /// Out-features `N`.
     pub out_features: usize,
     /// In-features `K`.
@@ -203,29 +205,29 @@ pub struct PromptBias<'a, T> {
     /// Rank `r`.
     pub rank: usize,
     /// `W0 [N, K]`.
-    pub base_weight: &'a [T],
+    pub base_weight: B,
     /// `b0 [N]`; without it the second term is zero.
-    pub base_bias: Option<&'a [T]>,
+    pub base_bias: Option<B>,
     /// `Pd [K, r]`.
-    pub prompt_down: &'a [T],
+    pub prompt_down: B,
     /// `Pu [r]`.
-    pub prompt_up: &'a [T],
+    pub prompt_up: B,
     /// `δb [N]`; without it the second term is zero.
-    pub delta_bias: Option<&'a [T]>,
+    pub delta_bias: Option<B>,
 }
 
 /// Where the gradients of [`PromptBias`] go; each is overwritten.
-#[derive(Debug)]
-pub struct PromptGrads<'a, T> {
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PromptGrads<B> {
     /// `dPd [K, r] = q·Puᵀ` with `q = W0ᵀ·dΔb`.
-    pub prompt_down: &'a mut [T],
+    pub prompt_down: B,
     /// `dPu [r] = Pdᵀ·q`.
-    pub prompt_up: &'a mut [T],
+    pub prompt_up: B,
     /// `dδb [N] = b0 ⊙ dΔb` (zero without `b0`); `None` is not computed.
-    pub delta_bias: Option<&'a mut [T]>,
+    pub delta_bias: Option<B>,
 }
 
-impl<T: Real> PromptBias<'_, T> {
+impl<T: Real> PromptBias<&[T]> {
     fn check(&self) -> Result<()> {
         let Self { out_features: n, in_features: k, rank: r, .. } = *self;
         nonzero("out_features", n)?;
@@ -270,7 +272,7 @@ impl<T: Real> PromptBias<'_, T> {
     ///
     /// # Errors
     /// As [`forward`](Self::forward).
-    pub fn backward(&self, delta_bias_grad: &[T], grads: PromptGrads<'_, T>) -> Result<()> {
+    pub fn backward(&self, delta_bias_grad: &[T], grads: PromptGrads<&mut [T]>) -> Result<()> {
         self.check()?;
         let Self { out_features: n, in_features: k, rank: r, .. } = *self;
         length("delta_bias_grad", "[N]", delta_bias_grad, n)?;

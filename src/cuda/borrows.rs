@@ -1,8 +1,9 @@
 //! `cudarc`'s tensors as buffers of a plan, and the guards that keep them in use until after the launch.
 
-use super::buffer::{Base, Buffer};
+use super::buffer::Buffer;
 use super::device::Device;
 use super::noise_source::Source;
+use crate::cpu::Base;
 use crate::error::Result;
 use crate::noise;
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut, SyncOnDrop};

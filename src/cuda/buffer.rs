@@ -115,15 +115,6 @@ pub(super) fn rows_are_aligned(dtype: DType, columns: usize, tensors: &[Address]
     (columns * dtype.bytes()).is_multiple_of(16) && tensors.iter().all(|address| address.is_vector_aligned())
 }
 
-/// The frozen layer under an adapter.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Base<B> {
-    /// `W0 [N, K]`.
-    pub weight: B,
-    /// `b0 [N]`.
-    pub bias: Option<B>,
-}
-
 /// Element types of tensors in device memory; arithmetic is in `f32` for all of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum DType {

@@ -1,9 +1,10 @@
 //! What the linear layers share: checks of their tensors, and what is left of the arguments once they are checked.
 
-use super::buffer::{Base, Buffer, DType, Named};
+use super::buffer::{Buffer, DType, Named};
 use super::gpu::Gpu;
 use super::kernel::{GemmKernels, Kernel};
 use super::noise_source::{NoiseSource, Source};
+use crate::cpu::Base;
 use crate::error::{Error, Result};
 use crate::shape::LinearShape;
 

@@ -2,17 +2,18 @@
 //! the dense layer one after the other.
 
 use super::borrows::{Borrows, Noise};
-use super::buffer::{Address, Base, Buffer, DType, Element, Named, check_disjoint, check_linear_shape};
+use super::buffer::{Address, Buffer, DType, Element, Named, check_disjoint, check_linear_shape};
 use super::device::Device;
 use super::gemm::Arena;
 use super::gpu::Gpu;
 use super::layer::named_base;
-use super::low_rank_weight::{LoraFactors, LoraGrads};
 use super::noise_source::Source;
-use super::noisy_linear::{NoisyLinear, NoisyLinearGrads};
+use super::noisy_linear::NoisyLinear;
 use super::plan::Plan;
-use super::prompt_bias::{PromptBias, PromptGrads};
-use crate::cpu::{Lora, LoraMulLinearGrads, Prompt, check_adapter};
+use crate::cpu::{
+    Base, Lora, LoraFactors, LoraGrads, LoraMulLinearGrads, NoisyLinearGrads, Prompt, PromptBias,
+    PromptGrads, check_adapter,
+};
 use crate::error::Result;
 use crate::noise;
 use crate::shape::LinearShape;

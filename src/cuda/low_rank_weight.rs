@@ -11,7 +11,7 @@ use super::kernel::{Kernel, table};
 use super::partial_sums::partial_sums;
 use super::plan::{Launch, Plan};
 use super::pointer::{Input, Output, Void};
-use crate::cpu::check_scale;
+use crate::cpu::{LoraFactors, LoraGrads, check_scale};
 use crate::error::{Error, Result};
 use crate::shape::{nonzero, product};
 use bytemuck::{Pod, Zeroable};
@@ -30,34 +30,6 @@ const MAX_PART: usize = 128;
 const MAX_FACTOR: usize = 1 << 36;
 /// Blocks that keep a large device busy. One number for all devices, so that all add up in the same order.
 const BLOCKS: usize = 264;
-
-/// The trained factors of a low-rank weight `[N, K]`: `B [N, r]`, `A [r, K]`, and a scale on their product.
-///
-/// `B` are the tensors, all of one type: [`Buffer`] for planning, or `cudarc`'s (see [`Device::low_rank_weight`]).
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct LoraFactors<B> {
-    /// Out-features `N`.
-    pub out_features: usize,
-    /// In-features `K`.
-    pub in_features: usize,
-    /// Rank `r`.
-    pub rank: usize,
-    /// `B [N, r]`.
-    pub lora_b: B,
-    /// `A [r, K]`.
-    pub lora_a: B,
-    /// Factor on `B·A`; 1 in the paper.
-    pub scale: f32,
-}
-
-/// Where the gradients of [`LoraFactors`] go; both are overwritten.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct LoraGrads<B> {
-    /// `dB [N, r]`.
-    pub lora_b: B,
-    /// `dA [r, K]`.
-    pub lora_a: B,
-}
 
 /// Parameters of the kernels `low_rank_weight*`.
 #[repr(C)]

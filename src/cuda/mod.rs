@@ -88,10 +88,13 @@ mod prompt_bias;
 mod select;
 mod under_noise;
 
-pub use crate::cpu::{Lora, LoraMulLinearGrads, Prompt};
+pub use crate::cpu::{
+    Base, Lora, LoraFactors, LoraGrads, LoraMulLinearGrads, LowRankGrads, NoisyLinearGrads, Prompt,
+    PromptBias, PromptGrads,
+};
 pub use borrowed::BorrowedTensor;
 pub use borrows::Noise;
-pub use buffer::{Address, Base, Buffer, DType, Direction, Element};
+pub use buffer::{Address, Buffer, DType, Direction, Element};
 pub use cudarc;
 pub use device::Device;
 #[cfg(feature = "capi")]
@@ -102,14 +105,12 @@ pub use gpu::{Family, Gpu};
 pub use kernel::{KERNELS, Kernel};
 pub use lora_mul_linear::LoraMulLinear;
 pub use loss::{Consistency, Finding, Loss, LossOutputs, LossSettings, LossStatus, Partner};
-pub use low_rank_linear::{LowRankGrads, LowRankLinear};
-pub use low_rank_weight::{LoraFactors, LoraGrads};
+pub use low_rank_linear::LowRankLinear;
 pub use merge::{Merge, MergeSign};
 pub use noise_fill::NoiseFill;
 pub use noise_source::Source;
 pub use noisy_epilogue::NoisyEpilogue;
-pub use noisy_linear::{NoisyLinear, NoisyLinearGrads};
+pub use noisy_linear::NoisyLinear;
 pub use norms::{FpDistance, GradNorm};
 pub use plan::{Launch, Params, Plan, Step, TensorMap};
-pub use prompt_bias::{PromptBias, PromptGrads};
 pub use select::{Problem, select};

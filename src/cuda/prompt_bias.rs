@@ -8,6 +8,7 @@ use super::low_rank_weight::{LowRankBackwardParams, Parts, check_sizes, check_wo
 use super::partial_sums::partial_sums;
 use super::plan::{Launch, Plan};
 use super::pointer::{Input, Output, Void};
+use crate::cpu::{PromptBias, PromptGrads};
 use crate::error::Result;
 use bytemuck::{Pod, Zeroable};
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
@@ -16,40 +17,6 @@ const WARP: usize = 32;
 const THREADS: usize = 256;
 /// In-features of a partial sum of `dPu`.
 const PROMPT_PART: usize = 64;
-
-/// The prompt adapter's bias `Δb [N] = W0·(Pd·Pu) + b0⊙δb` (VPT add; the second term belongs to LoRA mul).
-///
-/// `B` are the tensors, as in [`LoraFactors`](super::LoraFactors).
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct PromptBias<B> {
-    /// Out-features `N`.
-    pub out_features: usize,
-    /// In-features `K`.
-    pub in_features: usize,
-    /// Rank `r`.
-    pub rank: usize,
-    /// `W0 [N, K]`.
-    pub base_weight: B,
-    /// `b0 [N]`; without it the second term is zero.
-    pub base_bias: Option<B>,
-    /// `Pd [K, r]`.
-    pub prompt_down: B,
-    /// `Pu [r]`.
-    pub prompt_up: B,
-    /// `δb [N]`; without it the second term is zero.
-    pub delta_bias: Option<B>,
-}
-
-/// Where the gradients of [`PromptBias`] go; each is overwritten.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct PromptGrads<B> {
-    /// `dPd [K, r] = q·Puᵀ` with `q = W0ᵀ·dΔb`.
-    pub prompt_down: B,
-    /// `dPu [r] = Pdᵀ·q`.
-    pub prompt_up: B,
-    /// `dδb [N] = b0 ⊙ dΔb` (zero without `b0`); `None` is not computed.
-    pub delta_bias: Option<B>,
-}
 
 /// Parameters of the kernels `prompt_bias*`.
 #[repr(C)]

@@ -303,7 +303,7 @@ impl Call {
         let result = match self.op {
             Dense => dense.forward(input("x"), &mut o1),
             DenseBackward => {
-                let grads = NoisyLinearGrads {
+                let grads: NoisyLinearGrads<&mut [_]> = NoisyLinearGrads {
                     input: asked("grads.input", &mut o1[..]),
                     delta_weight: asked("grads.delta_weight", &mut o2[..]),
                     delta_bias: asked("grads.delta_bias", &mut o3[..]),
@@ -312,7 +312,7 @@ impl Call {
             }
             LowRank => low_rank().forward(input("x"), &mut o1),
             LowRankBackward => {
-                let grads = LowRankGrads {
+                let grads: LowRankGrads<&mut [_]> = LowRankGrads {
                     input: asked("grads.input", &mut o1[..]),
                     lora_b: asked("grads.lora_b", &mut o2[..]),
                     lora_a: asked("grads.lora_a", &mut o3[..]),
@@ -325,16 +325,16 @@ impl Call {
             LoraAdd => low_rank_weight(lora(), &mut o1),
             LoraMul => lora_mul_weight(lora(), input("base_weight"), &mut o1),
             LoraAddBackward => {
-                let grads = LoraGrads { lora_b: &mut o1, lora_a: &mut o2 };
+                let grads: LoraGrads<&mut [_]> = LoraGrads { lora_b: &mut o1, lora_a: &mut o2 };
                 low_rank_weight_backward(lora(), input("delta_weight_grad"), grads)
             }
             LoraMulBackward => {
-                let grads = LoraGrads { lora_b: &mut o1, lora_a: &mut o2 };
+                let grads: LoraGrads<&mut [_]> = LoraGrads { lora_b: &mut o1, lora_a: &mut o2 };
                 lora_mul_weight_backward(lora(), input("base_weight"), input("delta_weight_grad"), grads)
             }
             Prompt => prompt().forward(&mut o1),
             PromptBackward => {
-                let grads = PromptGrads {
+                let grads: PromptGrads<&mut [_]> = PromptGrads {
                     prompt_down: &mut o1,
                     prompt_up: &mut o2,
                     delta_bias: asked("grads.delta_bias", &mut o3[..]),

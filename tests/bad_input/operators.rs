@@ -184,7 +184,8 @@ fn parts_that_a_dense_layer_does_not_have() {
         Error::Argument { argument: "delta_weight", problem: "is required when there is no base term" };
     assert_error(headless.forward(&[1.0, 2.0], &mut [0.0]), want);
     let frozen = NoisyLinear { base: Some(Base { weight: &[1.0, 2.0], bias: None }), ..headless };
-    let grads = NoisyLinearGrads { delta_weight: Some(&mut [0.0; 2]), ..Default::default() };
+    let grads: NoisyLinearGrads<&mut [_]> =
+        NoisyLinearGrads { delta_weight: Some(&mut [0.0; 2]), ..Default::default() };
     let want = Error::Argument {
         argument: "grads.delta_weight",
         problem: "is asked for, but the layer has no `delta_weight`",

@@ -85,7 +85,8 @@ fn a_layer_gives_what_the_rust_interface_gives() {
     };
     let (mut y, mut dx, mut dw) = (vec![0.0; 48], vec![0.0; 30], vec![0.0; 20]);
     layer.forward(&x, &mut y).unwrap();
-    let grads = cpu::NoisyLinearGrads { input: Some(&mut dx), delta_weight: Some(&mut dw), delta_bias: None };
+    let grads: cpu::NoisyLinearGrads<&mut [_]> =
+        cpu::NoisyLinearGrads { input: Some(&mut dx), delta_weight: Some(&mut dw), delta_bias: None };
     layer.backward(&x, &dy, grads).unwrap();
 
     let (mut y2, mut dx2, mut dw2) = (vec![f32::NAN; 48], vec![f32::NAN; 30], vec![f32::NAN; 20]);

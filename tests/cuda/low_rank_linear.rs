@@ -153,7 +153,7 @@ fn exact<T: Type>(case: &Case, data: &Data<T>) -> Results<f64> {
         [&data.dy, &data.x, &data.lora_b, &data.lora_a, &data.bias].map(|like| vec![0.0; like.len()]);
     let [y, dx, dd, du, db] = &mut results;
     layer.forward(&x, y).unwrap();
-    let grads =
+    let grads: cpu::LowRankGrads<&mut [_]> =
         cpu::LowRankGrads { input: Some(dx), lora_b: Some(dd), lora_a: Some(du), delta_bias: Some(db) };
     layer.backward(&x, &dy, grads).unwrap();
     let [y, dx, dd, du, db] = results;

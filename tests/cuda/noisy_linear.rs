@@ -126,7 +126,7 @@ fn exact<T: Type>(case: &Case, data: &Data<T>) -> Results<f64> {
         [vec![0.0; dy.len()], vec![0.0; x.len()], vec![0.0; weight.len()], vec![0.0; bias.len()]];
     let [y, dx, dw, db] = &mut results;
     layer.forward(&x, y).unwrap();
-    let grads =
+    let grads: cpu::NoisyLinearGrads<&mut [_]> =
         cpu::NoisyLinearGrads { input: Some(dx), delta_weight: delta.then_some(dw), delta_bias: Some(db) };
     layer.backward(&x, &dy, grads).unwrap();
     without_absent(case, results)

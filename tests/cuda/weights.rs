@@ -102,7 +102,7 @@ fn lora_data<T: Type>(case: &Case) -> [Vec<T>; 4] {
 fn lora_exact<T: Type>(case: &Case, data: &[Vec<T>; 4]) -> Vec<Vec<f64>> {
     let &Case { n, k, r, full, .. } = case;
     let [d, u, base, grad] = data.each_ref().map(|values| wide(values));
-    let lora = cpu::LoraFactors {
+    let lora: cpu::LoraFactors<&[_], _> = cpu::LoraFactors {
         out_features: n,
         in_features: k,
         rank: r,
@@ -111,7 +111,7 @@ fn lora_exact<T: Type>(case: &Case, data: &[Vec<T>; 4]) -> Vec<Vec<f64>> {
         scale: f64::from(SCALE),
     };
     let (mut weight, mut lora_b, mut lora_a) = (vec![0.0; n * k], vec![0.0; n * r], vec![0.0; r * k]);
-    let grads = cpu::LoraGrads { lora_b: &mut lora_b, lora_a: &mut lora_a };
+    let grads: cpu::LoraGrads<&mut [_]> = cpu::LoraGrads { lora_b: &mut lora_b, lora_a: &mut lora_a };
     if full {
         cpu::lora_mul_weight(lora, &base, &mut weight).unwrap();
         cpu::lora_mul_weight_backward(lora, &base, &grad, grads).unwrap();
@@ -183,7 +183,7 @@ fn prompt_data<T: Type>(case: &Case) -> [Vec<T>; 6] {
 fn prompt_exact<T: Type>(case: &Case, data: &[Vec<T>; 6]) -> Vec<Vec<f64>> {
     let &Case { n, k, r, full, .. } = case;
     let [weight, lora_b, lora_a, bias, delta, grad] = data.each_ref().map(|values| wide(values));
-    let prompt = cpu::PromptBias {
+    let prompt: cpu::PromptBias<&[_]> = cpu::PromptBias {
         out_features: n,
         in_features: k,
         rank: r,

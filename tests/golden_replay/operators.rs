@@ -88,7 +88,7 @@ fn low_rank<T: Real>(case: &Case, shape: LinearShape, noise: Noise<&'_ [T]>) -> 
 
     let mut dx = vec![T::zero(); x.len()];
     let (mut dd, mut du, mut db) = (vec![T::zero(); n * rank], vec![T::zero(); rank * k], vec![T::zero(); n]);
-    let grads = cpu::LowRankGrads {
+    let grads: cpu::LowRankGrads<&mut [_]> = cpu::LowRankGrads {
         input: Some(&mut dx),
         lora_b: Some(&mut dd),
         lora_a: Some(&mut du),
@@ -116,7 +116,7 @@ fn dense<T: Real>(
 
     let (lora_b, lora_a) =
         if lora { (case.get::<T>(adapter::DOWN)?, case.get::<T>(adapter::UP)?) } else { (vec![], vec![]) };
-    let factors = LoraFactors {
+    let factors: LoraFactors<&[_], _> = LoraFactors {
         out_features: n,
         in_features: k,
         rank,
@@ -135,7 +135,7 @@ fn dense<T: Real>(
         (vec![], vec![])
     };
     let delta_b = if lora { Some(case.get::<T>(adapter::DELTA_BIAS)?) } else { None };
-    let prompt = PromptBias {
+    let prompt: PromptBias<&[_]> = PromptBias {
         out_features: n,
         in_features: k,
         rank,
@@ -150,7 +150,7 @@ fn dense<T: Real>(
         prompt.forward(&mut delta_bias)?;
     }
 
-    let base = Base { weight: &weight, bias: bias.as_deref() };
+    let base: Base<&[_]> = Base { weight: &weight, bias: bias.as_deref() };
     let layer = match kind {
         None => cpu::NoisyLinear {
             shape,
@@ -175,7 +175,7 @@ fn dense<T: Real>(
 
     let mut dx = vec![T::zero(); x.len()];
     let (mut dw, mut db) = (vec![T::zero(); n * k], vec![T::zero(); n]);
-    let grads = cpu::NoisyLinearGrads {
+    let grads: cpu::NoisyLinearGrads<&mut [_]> = cpu::NoisyLinearGrads {
         input: Some(&mut dx),
         delta_weight: layer.delta_weight.map(|_| &mut dw[..]),
         delta_bias: Some(&mut db),
@@ -196,7 +196,7 @@ fn dense<T: Real>(
         case.expect("grad_delta_W_up", &du, tolerance)?;
     }
     let (mut dpd, mut dpu, mut ddb) = (vec![T::zero(); k * rank], vec![T::zero(); rank], vec![T::zero(); n]);
-    let grads =
+    let grads: PromptGrads<&mut [_]> =
         PromptGrads { prompt_down: &mut dpd, prompt_up: &mut dpu, delta_bias: lora.then_some(&mut ddb[..]) };
     prompt.backward(&db, grads)?;
     case.expect("grad_delta_prompt_down", &dpd, tolerance)?;

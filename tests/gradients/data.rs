@@ -153,7 +153,7 @@ impl Case {
         }
     }
 
-    pub fn base<'a, T>(&self, d: &'a Data<T>) -> Option<Base<'a, T>> {
+    pub fn base<'a, T>(&self, d: &'a Data<T>) -> Option<Base<&'a [T]>> {
         self.base.then_some(Base { weight: &d.w0, bias: self.base_bias.then_some(&d.b0) })
     }
 

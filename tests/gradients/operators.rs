@@ -23,7 +23,7 @@ pub fn dense<T: Real>(case: &Case, d: &Data<T>) -> Outputs<T> {
     let (mut y, mut dx) = (unwritten(d.dy.len()), unwritten(d.x.len()));
     let (mut dw, mut db) = (case.delta_weight.then(|| unwritten(d.dw.len())), unwritten(d.db.len()));
     layer.forward(&d.x, &mut y).unwrap();
-    let grads =
+    let grads: NoisyLinearGrads<&mut [_]> =
         NoisyLinearGrads { input: Some(&mut dx), delta_weight: dw.as_deref_mut(), delta_bias: Some(&mut db) };
     layer.backward(&d.x, &d.dy, grads).unwrap();
     [("y", y), ("dx", dx), ("dΔb", db)].into_iter().chain(dw.map(|dw| ("dΔW", dw))).collect()
@@ -55,7 +55,7 @@ fn low_rank<T: Real>(case: &Case, d: &Data<T>) -> Outputs<T> {
     let (mut dd, mut du, mut db) =
         (unwritten(d.lora_b.len()), unwritten(d.lora_a.len()), unwritten(d.db.len()));
     layer.forward(&d.x, &mut y).unwrap();
-    let grads = LowRankGrads {
+    let grads: LowRankGrads<&mut [_]> = LowRankGrads {
         input: Some(&mut dx),
         lora_b: Some(&mut dd),
         lora_a: Some(&mut du),
@@ -89,7 +89,7 @@ fn epilogue_reference(case: &Case, d: &Data<f64>) -> Outputs<f64> {
     vec![("y", y), ("da", da), ("dy", d.dy.clone())]
 }
 
-fn lora_factors<'a, T: Real>(case: &Case, d: &'a Data<T>) -> LoraFactors<'a, T> {
+fn lora_factors<'a, T: Real>(case: &Case, d: &'a Data<T>) -> LoraFactors<&'a [T], T> {
     let LinearShape { in_features, out_features, .. } = case.shape;
     let scale = T::from_f64(case.scale);
     LoraFactors { out_features, in_features, rank: case.rank, lora_b: &d.lora_b, lora_a: &d.lora_a, scale }
@@ -118,7 +118,7 @@ fn lora_reference(case: &Case, d: &Data<f64>, mask: Option<&[f64]>) -> Outputs<f
 }
 
 fn prompt<T: Real>(case: &Case, d: &Data<T>) -> Outputs<T> {
-    let bias = PromptBias {
+    let bias: PromptBias<&[_]> = PromptBias {
         out_features: case.shape.out_features,
         in_features: case.shape.in_features,
         rank: case.rank,
@@ -131,7 +131,8 @@ fn prompt<T: Real>(case: &Case, d: &Data<T>) -> Outputs<T> {
     let [mut out, mut dpd, mut dpu, mut ddb] =
         [d.db.len(), d.prompt_down.len(), d.prompt_up.len(), d.db.len()].map(unwritten);
     bias.forward(&mut out).unwrap();
-    let grads = PromptGrads { prompt_down: &mut dpd, prompt_up: &mut dpu, delta_bias: Some(&mut ddb) };
+    let grads: PromptGrads<&mut [_]> =
+        PromptGrads { prompt_down: &mut dpd, prompt_up: &mut dpu, delta_bias: Some(&mut ddb) };
     bias.backward(&d.g, grads).unwrap();
     vec![("Δb", out), ("dPd", dpd), ("dPu", dpu), ("dδb", ddb)]
 }

@@ -21,7 +21,8 @@ fn sigma_zero_is_no_noise() {
         let run = |layer: NoisyLinear<'_, f64>| {
             let (mut y, mut dx) = (unwritten(data.dy.len()), unwritten(data.x.len()));
             layer.forward(&data.x, &mut y).unwrap();
-            let grads = NoisyLinearGrads { input: Some(&mut dx), ..Default::default() };
+            let grads: NoisyLinearGrads<&mut [_]> =
+                NoisyLinearGrads { input: Some(&mut dx), ..Default::default() };
             layer.backward(&data.x, &data.dy, grads).unwrap();
             [y, dx]
         };

@@ -56,7 +56,7 @@ pub(in crate::candle) struct FrozenLinear {
 
 impl FrozenLinear {
     /// Calls `body` with the elements.
-    pub(super) fn with<T: Element, R>(&self, body: impl FnOnce(cpu::Base<'_, T>) -> Result<R>) -> Result<R> {
+    pub(super) fn with<T: Element, R>(&self, body: impl FnOnce(cpu::Base<&[T]>) -> Result<R>) -> Result<R> {
         let tensors: Vec<&Tensor> = std::iter::once(&self.weight).chain(&self.bias).collect();
         with_slices("base", &tensors, |slices| {
             body(cpu::Base { weight: slices[0], bias: slices.get(1).copied() })
@@ -87,7 +87,7 @@ impl Layer {
     /// Calls `body` with the elements.
     pub(super) fn with<T: Element, R>(
         &self,
-        body: impl FnOnce(Noise<&[T]>, Option<cpu::Base<'_, T>>) -> Result<R>,
+        body: impl FnOnce(Noise<&[T]>, Option<cpu::Base<&[T]>>) -> Result<R>,
     ) -> Result<R> {
         self.noise.with(|noise| match &self.base {
             Some(base) => base.with(|base| body(noise, Some(base))),

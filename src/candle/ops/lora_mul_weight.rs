@@ -28,7 +28,7 @@ struct LoraMulKernel {
 }
 
 impl LoraMulKernel {
-    fn factors<'a, T: Element>(&self, arguments: &[&'a [T]]) -> cpu::LoraFactors<'a, T> {
+    fn factors<'a, T: Element>(&self, arguments: &[&'a [T]]) -> cpu::LoraFactors<&'a [T], T> {
         let [out_features, in_features, rank] = self.sizes;
         cpu::LoraFactors {
             out_features,

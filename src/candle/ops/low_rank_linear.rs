@@ -51,7 +51,7 @@ impl LowRankKernel {
     fn linear<'a, T: Element>(
         &self,
         noise: Noise<&'a [T]>,
-        base: Option<cpu::Base<'a, T>>,
+        base: Option<cpu::Base<&'a [T]>>,
         joined: &'a [T],
         lora_a: &'a [T],
     ) -> cpu::LowRankLinear<'a, T> {

@@ -38,9 +38,9 @@ struct PromptKernel {
 impl PromptKernel {
     fn prompt<'a, T: Element>(
         &self,
-        base: cpu::Base<'a, T>,
+        base: cpu::Base<&'a [T]>,
         arguments: &[&'a [T]],
-    ) -> cpu::PromptBias<'a, T> {
+    ) -> cpu::PromptBias<&'a [T]> {
         let [out_features, in_features, rank] = self.sizes;
         cpu::PromptBias {
             out_features,

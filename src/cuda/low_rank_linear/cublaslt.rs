@@ -1,6 +1,7 @@
 //! The low-rank layer by GEMMs of cuBLASLt, with our epilogues between them.
 
-use super::{Layer, LowRankGrads, Passes};
+use super::{Layer, Passes};
+use crate::cpu::LowRankGrads;
 use crate::cuda::buffer::{Buffer, DType};
 use crate::cuda::gemm::{Arena, Gemms, Workspace};
 use crate::cuda::gpu::Gpu;

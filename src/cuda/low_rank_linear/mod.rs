@@ -5,14 +5,14 @@ mod params;
 mod sm80;
 
 use super::borrows::{Borrows, Noise};
-use super::buffer::{Base, Buffer, DType, Element, MAX_ROWS, Named, check_disjoint, check_linear_shape};
+use super::buffer::{Buffer, DType, Element, MAX_ROWS, Named, check_disjoint, check_linear_shape};
 use super::device::Device;
 use super::gpu::{Family, Gpu};
 use super::layer::{Arithmetic, Pass, check_base, check_input, named_base};
 use super::noise_source::Source;
 use super::plan::Plan;
 use super::select::{Problem, select};
-use crate::cpu::check_scale;
+use crate::cpu::{Base, LowRankGrads, check_scale};
 use crate::error::{Error, Result};
 use crate::noise;
 use crate::shape::{LinearShape, nonzero, product};
@@ -45,25 +45,6 @@ pub struct LowRankLinear<B, N> {
     pub scale: f32,
     /// Whether `f32` is multiplied as TF32 (10 fraction bits) instead of to `f32` accuracy.
     pub allow_tf32: bool,
-}
-
-/// Where gradients of a [`LowRankLinear`] go; each is overwritten, `None` is not computed.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct LowRankGrads<B> {
-    /// `dx`, of the shape of `x`.
-    pub input: Option<B>,
-    /// `dB [N, r]`.
-    pub lora_b: Option<B>,
-    /// `dA [r, K]`.
-    pub lora_a: Option<B>,
-    /// `dδb [N]`.
-    pub delta_bias: Option<B>,
-}
-
-impl<B> Default for LowRankGrads<B> {
-    fn default() -> Self {
-        Self { input: None, lora_b: None, lora_a: None, delta_bias: None }
-    }
 }
 
 /// The layer as plans have it.

@@ -2,7 +2,8 @@
 //! is a plain GEMM.
 
 use super::params::{LowRankFactorsParams, LowRankLinearParams};
-use super::{Layer, LowRankGrads, Passes};
+use super::{Layer, Passes};
+use crate::cpu::LowRankGrads;
 use crate::cuda::buffer::{Address, Buffer, DType, rows_are_aligned};
 use crate::cuda::gpu::Gpu;
 use crate::cuda::kernel::{GemmKernels, table};

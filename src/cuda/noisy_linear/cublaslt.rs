@@ -1,6 +1,7 @@
 //! The dense layer by GEMMs of cuBLASLt, with our epilogues between them.
 
-use super::{Layer, NoisyLinearGrads, Passes};
+use super::{Layer, Passes};
+use crate::cpu::NoisyLinearGrads;
 use crate::cuda::buffer::{Buffer, DType};
 use crate::cuda::gemm::{Arena, Gemms, Workspace};
 use crate::cuda::gpu::Gpu;

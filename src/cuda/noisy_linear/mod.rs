@@ -5,14 +5,14 @@ mod params;
 pub(super) mod sm80;
 
 use super::borrows::{Borrows, Noise};
-use super::buffer::{Base, Buffer, DType, Element, Named, check_disjoint, check_linear_shape};
+use super::buffer::{Buffer, DType, Element, Named, check_disjoint, check_linear_shape};
 use super::device::Device;
 use super::gpu::{Family, Gpu};
 use super::layer::{Arithmetic, Pass, check_base, check_input, named_base};
 use super::noise_source::Source;
 use super::plan::Plan;
 use super::select::{Problem, select};
-use crate::cpu::NEEDS_INPUT;
+use crate::cpu::{Base, NEEDS_INPUT, NoisyLinearGrads};
 use crate::error::{Error, Result};
 use crate::noise;
 use crate::shape::LinearShape;
@@ -40,23 +40,6 @@ pub struct NoisyLinear<B, N> {
     pub fold: bool,
     /// Whether `f32` is multiplied as TF32 (10 fraction bits) instead of to `f32` accuracy.
     pub allow_tf32: bool,
-}
-
-/// Where gradients of a [`NoisyLinear`] go; each is overwritten, `None` is not computed.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct NoisyLinearGrads<B> {
-    /// `dx`, of the shape of `x`.
-    pub input: Option<B>,
-    /// `dΔW [N, K]`.
-    pub delta_weight: Option<B>,
-    /// `dΔb [N]`.
-    pub delta_bias: Option<B>,
-}
-
-impl<B> Default for NoisyLinearGrads<B> {
-    fn default() -> Self {
-        Self { input: None, delta_weight: None, delta_bias: None }
-    }
 }
 
 /// The layer as plans have it.

@@ -3,7 +3,8 @@
 //! Its GEMMs serve the low-rank layer as well.
 
 use super::params::{NoisyLinearInputParams, NoisyLinearParams, NoisyLinearWeightParams, Segment};
-use super::{Layer, NoisyLinearGrads, Passes};
+use super::{Layer, Passes};
+use crate::cpu::NoisyLinearGrads;
 use crate::cuda::buffer::{Address, Buffer, DType, rows_are_aligned};
 use crate::cuda::gpu::Gpu;
 use crate::cuda::kernel::table;
