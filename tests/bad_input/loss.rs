@@ -39,6 +39,25 @@ impl LossCall {
         result
     }
 
+    /// The same with about a quarter of its fields from `garbage`, so that some calls are right after all.
+    fn garbled(self, garbage: Self, fitting: u32) -> Self {
+        let fits = |i: usize| fitting >> (2 * i) & 3 != 0;
+        fn either<T>(fits: bool, right: T, garbage: T) -> T {
+            if fits { right } else { garbage }
+        }
+        Self {
+            classes: either(fits(0), self.classes, garbage.classes),
+            labels: either(fits(1), self.labels, garbage.labels),
+            lambda: either(fits(2), self.lambda, garbage.lambda),
+            label_smoothing: either(fits(3), self.label_smoothing, garbage.label_smoothing),
+            ignore_label: either(fits(4), self.ignore_label, garbage.ignore_label),
+            two_branches: either(fits(5), self.two_branches, garbage.two_branches),
+            logits: either(fits(6), self.logits, garbage.logits),
+            gradient: either(fits(7), self.gradient, garbage.gradient),
+            history: either(fits(8), self.history, garbage.history),
+        }
+    }
+
     fn check(&self, corrupt: impl FnOnce(&mut Self), want: Error) {
         let mut call = self.clone();
         corrupt(&mut call);
@@ -147,13 +166,28 @@ proptest! {
         logits in 0usize..20,
         gradient in prop::option::of(0usize..20),
         history in prop::option::of((0usize..20, prop::collection::vec(-1i64..5, 0..4))),
+        correct in loss_call(),
+        fitting: u32,
     ) {
-        let call = LossCall {
+        let garbage = LossCall {
             classes, labels, lambda, label_smoothing, ignore_label, two_branches, logits, gradient, history,
         };
+        let call = correct.garbled(garbage, fitting);
         if call.run().is_ok() {
-            prop_assert!(lambda.is_finite() && lambda >= 0.0 && (0.0..=1.0).contains(&label_smoothing));
-            prop_assert!(call.gradient.is_none_or(|len| len == logits));
+            prop_assert!(call.lambda.is_finite() && call.lambda >= 0.0);
+            prop_assert!((0.0..=1.0).contains(&call.label_smoothing));
+            prop_assert!(call.gradient.is_none_or(|len| len == call.logits));
+            let branches = if call.two_branches && call.history.is_none() { 2 } else { 1 };
+            prop_assert_eq!(call.logits, branches * call.labels.len() * call.classes);
+            let is_known = |&label: &i64| {
+                Some(label) == call.ignore_label || (0..call.classes as i64).contains(&label)
+            };
+            prop_assert!(call.labels.iter().all(is_known));
+            if let Some((table, index)) = &call.history {
+                let rows = (table / call.classes) as i64;
+                prop_assert!(table % call.classes == 0 && index.len() == call.labels.len());
+                prop_assert!(index.iter().all(|row| (0..rows).contains(row)));
+            }
         }
     }
 }
