@@ -76,6 +76,31 @@ impl<B> Default for LoraMulLinearGrads<B> {
     }
 }
 
+impl<B: Copy, S> Lora<B, S> {
+    /// The same as arguments of the operator that builds ΔW for a layer of these sizes.
+    pub(crate) fn factors(self, shape: &LinearShape) -> LoraFactors<B, S> {
+        let &LinearShape { in_features, out_features, .. } = shape;
+        let Self { rank, lora_a, lora_b, scale } = self;
+        LoraFactors { out_features, in_features, rank, lora_b, lora_a, scale }
+    }
+}
+
+impl<B: Copy> Prompt<B> {
+    /// The same as arguments of the operator that builds Δb for a layer of these sizes.
+    pub(crate) fn bias(self, shape: &LinearShape, base: Base<B>, delta_bias: Option<B>) -> PromptBias<B> {
+        PromptBias {
+            out_features: shape.out_features,
+            in_features: shape.in_features,
+            rank: self.rank,
+            base_weight: base.weight,
+            base_bias: base.bias,
+            prompt_down: self.down,
+            prompt_up: self.up,
+            delta_bias,
+        }
+    }
+}
+
 /// Checks that there is an adapter.
 pub(crate) fn check_adapter(has_lora: bool, has_prompt: bool) -> Result<()> {
     if has_lora || has_prompt {
@@ -103,26 +128,6 @@ impl<B> LoraMulLinearGrads<B> {
 }
 
 impl<'a, T: Real> LoraMulLinear<'a, T> {
-    fn factors(&self, lora: Lora<&'a [T], T>) -> LoraFactors<&'a [T], T> {
-        let LinearShape { in_features, out_features, .. } = self.shape;
-        let Lora { rank, lora_a, lora_b, scale } = lora;
-        LoraFactors { out_features, in_features, rank, lora_b, lora_a, scale }
-    }
-
-    fn prompt_bias(&self, prompt: Prompt<&'a [T]>) -> PromptBias<&'a [T]> {
-        let LinearShape { in_features, out_features, .. } = self.shape;
-        PromptBias {
-            out_features,
-            in_features,
-            rank: prompt.rank,
-            base_weight: self.base.weight,
-            base_bias: self.base.bias,
-            prompt_down: prompt.down,
-            prompt_up: prompt.up,
-            delta_bias: self.delta_bias,
-        }
-    }
-
     /// Checks the sizes that memory is allocated for: what holds for a slice that exists can be allocated again.
     fn check(&self) -> Result<()> {
         check_adapter(self.lora.is_some(), self.prompt.is_some())?;
@@ -136,11 +141,11 @@ impl<'a, T: Real> LoraMulLinear<'a, T> {
         let LinearShape { in_features: k, out_features: n, .. } = self.shape;
         let mut weight = vec![T::zero(); if self.lora.is_some() { n * k } else { 0 }];
         if let Some(lora) = self.lora.filter(|_| needs_weight) {
-            lora_mul_weight(self.factors(lora), self.base.weight, &mut weight)?;
+            lora_mul_weight(lora.factors(&self.shape), self.base.weight, &mut weight)?;
         }
         let mut bias = vec![T::zero(); if self.prompt.is_some() { n } else { 0 }];
         if let Some(prompt) = self.prompt {
-            self.prompt_bias(prompt).forward(&mut bias)?;
+            prompt.bias(&self.shape, self.base, self.delta_bias).forward(&mut bias)?;
         }
         body(&NoisyLinear {
             shape: self.shape,
@@ -189,13 +194,13 @@ impl<'a, T: Real> LoraMulLinear<'a, T> {
             let lora_a = or_spare(lora_a, &mut spare_a, lora.lora_a.len());
             let lora_b = or_spare(lora_b, &mut spare_b, lora.lora_b.len());
             let grads = LoraGrads { lora_b, lora_a };
-            lora_mul_weight_backward(self.factors(lora), self.base.weight, &dw, grads)?;
+            lora_mul_weight_backward(lora.factors(&self.shape), self.base.weight, &dw, grads)?;
         }
         if let Some(prompt) = self.prompt.filter(|_| with_prompt) {
             let prompt_down = or_spare(prompt_down, &mut spare_a, prompt.down.len());
             let prompt_up = or_spare(prompt_up, &mut spare_b, prompt.up.len());
             let grads = PromptGrads { prompt_down, prompt_up, delta_bias };
-            self.prompt_bias(prompt).backward(&db, grads)?;
+            prompt.bias(&self.shape, self.base, self.delta_bias).backward(&db, grads)?;
         }
         Ok(())
     }

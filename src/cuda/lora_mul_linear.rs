@@ -11,8 +11,7 @@ use super::noise_source::Source;
 use super::noisy_linear::NoisyLinear;
 use super::plan::Plan;
 use crate::cpu::{
-    Base, Lora, LoraFactors, LoraGrads, LoraMulLinearGrads, NoisyLinearGrads, Prompt, PromptBias,
-    PromptGrads, check_adapter,
+    Base, Lora, LoraGrads, LoraMulLinearGrads, NoisyLinearGrads, Prompt, PromptGrads, check_adapter,
 };
 use crate::error::Result;
 use crate::noise;
@@ -56,26 +55,6 @@ struct Places {
 }
 
 impl<B: Copy, Z: Copy, K: Copy> LoraMulLinear<B, noise::Noise<Z, K>> {
-    fn factors(&self, lora: Lora<B, f32>) -> LoraFactors<B> {
-        let LinearShape { in_features, out_features, .. } = self.shape;
-        let Lora { rank, lora_a, lora_b, scale } = lora;
-        LoraFactors { out_features, in_features, rank, lora_b, lora_a, scale }
-    }
-
-    fn prompt_bias(&self, prompt: Prompt<B>) -> PromptBias<B> {
-        let LinearShape { in_features, out_features, .. } = self.shape;
-        PromptBias {
-            out_features,
-            in_features,
-            rank: prompt.rank,
-            base_weight: self.base.weight,
-            base_bias: self.base.bias,
-            prompt_down: prompt.down,
-            prompt_up: prompt.up,
-            delta_bias: self.delta_bias,
-        }
-    }
-
     /// The layer with this ΔW and Δb.
     fn dense(&self, delta_weight: Option<B>, delta_bias: Option<B>) -> NoisyLinear<B, noise::Noise<Z, K>> {
         NoisyLinear {
@@ -108,8 +87,10 @@ impl<B: Copy, Z: Copy, K: Copy> LoraMulLinear<B, noise::Noise<Z, K>> {
         ]
         .map(|len| take(len, bytes).into());
         let dense = self.dense(None, None).workspace_len(gpu, dtype);
-        let lora = self.lora.map_or(0, |lora| self.factors(lora).workspace_len(dtype));
-        let prompt = self.prompt.map_or(0, |prompt| self.prompt_bias(prompt).workspace_len(dtype));
+        let lora = self.lora.map_or(0, |lora| lora.factors(&self.shape).workspace_len(dtype));
+        let prompt = self
+            .prompt
+            .map_or(0, |prompt| prompt.bias(&self.shape, self.base, self.delta_bias).workspace_len(dtype));
         let operators = take(dense.max(lora).max(prompt), 4);
         Places { weight, bias, weight_grad, bias_grad, spare, operators }
     }
@@ -160,10 +141,14 @@ impl LoraMulLinear<Buffer, Source> {
         places: &Places,
     ) -> Result<NoisyLinear<Buffer, Source>> {
         if let Some(lora) = self.lora.filter(|_| needs_weight) {
-            plan.append(self.factors(lora).weight(dtype, Some(self.base.weight), places.weight)?);
+            plan.append(lora.factors(&self.shape).weight(dtype, Some(self.base.weight), places.weight)?);
         }
         if let Some(prompt) = self.prompt {
-            plan.append(self.prompt_bias(prompt).forward(dtype, places.bias, places.operators)?);
+            plan.append(prompt.bias(&self.shape, self.base, self.delta_bias).forward(
+                dtype,
+                places.bias,
+                places.operators,
+            )?);
         }
         let bias = if self.prompt.is_some() { Some(places.bias) } else { self.delta_bias };
         Ok(self.dense(self.lora.map(|_| places.weight), bias))
@@ -231,7 +216,7 @@ impl LoraMulLinear<Buffer, Source> {
                 lora_b: lora_b.unwrap_or(spare(1, lora.lora_b.len)),
                 lora_a: lora_a.unwrap_or(spare(0, lora.lora_a.len)),
             };
-            let factors = self.factors(lora);
+            let factors = lora.factors(&self.shape);
             let (base, grad) = (Some(self.base.weight), places.weight_grad);
             plan.append(factors.backward(dtype, base, grad, grads, places.operators)?);
         }
@@ -241,7 +226,7 @@ impl LoraMulLinear<Buffer, Source> {
                 prompt_up: prompt_up.unwrap_or(spare(3, prompt.up.len)),
                 delta_bias,
             };
-            let bias = self.prompt_bias(prompt);
+            let bias = prompt.bias(&self.shape, self.base, self.delta_bias);
             plan.append(bias.backward(dtype, places.bias_grad, grads, places.operators)?);
         }
         Ok(plan)
