@@ -38,7 +38,7 @@ __device__ __forceinline__ float scale_of(const DropPathParams &p, noise::Key ke
 }
 
 template <class T> __device__ __forceinline__ void drop_path(const DropPathParams &p) {
-    constexpr u32 W = Vector<T>::SIZE, BATCH = 4;
+    constexpr u32 W = Vector<T>::SIZE, BATCH = DROP_PATH_VECTORS;
     const noise::Key key = key_of(p.key_address, p.key);
     const float scale = scale_of(p, key);
 
@@ -70,6 +70,6 @@ template <class T> __device__ __forceinline__ void drop_path(const DropPathParam
     }
 }
 
-PACE_KERNELS(drop_path, DropPathParams, (256), drop_path<T>(p))
+PACE_KERNELS(drop_path, DropPathParams, (DROP_PATH_THREADS), drop_path<T>(p))
 
 } // namespace pace

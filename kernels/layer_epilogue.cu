@@ -190,7 +190,7 @@ template <class T> __device__ __forceinline__ void backward(const LayerEpilogueP
 
 } // namespace layer_epilogue
 
-PACE_KERNELS(layer_epilogue, LayerEpilogueParams, (256), layer_epilogue::forward<T>(p))
-PACE_KERNELS(layer_epilogue_backward, LayerEpilogueParams, (256), layer_epilogue::backward<T>(p))
+PACE_KERNELS(layer_epilogue, LayerEpilogueParams, (LAYER_EPILOGUE_THREADS), layer_epilogue::forward<T>(p))
+PACE_KERNELS(layer_epilogue_backward, LayerEpilogueParams, (LAYER_EPILOGUE_THREADS), layer_epilogue::backward<T>(p))
 
 } // namespace pace

@@ -406,9 +406,9 @@ template <class T, Form FORM> __device__ __forceinline__ void evaluate(const Los
     }
 }
 
-PACE_KERNELS(loss, LossParams, (512), evaluate<T, WHOLE>(p))
-PACE_KERNELS(loss_scan, LossParams, (512), evaluate<T, SCAN>(p))
-PACE_KERNELS(loss_apply, LossParams, (512), evaluate<T, APPLY>(p))
+PACE_KERNELS(loss, LossParams, (LOSS_GROUP), evaluate<T, WHOLE>(p))
+PACE_KERNELS(loss_scan, LossParams, (LOSS_GROUP), evaluate<T, SCAN>(p))
+PACE_KERNELS(loss_apply, LossParams, (LOSS_GROUP), evaluate<T, APPLY>(p))
 
 } // namespace loss
 

@@ -14,7 +14,7 @@
 
 namespace pace {
 
-PACE_KERNEL(noise_fill, NoiseFillParams, 256) {
+PACE_KERNEL(noise_fill, NoiseFillParams, NOISE_FILL_THREADS) {
     const u32 group = blockIdx.x * blockDim.x + threadIdx.x;
     if (group >= (p.channels - 1) / 4 + 1) {
         return;

@@ -101,8 +101,8 @@ __device__ __forceinline__ void total(const NormTotalParams &p) {
     }
 }
 
-PACE_KERNELS(grad_norm, GradNormParams, (256), grad_norm<T>(p))
-PACE_KERNELS(fp_distance, FpDistanceParams, (256), fp_distance<T>(p))
-PACE_KERNEL(norm_total, NormTotalParams, 1024) { total(p); }
+PACE_KERNELS(grad_norm, GradNormParams, (NORMS_THREADS), grad_norm<T>(p))
+PACE_KERNELS(fp_distance, FpDistanceParams, (NORMS_THREADS), fp_distance<T>(p))
+PACE_KERNEL(norm_total, NormTotalParams, NORM_TOTAL_THREADS) { total(p); }
 
 } // namespace pace

@@ -9,8 +9,20 @@
 
 namespace pace {
 
+/// Threads of a block.
+constexpr u32 DROP_PATH_THREADS = 256;
+
+/// Vectors of a row that one thread handles.
+constexpr u32 DROP_PATH_VECTORS = 4;
+
+/// Threads of a block.
+constexpr u32 LAYER_EPILOGUE_THREADS = 256;
+
 /// What a thread holds of a row.
 constexpr u32 LOSS_ELEMENTS = 8;
+
+/// Threads that share a row or a slice of one, at most; then they are the block.
+constexpr u32 LOSS_GROUP = 512;
 
 /// Words of shared memory for each warp of a block; one more is for all of them.
 constexpr u32 LOSS_SHARED_WORDS = 9;
@@ -35,6 +47,12 @@ constexpr u32 WEIGHT_RANKS = 16;
 
 constexpr u32 WEIGHT_BACKWARD_RANKS = 8;
 
+/// Threads of a block.
+constexpr u32 MERGE_THREADS = 256;
+
+/// Threads of a block, at most.
+constexpr u32 NOISE_FILL_THREADS = 256;
+
 /// No noise, `z = 1`.
 constexpr u32 NOISE_OFF = 0;
 
@@ -50,6 +68,9 @@ constexpr u32 NOISE_GIVEN_PER_SAMPLE = 3;
 /// `z [R, T, N]` of the caller.
 constexpr u32 NOISE_GIVEN_PER_TOKEN = 4;
 
+/// Threads of a block, at most.
+constexpr u32 NOISY_EPILOGUE_THREADS = 256;
+
 /// Rows and columns of a block's tile of outputs.
 constexpr u32 GEMM_TILE = 128;
 
@@ -61,11 +82,23 @@ constexpr u32 FOLDED_STAGES = 3;
 
 constexpr u32 BACKWARD_STAGES = 3;
 
+/// Threads of a block.
+constexpr u32 NORMS_THREADS = 256;
+
+/// Threads of the block that adds up.
+constexpr u32 NORM_TOTAL_THREADS = 1024;
+
 /// Elements of a block.
 constexpr u32 NORMS_CHUNK = 16384;
 
 /// Tensors of a launch.
 constexpr u32 NORMS_TENSORS = 128;
+
+/// Threads of a block.
+constexpr u32 PARTIAL_SUMS_THREADS = 256;
+
+/// Threads of a block.
+constexpr u32 PROMPT_THREADS = 256;
 
 /// Parameters of the kernels `drop_path*`.
 struct DropPathParams {

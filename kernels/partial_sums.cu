@@ -51,6 +51,6 @@ template <class T> __device__ __forceinline__ void add_up(const PartialSumsParam
     }
 }
 
-PACE_KERNELS(partial_sums, PartialSumsParams, (256), add_up<T>(p))
+PACE_KERNELS(partial_sums, PartialSumsParams, (PARTIAL_SUMS_THREADS), add_up<T>(p))
 
 } // namespace pace

@@ -384,13 +384,13 @@ template <class T> __device__ __forceinline__ void merge(const MergeParams &p) {
     }
 }
 
-PACE_KERNELS(low_rank_weight, LowRankWeightParams, (128), low_rank_weight<T>(p))
-PACE_KERNELS(low_rank_weight_backward, LowRankBackwardParams, (128),
+PACE_KERNELS(low_rank_weight, LowRankWeightParams, (WEIGHT_WARPS * WARP), low_rank_weight<T>(p))
+PACE_KERNELS(low_rank_weight_backward, LowRankBackwardParams, (WEIGHT_WARPS * WARP),
              low_rank_backward<T, WEIGHT_BACKWARD_RANKS, true>(p))
-PACE_KERNELS(prompt_bias_product, PromptBiasParams, (256), prompt_bias<T, T, float>(p))
-PACE_KERNELS(prompt_bias, PromptBiasParams, (256), prompt_bias<T, float, T>(p))
-PACE_KERNELS(prompt_bias_columns, LowRankBackwardParams, (128), low_rank_backward<T, 1, false>(p))
-PACE_KERNELS(prompt_bias_grads, PromptGradsParams, (256), prompt_grads<T>(p))
-PACE_KERNELS(merge, MergeParams, (256), merge<T>(p))
+PACE_KERNELS(prompt_bias_product, PromptBiasParams, (PROMPT_THREADS), prompt_bias<T, T, float>(p))
+PACE_KERNELS(prompt_bias, PromptBiasParams, (PROMPT_THREADS), prompt_bias<T, float, T>(p))
+PACE_KERNELS(prompt_bias_columns, LowRankBackwardParams, (WEIGHT_WARPS * WARP), low_rank_backward<T, 1, false>(p))
+PACE_KERNELS(prompt_bias_grads, PromptGradsParams, (PROMPT_THREADS), prompt_grads<T>(p))
+PACE_KERNELS(merge, MergeParams, (MERGE_THREADS), merge<T>(p))
 
 } // namespace pace

@@ -13,9 +13,9 @@ use bytemuck::{Pod, Zeroable};
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
 
 /// Threads of a block.
-const THREADS: usize = 256;
+pub const DROP_PATH_THREADS: usize = 256;
 /// Vectors of a row that one thread handles.
-const VECTORS: usize = 4;
+pub const DROP_PATH_VECTORS: usize = 4;
 /// Blocks that are enough for every device: each adds up the mask.
 const BLOCKS: usize = 1024;
 
@@ -120,9 +120,9 @@ impl DropPath {
 
         let width = 16 / bytes;
         let vectors = features.div_ceil(width);
-        let columns = vectors.div_ceil(VECTORS).next_power_of_two().min(THREADS);
-        let x = vectors.div_ceil(columns * VECTORS);
-        let y = rows.div_ceil(THREADS / columns).min((BLOCKS / x).max(1));
+        let columns = vectors.div_ceil(DROP_PATH_VECTORS).next_power_of_two().min(DROP_PATH_THREADS);
+        let x = vectors.div_ceil(columns * DROP_PATH_VECTORS);
+        let y = rows.div_ceil(DROP_PATH_THREADS / columns).min((BLOCKS / x).max(1));
         let aligned =
             features.is_multiple_of(width) && input.is_vector_aligned() && output.is_vector_aligned();
         let mut params = DropPathParams {
@@ -154,9 +154,15 @@ impl DropPath {
             }
         }
         // A double per warp.
-        let shared = THREADS / 32 * 8;
-        Ok(Launch::new(table::DROP_PATH.choose(dtype), grid(x, y), [THREADS as u32, 1, 1], shared, &params)
-            .into())
+        let shared = DROP_PATH_THREADS / 32 * 8;
+        Ok(Launch::new(
+            table::DROP_PATH.choose(dtype),
+            grid(x, y),
+            [DROP_PATH_THREADS as u32, 1, 1],
+            shared,
+            &params,
+        )
+        .into())
     }
 }
 

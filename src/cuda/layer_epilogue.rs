@@ -11,7 +11,7 @@ use crate::shape::LinearShape;
 use bytemuck::{Pod, Zeroable};
 
 /// Threads of a block.
-const THREADS: usize = 256;
+pub const LAYER_EPILOGUE_THREADS: usize = 256;
 /// Columns of 16 bytes in a block, at most: a warp touches up to 512 adjacent bytes.
 const COLUMNS: usize = 32;
 /// Token rows that one thread handles, about: enough to make the noise of a sample worth its while.
@@ -62,7 +62,7 @@ impl Tiles {
     fn new(rows: usize, channels: usize, dtype: DType) -> Self {
         let columns = channels.div_ceil(16 / dtype.bytes());
         let x = columns.next_power_of_two().min(COLUMNS);
-        let y = THREADS / x;
+        let y = LAYER_EPILOGUE_THREADS / x;
         let part = rows.div_ceil(MAX_PARTS).max((y * ROWS).min(rows));
         Self { grid: grid(columns.div_ceil(x), rows.div_ceil(part)), block: [x as u32, y as u32, 1], part }
     }
@@ -134,7 +134,7 @@ impl Backward {
             ..params(shape, pass, &tiles)
         };
         // A thread's sums of the channels of its column.
-        let shared = if self.bias.is_some() { THREADS * 16 / dtype.bytes() * 4 } else { 0 };
+        let shared = if self.bias.is_some() { LAYER_EPILOGUE_THREADS * 16 / dtype.bytes() * 4 } else { 0 };
         let mut plan = Plan::from(Launch::new(
             table::LAYER_EPILOGUE_BACKWARD.choose(dtype),
             tiles.grid,

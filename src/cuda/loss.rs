@@ -16,9 +16,9 @@ use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
 pub const LOSS_ELEMENTS: usize = 8;
 const WARP: usize = 32;
 /// Threads that share a row or a slice of one, at most; then they are the block.
-const MAX_GROUP: usize = 512;
+pub const LOSS_GROUP: usize = 512;
 /// Elements of a slice, at most.
-const MAX_SLICE: usize = MAX_GROUP * LOSS_ELEMENTS;
+const MAX_SLICE: usize = LOSS_GROUP * LOSS_ELEMENTS;
 /// Threads of a block of several groups, at most.
 const THREADS: usize = 256;
 /// A batch is spread over so many blocks before a block gets several samples.
@@ -169,7 +169,7 @@ impl Loss {
         let (slice, slices) = (self.settings.slice(), self.settings.slices());
         let group = match slices {
             1 => classes.div_ceil(LOSS_ELEMENTS).next_power_of_two().max(WARP),
-            _ => MAX_GROUP,
+            _ => LOSS_GROUP,
         };
         let groups = (batch / SPREAD).clamp(1, (THREADS / group).max(1));
         let threads = groups * group;

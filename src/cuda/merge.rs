@@ -11,7 +11,8 @@ use crate::shape::product;
 use bytemuck::{Pod, Zeroable};
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
 
-const THREADS: usize = 256;
+/// Threads of a block.
+pub const MERGE_THREADS: usize = 256;
 /// Vectors of one thread, and the blocks that are enough for every device.
 const VECTORS: usize = 4;
 const MAX_BLOCKS: usize = 2048;
@@ -64,7 +65,7 @@ impl Merge {
         delta.check("delta", "[target.len()]", length, bytes)?;
         target.check("target", "any", length, bytes)?;
         check_disjoint(&[("delta", delta)], &[("target", target)], bytes)?;
-        let blocks = length.div_ceil(THREADS * VECTORS * 16 / bytes).min(MAX_BLOCKS);
+        let blocks = length.div_ceil(MERGE_THREADS * VECTORS * 16 / bytes).min(MAX_BLOCKS);
         let params = MergeParams {
             target: target.into(),
             delta: delta.into(),
@@ -76,7 +77,7 @@ impl Merge {
             aligned: u32::from(target.is_vector_aligned() && delta.is_vector_aligned()),
         };
         let kernel = table::MERGE.choose(dtype);
-        Ok(Launch::new(kernel, [blocks as u32, 1, 1], [THREADS as u32, 1, 1], 0, &params).into())
+        Ok(Launch::new(kernel, [blocks as u32, 1, 1], [MERGE_THREADS as u32, 1, 1], 0, &params).into())
     }
 }
 

@@ -14,7 +14,7 @@ use bytemuck::{Pod, Zeroable};
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
 
 /// Threads of a block, at most.
-const THREADS: usize = 256;
+pub const NOISE_FILL_THREADS: usize = 256;
 /// Channel groups of a block: a warp writes up to 512 adjacent bytes.
 const GROUPS: usize = 32;
 
@@ -69,7 +69,7 @@ impl NoiseFill {
 
         let groups = channels.div_ceil(4);
         let x = groups.next_power_of_two().min(GROUPS);
-        let y = THREADS / x;
+        let y = NOISE_FILL_THREADS / x;
         let params = NoiseFillParams {
             noise,
             z: self.z.into(),

@@ -13,7 +13,7 @@ use bytemuck::{Pod, Zeroable};
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
 
 /// Threads of a block, at most.
-const THREADS: usize = 256;
+pub const NOISY_EPILOGUE_THREADS: usize = 256;
 /// Columns of 16 bytes in a block: a warp touches up to 512 adjacent bytes.
 const COLUMNS: usize = 32;
 /// Tokens side by side in a block.
@@ -89,7 +89,7 @@ impl NoisyEpilogue {
         let columns = n.div_ceil(width);
         let x = columns.next_power_of_two().min(COLUMNS);
         let y = shape.tokens.next_power_of_two().min(TOKENS);
-        let z = (THREADS / (x * y)).min(MAX_BLOCK_Z);
+        let z = (NOISY_EPILOGUE_THREADS / (x * y)).min(MAX_BLOCK_Z);
         let chunks = shape.tokens.div_ceil(y * TOKENS_TIMES_BYTES / bytes);
         let aligned = n.is_multiple_of(width)
             && self.input.is_vector_aligned()

@@ -11,8 +11,10 @@ use crate::shape::{nonzero, product};
 use bytemuck::{Pod, Zeroable};
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
 
-const THREADS: usize = 256;
-const TOTAL_THREADS: usize = 1024;
+/// Threads of a block.
+pub const NORMS_THREADS: usize = 256;
+/// Threads of the block that adds up.
+pub const NORM_TOTAL_THREADS: usize = 1024;
 const WARP: usize = 32;
 /// Elements of a block.
 pub const NORMS_CHUNK: usize = 16384;
@@ -117,15 +119,15 @@ fn total(partial: Buffer, parts: usize, out: Buffer, divisor: Option<usize>) -> 
     Launch::new(
         table::NORM_TOTAL,
         [1, 1, 1],
-        [TOTAL_THREADS as u32, 1, 1],
-        TOTAL_THREADS / WARP * WIDE,
+        [NORM_TOTAL_THREADS as u32, 1, 1],
+        NORM_TOTAL_THREADS / WARP * WIDE,
         &params,
     )
 }
 
 /// A launch that has a block for each of `chunks` chunks.
 fn chunked(kernel: Kernel, chunks: u32, params: &impl Pod) -> Launch {
-    Launch::new(kernel, [chunks, 1, 1], [THREADS as u32, 1, 1], THREADS / WARP * WIDE, params)
+    Launch::new(kernel, [chunks, 1, 1], [NORMS_THREADS as u32, 1, 1], NORMS_THREADS / WARP * WIDE, params)
 }
 
 impl GradNorm<'_> {

@@ -6,7 +6,8 @@ use super::plan::Launch;
 use super::pointer::{Input, Output, Void};
 use bytemuck::{Pod, Zeroable};
 
-const THREADS: usize = 256;
+/// Threads of a block.
+pub const PARTIAL_SUMS_THREADS: usize = 256;
 /// Elements of one thread.
 const WIDTH: usize = 4;
 /// Parts that a thread adds at least, where there are more threads than elements need.
@@ -32,9 +33,9 @@ pub(super) fn partial_sums(partial: Address, parts: usize, out: Buffer, dtype: D
     let groups = (parts / MIN_RUN + 1).next_power_of_two().div_ceil(2).min(MAX_GROUPS);
     Launch::new(
         table::PARTIAL_SUMS.choose(dtype),
-        [out.len.div_ceil(THREADS / groups * WIDTH) as u32, 1, 1],
-        [THREADS as u32, 1, 1],
-        if groups > 1 { THREADS * WIDTH * 4 } else { 0 },
+        [out.len.div_ceil(PARTIAL_SUMS_THREADS / groups * WIDTH) as u32, 1, 1],
+        [PARTIAL_SUMS_THREADS as u32, 1, 1],
+        if groups > 1 { PARTIAL_SUMS_THREADS * WIDTH * 4 } else { 0 },
         &PartialSumsParams {
             partial: partial.into(),
             out: out.into(),

@@ -14,7 +14,8 @@ use bytemuck::{Pod, Zeroable};
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
 
 const WARP: usize = 32;
-const THREADS: usize = 256;
+/// Threads of a block.
+pub const PROMPT_THREADS: usize = 256;
 /// In-features of a partial sum of `dPu`.
 const PROMPT_PART: usize = 64;
 
@@ -131,8 +132,8 @@ impl PromptBias<Buffer> {
                 columns: columns as u32,
                 aligned: u64::from(rows_are_aligned(dtype, columns, &[matrix.into(), vector])),
             };
-            let grid = [rows.div_ceil(THREADS / WARP) as u32, 1, 1];
-            Launch::new(kernels.choose(dtype), grid, [THREADS as u32, 1, 1], 0, &params)
+            let grid = [rows.div_ceil(PROMPT_THREADS / WARP) as u32, 1, 1];
+            Launch::new(kernels.choose(dtype), grid, [PROMPT_THREADS as u32, 1, 1], 0, &params)
         };
         let prompt = Address::from(workspace);
         let biases = [self.base_bias, self.delta_bias];
@@ -207,12 +208,18 @@ impl PromptBias<Buffer> {
             rank: r as u32,
             rows: n as u64,
             part: PROMPT_PART as u32,
-            width: r.next_power_of_two().min(THREADS) as u32,
+            width: r.next_power_of_two().min(PROMPT_THREADS) as u32,
         };
-        let (grid, block) = ([blocks as u32, 1, 1], [THREADS as u32, 1, 1]);
+        let (grid, block) = ([blocks as u32, 1, 1], [PROMPT_THREADS as u32, 1, 1]);
         let mut plan = Plan::from(parts.launch(table::PROMPT_BIAS_COLUMNS.choose(dtype), dtype, 1, columns));
         plan.push(partial_sums(partial, parts.parts, q, DType::F32));
-        plan.push(Launch::new(table::PROMPT_BIAS_GRADS.choose(dtype), grid, block, THREADS * 4, &params));
+        plan.push(Launch::new(
+            table::PROMPT_BIAS_GRADS.choose(dtype),
+            grid,
+            block,
+            PROMPT_THREADS * 4,
+            &params,
+        ));
         plan.push(partial_sums(prompt_up_partial, blocks, grads.prompt_up, dtype));
         Ok(plan)
     }
