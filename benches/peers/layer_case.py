@@ -27,7 +27,7 @@ class Layer:
 
 FROZEN, LORA_ADD, LORA_MUL = "frozen", "lora_add", "lora_mul_vpt"
 # What is trained, and its official name.
-LORA = {"down": "delta_W_down", "up": "delta_W_up", "delta_bias": "delta_b"}
+LORA = {"lora_b": "delta_W_down", "lora_a": "delta_W_up", "delta_bias": "delta_b"}
 PROMPT = {"prompt_down": "delta_prompt_down", "prompt_up": "delta_prompt_up"}
 TRAINED = {FROZEN: {}, LORA_ADD: LORA, LORA_MUL: LORA | PROMPT}
 
@@ -78,8 +78,8 @@ class LayerCase:
             dy=normal(1, samples, shape.tokens, n),
             weight=normal(k**-0.5, n, k),
             bias=normal(0.1, n),
-            down=normal(0.1, n, RANK),
-            up=normal(k**-0.5, RANK, k),
+            lora_b=normal(0.1, n, RANK),
+            lora_a=normal(k**-0.5, RANK, k),
             delta_bias=normal(0.1, n),
             prompt_down=normal(0.1, k, RANK),
             prompt_up=normal(RANK**-0.5, RANK, 1),
@@ -172,9 +172,9 @@ class LayerCase:
         model = nn.ModuleDict({"layer": self.linear(self.inputs)})
         peft.inject_adapter_in_model(peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["layer"]), model)
         layer = model["layer"]
-        down, up = (nn.Parameter(self.inputs[name]) for name in ("down", "up"))
-        layer.lora_B["default"].weight, layer.lora_A["default"].weight = down, up
-        return self.peer(self.inputs, layer, {"down": down, "up": up}, noisy=False)
+        trained = {name: nn.Parameter(self.inputs[name]) for name in ("lora_b", "lora_a")}
+        layer.lora_B["default"].weight, layer.lora_A["default"].weight = trained.values()
+        return self.peer(self.inputs, layer, trained, noisy=False)
 
     def ours(self, op):
         pace = imported("pace_torch")
