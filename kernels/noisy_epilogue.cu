@@ -110,6 +110,7 @@ template <class T, bool BACKWARD> __device__ __forceinline__ void apply(const No
 PACE_KERNELS_F32(noisy_epilogue, NoisyEpilogueParams, (NOISY_EPILOGUE_THREADS), apply<T, false>(p))
 PACE_KERNELS_16(noisy_epilogue, NoisyEpilogueParams, (NOISY_EPILOGUE_THREADS, BLOCKS_16_BIT), apply<T, false>(p))
 PACE_KERNELS_F32(noisy_epilogue_backward, NoisyEpilogueParams, (NOISY_EPILOGUE_THREADS), apply<T, true>(p))
-PACE_KERNELS_16(noisy_epilogue_backward, NoisyEpilogueParams, (NOISY_EPILOGUE_THREADS, BLOCKS_16_BIT), apply<T, true>(p))
+PACE_KERNELS_16(noisy_epilogue_backward, NoisyEpilogueParams, (NOISY_EPILOGUE_THREADS, BLOCKS_16_BIT),
+                apply<T, true>(p))
 
 } // namespace pace

@@ -353,127 +353,182 @@ class Evaluation:
         return {"accuracy": right / images, "fp_distance": distance / images}
 
 
-def train(args: argparse.Namespace) -> None:
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    process = Process(args.device)
-    device, main_process = process.device, process.rank == 0
-    torch.manual_seed(args.seed)
-    model = load_model(args)
-    expected = timm.data.resolve_model_data_config(model)
-    training, validation, classes = load_data(args, expected["input_size"])
-    model.reset_classifier(classes)
-    model.to(device)
-    pace_torch.inject(
-        model, args.adapter, args.rank, sigma=args.sigma, lambda_=args.lambda_, variant=args.variant, seed=args.seed,
-        lazy_interval=args.lazy_interval, samples=len(training), label_smoothing=args.label_smoothing,
-    )
-    pace, parameters = model.pace, [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
-    # That of the official code for 100 epochs and more. A pure function of the epoch: there is nothing to save.
-    scheduler = CosineLRScheduler(
-        optimizer, args.epochs, lr_min=1e-5, warmup_t=min(10, args.epochs // 10), warmup_lr_init=1e-6
-    )
-    batches = Batches(len(training), args, process)
+class Run:
+    """A model, what trains it, and the step that it is at."""
 
-    settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "device", "threads")}
-    settings |= {"classes": classes, "training images": len(training), "steps in an epoch": len(batches)}
-    checkpoint, log = args.out / "checkpoint.pt", args.out / "metrics.jsonl"
-    if log.exists() and not args.resume:
-        raise InputError(f"{args.out} has a run already: go on with it by --resume, or take another --out")
-    state = restore(checkpoint, settings) if checkpoint.exists() else None
-    log_length = state["log_length"] if state else 0
-    if log_length > (log.stat().st_size if log.exists() else 0):
-        raise InputError(f"{log} is shorter than when {checkpoint} was written")
+    def __init__(self, args: argparse.Namespace, process: Process, model: torch.nn.Module, samples: int, classes: int):
+        self.args, self.process, self.model, self.step = args, process, model, 0
+        model.reset_classifier(classes)
+        model.to(process.device)
+        pace_torch.inject(
+            model, args.adapter, args.rank, sigma=args.sigma, lambda_=args.lambda_, variant=args.variant,
+            seed=args.seed, lazy_interval=args.lazy_interval, samples=samples, label_smoothing=args.label_smoothing,
+        )
+        self.pace, self.parameters = model.pace, [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=args.lr, weight_decay=args.weight_decay)
+        # That of the official code for 100 epochs and more. A pure function of the epoch: there is nothing to save.
+        self.scheduler = CosineLRScheduler(
+            self.optimizer, args.epochs, lr_min=1e-5, warmup_t=min(10, args.epochs // 10), warmup_lr_init=1e-6
+        )
+        self.batches = Batches(samples, args, process)
+        self.last_step = args.epochs * len(self.batches)
+        self.autocast = torch.autocast(process.device.type, torch.bfloat16, enabled=args.amp)
 
+    def state(self) -> dict:
+        return {
+            "step": self.step, "history": self.pace.history, "weights": pace_torch.trainable_state_dict(self.model),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def restore(self, state: dict | None) -> None:
+        if state:
+            self.step, self.pace.history = state["step"], state["history"]
+            self.model.load_state_dict(state["weights"], strict=False)
+            self.optimizer.load_state_dict(state["optimizer"])
+        self.pace.step = self.pace.iteration = self.step
+
+    def engine(self) -> torch.nn.Module:
+        """What a training step calls: the model, over the processes and compiled as the settings say."""
+        engine, device = self.model, self.process.device
+        if self.process.number > 1:
+            engine = DistributedDataParallel(engine, device_ids=[device] if device.type == "cuda" else None)
+        return torch.compile(engine) if self.args.compile else engine
+
+    def steps(self, engine: torch.nn.Module, loader: DataLoader, inputs, signals: list):
+        """Trains to the last step. After each: its epoch, its metrics, and whether a process is told to stop."""
+        for epoch in range(self.step // len(self.batches), self.args.epochs):
+            self.scheduler.step(epoch)
+            self.batches.epoch, self.batches.start = epoch, self.step % len(self.batches)
+            start = time.perf_counter()
+            for images, *others in loader:
+                metrics, stop = self.train_on(engine, inputs(images), *others, signals)
+                yield epoch, metrics | {"seconds": time.perf_counter() - start}, stop
+                start = time.perf_counter()
+
+    def train_on(self, engine: torch.nn.Module, images, labels, index, signals: list) -> tuple[dict, bool]:
+        """One step: its metrics, and whether a process is told to stop."""
+        device = self.process.device
+        self.model.train()
+        # What draws from PyTorch's generator (timm's DropPath, in the baseline) draws the same after a resume.
+        seed = np.random.SeedSequence((self.args.seed, self.step, self.process.rank)).generate_state(1)[0]
+        torch.manual_seed(int(seed))
+        with self.autocast:
+            losses = self.pace.training_step(engine, images, labels.to(device), index.to(device))
+        self.optimizer.zero_grad()
+        losses.total.backward()
+        norm = pace_torch.grad_norm([p.grad for p in self.parameters])
+        self.optimizer.step()
+        losses.check()
+        self.step += 1
+        names = ("total", "classification", "consistency")
+        values = (getattr(losses, name).item() / self.process.number for name in names)
+        *values, stop = self.process.sums(*values, len(signals))
+        metrics = dict(zip(names, values))
+        return metrics | {"gradient_norm": norm.item(), "lr": self.optimizer.param_groups[0]["lr"]}, stop > 0
+
+
+class Results:
+    """The files in OUT: the log, and the checkpoint that says how much of the log it goes with."""
+
+    def __init__(self, folder: Path, settings: dict, resume: bool):
+        self.settings, self.checkpoint, self.log = settings, folder / "checkpoint.pt", folder / "metrics.jsonl"
+        if self.log.exists() and not resume:
+            raise InputError(f"{folder} has a run already: go on with it by --resume, or take another --out")
+        self.state = restore(self.checkpoint, settings) if self.checkpoint.exists() else None
+        self.log_length = self.state["log_length"] if self.state else 0
+        if self.log_length > (self.log.stat().st_size if self.log.exists() else 0):
+            raise InputError(f"{self.log} is shorter than when {self.checkpoint} was written")
+
+    def create(self) -> None:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.log.touch()
+        os.truncate(self.log, self.log_length)  # What came after the checkpoint comes again.
+
+    def save(self, state: dict, log) -> None:
+        """Writes the checkpoint that goes with the log, which is open, up to here."""
+        os.fsync(log.fileno())
+        save(self.checkpoint, {"settings": self.settings, "log_length": log.tell(), **state})
+
+
+def normalization(expected: dict, device: torch.device):
+    """The function that makes images of bytes or of 0 to 1 into what a model of this configuration takes."""
     mean, std = (torch.tensor(expected[name], device=device).view(-1, 1, 1) for name in ("mean", "std"))
 
     def inputs(images: torch.Tensor) -> torch.Tensor:
         images = images.to(device, non_blocking=True)
         return ((images / 255 if images.dtype == torch.uint8 else images) - mean) / std
 
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
-    workers = 0 if args.data == "optdigits" else min(4, os.cpu_count())
+    return inputs
+
+
+def loaders(args: argparse.Namespace, process: Process, batches: Batches, training: Dataset, validation: Dataset):
+    """This process's batches of training images, and its part of the validation images."""
     loading = dict(
-        num_workers=workers, worker_init_fn=leave_signals_to_the_process, pin_memory=device.type == "cuda"
+        num_workers=0 if args.data == "optdigits" else min(4, os.cpu_count()),
+        worker_init_fn=leave_signals_to_the_process, pin_memory=process.device.type == "cuda",
     )
-    training_loader = DataLoader(training, batch_sampler=batches, **loading)
     own = Subset(validation, range(process.rank, len(validation), process.number))
-    evaluate = Evaluation(model, DataLoader(own, EVALUATION_BATCH, **loading), inputs, autocast, process)
-    step = 0
-    if state:
-        step, pace.history = state["step"], state["history"]
-        model.load_state_dict(state["weights"], strict=False)
-        optimizer.load_state_dict(state["optimizer"])
-    pace.step = pace.iteration = step
+    return DataLoader(training, batch_sampler=batches, **loading), DataLoader(own, EVALUATION_BATCH, **loading)
+
+
+def describe(run: Run, training: Dataset, validation: Dataset, classes: int) -> str:
+    args, process = run.args, run.process
+    trained, all_of_them = (sum(p.numel() for p in group) for group in (run.parameters, run.model.parameters()))
+    return (
+        f"{args.data}: {len(training)} training and {len(validation)} validation images, {classes} classes\n"
+        f"{args.model}: {trained:,} of {all_of_them:,} parameters train, on {process.number} x {process.device.type}"
+        + (f", from step {run.step}" if run.step else "")
+    )
+
+
+def train(args: argparse.Namespace) -> None:
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    process = Process(args.device)
+    main_process = process.rank == 0
+    torch.manual_seed(args.seed)
+    model = load_model(args)
+    expected = timm.data.resolve_model_data_config(model)
+    training, validation, classes = load_data(args, expected["input_size"])
+    run = Run(args, process, model, len(training), classes)
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "device", "threads")}
+    settings |= {"classes": classes, "training images": len(training), "steps in an epoch": len(run.batches)}
+    results = Results(args.out, settings, args.resume)
+
+    inputs = normalization(expected, process.device)
+    training_loader, validation_loader = loaders(args, process, run.batches, training, validation)
+    evaluate = Evaluation(model, validation_loader, inputs, run.autocast, process)  # Before the weights are restored.
+    run.restore(results.state)
     process.barrier()  # Every process has seen the files as they were.
     if main_process:
-        args.out.mkdir(parents=True, exist_ok=True)
-        log.touch()
-        os.truncate(log, log_length)  # What came after the checkpoint comes again.
-        print(
-            f"{args.data}: {len(training)} training and {len(validation)} validation images, {classes} classes\n"
-            f"{args.model}: {sum(p.numel() for p in parameters):,} of {sum(p.numel() for p in model.parameters()):,} "
-            f"parameters train, on {process.number} x {device.type}" + (f", from step {step}" if step else "")
-        )
-
-    engine = model
-    if process.number > 1:
-        engine = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-    if args.compile:
-        engine = torch.compile(engine)
-    total = args.epochs * len(batches)
+        results.create()
+        print(describe(run, training, validation, classes))
+    engine = run.engine()
     with (
         stop_signals(process.number) as signals,
-        open(log if main_process else os.devnull, "a") as metrics,
-        tqdm(total=total, initial=step, unit="step", disable=None if main_process else True) as progress,
+        open(results.log if main_process else os.devnull, "a") as metrics,
+        tqdm(total=run.last_step, initial=run.step, unit="step", disable=None if main_process else True) as progress,
     ):
 
-        def record(**values):
-            metrics.write(json.dumps({"step": step, "epoch": epoch + 1, **values}) + "\n")
+        def record(epoch, values):
+            metrics.write(json.dumps({"step": run.step, "epoch": epoch + 1, **values}) + "\n")
             metrics.flush()
 
-        for epoch in range(step // len(batches), args.epochs):
-            scheduler.step(epoch)
-            batches.epoch, batches.start = epoch, step % len(batches)
-            start = time.perf_counter()
-            for images, labels, index in training_loader:
-                model.train()
-                # What draws from PyTorch's generator (timm's DropPath, in the baseline) draws the same after a resume.
-                torch.manual_seed(int(np.random.SeedSequence((args.seed, step, process.rank)).generate_state(1)[0]))
-                with autocast:
-                    losses = pace.training_step(engine, inputs(images), labels.to(device), index.to(device))
-                optimizer.zero_grad()
-                losses.total.backward()
-                norm = pace_torch.grad_norm([p.grad for p in parameters])
-                optimizer.step()
-                losses.check()
-                step += 1
-                values = losses.total.item(), losses.classification.item(), losses.consistency.item()
-                *values, stop = process.sums(*(value / process.number for value in values), len(signals))
-                names = ("total", "classification", "consistency")
-                record(
-                    **dict(zip(names, values)), gradient_norm=norm.item(), lr=optimizer.param_groups[0]["lr"],
-                    seconds=time.perf_counter() - start,
-                )
-                progress.update()
-                progress.set_postfix(epoch=epoch + 1, loss=f"{values[0]:.3f}", refresh=False)
-                end = step % len(batches) == 0
-                if end and ((epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs):
-                    start = time.perf_counter()
-                    record(**evaluate(), seconds=time.perf_counter() - start)
-                if main_process and (end or stop):
-                    os.fsync(metrics.fileno())
-                    save(checkpoint, {
-                        "settings": settings, "step": step, "log_length": metrics.tell(), "history": pace.history,
-                        "weights": pace_torch.trainable_state_dict(model), "optimizer": optimizer.state_dict(),
-                    })
-                if stop and step < total:
-                    process.barrier()  # torchrun ends all with the first: not before the checkpoint is there.
-                    sys.exit(f"stopped after step {step} of {total}; --resume goes on" if main_process else 1)
+        for epoch, values, stop in run.steps(engine, training_loader, inputs, signals):
+            record(epoch, values)
+            progress.update()
+            progress.set_postfix(epoch=epoch + 1, loss=f"{values['total']:.3f}", refresh=False)
+            end = run.step % len(run.batches) == 0
+            if end and ((epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs):
                 start = time.perf_counter()
+                record(epoch, evaluate() | {"seconds": time.perf_counter() - start})
+            if main_process and (end or stop):
+                results.save(run.state(), metrics)
+            if stop and run.step < run.last_step:
+                process.barrier()  # torchrun ends all with the first: not before the checkpoint is there.
+                sys.exit(f"stopped after step {run.step} of {run.last_step}; --resume goes on" if main_process else 1)
     if main_process:
-        print_table(args.variant, log)
+        print_table(args.variant, results.log)
 
 
 def print_table(variant: str, log: Path) -> None:

@@ -56,6 +56,7 @@ pytorch() {
     fi
 }
 pytorch "torch, timm, safetensors, pytest" pytorch python3 -m pytest -q -rs repository/python/tests
+pytorch "torch, numpy" effective_weights python3 repository/benches/peers/effective_weights.py
 pytorch "torch, timm, numpy" peers \
     python3 repository/benches/peers/peers.py --device cuda --out results/peers.json --chart results/peers.svg
 step bench env CRITERION_HOME=results/criterion PACE_BENCH_JSON=results/bench.json ./bench_cuda --bench

@@ -14,7 +14,7 @@ device's own, between events.
 Peak memory is that of one iteration less what was held before it: outputs, gradients and scratch, but not inputs. On a
 CPU it is the kernel's own figure (VmHWM), taken in fresh processes whose allocator returns freed blocks at once; on
 CUDA that of PyTorch's allocator. Bytes per output element are not measured but counted, from the formula and each
-peer's sequence of kernels: `TRAFFIC` in `cases.py` says how.
+peer's sequence of kernels: `TRAFFIC` in `layer_case.py` says how.
 
 The Rust worker is a process of its own (`worker.rs`); everything else runs in this one. PyTorch's idle OpenMP threads
 are made to sleep at once (`OMP_WAIT_POLICY=PASSIVE`), or they would spin for milliseconds on the cores of whoever
@@ -38,23 +38,28 @@ import time
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import cases
+import layer_case
+import loss_case
 import numpy as np
+import runners
+import step_case
 import torch
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 PASSES = ["forward", "backward", "both"]
-TITLES = {cases.FROZEN: "frozen layer", cases.LORA_ADD: "LoRA add", cases.LORA_MUL: "LoRA mul + VPT add"}
+TITLES = {layer_case.FROZEN: "frozen layer", layer_case.LORA_ADD: "LoRA add", layer_case.LORA_MUL: "LoRA mul + VPT add"}
 COLOURS = {
     "torch": "#b0b0b0",
-    cases.EAGER: "#707070",
-    cases.COMPILED: "#a8a8a8",
-    cases.PEFT: "#d9a441",
-    cases.PEFT_ONE: "#ecd3a0",
-    cases.PEFT_TWO: "#d9a441",
-    cases.CROSS_ENTROPY: "#c98b8b",
-    cases.LIGER: "#9c4f4f",
-    cases.OURS: "#1f6fb4",
-    cases.CAPTURED: "#58a0d8",
-    cases.RUST: "#0b3c66",
+    runners.EAGER: "#707070",
+    runners.COMPILED: "#a8a8a8",
+    runners.PEFT: "#d9a441",
+    step_case.PEFT_ONE: "#ecd3a0",
+    step_case.PEFT_TWO: "#d9a441",
+    loss_case.CROSS_ENTROPY: "#c98b8b",
+    loss_case.LIGER: "#9c4f4f",
+    runners.OURS: "#1f6fb4",
+    runners.CAPTURED: "#58a0d8",
+    runners.RUST: "#0b3c66",
 }
 
 
@@ -94,7 +99,7 @@ def measure(case, op, args):
         try:
             peers[name] = build()
             rows[name] = {}
-        except cases.Unavailable as reason:
+        except runners.Unavailable as reason:
             rows[name] = {"unavailable": str(reason)}
     worst, wrong = check(case, op, peers)
     for name, reason in wrong.items():
@@ -115,7 +120,7 @@ def measure(case, op, args):
         rows[name]["quartiles_ms"] = {part: quartiles[:, i].tolist() for i, part in enumerate(PASSES)}
         rows[name]["error"] = worst.get(name)
         rows[name]["bytes_per_output"] = case.bytes_per_output(op, name)
-        if isinstance(peer, cases.RustPeer) or (case.device == "cuda" and peer.has_peak):
+        if isinstance(peer, runners.RustPeer) or (case.device == "cuda" and peer.has_peak):
             rows[name]["peak_bytes"] = peer.peak()
     peers.clear()
     return rows
@@ -128,7 +133,7 @@ def fresh_peaks(shape, dtype, op, rows, args):
             request = [shape, dtype, op, peer, str(args.batch or 0), str(args.threads), args.worker]
             answer = subprocess.run(
                 [sys.executable, __file__, "--peak", *request],
-                env={**os.environ, **cases.RETURN_FREED_BLOCKS},
+                env={**os.environ, **runners.RETURN_FREED_BLOCKS},
                 stdout=subprocess.PIPE,
                 text=True,
                 check=True,
@@ -247,7 +252,7 @@ def timed(result):
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    target = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", cases.ROOT / "target"))
+    target = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
 
     def names(allowed):
         def parse(text):
@@ -259,8 +264,9 @@ def arguments():
         return parse
 
     default = [name for name in cases.SHAPES if name != "vit_tiny_step"]
+    dtypes = [*runners.DTYPES]
     parser.add_argument("--shapes", type=names([*cases.SHAPES]), default=default, help=", ".join(cases.SHAPES))
-    parser.add_argument("--dtypes", type=names([*cases.DTYPES]), default=[*cases.DTYPES], help=", ".join(cases.DTYPES))
+    parser.add_argument("--dtypes", type=names(dtypes), default=dtypes, help=", ".join(dtypes))
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--batch", type=int, help="samples per branch; by default each shape's own, fewer on a CPU")

@@ -18,7 +18,7 @@ use std::time::Instant;
 
 type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
 
-/// The same as `SIGMA` in `cases.py`.
+/// The same as `SIGMA` in `runners.py`.
 const SIGMA: f32 = 1.0;
 
 struct Layer {

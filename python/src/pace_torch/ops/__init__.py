@@ -9,7 +9,7 @@ out-features, rank `r`. A layer's input is `[R, ..., K]`; what lies between is a
 and `B [N, r]` are `delta_W_up` and `delta_W_down` in the official code and in state dicts.
 
 One file per operator: the public function, the operator, its derivative. `_operator.py` is what PyTorch sees of one,
-`_arguments.py` calls the C library.
+`_arguments.py` calls the C library, and `_layer.py` makes operator and derivative of a layer from a description.
 """
 
 from .drop_path import drop_path

@@ -1,14 +1,19 @@
-"""What the layers under noise have in common: settings, shapes, and the key that both passes must read."""
+"""What the layers under noise have in common: settings, shapes, the operator with its derivative, and the key that both passes
+must read.
+"""
 
-from typing import NamedTuple, Optional
+import ctypes
+import operator
+from typing import Callable, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
 
 from .. import _library as lib
 from .._library import PaceError
-from ._arguments import batch_of, check_shape
-from .noise import Noise
+from ._arguments import Function, batch_of, check_shape
+from ._operator import Derivative, Operator
+from .noise import Noise, noise_fields
 
 
 class LayerSettings(NamedTuple):
@@ -85,6 +90,119 @@ def rank_of(lora_a: Tensor, lora_b: Tensor, n: int, k: int) -> int:
     check_shape("lora_a", lora_a, rank, k)
     check_shape("lora_b", lora_b, n, rank)
     return rank
+
+
+# ------------------------------------------------------------------------------------------------------------- operator
+
+
+class Layer:
+    """`operator`, a layer under noise, and `derivative`, its backward pass: from what sets the layer apart from the others.
+
+    `inputs` are x, the frozen `base_weight` and `base_bias`, the trained tensors, `key` and `z`; `kept` is what the backward pass
+    takes besides dy, in the same order. Both are in the names of `struct`, with `?` behind what may be None. Gradients go to x
+    and to the trained tensors; one of these that is not kept is a bias.
+
+    * `out_features(tensors)` is N; `tensors` are the inputs, or dy and what is kept, by name.
+    * `fields(settings, tensors, n, k)` are the fields of `struct` besides shape and noise. It checks the trained tensors.
+    * `function` is the name in the library of the functions `_forward` and `_backward`, and of their workspace.
+    * `s_shape(tensors)` is the shape of a second output `s`, which the backward pass takes behind x; None where there is none.
+    * `readers` are how many of the trained tensors, the first ones, have gradients that read x: x is kept if one of these is
+      wanted, or always if `readers` is None.
+    * `takes_length` is whether the library wants an x of the right length where it does not read it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        struct: type[ctypes.Structure],
+        inputs: str,
+        kept: str,
+        *,
+        out_features: Callable[[dict], int],
+        fields: Callable[[LayerSettings, dict, int, int], dict],
+        function: str,
+        s_shape: Optional[Callable[[dict], Optional[Sequence]]] = None,
+        readers: Optional[int] = None,
+        takes_length: bool = False,
+    ):
+        self.out_features, self.fields, self.s_shape = out_features, fields, s_shape
+        self.names, self.kept = _names(inputs), ("dy", *_names(kept))
+        self.trained = self.names[3:-2]
+        self.wanted = slice(3, len(self.names) - 2)
+        self.readers = slice(None) if readers is None else slice(3, 3 + readers)
+        self.z = len(self.names) - 1
+        self.keep = operator.itemgetter(*(i for i, name in enumerate(self.names) if i and name in self.kept))
+        outputs = "y" if s_shape is None else "y s"
+        grads = " ".join(f"grad_{name}" for name in ("input", *self.trained))
+        forward = Function(
+            f"{function}_forward", struct, inputs=_of_library(self.names), outputs=outputs, fields=self._fields,
+            shapes=self._shapes, workspace=function, takes_tf32=True,
+        )
+        self.backward = Function(
+            f"{function}_backward", struct, inputs=_of_library(self.kept), outputs=grads, fields=self._backward_fields,
+            shapes=self._backward_shapes, workspace=function, takes_tf32=True,
+        )
+        self.operator = Operator(
+            name, inputs, LayerSettings, forward, self._shapes, outputs=len(outputs.split()), save=self._save,
+            gradients=self._gradients,
+        )
+        self.derivative = Derivative(
+            f"{name}_backward",
+            f"dy {kept}",
+            BackwardSettings,
+            self._backward_of_length if takes_length else self.backward,
+            self._backward_shapes,
+            outputs=1 + len(self.trained),
+        )
+
+    def _shapes(self, settings: LayerSettings, *tensors):
+        tensors = dict(zip(self.names, tensors))
+        shapes = [y_shape(tensors["x"], self.out_features(tensors), settings)]
+        return shapes if self.s_shape is None else [*shapes, self.s_shape(tensors)]
+
+    def _fields(self, settings: LayerSettings, *tensors):
+        return self._all_fields(settings, tensors[0].shape, dict(zip(self.names, tensors)))
+
+    def _all_fields(self, settings: LayerSettings, x_shape: Sequence[int], tensors: dict) -> dict:
+        n, k = self.out_features(tensors), x_shape[-1]
+        check_base(tensors["base_weight"], tensors.get("base_bias"), n, k)
+        fields = self.fields(settings, tensors, n, k)
+        shape = shape_fields(x_shape, n, settings)
+        return {"shape": shape, "noise": noise_fields(settings, tensors["key"], tensors["z"]), **fields}
+
+    def _save(self, ctx, tensors, settings: LayerSettings, outputs) -> None:
+        needs = ctx.needs_input_grad
+        if needs[1] or needs[2] or needs[self.z]:
+            raise frozen("base_weight", "base_bias", "z")
+        ctx.settings = BackwardSettings((needs[0], *needs[self.wanted]), tensors[0].shape, settings)
+        keep_key(ctx, tensors[-2])
+        x = tensors[0] if True in needs[self.readers] else None
+        ctx.save_for_backward(x, *outputs[1:], *self.keep(tensors))
+
+    def _gradients(self, ctx, dy: Tensor):
+        *tensors, key, z = ctx.saved_tensors
+        dx, *grads = self.derivative((dy, *tensors, same_key(ctx, key), z), ctx.settings)
+        return dx, None, None, *grads, None, None
+
+    def _backward_shapes(self, settings: BackwardSettings, dy, *kept):
+        shapes = {name: tensor.shape for name, tensor in zip(self.kept[1:], kept) if tensor is not None}
+        shapes = settings.x_shape, *(shapes.get(name, dy.shape[-1:]) for name in self.trained)
+        return [shape if wanted else None for shape, wanted in zip(shapes, settings.wanted)]
+
+    def _backward_fields(self, settings: BackwardSettings, *tensors):
+        return self._all_fields(settings.layer, settings.x_shape, dict(zip(self.kept, tensors)))
+
+    def _backward_of_length(self, tensors, settings: BackwardSettings):
+        dy, x, *others = tensors
+        return self.backward((dy, dy.new_empty(settings.x_shape) if x is None else x, *others), settings)
+
+
+def _names(tensors: str) -> list[str]:
+    return tensors.replace("?", "").split()
+
+
+def _of_library(names: Sequence[str]) -> str:
+    return " ".join("key_address" if name == "key" else name for name in names)
 
 
 # ------------------------------------------------------------------------------------------------------- autograd context
