@@ -26,6 +26,7 @@ type CpuTest = fn() -> Result<()>;
 /// Tests of what a device computes.
 const TESTS: &[(&str, Test)] = &[
     ("layers_are_those_of_the_cpu", layers_are_those_of_the_cpu),
+    ("gradients_do_not_depend_on_each_other", gradients_do_not_depend_on_each_other),
     ("training_steps_are_those_of_the_cpu", training_steps_are_those_of_the_cpu),
     ("noise_is_new_every_step", noise_is_new_every_step_and_the_same_for_split_batches),
     ("parting_late_equals_a_doubled_batch", parting_late_equals_a_doubled_batch),
@@ -217,10 +218,36 @@ fn layers_are_those_of_the_cpu(on: &On) -> Result<()> {
                     results.extend([values(&y), values(grads.get(&x).expect("gradient"))]);
                     context.evaluate();
                     results.push(values(&layer.forward(&x)?));
+                    results.push(values(&layer.merged()?.forward(&x)?));
                     Ok(results)
                 })?;
             }
         }
+    }
+    Ok(())
+}
+
+/// An input or an adapter without gradients changes nothing for the other.
+fn gradients_do_not_depend_on_each_other(on: &On) -> Result<()> {
+    for adapter in Adapter::ALL {
+        let (context, vars) = (PaceContext::new(3), VarMap::new());
+        let trained = layer(on, adapter, 0.7, NoiseShape::PerSample, &context, &vars);
+        let tensors = vars.data().lock().unwrap().iter().map(|(k, v)| (k.clone(), v.detach())).collect();
+        let builder = VarBuilder::from_tensors(tensors, on.dtype, &on.device);
+        let base = Linear::new(on.random("weight", &[6, 4]), Some(on.random("bias", &[6])));
+        let frozen =
+            Injector::new(&context, adapter, 2, &[0.7], builder).with_scale(1.5).wrap("layer", 0, base)?;
+        context.train(11, 2, 5)?;
+        let x = Var::from_tensor(&on.random("x", &[4, 3, 4]))?;
+        let run = |layer: &PaceLinear, x: &Tensor| layer.forward(x)?.sqr()?.sum_all()?.backward();
+        let both = run(&trained, &x)?;
+        let (input, parameters) = (run(&frozen, &x)?, run(&trained, &x.detach())?);
+        let same = |got: &GradStore, var: &Var| {
+            let [got, expected] = [got, &both].map(|grads| grads.get(var).expect("gradient"));
+            assert!(largest_difference(got, expected) < on.tolerance(1e-12, 1e-4), "{adapter:?}");
+        };
+        same(&input, &x);
+        vars.all_vars().iter().for_each(|var| same(&parameters, var));
     }
     Ok(())
 }

@@ -6,7 +6,7 @@ pub(in crate::candle) use crate::candle::cuda::{Element, Gpu};
 pub(super) use crate::candle::cuda::{by_dtype, with_views};
 use candle_core::backend::BackendStorage;
 pub(in crate::candle) use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView};
-pub(super) use candle_core::cuda_backend::cudarc::driver::{DevicePtr, DevicePtrMut};
+pub(super) use candle_core::cuda_backend::cudarc::driver::{CudaViewMut, DevicePtr, DevicePtrMut};
 use candle_core::{CudaDevice, CudaStorage, Layout, Result, Shape, Tensor};
 
 /// The gradient of each argument, where there is one.
@@ -70,6 +70,8 @@ pub(super) fn input<'a, T: Element>(view: &'a CudaView<'_, T>) -> &'a dyn Device
 }
 
 /// A tensor to write, where there is one.
-pub(super) fn output<T: Element>(place: &mut Option<CudaSlice<T>>) -> Option<&mut dyn DevicePtrMut<T>> {
+pub(super) fn output<T: Element, P: DevicePtrMut<T>>(
+    place: &mut Option<P>,
+) -> Option<&mut dyn DevicePtrMut<T>> {
     place.as_mut().map(|place| place as _)
 }

@@ -7,24 +7,24 @@
 mod device;
 mod drop_path;
 mod element;
+mod joined;
 mod layer;
-mod lora_mul_weight;
+mod lora_mul_linear;
 mod low_rank_linear;
 mod noisy_add;
 mod noisy_linear;
-mod prompt_bias;
 mod scalar;
 
 #[cfg(feature = "candle-cuda")]
 use self::device::{CudaSlice, CudaView, Gpu, Gradients};
 pub(super) use self::drop_path::DropPathKernel;
 pub(super) use self::element::Element;
+use self::joined::Joined;
 pub(super) use self::layer::{FrozenLinear, Layer, LayerNoise};
-pub(super) use self::lora_mul_weight::lora_mul_weight;
+pub(super) use self::lora_mul_linear::lora_mul_linear;
 pub(super) use self::low_rank_linear::low_rank_linear;
 pub use self::noisy_add::noisy_add;
 pub(super) use self::noisy_linear::noisy_linear;
-pub(super) use self::prompt_bias::prompt_bias;
 pub(super) use self::scalar::scalar;
 #[cfg(feature = "candle-cuda")]
 use candle_core::CudaStorage;
@@ -276,22 +276,4 @@ fn apply2<K: Kernel>(kernel: K, a: &Tensor, b: &Tensor) -> Result<Tensor> {
 
 pub(super) fn apply3<K: Kernel>(kernel: K, a: &Tensor, b: &Tensor, c: &Tensor) -> Result<Tensor> {
     a.contiguous()?.apply_op3(&b.contiguous()?, &c.contiguous()?, Op(kernel))
-}
-
-/// Where gradients go that an operator always computes: the place that was given, or a spare one.
-fn places<'a, T: Element, const N: usize>(
-    out: &'a mut Grads<'_, T>,
-    spare: &'a mut [Vec<T>; N],
-    lengths: [usize; N],
-) -> [&'a mut [T]; N] {
-    let mut out = out.iter_mut();
-    let mut spare = spare.iter_mut();
-    lengths.map(|length| match (out.next(), spare.next()) {
-        (Some(Some(place)), _) => &mut place[..],
-        (_, Some(spare)) => {
-            spare.resize(length, T::zero());
-            &mut spare[..]
-        }
-        _ => &mut [],
-    })
 }
