@@ -1,7 +1,7 @@
 //! Parameters that travel as one tensor: candle's operations take three tensors at most.
 
 #[cfg(feature = "candle-cuda")]
-use super::device::{self, CudaSlice, CudaView, CudaViewMut, DevicePtr, input};
+use super::device::{CudaSlice, CudaView, CudaViewMut};
 use candle_core::{Result, Tensor};
 
 /// The lengths of tensors that lie one after the other in a joined one; 0 for one that is absent.
@@ -16,12 +16,12 @@ impl<const N: usize> Joined<N> {
         Ok((Self(lengths), Tensor::cat(&flat, 0)?))
     }
 
-    /// The tensors.
-    pub(super) fn parts<'a, T>(&self, mut joined: &'a [T]) -> [Option<&'a [T]>; N] {
-        self.0.map(|length| joined.split_off(..length).filter(|part| !part.is_empty()))
+    /// The tensors; one that is absent is empty.
+    pub(super) fn parts<'a, T>(&self, mut joined: &'a [T]) -> [&'a [T]; N] {
+        self.0.map(|length| joined.split_off(..length).unwrap_or_default())
     }
 
-    /// Places for their gradients, if there is one for that of the joined tensor.
+    /// Places for the gradients of those that are there, if there is one for that of the joined tensor.
     pub(super) fn places<'a, T>(&self, joined: Option<&'a mut [T]>) -> [Option<&'a mut [T]>; N] {
         let mut joined = joined.unwrap_or_default();
         self.0.map(|length| joined.split_off_mut(..length).filter(|part| !part.is_empty()))
@@ -31,16 +31,16 @@ impl<const N: usize> Joined<N> {
 #[cfg(feature = "candle-cuda")]
 impl<const N: usize> Joined<N> {
     /// The tensors on a device.
-    pub(super) fn views<'a, T>(&self, joined: &CudaView<'a, T>) -> [Option<CudaView<'a, T>>; N] {
+    pub(super) fn views<'a, T>(&self, joined: &CudaView<'a, T>) -> [CudaView<'a, T>; N] {
         let mut end = 0;
         self.0.map(|length| {
             let start = end;
             end += length;
-            joined.try_slice(start..end).filter(|_| length > 0)
+            joined.slice(start..end)
         })
     }
 
-    /// Calls `body` with places for their gradients on a device.
+    /// Calls `body` with [`places`](Self::places) on a device.
     pub(super) fn with_places<T, R>(
         &self,
         joined: Option<&mut CudaSlice<T>>,
@@ -51,14 +51,6 @@ impl<const N: usize> Joined<N> {
             body(self.0.map(|length| parts.next().filter(|_| length > 0)))
         })
     }
-}
-
-/// Tensors to read, of any type that can be one.
-#[cfg(feature = "candle-cuda")]
-pub(super) fn inputs<'a, T: device::Element, const N: usize>(
-    views: &'a [Option<CudaView<'_, T>>; N],
-) -> [Option<&'a dyn DevicePtr<T>>; N] {
-    views.each_ref().map(|view| view.as_ref().map(input))
 }
 
 /// Calls `body` with `parts` and those of these lengths that `rest` begins with: each part borrows from the rest before it.

@@ -1,9 +1,7 @@
 //! The noisy layer with the paper's main adapter: LoRA mul, VPT add, or both.
 
 #[cfg(feature = "candle-cuda")]
-use super::device::{self, CudaSlice, CudaView, DevicePtr, Gpu, Gradients, output, places};
-#[cfg(feature = "candle-cuda")]
-use super::joined::inputs;
+use super::device::{self, CudaSlice, CudaView, DevicePtr, Gpu, output};
 use super::{Element, Grads, Joined, Kernel, Layer, apply2, wrap};
 use crate::cpu::{self, Lora, LoraMulLinearGrads, Prompt};
 #[cfg(feature = "candle-cuda")]
@@ -60,9 +58,9 @@ impl LoraMulKernel {
             shape: self.layer.shape,
             noise,
             base: base.ok_or_else(Self::no_base)?,
-            lora: lora_a.zip(lora_b).map(|(lora_a, lora_b)| Lora { rank, lora_a, lora_b, scale }),
-            prompt: down.zip(up).map(|(down, up)| Prompt { rank: prompt_rank, down, up }),
-            delta_bias,
+            lora: (rank > 0).then_some(Lora { rank, lora_a, lora_b, scale }),
+            prompt: (prompt_rank > 0).then_some(Prompt { rank: prompt_rank, down, up }),
+            delta_bias: (!delta_bias.is_empty()).then_some(delta_bias),
         })
     }
 
@@ -77,58 +75,56 @@ impl LoraMulKernel {
         &self,
         noise: cuda::Noise<'a>,
         base: Option<cuda::Base<&'a dyn DevicePtr<T>>>,
-        parameters: &'a [Option<CudaView<'_, T>>; 5],
+        [lora_b, lora_a, delta_bias, down, up]: &'a [CudaView<'_, T>; 5],
     ) -> Result<cuda::LoraMulLinear<&'a dyn DevicePtr<T>, cuda::Noise<'a>>> {
-        let [lora_b, lora_a, delta_bias, down, up] = inputs(parameters);
         let (rank, prompt_rank, scale) = (self.rank, self.prompt_rank, self.scale as f32);
         Ok(cuda::LoraMulLinear {
             shape: self.layer.shape,
             noise,
             base: base.ok_or_else(Self::no_base)?,
-            lora: lora_a.zip(lora_b).map(|(lora_a, lora_b)| Lora { rank, lora_a, lora_b, scale }),
-            prompt: down.zip(up).map(|(down, up)| Prompt { rank: prompt_rank, down, up }),
-            delta_bias,
+            lora: (rank > 0).then_some(Lora { rank, lora_a, lora_b, scale }),
+            prompt: (prompt_rank > 0).then_some(Prompt { rank: prompt_rank, down, up }),
+            delta_bias: (!delta_bias.is_empty()).then_some(delta_bias),
             allow_tf32: gemm_reduced_precision_f32(),
         })
     }
 }
 
-impl Kernel for LoraMulKernel {
+impl Kernel<2> for LoraMulKernel {
     const NAME: &'static str = "lora_mul_linear";
 
-    fn shape(&self, arguments: &[&Shape]) -> Result<Shape> {
-        self.layer.out_shape(arguments[0])
+    fn shape(&self, [x, _]: [&Shape; 2]) -> Result<Shape> {
+        self.layer.out_shape(x)
     }
 
-    fn forward<T: Element>(&self, arguments: &[&[T]], out: &mut [T]) -> Result<()> {
-        self.layer.with(|noise, base| {
-            let layer = self.linear(noise, base, arguments[1])?;
-            wrap(layer.forward(arguments[0], out))
-        })
+    fn forward<T: Element>(&self, [x, parameters]: [&[T]; 2], out: &mut [T]) -> Result<()> {
+        self.layer.with(|noise, base| wrap(self.linear(noise, base, parameters)?.forward(x, out)))
     }
 
-    fn backward<T: Element>(&self, arguments: &[&[T]], grad: &[T], mut out: Grads<'_, T>) -> Result<()> {
-        let [lora_b, lora_a, delta_bias, prompt_down, prompt_up] = self.parts.places(out[1].take());
-        let input = out[0].take();
+    fn backward<T: Element>(
+        &self,
+        [x, parameters]: [&[T]; 2],
+        grad: &[T],
+        [input, joined]: Grads<'_, T, 2>,
+    ) -> Result<()> {
+        let [lora_b, lora_a, delta_bias, prompt_down, prompt_up] = self.parts.places(joined);
         let grads = LoraMulLinearGrads { input, lora_a, lora_b, prompt_down, prompt_up, delta_bias };
-        self.layer.with(|noise, base| {
-            let layer = self.linear(noise, base, arguments[1])?;
-            wrap(layer.backward(Some(arguments[0]), grad, grads))
-        })
+        self.layer
+            .with(|noise, base| wrap(self.linear(noise, base, parameters)?.backward(Some(x), grad, grads)))
     }
 
     #[cfg(feature = "candle-cuda")]
     fn forward_cuda<T: device::Element>(
         &self,
         gpu: &Gpu,
-        arguments: &[CudaView<'_, T>],
+        [x, parameters]: &[CudaView<'_, T>; 2],
         out: &mut CudaSlice<T>,
     ) -> Result<()> {
-        let parameters = self.parts.views(&arguments[1]);
+        let parameters = self.parts.views(parameters);
         self.layer.on_device(|noise, base| {
             let layer = self.on_device(noise, base, &parameters)?;
             let mut workspace = gpu.alloc(layer.workspace_len(gpu.operators.gpu(), T::DTYPE))?;
-            wrap(gpu.operators.lora_mul_linear(&layer, &arguments[0], out, &mut workspace, &gpu.stream))
+            wrap(gpu.operators.lora_mul_linear(&layer, x, out, &mut workspace, &gpu.stream))
         })
     }
 
@@ -136,24 +132,21 @@ impl Kernel for LoraMulKernel {
     fn backward_cuda<T: device::Element>(
         &self,
         gpu: &Gpu,
-        arguments: &[CudaView<'_, T>],
+        [x, parameters]: &[CudaView<'_, T>; 2],
         grad: &CudaView<'_, T>,
-        wanted: &[bool],
-    ) -> Result<Gradients<T>> {
-        let parameters = self.parts.views(&arguments[1]);
-        let mut out = places(gpu, arguments, wanted)?;
-        let [input, joined] = &mut out[..] else { candle_core::bail!("lora_mul_linear takes two arguments") };
+        [input, joined]: &mut [Option<CudaSlice<T>>; 2],
+    ) -> Result<()> {
+        let parameters = self.parts.views(parameters);
         self.parts.with_places(joined.as_mut(), |mut places| {
             self.layer.on_device(|noise, base| {
                 let layer = self.on_device(noise, base, &parameters)?;
-                let [lora_b, lora_a, delta_bias, prompt_down, prompt_up] = places.each_mut().map(output);
-                let input = output(input);
-                let grads = LoraMulLinearGrads { input, lora_a, lora_b, prompt_down, prompt_up, delta_bias };
                 let mut workspace = gpu.alloc(layer.workspace_len(gpu.operators.gpu(), T::DTYPE))?;
-                let (x, stream, operators) = (&arguments[0], &gpu.stream, &gpu.operators);
+                let input = output(input);
+                let [lora_b, lora_a, delta_bias, prompt_down, prompt_up] = places.each_mut().map(output);
+                let grads = LoraMulLinearGrads { input, lora_a, lora_b, prompt_down, prompt_up, delta_bias };
+                let (operators, stream) = (&gpu.operators, &gpu.stream);
                 wrap(operators.lora_mul_linear_backward(&layer, Some(x), grad, grads, &mut workspace, stream))
             })
-        })?;
-        Ok(out)
+        })
     }
 }

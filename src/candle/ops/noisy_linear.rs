@@ -1,7 +1,7 @@
 //! The noisy layer whose adapter is a dense ΔW.
 
 #[cfg(feature = "candle-cuda")]
-use super::device::{self, CudaSlice, CudaView, DevicePtr, Gpu, Gradients, output, places};
+use super::device::{self, CudaSlice, CudaView, DevicePtr, Gpu, output};
 use super::{Element, Grads, Kernel, Layer, apply3, wrap};
 use crate::cpu;
 #[cfg(feature = "candle-cuda")]
@@ -31,9 +31,9 @@ impl DenseKernel {
         &self,
         noise: Noise<&'a [T]>,
         base: Option<cpu::Base<'a, T>>,
-        arguments: &[&'a [T]],
+        [delta_weight, delta_bias]: [&'a [T]; 2],
     ) -> cpu::NoisyLinear<'a, T> {
-        let (delta_weight, delta_bias) = (Some(arguments[1]), Some(arguments[2]));
+        let (delta_weight, delta_bias) = (Some(delta_weight), Some(delta_bias));
         cpu::NoisyLinear { shape: self.0.shape, noise, base, delta_weight, delta_bias }
     }
 }
@@ -44,14 +44,14 @@ impl DenseKernel {
         &self,
         noise: cuda::Noise<'a>,
         base: Option<cuda::Base<&'a dyn DevicePtr<T>>>,
-        arguments: &'a [CudaView<'_, T>],
+        [delta_weight, delta_bias]: &'a [CudaView<'_, T>; 2],
     ) -> cuda::NoisyLinear<&'a dyn DevicePtr<T>, cuda::Noise<'a>> {
         cuda::NoisyLinear {
             shape: self.0.shape,
             noise,
             base,
-            delta_weight: Some(&arguments[1]),
-            delta_bias: Some(&arguments[2]),
+            delta_weight: Some(delta_weight),
+            delta_bias: Some(delta_bias),
             // A folded weight is rounded to the tensors' type: in 16 bits it would lose an adapter that is small against W0.
             fold: T::DTYPE == cuda::DType::F32,
             allow_tf32: gemm_reduced_precision_f32(),
@@ -59,35 +59,38 @@ impl DenseKernel {
     }
 }
 
-impl Kernel for DenseKernel {
+impl Kernel<3> for DenseKernel {
     const NAME: &'static str = "noisy_linear";
 
-    fn shape(&self, arguments: &[&Shape]) -> Result<Shape> {
-        self.0.out_shape(arguments[0])
+    fn shape(&self, [x, ..]: [&Shape; 3]) -> Result<Shape> {
+        self.0.out_shape(x)
     }
 
-    fn forward<T: Element>(&self, arguments: &[&[T]], out: &mut [T]) -> Result<()> {
-        self.0.with(|noise, base| wrap(self.linear(noise, base, arguments).forward(arguments[0], out)))
+    fn forward<T: Element>(&self, [x, delta @ ..]: [&[T]; 3], out: &mut [T]) -> Result<()> {
+        self.0.with(|noise, base| wrap(self.linear(noise, base, delta).forward(x, out)))
     }
 
-    fn backward<T: Element>(&self, arguments: &[&[T]], grad: &[T], mut out: Grads<'_, T>) -> Result<()> {
-        let [input, delta_weight, delta_bias] = [0, 1, 2].map(|i| out[i].take());
+    fn backward<T: Element>(
+        &self,
+        [x, delta @ ..]: [&[T]; 3],
+        grad: &[T],
+        [input, delta_weight, delta_bias]: Grads<'_, T, 3>,
+    ) -> Result<()> {
         let grads = cpu::NoisyLinearGrads { input, delta_weight, delta_bias };
-        self.0
-            .with(|noise, base| wrap(self.linear(noise, base, arguments).backward(arguments[0], grad, grads)))
+        self.0.with(|noise, base| wrap(self.linear(noise, base, delta).backward(x, grad, grads)))
     }
 
     #[cfg(feature = "candle-cuda")]
     fn forward_cuda<T: device::Element>(
         &self,
         gpu: &Gpu,
-        arguments: &[CudaView<'_, T>],
+        [x, delta @ ..]: &[CudaView<'_, T>; 3],
         out: &mut CudaSlice<T>,
     ) -> Result<()> {
         self.0.on_device(|noise, base| {
-            let layer = self.on_device(noise, base, arguments);
+            let layer = self.on_device(noise, base, delta);
             let mut workspace = gpu.alloc(layer.workspace_len(gpu.operators.gpu(), T::DTYPE))?;
-            wrap(gpu.operators.noisy_linear(&layer, &arguments[0], out, &mut workspace, &gpu.stream))
+            wrap(gpu.operators.noisy_linear(&layer, x, out, &mut workspace, &gpu.stream))
         })
     }
 
@@ -95,20 +98,17 @@ impl Kernel for DenseKernel {
     fn backward_cuda<T: device::Element>(
         &self,
         gpu: &Gpu,
-        arguments: &[CudaView<'_, T>],
+        [x, delta @ ..]: &[CudaView<'_, T>; 3],
         grad: &CudaView<'_, T>,
-        wanted: &[bool],
-    ) -> Result<Gradients<T>> {
-        let mut out = places(gpu, arguments, wanted)?;
+        out: &mut [Option<CudaSlice<T>>; 3],
+    ) -> Result<()> {
         self.0.on_device(|noise, base| {
-            let layer = self.on_device(noise, base, arguments);
+            let layer = self.on_device(noise, base, delta);
             let mut workspace = gpu.alloc(layer.workspace_len(gpu.operators.gpu(), T::DTYPE))?;
-            let mut places = out.iter_mut().map(output);
-            let [input, delta_weight, delta_bias] = [0; 3].map(|_| places.next().flatten());
+            let [input, delta_weight, delta_bias] = out.each_mut().map(output);
             let grads = cuda::NoisyLinearGrads { input, delta_weight, delta_bias };
-            let (x, stream) = (&arguments[0], &gpu.stream);
-            wrap(gpu.operators.noisy_linear_backward(&layer, x, grad, grads, &mut workspace, stream))
-        })?;
-        Ok(out)
+            let operators = &gpu.operators;
+            wrap(operators.noisy_linear_backward(&layer, x, grad, grads, &mut workspace, &gpu.stream))
+        })
     }
 }
