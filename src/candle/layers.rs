@@ -1,10 +1,11 @@
 //! Noisy layers, the state they share, and how they get into a model.
 
 use super::ops::{
-    DropPathKernel, FrozenLinear, Layer, LayerNoise, apply1, lora_mul_weight, low_rank_linear, noisy_linear,
-    prompt_bias, wrap,
+    DropPathKernel, FrozenLinear, Layer, LayerNoise, apply1, lora_mul_linear, low_rank_linear, noisy_linear,
+    wrap,
 };
 use crate::adapter::{self, Adapter, Init, Parameter};
+use crate::cpu::{Lora, Prompt};
 use crate::noise::{Generator, Key, NoiseShape};
 use crate::shape::LinearShape;
 use candle_core::{Module, Result, Tensor};
@@ -165,12 +166,22 @@ impl PaceLinear {
     /// None in practice; candle's operations return results.
     pub fn merged(&self) -> Result<Linear> {
         let FrozenLinear { weight, bias } = &self.base;
+        let low_rank = |lora_b: &Tensor, lora_a: &Tensor| lora_b.matmul(lora_a)? * self.scale;
+        let prompted = |down: &Tensor, up: &Tensor| weight.matmul(&down.matmul(up)?)?.squeeze(1);
         let (delta_weight, delta_bias) = match &self.parameters {
             Parameters::LoraAdd { lora_b, lora_a, delta_bias } => {
-                (Some((lora_b.matmul(lora_a)? * self.scale)?), Some(delta_bias.clone()))
+                (Some(low_rank(lora_b, lora_a)?), Some(delta_bias.clone()))
             }
+            Parameters::LoraMulVptAdd { lora_b, lora_a, delta_bias, prompt_down, prompt_up } => {
+                let mut prompted = prompted(prompt_down, prompt_up)?;
+                if let Some(bias) = bias {
+                    prompted = (prompted + (bias * delta_bias)?)?;
+                }
+                (Some((weight * low_rank(lora_b, lora_a)?)?), Some(prompted))
+            }
+            Parameters::VptAdd { prompt_down, prompt_up } => (None, Some(prompted(prompt_down, prompt_up)?)),
+            Parameters::Dense { weight, bias } => (Some(weight.clone()), bias.clone()),
             Parameters::Head => (None, None),
-            _ => self.dense_delta()?,
         };
         let weight = delta_weight.map_or(Ok(weight.clone()), |delta| weight + delta)?;
         let bias = match (bias, delta_bias) {
@@ -178,22 +189,6 @@ impl PaceLinear {
             (bias, delta) => delta.or_else(|| bias.clone()),
         };
         Ok(Linear::new(weight.detach(), bias.map(|bias| bias.detach())))
-    }
-
-    /// ΔW and Δb of the adapters that have them in full.
-    fn dense_delta(&self) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        match &self.parameters {
-            Parameters::LoraMulVptAdd { lora_b, lora_a, delta_bias, prompt_down, prompt_up } => Ok((
-                Some(lora_mul_weight(&self.base.weight, lora_b, lora_a, self.scale)?),
-                Some(prompt_bias(&self.base, prompt_down, prompt_up, Some(delta_bias))?),
-            )),
-            Parameters::VptAdd { prompt_down, prompt_up } => {
-                Ok((None, Some(prompt_bias(&self.base, prompt_down, prompt_up, None)?)))
-            }
-            Parameters::Dense { weight, bias } => Ok((Some(weight.clone()), bias.clone())),
-            Parameters::Head => Ok((Some(self.base.weight.clone()), self.base.bias.clone())),
-            Parameters::LoraAdd { .. } => Ok((None, None)),
-        }
     }
 
     /// Sizes and noise of one call.
@@ -243,20 +238,25 @@ impl PaceLinear {
 
     fn run(&self, x: &Tensor, branching: bool) -> Result<Tensor> {
         let (shape, noise) = self.plan(x, branching)?;
-        let base = Some(self.base.clone());
+        let base = match self.parameters {
+            Parameters::Head => None,
+            _ => Some(self.base.clone()),
+        };
+        let layer = Layer { shape, noise, base };
         match &self.parameters {
             Parameters::LoraAdd { lora_b, lora_a, delta_bias } => {
-                low_rank_linear(Layer { shape, noise, base }, x, lora_b, lora_a, delta_bias, self.scale)
+                low_rank_linear(layer, x, lora_b, lora_a, delta_bias, self.scale)
             }
-            parameters => {
-                let base = if matches!(parameters, Parameters::Head) { None } else { base };
-                let (delta_weight, delta_bias) = self.dense_delta()?;
-                let delta_bias = match delta_bias {
-                    Some(bias) => bias,
-                    None => Tensor::zeros(shape.out_features, x.dtype(), x.device())?,
-                };
-                noisy_linear(Layer { shape, noise, base }, x, delta_weight.as_ref(), &delta_bias)
+            Parameters::LoraMulVptAdd { lora_b, lora_a, delta_bias, prompt_down: down, prompt_up: up } => {
+                let lora = Lora { rank: lora_a.dim(0)?, lora_a, lora_b, scale: self.scale };
+                let prompt = Prompt { rank: down.dim(1)?, down, up };
+                lora_mul_linear(layer, x, Some(lora), Some(prompt), Some(delta_bias))
             }
+            Parameters::VptAdd { prompt_down: down, prompt_up: up } => {
+                lora_mul_linear(layer, x, None, Some(Prompt { rank: down.dim(1)?, down, up }), None)
+            }
+            Parameters::Dense { weight, bias } => noisy_linear(layer, x, weight, bias.as_ref()),
+            Parameters::Head => noisy_linear(layer, x, &self.base.weight, self.base.bias.as_ref()),
         }
     }
 }

@@ -2,10 +2,11 @@
 
 use crate::on::On;
 use crate::support::*;
+use candle_core::backprop::GradStore;
 use candle_core::{Module, Result, Tensor, Var};
-use candle_nn::VarMap;
+use candle_nn::{Linear, VarBuilder, VarMap};
 use pace_kernels::adapter::Adapter;
-use pace_kernels::candle::{Injector, PaceContext, noisy_add};
+use pace_kernels::candle::{Injector, PaceContext, PaceLinear, noisy_add};
 use pace_kernels::noise::{Generator, Key, NoiseShape};
 
 pub fn layer_gradients_match_finite_differences() -> Result<()> {
@@ -63,10 +64,36 @@ pub fn layers_are_those_of_the_cpu(on: &On) -> Result<()> {
                     results.extend([values(&y), values(grads.get(&x).expect("gradient"))]);
                     context.evaluate();
                     results.push(values(&layer.forward(&x)?));
+                    results.push(values(&layer.merged()?.forward(&x)?));
                     Ok(results)
                 })?;
             }
         }
+    }
+    Ok(())
+}
+
+/// An input or an adapter without gradients changes nothing for the other.
+pub fn gradients_do_not_depend_on_each_other(on: &On) -> Result<()> {
+    for adapter in Adapter::ALL {
+        let (context, vars) = (PaceContext::new(3), VarMap::new());
+        let trained = layer(on, adapter, 0.7, NoiseShape::PerSample, &context, &vars);
+        let tensors = vars.data().lock().unwrap().iter().map(|(k, v)| (k.clone(), v.detach())).collect();
+        let builder = VarBuilder::from_tensors(tensors, on.dtype, &on.device);
+        let base = Linear::new(on.random("weight", &[6, 4]), Some(on.random("bias", &[6])));
+        let frozen =
+            Injector::new(&context, adapter, 2, &[0.7], builder).with_scale(1.5).wrap("layer", 0, base)?;
+        context.train(11, 2, 5)?;
+        let x = Var::from_tensor(&on.random("x", &[4, 3, 4]))?;
+        let run = |layer: &PaceLinear, x: &Tensor| layer.forward(x)?.sqr()?.sum_all()?.backward();
+        let both = run(&trained, &x)?;
+        let (input, parameters) = (run(&frozen, &x)?, run(&trained, &x.detach())?);
+        let same = |got: &GradStore, var: &Var| {
+            let [got, expected] = [got, &both].map(|grads| grads.get(var).expect("gradient"));
+            assert!(largest_difference(got, expected) < on.tolerance(1e-12, 1e-4), "{adapter:?}");
+        };
+        same(&input, &x);
+        vars.all_vars().iter().for_each(|var| same(&parameters, var));
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! The door to candle: gradients, branches, variants, weight files, and errors instead of panics. What depends on the
+//! The candle binding: gradients, branches, variants, weight files, and errors instead of panics. What depends on the
 //! device runs on the CPU and on CUDA device 0, and is reported as ignored, with the reason, where there is none.
 
 mod layers;
@@ -19,6 +19,7 @@ type CpuTest = fn() -> Result<()>;
 /// Tests of what a device computes.
 const TESTS: &[(&str, Test)] = &[
     ("layers_are_those_of_the_cpu", layers::layers_are_those_of_the_cpu),
+    ("gradients_do_not_depend_on_each_other", layers::gradients_do_not_depend_on_each_other),
     ("training_steps_are_those_of_the_cpu", training::training_steps_are_those_of_the_cpu),
     ("noise_is_new_every_step", layers::noise_is_new_every_step_and_the_same_for_split_batches),
     ("parting_late_equals_a_doubled_batch", training::parting_late_equals_a_doubled_batch),

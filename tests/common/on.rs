@@ -1,4 +1,4 @@
-//! Where a test of the candle door runs, and in which precision.
+//! Where a test of the candle binding runs, and in which precision.
 
 use candle_core::{DType, Device, Result, Tensor};
 

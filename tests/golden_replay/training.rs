@@ -6,34 +6,21 @@ use super::device;
 use super::machine::{Machine, Target};
 use super::on::On;
 use super::plain;
-use super::simulate;
 use super::vit::{is_trained, tensor, train};
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, Layout, Shape, Tensor, Var};
+use candle_core::{CpuStorage, CustomOp2, D, Layout, Shape, Tensor, Var};
 use libtest_mimic::Failed;
 use pace_kernels::LinearShape;
 use pace_kernels::adapter::{DELTA_BIAS, DOWN, PROMPT_DOWN, PROMPT_UP, UP};
 use pace_kernels::candle::PaceContext;
 use pace_kernels::cuda::{
-    Base, Buffer, DType, Gpu, LoraFactors, LoraGrads, LowRankGrads, LowRankLinear, NoisyLinear,
-    NoisyLinearGrads, PromptBias, PromptGrads, Source,
+    Base, Buffer, DType, Gpu, Lora, LoraMulLinear, LoraMulLinearGrads, LowRankGrads, LowRankLinear,
+    NoisyLinear, NoisyLinearGrads, Prompt, Source,
 };
 use pace_kernels::noise::NoiseShape;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 
 const TYPE: DType = DType::F32;
-
-type Slices<'a> = [&'a [f32]];
-type Forward = Box<dyn Fn(&mut Machine<'_>, &Slices<'_>) -> Buffer + Send + Sync>;
-type Backward = Box<dyn Fn(&mut Machine<'_>, &Slices<'_>, &[f32]) -> Vec<Buffer> + Send + Sync>;
-
-/// An operator that runs on a machine of its own, forward and backward.
-struct Op {
-    place: Place,
-    shape: Shape,
-    forward: Forward,
-    backward: Backward,
-}
 
 /// What plans are made for, and whether they run there or in the simulator.
 #[derive(Clone, Copy)]
@@ -42,303 +29,221 @@ pub struct Place {
     on_device: bool,
 }
 
-impl Default for Place {
-    fn default() -> Self {
-        Self { gpu: simulate::GPU, on_device: false }
-    }
+/// What is trained in a layer, and in which order it is joined.
+#[derive(Clone, Copy)]
+enum Adapter {
+    /// `[W, b]`, all of the head.
+    Head,
+    /// `[B, A, δb]` of this rank.
+    LoraAdd(usize),
+    /// `[B, A, δb, Pd, Pu]` of these ranks.
+    LoraMulVptAdd(usize, usize),
+    /// `[Pd, Pu]` of this rank.
+    VptAdd(usize),
 }
 
-impl Op {
-    fn run(&self, body: impl Fn(&mut Machine<'_>)) -> candle_core::Result<()> {
-        let Place { gpu, on_device } = self.place;
-        let opened = on_device.then(device::open).transpose().map_err(candle_core::Error::Msg)?;
-        Target { gpu, device: opened.as_ref() }.once(0, body);
-        Ok(())
-    }
-
-    fn fwd(&self, arguments: &[(&CpuStorage, &Layout)]) -> candle_core::Result<(CpuStorage, Shape)> {
-        let slices: Vec<&[f32]> = arguments
-            .iter()
-            .map(|(storage, layout)| {
-                let (start, end) = layout.contiguous_offsets().expect("contiguous arguments");
-                Ok(&storage.as_slice::<f32>()?[start..end])
-            })
-            .collect::<candle_core::Result<_>>()?;
-        let out = RefCell::new(Vec::new());
-        self.run(|machine| {
-            let result = (self.forward)(machine, &slices);
-            *out.borrow_mut() = machine.read::<f32>(result);
-        })?;
-        Ok((CpuStorage::F32(out.into_inner()), self.shape.clone()))
-    }
-
-    fn bwd(&self, arguments: &[&Tensor], grad: &Tensor) -> candle_core::Result<Vec<Option<Tensor>>> {
-        let values = |tensor: &&Tensor| tensor.flatten_all()?.to_vec1::<f32>();
-        let owned: Vec<Vec<f32>> = arguments.iter().map(values).collect::<candle_core::Result<_>>()?;
-        let slices: Vec<&[f32]> = owned.iter().map(Vec::as_slice).collect();
-        let grad = values(&grad)?;
-        let out = RefCell::new(Vec::new());
-        self.run(|machine| {
-            let results = (self.backward)(machine, &slices, &grad);
-            *out.borrow_mut() = results.into_iter().map(|result| machine.read::<f32>(result)).collect();
-        })?;
-        let tensors = out.into_inner().into_iter().zip(arguments);
-        tensors.map(|(grad, like)| Tensor::from_vec(grad, like.shape(), like.device()).map(Some)).collect()
-    }
+enum Operator {
+    Dense(NoisyLinear<Buffer, Source>),
+    LowRank(LowRankLinear<Buffer, Source>),
+    LoraMul(LoraMulLinear<Buffer, Source>),
 }
 
-impl CustomOp2 for Op {
-    fn name(&self) -> &'static str {
-        "kernels"
-    }
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        self.fwd(&[(s1, l1), (s2, l2)])
-    }
-    fn bwd(
-        &self,
-        a: &Tensor,
-        b: &Tensor,
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        let mut grads = Op::bwd(self, &[a, b], grad)?.into_iter();
-        Ok((grads.next().flatten(), grads.next().flatten()))
-    }
-}
-
-impl CustomOp3 for Op {
-    fn name(&self) -> &'static str {
-        "kernels"
-    }
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-        s3: &CpuStorage,
-        l3: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        self.fwd(&[(s1, l1), (s2, l2), (s3, l3)])
-    }
-    fn bwd(
-        &self,
-        a: &Tensor,
-        b: &Tensor,
-        c: &Tensor,
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let mut grads = Op::bwd(self, &[a, b, c], grad)?.into_iter();
-        Ok((grads.next().flatten(), grads.next().flatten(), grads.next().flatten()))
-    }
-}
-
-/// A layer's frozen part and noise, as values.
-#[derive(Clone)]
+/// A noisy layer that the kernels compute, on `x` and all that it trains as one tensor.
 struct Layer {
+    place: Place,
     shape: LinearShape,
     /// `[R, N]`.
     z: Option<Vec<f32>>,
+    /// `W0` and `b0`; not of the head.
     base: Option<(Vec<f32>, Vec<f32>)>,
+    adapter: Adapter,
 }
 
 impl Layer {
-    fn noise(&self, machine: &mut Machine<'_>) -> Source {
-        match &self.z {
+    /// Runs `body` on a machine of its own.
+    fn run<R>(&self, body: impl Fn(&mut Machine<'_>) -> R) -> candle_core::Result<R> {
+        let Place { gpu, on_device } = self.place;
+        let opened = on_device.then(device::open).transpose().map_err(candle_core::Error::Msg)?;
+        let result = RefCell::new(None);
+        Target { gpu, device: opened.as_ref() }.once(0, |machine| *result.borrow_mut() = Some(body(machine)));
+        Ok(result.into_inner().expect("it ran once"))
+    }
+
+    /// The lengths of the joined parameters.
+    fn lengths(&self) -> Vec<usize> {
+        let LinearShape { in_features: k, out_features: n, .. } = self.shape;
+        match self.adapter {
+            Adapter::Head => vec![n * k, n],
+            Adapter::LoraAdd(r) => vec![n * r, r * k, n],
+            Adapter::LoraMulVptAdd(r, p) => vec![n * r, r * k, n, k * p, p],
+            Adapter::VptAdd(p) => vec![k * p, p],
+        }
+    }
+
+    fn operator(&self, machine: &mut Machine<'_>, mut parameters: &[f32]) -> Operator {
+        let shape = self.shape;
+        let noise = match &self.z {
             Some(z) => Source::Given { z: machine.input("z", z), shape: NoiseShape::PerSample },
             None => Source::Off,
-        }
-    }
-
-    fn base(&self, machine: &mut Machine<'_>) -> Option<Base<Buffer>> {
-        let (weight, bias) = self.base.as_ref()?;
-        Some(Base { weight: machine.input("W0", weight), bias: Some(machine.input("b0", bias)) })
-    }
-
-    /// `(x, ΔW, Δb)`, or `(x, Δb)`.
-    fn dense(&self, machine: &mut Machine<'_>, arguments: &Slices<'_>) -> NoisyLinear<Buffer, Source> {
-        let (delta_weight, delta_bias) = match arguments {
-            [_, weight, bias] => (Some(machine.input("ΔW", weight)), machine.input("Δb", bias)),
-            _ => (None, machine.input("Δb", arguments[1])),
         };
-        NoisyLinear {
-            shape: self.shape,
-            noise: self.noise(machine),
-            base: self.base(machine),
-            delta_weight,
-            delta_bias: Some(delta_bias),
-            fold: false,
-            allow_tf32: false,
-        }
-    }
-
-    fn dense_op(self, shape: Shape) -> Op {
-        let other = self.clone();
-        Op {
-            place: Place::default(),
-            shape,
-            forward: Box::new(move |machine, arguments| {
-                let layer = self.dense(machine, arguments);
-                let x = machine.input("x", arguments[0]);
-                let y = machine.output::<f32>("y", self.shape.out_rows() * self.shape.out_features);
-                let workspace = machine.output::<f32>("workspace", layer.workspace_len(&machine.gpu, TYPE));
-                machine.launch(&layer.forward(&machine.gpu, TYPE, x, y, workspace).unwrap());
-                y
-            }),
-            backward: Box::new(move |machine, arguments, grad| {
-                let layer = other.dense(machine, arguments);
-                let (x, dy) = (machine.input("x", arguments[0]), machine.input("dy", grad));
-                let grads: Vec<Buffer> = arguments
-                    .iter()
-                    .map(|argument| machine.output::<f32>("gradient", argument.len()))
-                    .collect();
-                let wanted = NoisyLinearGrads {
-                    input: Some(grads[0]),
-                    delta_weight: layer.delta_weight.map(|_| grads[1]),
-                    delta_bias: grads.last().copied(),
-                };
-                let workspace = machine.output::<f32>("workspace", layer.workspace_len(&machine.gpu, TYPE));
-                machine.launch(&layer.backward(&machine.gpu, TYPE, x, dy, wanted, workspace).unwrap());
-                grads
-            }),
-        }
-    }
-
-    /// `(x, [B | δb], A)`.
-    fn low_rank(&self, machine: &mut Machine<'_>, arguments: &Slices<'_>) -> LowRankLinear<Buffer, Source> {
-        let rank = arguments[2].len() / self.shape.in_features;
-        let (lora_b, bias) = arguments[1].split_at(self.shape.out_features * rank);
-        LowRankLinear {
-            shape: self.shape,
-            noise: self.noise(machine),
-            base: self.base(machine),
-            rank,
-            lora_b: machine.input("B", lora_b),
-            lora_a: machine.input("A", arguments[2]),
-            delta_bias: Some(machine.input("δb", bias)),
-            scale: 1.0,
-            allow_tf32: false,
-        }
-    }
-
-    fn low_rank_op(self, shape: Shape) -> Op {
-        let other = self.clone();
-        let forward = |layer: &LowRankLinear<Buffer, Source>, machine: &mut Machine<'_>, x: Buffer| {
-            let s = machine.output::<f32>("s", layer.shape.in_rows() * layer.rank);
-            let y = machine.output::<f32>("y", layer.shape.out_rows() * layer.shape.out_features);
-            let workspace = machine.output::<f32>("workspace", layer.workspace_len(&machine.gpu, TYPE));
-            machine.launch(&layer.forward(&machine.gpu, TYPE, x, s, y, workspace).unwrap());
-            (s, y)
+        let base = self.base.as_ref().map(|(weight, bias)| Base {
+            weight: machine.input("W0", weight),
+            bias: Some(machine.input("b0", bias)),
+        });
+        let mut next = |length| {
+            let part = parameters.split_off(..length).expect("as long as its parts");
+            machine.input("parameter", part)
         };
-        Op {
-            place: Place::default(),
-            shape,
-            forward: Box::new(move |machine, arguments| {
-                let layer = self.low_rank(machine, arguments);
-                let x = machine.input("x", arguments[0]);
-                forward(&layer, machine, x).1
+        let parts: Vec<Buffer> = self.lengths().into_iter().map(&mut next).collect();
+        let lora = |rank| Lora { rank, lora_b: parts[0], lora_a: parts[1], scale: 1.0 };
+        let prompt = |rank, [down, up]: [Buffer; 2]| Some(Prompt { rank, down, up });
+        let lora_mul = |lora, prompt, delta_bias| {
+            let base = base.expect("all but the head have one");
+            Operator::LoraMul(LoraMulLinear {
+                shape,
+                noise,
+                base,
+                lora,
+                prompt,
+                delta_bias,
+                allow_tf32: false,
+            })
+        };
+        match self.adapter {
+            Adapter::Head => Operator::Dense(NoisyLinear {
+                shape,
+                noise,
+                base,
+                delta_weight: Some(parts[0]),
+                delta_bias: Some(parts[1]),
+                fold: false,
+                allow_tf32: false,
             }),
-            backward: Box::new(move |machine, arguments, grad| {
-                let layer = other.low_rank(machine, arguments);
-                let (x, dy) = (machine.input("x", arguments[0]), machine.input("dy", grad));
-                let (s, _) = forward(&layer, machine, x);
-                let n = other.shape.out_features;
-                let [dx, lora_b, bias, lora_a] = [arguments[0].len(), n * layer.rank, n, arguments[2].len()]
-                    .map(|len| machine.output::<f32>("gradient", len));
-                let grads = LowRankGrads {
-                    input: Some(dx),
-                    lora_b: Some(lora_b),
-                    lora_a: Some(lora_a),
-                    delta_bias: Some(bias),
+            Adapter::LoraAdd(rank) => Operator::LowRank(LowRankLinear {
+                shape,
+                noise,
+                base,
+                rank,
+                lora_b: parts[0],
+                lora_a: parts[1],
+                delta_bias: Some(parts[2]),
+                scale: 1.0,
+                allow_tf32: false,
+            }),
+            Adapter::LoraMulVptAdd(r, p) => {
+                lora_mul(Some(lora(r)), prompt(p, [parts[3], parts[4]]), Some(parts[2]))
+            }
+            Adapter::VptAdd(p) => lora_mul(None, prompt(p, [parts[0], parts[1]]), None),
+        }
+    }
+
+    /// `y`, and `s` of LoRA add.
+    fn forward(&self, machine: &mut Machine<'_>, operator: &Operator, x: Buffer) -> (Buffer, Option<Buffer>) {
+        let gpu = machine.gpu;
+        let y = machine.output::<f32>("y", self.shape.out_rows() * self.shape.out_features);
+        let workspace = machine.output::<f32>("workspace", operator.workspace_len(&gpu));
+        let mut s = None;
+        let plan = match operator {
+            Operator::Dense(layer) => layer.forward(&gpu, TYPE, x, y, workspace),
+            Operator::LoraMul(layer) => layer.forward(&gpu, TYPE, x, y, workspace),
+            Operator::LowRank(layer) => {
+                let place = s.insert(machine.output::<f32>("s", self.shape.in_rows() * layer.rank));
+                layer.forward(&gpu, TYPE, x, *place, y, workspace)
+            }
+        };
+        machine.launch(&plan.unwrap());
+        (y, s)
+    }
+
+    /// The gradients of `x` and of the joined parameters.
+    fn backward(&self, machine: &mut Machine<'_>, [x, parameters, dy]: [&[f32]; 3]) -> [Vec<f32>; 2] {
+        let (gpu, operator) = (machine.gpu, self.operator(machine, parameters));
+        let dx = machine.output::<f32>("dx", x.len());
+        let (x, dy) = (machine.input("x", x), machine.input("dy", dy));
+        let parts: Vec<Buffer> =
+            self.lengths().into_iter().map(|length| machine.output::<f32>("gradient", length)).collect();
+        let part = |i: usize| parts.get(i).copied();
+        let workspace = machine.output::<f32>("workspace", operator.workspace_len(&gpu));
+        let input = Some(dx);
+        let plan = match &operator {
+            Operator::Dense(layer) => {
+                let grads = NoisyLinearGrads { input, delta_weight: part(0), delta_bias: part(1) };
+                layer.backward(&gpu, TYPE, x, dy, grads, workspace)
+            }
+            Operator::LowRank(layer) => {
+                let s = self.forward(machine, &operator, x).1.expect("LoRA add has an `s`");
+                let grads = LowRankGrads { input, lora_b: part(0), lora_a: part(1), delta_bias: part(2) };
+                layer.backward(&gpu, TYPE, x, s, dy, grads, workspace)
+            }
+            Operator::LoraMul(layer) => {
+                let [lora_b, lora_a, delta_bias, prompt_down, prompt_up] = match self.adapter {
+                    Adapter::VptAdd(_) => [None, None, None, part(0), part(1)],
+                    _ => [0, 1, 2, 3, 4].map(part),
                 };
-                let workspace = machine.output::<f32>("workspace", layer.workspace_len(&machine.gpu, TYPE));
-                machine.launch(&layer.backward(&machine.gpu, TYPE, x, s, dy, grads, workspace).unwrap());
-                let joined = [machine.read::<f32>(lora_b), machine.read::<f32>(bias)].concat();
-                vec![dx, machine.input("joined", &joined), lora_a]
-            }),
+                let grads = LoraMulLinearGrads { input, lora_a, lora_b, prompt_down, prompt_up, delta_bias };
+                layer.backward(&gpu, TYPE, Some(x), dy, grads, workspace)
+            }
+        };
+        machine.launch(&plan.unwrap());
+        let joined: Vec<f32> = parts.iter().flat_map(|&part| machine.read::<f32>(part)).collect();
+        [machine.read(dx), joined]
+    }
+}
+
+impl Operator {
+    fn workspace_len(&self, gpu: &Gpu) -> usize {
+        match self {
+            Self::Dense(layer) => layer.workspace_len(gpu, TYPE),
+            Self::LowRank(layer) => layer.workspace_len(gpu, TYPE),
+            Self::LoraMul(layer) => layer.workspace_len(gpu, TYPE),
         }
     }
 }
 
-/// `(B, A)` to `W0 ⊙ (B·A)`.
-fn lora_mul(base: Vec<f32>, [n, k]: [usize; 2]) -> Op {
-    let factors = move |machine: &mut Machine<'_>, arguments: &Slices<'_>, base: &[f32]| {
-        let factors = LoraFactors {
-            out_features: n,
-            in_features: k,
-            rank: arguments[0].len() / n,
-            lora_b: machine.input("B", arguments[0]),
-            lora_a: machine.input("A", arguments[1]),
-            scale: 1.0,
-        };
-        (factors, Some(machine.input("W0", base)))
-    };
-    let other = base.clone();
-    Op {
-        place: Place::default(),
-        shape: Shape::from((n, k)),
-        forward: Box::new(move |machine, arguments| {
-            let (factors, base) = factors(machine, arguments, &base);
-            let out = machine.output::<f32>("ΔW", n * k);
-            machine.launch(&factors.weight(TYPE, base, out).unwrap());
-            out
-        }),
-        backward: Box::new(move |machine, arguments, grad| {
-            let (factors, base) = factors(machine, arguments, &other);
-            let grad = machine.input("dΔW", grad);
-            let [lora_b, lora_a] = [0, 1].map(|i| machine.output::<f32>("gradient", arguments[i].len()));
-            let workspace = machine.output::<f32>("workspace", factors.workspace_len(TYPE));
-            machine.launch(
-                &factors.backward(TYPE, base, grad, LoraGrads { lora_b, lora_a }, workspace).unwrap(),
-            );
-            vec![lora_b, lora_a]
-        }),
+/// The library's operations run where candle's tensors are, never in the simulator.
+impl CustomOp2 for Layer {
+    fn name(&self) -> &'static str {
+        "kernels"
+    }
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        parameters: &CpuStorage,
+        parameters_layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let [x, parameters] = [(x, x_layout), (parameters, parameters_layout)].map(|(storage, layout)| {
+            let (start, end) = layout.contiguous_offsets().expect("contiguous arguments");
+            storage.as_slice::<f32>().map(|values| &values[start..end])
+        });
+        let (x, parameters) = (x?, parameters?);
+        let y = self.run(|machine| {
+            let operator = self.operator(machine, parameters);
+            let x = machine.input("x", x);
+            let (y, _) = self.forward(machine, &operator, x);
+            machine.read::<f32>(y)
+        })?;
+        let (_, dims) = x_layout.dims().split_last().expect("rows of features");
+        Ok((CpuStorage::F32(y), Shape::from([dims, &[self.shape.out_features]].concat())))
+    }
+    fn bwd(
+        &self,
+        x: &Tensor,
+        parameters: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
+        let [a, b, c] = [x, parameters, grad].map(values);
+        let (a, b, c) = (a?, b?, c?);
+        let [dx, joined] = self.run(|machine| self.backward(machine, [&a, &b, &c]))?;
+        let [dx, joined] = [(dx, x), (joined, parameters)]
+            .map(|(values, like)| Tensor::from_vec(values, like.shape(), like.device()));
+        Ok((Some(dx?), Some(joined?)))
     }
 }
 
-/// `(Pd, Pu, δb)`, or `(Pd, Pu)`, to `Δb`.
-fn prompt(base: (Vec<f32>, Vec<f32>), [n, k]: [usize; 2]) -> Op {
-    let prompt =
-        move |machine: &mut Machine<'_>, arguments: &Slices<'_>, base: &(Vec<f32>, Vec<f32>)| PromptBias {
-            out_features: n,
-            in_features: k,
-            rank: arguments[1].len(),
-            base_weight: machine.input("W0", &base.0),
-            base_bias: Some(machine.input("b0", &base.1)),
-            prompt_down: machine.input("Pd", arguments[0]),
-            prompt_up: machine.input("Pu", arguments[1]),
-            delta_bias: arguments.get(2).map(|bias| machine.input("δb", bias)),
-        };
-    let other = base.clone();
-    Op {
-        place: Place::default(),
-        shape: Shape::from(n),
-        forward: Box::new(move |machine, arguments| {
-            let prompt = prompt(machine, arguments, &base);
-            let out = machine.output::<f32>("Δb", n);
-            let workspace = machine.output::<f32>("workspace", prompt.workspace_len(TYPE));
-            machine.launch(&prompt.forward(TYPE, out, workspace).unwrap());
-            out
-        }),
-        backward: Box::new(move |machine, arguments, grad| {
-            let prompt = prompt(machine, arguments, &other);
-            let grad = machine.input("dΔb", grad);
-            let out: Vec<Buffer> =
-                arguments.iter().map(|argument| machine.output::<f32>("gradient", argument.len())).collect();
-            let grads =
-                PromptGrads { prompt_down: out[0], prompt_up: out[1], delta_bias: out.get(2).copied() };
-            let workspace = machine.output::<f32>("workspace", prompt.workspace_len(TYPE));
-            machine.launch(&prompt.backward(TYPE, grad, grads, workspace).unwrap());
-            out
-        }),
-    }
+fn values(tensor: &Tensor) -> candle_core::Result<Vec<f32>> {
+    tensor.flatten_all()?.to_vec1()
 }
 
 /// What computes the noisy layers.
@@ -368,70 +273,47 @@ impl Model<'_> {
         self.trained.get(name).map(Var::as_tensor)
     }
 
-    fn place(&self, op: Op) -> Op {
-        let Layers::Kernels(place) = self.layers else { return op };
-        Op { place, ..op }
-    }
-
     /// A noisy layer in training step `step`, or in evaluation.
     fn linear(&self, name: &str, x: &Tensor, step: Option<usize>) -> Result<Tensor, Failed> {
-        if let Layers::Plain = self.layers {
-            return self.plain_linear(name, x, step);
-        }
+        let Layers::Kernels(place) = self.layers else { return self.plain_linear(name, x, step) };
         let branches = if step.is_some() { self.context.branches() } else { 1 };
         let of = |parameter: &str| self.trained(&format!("{name}.{parameter}"));
-        let head = of("base_weight").zip(of("base_bias"));
-        let weight = match head {
-            Some((weight, _)) => weight.clone(),
-            None => self.frozen(&format!("{name}.base_weight"))?,
+        let (lora_b, lora_a, delta_bias) = (of(DOWN), of(UP), of(DELTA_BIAS));
+        let all =
+            [of("base_weight"), of("base_bias"), lora_b, lora_a, delta_bias, of(PROMPT_DOWN), of(PROMPT_UP)];
+        let columns = |tensor: &Tensor| tensor.dim(1);
+        let adapter = match (of("base_weight"), lora_b, of(PROMPT_DOWN)) {
+            (Some(_), None, None) => Adapter::Head,
+            (None, Some(lora_b), None) => Adapter::LoraAdd(columns(lora_b)?),
+            (None, Some(lora_b), Some(down)) => Adapter::LoraMulVptAdd(columns(lora_b)?, columns(down)?),
+            (None, None, Some(down)) => Adapter::VptAdd(columns(down)?),
+            _ => return Err(format!("`{name}` has the parameters of no adapter").into()),
         };
-        let (n, k) = weight.dims2()?;
-        let mut dims = x.dims().to_vec();
-        let tokens = dims[1..dims.len() - 1].iter().product();
+        let frozen = |parameter: &str| self.frozen(&format!("{name}.{parameter}"));
+        let (base, (out_features, in_features)) = match of("base_weight") {
+            Some(weight) => (None, weight.dims2()?),
+            None => {
+                let weight = frozen("base_weight")?;
+                (Some((values(&weight)?, values(&frozen("base_bias")?)?)), weight.dims2()?)
+            }
+        };
+        let dims = x.dims();
         let shape = LinearShape {
             branches,
             batch: dims[0] / branches,
-            tokens,
-            in_features: k,
-            out_features: n,
+            tokens: dims[1..dims.len() - 1].iter().product(),
+            in_features,
+            out_features,
             shared_input: false,
         };
-        if let Some(last) = dims.last_mut() {
-            *last = n;
-        }
         let z = match step {
             Some(step) => self.case.get_if_present::<f32>(&format!("step{step}.z.{name}"))?,
             None => None,
         };
-        let (x, dims) = (x.contiguous()?, Shape::from(dims));
-        if let Some((weight, bias)) = head {
-            return Ok(x.apply_op3(
-                weight,
-                bias,
-                self.place(Layer { shape, z, base: None }.dense_op(dims)),
-            )?);
-        }
-        let values = |tensor: &Tensor| tensor.flatten_all()?.to_vec1::<f32>();
-        let base = (values(&weight)?, values(&self.frozen(&format!("{name}.base_bias"))?)?);
-        let layer = Layer { shape, z, base: Some(base.clone()) };
-        let (factors, bias, prompts) =
-            (of(DOWN).zip(of(UP)), of(DELTA_BIAS), of(PROMPT_DOWN).zip(of(PROMPT_UP)));
-        Ok(match (factors, bias, prompts) {
-            (Some((lora_b, lora_a)), Some(bias), None) => {
-                let joined = Tensor::cat(&[&lora_b.flatten_all()?, bias], 0)?;
-                x.apply_op3(&joined, lora_a, self.place(layer.low_rank_op(dims)))?
-            }
-            (Some((lora_b, lora_a)), Some(bias), Some((prompt_down, prompt_up))) => {
-                let delta_weight = lora_b.apply_op2(lora_a, self.place(lora_mul(base.0.clone(), [n, k])))?;
-                let delta_bias = prompt_down.apply_op3(prompt_up, bias, self.place(prompt(base, [n, k])))?;
-                x.apply_op3(&delta_weight, &delta_bias, self.place(layer.dense_op(dims)))?
-            }
-            (None, None, Some((prompt_down, prompt_up))) => {
-                let delta_bias = prompt_down.apply_op2(prompt_up, self.place(prompt(base, [n, k])))?;
-                x.apply_op2(&delta_bias, self.place(layer.dense_op(dims)))?
-            }
-            _ => return Err(format!("`{name}` has the parameters of no adapter").into()),
-        })
+        let flat =
+            all.into_iter().flatten().map(Tensor::flatten_all).collect::<candle_core::Result<Vec<_>>>()?;
+        let parameters = Tensor::cat(&flat, 0)?;
+        Ok(x.contiguous()?.apply_op2(&parameters, Layer { place, shape, z, base, adapter })?)
     }
 
     fn plain_linear(&self, name: &str, x: &Tensor, step: Option<usize>) -> Result<Tensor, Failed> {

@@ -1,7 +1,7 @@
 //! DropPath that drops the same samples in both branches.
 
 #[cfg(feature = "candle-cuda")]
-use super::device::{self, CudaSlice, CudaView, Gpu, Gradients};
+use super::device::{self, CudaSlice, CudaView, Gpu};
 use super::{Element, Grads, Kernel, wrap};
 use crate::cpu;
 #[cfg(feature = "candle-cuda")]
@@ -36,20 +36,20 @@ impl DropPathKernel {
     }
 }
 
-impl Kernel for DropPathKernel {
+impl Kernel<1> for DropPathKernel {
     const NAME: &'static str = "shared_drop_path";
 
-    fn shape(&self, arguments: &[&Shape]) -> Result<Shape> {
-        Ok(arguments[0].clone())
+    fn shape(&self, [x]: [&Shape; 1]) -> Result<Shape> {
+        Ok(x.clone())
     }
 
-    fn forward<T: Element>(&self, arguments: &[&[T]], out: &mut [T]) -> Result<()> {
+    fn forward<T: Element>(&self, [x]: [&[T]; 1], out: &mut [T]) -> Result<()> {
         let mask = self.mask::<T>()?;
-        wrap(cpu::shared_drop_path(self.branches, self.features, &mask, arguments[0], out))
+        wrap(cpu::shared_drop_path(self.branches, self.features, &mask, x, out))
     }
 
-    fn backward<T: Element>(&self, _: &[&[T]], grad: &[T], mut out: Grads<'_, T>) -> Result<()> {
-        let Some(dx) = &mut out[0] else { return Ok(()) };
+    fn backward<T: Element>(&self, _: [&[T]; 1], grad: &[T], [dx]: Grads<'_, T, 1>) -> Result<()> {
+        let Some(dx) = dx else { return Ok(()) };
         let mask = self.mask::<T>()?;
         wrap(cpu::shared_drop_path_backward(self.branches, self.features, &mask, grad, dx))
     }
@@ -58,11 +58,11 @@ impl Kernel for DropPathKernel {
     fn forward_cuda<T: device::Element>(
         &self,
         gpu: &Gpu,
-        arguments: &[CudaView<'_, T>],
+        [x]: &[CudaView<'_, T>; 1],
         out: &mut CudaSlice<T>,
     ) -> Result<()> {
         let Self { branches, batch, features, .. } = *self;
-        let (mask, x, stream) = (self.on_device(), &arguments[0], &gpu.stream);
+        let (mask, stream) = (self.on_device(), &gpu.stream);
         wrap(gpu.operators.shared_drop_path(branches, batch, features, mask, x, out, stream))
     }
 
@@ -70,15 +70,14 @@ impl Kernel for DropPathKernel {
     fn backward_cuda<T: device::Element>(
         &self,
         gpu: &Gpu,
-        _: &[CudaView<'_, T>],
+        _: &[CudaView<'_, T>; 1],
         grad: &CudaView<'_, T>,
-        _: &[bool],
-    ) -> Result<Gradients<T>> {
+        [dx]: &mut [Option<CudaSlice<T>>; 1],
+    ) -> Result<()> {
+        let Some(dx) = dx else { return Ok(()) };
         let Self { branches, batch, features, .. } = *self;
         let (mask, stream) = (self.on_device(), &gpu.stream);
-        let mut dx = gpu.alloc(grad.len())?;
         let operators = &gpu.operators;
-        wrap(operators.shared_drop_path_backward(branches, batch, features, mask, grad, &mut dx, stream))?;
-        Ok(vec![Some(dx)])
+        wrap(operators.shared_drop_path_backward(branches, batch, features, mask, grad, dx, stream))
     }
 }

@@ -1,8 +1,8 @@
 //! The noisy layer with a low-rank adapter.
 
 #[cfg(feature = "candle-cuda")]
-use super::device::{self, CudaSlice, CudaView, DevicePtr, DevicePtrMut, Gpu, Gradients, output, places};
-use super::{Element, Grads, Kernel, Layer, apply3, wrap};
+use super::device::{self, CudaSlice, CudaView, DevicePtr, Gpu, output};
+use super::{Element, Grads, Joined, Kernel, Layer, apply2, wrap};
 use crate::cpu;
 #[cfg(feature = "candle-cuda")]
 use crate::cuda;
@@ -26,20 +26,22 @@ pub(in crate::candle) fn low_rank_linear(
     delta_bias: &Tensor,
     scale: f64,
 ) -> Result<Tensor> {
-    let joined = Tensor::cat(&[&lora_b.flatten_all()?, delta_bias], 0)?;
+    let (parts, parameters) = Joined::new([Some(lora_b), Some(lora_a), Some(delta_bias)])?;
     let kernel = LowRankKernel {
         layer,
+        parts,
         rank: lora_a.dim(0)?,
         scale,
         #[cfg(feature = "candle-cuda")]
         s: OnceLock::new(),
     };
-    apply3(kernel, x, &joined, lora_a)
+    apply2(kernel, x, &parameters)
 }
 
-/// `(x, [B, δb] [N·r + N], A)`, see [`cpu::LowRankLinear`]: candle's operations take three tensors at most.
+/// `(x, [B, A, δb])`, see [`cpu::LowRankLinear`].
 struct LowRankKernel {
     layer: Layer,
+    parts: Joined<3>,
     rank: usize,
     scale: f64,
     /// `scale·x·Aᵀ` of the forward pass on a device; the CPU computes it again.
@@ -52,10 +54,9 @@ impl LowRankKernel {
         &self,
         noise: Noise<&'a [T]>,
         base: Option<cpu::Base<&'a [T]>>,
-        joined: &'a [T],
-        lora_a: &'a [T],
+        parameters: &'a [T],
     ) -> cpu::LowRankLinear<'a, T> {
-        let (lora_b, bias) = joined.split_at(self.b_len());
+        let [lora_b, lora_a, delta_bias] = self.parts.parts(parameters);
         cpu::LowRankLinear {
             shape: self.layer.shape,
             noise,
@@ -63,14 +64,9 @@ impl LowRankKernel {
             rank: self.rank,
             lora_b,
             lora_a,
-            delta_bias: Some(bias),
+            delta_bias: Some(delta_bias),
             scale: Element::from_f64(self.scale),
         }
-    }
-
-    /// Where `δb` begins behind `B`.
-    fn b_len(&self) -> usize {
-        self.layer.shape.out_features * self.rank
     }
 }
 
@@ -80,64 +76,57 @@ impl LowRankKernel {
         &self,
         noise: cuda::Noise<'a>,
         base: Option<cuda::Base<&'a dyn DevicePtr<T>>>,
-        joined: &'a (CudaView<'_, T>, CudaView<'_, T>),
-        lora_a: &'a CudaView<'_, T>,
+        [lora_b, lora_a, delta_bias]: &'a [CudaView<'_, T>; 3],
     ) -> cuda::LowRankLinear<&'a dyn DevicePtr<T>, cuda::Noise<'a>> {
         cuda::LowRankLinear {
             shape: self.layer.shape,
             noise,
             base,
             rank: self.rank,
-            lora_b: &joined.0,
+            lora_b,
             lora_a,
-            delta_bias: Some(&joined.1),
+            delta_bias: Some(delta_bias),
             scale: self.scale as f32,
             allow_tf32: gemm_reduced_precision_f32(),
         }
     }
-
-    fn too_short() -> Error {
-        Error::Msg("low_rank_linear: there is no δb behind B".into())
-    }
 }
 
-impl Kernel for LowRankKernel {
+impl Kernel<2> for LowRankKernel {
     const NAME: &'static str = "low_rank_linear";
 
-    fn shape(&self, arguments: &[&Shape]) -> Result<Shape> {
-        self.layer.out_shape(arguments[0])
+    fn shape(&self, [x, _]: [&Shape; 2]) -> Result<Shape> {
+        self.layer.out_shape(x)
     }
 
-    fn forward<T: Element>(&self, arguments: &[&[T]], out: &mut [T]) -> Result<()> {
-        self.layer.with(|noise, base| {
-            let layer = self.linear(noise, base, arguments[1], arguments[2]);
-            wrap(layer.forward(arguments[0], out))
-        })
+    fn forward<T: Element>(&self, [x, parameters]: [&[T]; 2], out: &mut [T]) -> Result<()> {
+        self.layer.with(|noise, base| wrap(self.linear(noise, base, parameters).forward(x, out)))
     }
 
-    fn backward<T: Element>(&self, arguments: &[&[T]], grad: &[T], mut out: Grads<'_, T>) -> Result<()> {
-        let (lora_b, delta_bias) = out[1].take().map(|joined| joined.split_at_mut(self.b_len())).unzip();
-        let grads = cpu::LowRankGrads { input: out[0].take(), lora_b, lora_a: out[2].take(), delta_bias };
-        self.layer.with(|noise, base| {
-            let layer = self.linear(noise, base, arguments[1], arguments[2]);
-            wrap(layer.backward(arguments[0], grad, grads))
-        })
+    fn backward<T: Element>(
+        &self,
+        [x, parameters]: [&[T]; 2],
+        grad: &[T],
+        [input, joined]: Grads<'_, T, 2>,
+    ) -> Result<()> {
+        let [lora_b, lora_a, delta_bias] = self.parts.places(joined);
+        let grads = cpu::LowRankGrads { input, lora_b, lora_a, delta_bias };
+        self.layer.with(|noise, base| wrap(self.linear(noise, base, parameters).backward(x, grad, grads)))
     }
 
     #[cfg(feature = "candle-cuda")]
     fn forward_cuda<T: device::Element>(
         &self,
         gpu: &Gpu,
-        arguments: &[CudaView<'_, T>],
+        [x, parameters]: &[CudaView<'_, T>; 2],
         out: &mut CudaSlice<T>,
     ) -> Result<()> {
-        let joined = arguments[1].try_split_at(self.b_len()).ok_or_else(Self::too_short)?;
+        let parameters = self.parts.views(parameters);
         let mut s = gpu.alloc(wrap(product("s", "[M, r]", &[self.layer.shape.in_rows(), self.rank]))?)?;
         self.layer.on_device(|noise, base| {
-            let layer = self.on_device(noise, base, &joined, &arguments[2]);
+            let layer = self.on_device(noise, base, &parameters);
             let mut workspace = gpu.alloc(layer.workspace_len(gpu.operators.gpu(), T::DTYPE))?;
-            let (x, stream) = (&arguments[0], &gpu.stream);
-            wrap(gpu.operators.low_rank_linear(&layer, x, &mut s, out, &mut workspace, stream))
+            wrap(gpu.operators.low_rank_linear(&layer, x, &mut s, out, &mut workspace, &gpu.stream))
         })?;
         // An operation runs forward once.
         self.s.get_or_init(|| CudaStorage::wrap_cuda_slice(s, gpu.candle.clone()));
@@ -148,33 +137,22 @@ impl Kernel for LowRankKernel {
     fn backward_cuda<T: device::Element>(
         &self,
         gpu: &Gpu,
-        arguments: &[CudaView<'_, T>],
+        [x, parameters]: &[CudaView<'_, T>; 2],
         grad: &CudaView<'_, T>,
-        wanted: &[bool],
-    ) -> Result<Gradients<T>> {
-        let joined = arguments[1].try_split_at(self.b_len()).ok_or_else(Self::too_short)?;
+        [input, joined]: &mut [Option<CudaSlice<T>>; 2],
+    ) -> Result<()> {
+        let parameters = self.parts.views(parameters);
         let s = self.s.get().ok_or_else(|| Error::Msg("low_rank_linear: backward before forward".into()))?;
         let s = s.as_cuda_slice::<T>()?;
-        let mut out = places(gpu, arguments, wanted)?;
-        let [input, joined_grad, lora_a] = &mut out[..] else {
-            candle_core::bail!("low_rank_linear takes three arguments");
-        };
-        let mut halves = match joined_grad {
-            Some(place) => Some(place.try_split_at_mut(self.b_len()).ok_or_else(Self::too_short)?),
-            None => None,
-        };
-        self.layer.on_device(|noise, base| {
-            let layer = self.on_device(noise, base, &joined, &arguments[2]);
-            let mut workspace = gpu.alloc(layer.workspace_len(gpu.operators.gpu(), T::DTYPE))?;
-            let (lora_b, delta_bias) = match &mut halves {
-                Some((lora_b, bias)) => (Some(lora_b as &mut dyn DevicePtrMut<T>), Some(bias as _)),
-                None => (None, None),
-            };
-            let grads =
-                cuda::LowRankGrads { input: output(input), lora_b, lora_a: output(lora_a), delta_bias };
-            let (x, stream) = (&arguments[0], &gpu.stream);
-            wrap(gpu.operators.low_rank_linear_backward(&layer, x, s, grad, grads, &mut workspace, stream))
-        })?;
-        Ok(out)
+        self.parts.with_places(joined.as_mut(), |mut places| {
+            self.layer.on_device(|noise, base| {
+                let layer = self.on_device(noise, base, &parameters);
+                let mut workspace = gpu.alloc(layer.workspace_len(gpu.operators.gpu(), T::DTYPE))?;
+                let [lora_b, lora_a, delta_bias] = places.each_mut().map(output);
+                let grads = cuda::LowRankGrads { input: output(input), lora_b, lora_a, delta_bias };
+                let (operators, stream) = (&gpu.operators, &gpu.stream);
+                wrap(operators.low_rank_linear_backward(&layer, x, s, grad, grads, &mut workspace, stream))
+            })
+        })
     }
 }

@@ -7,24 +7,24 @@
 mod device;
 mod drop_path;
 mod element;
+mod joined;
 mod layer;
-mod lora_mul_weight;
+mod lora_mul_linear;
 mod low_rank_linear;
 mod noisy_add;
 mod noisy_linear;
-mod prompt_bias;
 mod scalar;
 
 #[cfg(feature = "candle-cuda")]
-use self::device::{CudaSlice, CudaView, Gpu, Gradients};
+use self::device::{CudaSlice, CudaView, Gpu};
 pub(super) use self::drop_path::DropPathKernel;
 pub(super) use self::element::Element;
+use self::joined::Joined;
 pub(super) use self::layer::{FrozenLinear, Layer, LayerNoise};
-pub(super) use self::lora_mul_weight::lora_mul_weight;
+pub(super) use self::lora_mul_linear::lora_mul_linear;
 pub(super) use self::low_rank_linear::low_rank_linear;
 pub use self::noisy_add::noisy_add;
 pub(super) use self::noisy_linear::noisy_linear;
-pub(super) use self::prompt_bias::prompt_bias;
 pub(super) use self::scalar::scalar;
 #[cfg(feature = "candle-cuda")]
 use candle_core::CudaStorage;
@@ -34,45 +34,45 @@ use candle_core::{
     WithDType,
 };
 
-/// An operator on one to three tensors: a forward pass on slices, and the gradients of its arguments.
-pub(super) trait Kernel: Send + Sync + 'static {
+/// An operator on `N` tensors, one to three: a forward pass on slices, and the gradients of its arguments.
+pub(super) trait Kernel<const N: usize>: Send + Sync + 'static {
     const NAME: &'static str;
 
     /// The shape of the result, from the arguments' shapes.
-    fn shape(&self, arguments: &[&Shape]) -> Result<Shape>;
+    fn shape(&self, arguments: [&Shape; N]) -> Result<Shape>;
 
     /// Computes the result; `out` has as many elements as [`shape`](Self::shape) says.
-    fn forward<T: Element>(&self, arguments: &[&[T]], out: &mut [T]) -> Result<()>;
+    fn forward<T: Element>(&self, arguments: [&[T]; N], out: &mut [T]) -> Result<()>;
 
     /// Computes the gradients of the arguments that have a place for it, from that of the result.
-    fn backward<T: Element>(&self, arguments: &[&[T]], grad: &[T], out: Grads<'_, T>) -> Result<()>;
+    fn backward<T: Element>(&self, arguments: [&[T]; N], grad: &[T], out: Grads<'_, T, N>) -> Result<()>;
 
     /// [`forward`](Self::forward) on a device. Contents of `out` are ignored.
     #[cfg(feature = "candle-cuda")]
     fn forward_cuda<T: device::Element>(
         &self,
         _gpu: &Gpu,
-        _arguments: &[CudaView<'_, T>],
+        _arguments: &[CudaView<'_, T>; N],
         _out: &mut CudaSlice<T>,
     ) -> Result<()> {
         candle_core::bail!("this operator has no kernel for CUDA tensors")
     }
 
-    /// Computes on a device the gradients of the arguments that `wanted` asks for, and perhaps others.
+    /// [`backward`](Self::backward) on a device. Contents of `out` are ignored.
     #[cfg(feature = "candle-cuda")]
     fn backward_cuda<T: device::Element>(
         &self,
         _gpu: &Gpu,
-        _arguments: &[CudaView<'_, T>],
+        _arguments: &[CudaView<'_, T>; N],
         _grad: &CudaView<'_, T>,
-        _wanted: &[bool],
-    ) -> Result<Gradients<T>> {
+        _out: &mut [Option<CudaSlice<T>>; N],
+    ) -> Result<()> {
         candle_core::bail!("this operator has no kernel for CUDA tensors")
     }
 }
 
 /// A place for the gradient of each argument that needs one.
-pub(super) type Grads<'a, T> = Vec<Option<&'a mut [T]>>;
+pub(super) type Grads<'a, T, const N: usize> = [Option<&'a mut [T]>; N];
 
 /// Errors of the operators, to candle.
 pub(super) fn wrap<V>(result: crate::Result<V>) -> Result<V> {
@@ -130,13 +130,20 @@ macro_rules! by_dtype {
 }
 use by_dtype;
 
+/// The values as an array: there is one for each argument.
+fn array<V, const N: usize>(values: &[V]) -> Result<&[V; N]> {
+    values.try_into().map_err(Error::wrap)
+}
+
 /// A [`Kernel`] as a candle operation.
 struct Op<K>(K);
 
-impl<K: Kernel> Op<K> {
-    fn fwd(&self, arguments: &[(&CpuStorage, &Layout)]) -> Result<(CpuStorage, Shape)> {
-        let shapes: Vec<&Shape> = arguments.iter().map(|(_, layout)| layout.shape()).collect();
-        let shape = self.0.shape(&shapes)?;
+impl<K> Op<K> {
+    fn fwd<const N: usize>(&self, arguments: [(&CpuStorage, &Layout); N]) -> Result<(CpuStorage, Shape)>
+    where
+        K: Kernel<N>,
+    {
+        let shape = self.0.shape(arguments.map(|(_, layout)| layout.shape()))?;
         let dtype = arguments[0].0.dtype();
         by_dtype!(K::NAME, dtype, T => {
             let slices: Vec<&[T]> = arguments
@@ -144,12 +151,15 @@ impl<K: Kernel> Op<K> {
                 .map(|(storage, layout)| view(storage, layout))
                 .collect::<Result<_>>()?;
             let mut out = vec![0.0; shape.elem_count()];
-            self.0.forward::<T>(&slices, &mut out)?;
+            self.0.forward::<T>(*array(&slices)?, &mut out)?;
             Ok((T::to_cpu_storage_owned(out), shape))
         })
     }
 
-    fn bwd<const N: usize>(&self, arguments: [&Tensor; N], grad: &Tensor) -> Result<[Option<Tensor>; N]> {
+    fn bwd<const N: usize>(&self, arguments: [&Tensor; N], grad: &Tensor) -> Result<[Option<Tensor>; N]>
+    where
+        K: Kernel<N>,
+    {
         let grad = grad.contiguous()?;
         #[cfg(feature = "candle-cuda")]
         if let candle_core::Device::Cuda(gpu) = grad.device() {
@@ -157,11 +167,10 @@ impl<K: Kernel> Op<K> {
         }
         by_dtype!(K::NAME, grad.dtype(), T => {
             let mut grads = arguments.map(|argument| argument.track_op().then(|| vec![0.0; argument.elem_count()]));
-            let places: Grads<'_, T> = grads.iter_mut().map(Option::as_deref_mut).collect();
-            let mut tensors = arguments.to_vec();
-            tensors.push(&grad);
+            let places = grads.each_mut().map(Option::as_deref_mut);
+            let tensors = [&arguments[..], &[&grad]].concat();
             with_slices::<T, _>(K::NAME, &tensors, |slices| {
-                self.0.backward(&slices[..N], slices[N], places)
+                self.0.backward(*array(&slices[..N])?, slices[N], places)
             })?;
             let mut out = [const { None }; N];
             for ((out, values), argument) in out.iter_mut().zip(grads).zip(arguments) {
@@ -174,124 +183,39 @@ impl<K: Kernel> Op<K> {
     }
 }
 
-impl<K: Kernel> CustomOp1 for Op<K> {
-    fn name(&self) -> &'static str {
-        K::NAME
-    }
-    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
-        self.fwd(&[(s, l)])
-    }
-    #[cfg(feature = "candle-cuda")]
-    fn cuda_fwd(&self, s: &CudaStorage, l: &Layout) -> Result<(CudaStorage, Shape)> {
-        device::forward(&self.0, &[(s, l)])
-    }
-    fn bwd(&self, a: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let [a] = Op::bwd(self, [a], grad)?;
-        Ok(a)
-    }
+/// One of candle's traits, which differ in how many tensors they name.
+macro_rules! custom_op {
+    ($Trait:ident, $N:literal, $($storage:ident $layout:ident $tensor:ident),+ => $Grads:ty) => {
+        impl<K: Kernel<$N>> $Trait for Op<K> {
+            fn name(&self) -> &'static str {
+                K::NAME
+            }
+            fn cpu_fwd(&self, $($storage: &CpuStorage, $layout: &Layout),+) -> Result<(CpuStorage, Shape)> {
+                self.fwd([$(($storage, $layout)),+])
+            }
+            #[cfg(feature = "candle-cuda")]
+            fn cuda_fwd(&self, $($storage: &CudaStorage, $layout: &Layout),+) -> Result<(CudaStorage, Shape)> {
+                device::forward(&self.0, [$(($storage, $layout)),+])
+            }
+            fn bwd(&self, $($tensor: &Tensor,)+ _: &Tensor, grad: &Tensor) -> Result<$Grads> {
+                let [$($tensor),+] = Op::bwd(self, [$($tensor),+], grad)?;
+                Ok(($($tensor),+))
+            }
+        }
+    };
 }
+custom_op!(CustomOp1, 1, s1 l1 a => Option<Tensor>);
+custom_op!(CustomOp2, 2, s1 l1 a, s2 l2 b => (Option<Tensor>, Option<Tensor>));
+custom_op!(CustomOp3, 3, s1 l1 a, s2 l2 b, s3 l3 c => (Option<Tensor>, Option<Tensor>, Option<Tensor>));
 
-impl<K: Kernel> CustomOp2 for Op<K> {
-    fn name(&self) -> &'static str {
-        K::NAME
-    }
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        self.fwd(&[(s1, l1), (s2, l2)])
-    }
-    #[cfg(feature = "candle-cuda")]
-    fn cuda_fwd(
-        &self,
-        s1: &CudaStorage,
-        l1: &Layout,
-        s2: &CudaStorage,
-        l2: &Layout,
-    ) -> Result<(CudaStorage, Shape)> {
-        device::forward(&self.0, &[(s1, l1), (s2, l2)])
-    }
-    fn bwd(
-        &self,
-        a: &Tensor,
-        b: &Tensor,
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let [a, b] = Op::bwd(self, [a, b], grad)?;
-        Ok((a, b))
-    }
-}
-
-impl<K: Kernel> CustomOp3 for Op<K> {
-    fn name(&self) -> &'static str {
-        K::NAME
-    }
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-        s3: &CpuStorage,
-        l3: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        self.fwd(&[(s1, l1), (s2, l2), (s3, l3)])
-    }
-    #[cfg(feature = "candle-cuda")]
-    fn cuda_fwd(
-        &self,
-        s1: &CudaStorage,
-        l1: &Layout,
-        s2: &CudaStorage,
-        l2: &Layout,
-        s3: &CudaStorage,
-        l3: &Layout,
-    ) -> Result<(CudaStorage, Shape)> {
-        device::forward(&self.0, &[(s1, l1), (s2, l2), (s3, l3)])
-    }
-    fn bwd(
-        &self,
-        a: &Tensor,
-        b: &Tensor,
-        c: &Tensor,
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let [a, b, c] = Op::bwd(self, [a, b, c], grad)?;
-        Ok((a, b, c))
-    }
-}
-
-pub(super) fn apply1<K: Kernel>(kernel: K, a: &Tensor) -> Result<Tensor> {
+pub(super) fn apply1<K: Kernel<1>>(kernel: K, a: &Tensor) -> Result<Tensor> {
     a.contiguous()?.apply_op1(Op(kernel))
 }
 
-fn apply2<K: Kernel>(kernel: K, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+fn apply2<K: Kernel<2>>(kernel: K, a: &Tensor, b: &Tensor) -> Result<Tensor> {
     a.contiguous()?.apply_op2(&b.contiguous()?, Op(kernel))
 }
 
-pub(super) fn apply3<K: Kernel>(kernel: K, a: &Tensor, b: &Tensor, c: &Tensor) -> Result<Tensor> {
+pub(super) fn apply3<K: Kernel<3>>(kernel: K, a: &Tensor, b: &Tensor, c: &Tensor) -> Result<Tensor> {
     a.contiguous()?.apply_op3(&b.contiguous()?, &c.contiguous()?, Op(kernel))
-}
-
-/// Where gradients go that an operator always computes: the place that was given, or a spare one.
-fn places<'a, T: Element, const N: usize>(
-    out: &'a mut Grads<'_, T>,
-    spare: &'a mut [Vec<T>; N],
-    lengths: [usize; N],
-) -> [&'a mut [T]; N] {
-    let mut out = out.iter_mut();
-    let mut spare = spare.iter_mut();
-    lengths.map(|length| match (out.next(), spare.next()) {
-        (Some(Some(place)), _) => &mut place[..],
-        (_, Some(spare)) => {
-            spare.resize(length, T::zero());
-            &mut spare[..]
-        }
-        _ => &mut [],
-    })
 }

@@ -1,7 +1,7 @@
 //! Base and perturbed adapter output, for layers that compute both themselves.
 
 #[cfg(feature = "candle-cuda")]
-use super::device::{self, CudaSlice, CudaView, Gpu, Gradients, places};
+use super::device::{self, CudaSlice, CudaView, Gpu};
 use super::{Element, Grads, Kernel, LayerNoise, apply2, wrap};
 use crate::cpu;
 use crate::noise::Generator;
@@ -39,26 +39,26 @@ struct NoisyAddKernel {
     noise: LayerNoise,
 }
 
-impl Kernel for NoisyAddKernel {
+impl Kernel<2> for NoisyAddKernel {
     const NAME: &'static str = "noisy_epilogue";
 
-    fn shape(&self, arguments: &[&Shape]) -> Result<Shape> {
-        if arguments[0] != arguments[1] {
-            candle_core::bail!("shapes {:?} and {:?} differ", arguments[0], arguments[1]);
+    fn shape(&self, [base, a]: [&Shape; 2]) -> Result<Shape> {
+        if base != a {
+            candle_core::bail!("shapes {base:?} and {a:?} differ");
         }
-        Ok(arguments[0].clone())
+        Ok(a.clone())
     }
 
-    fn forward<T: Element>(&self, arguments: &[&[T]], out: &mut [T]) -> Result<()> {
-        out.copy_from_slice(arguments[0]);
-        self.noise.with(|noise| wrap(cpu::noisy_epilogue(self.shape, noise, arguments[1], out)))
+    fn forward<T: Element>(&self, [base, a]: [&[T]; 2], out: &mut [T]) -> Result<()> {
+        out.copy_from_slice(base);
+        self.noise.with(|noise| wrap(cpu::noisy_epilogue(self.shape, noise, a, out)))
     }
 
-    fn backward<T: Element>(&self, _: &[&[T]], grad: &[T], mut out: Grads<'_, T>) -> Result<()> {
-        if let Some(base) = &mut out[0] {
+    fn backward<T: Element>(&self, _: [&[T]; 2], grad: &[T], [base, a]: Grads<'_, T, 2>) -> Result<()> {
+        if let Some(base) = base {
             base.copy_from_slice(grad);
         }
-        match &mut out[1] {
+        match a {
             Some(a) => {
                 self.noise.with(|noise| wrap(cpu::noisy_epilogue_backward(self.shape, noise, grad, a)))
             }
@@ -70,24 +70,22 @@ impl Kernel for NoisyAddKernel {
     fn forward_cuda<T: device::Element>(
         &self,
         gpu: &Gpu,
-        arguments: &[CudaView<'_, T>],
+        [base, a]: &[CudaView<'_, T>; 2],
         out: &mut CudaSlice<T>,
     ) -> Result<()> {
-        gpu.candle.memcpy_dtod(&arguments[0], out)?;
-        let (shape, a) = (self.shape, &arguments[1]);
-        self.noise.on_device(|noise| wrap(gpu.operators.noisy_epilogue(shape, noise, a, out, &gpu.stream)))
+        gpu.candle.memcpy_dtod(base, out)?;
+        let (shape, stream) = (self.shape, &gpu.stream);
+        self.noise.on_device(|noise| wrap(gpu.operators.noisy_epilogue(shape, noise, a, out, stream)))
     }
 
     #[cfg(feature = "candle-cuda")]
     fn backward_cuda<T: device::Element>(
         &self,
         gpu: &Gpu,
-        arguments: &[CudaView<'_, T>],
+        _: &[CudaView<'_, T>; 2],
         grad: &CudaView<'_, T>,
-        wanted: &[bool],
-    ) -> Result<Gradients<T>> {
-        let mut out = places(gpu, arguments, wanted)?;
-        let [base, a] = &mut out[..] else { candle_core::bail!("noisy_epilogue takes two arguments") };
+        [base, a]: &mut [Option<CudaSlice<T>>; 2],
+    ) -> Result<()> {
         if let Some(base) = base {
             gpu.candle.memcpy_dtod(grad, base)?;
         }
@@ -97,6 +95,6 @@ impl Kernel for NoisyAddKernel {
                 wrap(gpu.operators.noisy_epilogue_backward(shape, noise, grad, a, stream))
             })?;
         }
-        Ok(out)
+        Ok(())
     }
 }

@@ -46,21 +46,17 @@ fn moments<T: Element>(row: &[T], epsilon: f64) -> (T, T) {
     (mean, T::one() / (variance + epsilon).sqrt())
 }
 
-impl Kernel for LayerNormKernel {
+impl Kernel<3> for LayerNormKernel {
     const NAME: &'static str = "layer_norm";
 
-    fn shape(&self, arguments: &[&Shape]) -> Result<Shape> {
-        let [x, weight, bias] = arguments else { candle_core::bail!("layer_norm takes three arguments") };
+    fn shape(&self, [x, weight, bias]: [&Shape; 3]) -> Result<Shape> {
         match x.dims().last() {
-            Some(&width) if width > 0 && weight.dims() == [width] && bias.dims() == [width] => {
-                Ok((*x).clone())
-            }
+            Some(&width) if width > 0 && weight.dims() == [width] && bias.dims() == [width] => Ok(x.clone()),
             _ => candle_core::bail!("layer_norm: weight {weight:?} and bias {bias:?} do not fit {x:?}"),
         }
     }
 
-    fn forward<T: Element>(&self, arguments: &[&[T]], out: &mut [T]) -> Result<()> {
-        let [x, weight, bias] = [arguments[0], arguments[1], arguments[2]];
+    fn forward<T: Element>(&self, [x, weight, bias]: [&[T]; 3], out: &mut [T]) -> Result<()> {
         let width = weight.len();
         let task = (TASK / width).max(1) * width;
         out.par_chunks_mut(task).zip(x.par_chunks(task)).for_each(|(out, x)| {
@@ -74,11 +70,15 @@ impl Kernel for LayerNormKernel {
         Ok(())
     }
 
-    fn backward<T: Element>(&self, arguments: &[&[T]], grad: &[T], mut out: Grads<'_, T>) -> Result<()> {
-        let [x, weight] = [arguments[0], arguments[1]];
+    fn backward<T: Element>(
+        &self,
+        [x, weight, _]: [&[T]; 3],
+        grad: &[T],
+        [dx, grads @ ..]: Grads<'_, T, 3>,
+    ) -> Result<()> {
         let width = weight.len();
         let count = T::from_usize(width);
-        if let Some(dx) = &mut out[0] {
+        if let Some(dx) = dx {
             let task = (TASK / width).max(1) * width;
             let tasks = dx.par_chunks_mut(task).zip(x.par_chunks(task)).zip(grad.par_chunks(task));
             tasks.for_each(|((dx, x), grad)| {
@@ -97,7 +97,7 @@ impl Kernel for LayerNormKernel {
                 }
             });
         }
-        if out[1].is_some() || out[2].is_some() {
+        if grads.iter().any(Option::is_some) {
             // Only pre-training asks for these; one thread keeps the order of the sums fixed.
             let (mut dw, mut db) = (vec![T::zero(); width], vec![T::zero(); width]);
             for (x, grad) in x.chunks_exact(width).zip(grad.chunks_exact(width)) {
@@ -107,7 +107,7 @@ impl Kernel for LayerNormKernel {
                     *db += g;
                 }
             }
-            for (place, values) in out[1..].iter_mut().zip([dw, db]) {
+            for (place, values) in grads.into_iter().zip([dw, db]) {
                 if let Some(place) = place {
                     place.copy_from_slice(&values);
                 }
@@ -199,17 +199,17 @@ impl AttentionKernel {
     }
 }
 
-impl Kernel for AttentionKernel {
+impl Kernel<1> for AttentionKernel {
     const NAME: &'static str = "attention";
 
-    fn shape(&self, arguments: &[&Shape]) -> Result<Shape> {
-        let (rows, tokens, _) = arguments[0].dims3()?;
+    fn shape(&self, [shape]: [&Shape; 1]) -> Result<Shape> {
+        let (rows, tokens, _) = shape.dims3()?;
         Ok(Shape::from((rows, tokens, self.width())))
     }
 
-    fn forward<T: Element>(&self, arguments: &[&[T]], out: &mut [T]) -> Result<()> {
+    fn forward<T: Element>(&self, [qkv]: [&[T]; 1], out: &mut [T]) -> Result<()> {
         let (t, width, dim) = (self.tokens, self.width(), self.head_dim);
-        let samples = out.par_chunks_mut(t * width).zip(arguments[0].par_chunks(3 * t * width));
+        let samples = out.par_chunks_mut(t * width).zip(qkv.par_chunks(3 * t * width));
         samples.for_each_init(
             || vec![T::zero(); t * t],
             |weights, (out, qkv)| {
@@ -226,11 +226,11 @@ impl Kernel for AttentionKernel {
         Ok(())
     }
 
-    fn backward<T: Element>(&self, arguments: &[&[T]], grad: &[T], mut out: Grads<'_, T>) -> Result<()> {
-        let Some(dqkv) = &mut out[0] else { return Ok(()) };
+    fn backward<T: Element>(&self, [qkv]: [&[T]; 1], grad: &[T], [dqkv]: Grads<'_, T, 1>) -> Result<()> {
+        let Some(dqkv) = dqkv else { return Ok(()) };
         let (t, width, dim) = (self.tokens, self.width(), self.head_dim);
         let scale: T = Element::from_f64((dim as f64).powf(-0.5));
-        let samples = dqkv.par_chunks_mut(3 * t * width).zip(arguments[0].par_chunks(3 * t * width));
+        let samples = dqkv.par_chunks_mut(3 * t * width).zip(qkv.par_chunks(3 * t * width));
         samples.zip(grad.par_chunks(t * width)).for_each_init(
             || (vec![T::zero(); t * t], vec![T::zero(); t * t]),
             |(weights, scores), ((dqkv, qkv), grad)| {
@@ -269,25 +269,25 @@ fn normal_cdf<T: Element>(x: T) -> T {
     half * (T::one() + (x * scale).erf())
 }
 
-impl Kernel for GeluKernel {
+impl Kernel<1> for GeluKernel {
     const NAME: &'static str = "gelu";
 
-    fn shape(&self, arguments: &[&Shape]) -> Result<Shape> {
-        Ok(arguments[0].clone())
+    fn shape(&self, [shape]: [&Shape; 1]) -> Result<Shape> {
+        Ok(shape.clone())
     }
 
-    fn forward<T: Element>(&self, arguments: &[&[T]], out: &mut [T]) -> Result<()> {
-        out.par_chunks_mut(TASK).zip(arguments[0].par_chunks(TASK)).for_each(|(out, x)| {
+    fn forward<T: Element>(&self, [x]: [&[T]; 1], out: &mut [T]) -> Result<()> {
+        out.par_chunks_mut(TASK).zip(x.par_chunks(TASK)).for_each(|(out, x)| {
             zip1(out, x, |out, x| *out = x * normal_cdf(x));
         });
         Ok(())
     }
 
-    fn backward<T: Element>(&self, arguments: &[&[T]], grad: &[T], mut out: Grads<'_, T>) -> Result<()> {
-        let Some(dx) = &mut out[0] else { return Ok(()) };
+    fn backward<T: Element>(&self, [x]: [&[T]; 1], grad: &[T], [dx]: Grads<'_, T, 1>) -> Result<()> {
+        let Some(dx) = dx else { return Ok(()) };
         let (half, norm): (T, T) =
             (Element::from_f64(-0.5), Element::from_f64((2.0 * std::f64::consts::PI).sqrt().recip()));
-        let tasks = dx.par_chunks_mut(TASK).zip(arguments[0].par_chunks(TASK)).zip(grad.par_chunks(TASK));
+        let tasks = dx.par_chunks_mut(TASK).zip(x.par_chunks(TASK)).zip(grad.par_chunks(TASK));
         tasks.for_each(|((dx, x), grad)| {
             zip2(dx, x, grad, |dx, x, g| *dx = g * (normal_cdf(x) + x * norm * (half * x * x).exp()));
         });
@@ -301,7 +301,7 @@ pub(super) fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, epsilon: f6
     if x.device().is_cpu() {
         return apply3(kernel, x, weight, bias);
     }
-    kernel.shape(&[x.shape(), weight.shape(), bias.shape()])?;
+    kernel.shape([x.shape(), weight.shape(), bias.shape()])?;
     composed::layer_norm(x, weight, bias, epsilon)
 }
 
