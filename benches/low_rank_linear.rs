@@ -1,7 +1,7 @@
 //! Low-rank noisy layer (LoRA add), rank 10; criterion's elem/s are FLOP/s.
 //!
-//! Operations are counted as one product per pass, the frozen layer's, so that the figures compare with a plain
-//! product's.
+//! Operations are counted as one GEMM per pass, the frozen layer's, so that the figures compare with a plain
+//! GEMM's.
 
 mod common;
 

@@ -1,7 +1,7 @@
 //! Dense noisy layer, with ΔW and without (VPT add); criterion's elem/s are FLOP/s.
 //!
-//! Operations are counted as one product for a forward pass or for dx and one for dΔW: what a layer without noise and
-//! with merged weights needs. So the figures compare with a plain product's.
+//! Operations are counted as one GEMM for a forward pass or for dx and one for dΔW: what a layer without noise and
+//! with merged weights needs. So the figures compare with a plain GEMM's.
 
 mod common;
 

@@ -295,9 +295,9 @@ struct LowRankWeightParams {
   u64 aligned;
 };
 
-/// Parameters of the kernels `low_rank_backward*`.
+/// Parameters of the kernels `low_rank_weight_backward*` and `prompt_bias_columns*`.
 struct LowRankBackwardParams {
-  /// Gradient to dW.
+  /// `grad_Wd`.
   Input<void> grad;
   /// W0, or null.
   Input<void> base;
@@ -523,7 +523,7 @@ struct PromptBiasParams {
   u64 aligned;
 };
 
-/// Parameters of the kernels `prompt_grads*`.
+/// Parameters of the kernels `prompt_bias_grads*`.
 struct PromptGradsParams {
   /// `q [K]`.
   Input<float> q;

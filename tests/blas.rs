@@ -1,4 +1,4 @@
-//! Products by a lent BLAS: a plain one, written here after the definition, must be given what it asks for.
+//! GEMMs by a registered BLAS: a plain one, written here after the definition, must be given what it asks for.
 
 use pace_kernels::LinearShape;
 use pace_kernels::cpu::{Base, Blas, LowRankGrads, LowRankLinear, NoisyLinear, NoisyLinearGrads, set_blas};
@@ -105,7 +105,7 @@ fn a_lent_blas_gives_what_the_crates_own_products_give() {
         shared_input,
     };
     let cases = [
-        // Folded, both products, no noise; a shared input; one sample, whose product all threads share.
+        // Folded, both GEMMs, no noise; a shared input; one sample, whose GEMM all threads share.
         (noise(NoiseShape::PerSample), shape(2, 40, false)),
         (noise(NoiseShape::PerToken), shape(2, 40, false)),
         (Noise::Off, shape(2, 40, false)),

@@ -46,7 +46,7 @@ pub fn name(shape: &LinearShape) -> String {
     format!("{}x{} {}->{}", shape.samples(), shape.tokens, shape.in_features, shape.out_features)
 }
 
-/// Operations of one product over all token rows.
+/// Operations of one GEMM over all token rows.
 pub fn product_flop(shape: &LinearShape) -> u64 {
     2 * (shape.out_rows() * shape.in_features * shape.out_features) as u64
 }

@@ -71,7 +71,7 @@ impl Gpu {
         Ok(format!("{}, sm_{major}{minor}, {} MiB of L2", context.name()?, self.l2_bytes >> 20))
     }
 
-    /// `len` numbers in ±½: what a product takes depends on how many bits flip, so zeros would flatter it.
+    /// `len` numbers in ±½: what a GEMM takes depends on how many bits flip, so zeros would flatter it.
     pub fn values<T: Value>(&self, len: usize) -> Fallible<CudaSlice<T>> {
         self.count::<T>(len);
         Ok(self.stream.clone_dtod(&T::values(self).slice(..len))?)

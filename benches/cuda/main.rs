@@ -1,4 +1,4 @@
-//! The CUDA operators on device 0, at the sizes of a ViT-B, beside a copy and a product by cuBLASLt.
+//! The CUDA operators on device 0, at the sizes of a ViT-B, beside a copy and a GEMM by cuBLASLt.
 //!
 //! Criterion measures; times come from the device's clock. Afterwards one table in Markdown has every operator, also as
 //! JSON in the file that `PACE_BENCH_JSON` names. Without a device the program says so and does nothing.
@@ -44,10 +44,10 @@ pub struct Case {
     pub shape: String,
     /// Bytes that have to move at least: each input read once, each output written once.
     pub bytes: usize,
-    /// Operations of the products that a layer with merged weights and no noise would have, so that figures compare with a
-    /// plain product's; 0 where there are none.
+    /// Operations of the GEMMs that a layer with merged weights and no noise would have, so that figures compare with a
+    /// plain GEMM's; 0 where there are none.
     pub flop: usize,
-    /// Whether to compare with cuBLASLt's product of the same type and shape.
+    /// Whether to compare with cuBLASLt's GEMM of the same type and shape.
     pub against_product: bool,
     pub set: Set,
 }

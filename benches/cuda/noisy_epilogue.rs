@@ -1,4 +1,4 @@
-//! Noisy epilogue after a product of the caller's own.
+//! Noisy epilogue after a GEMM of the caller's own.
 
 use crate::gpu::{Gpu, Value};
 use crate::{Case, Launch, common, layer};

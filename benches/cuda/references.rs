@@ -1,4 +1,4 @@
-//! What the device can do: a copy for memory, cuBLASLt for products.
+//! What the device can do: a copy for memory, cuBLASLt for GEMMs.
 
 use crate::gpu::{Gpu, Value};
 use crate::{Case, Fallible, Launch, common, layer};

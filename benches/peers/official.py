@@ -2,8 +2,8 @@
 bench.
 
 It does the work that the official implementation (https://github.com/MaxwellYaoNi/PACE) does, in the same order:
-frozen and adapted features are separate products, noise is a tensor of its own, both branches pass through the whole
-trunk as one batch, and a layer without noise (sigma = 0, or evaluation) is one product with merged weights. Parameters
+frozen and adapted features are separate GEMMs, noise is a tensor of its own, both branches pass through the whole
+trunk as one batch, and a layer without noise (sigma = 0, or evaluation) is one GEMM with merged weights. Parameters
 have the official names, so state dictionaries fit. Written from the formulas (`docs/method.md`); shapes below are `x
 [B, ..., K]`, `y [B, ..., N]`, rank `r`. Everything is in the dtype and on the device of the frozen layer.
 """
@@ -122,7 +122,7 @@ ADAPTERS = {"lora_mul_vpt": LoraMulVptAdd, "lora_add": LoraAdd, "vpt_add": VptAd
 
 
 class Noise(nn.Module):
-    """`y = base + z ⊙ delta` with `z = 1 + sigma·n` in training, the merged product in evaluation or where sigma is 0.
+    """`y = base + z ⊙ delta` with `z = 1 + sigma·n` in training, one GEMM with merged weights in evaluation or where sigma is 0.
 
     `shape` is `"BC"` (one draw per sample and channel) or `"BTC"` (one per sample, token and channel). Where `z` is
     set, it is used instead of a draw: `[B, ..., N]` or anything that broadcasts to it, or `[B, N]` for `"BC"`.

@@ -83,7 +83,7 @@ impl Layer {
         }
     }
 
-    /// The frozen layer alone: two products of the library that the operators use.
+    /// The frozen layer alone: two GEMMs of the library that the operators use.
     fn frozen(&self) -> Iteration {
         let (m, k, n) = (self.shape.out_rows(), self.shape.in_features, self.shape.out_features);
         let weight = MatRef::from_row_major_slice(&self.weight, n, k);

@@ -29,7 +29,7 @@ pub struct LoraMulLinear<'a, T> {
     pub delta_bias: Option<&'a [T]>,
 }
 
-/// Factors of a low-rank weight; `B` are the tensors, `S` is the scale.
+/// Factors of a low-rank weight; `B` are the tensors, `S` is the type of the scale.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Lora<B, S> {
     /// Rank `r`.

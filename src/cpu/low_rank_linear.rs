@@ -1,7 +1,7 @@
 //! Low-rank noisy linear layer (LoRA add): `y = x·W0ᵀ + b0 + z ⊙ (c·(x·Aᵀ)·Bᵀ + δb)`, `c` the scale.
 //!
 //! ΔW = c·B·A is never formed: `s = c·x·Aᵀ` has r columns, and the rank-r GEMM joins each tile of the base GEMM
-//! in its epilogue. The backward pass does the same with `ds = e·B`.
+//! in its epilogue. The backward pass does the same with `ds = c·e·B`.
 
 use super::Base;
 use super::matmul::{

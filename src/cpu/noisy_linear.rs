@@ -7,7 +7,7 @@
 //!   its effective weight `W0 + z⊙ΔW`, built block by block in the cache, and one GEMM does the work of two.
 //!   With the noise off there is one effective weight for all samples.
 //!
-//! The weight gradient is the same in both: `ΔW` rows are summed over all token rows in a fixed order.
+//! The weight gradient is the same in both: each row of dΔW is summed over all token rows in a fixed order.
 
 use super::matmul::{Accum, MatMut, Par, all_threads, gemm, inner_threads, mat, mat_mut};
 use super::rows::{self, CHANNEL_BLOCK, Z, blocks};
@@ -130,7 +130,8 @@ impl<T: Real> NoisyLinear<'_, T> {
     /// Computes `y [M, N]` from `x` (`[M, K]`, or `[B·T, K]` if the input is shared).
     ///
     /// # Errors
-    /// If a size is zero or overflows, or a slice does not have the length that the sizes ask for.
+    /// If there is neither a base nor ΔW, a size is zero or overflows, or a slice does not have the length that the sizes ask
+    /// for.
     pub fn forward(&self, x: &[T], y: &mut [T]) -> Result<()> {
         let z = self.check()?;
         check_io(&self.shape, ("x", x), ("y", y))?;
@@ -195,7 +196,7 @@ impl<T: Real> NoisyLinear<'_, T> {
         self.backward_from(Some(x), dy, grads)
     }
 
-    /// The same without `x`, if its product with the gradient is not asked for.
+    /// The same without `x`, if the gradient of ΔW is not asked for.
     pub(crate) fn backward_from(
         &self,
         x: Option<&[T]>,

@@ -19,7 +19,7 @@ const CHANNELS: usize = 192;
 /// Most partial sums of dA.
 const MAX_SUMS: usize = 64;
 
-/// The trained factors of a low-rank weight `[N, K]`: `B [N, r]`, `A [r, K]`, and a scale `S` on their product. `B` are the
+/// The trained factors of a low-rank weight `[N, K]`: `B [N, r]`, `A [r, K]`, and a scale of type `S` on `B·A`. `B` are the
 /// tensors: slices here, and on NVIDIA devices what the operators in `cuda` take.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LoraFactors<B, S = f32> {

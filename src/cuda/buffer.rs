@@ -136,7 +136,7 @@ impl DType {
     }
 }
 
-/// Which way through an operator that has the same arguments both ways.
+/// The pass of an operator whose passes have the same arguments.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Direction {
     /// From `x` to `y`, or of the epilogue `y += z ⊙ a`.
@@ -154,7 +154,7 @@ mod sealed {
 
 /// `f32`, `f16` or `bf16`.
 pub trait Element: sealed::Sealed + 'static {
-    /// The same as a value.
+    /// This type as a value.
     const DTYPE: DType;
 }
 

@@ -111,7 +111,7 @@ impl Device {
         }
     }
 
-    /// The same device with every linear layer computed by this family.
+    /// The same device with each linear layer computed by this family, if it takes the layer's sizes.
     ///
     /// # Errors
     /// [`Error::NoFamily`] if the family does not run here.
@@ -134,8 +134,9 @@ impl Device {
     /// Carries out a plan on `stream` without waiting for it.
     ///
     /// # Errors
-    /// [`Error::OtherDevice`] if the stream is not of this device's primary context; [`Error::Driver`] if the launch
-    /// fails.
+    /// [`Error::OtherDevice`] if the stream is not of this device's primary context; [`Error::Driver`] if a kernel cannot be
+    /// launched, [`Error::KernelsNotBuilt`] if it is not there for this device; [`Error::Library`] if cuBLASLt is missing or
+    /// refuses a GEMM.
     ///
     /// # Safety
     /// Every buffer that the plan was made from must be device memory of this context with at least the stated number of

@@ -125,7 +125,7 @@ impl Matrix {
     }
 }
 
-/// Hands out parts of a workspace, each at a multiple of 256 bytes: what `cudaMalloc` gives, and the library's kernels like best.
+/// Allocates from a workspace, each time at a multiple of 256 bytes: what `cudaMalloc` gives, and the library's kernels like best.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Arena {
     next: u64,

@@ -16,7 +16,8 @@ pub struct Gpu {
     pub max_shared_bytes: u32,
     /// Whether a cuBLASLt library was found at run time.
     pub has_cublaslt: bool,
-    /// The family that computes every layer, instead of the one that was measured to be the fastest.
+    /// The family that computes each layer that it takes, instead of the one that was measured to be the fastest. It has to be
+    /// available on the device ([`Family::is_available`]): plans do not check that.
     pub family: Option<Family>,
 }
 
@@ -37,7 +38,8 @@ impl Gpu {
         Self { capability, multiprocessors, l2_bytes, max_shared_bytes, has_cublaslt: true, family: None }
     }
 
-    /// The same device with every layer computed by this family.
+    /// The same device with each layer computed by this family, if it takes the layer's sizes. Does not check that the family is
+    /// available.
     ///
     /// ```
     /// use pace_kernels::cuda::{Family, Gpu};
@@ -49,7 +51,7 @@ impl Gpu {
     }
 }
 
-/// A family of implementations of the linear layers. All give the same layer, rounded differently.
+/// A family of implementations of the linear layers. Their results differ in rounding only.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Family {
     /// Our portable tensor-core kernels (`kernels/sm80`), for compute capability 8.0 and up: each pass is one kernel or few.

@@ -108,7 +108,7 @@ pub struct Loss {
     /// Output, `u64 [9]`: what [`LossStatus::new`] takes.
     pub status: Buffer,
     /// `u32`, at least [`LossSettings::workspace_len`]. The first word must be zero before the launch and is again after it;
-    /// the others may hold anything.
+    /// contents of the others are ignored.
     pub workspace: Buffer,
 }
 

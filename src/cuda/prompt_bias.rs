@@ -39,7 +39,7 @@ pub struct PromptBiasParams {
     aligned: u64,
 }
 
-/// Parameters of the kernels `prompt_grads*`.
+/// Parameters of the kernels `prompt_bias_grads*`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
 pub struct PromptGradsParams {
@@ -114,7 +114,7 @@ impl PromptBias<Buffer> {
         let workspace = check_workspace(workspace, self.workspace_len(dtype))?;
         let outputs = [("out", out), ("workspace", workspace.in_elements_of(bytes))];
         check_disjoint(&inputs, &outputs, bytes)?;
-        // A matrix, its sizes, a vector, and where their product goes.
+        // A matrix, its sizes, a vector, and where the matrix times the vector goes.
         let launch = |kernels: Kernels,
                       matrix: Buffer,
                       (rows, columns): (usize, usize),

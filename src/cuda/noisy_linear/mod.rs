@@ -115,8 +115,8 @@ impl Layer {
     /// [`workspace_len`](Self::workspace_len) elements of `f32`; contents are ignored.
     ///
     /// # Errors
-    /// If a size is zero or too large, the samples reach 2⁵⁶, or a buffer has the wrong length, is not aligned to its
-    /// element or overlaps an output.
+    /// If there is neither a base nor ΔW, a size is zero or too large, the samples reach 2⁵⁶, or a buffer has the wrong length,
+    /// is not aligned to its element or overlaps an output.
     pub fn forward(&self, gpu: &Gpu, dtype: DType, x: Buffer, y: Buffer, workspace: Buffer) -> Result<Plan> {
         let pass = self.check(gpu, dtype, workspace)?;
         check_input("x", &x, &self.shape, dtype)?;
@@ -145,7 +145,7 @@ impl Layer {
         self.backward_from(gpu, dtype, Some(x), dy, grads, workspace)
     }
 
-    /// The same without `x`, if its product with the gradient is not asked for.
+    /// The same without `x`, if the gradient of ΔW is not asked for.
     pub(crate) fn backward_from(
         &self,
         gpu: &Gpu,
