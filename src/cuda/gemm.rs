@@ -29,7 +29,7 @@ pub struct Gemm {
     pub alpha: f32,
     /// Factor on what is in `D` before: 0 (contents are ignored) or 1.
     pub beta: f32,
-    /// A vector `[n]` that is added to each row before rounding.
+    /// A vector `[n]` that is added to each row before rounding; it starts at a multiple of 16 bytes.
     pub bias: Option<Address>,
     /// Memory for the library; contents are ignored.
     pub workspace: Workspace,
