@@ -3,6 +3,7 @@
 use super::buffer::{Address, DType};
 use super::gpu::Gpu;
 use super::layer::Arithmetic;
+use super::select::library_workspace;
 
 /// `D [m, n] = alpha·A @ B + beta·D + bias`, all row-major and of one type, accumulated in `f32` and rounded once.
 ///
@@ -148,10 +149,8 @@ impl Arena {
 
     /// Takes the library's part for GEMMs whose largest output has that many elements.
     pub(super) fn take_workspace(&mut self, gpu: &Gpu, elements: usize) -> Workspace {
-        // NVIDIA recommends 32 MiB for Hopper and 4 MiB before. The library wants it for the partial sums of split-K, in f32; for
-        // small outputs 16 parts and some counters are enough.
-        let most = if gpu.capability.0 >= 9 { 32 << 20 } else { 4 << 20 };
-        let bytes = elements.saturating_mul(16 * 4).saturating_add(64 << 10).min(most);
+        // The library wants it for the partial sums of split-K, in f32; for small outputs 16 parts and some counters are enough.
+        let bytes = elements.saturating_mul(16 * 4).saturating_add(64 << 10).min(library_workspace(gpu));
         Workspace { address: self.take(bytes), bytes }
     }
 
