@@ -141,7 +141,7 @@ pub(super) fn check_workspace(workspace: Buffer, needed: usize) -> Result<Buffer
 }
 
 impl<B> LoraFactors<B> {
-    /// The `f32` elements of workspace that [`backward`](Self::backward) needs; saturates for sizes that are refused.
+    /// The `f32` elements of workspace that the backward pass on CUDA needs; saturates for sizes that are refused.
     pub fn workspace_len(&self, dtype: DType) -> usize {
         let &Self { out_features: n, in_features: k, rank: r, .. } = self;
         let Parts { strips, parts, .. } = Parts::new(n, k, dtype);
@@ -281,7 +281,7 @@ impl Device {
     /// [`LoraFactors::workspace_len`] elements; contents are ignored.
     ///
     /// # Errors
-    /// As [`LoraFactors::backward`]; also if an argument belongs to another device, or a launch fails.
+    /// As `LoraFactors::backward`; also if an argument belongs to another device, or a launch fails.
     pub fn low_rank_weight_backward<'a, T: Element>(
         &'a self,
         lora: LoraFactors<&'a dyn DevicePtr<T>>,
