@@ -758,7 +758,7 @@ PaceStatus pace_grad_norm_workspace(const struct PaceDevice *device, const struc
 // As `pace_noisy_linear_forward`.
 PaceStatus pace_fp_distance(const struct PaceDevice *device, void *stream, const struct PaceFpDistance *args);
 
-// The bytes of workspace that a distance needs; the tensors of `args` do not matter.
+// The bytes of workspace that a distance needs; the tensors of `args` are ignored.
 //
 // # Safety
 // As `pace_noisy_linear_workspace`.
@@ -782,7 +782,7 @@ PaceStatus pace_low_rank_weight_backward(const struct PaceDevice *device,
                                          void *stream,
                                          const struct PaceLowRankWeight *args);
 
-// The bytes of workspace that the backward pass needs; the tensors of `args` do not matter.
+// The bytes of workspace that the backward pass needs; the tensors of `args` and its scale are ignored.
 //
 // # Safety
 // As `pace_noisy_linear_workspace`.
@@ -802,7 +802,7 @@ PaceStatus pace_prompt_bias_forward(const struct PaceDevice *device, void *strea
 // As `pace_noisy_linear_forward`.
 PaceStatus pace_prompt_bias_backward(const struct PaceDevice *device, void *stream, const struct PacePromptBias *args);
 
-// The bytes of workspace that either pass needs; the tensors of `args` do not matter.
+// The bytes of workspace that either pass needs; the tensors of `args` are ignored.
 //
 // # Safety
 // As `pace_noisy_linear_workspace`.

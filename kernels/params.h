@@ -76,6 +76,9 @@ constexpr u32 GEMM_TILE = 128;
 
 constexpr u32 GEMM_THREADS = 256;
 
+/// Bytes of an operand's tile along the inner dimension.
+constexpr u32 GEMM_TILE_K_BYTES = 64;
+
 constexpr u32 FORWARD_STAGES = 4;
 
 constexpr u32 FOLDED_STAGES = 3;

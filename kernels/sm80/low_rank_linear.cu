@@ -37,7 +37,7 @@ constexpr u32 Z_BYTES = TILE * TILE * sizeof(float);
 
 // Shared memory: the stages, each a tile of x, of W0 and of A; later z in their place. Then the tiles of B and of s.
 template <class T, u32 RANK> struct Forward {
-    static constexpr u32 STAGE_BYTES = 2 * TILE_BYTES + RANK * 64;
+    static constexpr u32 STAGE_BYTES = 2 * TILE_BYTES + RANK * GEMM_TILE_K_BYTES;
     static constexpr u32 STAGES_BYTES = (STAGES * STAGE_BYTES) > Z_BYTES ? (STAGES *STAGE_BYTES) : Z_BYTES;
     static constexpr u32 SLICES = (RANK - 1) / TILE_K<T> + 1; // tiles that hold the rank
     static constexpr u32 SLICE_STEPS = RANK / SLICES * sizeof(T) / 32;

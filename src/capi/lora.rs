@@ -145,7 +145,7 @@ pub unsafe extern "C" fn pace_lora_mul_linear_workspace(
     // SAFETY: the caller's promise.
     unsafe {
         workspace(device, args, bytes, |args, gpu, dtype| {
-            let layer = layer(&mut OnDevice, args)?;
+            let layer = layer(&mut OnDevice, &PaceLoraMulLinear { scale: 1.0, ..*args })?;
             layer.shape.check()?;
             Ok(layer.workspace_len(gpu, dtype).saturating_mul(4))
         })

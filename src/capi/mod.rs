@@ -12,7 +12,8 @@
 //! thread, but the CPU operators not in a process that was forked after one has run: their threads are not in it.
 //!
 //! On CUDA nothing waits, and nothing is allocated: `pace_*_workspace` tells how many bytes of device memory an operator
-//! needs besides its tensors. Devices are used through their primary context, as PyTorch and the CUDA runtime do; the thread's
+//! needs besides its tensors. To capture a layer in a CUDA graph, run it once on the same tensors before: cuBLASLt loads its
+//! kernels when they are first used. Devices are used through their primary context, as PyTorch and the CUDA runtime do; the thread's
 //! current context stays what it was.
 
 mod call;

@@ -123,7 +123,7 @@ pub unsafe extern "C" fn pace_fp_distance(
     unsafe { call::<Compute, _>(device, stream, args) }
 }
 
-/// The bytes of workspace that a distance needs; the tensors of `args` do not matter.
+/// The bytes of workspace that a distance needs; the tensors of `args` are ignored.
 ///
 /// # Safety
 /// As `pace_noisy_linear_workspace`.

@@ -113,7 +113,7 @@ pub unsafe extern "C" fn pace_low_rank_weight_backward(
     unsafe { call::<Backward, _>(device, stream, args) }
 }
 
-/// The bytes of workspace that the backward pass needs; the tensors of `args` do not matter.
+/// The bytes of workspace that the backward pass needs; the tensors of `args` and its scale are ignored.
 ///
 /// # Safety
 /// As `pace_noisy_linear_workspace`.
@@ -126,7 +126,8 @@ pub unsafe extern "C" fn pace_low_rank_weight_workspace(
     // SAFETY: the caller's promise.
     unsafe {
         workspace(device, args, bytes, |args, _, dtype| {
-            Ok(factors(&mut OnDevice, args)?.workspace_len(dtype).saturating_mul(4))
+            let lora = factors(&mut OnDevice, &PaceLowRankWeight { scale: 1.0, ..*args })?;
+            Ok(lora.workspace_len(dtype).saturating_mul(4))
         })
     }
 }
@@ -209,7 +210,7 @@ pub unsafe extern "C" fn pace_prompt_bias_backward(
     unsafe { call::<Backward, _>(device, stream, args) }
 }
 
-/// The bytes of workspace that either pass needs; the tensors of `args` do not matter.
+/// The bytes of workspace that either pass needs; the tensors of `args` are ignored.
 ///
 /// # Safety
 /// As `pace_noisy_linear_workspace`.

@@ -73,7 +73,9 @@ impl Buffer {
 
     /// Whether it shares memory with another tensor, given the bytes of an element of each.
     pub(super) fn overlaps(&self, bytes: usize, other: &Buffer, other_bytes: usize) -> bool {
-        let end = |buffer: &Buffer, bytes: usize| u128::from(buffer.address) + (buffer.len * bytes) as u128;
+        // Of any length: it may not have been checked yet.
+        let end =
+            |buffer: &Buffer, bytes: usize| u128::from(buffer.address) + buffer.len as u128 * bytes as u128;
         // An empty tensor shares none, wherever it is.
         u128::from(self.address.max(other.address)) < end(self, bytes).min(end(other, other_bytes))
     }

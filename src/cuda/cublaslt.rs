@@ -196,7 +196,7 @@ impl CublasLt {
         };
         let operation = result::create_matmul_desc(compute, sys::cudaDataType_t::CUDA_R_32F)
             .map(Operation)
-            .map_err(|error| failure("describe a product", error))?;
+            .map_err(|error| failure("describe a GEMM", error))?;
         // `cublasOperation_t`, which the bindings lack: CUBLAS_OP_N is 0, CUBLAS_OP_T is 1.
         let transposed = |yes: bool| i32::from(yes);
         operation.set(Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &transposed(key.transposed[1]))?;
@@ -272,7 +272,7 @@ impl Operation {
                 size_of::<T>(),
             )
         }
-        .map_err(|error| failure("describe a product", error))
+        .map_err(|error| failure("describe a GEMM", error))
     }
 }
 

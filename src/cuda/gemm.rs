@@ -3,6 +3,7 @@
 use super::buffer::{Address, DType};
 use super::gpu::Gpu;
 use super::layer::Arithmetic;
+use super::select::library_workspace;
 
 /// `D [m, n] = alpha·A @ B + beta·D + bias`, all row-major and of one type, accumulated in `f32` and rounded once.
 ///
@@ -29,7 +30,7 @@ pub struct Gemm {
     pub alpha: f32,
     /// Factor on what is in `D` before: 0 (contents are ignored) or 1.
     pub beta: f32,
-    /// A vector `[n]` that is added to each row before rounding.
+    /// A vector `[n]` that is added to each row before rounding; it starts at a multiple of 16 bytes.
     pub bias: Option<Address>,
     /// Memory for the library; contents are ignored.
     pub workspace: Workspace,
@@ -148,10 +149,8 @@ impl Arena {
 
     /// Takes the library's part for GEMMs whose largest output has that many elements.
     pub(super) fn take_workspace(&mut self, gpu: &Gpu, elements: usize) -> Workspace {
-        // NVIDIA recommends 32 MiB for Hopper and 4 MiB before. The library wants it for the partial sums of split-K, in f32; for
-        // small outputs 16 parts and some counters are enough.
-        let most = if gpu.capability.0 >= 9 { 32 << 20 } else { 4 << 20 };
-        let bytes = elements.saturating_mul(16 * 4).saturating_add(64 << 10).min(most);
+        // The library wants it for the partial sums of split-K, in f32; for small outputs 16 parts and some counters are enough.
+        let bytes = elements.saturating_mul(16 * 4).saturating_add(64 << 10).min(library_workspace(gpu));
         Workspace { address: self.take(bytes), bytes }
     }
 

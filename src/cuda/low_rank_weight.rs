@@ -141,7 +141,7 @@ pub(super) fn check_workspace(workspace: Buffer, needed: usize) -> Result<Buffer
 }
 
 impl<B> LoraFactors<B> {
-    /// The `f32` elements of workspace that the backward pass needs; saturates for sizes that are refused.
+    /// The `f32` elements of workspace that the backward pass on CUDA needs; saturates for sizes that are refused.
     pub fn workspace_len(&self, dtype: DType) -> usize {
         let &Self { out_features: n, in_features: k, rank: r, .. } = self;
         let Parts { strips, parts, .. } = Parts::new(n, k, dtype);

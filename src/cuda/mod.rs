@@ -6,7 +6,8 @@
 //! `DevicePtr` are safe; [`Device::launch`] takes plans over raw addresses.
 //!
 //! Nothing here allocates device memory, waits for the device or creates a stream, so everything can be captured in a
-//! CUDA graph. A captured graph replays with fresh noise if the key lies in device memory (see
+//! CUDA graph; but cuBLASLt loads a kernel when it is first used, which a capture does not allow, so run a layer once on the same
+//! tensors before. A captured graph replays with fresh noise if the key lies in device memory (see
 //! [`noise::Noise::Keyed`](crate::noise::Noise::Keyed)). `cudarc` itself records events on tensors as soon as there is a second
 //! stream; switch that off (`CudaContext::disable_event_tracking`) before you make the tensors of a graph.
 //!

@@ -114,7 +114,7 @@ impl PromptBias<Buffer> {
         let workspace = check_workspace(workspace, self.workspace_len(dtype))?;
         let outputs = [("out", out), ("workspace", workspace.in_elements_of(bytes))];
         check_disjoint(&inputs, &outputs, bytes)?;
-        // A matrix, its sizes, a vector, and where the matrix times the vector goes.
+        // `matrix @ vector`, into `out`.
         let launch = |kernels: Kernels,
                       matrix: Buffer,
                       (rows, columns): (usize, usize),

@@ -1,4 +1,4 @@
-//! Which family of kernels computes a layer: the only place that decides by device.
+//! Which family of kernels computes a layer, and what else is decided by device: the only place for it.
 
 use super::buffer::DType;
 use super::gpu::{Family, Gpu};
@@ -59,4 +59,9 @@ impl Family {
             }
         }
     }
+}
+
+/// Most bytes of memory for a GEMM of cuBLASLt: what NVIDIA's manual recommends, 32 MiB for Hopper and later, 4 MiB before.
+pub(super) fn library_workspace(gpu: &Gpu) -> usize {
+    if gpu.capability.0 >= 9 { 32 << 20 } else { 4 << 20 }
 }

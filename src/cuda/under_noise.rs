@@ -9,18 +9,25 @@ use super::plan::Plan;
 use crate::shape::LinearShape;
 
 /// Takes what either pass needs besides the library's workspace: two tensors of the size of the output (base and adapter, or `e` and
-/// the sum of `g`), the second only where branches share their input, and partial sums.
+/// the sum of `g`), the second only where branches share their input, copies of both biases, and partial sums.
 pub(super) fn reserve(arena: &mut Arena, shape: &LinearShape, dtype: DType) {
     let tensor = tensor_bytes(shape, dtype);
     arena.take(tensor);
     if shape.fan_out() > 1 {
         arena.take(tensor);
     }
+    for _ in 0..2 {
+        arena.take(bias_bytes(shape, dtype));
+    }
     arena.take(layer_epilogue::Backward::workspace_bytes(shape, dtype));
 }
 
 fn tensor_bytes(shape: &LinearShape, dtype: DType) -> usize {
     shape.in_rows().saturating_mul(shape.out_features).saturating_mul(dtype.bytes())
+}
+
+fn bias_bytes(shape: &LinearShape, dtype: DType) -> usize {
+    shape.out_features.saturating_mul(dtype.bytes())
 }
 
 /// The terms of a layer's output `y = base + z⊙(adapter + bias)`.
@@ -38,14 +45,18 @@ impl Outputs {
     pub(super) fn plan(self, shape: &LinearShape, pass: &Pass, arena: &mut Arena) -> Plan {
         let Self { base, adapter, bias, y } = self;
         let mut plan = Plan::default();
+        let base = base.map(|gemm| with_aligned_bias(gemm, shape, pass, arena, &mut plan));
         let is_shared = shape.fan_out() > 1;
         let bare = adapter.is_none() && bias.is_none();
         if !is_shared && (bare || (pass.noise == NoiseSource::OFF && adapter.is_some())) {
             // No noise on anything: the GEMMs add up in y.
             let accumulates = base.is_some();
+            let adapter = adapter.map(|gemm| {
+                let gemm = gemm.with_bias(bias.map(Into::into));
+                with_aligned_bias(gemm, shape, pass, arena, &mut plan)
+            });
             base.into_iter().for_each(|gemm| plan.push(gemm));
             if let Some(gemm) = adapter {
-                let gemm = gemm.with_bias(bias.map(Into::into));
                 plan.push(if accumulates { gemm.accumulated() } else { gemm });
             }
             return plan;
@@ -65,6 +76,26 @@ impl Outputs {
         plan.push(layer_epilogue::Forward { base, a, bias, y }.plan(shape, pass));
         plan
     }
+}
+
+/// The GEMM with a copy of its bias, if that does not start at a multiple of 16 bytes: the library's kernels load vectors of it and
+/// fault, and for a bias no alignment can be stated when they are chosen.
+fn with_aligned_bias(
+    gemm: Gemm,
+    shape: &LinearShape,
+    pass: &Pass,
+    arena: &mut Arena,
+    plan: &mut Plan,
+) -> Gemm {
+    let Some(bias) = gemm.bias.filter(|bias| !bias.is_vector_aligned()) else { return gemm };
+    let len = shape.out_features;
+    let copy = arena.take(bias_bytes(shape, pass.arithmetic.dtype));
+    let [bias, y] = [bias, copy].map(|address| Buffer { address: address.0, len });
+    // A layer of one row that has nothing but a bias.
+    let row = LinearShape { branches: 1, batch: 1, tokens: 1, shared_input: false, ..*shape };
+    let pass = Pass { noise: NoiseSource::OFF, ..*pass };
+    plan.push(layer_epilogue::Forward { base: None, a: None, bias: Some(bias), y }.plan(&row, &pass));
+    gemm.with_bias(Some(copy))
 }
 
 /// The steps that make the gradients to a layer's terms from `dy`, and where these are: to the base (`g`) and to the adapter

@@ -497,6 +497,17 @@ pub fn errors() {
     assert_eq!((query(&weight, &mut bytes), bytes), (PACE_ERROR_SIZE, 7));
     weight.rank = 2;
     assert_eq!(query(&weight, &mut bytes), PACE_OK);
+    // A query needs no more than sizes.
+    let mut same = 0;
+    assert_eq!(query(&PaceLowRankWeight { scale: 0.0, ..weight }, &mut same), PACE_OK);
+    assert_eq!(same, bytes);
+    let mut layer: PaceLoraMulLinear = zeroed();
+    layer.shape =
+        PaceShape { branches: 1, batch: 2, tokens: 3, in_features: 40, out_features: 30, ..layer.shape };
+    (layer.lora_a, layer.lora_b, layer.rank) = (tensor(4096, 80), tensor(8192, 60), 2);
+    // SAFETY: the struct and the place for the number are live.
+    let status = unsafe { pace_lora_mul_linear_workspace(place.handle(), &layer, &mut same) };
+    assert!(status == PACE_OK && same > 0, "{status}");
     weight.workspace = tensor(4096, bytes - 1);
     let backward = |args: &PaceLowRankWeight| {
         // SAFETY: nothing is launched.

@@ -3,7 +3,8 @@
 use crate::cublaslt::*;
 use crate::support::*;
 use pace_kernels::cuda::{
-    Buffer, DType, Gemm, Gpu, LowRankGrads, LowRankLinear, NoisyLinear, NoisyLinearGrads, Plan, Source, Step,
+    Base, Buffer, DType, Gemm, Gpu, LowRankGrads, LowRankLinear, NoisyLinear, NoisyLinearGrads, Plan, Source,
+    Step,
 };
 use pace_kernels::noise::NoiseShape::PerSample;
 use pace_kernels::{Error, LinearShape};
@@ -243,6 +244,38 @@ fn tensors_may_start_anywhere() {
             machine.output("ddW", grads.delta_weight.unwrap(), [24, 7]);
             machine.run(&layer.backward(gpu, dtype, x, dy, grads, workspace).unwrap());
             assert_eq!(machine.trace.last().unwrap(), "ddW = t0'@x [24, 7, 30]");
+        }
+    }
+}
+
+/// The library faults on a bias that does not start at a multiple of 16 bytes: it gets a copy. Epilogues take any.
+#[test]
+fn biases_may_start_anywhere() {
+    let [x, _, y, _] = activations(&SMALL);
+    let copies = ["t0 = 0 + (0 + b)", "t1 = 0 + (0 + db)"];
+    for dtype in [DType::F32, DType::BF16] {
+        for (noise, want) in [
+            (Source::Off, [copies[0], copies[1], "y = x@W' + t0 [30, 24, 7]", "y += x@dW' + t1 [30, 24, 7]"]),
+            (
+                Source::Generated(generator(PerSample, 0)),
+                [copies[0], "y = x@W' + t0 [30, 24, 7]", "t1 = x@dW' [30, 24, 7]", "y = y + z*(t1 + db)"],
+            ),
+        ] {
+            let moved = |tensor: Buffer| buffer(tensor.address + 4, tensor.len);
+            let mut layer = NoisyLinear { noise, delta_bias: Some(moved(place(6, 24))), ..dense(SMALL) };
+            layer.base = layer.base.map(|base| Base { bias: base.bias.map(moved), ..base });
+            // One token row: the output is no larger than a bias.
+            for shape in [SMALL, LinearShape { branches: 1, batch: 1, tokens: 1, ..SMALL }] {
+                let layer = Dense { shape, ..layer };
+                let len = layer.workspace_len(&GPUS[0], dtype);
+                let (x, y) =
+                    (buffer(x.address, shape.out_rows() * 7), buffer(y.address, shape.out_rows() * 24));
+                let mut machine = dense_machine(&layer, dtype, exact(len));
+                machine.output("y", y, [shape.out_rows(), 24]);
+                machine.run(&layer.forward(&GPUS[0], dtype, x, y, exact(len)).unwrap());
+                let want = want.map(|step| step.replace("[30", &format!("[{}", shape.out_rows())));
+                assert_eq!(machine.trace, want);
+            }
         }
     }
 }

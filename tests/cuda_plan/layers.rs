@@ -2,8 +2,8 @@
 
 use crate::support::*;
 use pace_kernels::cuda::{
-    Base, Buffer, DType, Family, Gpu, LoraFactors, LowRankGrads, LowRankLinear, NoisyLinear,
-    NoisyLinearGrads, Plan, PromptBias, Source,
+    Base, Buffer, DType, Family, Gpu, Lora, LoraFactors, LoraMulLinear, LoraMulLinearGrads, LowRankGrads,
+    LowRankLinear, NoisyLinear, NoisyLinearGrads, Plan, Prompt, PromptBias, Source,
 };
 use pace_kernels::noise::NoiseShape::{PerSample, PerToken};
 use pace_kernels::{Error, LinearShape, Result};
@@ -45,6 +45,18 @@ fn low_rank_linear() -> LowRankLinear<Buffer, Source> {
         lora_a: tensor(4, 5 * 7),
         delta_bias: Some(tensor(5, 24)),
         scale: 1.0,
+        allow_tf32: false,
+    }
+}
+
+fn lora_mul_linear() -> LoraMulLinear<Buffer, Source> {
+    LoraMulLinear {
+        shape: LAYER,
+        noise: layer_noise(),
+        base: base(),
+        lora: Some(Lora { rank: 5, lora_a: tensor(3, 5 * 7), lora_b: tensor(4, 24 * 5), scale: 1.0 }),
+        prompt: Some(Prompt { rank: 3, down: tensor(5, 7 * 3), up: tensor(6, 3) }),
+        delta_bias: Some(tensor(7, 24)),
         allow_tf32: false,
     }
 }
@@ -250,6 +262,31 @@ fn wrong_gradients_of_linear_layers_are_refused() {
     let grads = NoisyLinearGrads { delta_weight: Some(tensor(14, 24 * 7)), ..none() };
     let want = argument("grads.delta_weight", "is asked for, but the layer has no `delta_weight`");
     assert_refused(|gpu, dtype| layer.backward(gpu, dtype, X, DY, grads, WORKSPACE), &want);
+}
+
+/// Lengths come from the caller: none panics. One that reaches over an output is refused for that.
+#[test]
+fn any_length_of_a_tensor_is_refused_with_an_error() {
+    let layer = lora_mul_linear();
+    let grads = LoraMulLinearGrads { lora_a: Some(tensor(14, 5 * 7)), ..LoraMulLinearGrads::default() };
+    for len in [0, 1, (1 << 63) - 1, 1 << 63, usize::MAX] {
+        let refused =
+            |argument: &'static str, shape, expected, plan: &dyn Fn(&Gpu, DType) -> Result<Plan>| {
+                let overlap = Error::Argument { argument, problem: "overlaps an output" };
+                let want = if len > 1 { overlap } else { length(argument, shape, expected, len) };
+                assert_refused(plan, &want);
+            };
+        let of_length = |tensor: Buffer| Buffer { len, ..tensor };
+        let x = of_length(X);
+        refused("x", "[B·T, K]", X.len, &|gpu, dtype| layer.forward(gpu, dtype, x, Y, WORKSPACE));
+        refused("x", "[B·T, K]", X.len, &|gpu, dtype| {
+            layer.backward(gpu, dtype, Some(x), DY, grads, WORKSPACE)
+        });
+        let lora = layer.lora.map(|lora| Lora { lora_a: of_length(lora.lora_a), ..lora });
+        let wrong = LoraMulLinear { lora, ..layer };
+        refused("lora_a", "[r, K]", 35, &|gpu, dtype| wrong.forward(gpu, dtype, X, Y, WORKSPACE));
+    }
+    assert!(layer.forward(&Gpu::H100, DType::BF16, X, Y, WORKSPACE).is_ok());
 }
 
 #[test]

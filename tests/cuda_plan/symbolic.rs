@@ -232,6 +232,8 @@ impl Machine {
         let left = self.read(&mut reads, a.address.0, shape([m, k], a.is_transposed), bytes);
         let right = self.read(&mut reads, b.address.0, shape([k, n], b.is_transposed), bytes);
         let bias = bias.map_or(0, |Address(bias)| bias);
+        // The library loads vectors of it.
+        assert!(bias.is_multiple_of(16), "{gemm:?}");
         let mut value = self.read(&mut reads, bias, [1, n], bytes);
         for (left, left_factor) in &left {
             for (right, right_factor) in &right {
@@ -263,11 +265,13 @@ impl Machine {
         let (key, first_sample) = ([fields.u32(), fields.u32()], fields.u64());
         let (batch, kind, sigma, _) =
             (fields.u32(), fields.u32(), f32::from_bits(fields.u32()), fields.u32());
+        // Copies of biases have none in layers that do.
+        if kind == 0 {
+            assert_eq!((given, key_address), (0, 0));
+            return "";
+        }
         let (address, first_kind) = match self.noise {
-            Source::Off => {
-                assert_eq!((given, key_address, kind), (0, 0, 0));
-                return "";
-            }
+            Source::Off => panic!("noise of kind {kind} in a layer without"),
             Source::Generated(_) => ((0, 0), 1),
             Source::Keyed { key, .. } => ((0, key.address), 1),
             Source::Given { z, .. } => ((z.address, 0), 3),
@@ -347,7 +351,10 @@ impl Machine {
             std::array::from_fn(|_| fields.u32());
         assert!(fields.0.is_empty());
         let is_shared = self.shape.shared_input && self.shape.branches == 2;
-        assert_eq!((tokens as usize, branches), (self.shape.tokens, if is_shared { 2 } else { 1 }));
+        // Copies of biases have one row.
+        if (rows, tokens, branches) != (1, 1, 1) {
+            assert_eq!((tokens as usize, branches), (self.shape.tokens, if is_shared { 2 } else { 1 }));
+        }
         let width = 16 / self.dtype.bytes() as u32;
         let ([grid_x, grid_y, 1], [block_x, block_y, 1]) = (launch.grid, launch.block) else {
             panic!("{launch:?}");

@@ -9,7 +9,9 @@ use crate::cuda::gpu::Gpu;
 use crate::cuda::kernel::{GemmKernels, table};
 use crate::cuda::layer::{Pass, blocks};
 use crate::cuda::noise_source::NoiseSource;
-use crate::cuda::noisy_linear::sm80::{ForwardGemm, GEMM_THREADS, GEMM_TILE, InputGradient, WeightGradient};
+use crate::cuda::noisy_linear::sm80::{
+    ForwardGemm, GEMM_THREADS, GEMM_TILE, GEMM_TILE_K_BYTES, InputGradient, WeightGradient,
+};
 use crate::cuda::partial_sums::partial_sums;
 use crate::cuda::plan::{Launch, Plan};
 use crate::error::Result;
@@ -129,8 +131,8 @@ fn fused_forward(
     let (shape, dtype, bytes) = (layer.shape, pass.arithmetic.dtype, pass.arithmetic.dtype.bytes());
     let (m, k, n, r) = (shape.out_rows(), shape.in_features, shape.out_features, layer.rank);
     let rank = RANKS[columns];
-    let slices = rank.div_ceil(64 / bytes);
-    let ring = (LOW_RANK_STAGES * (2 * GEMM_TILE + rank) * 64).max(GEMM_TILE * GEMM_TILE * 4);
+    let slices = rank.div_ceil(GEMM_TILE_K_BYTES / bytes);
+    let ring = (LOW_RANK_STAGES * (2 * GEMM_TILE + rank) * GEMM_TILE_K_BYTES).max(GEMM_TILE * GEMM_TILE * 4);
     let tile_columns = n.div_ceil(GEMM_TILE);
     let [x, weight, lora_a, lora_b, s, y] = tensors.map(Address::from);
     let params = LowRankLinearParams {
@@ -156,7 +158,7 @@ fn fused_forward(
         scale: layer.scale,
     };
     let grid = blocks("y", &[tile_columns, m.div_ceil(GEMM_TILE)])?;
-    let shared = ring + 2 * slices * GEMM_TILE * 64;
+    let shared = ring + 2 * slices * GEMM_TILE * GEMM_TILE_K_BYTES;
     let kernel = pass.arithmetic.choose(FORWARD[columns]);
     Ok(Launch::new(kernel, grid, [GEMM_THREADS, 1, 1], shared, &params).into())
 }

@@ -145,7 +145,7 @@ impl Layer {
         self.backward_from(gpu, dtype, Some(x), dy, grads, workspace)
     }
 
-    /// The same without `x`, if the gradient of ΔW is not asked for.
+    /// The same without `x`, which only the gradient to ΔW needs.
     pub(crate) fn backward_from(
         &self,
         gpu: &Gpu,

@@ -22,8 +22,10 @@ pub(super) const PASSES: Passes = Passes { workspace_len, forward, backward };
 /// Rows and columns of a block's tile of outputs.
 pub const GEMM_TILE: usize = 128;
 pub const GEMM_THREADS: u32 = 256;
-/// Bytes of an operand's tile in shared memory, 64 along the inner dimension.
-const TILE_BYTES: usize = GEMM_TILE * 64;
+/// Bytes of an operand's tile along the inner dimension.
+pub const GEMM_TILE_K_BYTES: usize = 64;
+/// Bytes of an operand's tile in shared memory.
+const TILE_BYTES: usize = GEMM_TILE * GEMM_TILE_K_BYTES;
 pub const FORWARD_STAGES: usize = 4;
 pub const FOLDED_STAGES: usize = 3;
 pub const BACKWARD_STAGES: usize = 3;
@@ -134,7 +136,7 @@ impl InputGradient<'_> {
                 count += 1;
             }
         }
-        let inner = 64 / dtype.bytes();
+        let inner = GEMM_TILE_K_BYTES / dtype.bytes();
         let z_bytes = 2 * GEMM_TILE * (inner + 8) * 4;
         let columns = k.div_ceil(GEMM_TILE);
         let params = NoisyLinearInputParams {
@@ -217,7 +219,7 @@ impl WeightGradient {
             out => out.into(),
         };
         let out_type = if partial { DType::F32 } else { dtype };
-        let inner = 64 / dtype.bytes();
+        let inner = GEMM_TILE_K_BYTES / dtype.bytes();
         // The z of two tiles, and where its rows are; or the tile of outputs in f32 on its way out.
         let ring = BACKWARD_STAGES * 2 * TILE_BYTES;
         let shared = (ring + 2 * inner * GEMM_TILE * 4 + 2 * inner * 4).max(GEMM_TILE * GEMM_TILE * 4);
