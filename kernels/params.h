@@ -15,6 +15,9 @@ constexpr u32 DROP_PATH_THREADS = 256;
 /// Vectors of a row that one thread handles.
 constexpr u32 DROP_PATH_VECTORS = 4;
 
+/// Threads of a warp.
+constexpr u32 WARP = 32;
+
 /// Threads of a block.
 constexpr u32 LAYER_EPILOGUE_THREADS = 256;
 
@@ -30,12 +33,12 @@ constexpr u32 LOSS_SHARED_WORDS = 9;
 /// Length of the status in device memory.
 constexpr u32 LossStatus_WORDS = 9;
 
-constexpr u32 LOW_RANK_STAGES = 3;
+constexpr u32 SM80_LOW_RANK_STAGES = 3;
 
 /// Token rows of a tile of `factors`, and bytes of its rows.
-constexpr u32 FACTORS_ROWS = 32;
+constexpr u32 SM80_FACTORS_ROWS = 32;
 
-constexpr u32 FACTORS_ROW_BYTES = 1024;
+constexpr u32 SM80_FACTORS_ROW_BYTES = 1024;
 
 /// Warps of a block that shares rows, and the rows of such a block.
 constexpr u32 WEIGHT_WARPS = 4;
@@ -72,18 +75,18 @@ constexpr u32 NOISE_GIVEN_PER_TOKEN = 4;
 constexpr u32 NOISY_EPILOGUE_THREADS = 256;
 
 /// Rows and columns of a block's tile of outputs.
-constexpr u32 GEMM_TILE = 128;
+constexpr u32 SM80_TILE = 128;
 
-constexpr u32 GEMM_THREADS = 256;
+constexpr u32 SM80_THREADS = 256;
 
 /// Bytes of an operand's tile along the inner dimension.
-constexpr u32 GEMM_TILE_K_BYTES = 64;
+constexpr u32 SM80_TILE_K_BYTES = 64;
 
-constexpr u32 FORWARD_STAGES = 4;
+constexpr u32 SM80_FORWARD_STAGES = 4;
 
-constexpr u32 FOLDED_STAGES = 3;
+constexpr u32 SM80_FOLDED_STAGES = 3;
 
-constexpr u32 BACKWARD_STAGES = 3;
+constexpr u32 SM80_BACKWARD_STAGES = 3;
 
 /// Threads of a block.
 constexpr u32 NORMS_THREADS = 256;

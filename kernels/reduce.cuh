@@ -8,7 +8,6 @@
 
 namespace pace {
 
-constexpr u32 WARP = 32;
 constexpr u32 ALL_LANES = 0xffffffffu;
 
 // Every lane gets the sum, bit for bit the same one. T: float or double.

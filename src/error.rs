@@ -102,9 +102,9 @@ pub enum Error {
         /// The device.
         ordinal: usize,
         /// Its compute capability.
-        major: i32,
+        major: u32,
         /// Its compute capability, behind the point.
-        minor: i32,
+        minor: u32,
     },
     /// This build of the crate has no kernels in it.
     #[cfg(feature = "cuda")]

@@ -94,7 +94,7 @@ fn run(noise: Noise<&'_ [f64]>, shape: LinearShape) -> Vec<Vec<f64>> {
 }
 
 #[test]
-fn a_lent_blas_gives_what_the_crates_own_products_give() {
+fn a_registered_blas_gives_what_the_crates_own_gemms_give() {
     let noise = |shape| Noise::Generated(Generator::new(Key::derive(1, 2, 3), 0.7, shape, 5).unwrap());
     let shape = |batch, tokens, shared_input| LinearShape {
         branches: 2,

@@ -31,13 +31,13 @@ namespace sm80::low_rank {
 // ---- forward
 
 // Stages of the forward pipeline; the host plans shared memory for them.
-constexpr u32 STAGES = LOW_RANK_STAGES;
+constexpr u32 STAGES = SM80_LOW_RANK_STAGES;
 // z of a tile whose rows all have their own.
 constexpr u32 Z_BYTES = TILE * TILE * sizeof(float);
 
 // Shared memory: the stages, each a tile of x, of W0 and of A; later z in their place. Then the tiles of B and of s.
 template <class T, u32 RANK> struct Forward {
-    static constexpr u32 STAGE_BYTES = 2 * TILE_BYTES + RANK * GEMM_TILE_K_BYTES;
+    static constexpr u32 STAGE_BYTES = 2 * TILE_BYTES + RANK * SM80_TILE_K_BYTES;
     static constexpr u32 STAGES_BYTES = (STAGES * STAGE_BYTES) > Z_BYTES ? (STAGES *STAGE_BYTES) : Z_BYTES;
     static constexpr u32 SLICES = (RANK - 1) / TILE_K<T> + 1; // tiles that hold the rank
     static constexpr u32 SLICE_STEPS = RANK / SLICES * sizeof(T) / 32;
@@ -187,9 +187,9 @@ template <class Math, u32 RANK> __device__ __forceinline__ void forward(const Lo
 // ---- factors
 
 // Token rows of a tile of e.
-constexpr u32 ROWS = FACTORS_ROWS;
+constexpr u32 ROWS = SM80_FACTORS_ROWS;
 // Channels of a block: 1 KiB of a row.
-constexpr u32 ROW_BYTES = FACTORS_ROW_BYTES;
+constexpr u32 ROW_BYTES = SM80_FACTORS_ROW_BYTES;
 template <class T> constexpr u32 CHANNELS = ROW_BYTES / sizeof(T);
 constexpr u32 ROW_CHUNKS = ROW_BYTES / 16;
 // Rows that the block's threads load at once, and how often that makes a tile.

@@ -16,19 +16,19 @@
 
 namespace pace::sm80 {
 
-constexpr u32 TILE = GEMM_TILE; // rows and columns of a block's tile
-constexpr u32 THREADS = GEMM_THREADS;
-constexpr u32 TILE_BYTES = TILE * GEMM_TILE_K_BYTES; // of an operand's tile
+constexpr u32 TILE = SM80_TILE; // rows and columns of a block's tile
+constexpr u32 THREADS = SM80_THREADS;
+constexpr u32 TILE_BYTES = TILE * SM80_TILE_K_BYTES; // of an operand's tile
 // A warp's part of the block's tile: 4 x 4 accumulators of 16 x 8.
 constexpr u32 WARP_ROWS = 64;
 constexpr u32 WARP_COLUMNS = 32;
 // MMAs take 32 bytes of K at a time.
-constexpr u32 K_STEPS = GEMM_TILE_K_BYTES / 32;
+constexpr u32 K_STEPS = SM80_TILE_K_BYTES / 32;
 
 using Accumulators = float[4][4][4]; // [m][n]: 16 rows, 8 columns
 
 // Elements of T in a tile along K.
-template <class T> constexpr u32 TILE_K = GEMM_TILE_K_BYTES / sizeof(T);
+template <class T> constexpr u32 TILE_K = SM80_TILE_K_BYTES / sizeof(T);
 
 // Tiles that cover `k` elements of K.
 template <class T> __device__ __forceinline__ u32 tiles_of(u32 k) { return (k - 1) / TILE_K<T> + 1; }
@@ -59,7 +59,7 @@ __device__ __forceinline__ Operand<T> operand(const void *data, u32 rows, u32 co
 template <class T, bool TRANSPOSED> struct Tile {
     static __device__ __forceinline__ u32 at(u32 row, u32 chunk) {
         if (!TRANSPOSED) {
-            return row * GEMM_TILE_K_BYTES + ((chunk ^ (row >> 1 & 3)) * 16);
+            return row * SM80_TILE_K_BYTES + ((chunk ^ (row >> 1 & 3)) * 16);
         }
         // Fragments of f32 are read element by element, four rows at a time; the others as matrices of eight rows.
         const u32 swizzled = sizeof(T) == 4 ? chunk ^ (row & 3) << 1 : chunk ^ (row & 7);

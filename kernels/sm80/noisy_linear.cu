@@ -45,7 +45,7 @@ template <class Math, bool TWO> __device__ __forceinline__ void forward(const No
 
     // Mainloop over the tiles of the one segment, then of the other.
     Accumulators base = {}, adapter = {};
-    mainloop<FORWARD_STAGES>(
+    mainloop<SM80_FORWARD_STAGES>(
         shared, 2 * TILE_BYTES, tiles,
         [&](unsigned char *stage, u32 tile) {
             const Segment &segment = p.segments[tile < first_tiles ? 0 : 1];
@@ -124,7 +124,7 @@ __device__ __forceinline__ void multiply_folded_tile(Accumulators &c, const unsi
 template <class Math> __device__ __forceinline__ void forward_folded(const NoisyLinearParams &p) {
     using T = typename Math::T;
     PACE_SHARED(unsigned char, shared);
-    float *z = reinterpret_cast<float *>(shared + FOLDED_STAGES * 3 * TILE_BYTES); // of the tile's columns
+    float *z = reinterpret_cast<float *>(shared + SM80_FOLDED_STAGES * 3 * TILE_BYTES); // of the tile's columns
     const u32 column = blockIdx.x % p.tile_columns * TILE, rest = blockIdx.x / p.tile_columns;
     const u32 tile_rows = (p.tokens - 1) / TILE + 1;
     const u32 sample = rest / tile_rows, row = rest % tile_rows * TILE;
@@ -145,7 +145,7 @@ template <class Math> __device__ __forceinline__ void forward_folded(const Noisy
 
     // Mainloop: a stage holds a tile of x, of W0 and of Wd.
     Accumulators c = {};
-    mainloop<FOLDED_STAGES>(
+    mainloop<SM80_FOLDED_STAGES>(
         shared, 3 * TILE_BYTES, tiles_of<T>(inner),
         [&](unsigned char *stage, u32 tile) {
             copy_tile<T, false>(stage, a, row, tile * TILE_K<T>);
@@ -240,7 +240,7 @@ template <class Math> __device__ __forceinline__ void input_gradient(const Noisy
     using T = typename Math::T;
     PACE_SHARED(unsigned char, shared);
     // z of a tile goes to one of two buffers: one is filled while the other is in use.
-    float *z = reinterpret_cast<float *>(shared + BACKWARD_STAGES * 2 * TILE_BYTES);
+    float *z = reinterpret_cast<float *>(shared + SM80_BACKWARD_STAGES * 2 * TILE_BYTES);
     constexpr u32 Z_SIZE = TILE * ScaleRows<T>::STRIDE;
     const u32 column = blockIdx.x % p.tile_columns * TILE, row = blockIdx.x / p.tile_columns * TILE;
     const u32 last = min(row + TILE, p.rows) - 1;
@@ -253,7 +253,7 @@ template <class Math> __device__ __forceinline__ void input_gradient(const Noisy
     // Mainloop over the tiles of all segments.
     Accumulators c = {};
     fill_input_noise<T>(z, p, key, segment_tile<T>(p, 0), row, last);
-    mainloop<BACKWARD_STAGES>(
+    mainloop<SM80_BACKWARD_STAGES>(
         shared, 2 * TILE_BYTES, tiles,
         [&](unsigned char *stage, u32 tile) {
             const SegmentTile at = segment_tile<T>(p, tile);
@@ -327,7 +327,7 @@ template <class Math> __device__ __forceinline__ void weight_gradient(const Nois
     using T = typename Math::T;
     PACE_SHARED(unsigned char, shared);
     // z of a tile, and the places of its tokens, go to one of two buffers: one is filled while the other is in use.
-    float *z = reinterpret_cast<float *>(shared + BACKWARD_STAGES * 2 * TILE_BYTES);
+    float *z = reinterpret_cast<float *>(shared + SM80_BACKWARD_STAGES * 2 * TILE_BYTES);
     constexpr u32 Z_SIZE = TILE_K<T> * TILE;
     u32 *places = reinterpret_cast<u32 *>(z + 2 * Z_SIZE);
     const u32 column = blockIdx.x % p.tile_columns * TILE, rest = blockIdx.x / p.tile_columns;
@@ -350,7 +350,7 @@ template <class Math> __device__ __forceinline__ void weight_gradient(const Nois
     float sums[4][1][4] = {};
     Accumulators c = {};
     fill(0);
-    mainloop<BACKWARD_STAGES>(
+    mainloop<SM80_BACKWARD_STAGES>(
         shared, 2 * TILE_BYTES, tiles,
         [&](unsigned char *stage, u32 tile) {
             copy_tile<T, true>(stage, g, channel, first + tile * TILE_K<T>);

@@ -55,7 +55,7 @@ pub unsafe fn set_blas(blas: Blas) -> Result<()> {
 }
 
 /// Whether a BLAS computes large GEMMs.
-pub(super) fn is_lent() -> bool {
+pub(super) fn is_registered() -> bool {
     BLAS.get().is_some()
 }
 
@@ -91,7 +91,7 @@ fn layout<T>(a: MatRef<'_, T>) -> Option<(c_char, c_int)> {
 /// Whether there is a BLAS that suits a GEMM and each of its `parts`.
 pub(super) fn suits<T>(c: MatRef<'_, T>, a: MatRef<'_, T>, b: MatRef<'_, T>, parts: usize) -> bool {
     let (m, n, k) = (c.nrows(), c.ncols(), a.ncols());
-    is_lent()
+    is_registered()
         && m.saturating_mul(n).saturating_mul(k) / parts >= MIN_WORK
         // So that every part has two rows and columns, and strides mean what they say.
         && m.min(n) >= 2 * parts

@@ -255,7 +255,7 @@ impl<T: Real> NoisyLinear<'_, T> {
             Some(fold) => {
                 let tasks = column_tasks(dx, t, k, fold_part(k, k));
                 let par = inner_threads(tasks.len());
-                let block = if blas::is_lent() { n } else { CHANNEL_BLOCK };
+                let block = if blas::is_registered() { n } else { CHANNEL_BLOCK };
                 tasks.into_par_iter().for_each_init(
                     || (Scratch::take(), Vec::new()),
                     |(weight, z_row), (sample, columns, mut dx)| {
@@ -288,7 +288,7 @@ impl<T: Real> NoisyLinear<'_, T> {
 /// away.
 fn fold_part(columns: usize, cached: usize) -> usize {
     const WORTH_SPLITTING: usize = 1024;
-    match blas::is_lent() {
+    match blas::is_registered() {
         true if columns >= WORTH_SPLITTING => columns.div_ceil(2).next_multiple_of(16),
         true => columns,
         false => cached,

@@ -2,7 +2,7 @@
 
 use super::buffer::DType;
 use super::cublaslt::{self, CublasLt};
-use super::gpu::{Family, Gpu};
+use super::gpu::{Family, Gpu, OLDEST};
 use super::kernel::KERNELS;
 use super::plan::{Launch, Plan, Step, TensorMap};
 use crate::error::{Error, Result};
@@ -59,16 +59,14 @@ impl Device {
             return Err(Error::NoDevice { ordinal, count });
         }
         let context = CudaContext::new(ordinal).map_err(|error| driver_error("open the device", error))?;
-        let (major, minor) = context
-            .compute_capability()
-            .map_err(|error| driver_error("tell the compute capability", error))?;
-        if major < 8 {
+        let mut gpu = Self::describe(&context).map_err(|error| driver_error("describe the device", error))?;
+        if gpu.capability < OLDEST {
+            let (major, minor) = gpu.capability;
             return Err(Error::DeviceTooOld { ordinal, major, minor });
         }
         if FATBINS.is_empty() {
             return Err(Error::KernelsNotBuilt { why: WHY_NOT_BUILT });
         }
-        let mut gpu = Self::describe(&context).map_err(|error| driver_error("describe the device", error))?;
         let functions = load_kernels(&context, &gpu)?;
         // The library makes its handle for the current context.
         context.bind_to_thread().map_err(|error| driver_error("make the device current", error))?;
@@ -233,16 +231,20 @@ fn load_kernels(context: &Arc<CudaContext>, gpu: &Gpu) -> Result<HashMap<&'stati
             let function = module
                 .load_function(kernel.name)
                 .map_err(|error| driver_error("find a kernel that was just loaded", error))?;
-            function
-                .set_attribute(
-                    sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                    gpu.max_shared_bytes as i32,
-                )
+            allow_all_shared_memory(&function, gpu)
                 .map_err(|error| driver_error("raise the limit of shared memory", error))?;
             functions.insert(kernel.name, function);
         }
     }
     Ok(functions)
+}
+
+/// Lets launches of a kernel ask for all shared memory of a block that the kernel does not have already.
+fn allow_all_shared_memory(function: &CudaFunction, gpu: &Gpu) -> std::result::Result<(), DriverError> {
+    use sys::CUfunction_attribute as Attribute;
+    let its_own = function.get_attribute(Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)?;
+    let rest = gpu.max_shared_bytes as i32 - its_own;
+    function.set_attribute(Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, rest)
 }
 
 /// The driver's form of a tensor map.
@@ -305,7 +307,7 @@ pub(crate) fn keeping_context<T>(body: impl FnOnce() -> Result<T>) -> Result<T> 
 /// Whether there is a driver with all functions that are called here: `cudarc` panics where there is none.
 pub(crate) fn probe_driver() -> Result<()> {
     const LIBRARIES: &[&str] = if cfg!(windows) { &["nvcuda.dll"] } else { &["libcuda.so.1", "libcuda.so"] };
-    const FUNCTIONS: [&str; 16] = [
+    const FUNCTIONS: [&str; 17] = [
         "cuInit",
         "cuDeviceGetCount",
         "cuDeviceGet",
@@ -317,6 +319,7 @@ pub(crate) fn probe_driver() -> Result<()> {
         "cuModuleLoadData",
         "cuModuleGetFunction",
         "cuModuleUnload",
+        "cuFuncGetAttribute",
         "cuFuncSetAttribute",
         "cuLaunchKernel",
         "cuEventRecord",

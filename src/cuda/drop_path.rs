@@ -3,7 +3,7 @@
 use super::borrows::Borrows;
 use super::buffer::{Buffer, DType, Direction, Element, MAX_ROWS, grid};
 use super::device::Device;
-use super::kernel::table;
+use super::kernel::{WARP, table};
 use super::plan::{Launch, Plan};
 use super::pointer::{Input, Output, Void};
 use crate::error::{Error, Result};
@@ -154,7 +154,7 @@ impl DropPath {
             }
         }
         // A double per warp.
-        let shared = DROP_PATH_THREADS / 32 * 8;
+        let shared = DROP_PATH_THREADS / WARP * 8;
         Ok(Launch::new(
             table::DROP_PATH.choose(dtype),
             grid(x, y),

@@ -2,6 +2,9 @@
 
 use crate::error::{Error, Result};
 
+/// The oldest compute capability that the kernels run on.
+pub(super) const OLDEST: (u32, u32) = (8, 0);
+
 /// What a plan depends on besides its arguments. [`Device::gpu`](super::Device::gpu) gives that of an open device; any other value
 /// plans for a device that is not there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,9 +76,9 @@ impl Family {
     }
 
     /// Whether it runs on a device.
-    pub const fn is_available(self, gpu: &Gpu) -> bool {
+    pub fn is_available(self, gpu: &Gpu) -> bool {
         match self {
-            Self::Sm80 => gpu.capability.0 >= 8,
+            Self::Sm80 => gpu.capability >= OLDEST,
             Self::CublasLt => gpu.has_cublaslt,
         }
     }

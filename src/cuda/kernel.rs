@@ -2,6 +2,9 @@
 
 use super::buffer::DType;
 
+/// Threads of a warp.
+pub const WARP: usize = 32;
+
 /// A kernel by the file `kernels/FILE.cu` that it is in and its name there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Kernel {

@@ -3,7 +3,7 @@
 use super::borrows::Borrows;
 use super::buffer::{Buffer, DType, Element, Named, check_disjoint};
 use super::device::Device;
-use super::kernel::{Kernels, table};
+use super::kernel::{Kernels, WARP, table};
 use super::plan::{Launch, Plan};
 use super::pointer::{Input, Output, Void};
 use crate::cpu::{check_label_smoothing, check_lambda, history_rows};
@@ -14,7 +14,6 @@ use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
 
 /// What a thread holds of a row.
 pub const LOSS_ELEMENTS: usize = 8;
-const WARP: usize = 32;
 /// Threads that share a row or a slice of one, at most; then they are the block.
 pub const LOSS_GROUP: usize = 512;
 /// Elements of a slice, at most.

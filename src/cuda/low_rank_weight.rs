@@ -7,8 +7,8 @@ use super::buffer::{
     Address, Buffer, DType, Element, MAX_ROWS, Named, check_disjoint, grid, rows_are_aligned,
 };
 use super::device::Device;
-use super::kernel::{Kernel, table};
-use super::partial_sums::partial_sums;
+use super::kernel::{Kernel, WARP, table};
+use super::partial_sums::{SPLIT_BLOCKS, partial_sums};
 use super::plan::{Launch, Plan};
 use super::pointer::{Input, Output, Void};
 use crate::cpu::{LoraFactors, LoraGrads, check_scale};
@@ -17,7 +17,6 @@ use crate::shape::{nonzero, product};
 use bytemuck::{Pod, Zeroable};
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
 
-const WARP: usize = 32;
 /// Warps of a block that shares rows, and the rows of such a block.
 pub const WEIGHT_WARPS: usize = 4;
 pub const WEIGHT_ROWS: usize = 16;
@@ -28,8 +27,6 @@ pub const WEIGHT_BACKWARD_RANKS: usize = 8;
 const MAX_PART: usize = 128;
 /// Most elements of a factor.
 const MAX_FACTOR: usize = 1 << 36;
-/// Blocks that keep a large device busy. One number for all devices, so that all add up in the same order.
-const BLOCKS: usize = 264;
 
 /// Parameters of the kernels `low_rank_weight*`.
 #[repr(C)]
@@ -114,7 +111,7 @@ pub(super) struct Parts {
 impl Parts {
     pub(super) fn new(n: usize, k: usize, dtype: DType) -> Self {
         let strips = k.div_ceil(WARP * 16 / dtype.bytes()).max(1);
-        let rows = n.div_ceil((BLOCKS / strips).max(1)).clamp(1, MAX_PART);
+        let rows = n.div_ceil((SPLIT_BLOCKS / strips).max(1)).clamp(1, MAX_PART);
         let part = rows.next_multiple_of(WEIGHT_ROWS);
         Self { strips, parts: n.div_ceil(part), part }
     }

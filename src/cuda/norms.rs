@@ -3,7 +3,7 @@
 use super::borrows::Borrows;
 use super::buffer::{Address, Buffer, DType, Element, Named, check_disjoint};
 use super::device::Device;
-use super::kernel::{Kernel, table};
+use super::kernel::{Kernel, WARP, table};
 use super::plan::{Launch, Plan};
 use super::pointer::{Input, Output, Void};
 use crate::error::{Error, Result};
@@ -15,7 +15,6 @@ use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
 pub const NORMS_THREADS: usize = 256;
 /// Threads of the block that adds up.
 pub const NORM_TOTAL_THREADS: usize = 1024;
-const WARP: usize = 32;
 /// Elements of a block.
 pub const NORMS_CHUNK: usize = 16384;
 /// Tensors of a launch.

@@ -6,6 +6,9 @@ use super::plan::Launch;
 use super::pointer::{Input, Output, Void};
 use bytemuck::{Pod, Zeroable};
 
+/// Blocks that keep a large device busy, two for each of an H200's 132 multiprocessors: sums are split to have as many. One number
+/// for all devices, so that all add up in the same order.
+pub(super) const SPLIT_BLOCKS: usize = 264;
 /// Threads of a block.
 pub const PARTIAL_SUMS_THREADS: usize = 256;
 /// Elements of one thread.

@@ -3,7 +3,7 @@
 use super::borrows::Borrows;
 use super::buffer::{Address, Buffer, DType, Element, Named, check_disjoint, rows_are_aligned};
 use super::device::Device;
-use super::kernel::{Kernels, table};
+use super::kernel::{Kernels, WARP, table};
 use super::low_rank_weight::{LowRankBackwardParams, Parts, check_sizes, check_workspace, factor};
 use super::partial_sums::partial_sums;
 use super::plan::{Launch, Plan};
@@ -13,7 +13,6 @@ use crate::error::Result;
 use bytemuck::{Pod, Zeroable};
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
 
-const WARP: usize = 32;
 /// Threads of a block.
 pub const PROMPT_THREADS: usize = 256;
 /// In-features of a partial sum of `dPu`.

@@ -10,9 +10,9 @@ use crate::cuda::kernel::{GemmKernels, table};
 use crate::cuda::layer::{Pass, blocks};
 use crate::cuda::noise_source::NoiseSource;
 use crate::cuda::noisy_linear::sm80::{
-    ForwardGemm, GEMM_THREADS, GEMM_TILE, GEMM_TILE_K_BYTES, InputGradient, WeightGradient,
+    ForwardGemm, InputGradient, SM80_THREADS, SM80_TILE, SM80_TILE_K_BYTES, WeightGradient,
 };
-use crate::cuda::partial_sums::partial_sums;
+use crate::cuda::partial_sums::{SPLIT_BLOCKS, partial_sums};
 use crate::cuda::plan::{Launch, Plan};
 use crate::error::Result;
 use crate::shape::LinearShape;
@@ -26,13 +26,11 @@ const FACTORS: [GemmKernels; 2] = [table::LOW_RANK_FACTORS_16, table::LOW_RANK_F
 
 /// Columns that kernels have for the rank.
 const RANKS: [usize; 2] = [16, 32];
-pub const LOW_RANK_STAGES: usize = 3;
+pub const SM80_LOW_RANK_STAGES: usize = 3;
 /// Token rows of a tile of `factors`, and bytes of its rows.
-pub const FACTORS_ROWS: usize = 32;
-pub const FACTORS_ROW_BYTES: usize = 1024;
-/// Blocks of `factors` that keep a large device busy (one number for all devices, so that all add up in the same order), and the
-/// token rows that a block has at least.
-const BLOCKS: usize = 264;
+pub const SM80_FACTORS_ROWS: usize = 32;
+pub const SM80_FACTORS_ROW_BYTES: usize = 1024;
+/// Token rows that a block of `factors` has at least.
 const MIN_PART: usize = 64;
 
 /// Sizes of a layer, and the plans that depend on them alone.
@@ -63,9 +61,9 @@ impl Sizes {
     /// Chunks of channels, parts of the token rows and the rows of each, in `factors`.
     fn parts(&self) -> (usize, usize, usize) {
         let m = self.shape.out_rows();
-        let chunks = (self.shape.out_features * self.dtype.bytes()).div_ceil(FACTORS_ROW_BYTES);
-        let parts = (BLOCKS / chunks).clamp(1, m.div_ceil(MIN_PART));
-        let part = m.div_ceil(parts).next_multiple_of(FACTORS_ROWS);
+        let chunks = (self.shape.out_features * self.dtype.bytes()).div_ceil(SM80_FACTORS_ROW_BYTES);
+        let parts = (SPLIT_BLOCKS / chunks).clamp(1, m.div_ceil(MIN_PART));
+        let part = m.div_ceil(parts).next_multiple_of(SM80_FACTORS_ROWS);
         (chunks, m.div_ceil(part), part)
     }
 
@@ -131,9 +129,10 @@ fn fused_forward(
     let (shape, dtype, bytes) = (layer.shape, pass.arithmetic.dtype, pass.arithmetic.dtype.bytes());
     let (m, k, n, r) = (shape.out_rows(), shape.in_features, shape.out_features, layer.rank);
     let rank = RANKS[columns];
-    let slices = rank.div_ceil(GEMM_TILE_K_BYTES / bytes);
-    let ring = (LOW_RANK_STAGES * (2 * GEMM_TILE + rank) * GEMM_TILE_K_BYTES).max(GEMM_TILE * GEMM_TILE * 4);
-    let tile_columns = n.div_ceil(GEMM_TILE);
+    let slices = rank.div_ceil(SM80_TILE_K_BYTES / bytes);
+    let ring =
+        (SM80_LOW_RANK_STAGES * (2 * SM80_TILE + rank) * SM80_TILE_K_BYTES).max(SM80_TILE * SM80_TILE * 4);
+    let tile_columns = n.div_ceil(SM80_TILE);
     let [x, weight, lora_a, lora_b, s, y] = tensors.map(Address::from);
     let params = LowRankLinearParams {
         noise: pass.noise,
@@ -157,10 +156,10 @@ fn fused_forward(
         b_aligned: u32::from(rows_are_aligned(dtype, r, &[lora_b])),
         scale: layer.scale,
     };
-    let grid = blocks("y", &[tile_columns, m.div_ceil(GEMM_TILE)])?;
-    let shared = ring + 2 * slices * GEMM_TILE * GEMM_TILE_K_BYTES;
+    let grid = blocks("y", &[tile_columns, m.div_ceil(SM80_TILE)])?;
+    let shared = ring + 2 * slices * SM80_TILE * SM80_TILE_K_BYTES;
     let kernel = pass.arithmetic.choose(FORWARD[columns]);
-    Ok(Launch::new(kernel, grid, [GEMM_THREADS, 1, 1], shared, &params).into())
+    Ok(Launch::new(kernel, grid, [SM80_THREADS, 1, 1], shared, &params).into())
 }
 
 fn composed_forward(layer: &Layer, pass: &Pass, x: Buffer, s: Buffer, y: Buffer) -> Result<Plan> {
@@ -248,9 +247,9 @@ fn fused_factors(
     let sums = places.sums.map(|offset| Address::from(pass.workspace).offset(4 * offset));
     let target = |i: usize| targets[i].map_or(Address::NONE, |_| sums[i]);
     let stride = RANKS[columns] * bytes + 16;
-    let shared = FACTORS_ROWS * FACTORS_ROW_BYTES
-        + (FACTORS_ROW_BYTES / bytes + FACTORS_ROWS) * stride
-        + 4 * FACTORS_ROWS * RANKS[columns] * 4;
+    let shared = SM80_FACTORS_ROWS * SM80_FACTORS_ROW_BYTES
+        + (SM80_FACTORS_ROW_BYTES / bytes + SM80_FACTORS_ROWS) * stride
+        + 4 * SM80_FACTORS_ROWS * RANKS[columns] * 4;
     let params = LowRankFactorsParams {
         noise: pass.noise,
         g: dy.into(),
@@ -272,7 +271,7 @@ fn fused_factors(
     };
     let kernel = pass.arithmetic.choose(FACTORS[columns]);
     let grid = blocks("dy", &[chunks, parts])?;
-    let mut plan = Plan::from(Launch::new(kernel, grid, [GEMM_THREADS, 1, 1], shared, &params));
+    let mut plan = Plan::from(Launch::new(kernel, grid, [SM80_THREADS, 1, 1], shared, &params));
     for (i, target) in targets.into_iter().enumerate() {
         if let Some(out) = target {
             plan.push(partial_sums(sums[i], if i == 0 { chunks } else { parts }, out, dtype));

@@ -10,7 +10,7 @@ use crate::cuda::gpu::Gpu;
 use crate::cuda::kernel::table;
 use crate::cuda::layer::{Arithmetic, Pass, blocks};
 use crate::cuda::noise_source::NoiseSource;
-use crate::cuda::partial_sums::partial_sums;
+use crate::cuda::partial_sums::{SPLIT_BLOCKS, partial_sums};
 use crate::cuda::plan::{Launch, Plan};
 use crate::error::Result;
 use crate::noise::NoiseShape;
@@ -20,17 +20,15 @@ use bytemuck::Zeroable;
 pub(super) const PASSES: Passes = Passes { workspace_len, forward, backward };
 
 /// Rows and columns of a block's tile of outputs.
-pub const GEMM_TILE: usize = 128;
-pub const GEMM_THREADS: u32 = 256;
+pub const SM80_TILE: usize = 128;
+pub const SM80_THREADS: u32 = 256;
 /// Bytes of an operand's tile along the inner dimension.
-pub const GEMM_TILE_K_BYTES: usize = 64;
+pub const SM80_TILE_K_BYTES: usize = 64;
 /// Bytes of an operand's tile in shared memory.
-const TILE_BYTES: usize = GEMM_TILE * GEMM_TILE_K_BYTES;
-pub const FORWARD_STAGES: usize = 4;
-pub const FOLDED_STAGES: usize = 3;
-pub const BACKWARD_STAGES: usize = 3;
-/// Blocks that keep a large device busy; weight gradients are split over token rows to have as many.
-const BLOCKS: usize = 264;
+const TILE_BYTES: usize = SM80_TILE * SM80_TILE_K_BYTES;
+pub const SM80_FORWARD_STAGES: usize = 4;
+pub const SM80_FOLDED_STAGES: usize = 3;
+pub const SM80_BACKWARD_STAGES: usize = 3;
 /// Token rows of a partial sum are a multiple of this, and not fewer than `MIN_PART`.
 const PART_STEP: usize = 32;
 const MIN_PART: usize = 256;
@@ -70,15 +68,15 @@ impl ForwardGemm<'_> {
         let off = self.noise == NoiseSource::OFF;
         // Without noise all rows share their z.
         let tokens = if self.fold && off { m } else { self.shape.tokens };
-        let columns = n.div_ceil(GEMM_TILE);
+        let columns = n.div_ceil(SM80_TILE);
         let (kernels, stages, tiles, rows) = match (two, self.fold) {
             (true, true) => {
-                (table::NOISY_LINEAR_FOLDED, FOLDED_STAGES, 3, (m / tokens) * tokens.div_ceil(GEMM_TILE))
+                (table::NOISY_LINEAR_FOLDED, SM80_FOLDED_STAGES, 3, (m / tokens) * tokens.div_ceil(SM80_TILE))
             }
-            (true, false) => (table::NOISY_LINEAR_TWO, FORWARD_STAGES, 2, m.div_ceil(GEMM_TILE)),
-            (false, _) => (table::NOISY_LINEAR_ONE, FORWARD_STAGES, 2, m.div_ceil(GEMM_TILE)),
+            (true, false) => (table::NOISY_LINEAR_TWO, SM80_FORWARD_STAGES, 2, m.div_ceil(SM80_TILE)),
+            (false, _) => (table::NOISY_LINEAR_ONE, SM80_FORWARD_STAGES, 2, m.div_ceil(SM80_TILE)),
         };
-        let z_bytes = if two && self.fold { GEMM_TILE * 4 } else { 0 };
+        let z_bytes = if two && self.fold { SM80_TILE * 4 } else { 0 };
         let params = NoisyLinearParams {
             noise: self.noise,
             segments,
@@ -96,7 +94,7 @@ impl ForwardGemm<'_> {
         };
         let shared = stages * tiles * TILE_BYTES + z_bytes;
         let grid = blocks("y", &[columns, rows])?;
-        Ok(Launch::new(self.run.choose(kernels), grid, [GEMM_THREADS, 1, 1], shared, &params))
+        Ok(Launch::new(self.run.choose(kernels), grid, [SM80_THREADS, 1, 1], shared, &params))
     }
 }
 
@@ -136,9 +134,9 @@ impl InputGradient<'_> {
                 count += 1;
             }
         }
-        let inner = GEMM_TILE_K_BYTES / dtype.bytes();
-        let z_bytes = 2 * GEMM_TILE * (inner + 8) * 4;
-        let columns = k.div_ceil(GEMM_TILE);
+        let inner = SM80_TILE_K_BYTES / dtype.bytes();
+        let z_bytes = 2 * SM80_TILE * (inner + 8) * 4;
+        let columns = k.div_ceil(SM80_TILE);
         let params = NoisyLinearInputParams {
             noise: self.noise,
             segments,
@@ -152,12 +150,12 @@ impl InputGradient<'_> {
             aligned: u32::from(rows_are_aligned(dtype, k, &[self.dx.into()])),
             scale: self.scale,
         };
-        let shared = BACKWARD_STAGES * 2 * TILE_BYTES + z_bytes;
-        let grid = blocks("dx", &[columns, rows.div_ceil(GEMM_TILE)])?;
+        let shared = SM80_BACKWARD_STAGES * 2 * TILE_BYTES + z_bytes;
+        let grid = blocks("dx", &[columns, rows.div_ceil(SM80_TILE)])?;
         Ok(Launch::new(
             self.run.choose(table::NOISY_LINEAR_INPUT),
             grid,
-            [GEMM_THREADS, 1, 1],
+            [SM80_THREADS, 1, 1],
             shared,
             &params,
         ))
@@ -186,8 +184,8 @@ impl WeightGradient {
     /// Partial sums, and the token rows of each.
     fn parts(shape: &LinearShape) -> (usize, usize) {
         let m = shape.out_rows();
-        let tiles = shape.out_features.div_ceil(GEMM_TILE) * shape.in_features.div_ceil(GEMM_TILE);
-        let parts = (BLOCKS / tiles).clamp(1, m.div_ceil(MIN_PART));
+        let tiles = shape.out_features.div_ceil(SM80_TILE) * shape.in_features.div_ceil(SM80_TILE);
+        let parts = (SPLIT_BLOCKS / tiles).clamp(1, m.div_ceil(MIN_PART));
         let part = m.div_ceil(parts).next_multiple_of(PART_STEP);
         (m.div_ceil(part), part)
     }
@@ -211,7 +209,7 @@ impl WeightGradient {
         let partial = parts > 1;
         // Without a weight gradient there are no columns, and x is not read.
         let k = if self.weight.is_some() { k } else { 0 };
-        let (columns, rows) = (k.div_ceil(GEMM_TILE).max(1), n.div_ceil(GEMM_TILE));
+        let (columns, rows) = (k.div_ceil(SM80_TILE).max(1), n.div_ceil(SM80_TILE));
         let workspace = [self.workspace, self.workspace.offset(parts * n * k * 4)];
         let targets = [self.weight, self.bias];
         let target = |i: usize| match targets[i] {
@@ -219,10 +217,10 @@ impl WeightGradient {
             out => out.into(),
         };
         let out_type = if partial { DType::F32 } else { dtype };
-        let inner = GEMM_TILE_K_BYTES / dtype.bytes();
+        let inner = SM80_TILE_K_BYTES / dtype.bytes();
         // The z of two tiles, and where its rows are; or the tile of outputs in f32 on its way out.
-        let ring = BACKWARD_STAGES * 2 * TILE_BYTES;
-        let shared = (ring + 2 * inner * GEMM_TILE * 4 + 2 * inner * 4).max(GEMM_TILE * GEMM_TILE * 4);
+        let ring = SM80_BACKWARD_STAGES * 2 * TILE_BYTES;
+        let shared = (ring + 2 * inner * SM80_TILE * 4 + 2 * inner * 4).max(SM80_TILE * SM80_TILE * 4);
         let params = NoisyLinearWeightParams {
             noise: self.noise,
             g: self.g.into(),
@@ -246,7 +244,7 @@ impl WeightGradient {
         let mut plan = Plan::from(Launch::new(
             self.run.choose(table::NOISY_LINEAR_WEIGHT),
             grid,
-            [GEMM_THREADS, 1, 1],
+            [SM80_THREADS, 1, 1],
             shared,
             &params,
         ));
@@ -265,7 +263,7 @@ fn folds(layer: &Layer) -> bool {
     let pays = match layer.noise.shape() {
         None => true,
         // The last tile of each sample is padded.
-        Some(NoiseShape::PerSample) => 2 * tokens.next_multiple_of(GEMM_TILE) <= 3 * tokens,
+        Some(NoiseShape::PerSample) => 2 * tokens.next_multiple_of(SM80_TILE) <= 3 * tokens,
         Some(NoiseShape::PerToken) => false,
     };
     layer.fold && pays && layer.base.is_some() && layer.delta_weight.is_some() && layer.shape.fan_out() == 1

@@ -38,7 +38,7 @@ fn sources(folder: &Path) -> Vec<PathBuf> {
 
 /// The names of the parameter structs, and of those inside them.
 fn structs(source: &str) -> impl Iterator<Item = String> + '_ {
-    source.split("#[repr(C)]").skip(1).filter_map(|rest| {
+    source.split("#[repr(C").skip(1).filter_map(|rest| {
         let (_, name) = rest.split_once("struct ")?;
         Some(name.split([' ', '<', '{']).next()?.to_owned())
     })
