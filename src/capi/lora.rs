@@ -23,21 +23,13 @@ fn layer<M: Memory>(
     args: &PaceLoraMulLinear,
 ) -> Result<cuda::LoraMulLinear<M::Tensor, M::Noise>> {
     check_flags(args.flags, PACE_ALLOW_TF32)?;
+    // The ranks before the tensors that have them, which come last.
     let lora = match present(args.lora_a).or(present(args.lora_b)) {
-        Some(_) => Some(Lora {
-            rank: rank("rank", args.rank)?,
-            scale: check_scale(args.scale)? as f32,
-            lora_a: memory.input("lora_a", args.lora_a)?,
-            lora_b: memory.input("lora_b", args.lora_b)?,
-        }),
+        Some(_) => Some((rank("rank", args.rank)?, check_scale(args.scale)? as f32)),
         None => None,
     };
     let prompt = match present(args.prompt_down).or(present(args.prompt_up)) {
-        Some(_) => Some(Prompt {
-            rank: rank("prompt_rank", args.prompt_rank)?,
-            down: memory.input("prompt_down", args.prompt_down)?,
-            up: memory.input("prompt_up", args.prompt_up)?,
-        }),
+        Some(_) => Some(rank("prompt_rank", args.prompt_rank)?),
         None => None,
     };
     Ok(cuda::LoraMulLinear {
@@ -47,8 +39,23 @@ fn layer<M: Memory>(
             weight: memory.input("base_weight", args.base_weight)?,
             bias: memory.optional("base_bias", args.base_bias)?,
         },
-        lora,
-        prompt,
+        lora: match lora {
+            Some((rank, scale)) => Some(Lora {
+                rank,
+                lora_a: memory.input("lora_a", args.lora_a)?,
+                lora_b: memory.input("lora_b", args.lora_b)?,
+                scale,
+            }),
+            None => None,
+        },
+        prompt: match prompt {
+            Some(rank) => Some(Prompt {
+                rank,
+                down: memory.input("prompt_down", args.prompt_down)?,
+                up: memory.input("prompt_up", args.prompt_up)?,
+            }),
+            None => None,
+        },
         delta_bias: memory.optional("delta_bias", args.delta_bias)?,
         allow_tf32: args.flags & PACE_ALLOW_TF32 != 0,
     })

@@ -128,12 +128,14 @@ impl<B> LoraMulLinearGrads<B> {
 }
 
 impl<'a, T: Real> LoraMulLinear<'a, T> {
-    /// Checks the sizes that memory is allocated for: what holds for a slice that exists can be allocated again.
+    /// Checks the sizes that memory is allocated for (what holds for a slice that exists can be allocated again), and the factors.
     fn check(&self) -> Result<()> {
         check_adapter(self.lora.is_some(), self.prompt.is_some())?;
         self.shape.check()?;
         let LinearShape { in_features, out_features, .. } = self.shape;
-        length("base.weight", "[N, K]", self.base.weight, out_features * in_features)
+        length("base.weight", "[N, K]", self.base.weight, out_features * in_features)?;
+        self.lora.map_or(Ok(()), |lora| lora.factors(&self.shape).check())?;
+        self.prompt.map_or(Ok(()), |prompt| prompt.bias(&self.shape, self.base, self.delta_bias).check())
     }
 
     /// Calls `body` with the layer whose ΔW and Δb are these. Of a ΔW that is not needed only the length counts.
@@ -178,29 +180,45 @@ impl<'a, T: Real> LoraMulLinear<'a, T> {
         let with_lora = lora_a.is_some() || lora_b.is_some();
         let with_prompt =
             self.prompt.is_some() && (prompt_down.is_some() || prompt_up.is_some() || delta_bias.is_some());
+        // Both factors' gradients come together; one that was not asked for is dropped.
+        let mut spare = [const { Vec::new() }; 4];
+        let [spare_a, spare_b, spare_down, spare_up] = &mut spare;
+        let (own_bias, prompt_bias) = if with_prompt { (None, delta_bias) } else { (delta_bias, None) };
+        // All is checked before anything is written.
+        let lora = match self.lora.filter(|_| with_lora) {
+            Some(lora) => {
+                let lora_a = or_spare(lora_a, spare_a, lora.lora_a.len());
+                let grads = LoraGrads { lora_b: or_spare(lora_b, spare_b, lora.lora_b.len()), lora_a };
+                let factors = lora.factors(&self.shape);
+                factors.check_grads(&grads)?;
+                Some((factors, grads))
+            }
+            None => None,
+        };
+        let prompt = match self.prompt.filter(|_| with_prompt) {
+            Some(prompt) => {
+                let prompt_down = or_spare(prompt_down, spare_down, prompt.down.len());
+                let prompt_up = or_spare(prompt_up, spare_up, prompt.up.len());
+                let grads = PromptGrads { prompt_down, prompt_up, delta_bias: prompt_bias };
+                let prompt = prompt.bias(&self.shape, self.base, self.delta_bias);
+                prompt.check_grads(&grads)?;
+                Some((prompt, grads))
+            }
+            None => None,
+        };
         let mut dw = vec![T::zero(); if with_lora { n * k } else { 0 }];
         let mut db = vec![T::zero(); if with_prompt { n } else { 0 }];
-        let mut delta_bias = delta_bias;
         // Δb has no part in any gradient.
         Self { prompt: None, ..*self }.dense(input.is_some(), |layer| {
-            let delta_bias = if with_prompt { Some(&mut db[..]) } else { delta_bias.as_deref_mut() };
-            let grads =
-                NoisyLinearGrads { input, delta_weight: with_lora.then_some(&mut dw[..]), delta_bias };
-            layer.backward_from(x, dy, grads)
+            let delta_weight = with_lora.then_some(&mut dw[..]);
+            let delta_bias = if with_prompt { Some(&mut db[..]) } else { own_bias };
+            layer.backward_from(x, dy, NoisyLinearGrads { input, delta_weight, delta_bias })
         })?;
-        // Both factors' gradients come together; one that was not asked for is dropped.
-        let (mut spare_a, mut spare_b) = (Vec::new(), Vec::new());
-        if let Some(lora) = self.lora.filter(|_| with_lora) {
-            let lora_a = or_spare(lora_a, &mut spare_a, lora.lora_a.len());
-            let lora_b = or_spare(lora_b, &mut spare_b, lora.lora_b.len());
-            let grads = LoraGrads { lora_b, lora_a };
-            lora_mul_weight_backward(lora.factors(&self.shape), self.base.weight, &dw, grads)?;
+        if let Some((factors, grads)) = lora {
+            lora_mul_weight_backward(factors, self.base.weight, &dw, grads)?;
         }
-        if let Some(prompt) = self.prompt.filter(|_| with_prompt) {
-            let prompt_down = or_spare(prompt_down, &mut spare_a, prompt.down.len());
-            let prompt_up = or_spare(prompt_up, &mut spare_b, prompt.up.len());
-            let grads = PromptGrads { prompt_down, prompt_up, delta_bias };
-            prompt.bias(&self.shape, self.base, self.delta_bias).backward(&db, grads)?;
+        if let Some((prompt, grads)) = prompt {
+            prompt.backward(&db, grads)?;
         }
         Ok(())
     }

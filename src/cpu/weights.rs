@@ -47,7 +47,7 @@ pub struct LoraGrads<B> {
 }
 
 impl<T: Real> LoraFactors<&[T], T> {
-    fn check(&self) -> Result<()> {
+    pub(super) fn check(&self) -> Result<()> {
         nonzero("out_features", self.out_features)?;
         nonzero("in_features", self.in_features)?;
         nonzero("rank", self.rank)?;
@@ -69,6 +69,12 @@ impl<T: Real> LoraFactors<&[T], T> {
 
     fn check_weight(&self, argument: &'static str, weight: &[T]) -> Result<()> {
         length(argument, "[N, K]", weight, self.out_features * self.in_features)
+    }
+
+    /// Checks the places for the gradients of factors that were checked.
+    pub(super) fn check_grads(&self, grads: &LoraGrads<&mut [T]>) -> Result<()> {
+        length("grads.lora_b", "[N, r]", grads.lora_b, self.out_features * self.rank)?;
+        length("grads.lora_a", "[r, K]", grads.lora_a, self.rank * self.in_features)
     }
 
     /// `out = scale·B·A`, or `base ⊙ (scale·B·A)`, block by block of channels.
@@ -97,8 +103,7 @@ impl<T: Real> LoraFactors<&[T], T> {
     /// Block by block of channels, so that `q` is never held as a whole; the blocks' shares of dA are added in order.
     fn backward(&self, grad: &[T], base: Option<&[T]>, grads: LoraGrads<&mut [T]>) -> Result<()> {
         let Self { out_features: n, in_features: k, rank: r, .. } = *self;
-        length("grads.lora_b", "[N, r]", grads.lora_b, n * r)?;
-        length("grads.lora_a", "[r, K]", grads.lora_a, r * k)?;
+        self.check_grads(&grads)?;
         let lora_a = mat(self.lora_a, r, k).transpose();
         let block = n.div_ceil(MAX_SUMS).max(CHANNELS);
         let parts: Vec<Vec<T>> = grads
@@ -228,7 +233,7 @@ pub struct PromptGrads<B> {
 }
 
 impl<T: Real> PromptBias<&[T]> {
-    fn check(&self) -> Result<()> {
+    pub(super) fn check(&self) -> Result<()> {
         let Self { out_features: n, in_features: k, rank: r, .. } = *self;
         nonzero("out_features", n)?;
         nonzero("in_features", k)?;
@@ -240,6 +245,16 @@ impl<T: Real> PromptBias<&[T]> {
             slice.map_or(Ok(()), |slice| length(argument, "[N]", slice, n))?;
         }
         Ok(())
+    }
+
+    /// Checks the places for the gradients of factors that were checked.
+    pub(super) fn check_grads(&self, grads: &PromptGrads<&mut [T]>) -> Result<()> {
+        length("grads.prompt_down", "[K, r]", grads.prompt_down, self.in_features * self.rank)?;
+        length("grads.prompt_up", "[r]", grads.prompt_up, self.rank)?;
+        grads
+            .delta_bias
+            .as_ref()
+            .map_or(Ok(()), |out| length("grads.delta_bias", "[N]", out, self.out_features))
     }
 
     /// Computes `Δb [N]`.
@@ -276,11 +291,7 @@ impl<T: Real> PromptBias<&[T]> {
         self.check()?;
         let Self { out_features: n, in_features: k, rank: r, .. } = *self;
         length("delta_bias_grad", "[N]", delta_bias_grad, n)?;
-        length("grads.prompt_down", "[K, r]", grads.prompt_down, k * r)?;
-        length("grads.prompt_up", "[r]", grads.prompt_up, r)?;
-        if let Some(out) = &grads.delta_bias {
-            length("grads.delta_bias", "[N]", out, n)?;
-        }
+        self.check_grads(&grads)?;
         let par = all_threads();
         let mut q = vec![T::zero(); k];
         gemm(

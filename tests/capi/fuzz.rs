@@ -54,6 +54,7 @@ fn whatever_is_in_the_structs_there_is_a_status_and_a_message() {
     let mut seen = std::collections::BTreeMap::<PaceStatus, usize>::new();
     for case in &cases {
         assert_eq!(call(case, &case.words), PACE_OK, "{}: {}", OPERATORS[case.operator].0, message());
+        arena.memory.copy_from_slice(&before);
         for _ in 0..3000 {
             let mut words = case.words.clone();
             for _ in 0..=random.below(3) {
@@ -87,6 +88,12 @@ fn whatever_is_in_the_structs_there_is_a_status_and_a_message() {
             *seen.entry(status).or_default() += 1;
             assert!(name(status) != "unknown" && status != PACE_ERROR_INTERNAL, "{status}: {}", message());
             assert!(status == PACE_OK || !message().is_empty());
+            assert!(
+                status == PACE_OK || arena.memory == before,
+                "{} wrote before it refused: {}",
+                OPERATORS[case.operator].0,
+                message()
+            );
             // An output may have been sent to where another tensor lies.
             arena.memory.copy_from_slice(&before);
         }
@@ -107,6 +114,34 @@ fn whatever_is_in_the_structs_there_is_a_status_and_a_message() {
     ] {
         assert!(seen.contains_key(&status), "{} was never seen in {seen:?}", name(status));
     }
+}
+
+#[test]
+fn sizes_and_noise_of_a_layer_are_refused_before_its_tensors() {
+    let mut arena = Arena::new(130);
+    let layers = cases(&mut arena).into_iter().filter(|case| OPERATORS[case.operator].0.contains("linear"));
+    let tensors = offset_of!(PaceNoisyLinear, base_weight) / 8;
+    let reserved = (offset_of!(PaceNoisyLinear, noise) + offset_of!(PaceNoise, reserved)) / 8;
+    let shared_input = (offset_of!(PaceNoisyLinear, shape) + offset_of!(PaceShape, shared_input)) / 8;
+    let mut layers_seen = 0;
+    for case in layers {
+        for at in [reserved, shared_input] {
+            let mut words = case.words.clone();
+            words[at] |= 2 << 32;
+            for word in &mut words[tensors..] {
+                *word = if arena.holds(*word) { 0 } else { *word };
+            }
+            assert_eq!(
+                call(&case, &words),
+                PACE_ERROR_VALUE,
+                "{}: {}",
+                OPERATORS[case.operator].0,
+                message()
+            );
+        }
+        layers_seen += 1;
+    }
+    assert_eq!(layers_seen, 6);
 }
 
 /// Whether a word is the length of the tensor before it, which may not grow beyond its area.
