@@ -100,3 +100,13 @@ def test_inductor_on_a_layer():
     for gradient, parameter in zip(expected, (p for p in adapter.parameters() if p.grad is not None)):
         close(parameter.grad, gradient, 1e-10)
     assert compiled(x, pace_torch.keys(1, 1, 3)) != result
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_a_traced_layer_reads_its_input(with_gradients):
+    adapter = perturb(pace_torch.LoraMulVptAdd(torch.nn.Linear(8, 6, dtype=torch.float64), 2))
+    x, other = torch.randn(2, 4, 3, 8, dtype=torch.float64)
+    with torch.set_grad_enabled(with_gradients):
+        traced = torch.jit.trace(adapter, (x,), check_trace=False)
+        close(traced(other), adapter(other), 1e-12)

@@ -116,7 +116,9 @@ _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 def _is_plain(tensors: Sequence[Optional[Tensor]]) -> bool:
     """True in plain eager mode: no compiler, no tracer, no function transform, no tensor subclasses."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return False
     return set(map(type, tensors)) <= _PLAIN
 
