@@ -26,7 +26,7 @@ executables() {
         return 1
     fi
 }
-tests="$(executables test --release --test cuda --test cuda_plan)"
+tests="$(executables test --release --test cuda)"
 bench="$(executables bench --bench cuda)"
 
 library="$(cargo rustc --locked --release --lib --features capi --crate-type cdylib \

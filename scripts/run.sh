@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Tests and measures the CUDA kernels on device 0, from a folder that scripts/bundle.sh made. Needs an NVIDIA driver only;
-# takes compute-sanitizer from PATH, cuBLASLt from LD_LIBRARY_PATH and torch, timm, peft and pytest from python3, where they are. Everything that is printed goes to
-# results/ too, one file per step, and the benchmark's table as bench.json.
+# Tests and measures the CUDA kernels on device 0, from a folder that scripts/bundle.sh made. Needs an NVIDIA driver only; takes
+# compute-sanitizer from PATH, cuBLASLt from LD_LIBRARY_PATH or PyTorch's packages, and torch, timm, peft and pytest from python3, where
+# they are. Everything that is printed goes to results/ too, one file per step, and the benchmark's table as bench.json.
 set -uo pipefail
 cd "$(dirname "$0")" || exit 1
 mkdir -p results
@@ -35,7 +35,6 @@ case "$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | h
     9.0) step hopper env -u OUT timeout -k 5 120 ./hopper/run.sh ;;
     *) step hopper echo "skipped: no device of compute capability 9.0" ;;
 esac
-step plan ./test_cuda_plan
 step device ./test_cuda device::
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck initcheck synccheck; do
@@ -61,6 +60,7 @@ pytorch "torch, timm, numpy" peers \
     python3 repository/benches/peers/peers.py --device cuda --out results/peers.json --chart results/peers.svg
 step bench env CRITERION_HOME=results/criterion PACE_BENCH_JSON=results/bench.json ./bench_cuda --bench
 
+[ -n "$device" ] || echo "nvidia-smi names no device: probably nothing ran on one"
 if [ ${#failed[@]} -gt 0 ]; then
     echo "failed: ${failed[*]}"
     exit 1
