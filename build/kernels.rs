@@ -47,8 +47,10 @@ fn list(folder: &Path, prefix: &str, sources: &mut Vec<Source>) -> Result<(), St
 }
 
 /// Macros that define kernels, and the ends of the kernels' names: one per type.
-const MACROS: [(&str, &[&str]); 5] = [
+const MACROS: [(&str, &[&str]); 7] = [
     ("PACE_KERNEL", &[""]),
+    ("PACE_CLUSTER_KERNEL", &[""]),
+    ("PACE_CLUSTER_KERNELS_16", &["_f16", "_bf16"]),
     ("PACE_KERNELS", &["_f32", "_f16", "_bf16"]),
     ("PACE_KERNELS_F32", &["_f32"]),
     ("PACE_KERNELS_16", &["_f16", "_bf16"]),
@@ -124,6 +126,7 @@ pub fn table(sources: &[Source]) -> Result<String, String> {
             }
             let kind = match group.suffixes[..] {
                 [""] => "Kernel",
+                ["_f16", "_bf16"] => "Kernels16",
                 ["_f32", "_f16", "_bf16"] => "Kernels",
                 ["_f32", "_tf32", "_f16", "_bf16"] => "GemmKernels",
                 _ => {

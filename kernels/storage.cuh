@@ -59,6 +59,10 @@ using i64 = long long;
 // Pointers in parameter structs (params.h).
 template <class T> using Input = const T *;
 template <class T> using Output = T *;
+// A tensor map there: kernels only pass its address on.
+struct alignas(64) TensorMap {
+    u64 words[16];
+};
 
 using bf16 = __nv_bfloat16;
 using f16 = __half;

@@ -33,6 +33,24 @@ impl Kernels {
     }
 }
 
+/// A kernel by storage type, for those of 16 bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Kernels16 {
+    f16: Kernel,
+    bf16: Kernel,
+}
+
+impl Kernels16 {
+    /// The one for a type; `None` for `f32`.
+    pub(crate) fn choose(self, dtype: DType) -> Option<Kernel> {
+        match dtype {
+            DType::F32 => None,
+            DType::F16 => Some(self.f16),
+            DType::BF16 => Some(self.bf16),
+        }
+    }
+}
+
 /// A kernel that multiplies matrices, by how a storage type is multiplied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct GemmKernels {
