@@ -40,6 +40,17 @@ constexpr u32 SM80_FACTORS_ROWS = 32;
 
 constexpr u32 SM80_FACTORS_ROW_BYTES = 1024;
 
+/// Channels of a tile: 197 tiles of 768, 2304 or 3072 channels come out even on 132 multiprocessors.
+constexpr u32 SM90_LOW_RANK_CHANNELS = 192;
+
+constexpr u32 SM90_LOW_RANK_STAGES = 4;
+
+/// Blocks that share W0's tiles.
+constexpr u32 SM90_LOW_RANK_CLUSTER = 2;
+
+/// Buffers of a consumer for outputs, up to rank 16; then there is room for one.
+constexpr u32 SM90_LOW_RANK_STAGING = 2;
+
 /// Warps of a block that shares rows, and the rows of such a block.
 constexpr u32 WEIGHT_WARPS = 4;
 
@@ -88,6 +99,17 @@ constexpr u32 SM80_FOLDED_STAGES = 3;
 
 constexpr u32 SM80_BACKWARD_STAGES = 3;
 
+/// Channels of a tile; with those of the adapter they are the 256 columns that an instruction has at most.
+constexpr u32 SM90_EXACT_CHANNELS = 128;
+
+constexpr u32 SM90_EXACT_STAGES = 4;
+
+/// Blocks that share the weights' tiles.
+constexpr u32 SM90_EXACT_CLUSTER = 2;
+
+/// Buffers of a consumer for outputs.
+constexpr u32 SM90_EXACT_STAGING = 1;
+
 /// Threads of a block.
 constexpr u32 NORMS_THREADS = 256;
 
@@ -105,6 +127,21 @@ constexpr u32 PARTIAL_SUMS_THREADS = 256;
 
 /// Threads of a block.
 constexpr u32 PROMPT_THREADS = 256;
+
+/// Threads of a block: two consumer warpgroups and the producer.
+constexpr u32 SM90_THREADS = 384;
+
+/// Token rows of a block's tile.
+constexpr u32 SM90_TILE_ROWS = 128;
+
+/// Elements of a tile along the inner dimension: rows of 128 bytes, the widest swizzle.
+constexpr u32 SM90_TILE_K = 64;
+
+/// Samples whose tokens a tile may have where they share `z`; with 49 tokens per sample there are 4.
+constexpr u32 SM90_TILE_SAMPLES = 4;
+
+/// Channels of an output chunk: rows of 128 bytes.
+constexpr u32 SM90_STORE_CHANNELS = 64;
 
 /// Parameters of the kernels `drop_path*`.
 struct DropPathParams {
@@ -556,6 +593,49 @@ struct PromptGradsParams {
   u32 part;
   /// Threads side by side along r: a power of two, not less than r or the whole block.
   u32 width;
+};
+
+/// Parameters of the kernels `sm90_low_rank_linear*` and `sm90_noisy_linear_exact*`.
+struct Sm90LinearParams {
+  /// `[rows, K]`, boxes of 128 rows.
+  TensorMap x;
+  /// `W0 [N, K]`, boxes of the part of a tile's channels that a block of the cluster fetches.
+  TensorMap weight;
+  /// The adapter's `[r, K]` or `[N, K]`, boxes of a block's part of its rows in a tile.
+  TensorMap extra;
+  /// `[copies, rows, N]`, boxes of 64 rows and channels.
+  TensorMap y;
+  NoiseSource noise;
+  /// May be null.
+  Input<void> base_bias;
+  /// May be null.
+  Input<void> delta_bias;
+  /// LoRA's `B [N, r]`, or null.
+  Input<void> lora_b;
+  /// `s [rows, r]`, or null.
+  Output<void> s;
+  /// Whether the adapter's rows are those of the tile's channels, or the same for all.
+  u64 extra_by_column;
+  /// Token rows of x.
+  u32 rows;
+  /// Times that y has them: branches that share x.
+  u32 copies;
+  /// Samples of a copy.
+  u32 samples;
+  /// Tokens per sample; all rows where they share `z`.
+  u32 tokens;
+  /// Out-features `N`.
+  u32 channels;
+  /// In-features `K`.
+  u32 inner;
+  /// Rank `r`.
+  u32 rank;
+  /// Tiles along the rows, those of a cluster as one.
+  u32 tile_rows;
+  /// Tiles along the channels.
+  u32 tile_columns;
+  /// Factor on `s`.
+  float scale;
 };
 
 

@@ -88,6 +88,7 @@ impl Device {
             l2_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as usize,
             max_shared_bytes: shared,
             has_cublaslt: false,
+            has_sm90: FATBINS.iter().any(|&(_, only, _)| only == Some((9, 0))),
             family: None,
         })
     }

@@ -19,6 +19,8 @@ pub struct Gpu {
     pub max_shared_bytes: u32,
     /// Whether a cuBLASLt library was found at run time.
     pub has_cublaslt: bool,
+    /// Whether the kernels of [`Family::Sm90`] were built.
+    pub has_sm90: bool,
     /// The family that computes each layer that it takes, instead of the one that was measured to be the fastest. It has to be
     /// available on the device ([`Family::is_available`]): plans do not check that.
     pub family: Option<Family>,
@@ -38,7 +40,8 @@ impl Gpu {
         l2_bytes: usize,
         max_shared_bytes: u32,
     ) -> Self {
-        Self { capability, multiprocessors, l2_bytes, max_shared_bytes, has_cublaslt: true, family: None }
+        let (has_cublaslt, has_sm90) = (true, true);
+        Self { capability, multiprocessors, l2_bytes, max_shared_bytes, has_cublaslt, has_sm90, family: None }
     }
 
     /// The same device with each layer computed by this family, if it takes the layer's sizes. Does not check that the family is
@@ -59,18 +62,21 @@ impl Gpu {
 pub enum Family {
     /// Our portable tensor-core kernels (`kernels/sm80`), for compute capability 8.0 and up: each pass is one kernel or few.
     Sm80,
+    /// Our kernels for Hopper (`kernels/sm90`), of compute capability 9.0: 16-bit types, `wgmma` and TMA.
+    Sm90,
     /// GEMMs of NVIDIA's cuBLASLt, with our noise, epilogue and sum kernels between them.
     CublasLt,
 }
 
 impl Family {
     /// Every family.
-    pub const ALL: [Self; 2] = [Self::Sm80, Self::CublasLt];
+    pub const ALL: [Self; 3] = [Self::Sm80, Self::Sm90, Self::CublasLt];
 
-    /// Its name: `sm80`, `cublaslt`.
+    /// Its name: `sm80`, `sm90`, `cublaslt`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Sm80 => "sm80",
+            Self::Sm90 => "sm90",
             Self::CublasLt => "cublaslt",
         }
     }
@@ -79,6 +85,7 @@ impl Family {
     pub fn is_available(self, gpu: &Gpu) -> bool {
         match self {
             Self::Sm80 => gpu.capability >= OLDEST,
+            Self::Sm90 => gpu.capability == (9, 0) && gpu.has_sm90,
             Self::CublasLt => gpu.has_cublaslt,
         }
     }
@@ -88,7 +95,7 @@ impl std::str::FromStr for Family {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self> {
-        let problem = "is no family, expected `sm80` or `cublaslt`";
+        let problem = "is no family, expected `sm80`, `sm90` or `cublaslt`";
         Self::ALL
             .into_iter()
             .find(|family| family.name() == name)

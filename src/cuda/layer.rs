@@ -8,6 +8,9 @@ use crate::cpu::Base;
 use crate::error::{Error, Result};
 use crate::shape::LinearShape;
 
+/// Every case of tensors that are aligned or not, in the forward and in the backward pass: what a workspace has to do for.
+pub(super) const EVERY_PASS: [(bool, bool); 4] = [(false, false), (false, true), (true, false), (true, true)];
+
 /// How numbers are multiplied.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Arithmetic {

@@ -87,6 +87,7 @@ mod plan;
 mod pointer;
 mod prompt_bias;
 mod select;
+mod sm90;
 mod under_noise;
 
 pub use crate::cpu::{

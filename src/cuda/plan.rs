@@ -3,6 +3,7 @@
 //! A plan is a list of steps on one stream. Operators make it from checked arguments and a [`Gpu`](super::Gpu), without a
 //! device. [`Device`](super::Device) carries it out; so does the simulator of the tests, which has no device either.
 
+use super::buffer::{Buffer, DType};
 use super::gemm::Gemm;
 use super::kernel::Kernel;
 use bytemuck::Pod;
@@ -53,6 +54,18 @@ impl Params {
         Self { bytes: bytemuck::bytes_of(params).into(), align: align_of::<P>(), maps: Box::default() }
     }
 
+    /// Adds tensor maps, at these offsets.
+    fn with_maps(self, maps: &[(usize, TensorMap)]) -> Self {
+        debug_assert!(maps.iter().all(|&(offset, _)| offset.is_multiple_of(Self::MAP_ALIGN)));
+        // As long as the kernel's struct, which is aligned.
+        let mut bytes = self.bytes.into_vec();
+        bytes.resize(bytes.len().next_multiple_of(Self::MAP_ALIGN), 0);
+        Self { bytes: bytes.into(), align: Self::MAP_ALIGN, maps: maps.into() }
+    }
+
+    /// What the driver asks of a tensor map among a kernel's parameters.
+    const MAP_ALIGN: usize = 64;
+
     /// The bytes; zeros where a tensor map belongs.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
@@ -75,7 +88,7 @@ pub struct TensorMap {
     /// Address of the tensor, a multiple of 16.
     pub address: u64,
     /// Type of its elements.
-    pub dtype: super::DType,
+    pub dtype: DType,
     /// Number of dimensions, 1 to 5.
     pub rank: u32,
     /// Sizes in elements, innermost first.
@@ -86,6 +99,24 @@ pub struct TensorMap {
     pub box_dims: [u32; 5],
     /// Bytes of the swizzle's span: 0 (none), 32, 64 or 128.
     pub swizzle: u32,
+}
+
+impl TensorMap {
+    /// Of a contiguous tensor, its innermost size first, in boxes whose rows are as long as the swizzle's span.
+    pub(super) fn of_rows(tensor: Buffer, dtype: DType, dims: [usize; 3], boxes: [usize; 3]) -> Self {
+        let row = dims[0] * dtype.bytes();
+        let [x, y, z] = dims.map(|size| size as u64);
+        let [box_x, box_y, box_z] = boxes.map(|size| size as u32);
+        Self {
+            address: tensor.address,
+            dtype,
+            rank: 3,
+            dims: [x, y, z, 1, 1],
+            strides: [row as u64, (row * dims[1]) as u64, 0, 0],
+            box_dims: [box_x, box_y, box_z, 1, 1],
+            swizzle: box_x * dtype.bytes() as u32,
+        }
+    }
 }
 
 impl Plan {
@@ -156,5 +187,15 @@ impl Launch {
             shared_bytes: shared_bytes as u32,
             params: Params::new(params),
         }
+    }
+
+    /// The same with clusters of so many blocks along x, as the kernel declares them.
+    pub(super) fn in_clusters(self, blocks: usize) -> Self {
+        Self { cluster: [blocks as u32, 1, 1], ..self }
+    }
+
+    /// The same with tensor maps at these offsets of the parameters.
+    pub(super) fn with_maps(self, maps: &[(usize, TensorMap)]) -> Self {
+        Self { params: self.params.with_maps(maps), ..self }
     }
 }

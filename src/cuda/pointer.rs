@@ -46,6 +46,12 @@ macro_rules! pointer {
     };
 }
 
+/// Where the device puts an encoded tensor map (see [`Launch::with_maps`](super::plan::Launch)). `kernels/storage.cuh` has it,
+/// aligned to 64 bytes: in a parameter struct these come first.
+#[repr(transparent)]
+#[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
+pub struct TensorMapSlot([u64; 16]);
+
 pointer! {
     /// `const T *`.
     Input

@@ -2,6 +2,7 @@
 
 use super::buffer::DType;
 use super::gpu::{Family, Gpu};
+use super::{low_rank_linear, noisy_linear};
 use crate::noise::NoiseShape;
 use crate::shape::LinearShape;
 
@@ -16,10 +17,18 @@ pub struct Problem {
     pub noise: Option<NoiseShape>,
     /// The rank of a low-rank adapter; `None` for a dense one.
     pub rank: Option<usize>,
+    /// Whether there is a frozen layer under the adapter.
+    pub has_base: bool,
+    /// Whether the adapter has a weight.
+    pub has_delta: bool,
+    /// Whether every tensor starts at a multiple of 16 bytes.
+    pub aligned: bool,
+    /// Whether it is the backward pass.
+    pub backward: bool,
 }
 
-/// The family that computes a layer on a device, in both passes: the forced one where it takes the problem, or else the fastest
-/// that was measured.
+/// The family that computes a pass of a layer on a device: the forced one where it takes the problem, or else the fastest that was
+/// measured.
 ///
 /// ```
 /// use pace_kernels::LinearShape;
@@ -34,13 +43,22 @@ pub struct Problem {
 ///     out_features: 3072,
 ///     shared_input: false,
 /// };
-/// let problem = Problem { shape, dtype: DType::BF16, noise: Some(NoiseShape::PerSample), rank: None };
+/// let problem = Problem {
+///     shape,
+///     dtype: DType::BF16,
+///     noise: Some(NoiseShape::PerSample),
+///     rank: None,
+///     has_base: true,
+///     has_delta: true,
+///     aligned: true,
+///     backward: false,
+/// };
 /// assert_eq!(select(&Gpu::H100, &problem), Family::CublasLt);
 /// assert_eq!(select(&Gpu { has_cublaslt: false, ..Gpu::H100 }, &problem), Family::Sm80);
 /// ```
 pub fn select(gpu: &Gpu, problem: &Problem) -> Family {
     // H200, 2026-11-26, ViT-B shapes: GEMMs of `sm80` reach 12 to 35 % of cuBLASLt's speed in bf16 and 33 % in f32, in every shape,
-    // which no saved pass over memory makes up for (`docs/tuning.md`). Nothing else was measured.
+    // which no saved pass over memory makes up for (`docs/tuning.md`). Nothing else was measured: `sm90` computes what is forced on it.
     let fastest_first = [gpu.has_cublaslt.then_some(Family::CublasLt)];
     let candidates = [gpu.family].into_iter().chain(fastest_first).flatten();
     candidates.into_iter().find(|family| family.takes(problem)).unwrap_or(Family::Sm80)
@@ -51,6 +69,10 @@ impl Family {
     fn takes(self, problem: &Problem) -> bool {
         match self {
             Self::Sm80 => true,
+            Self::Sm90 => match problem.rank {
+                Some(rank) => low_rank_linear::takes_sm90(problem, rank),
+                None => noisy_linear::takes_sm90(problem),
+            },
             Self::CublasLt => {
                 let LinearShape { in_features, out_features, .. } = problem.shape;
                 let sizes = [problem.shape.out_rows(), in_features, out_features, problem.rank.unwrap_or(0)];

@@ -3,12 +3,13 @@
 mod cublaslt;
 mod params;
 mod sm80;
+mod sm90;
 
 use super::borrows::{Borrows, Noise};
 use super::buffer::{Buffer, DType, Element, MAX_ROWS, Named, check_disjoint, check_linear_shape};
 use super::device::Device;
 use super::gpu::{Family, Gpu};
-use super::layer::{Arithmetic, Pass, check_base, check_input, named_base};
+use super::layer::{Arithmetic, EVERY_PASS, Pass, check_base, check_input, named_base};
 use super::noise_source::Source;
 use super::plan::Plan;
 use super::select::{Problem, select};
@@ -61,10 +62,12 @@ struct Passes {
 }
 
 impl<B, Z, K> LowRankLinear<B, noise::Noise<Z, K>> {
-    fn passes(&self, gpu: &Gpu, dtype: DType) -> Passes {
-        let (noise, rank) = (self.noise.shape(), Some(self.rank));
-        match select(gpu, &Problem { shape: self.shape, dtype, noise, rank }) {
+    fn passes(&self, gpu: &Gpu, dtype: DType, aligned: bool, backward: bool) -> Passes {
+        let (shape, noise, rank) = (self.shape, self.noise.shape(), Some(self.rank));
+        let (has_base, has_delta) = (self.base.is_some(), true);
+        match select(gpu, &Problem { shape, dtype, noise, rank, has_base, has_delta, aligned, backward }) {
             Family::Sm80 => sm80::PASSES,
+            Family::Sm90 => sm90::PASSES,
             Family::CublasLt => cublaslt::PASSES,
         }
     }
@@ -75,11 +78,25 @@ impl<B, Z, K> LowRankLinear<B, noise::Noise<Z, K>> {
         if check_linear_shape(&self.shape).is_err() || !(1..=MAX_ROWS).contains(&self.rank) {
             return 0;
         }
-        (self.passes(gpu, dtype).workspace_len)(gpu, &self.shape, self.rank, dtype)
+        let needed = |(aligned, backward)| {
+            (self.passes(gpu, dtype, aligned, backward).workspace_len)(gpu, &self.shape, self.rank, dtype)
+        };
+        EVERY_PASS.map(needed).into_iter().fold(0, usize::max)
     }
 }
 
+/// Whether a layer may be computed by [`Family::Sm90`], in this pass.
+pub(super) fn takes_sm90(problem: &Problem, rank: usize) -> bool {
+    sm90::takes(problem, rank)
+}
+
 impl Layer {
+    /// Whether these tensors and the layer's own matrices start at multiples of 16 bytes.
+    fn is_aligned(&self, tensors: &[Buffer]) -> bool {
+        let own = [self.lora_b, self.lora_a].into_iter().chain(self.base.map(|base| base.weight));
+        own.chain(tensors.iter().copied()).all(|tensor| tensor.is_vector_aligned())
+    }
+
     /// Checks all but the tensors of one pass.
     fn check(&self, gpu: &Gpu, dtype: DType, s: &Buffer, workspace: Buffer) -> Result<Pass> {
         let (shape, r, bytes) = (&self.shape, self.rank, dtype.bytes());
@@ -138,7 +155,8 @@ impl Layer {
         check_input("x", &x, &self.shape, dtype)?;
         y.check("y", "[M, N]", self.shape.out_rows() * self.shape.out_features, dtype.bytes())?;
         self.check_disjoint(&[("x", x)], vec![("s", s), ("y", y)], &pass)?;
-        (self.passes(gpu, dtype).forward)(self, &pass, x, s, y)
+        let aligned = self.is_aligned(&[x, s, y]);
+        (self.passes(gpu, dtype, aligned, false).forward)(self, &pass, x, s, y)
     }
 
     /// The plan that computes gradients from `x`, the `s` of the forward pass and `dy = ∂L/∂y [M, N]`, with the noise of
@@ -180,7 +198,10 @@ impl Layer {
             }
         }
         self.check_disjoint(&[("x", x), ("s", s), ("dy", dy)], outputs, &pass)?;
-        (self.passes(gpu, dtype).backward)(self, &pass, [x, s, dy], grads)
+        let grads_of = [grads.input, grads.lora_b, grads.lora_a, grads.delta_bias];
+        let tensors: Vec<Buffer> = [x, s, dy].into_iter().chain(grads_of.into_iter().flatten()).collect();
+        let passes = self.passes(gpu, dtype, self.is_aligned(&tensors), true);
+        (passes.backward)(self, &pass, [x, s, dy], grads)
     }
 }
 

@@ -3,12 +3,13 @@
 mod cublaslt;
 mod params;
 pub(super) mod sm80;
+mod sm90;
 
 use super::borrows::{Borrows, Noise};
 use super::buffer::{Buffer, DType, Element, Named, check_disjoint, check_linear_shape};
 use super::device::Device;
 use super::gpu::{Family, Gpu};
-use super::layer::{Arithmetic, Pass, check_base, check_input, named_base};
+use super::layer::{Arithmetic, EVERY_PASS, Pass, check_base, check_input, named_base};
 use super::noise_source::Source;
 use super::plan::Plan;
 use super::select::{Problem, select};
@@ -56,9 +57,12 @@ struct Passes {
 }
 
 impl<B, Z, K> NoisyLinear<B, noise::Noise<Z, K>> {
-    fn passes(&self, gpu: &Gpu, dtype: DType) -> Passes {
-        match select(gpu, &Problem { shape: self.shape, dtype, noise: self.noise.shape(), rank: None }) {
+    fn passes(&self, gpu: &Gpu, dtype: DType, aligned: bool, backward: bool) -> Passes {
+        let (shape, noise, rank) = (self.shape, self.noise.shape(), None);
+        let (has_base, has_delta) = (self.base.is_some(), self.delta_weight.is_some());
+        match select(gpu, &Problem { shape, dtype, noise, rank, has_base, has_delta, aligned, backward }) {
             Family::Sm80 => sm80::PASSES,
+            Family::Sm90 => sm90::PASSES,
             Family::CublasLt => cublaslt::PASSES,
         }
     }
@@ -69,11 +73,25 @@ impl<B, Z, K> NoisyLinear<B, noise::Noise<Z, K>> {
         if check_linear_shape(&self.shape).is_err() {
             return 0;
         }
-        (self.passes(gpu, dtype).workspace_len)(gpu, &self.shape, dtype)
+        let needed = |(aligned, backward)| {
+            (self.passes(gpu, dtype, aligned, backward).workspace_len)(gpu, &self.shape, dtype)
+        };
+        EVERY_PASS.map(needed).into_iter().fold(0, usize::max)
     }
 }
 
+/// Whether a layer may be computed by [`Family::Sm90`], in this pass.
+pub(super) fn takes_sm90(problem: &Problem) -> bool {
+    sm90::takes(problem)
+}
+
 impl Layer {
+    /// Whether these tensors and the layer's own matrices start at multiples of 16 bytes.
+    fn is_aligned(&self, tensors: &[Buffer]) -> bool {
+        let own = self.base.map(|base| base.weight).into_iter().chain(self.delta_weight);
+        own.chain(tensors.iter().copied()).all(|tensor| tensor.is_vector_aligned())
+    }
+
     /// Checks all but the tensors of one pass.
     fn check(&self, gpu: &Gpu, dtype: DType, workspace: Buffer) -> Result<Pass> {
         let shape = &self.shape;
@@ -122,7 +140,8 @@ impl Layer {
         check_input("x", &x, &self.shape, dtype)?;
         y.check("y", "[M, N]", self.shape.out_rows() * self.shape.out_features, dtype.bytes())?;
         self.check_disjoint(&[("x", x)], vec![("y", y)], &pass)?;
-        (self.passes(gpu, dtype).forward)(self, &pass, x, y)
+        let passes = self.passes(gpu, dtype, self.is_aligned(&[x, y]), false);
+        (passes.forward)(self, &pass, x, y)
     }
 
     /// The plan that computes gradients from `x` and `dy = ∂L/∂y [M, N]`, with the noise of the forward pass recomputed.
@@ -186,7 +205,11 @@ impl Layer {
         }
         let inputs: Vec<Named> = x.map(|x| ("x", x)).into_iter().chain([("dy", dy)]).collect();
         self.check_disjoint(&inputs, outputs, &pass)?;
-        (self.passes(gpu, dtype).backward)(self, &pass, [x.unwrap_or(Buffer::ABSENT), dy], grads)
+        let x = x.unwrap_or(Buffer::ABSENT);
+        let grads_of = [grads.input, grads.delta_weight, grads.delta_bias];
+        let tensors: Vec<Buffer> = [x, dy].into_iter().chain(grads_of.into_iter().flatten()).collect();
+        let passes = self.passes(gpu, dtype, self.is_aligned(&tensors), true);
+        (passes.backward)(self, &pass, [x, dy], grads)
     }
 }
 

@@ -13,13 +13,14 @@ fn root() -> PathBuf {
 }
 
 /// The types of the kernels, which `cbindgen` calls otherwise.
-const TYPES: [(&str, &str); 6] = [
+const TYPES: [(&str, &str); 7] = [
     ("constexpr static const uint32_t ", "constexpr u32 "),
     ("constexpr static const uintptr_t ", "constexpr u32 "),
     ("uint32_t", "u32"),
     ("uint64_t", "u64"),
     ("int64_t", "i64"),
     ("<Void>", "<void>"),
+    ("TensorMapSlot", "TensorMap"),
 ];
 
 fn sources(folder: &Path) -> Vec<PathBuf> {
@@ -60,7 +61,7 @@ fn generate() -> String {
         export: cbindgen::ExportConfig {
             include,
             // kernels/storage.cuh has them as pointers.
-            exclude: ["Input", "Output", "Void"].map(Into::into).to_vec(),
+            exclude: ["Input", "Output", "TensorMapSlot", "Void"].map(Into::into).to_vec(),
             item_types: vec![cbindgen::ItemType::Constants, cbindgen::ItemType::Structs],
             ..Default::default()
         },

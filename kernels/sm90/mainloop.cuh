@@ -1,0 +1,165 @@
+// The forward GEMM of a layer with tokens as rows: a persistent, warp-specialised mainloop over TMA and wgmma.
+//
+// A block has a tile of 128 token rows by the CHANNELS rows of W0 and the EXTRA rows of the adapter's matrix behind them: one B
+// operand of N = CHANNELS + EXTRA columns, one accumulator for base and adapter. Two consumer warpgroups have 64 rows each. In
+// the third, the producer, warp 0 issues the copies and the others prepare what the epilogue needs of noise and biases
+// (epilogue.cuh). Blocks stay for many tiles, channels fastest, so that those that run together share x in L2.
+//
+// K is walked 64 elements at a time: rows of 128 bytes, 128B-swizzled, through STAGES stages. Each has a full barrier, which the
+// copies complete, and an empty one, at which consumers arrive. The blocks of a cluster have adjacent rows and the same
+// channels: each fetches its part of both matrices for all of them.
+
+#ifndef PACE_SM90_MAINLOOP_CUH
+#define PACE_SM90_MAINLOOP_CUH
+
+#include "ptx.cuh"
+
+namespace pace::sm90 {
+
+constexpr u32 THREADS = SM90_THREADS;
+// Consumer warpgroups, the first ones of the block.
+constexpr u32 CONSUMERS = 2;
+// Token rows of a block's tile, and of a consumer.
+constexpr u32 TILE_ROWS = SM90_TILE_ROWS;
+constexpr u32 CONSUMER_ROWS = TILE_ROWS / CONSUMERS;
+// Elements and bytes of a tile along K.
+constexpr u32 TILE_K = SM90_TILE_K;
+constexpr u32 ROW_BYTES = 2 * TILE_K;
+// A K step of a wgmma, in bytes.
+constexpr u32 K_STEP_BYTES = 32;
+// Registers of a thread of the producer and of a consumer; three warpgroups have 504 in each of a multiprocessor's lanes.
+constexpr u32 PRODUCER_REGISTERS = 88;
+constexpr u32 CONSUMER_REGISTERS = 208;
+
+using KMajor = Tile<ROW_BYTES, 8 * ROW_BYTES>;
+
+// Where the next stage is.
+template <u32 STAGES> struct Turn {
+    u32 stage = 0, parity = 0;
+    __device__ __forceinline__ void advance() {
+        if (++stage == STAGES) {
+            stage = 0;
+            parity ^= 1u;
+        }
+    }
+    __device__ __forceinline__ u32 previous() const { return stage == 0 ? STAGES - 1 : stage - 1; }
+};
+
+// Shared memory of the mainloop, from `base` on: the stages. Barriers lie at `barriers`.
+template <u32 CHANNELS_, u32 EXTRA_, u32 STAGES_, u32 CLUSTER_> struct Pipeline {
+    static constexpr u32 CHANNELS = CHANNELS_, EXTRA = EXTRA_, STAGES = STAGES_, CLUSTER = CLUSTER_;
+    static constexpr u32 N = CHANNELS + EXTRA;
+    static constexpr u32 X_BYTES = TILE_ROWS * ROW_BYTES;
+    static constexpr u32 STAGE_BYTES = X_BYTES + N * ROW_BYTES;
+    static constexpr u32 BYTES = STAGES * STAGE_BYTES;
+    static constexpr u32 BARRIER_BYTES = 2 * STAGES * 8;
+    static_assert(CHANNELS % (8 * CLUSTER) == 0 && EXTRA % (8 * CLUSTER) == 0,
+                  "a swizzled tile starts at a multiple of 8 rows");
+
+    u32 base, barriers;
+
+    __device__ __forceinline__ u32 stage(u32 index) const { return base + index * STAGE_BYTES; }
+    __device__ __forceinline__ u32 full(u32 index) const { return barriers + 8 * index; }
+    __device__ __forceinline__ u32 empty(u32 index) const { return barriers + 8 * (STAGES + index); }
+
+    // By one thread of the block.
+    __device__ __forceinline__ void init() const {
+#pragma unroll
+        for (u32 i = 0; i < STAGES; ++i) {
+            barrier_init(full(i), 1);
+            barrier_init(empty(i), CONSUMERS * CLUSTER);
+        }
+    }
+};
+
+// The tiles of a block: token rows from `row` on, channels from `column` on.
+template <u32 CHANNELS, u32 CLUSTER> struct Tiles {
+    u32 columns, count, next;
+    __device__ __forceinline__ Tiles(const Sm90LinearParams &p)
+        : columns(p.tile_columns), count(p.tile_columns * p.tile_rows), next(blockIdx.x / CLUSTER) {}
+    __device__ __forceinline__ bool valid() const { return next < count; }
+    __device__ __forceinline__ void advance() { next += gridDim.x / CLUSTER; }
+    __device__ __forceinline__ u32 row(u32 rank) const { return (next / columns * CLUSTER + rank) * TILE_ROWS; }
+    __device__ __forceinline__ u32 column() const { return next % columns * CHANNELS; }
+};
+
+// Fetches this block's part of ROWS rows of a matrix, from `row` on, for all blocks of the cluster.
+template <u32 ROWS, u32 CLUSTER>
+__device__ __forceinline__ void copy_part(u32 to, const TensorMap &map, u32 barrier, int k, int row, u32 rank) {
+    if (CLUSTER == 1) {
+        copy_box(to, map, barrier, k, row, 0);
+    } else {
+        constexpr u32 PART = ROWS / CLUSTER;
+        copy_box_to((1u << CLUSTER) - 1u, to + rank * PART * ROW_BYTES, map, barrier, k, row + rank * PART, 0);
+    }
+}
+
+// The producer's copies for all tiles, by one thread.
+template <class Pipe> __device__ __forceinline__ void produce(const Pipe &pipe, const Sm90LinearParams &p, u32 rank) {
+    const u32 k_tiles = (p.inner - 1) / TILE_K + 1;
+    Turn<Pipe::STAGES> turn;
+    for (Tiles<Pipe::CHANNELS, Pipe::CLUSTER> tile(p); tile.valid(); tile.advance()) {
+        const int row = tile.row(rank), column = tile.column();
+        for (u32 k_tile = 0; k_tile < k_tiles; ++k_tile) {
+            barrier_wait(pipe.empty(turn.stage), turn.parity ^ 1u);
+            const u32 full = pipe.full(turn.stage), x = pipe.stage(turn.stage), weight = x + Pipe::X_BYTES;
+            const int k = k_tile * TILE_K;
+            barrier_arrive_and_expect(full, Pipe::STAGE_BYTES);
+            copy_box(x, p.x, full, k, row, 0);
+            copy_part<Pipe::CHANNELS, Pipe::CLUSTER>(weight, p.weight, full, k, column, rank);
+            copy_part<Pipe::EXTRA, Pipe::CLUSTER>(weight + Pipe::CHANNELS * ROW_BYTES, p.extra, full, k,
+                                                  p.extra_by_column != 0 ? column : 0, rank);
+            turn.advance();
+        }
+    }
+    // No block leaves while another one still copies to it or arrives at its barriers.
+    for (u32 i = 0; i < Pipe::STAGES; ++i) {
+        barrier_wait(pipe.empty(turn.stage), turn.parity ^ 1u);
+        turn.advance();
+    }
+}
+
+// A consumer is done with a stage: its first threads tell the producers that copy to it.
+template <class Pipe> __device__ __forceinline__ void release(const Pipe &pipe, u32 stage) {
+    const u32 thread = threadIdx.x % WARPGROUP;
+    if (Pipe::CLUSTER == 1) {
+        if (thread == 0) {
+            barrier_arrive(pipe.empty(stage));
+        }
+    } else if (thread < Pipe::CLUSTER) {
+        barrier_arrive_at(pipe.empty(stage), thread);
+    }
+}
+
+// The accumulators of a consumer's 64 rows of one tile: acc = x @ [W0; extra]^T. One group of wgmmas runs while the next stage
+// is waited for.
+template <class T, class Pipe>
+__device__ __forceinline__ void accumulate(float (&acc)[Pipe::N / 2], const Pipe &pipe, Turn<Pipe::STAGES> &turn,
+                                           u32 consumer, u32 k_tiles) {
+#pragma unroll 1
+    for (u32 k_tile = 0; k_tile < k_tiles; ++k_tile) {
+        barrier_wait(pipe.full(turn.stage), turn.parity);
+        const u32 x = pipe.stage(turn.stage) + consumer * CONSUMER_ROWS * ROW_BYTES;
+        const u32 weight = pipe.stage(turn.stage) + Pipe::X_BYTES;
+        keep(acc);
+        wgmma_fence();
+#pragma unroll
+        for (u32 step = 0; step < ROW_BYTES / K_STEP_BYTES; ++step) {
+            wgmma<T, Pipe::N>(acc, KMajor::at(x + step * K_STEP_BYTES), KMajor::at(weight + step * K_STEP_BYTES),
+                              (k_tile | step) != 0u);
+        }
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (k_tile != 0u) {
+            release(pipe, turn.previous());
+        }
+        turn.advance();
+    }
+    wgmma_wait<0>();
+    keep(acc);
+    release(pipe, turn.previous());
+}
+
+} // namespace pace::sm90
+
+#endif // PACE_SM90_MAINLOOP_CUH

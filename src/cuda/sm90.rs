@@ -1,0 +1,188 @@
+//! What the plans for `kernels/sm90` share: the forward GEMM with tokens as rows.
+
+use super::buffer::{Address, Buffer, DType};
+use super::kernel::Kernel;
+use super::layer::{Pass, blocks};
+use super::noise_source::NoiseSource;
+use super::plan::{Launch, TensorMap};
+use super::pointer::{Input, Output, TensorMapSlot, Void};
+use super::select::Problem;
+use crate::error::Result;
+use crate::noise::NoiseShape;
+use crate::shape::LinearShape;
+use bytemuck::{Pod, Zeroable};
+use std::mem::offset_of;
+
+/// Threads of a block: two consumer warpgroups and the producer.
+pub const SM90_THREADS: u32 = 384;
+/// Token rows of a block's tile.
+pub const SM90_TILE_ROWS: usize = 128;
+/// Elements of a tile along the inner dimension: rows of 128 bytes, the widest swizzle.
+pub const SM90_TILE_K: usize = 64;
+/// Samples whose tokens a tile may have where they share `z`; with 49 tokens per sample there are 4.
+pub const SM90_TILE_SAMPLES: usize = 4;
+/// Channels of an output chunk: rows of 128 bytes.
+pub const SM90_STORE_CHANNELS: usize = 64;
+/// Shared memory of a block.
+const MAX_SHARED_BYTES: usize = 227 << 10;
+
+/// Parameters of the kernels `sm90_low_rank_linear*` and `sm90_noisy_linear_exact*`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
+pub struct Sm90LinearParams {
+    /// `[rows, K]`, boxes of 128 rows.
+    pub(super) x: TensorMapSlot,
+    /// `W0 [N, K]`, boxes of the part of a tile's channels that a block of the cluster fetches.
+    pub(super) weight: TensorMapSlot,
+    /// The adapter's `[r, K]` or `[N, K]`, boxes of a block's part of its rows in a tile.
+    pub(super) extra: TensorMapSlot,
+    /// `[copies, rows, N]`, boxes of 64 rows and channels.
+    pub(super) y: TensorMapSlot,
+    pub(super) noise: NoiseSource,
+    /// May be null.
+    pub(super) base_bias: Input<Void>,
+    /// May be null.
+    pub(super) delta_bias: Input<Void>,
+    /// LoRA's `B [N, r]`, or null.
+    pub(super) lora_b: Input<Void>,
+    /// `s [rows, r]`, or null.
+    pub(super) s: Output<Void>,
+    /// Whether the adapter's rows are those of the tile's channels, or the same for all.
+    pub(super) extra_by_column: u64,
+    /// Token rows of x.
+    pub(super) rows: u32,
+    /// Times that y has them: branches that share x.
+    pub(super) copies: u32,
+    /// Samples of a copy.
+    pub(super) samples: u32,
+    /// Tokens per sample; all rows where they share `z`.
+    pub(super) tokens: u32,
+    /// Out-features `N`.
+    pub(super) channels: u32,
+    /// In-features `K`.
+    pub(super) inner: u32,
+    /// Rank `r`.
+    pub(super) rank: u32,
+    /// Tiles along the rows, those of a cluster as one.
+    pub(super) tile_rows: u32,
+    /// Tiles along the channels.
+    pub(super) tile_columns: u32,
+    /// Factor on `s`.
+    pub(super) scale: f32,
+}
+
+/// A kernel's tile and what it asks for.
+pub(super) struct Tiling {
+    pub(super) kernel: Kernel,
+    /// Channels of a tile.
+    pub(super) channels: usize,
+    /// Rows of the adapter's matrix in the tile.
+    pub(super) extra: usize,
+    pub(super) extra_by_column: bool,
+    pub(super) stages: usize,
+    pub(super) cluster: usize,
+    /// Buffers of a consumer for outputs on their way.
+    pub(super) staging: usize,
+    /// Further bytes of shared memory.
+    pub(super) shared: usize,
+}
+
+/// Operands of the GEMM, checked before.
+pub(super) struct Forward {
+    pub(super) x: Buffer,
+    pub(super) weight: Buffer,
+    /// The adapter's matrix and its rows.
+    pub(super) extra: (Buffer, usize),
+    pub(super) base_bias: Option<Buffer>,
+    pub(super) delta_bias: Option<Buffer>,
+    pub(super) lora_b: Option<Buffer>,
+    pub(super) s: Option<Buffer>,
+    pub(super) y: Buffer,
+    pub(super) rank: usize,
+    pub(super) scale: f32,
+}
+
+impl Forward {
+    pub(super) fn plan(self, shape: &LinearShape, pass: &Pass, tiling: &Tiling) -> Result<Launch> {
+        let &Tiling { kernel, channels, cluster, .. } = tiling;
+        let (dtype, k, n) = (pass.arithmetic.dtype, shape.in_features, shape.out_features);
+        let rows = shape.in_rows();
+        let copies = shape.out_rows() / rows;
+        let noisy = pass.noise != NoiseSource::OFF;
+        let tile_rows = rows.div_ceil(SM90_TILE_ROWS * cluster);
+        let tile_columns = n.div_ceil(channels);
+        let [tiles, ..] = blocks("y", &[tile_rows, tile_columns])?;
+        let params = Sm90LinearParams {
+            noise: pass.noise,
+            base_bias: self.base_bias.into(),
+            delta_bias: self.delta_bias.into(),
+            lora_b: self.lora_b.into(),
+            s: self.s.map_or(Address::NONE, Address::from).into(),
+            rows: rows as u32,
+            copies: copies as u32,
+            samples: (shape.samples() / copies) as u32,
+            tokens: if noisy { shape.tokens } else { rows } as u32,
+            channels: n as u32,
+            inner: k as u32,
+            rank: self.rank as u32,
+            tile_rows: tile_rows as u32,
+            tile_columns: tile_columns as u32,
+            extra_by_column: u64::from(tiling.extra_by_column),
+            scale: self.scale,
+            ..Zeroable::zeroed()
+        };
+        let (extra, extra_rows) = self.extra;
+        let operand = |matrix: Buffer, rows: usize, box_rows: usize| {
+            TensorMap::of_rows(matrix, dtype, [k, rows, 1], [SM90_TILE_K, box_rows, 1])
+        };
+        let y_boxes = [SM90_STORE_CHANNELS, SM90_TILE_ROWS / 2, 1];
+        let maps = [
+            (offset_of!(Sm90LinearParams, x), operand(self.x, rows, SM90_TILE_ROWS)),
+            (offset_of!(Sm90LinearParams, weight), operand(self.weight, n, channels / cluster)),
+            (offset_of!(Sm90LinearParams, extra), operand(extra, extra_rows, tiling.extra / cluster)),
+            (offset_of!(Sm90LinearParams, y), TensorMap::of_rows(self.y, dtype, [n, rows, copies], y_boxes)),
+        ];
+        let clusters = (pass.gpu.multiprocessors / cluster as u32).clamp(1, tiles);
+        let grid = [clusters * cluster as u32, 1, 1];
+        let launch = Launch::new(kernel, grid, [SM90_THREADS, 1, 1], tiling.shared_bytes(), &params);
+        Ok(launch.in_clusters(cluster).with_maps(&maps))
+    }
+}
+
+impl Tiling {
+    /// As the kernels lay it out: stages, staging, the noise table, what else there is, barriers.
+    fn shared_bytes(&self) -> usize {
+        let row_bytes = 2 * SM90_TILE_K;
+        let stages = self.stages * (SM90_TILE_ROWS + self.channels + self.extra) * row_bytes;
+        let staging = self.staging * SM90_TILE_ROWS * 2 * SM90_STORE_CHANNELS;
+        let table = 2 * 2 * SM90_TILE_SAMPLES * self.channels * 4;
+        let barriers = 2 * 8 * (self.stages + 1);
+        let bytes = stages + staging + table + self.shared + barriers;
+        debug_assert!(bytes <= MAX_SHARED_BYTES);
+        bytes
+    }
+}
+
+/// Whether TMA can walk the tensors of a layer: 16-bit elements, rows that start at multiples of 16 bytes, coordinates that fit.
+pub(super) fn takes_tensors(problem: &Problem) -> bool {
+    let LinearShape { in_features: k, out_features: n, .. } = problem.shape;
+    let largest = i32::MAX as usize - 1024;
+    problem.aligned
+        && problem.dtype != DType::F32
+        && k.is_multiple_of(8)
+        && n.is_multiple_of(8)
+        && [problem.shape.out_rows(), k, n].into_iter().all(|size| size <= largest)
+}
+
+/// Whether the noise of any tile of token rows fits its table.
+pub(super) fn takes_noise(shape: &LinearShape, noise: Option<NoiseShape>) -> bool {
+    match noise {
+        None => true,
+        Some(NoiseShape::PerToken) => false,
+        Some(NoiseShape::PerSample) => {
+            let tokens = shape.tokens.max(1);
+            let spanned = (SM90_TILE_ROWS - 2) / tokens + 2;
+            spanned.min(shape.in_rows() / tokens) <= SM90_TILE_SAMPLES
+        }
+    }
+}
