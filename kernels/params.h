@@ -110,6 +110,14 @@ constexpr u32 SM90_EXACT_CLUSTER = 2;
 /// Buffers of a consumer for outputs.
 constexpr u32 SM90_EXACT_STAGING = 1;
 
+/// Rows of a block's tile of the output transposed.
+constexpr u32 SM90_FOLDED_ROWS = 128;
+
+constexpr u32 SM90_FOLDED_STAGES = 4;
+
+/// Elements of a tile along the reduction.
+constexpr u32 SM90_FOLDED_DEPTH = 32;
+
 /// Threads of a block.
 constexpr u32 NORMS_THREADS = 256;
 
@@ -501,6 +509,42 @@ struct NoisyLinearWeightParams {
   u32 right_aligned;
   /// Rows of the weight gradient, or of its partial sums, start at multiples of 16 bytes and hold whole vectors.
   u32 aligned;
+};
+
+/// Parameters of the kernels `sm90_folded_linear*` and `sm90_folded_input*`.
+struct Sm90FoldedParams {
+  /// `W0 [N, K]`.
+  TensorMap weight;
+  /// `Wd [N, K]`.
+  TensorMap delta;
+  /// `x` or `g`, `[samples, T, .]`, boxes of a unit's tokens.
+  TensorMap x;
+  /// `z [R, N]`, for the gradient.
+  TensorMap z_map;
+  /// `y` or `grad_x`, `[samples, T, .]`, boxes of a unit's tokens.
+  TensorMap y;
+  /// The same `z`.
+  Input<float> z;
+  /// May be null.
+  Input<void> base_bias;
+  /// May be null.
+  Input<void> delta_bias;
+  /// Rows of the output transposed: N or K.
+  u32 rows;
+  /// Length of the reduction: K or N.
+  u32 inner;
+  /// Samples of the output.
+  u32 samples;
+  /// Samples of x; the next is the first again.
+  u32 wrap;
+  /// Branches of g that the gradient adds up.
+  u32 copies;
+  /// Units of a sample.
+  u32 parts;
+  /// Tiles along the units.
+  u32 tile_rows;
+  /// Tiles along the rows, those of a cluster as one.
+  u32 tile_columns;
 };
 
 /// Parameters of the kernels `grad_norm*`.

@@ -41,11 +41,6 @@ template <u32 CHANNELS> struct NoiseTable {
     __device__ __forceinline__ static constexpr u32 bias_offset() { return COPIES * PLACES * ROW; }
 };
 
-// A bias, zero where there is none.
-template <class T> __device__ __forceinline__ float bias_of(const void *bias, u32 channel, u32 channels) {
-    return bias != nullptr && channel < channels ? to_float(load(static_cast<const T *>(bias) + channel)) : 0.0f;
-}
-
 // The last token row of a tile that exists.
 __device__ __forceinline__ u32 last_row(const Sm90LinearParams &p, u32 row) { return min(row + TILE_ROWS, p.rows) - 1; }
 
@@ -61,11 +56,6 @@ template <class Pipe, class Table> __device__ __forceinline__ void start(const P
     } else {
         cluster_barrier();
     }
-}
-
-// Whether this warp of the producer issues the copies.
-__device__ __forceinline__ bool is_copying_warp() {
-    return uniform(threadIdx.x / WARP) == CONSUMERS * WARPGROUP / WARP;
 }
 
 // Fills the table for the tile from `row` and `column` on. Threads `filler`, FILLERS of them, share the work.

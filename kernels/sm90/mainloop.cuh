@@ -33,6 +33,16 @@ constexpr u32 CONSUMER_REGISTERS = 208;
 
 using KMajor = Tile<ROW_BYTES, 8 * ROW_BYTES>;
 
+// Whether this warp of the producer issues the copies.
+__device__ __forceinline__ bool is_copying_warp() {
+    return uniform(threadIdx.x / WARP) == CONSUMERS * WARPGROUP / WARP;
+}
+
+// A bias, zero where there is none.
+template <class T> __device__ __forceinline__ float bias_of(const void *bias, u32 channel, u32 channels) {
+    return bias != nullptr && channel < channels ? to_float(load(static_cast<const T *>(bias) + channel)) : 0.0f;
+}
+
 // Where the next stage is.
 template <u32 STAGES> struct Turn {
     u32 stage = 0, parity = 0;

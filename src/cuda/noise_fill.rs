@@ -67,20 +67,25 @@ impl NoiseFill {
         self.z.check("z", name, rows * channels, 4)?;
         source.check_overlap(&self.z, 4)?;
 
-        let groups = channels.div_ceil(4);
-        let x = groups.next_power_of_two().min(GROUPS);
-        let y = NOISE_FILL_THREADS / x;
-        let params = NoiseFillParams {
-            noise,
-            z: self.z.into(),
-            rows: rows as u32,
-            tokens: tokens as u32,
-            channels: channels as u32,
-            aligned: u32::from(channels.is_multiple_of(4) && self.z.is_vector_aligned()),
-        };
-        let grid = grid(groups.div_ceil(x), rows.div_ceil(y));
-        Ok(Launch::new(table::NOISE_FILL, grid, [x as u32, y as u32, 1], 0, &params).into())
+        Ok(fill(noise, [rows, tokens, channels], self.z).into())
     }
+}
+
+/// The launch that fills `z [rows, channels]`, where a sample has so many rows. All was checked before.
+pub(super) fn fill(noise: NoiseSource, [rows, tokens, channels]: [usize; 3], z: Buffer) -> Launch {
+    let groups = channels.div_ceil(4);
+    let x = groups.next_power_of_two().min(GROUPS);
+    let y = NOISE_FILL_THREADS / x;
+    let params = NoiseFillParams {
+        noise,
+        z: z.into(),
+        rows: rows as u32,
+        tokens: tokens as u32,
+        channels: channels as u32,
+        aligned: u32::from(channels.is_multiple_of(4) && z.is_vector_aligned()),
+    };
+    let grid = grid(groups.div_ceil(x), rows.div_ceil(y));
+    Launch::new(table::NOISE_FILL, grid, [x as u32, y as u32, 1], 0, &params)
 }
 
 impl Device {

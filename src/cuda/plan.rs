@@ -117,6 +117,11 @@ impl TensorMap {
             swizzle: box_x * dtype.bytes() as u32,
         }
     }
+
+    /// The same, rows of a box one behind the other.
+    pub(super) fn without_swizzle(self) -> Self {
+        Self { swizzle: 0, ..self }
+    }
 }
 
 impl Plan {

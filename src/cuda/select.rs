@@ -21,6 +21,8 @@ pub struct Problem {
     pub has_base: bool,
     /// Whether the adapter has a weight.
     pub has_delta: bool,
+    /// Whether the weights of base and adapter may be added before they are rounded ([`NoisyLinear::fold`](super::NoisyLinear)).
+    pub fold: bool,
     /// Whether every tensor starts at a multiple of 16 bytes.
     pub aligned: bool,
     /// Whether it is the backward pass.
@@ -50,6 +52,7 @@ pub struct Problem {
 ///     rank: None,
 ///     has_base: true,
 ///     has_delta: true,
+///     fold: false,
 ///     aligned: true,
 ///     backward: false,
 /// };

@@ -63,8 +63,8 @@ fn the_documented_family_is_selected() {
         (without_library(Gpu::H100).with_family(CublasLt), BF16, VIT, None, None, CublasLt),
     ];
     for &(gpu, dtype, shape, noise, rank, want) in rows {
-        let (has_base, has_delta, aligned, backward) = (true, true, true, false);
-        let problem = Problem { shape, dtype, noise, rank, has_base, has_delta, aligned, backward };
+        let (has_base, has_delta, fold, aligned, backward) = (true, true, false, true, false);
+        let problem = Problem { shape, dtype, noise, rank, has_base, has_delta, fold, aligned, backward };
         assert_eq!(select(&gpu, &problem), want, "{gpu:?} {problem:?}");
     }
 }

@@ -64,8 +64,11 @@ struct Passes {
 impl<B, Z, K> LowRankLinear<B, noise::Noise<Z, K>> {
     fn passes(&self, gpu: &Gpu, dtype: DType, aligned: bool, backward: bool) -> Passes {
         let (shape, noise, rank) = (self.shape, self.noise.shape(), Some(self.rank));
-        let (has_base, has_delta) = (self.base.is_some(), true);
-        match select(gpu, &Problem { shape, dtype, noise, rank, has_base, has_delta, aligned, backward }) {
+        let (has_base, has_delta, fold) = (self.base.is_some(), true, false);
+        match select(
+            gpu,
+            &Problem { shape, dtype, noise, rank, has_base, has_delta, fold, aligned, backward },
+        ) {
             Family::Sm80 => sm80::PASSES,
             Family::Sm90 => sm90::PASSES,
             Family::CublasLt => cublaslt::PASSES,

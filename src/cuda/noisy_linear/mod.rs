@@ -59,8 +59,11 @@ struct Passes {
 impl<B, Z, K> NoisyLinear<B, noise::Noise<Z, K>> {
     fn passes(&self, gpu: &Gpu, dtype: DType, aligned: bool, backward: bool) -> Passes {
         let (shape, noise, rank) = (self.shape, self.noise.shape(), None);
-        let (has_base, has_delta) = (self.base.is_some(), self.delta_weight.is_some());
-        match select(gpu, &Problem { shape, dtype, noise, rank, has_base, has_delta, aligned, backward }) {
+        let (has_base, has_delta, fold) = (self.base.is_some(), self.delta_weight.is_some(), self.fold);
+        match select(
+            gpu,
+            &Problem { shape, dtype, noise, rank, has_base, has_delta, fold, aligned, backward },
+        ) {
             Family::Sm80 => sm80::PASSES,
             Family::Sm90 => sm90::PASSES,
             Family::CublasLt => cublaslt::PASSES,
@@ -89,7 +92,8 @@ impl Layer {
     /// Whether these tensors and the layer's own matrices start at multiples of 16 bytes.
     fn is_aligned(&self, tensors: &[Buffer]) -> bool {
         let own = self.base.map(|base| base.weight).into_iter().chain(self.delta_weight);
-        own.chain(tensors.iter().copied()).all(|tensor| tensor.is_vector_aligned())
+        let tensors = own.chain(tensors.iter().copied());
+        self.noise.is_vector_aligned() && tensors.into_iter().all(|tensor| tensor.is_vector_aligned())
     }
 
     /// Checks all but the tensors of one pass.

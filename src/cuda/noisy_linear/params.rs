@@ -1,7 +1,7 @@
 //! What the dense layer's kernels get, whichever family has them.
 
 use crate::cuda::noise_source::NoiseSource;
-use crate::cuda::pointer::{Input, Output, Void};
+use crate::cuda::pointer::{Input, Output, TensorMapSlot, Void};
 use bytemuck::{Pod, Zeroable};
 
 /// One GEMM of a sum of them.
@@ -108,4 +108,42 @@ pub struct NoisyLinearWeightParams {
     pub(super) right_aligned: u32,
     /// Rows of the weight gradient, or of its partial sums, start at multiples of 16 bytes and hold whole vectors.
     pub(super) aligned: u32,
+}
+
+/// Parameters of the kernels `sm90_folded_linear*` and `sm90_folded_input*`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
+pub struct Sm90FoldedParams {
+    /// `W0 [N, K]`.
+    pub(super) weight: TensorMapSlot,
+    /// `Wd [N, K]`.
+    pub(super) delta: TensorMapSlot,
+    /// `x` or `g`, `[samples, T, .]`, boxes of a unit's tokens.
+    pub(super) x: TensorMapSlot,
+    /// `z [R, N]`, for the gradient.
+    pub(super) z_map: TensorMapSlot,
+    /// `y` or `grad_x`, `[samples, T, .]`, boxes of a unit's tokens.
+    pub(super) y: TensorMapSlot,
+    /// The same `z`.
+    pub(super) z: Input<f32>,
+    /// May be null.
+    pub(super) base_bias: Input<Void>,
+    /// May be null.
+    pub(super) delta_bias: Input<Void>,
+    /// Rows of the output transposed: N or K.
+    pub(super) rows: u32,
+    /// Length of the reduction: K or N.
+    pub(super) inner: u32,
+    /// Samples of the output.
+    pub(super) samples: u32,
+    /// Samples of x; the next is the first again.
+    pub(super) wrap: u32,
+    /// Branches of g that the gradient adds up.
+    pub(super) copies: u32,
+    /// Units of a sample.
+    pub(super) parts: u32,
+    /// Tiles along the units.
+    pub(super) tile_rows: u32,
+    /// Tiles along the rows, those of a cluster as one.
+    pub(super) tile_columns: u32,
 }
