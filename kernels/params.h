@@ -654,9 +654,9 @@ struct Sm90LinearParams {
   Input<void> base_bias;
   /// May be null.
   Input<void> delta_bias;
-  /// LoRA's `B [N, r]`, or null.
-  Input<void> lora_b;
-  /// `s [rows, r]`, or null.
+  /// LoRA's `B [N, r]`, for the gradient its `A [r, K]`, or null.
+  Input<void> factor;
+  /// `s [rows, r]`, for the gradient `ds [copies, rows, r]`, or null.
   Output<void> s;
   /// Whether the adapter's rows are those of the tile's channels, or the same for all.
   u64 extra_by_column;

@@ -19,24 +19,13 @@ constexpr u32 PLACES = SM90_TILE_SAMPLES;
 constexpr u32 COPIES = 2;
 // Channels of a chunk.
 constexpr u32 CHUNK = SM90_STORE_CHANNELS;
-// Threads that fill the table: all of the producer's warps but the first.
-constexpr u32 FILLERS = WARPGROUP - WARP;
-
-// The table in shared memory, [copy][place][channel] of z and behind it of z * bd + b0, and its barriers.
+// The table in shared memory, [copy][place][channel] of z and behind it of z * bd + b0.
 template <u32 CHANNELS> struct NoiseTable {
     static constexpr u32 ROW = CHANNELS * sizeof(float);
     static constexpr u32 BYTES = 2 * COPIES * PLACES * ROW;
-    static constexpr u32 BARRIER_BYTES = 2 * 8;
 
-    u32 base, full, empty;
+    u32 base;
 
-    __device__ __forceinline__ NoiseTable(u32 base, u32 barriers) : base(base), full(barriers), empty(barriers + 8) {}
-
-    // By one thread of the block.
-    __device__ __forceinline__ void init() const {
-        barrier_init(full, FILLERS);
-        barrier_init(empty, CONSUMERS);
-    }
     __device__ __forceinline__ u32 z(u32 copy, u32 place) const { return base + (copy * PLACES + place) * ROW; }
     __device__ __forceinline__ static constexpr u32 bias_offset() { return COPIES * PLACES * ROW; }
 };
@@ -45,10 +34,10 @@ template <u32 CHANNELS> struct NoiseTable {
 __device__ __forceinline__ u32 last_row(const Sm90LinearParams &p, u32 row) { return min(row + TILE_ROWS, p.rows) - 1; }
 
 // Initialises the barriers; by all threads of the cluster, at the start.
-template <class Pipe, class Table> __device__ __forceinline__ void start(const Pipe &pipe, const Table &table) {
+template <class Pipe> __device__ __forceinline__ void start(const Pipe &pipe, const Handover &handover) {
     if (threadIdx.x == 0) {
         pipe.init();
-        table.init();
+        handover.init();
         fence_barriers();
     }
     if (Pipe::CLUSTER == 1) {
@@ -58,14 +47,14 @@ template <class Pipe, class Table> __device__ __forceinline__ void start(const P
     }
 }
 
-// Fills the table for the tile from `row` and `column` on. Threads `filler`, FILLERS of them, share the work.
+// Fills the table for the tile from `row` and `column` on; by the threads of a handover, this one its `filler`th.
 template <class T, u32 CHANNELS>
 __device__ __forceinline__ void fill_table(const NoiseTable<CHANNELS> &table, const Sm90LinearParams &p,
                                            noise::Key key, u32 filler, u32 row, u32 column) {
     constexpr u32 GROUPS = CHANNELS / 4;
     const u32 first = row / p.tokens, places = row < p.rows ? last_row(p, row) / p.tokens - first + 1 : 0u;
 #pragma unroll 1
-    for (u32 index = filler; index < p.copies * places * GROUPS; index += FILLERS) {
+    for (u32 index = filler; index < p.copies * places * GROUPS; index += Handover::THREADS) {
         const u32 group = index % GROUPS, place = index / GROUPS % places, copy = index / GROUPS / places;
         const u32 channel = column + 4 * group;
         const noise::Four z = z_of_row(p.noise, key, copy * p.samples + first + place, p.tokens, channel / 4,

@@ -1,16 +1,19 @@
-// Low-rank noisy linear layer (LoRA add) for ranks up to 32, forward, for 16-bit types and noise per sample.
+// Low-rank noisy linear layer (LoRA add) for ranks up to 32, for 16-bit types: forward, with noise per sample, and the gradient to
+// the input.
 //
-//   y = x @ W0^T + b0 + z * (s @ B^T + bd),  s = scale x @ A^T
+//   forward   y = x @ W0^T + b0 + z * (s @ B^T + bd),  s = scale x @ A^T
+//   input     grad_x = g @ W0 + ds @ A, summed over the branches of a shared input
 //
-//   x [M, K] or, shared by the branches, [B T, K]; W0 [N, K]; A [r, K]; B [N, r]; b0, bd [N]; y [M, N]; s [rows of x, r]; z as in
-//   noise_source.cuh.
+//   x, grad_x [M, K] or, shared by the branches, [B T, K]; W0 [N, K]; A [r, K]; B [N, r]; b0, bd [N]; y, g [M, N]; s [rows of x, r];
+//   ds [M, r], what is under the noise of the backward pass; z as in noise_source.cuh.
 //
-// A block has 128 token rows and 192 channels (mainloop.cuh): W0's rows and A's, padded to RANK, are one B operand, so that
-// s costs no load of x. Its accumulators, rounded to T, are then the A fragments of the rank's GEMM by mma.sync, whose
-// accumulators meet the noise 8 channels at a time. With a shared input the base GEMM runs once for both branches.
+// A block has 128 token rows and 192 channels, or features of grad_x (mainloop.cuh). Forward, W0's rows and A's, padded to RANK,
+// are one B operand, so that s costs no load of x. Its accumulators, rounded to T, are the A fragments of the rank's GEMM by
+// mma.sync, whose accumulators meet the noise 8 channels at a time. With a shared input the base GEMM runs once for both
+// branches. For grad_x the fragments are those of ds.
 //
-// Bytes: x (N / 192) times and W0 (M / 128) times from L2, shared within clusters; y once. Operations: 2 M N K (1 + RANK / 192) +
-// 2 M N RANK.
+// Bytes: x (N / 192) times and W0 (M / 128) times from L2, W0 shared within clusters; y once. Operations:
+// 2 M N K (1 + RANK / 192) + 2 M N RANK; for grad_x 2 M N K + 2 M K RANK.
 // Determinism: run-to-run bitwise; every sum in a fixed order, and a sample's output does not depend on its batch.
 
 #include "epilogue.cuh"
@@ -21,36 +24,52 @@ namespace sm90::low_rank {
 
 constexpr u32 CHANNELS = SM90_LOW_RANK_CHANNELS;
 
-// Shared memory: stages, staging, the noise table, B, barriers.
-template <u32 RANK> struct Layout {
-    static constexpr u32 STAGING = RANK == 16 ? SM90_LOW_RANK_STAGING : 1;
-    using Pipe = Pipeline<CHANNELS, RANK, SM90_LOW_RANK_STAGES, SM90_LOW_RANK_CLUSTER>;
-    // Rows of B are padded by 16 bytes: eight of them are in different banks.
-    static constexpr u32 B_ROW = 2 * RANK + 16;
+// Shared memory: stages, staging, what the producer prepares, barriers. Forward, that is the noise table and B; otherwise A.
+template <u32 RANK, bool INPUT> struct Layout {
+    using Pipe = Pipeline<CHANNELS, INPUT ? 0 : RANK, SM90_LOW_RANK_STAGES, SM90_LOW_RANK_CLUSTER, INPUT>;
+    static constexpr u32 STAGING = INPUT || RANK == 16 ? SM90_LOW_RANK_STAGING : 1;
+    // Rows of B and A are padded by 16 bytes: eight of them are in different banks.
+    static constexpr u32 FACTOR_ROWS = INPUT ? RANK : CHANNELS, FACTOR_COLUMNS = INPUT ? CHANNELS : RANK;
+    static constexpr u32 FACTOR_ROW_BYTES = 2 * FACTOR_COLUMNS + 16;
     static constexpr u32 STAGING_AT = Pipe::BYTES;
     static constexpr u32 TABLE_AT = STAGING_AT + CONSUMERS * STAGING * CONSUMER_ROWS * CHUNK * 2;
-    static constexpr u32 B_AT = TABLE_AT + NoiseTable<CHANNELS>::BYTES;
-    static constexpr u32 BARRIERS_AT = B_AT + CHANNELS * B_ROW;
-    static constexpr u32 BYTES = BARRIERS_AT + Pipe::BARRIER_BYTES + NoiseTable<CHANNELS>::BARRIER_BYTES;
-    static_assert(BYTES <= 227 * 1024, "what a block of sm_90 may have");
+    static constexpr u32 FACTOR_AT = TABLE_AT + (INPUT ? 0 : NoiseTable<CHANNELS>::BYTES);
+    static constexpr u32 BARRIERS_AT = FACTOR_AT + FACTOR_ROWS * FACTOR_ROW_BYTES;
+    static_assert(BARRIERS_AT % 8 == 0 && BARRIERS_AT + Pipe::BARRIER_BYTES + Handover::BYTES <= 227 * 1024,
+                  "what a block of sm_90 may have");
+
+    Pipe pipe;
+    Handover handover;
+    NoiseTable<CHANNELS> table;
+    u32 factor;
+
+    __device__ __forceinline__ explicit Layout(u32 base)
+        : pipe{base, base + BARRIERS_AT},
+          handover{pipe.barriers + Pipe::BARRIER_BYTES, pipe.barriers + Pipe::BARRIER_BYTES + 8}, table{base + TABLE_AT},
+          factor(base + FACTOR_AT) {}
 };
 
-// Writes the tile's rows of B to shared memory, zeros behind its columns and rows.
-template <class T, u32 RANK>
-__device__ __forceinline__ void fill_lora_b(u32 to, const Sm90LinearParams &p, u32 filler, u32 column) {
-    const T *lora_b = static_cast<const T *>(p.lora_b);
+// Writes the tile's part of a factor to shared memory, zeros behind it: rows from `row` on of [rows, columns], columns from
+// `column` on.
+template <class T, u32 RANK, bool INPUT>
+__device__ __forceinline__ void fill_factor(u32 to, const void *factor, u32 filler, u32 row, u32 rows, u32 column,
+                                            u32 columns) {
+    using Shared = Layout<RANK, INPUT>;
 #pragma unroll 4
-    for (u32 index = filler; index < CHANNELS * RANK; index += FILLERS) {
-        const u32 row = index / RANK, j = index % RANK;
-        const bool exists = column + row < p.channels && j < p.rank;
-        const T value = exists ? load(lora_b + static_cast<u64>(column + row) * p.rank + j) : from_float<T>(0.0f);
-        store_shared_element(to + row * Layout<RANK>::B_ROW + 2 * j, value);
+    for (u32 index = filler; index < Shared::FACTOR_ROWS * Shared::FACTOR_COLUMNS; index += Handover::THREADS) {
+        const u32 r = index / Shared::FACTOR_COLUMNS, c = index % Shared::FACTOR_COLUMNS;
+        const bool exists = row + r < rows && column + c < columns;
+        const T *from = static_cast<const T *>(factor) + static_cast<u64>(row + r) * columns + column + c;
+        store_shared_element(to + r * Shared::FACTOR_ROW_BYTES + 2 * c, exists ? load(from) : from_float<T>(0.0f));
     }
 }
 
-// s of this thread's rows as A fragments, and, `to_caller`, in memory.
+// Low-rank activations of this thread's rows, as A fragments.
+template <u32 RANK> using Fragments = u32[RANK / 16][4];
+
+// s, from the accumulators behind those of the base; `to_caller`, to memory as well.
 template <class T, u32 RANK>
-__device__ __forceinline__ void take_s(u32 (&fragments)[RANK / 16][4], const float (&acc)[(CHANNELS + RANK) / 2],
+__device__ __forceinline__ void take_s(Fragments<RANK> &fragments, const float (&acc)[(CHANNELS + RANK) / 2],
                                        const Sm90LinearParams &p, const OwnRows &own, bool to_caller) {
 #pragma unroll
     for (u32 j = 0; j < RANK / 8; ++j) {
@@ -73,77 +92,146 @@ __device__ __forceinline__ void take_s(u32 (&fragments)[RANK / 16][4], const flo
     }
 }
 
-// The adapter's term of 16 channels from `row` of B on: [8 channels][accumulators].
+// ds of branch `copy`, from memory.
 template <class T, u32 RANK>
-__device__ __forceinline__ void multiply_rank(float (&adapter)[2][4], const u32 (&s)[RANK / 16][4], u32 lora_b,
-                                              u32 lane) {
+__device__ __forceinline__ void load_ds(Fragments<RANK> &fragments, const Sm90LinearParams &p, const OwnRows &own,
+                                        u32 copy) {
 #pragma unroll
-    for (u32 i = 0; i < 4; ++i) {
-        adapter[0][i] = adapter[1][i] = 0.0f;
+    for (u32 j = 0; j < RANK / 8; ++j) {
+#pragma unroll
+        for (u32 half = 0; half < 2; ++half) {
+            const u32 row = own.row(half), column = 8 * j + own.channel();
+            const T *from = static_cast<const T *>(p.s) + (static_cast<u64>(copy) * p.rows + row) * p.rank + column;
+            float pair[2];
+#pragma unroll
+            for (u32 i = 0; i < 2; ++i) {
+                pair[i] = row < p.rows && column + i < p.rank ? to_float(load(from + i)) : 0.0f;
+            }
+            fragments[j / 2][2 * (j % 2) + half] = pack<T>(pair[0], pair[1]);
+        }
     }
+}
+
+// adapter [8 channels][accumulators] += a @ the factor's 16 channels from `channel` on.
+template <class T, u32 RANK, bool INPUT>
+__device__ __forceinline__ void multiply_rank(float (&adapter)[2][4], const Fragments<RANK> &a, u32 factor, u32 lane,
+                                              u32 channel) {
+    constexpr u32 ROW = Layout<RANK, INPUT>::FACTOR_ROW_BYTES;
 #pragma unroll
     for (u32 step = 0; step < RANK / 16; ++step) {
-        // Matrices: the halves of K of 8 channels, then of the next 8.
+        // Matrices: the halves of the rank's step of 8 channels, then of the next 8.
         u32 b[4];
-        ldmatrix<false>(b, lora_b + (lane / 16 * 8 + lane % 8) * Layout<RANK>::B_ROW + 32 * step + lane / 8 % 2 * 16);
-        mma<T>(adapter[0], s[step], b[0], b[1]);
-        mma<T>(adapter[1], s[step], b[2], b[3]);
+        if (INPUT) {
+            ldmatrix<true>(b, factor + (16 * step + lane % 16) * ROW + 2 * channel + lane / 16 * 16);
+        } else {
+            ldmatrix<false>(b, factor + (channel + lane / 16 * 8 + lane % 8) * ROW + 32 * step + lane / 8 % 2 * 16);
+        }
+        mma<T>(adapter[0], a[step], b[0], b[1]);
+        mma<T>(adapter[1], a[step], b[2], b[3]);
+    }
+}
+
+// A consumer's part of one tile of y, for branch `copy`.
+template <class T, u32 RANK>
+__device__ __forceinline__ void store_y(const float (&acc)[(CHANNELS + RANK) / 2], const Fragments<RANK> &s,
+                                        const Layout<RANK, false> &shared, const Sm90LinearParams &p, u32 turn,
+                                        u32 consumer, const OwnRows &own, const u32 (&places)[2], u32 column, u32 copy) {
+    using Shared = Layout<RANK, false>;
+    const auto &table = shared.table;
+    const u32 z[2] = {table.z(copy, places[0]) + 4 * own.channel(), table.z(copy, places[1]) + 4 * own.channel()};
+#pragma unroll
+    for (u32 chunk = 0; chunk < CHANNELS / CHUNK; ++chunk) {
+        float adapter[2][4];
+        store_chunk<T, Shared::STAGING>(
+            p, shared.pipe.base + Shared::STAGING_AT, turn + chunk, consumer, own, column + chunk * CHUNK, copy,
+            [&](u32 j, u32 half) {
+                const u32 channel = chunk * CHUNK + 8 * j;
+                if (j % 2 == 0 && half == 0) {
+#pragma unroll
+                    for (u32 i = 0; i < 4; ++i) {
+                        adapter[0][i] = adapter[1][i] = 0.0f;
+                    }
+                    multiply_rank<T, RANK, false>(adapter, s, shared.factor, own.lane, channel);
+                }
+                const u32 at = z[half] + 4 * channel;
+                const Pair factor = load_shared_pair(at), bias = load_shared_pair(at + table.bias_offset());
+                const float *base = acc + channel / 2 + 2 * half;
+                Pair y;
+#pragma unroll
+                for (u32 i = 0; i < 2; ++i) {
+                    y.value[i] = fmaf(factor.value[i], adapter[j % 2][2 * half + i], base[i] + bias.value[i]);
+                }
+                return y;
+            });
+    }
+}
+
+// A consumer's part of one tile of grad_x.
+template <class T, u32 RANK>
+__device__ __forceinline__ void store_grad_x(const float (&acc)[CHANNELS / 2], const Layout<RANK, true> &shared,
+                                             const Sm90LinearParams &p, u32 turn, u32 consumer, const OwnRows &own,
+                                             u32 column) {
+    using Shared = Layout<RANK, true>;
+    Fragments<RANK> ds[COPIES];
+    load_ds<T, RANK>(ds[0], p, own, 0);
+    if (p.copies > 1u) {
+        load_ds<T, RANK>(ds[1], p, own, 1);
+    }
+#pragma unroll
+    for (u32 chunk = 0; chunk < CHANNELS / CHUNK; ++chunk) {
+        float sum[2][4];
+        store_chunk<T, Shared::STAGING>(
+            p, shared.pipe.base + Shared::STAGING_AT, turn + chunk, consumer, own, column + chunk * CHUNK, 0,
+            [&](u32 j, u32 half) {
+                const u32 channel = chunk * CHUNK + 8 * j;
+                if (j % 2 == 0 && half == 0) {
+#pragma unroll
+                    for (u32 i = 0; i < 8; ++i) {
+                        sum[i / 4][i % 4] = acc[channel / 2 + i];
+                    }
+                    multiply_rank<T, RANK, true>(sum, ds[0], shared.factor, own.lane, channel);
+                    if (p.copies > 1u) {
+                        multiply_rank<T, RANK, true>(sum, ds[1], shared.factor, own.lane, channel);
+                    }
+                }
+                return Pair{{sum[j % 2][2 * half], sum[j % 2][2 * half + 1]}};
+            });
     }
 }
 
 // A consumer's part of all tiles.
-template <class T, u32 RANK>
-__device__ __forceinline__ void consume(const typename Layout<RANK>::Pipe &pipe, const NoiseTable<CHANNELS> &table,
-                                        const Sm90LinearParams &p, u32 consumer, u32 rank) {
-    using Shared = Layout<RANK>;
-    using Pipe = typename Shared::Pipe;
-    const u32 k_tiles = (p.inner - 1) / TILE_K + 1;
+template <class T, u32 RANK, bool INPUT>
+__device__ __forceinline__ void consume(const Layout<RANK, INPUT> &shared, const Sm90LinearParams &p, u32 consumer,
+                                        u32 rank) {
+    using Pipe = typename Layout<RANK, INPUT>::Pipe;
+    const u32 k_tiles = ((p.inner - 1) / TILE_K + 1) * (INPUT ? p.copies : 1u);
     Turn<Pipe::STAGES> turn;
-    u32 table_parity = 0, stores = 0;
+    u32 parity = 0, stores = 0;
     for (Tiles<CHANNELS, Pipe::CLUSTER> tile(p); tile.valid(); tile.advance()) {
         float acc[Pipe::N / 2];
-        accumulate<T>(acc, pipe, turn, consumer, k_tiles);
+        accumulate<T>(acc, shared.pipe, turn, consumer, k_tiles);
 
         const u32 row = tile.row(rank), column = tile.column();
         const OwnRows own(consumer, row);
-        u32 s[RANK / 16][4];
-        take_s<T, RANK>(s, acc, p, own, column == 0);
-        barrier_wait(table.full, table_parity);
-        table_parity ^= 1u;
-        u32 places[2];
-        own.places(places, p, row);
-#pragma unroll 1
-        for (u32 copy = 0; copy < p.copies; ++copy) {
-            const u32 z[2] = {table.z(copy, places[0]) + 4 * own.channel(),
-                              table.z(copy, places[1]) + 4 * own.channel()};
-#pragma unroll
-            for (u32 chunk = 0; chunk < CHANNELS / CHUNK; ++chunk) {
-                float adapter[2][4];
-                store_chunk<T, Shared::STAGING>(
-                    p, pipe.base + Shared::STAGING_AT, stores + chunk, consumer, own, column + chunk * CHUNK, copy,
-                    [&](u32 j, u32 half) {
-                        if (j % 2 == 0 && half == 0) {
-                            const u32 lora_b =
-                                pipe.base + Shared::B_AT + (chunk * CHUNK + 8 * j) * Shared::B_ROW;
-                            multiply_rank<T, RANK>(adapter, s, lora_b, own.lane);
-                        }
-                        const u32 at = z[half] + 4 * (chunk * CHUNK + 8 * j);
-                        const Pair factor = load_shared_pair(at), bias = load_shared_pair(at + table.bias_offset());
-                        const float *base = acc + chunk * CHUNK / 2 + 4 * j + 2 * half;
-                        Pair y;
-#pragma unroll
-                        for (u32 i = 0; i < 2; ++i) {
-                            y.value[i] =
-                                fmaf(factor.value[i], adapter[j % 2][2 * half + i], base[i] + bias.value[i]);
-                        }
-                        return y;
-                    });
-            }
+        barrier_wait(shared.handover.full, parity);
+        parity ^= 1u;
+        if constexpr (INPUT) {
+            store_grad_x<T, RANK>(acc, shared, p, stores, consumer, own, column);
             stores += CHANNELS / CHUNK;
+        } else {
+            Fragments<RANK> s;
+            take_s<T, RANK>(s, acc, p, own, column == 0);
+            u32 places[2];
+            own.places(places, p, row);
+#pragma unroll 1
+            for (u32 copy = 0; copy < p.copies; ++copy) {
+                store_y<T, RANK>(acc, s, shared, p, stores, consumer, own, places, column, copy);
+                stores += CHANNELS / CHUNK;
+            }
         }
-        // All threads of the consumer have read the table before its last store.
+        // All threads of the consumer have read what was handed over before its last store.
         if (threadIdx.x % WARPGROUP == 0) {
-            barrier_arrive(table.empty);
+            barrier_arrive(shared.handover.empty);
         }
     }
     if (threadIdx.x % WARPGROUP == 0) {
@@ -151,47 +239,50 @@ __device__ __forceinline__ void consume(const typename Layout<RANK>::Pipe &pipe,
     }
 }
 
-// The producer's other warps: noise, biases and B for each tile.
-template <class T, u32 RANK>
-__device__ __forceinline__ void prepare(const typename Layout<RANK>::Pipe &pipe, const NoiseTable<CHANNELS> &table,
-                                        const Sm90LinearParams &p, u32 rank) {
+// The producer's other warps: noise, biases and the factor for each tile.
+template <class T, u32 RANK, bool INPUT>
+__device__ __forceinline__ void prepare(const Layout<RANK, INPUT> &shared, const Sm90LinearParams &p, u32 rank) {
     const noise::Key key = key_of(p.noise);
     const u32 filler = threadIdx.x % WARPGROUP - WARP;
     u32 parity = 1;
-    for (Tiles<CHANNELS, Layout<RANK>::Pipe::CLUSTER> tile(p); tile.valid(); tile.advance()) {
-        barrier_wait(table.empty, parity);
+    for (Tiles<CHANNELS, Layout<RANK, INPUT>::Pipe::CLUSTER> tile(p); tile.valid(); tile.advance()) {
+        barrier_wait(shared.handover.empty, parity);
         parity ^= 1u;
-        fill_table<T>(table, p, key, filler, tile.row(rank), tile.column());
-        fill_lora_b<T, RANK>(pipe.base + Layout<RANK>::B_AT, p, filler, tile.column());
-        barrier_arrive(table.full);
+        if (INPUT) {
+            fill_factor<T, RANK, INPUT>(shared.factor, p.factor, filler, 0, p.rank, tile.column(), p.channels);
+        } else {
+            fill_factor<T, RANK, INPUT>(shared.factor, p.factor, filler, tile.column(), p.channels, 0, p.rank);
+            fill_table<T>(shared.table, p, key, filler, tile.row(rank), tile.column());
+        }
+        barrier_arrive(shared.handover.full);
     }
 }
 
-template <class T, u32 RANK> __device__ __forceinline__ void forward(const Sm90LinearParams &p) {
-    using Shared = Layout<RANK>;
-    using Pipe = typename Shared::Pipe;
-    const u32 base = shared_base(), rank = Pipe::CLUSTER == 1 ? 0u : cluster_rank();
-    const Pipe pipe = {base, base + Shared::BARRIERS_AT};
-    const NoiseTable<CHANNELS> table(base + Shared::TABLE_AT, pipe.barriers + Pipe::BARRIER_BYTES);
-    start(pipe, table);
+template <class T, u32 RANK, bool INPUT> __device__ __forceinline__ void linear(const Sm90LinearParams &p) {
+    using Pipe = typename Layout<RANK, INPUT>::Pipe;
+    const Layout<RANK, INPUT> shared(shared_base());
+    const u32 rank = Pipe::CLUSTER == 1 ? 0u : cluster_rank();
+    start(shared.pipe, shared.handover);
     const u32 warpgroup = uniform(threadIdx.x / WARPGROUP);
     if (warpgroup == CONSUMERS) {
         shrink_registers<PRODUCER_REGISTERS>();
         if (is_copying_warp()) {
             if (elect()) {
-                produce(pipe, p, rank);
+                produce(shared.pipe, p, rank);
             }
         } else {
-            prepare<T, RANK>(pipe, table, p, rank);
+            prepare<T>(shared, p, rank);
         }
     } else {
         grow_registers<CONSUMER_REGISTERS>();
-        consume<T, RANK>(pipe, table, p, warpgroup, rank);
+        consume<T>(shared, p, warpgroup, rank);
     }
 }
 
-PACE_CLUSTER_KERNELS_16(sm90_low_rank_linear_16, Sm90LinearParams, SM90_LOW_RANK_CLUSTER, (THREADS, 1), forward<T, 16>(p))
-PACE_CLUSTER_KERNELS_16(sm90_low_rank_linear_32, Sm90LinearParams, SM90_LOW_RANK_CLUSTER, (THREADS, 1), forward<T, 32>(p))
+PACE_CLUSTER_KERNELS_16(sm90_low_rank_linear_16, Sm90LinearParams, SM90_LOW_RANK_CLUSTER, (THREADS, 1), linear<T, 16, false>(p))
+PACE_CLUSTER_KERNELS_16(sm90_low_rank_linear_32, Sm90LinearParams, SM90_LOW_RANK_CLUSTER, (THREADS, 1), linear<T, 32, false>(p))
+PACE_CLUSTER_KERNELS_16(sm90_low_rank_input_16, Sm90LinearParams, SM90_LOW_RANK_CLUSTER, (THREADS, 1), linear<T, 16, true>(p))
+PACE_CLUSTER_KERNELS_16(sm90_low_rank_input_32, Sm90LinearParams, SM90_LOW_RANK_CLUSTER, (THREADS, 1), linear<T, 32, true>(p))
 
 } // namespace sm90::low_rank
 } // namespace pace

@@ -1,13 +1,14 @@
-// The forward GEMM of a layer with tokens as rows: a persistent, warp-specialised mainloop over TMA and wgmma.
+// A layer's GEMM with tokens as rows: a persistent, warp-specialised mainloop over TMA and wgmma.
 //
-// A block has a tile of 128 token rows by the CHANNELS rows of W0 and the EXTRA rows of the adapter's matrix behind them: one B
-// operand of N = CHANNELS + EXTRA columns, one accumulator for base and adapter. Two consumer warpgroups have 64 rows each. In
-// the third, the producer, warp 0 issues the copies and the others prepare what the epilogue needs of noise and biases
-// (epilogue.cuh). Blocks stay for many tiles, channels fastest, so that those that run together share x in L2.
+// A block has a tile of 128 token rows by CHANNELS columns. Forward, the B operand is CHANNELS rows of W0 and EXTRA rows of the
+// adapter's matrix behind them, N = CHANNELS + EXTRA columns: one accumulator for base and adapter. TRANSPOSED, for the gradient
+// to the input, it is CHANNELS columns of W0, in panels of 64. Two consumer warpgroups have 64 rows each. In the third, the
+// producer, warp 0 issues the copies and the others prepare what the epilogue needs (epilogue.cuh). Blocks stay for many
+// tiles, columns fastest, so that those that run together share x in L2.
 //
-// K is walked 64 elements at a time: rows of 128 bytes, 128B-swizzled, through STAGES stages. Each has a full barrier, which the
-// copies complete, and an empty one, at which consumers arrive. The blocks of a cluster have adjacent rows and the same
-// channels: each fetches its part of both matrices for all of them.
+// The reduction is walked 64 elements at a time: rows of 128 bytes, 128B-swizzled, through STAGES stages. Each has a full barrier,
+// which the copies complete, and an empty one, at which consumers arrive. The blocks of a cluster have adjacent rows and the
+// same columns: each fetches its part of the B operand for all of them.
 
 #ifndef PACE_SM90_MAINLOOP_CUH
 #define PACE_SM90_MAINLOOP_CUH
@@ -55,16 +56,37 @@ template <u32 STAGES> struct Turn {
     __device__ __forceinline__ u32 previous() const { return stage == 0 ? STAGES - 1 : stage - 1; }
 };
 
+// Two barriers for something that the producer's other warps prepare for each tile.
+struct Handover {
+    static constexpr u32 BYTES = 2 * 8;
+    // Threads that prepare: all of the producer's warps but the first.
+    static constexpr u32 THREADS = WARPGROUP - WARP;
+
+    u32 full, empty;
+
+    // By one thread of the block.
+    __device__ __forceinline__ void init() const {
+        barrier_init(full, THREADS);
+        barrier_init(empty, CONSUMERS);
+    }
+};
+
 // Shared memory of the mainloop, from `base` on: the stages. Barriers lie at `barriers`.
-template <u32 CHANNELS_, u32 EXTRA_, u32 STAGES_, u32 CLUSTER_> struct Pipeline {
+template <u32 CHANNELS_, u32 EXTRA_, u32 STAGES_, u32 CLUSTER_, bool TRANSPOSED_ = false> struct Pipeline {
     static constexpr u32 CHANNELS = CHANNELS_, EXTRA = EXTRA_, STAGES = STAGES_, CLUSTER = CLUSTER_;
+    static constexpr bool TRANSPOSED = TRANSPOSED_;
     static constexpr u32 N = CHANNELS + EXTRA;
+    static constexpr u32 PANEL_BYTES = TILE_K * ROW_BYTES; // of 64 columns of W0
     static constexpr u32 X_BYTES = TILE_ROWS * ROW_BYTES;
     static constexpr u32 STAGE_BYTES = X_BYTES + N * ROW_BYTES;
     static constexpr u32 BYTES = STAGES * STAGE_BYTES;
     static constexpr u32 BARRIER_BYTES = 2 * STAGES * 8;
     static_assert(CHANNELS % (8 * CLUSTER) == 0 && EXTRA % (8 * CLUSTER) == 0,
                   "a swizzled tile starts at a multiple of 8 rows");
+    static_assert(!TRANSPOSED || (EXTRA == 0 && CHANNELS % TILE_K == 0), "whole panels");
+    // The B operand.
+    using B = Tile<ROW_BYTES, 8 * ROW_BYTES, TRANSPOSED ? PANEL_BYTES : 16>;
+    static constexpr u32 B_STEP = TRANSPOSED ? 16 * ROW_BYTES : K_STEP_BYTES;
 
     u32 base, barriers;
 
@@ -93,33 +115,49 @@ template <u32 CHANNELS, u32 CLUSTER> struct Tiles {
     __device__ __forceinline__ u32 column() const { return next % columns * CHANNELS; }
 };
 
-// Fetches this block's part of ROWS rows of a matrix, from `row` on, for all blocks of the cluster.
+// Fetches this block's part of ROWS rows of 64 elements of a matrix, for all blocks of the cluster.
 template <u32 ROWS, u32 CLUSTER>
-__device__ __forceinline__ void copy_part(u32 to, const TensorMap &map, u32 barrier, int k, int row, u32 rank) {
+__device__ __forceinline__ void copy_part(u32 to, const TensorMap &map, u32 barrier, int column, int row, u32 rank) {
     if (CLUSTER == 1) {
-        copy_box(to, map, barrier, k, row, 0);
+        copy_box(to, map, barrier, column, row, 0);
     } else {
         constexpr u32 PART = ROWS / CLUSTER;
-        copy_box_to((1u << CLUSTER) - 1u, to + rank * PART * ROW_BYTES, map, barrier, k, row + rank * PART, 0);
+        copy_box_to((1u << CLUSTER) - 1u, to + rank * PART * ROW_BYTES, map, barrier, column, row + rank * PART, 0);
     }
 }
 
-// The producer's copies for all tiles, by one thread.
+// The producer's copies of one stage: x or g from `row` on of branch `copy`, and the B operand.
+template <class Pipe>
+__device__ __forceinline__ void copy_stage(const Pipe &pipe, const Sm90LinearParams &p, u32 stage, int row, int column,
+                                           u32 copy, int k, u32 rank) {
+    const u32 full = pipe.full(stage), x = pipe.stage(stage), weight = x + Pipe::X_BYTES;
+    barrier_arrive_and_expect(full, Pipe::STAGE_BYTES);
+    copy_box(x, p.x, full, k, row, copy);
+    if (Pipe::TRANSPOSED) {
+#pragma unroll
+        for (u32 panel = 0; panel < Pipe::CHANNELS / TILE_K; ++panel) {
+            copy_part<TILE_K, Pipe::CLUSTER>(weight + panel * Pipe::PANEL_BYTES, p.weight, full, column + panel * TILE_K,
+                                             k, rank);
+        }
+    } else {
+        copy_part<Pipe::CHANNELS, Pipe::CLUSTER>(weight, p.weight, full, k, column, rank);
+        copy_part<Pipe::EXTRA, Pipe::CLUSTER>(weight + Pipe::CHANNELS * ROW_BYTES, p.extra, full, k,
+                                              p.extra_by_column != 0 ? column : 0, rank);
+    }
+}
+
+// Its copies for all tiles, by one thread. TRANSPOSED, the branches' gradients add up.
 template <class Pipe> __device__ __forceinline__ void produce(const Pipe &pipe, const Sm90LinearParams &p, u32 rank) {
     const u32 k_tiles = (p.inner - 1) / TILE_K + 1;
     Turn<Pipe::STAGES> turn;
     for (Tiles<Pipe::CHANNELS, Pipe::CLUSTER> tile(p); tile.valid(); tile.advance()) {
         const int row = tile.row(rank), column = tile.column();
-        for (u32 k_tile = 0; k_tile < k_tiles; ++k_tile) {
-            barrier_wait(pipe.empty(turn.stage), turn.parity ^ 1u);
-            const u32 full = pipe.full(turn.stage), x = pipe.stage(turn.stage), weight = x + Pipe::X_BYTES;
-            const int k = k_tile * TILE_K;
-            barrier_arrive_and_expect(full, Pipe::STAGE_BYTES);
-            copy_box(x, p.x, full, k, row, 0);
-            copy_part<Pipe::CHANNELS, Pipe::CLUSTER>(weight, p.weight, full, k, column, rank);
-            copy_part<Pipe::EXTRA, Pipe::CLUSTER>(weight + Pipe::CHANNELS * ROW_BYTES, p.extra, full, k,
-                                                  p.extra_by_column != 0 ? column : 0, rank);
-            turn.advance();
+        for (u32 copy = 0; copy < (Pipe::TRANSPOSED ? p.copies : 1u); ++copy) {
+            for (u32 k_tile = 0; k_tile < k_tiles; ++k_tile) {
+                barrier_wait(pipe.empty(turn.stage), turn.parity ^ 1u);
+                copy_stage(pipe, p, turn.stage, row, column, copy, k_tile * TILE_K, rank);
+                turn.advance();
+            }
         }
     }
     // No block leaves while another one still copies to it or arrives at its barriers.
@@ -141,7 +179,7 @@ template <class Pipe> __device__ __forceinline__ void release(const Pipe &pipe, 
     }
 }
 
-// The accumulators of a consumer's 64 rows of one tile: acc = x @ [W0; extra]^T. One group of wgmmas runs while the next stage
+// The accumulators of a consumer's 64 rows of one tile: acc = x @ [W0; extra]^T, or g @ W0. One group of wgmmas runs while the next stage
 // is waited for.
 template <class T, class Pipe>
 __device__ __forceinline__ void accumulate(float (&acc)[Pipe::N / 2], const Pipe &pipe, Turn<Pipe::STAGES> &turn,
@@ -155,8 +193,8 @@ __device__ __forceinline__ void accumulate(float (&acc)[Pipe::N / 2], const Pipe
         wgmma_fence();
 #pragma unroll
         for (u32 step = 0; step < ROW_BYTES / K_STEP_BYTES; ++step) {
-            wgmma<T, Pipe::N>(acc, KMajor::at(x + step * K_STEP_BYTES), KMajor::at(weight + step * K_STEP_BYTES),
-                              (k_tile | step) != 0u);
+            wgmma<T, Pipe::N, false, Pipe::TRANSPOSED>(acc, KMajor::at(x + step * K_STEP_BYTES),
+                                                       Pipe::B::at(weight + step * Pipe::B_STEP), (k_tile | step) != 0u);
         }
         wgmma_commit();
         wgmma_wait<1>();

@@ -26,7 +26,7 @@ using Table = NoiseTable<CHANNELS>;
 constexpr u32 STAGING_AT = Pipe::BYTES;
 constexpr u32 TABLE_AT = STAGING_AT + CONSUMERS * STAGING * CONSUMER_ROWS * CHUNK * 2;
 constexpr u32 BARRIERS_AT = TABLE_AT + Table::BYTES;
-static_assert(BARRIERS_AT + Pipe::BARRIER_BYTES + Table::BARRIER_BYTES <= 227 * 1024, "what a block of sm_90 may have");
+static_assert(BARRIERS_AT + Pipe::BARRIER_BYTES + Handover::BYTES <= 227 * 1024, "what a block of sm_90 may have");
 
 // z of a thread's pairs of channels, made by the thread and its neighbour: of the four channels that they share, lane 2 q makes z
 // of row g and lane 2 q + 1 that of row g + 8, and they exchange what the other needs.
@@ -93,11 +93,11 @@ __device__ __forceinline__ void store_tile(const float (&acc)[Pipe::N / 2], cons
 
 // A consumer's part of all tiles.
 template <class T, bool BY_TABLE>
-__device__ __forceinline__ void consume(const Pipe &pipe, const Table &table, const Sm90LinearParams &p, u32 consumer,
-                                        u32 rank) {
+__device__ __forceinline__ void consume(const Pipe &pipe, const Table &table, const Handover &handover,
+                                        const Sm90LinearParams &p, u32 consumer, u32 rank) {
     const u32 k_tiles = (p.inner - 1) / TILE_K + 1;
     Turn<Pipe::STAGES> turn;
-    u32 table_parity = 0, stores = 0;
+    u32 parity = 0, stores = 0;
     for (Tiles<CHANNELS, Pipe::CLUSTER> tile(p); tile.valid(); tile.advance()) {
         float acc[Pipe::N / 2];
         accumulate<T>(acc, pipe, turn, consumer, k_tiles);
@@ -106,8 +106,8 @@ __device__ __forceinline__ void consume(const Pipe &pipe, const Table &table, co
         const OwnRows own(consumer, row);
         u32 places[2] = {0, 0};
         if (BY_TABLE) {
-            barrier_wait(table.full, table_parity);
-            table_parity ^= 1u;
+            barrier_wait(handover.full, parity);
+            parity ^= 1u;
             own.places(places, p, row);
         }
 #pragma unroll 1
@@ -117,7 +117,7 @@ __device__ __forceinline__ void consume(const Pipe &pipe, const Table &table, co
         }
         // All threads of the consumer have read the table before its last store.
         if (BY_TABLE && threadIdx.x % WARPGROUP == 0) {
-            barrier_arrive(table.empty);
+            barrier_arrive(handover.empty);
         }
     }
     if (threadIdx.x % WARPGROUP == 0) {
@@ -127,23 +127,25 @@ __device__ __forceinline__ void consume(const Pipe &pipe, const Table &table, co
 
 // The producer's other warps: noise and biases for each tile.
 template <class T>
-__device__ __forceinline__ void prepare(const Table &table, const Sm90LinearParams &p, u32 rank) {
+__device__ __forceinline__ void prepare(const Table &table, const Handover &handover, const Sm90LinearParams &p,
+                                        u32 rank) {
     const noise::Key key = key_of(p.noise);
     const u32 filler = threadIdx.x % WARPGROUP - WARP;
     u32 parity = 1;
     for (Tiles<CHANNELS, Pipe::CLUSTER> tile(p); tile.valid(); tile.advance()) {
-        barrier_wait(table.empty, parity);
+        barrier_wait(handover.empty, parity);
         parity ^= 1u;
         fill_table<T>(table, p, key, filler, tile.row(rank), tile.column());
-        barrier_arrive(table.full);
+        barrier_arrive(handover.full);
     }
 }
 
 template <class T, bool BY_TABLE> __device__ __forceinline__ void forward(const Sm90LinearParams &p) {
     const u32 base = shared_base(), rank = Pipe::CLUSTER == 1 ? 0u : cluster_rank();
     const Pipe pipe = {base, base + BARRIERS_AT};
-    const Table table(base + TABLE_AT, pipe.barriers + Pipe::BARRIER_BYTES);
-    start(pipe, table);
+    const Table table = {base + TABLE_AT};
+    const Handover handover = {pipe.barriers + Pipe::BARRIER_BYTES, pipe.barriers + Pipe::BARRIER_BYTES + 8};
+    start(pipe, handover);
     const u32 warpgroup = uniform(threadIdx.x / WARPGROUP);
     if (warpgroup == CONSUMERS) {
         shrink_registers<PRODUCER_REGISTERS>();
@@ -152,11 +154,11 @@ template <class T, bool BY_TABLE> __device__ __forceinline__ void forward(const 
                 produce(pipe, p, rank);
             }
         } else if (BY_TABLE) {
-            prepare<T>(table, p, rank);
+            prepare<T>(table, handover, p, rank);
         }
     } else {
         grow_registers<CONSUMER_REGISTERS>();
-        consume<T, BY_TABLE>(pipe, table, p, warpgroup, rank);
+        consume<T, BY_TABLE>(pipe, table, handover, p, warpgroup, rank);
     }
 }
 

@@ -43,9 +43,9 @@ pub struct Sm90LinearParams {
     pub(super) base_bias: Input<Void>,
     /// May be null.
     pub(super) delta_bias: Input<Void>,
-    /// LoRA's `B [N, r]`, or null.
-    pub(super) lora_b: Input<Void>,
-    /// `s [rows, r]`, or null.
+    /// LoRA's `B [N, r]`, for the gradient its `A [r, K]`, or null.
+    pub(super) factor: Input<Void>,
+    /// `s [rows, r]`, for the gradient `ds [copies, rows, r]`, or null.
     pub(super) s: Output<Void>,
     /// Whether the adapter's rows are those of the tile's channels, or the same for all.
     pub(super) extra_by_column: u64,
