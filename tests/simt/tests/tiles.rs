@@ -240,3 +240,40 @@ fn a_is_read_as_the_canonical_layouts_say() {
         check(Case { n: 64, is_bf16: false, a: Some(a), b, accumulate: false, is_fenced: true });
     }
 }
+
+#[test]
+fn wgmma_needs_a_fence_after_what_threads_wrote() {
+    let layout = Layout { span: 128, is_transposed: false, step: 0 };
+    for a in [None, Some(layout)] {
+        let case = Case { n: 64, is_bf16: true, a, b: layout, accumulate: false, is_fenced: false };
+        for schedule in (0..8).map(Schedule::Random).chain([Schedule::InOrder]) {
+            let fault = run(case, schedule, |_| {}).0.unwrap_err();
+            let Fault::MissingProxyFence { writer: Some(writer), address, .. } = fault else {
+                panic!("{fault}")
+            };
+            assert_eq!(writer.thread[0] as usize, (address as usize - BASE) / 2 % THREADS, "{fault}");
+        }
+    }
+}
+
+#[test]
+fn descriptors_are_what_the_hardware_takes() {
+    let layout = Layout { span: 128, is_transposed: false, step: 0 };
+    let case = Case { n: 64, is_bf16: true, a: None, b: layout, accumulate: false, is_fenced: true };
+    let found = |change: fn(&mut Params)| run(case, Schedule::InOrder, change).0.unwrap_err();
+    for (change, what) in [
+        ((|params| params.b_tile |= 1 << 49) as fn(&mut Params), "base offset"),
+        (|params| params.b_tile |= 1 << 52, "bits that mean nothing"),
+        (|params| params.b_tile += 128 >> 4, "in the middle of a pattern"),
+    ] {
+        let fault = found(change);
+        assert!(matches!(&fault, Fault::Instruction { why, .. } if why.contains(what)), "{fault}");
+    }
+    // Below the block's memory, and past its end.
+    for change in
+        [(|params| params.b_tile -= 1024 >> 4) as fn(&mut Params), |params| params.b_tile += 90 << 6]
+    {
+        let fault = found(change);
+        assert!(matches!(&fault, Fault::OutOfBounds { tensor, .. } if tensor == "shared memory"), "{fault}");
+    }
+}
