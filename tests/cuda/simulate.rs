@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 use pace_kernels::cuda::{DType, Gemm, Gpu, Matrix, Plan, Step};
-use pace_simt::{Fault, Launch, Memory, Schedule};
+use pace_simt::{Fault, Launch, Memory, Schedule, TensorMap};
 
 /// What the simulator stands for: any device that has a library. Small workspaces keep it quick.
 pub const GPU: Gpu = Gpu::A100;
@@ -17,16 +17,13 @@ pub fn run(plan: &Plan, memory: &mut Memory, schedule: Schedule) -> usize {
         match step {
             Step::Launch(launch) => {
                 threads += launch.grid.iter().chain(&launch.block).product::<u32>() as usize;
-                assert!(
-                    launch.cluster == [1; 3] && launch.params.maps().is_empty(),
-                    "the simulator has no clusters and no tensor maps: {launch:?}"
-                );
                 let simulated = Launch {
                     kernel: launch.kernel.name,
                     grid: launch.grid,
+                    cluster: launch.cluster,
                     block: launch.block,
                     shared_bytes: launch.shared_bytes,
-                    params: launch.params.bytes(),
+                    params: &params(launch),
                 };
                 memory
                     .launch(&simulated, schedule)
@@ -39,6 +36,25 @@ pub fn run(plan: &Plan, memory: &mut Memory, schedule: Schedule) -> usize {
         }
     }
     threads
+}
+
+/// The parameters, with tensor maps as the simulator takes them.
+fn params(launch: &pace_kernels::cuda::Launch) -> Vec<u8> {
+    let mut bytes = launch.params.bytes().to_vec();
+    for &(offset, map) in launch.params.maps() {
+        let map = TensorMap {
+            address: map.address,
+            dims: map.dims,
+            strides: map.strides,
+            box_dims: map.box_dims,
+            swizzle: map.swizzle,
+            rank: map.rank,
+            element_bytes: map.dtype.bytes() as u32,
+            reserved: [0; 4],
+        };
+        bytes[offset..][..size_of::<TensorMap>()].copy_from_slice(bytemuck::bytes_of(&map));
+    }
+    bytes
 }
 
 /// The library's part: sums in f64, rounded once.

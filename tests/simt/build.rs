@@ -53,9 +53,11 @@ fn main() {
             for name in groups.iter().flat_map(Group::kernels) {
                 let _ = writeln!(declarations, "    fn pace_simt_run_{name}(params: *const u8);");
                 let _ = writeln!(declarations, "    safe fn pace_simt_bytes_{name}() -> usize;");
+                let _ = writeln!(declarations, "    safe fn pace_simt_cluster_{name}() -> u32;");
                 let _ = writeln!(
                     table,
-                    "    Kernel {{ name: {name:?}, run: pace_simt_run_{name}, bytes: pace_simt_bytes_{name} }},"
+                    "    Kernel {{ name: {name:?}, run: pace_simt_run_{name}, bytes: pace_simt_bytes_{name}, \
+                     cluster: pace_simt_cluster_{name} }},"
                 );
             }
         }

@@ -42,12 +42,14 @@ void pace_simt_access(const void *address, size_t bytes, bool is_write);
 #define blockDim (pace_simt_thread()->block_dim)
 #define gridDim (pace_simt_thread()->grid_dim)
 
-// A kernel is a function on its parameters; the build script finds the name and declares both functions to Rust.
-#define PACE_KERNEL(name, Params, ...)                                                                                 \
+// A kernel is a function on its parameters; the build script finds the name and declares these functions to Rust.
+#define PACE_SIMT_KERNEL(name, Params, CLUSTER)                                                                        \
     static void name(const Params &p);                                                                                 \
     extern "C" void pace_simt_run_##name(const void *params) { name(*static_cast<const Params *>(params)); }           \
     extern "C" size_t pace_simt_bytes_##name() { return sizeof(Params); }                                              \
+    extern "C" unsigned pace_simt_cluster_##name() { return CLUSTER; }                                                 \
     static void name(const Params &p)
+#define PACE_KERNEL(name, Params, ...) PACE_SIMT_KERNEL(name, Params, 1)
 
 #define PACE_ACCESS(address, bytes, is_write) pace_simt_access(address, bytes, is_write)
 #define PACE_SHARED(T, name) T *name = reinterpret_cast<T *>(pace_simt_shared())

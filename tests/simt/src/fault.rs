@@ -153,4 +153,130 @@ pub enum Fault {
         /// The lane: the source, or the thread's own if its mask leaves it out.
         lane: u32,
     },
+    /// Clusters that are not those that the kernel declares, or a grid that is no multiple of them.
+    #[error(
+        "the kernel has clusters of {declared} blocks along x; the launch, of {cluster:?} in a grid of {grid:?}"
+    )]
+    Cluster {
+        /// What the kernel declares.
+        declared: u32,
+        /// What the launch has.
+        cluster: [u32; 3],
+        /// Blocks.
+        grid: [u32; 3],
+    },
+    /// An instruction that the hardware would not take so, or a tensor map that the driver would not encode.
+    #[error("{thread} at {place}: {why}")]
+    Instruction {
+        /// Who.
+        thread: Thread,
+        /// File and line.
+        place: String,
+        /// What is wrong.
+        why: String,
+    },
+    /// An mbarrier that is not used as it has to be.
+    #[error("{thread} at {place}, mbarrier at {address:#x}: {why}")]
+    Mbarrier {
+        /// Who.
+        thread: Thread,
+        /// File and line.
+        place: String,
+        /// Its shared address.
+        address: u32,
+        /// What is wrong.
+        why: String,
+    },
+    /// The threads of a warpgroup that do not meet at one instruction.
+    #[error("warpgroup divergence: {waiting} is at {place}, but {other} {otherwise}")]
+    WarpgroupDivergence {
+        /// Who is there.
+        waiting: Thread,
+        /// File and line of the instruction.
+        place: String,
+        /// Who is not.
+        other: Thread,
+        /// What it does instead.
+        otherwise: String,
+    },
+    /// Registers that a wgmma still uses were changed.
+    #[error("{thread} changed {registers} of the wgmma at {place} before it was waited for")]
+    RegistersInFlight {
+        /// Who.
+        thread: Thread,
+        /// File and line of the wgmma.
+        place: String,
+        /// Which: `accumulators` or `A registers`.
+        registers: &'static str,
+    },
+    /// Registers changed, or never ordered, and then used by a wgmma without a `wgmma_fence` in between.
+    #[error("{thread}: no wgmma_fence between a change of {registers} and the wgmma at {place}")]
+    MissingWgmmaFence {
+        /// Who.
+        thread: Thread,
+        /// File and line of the wgmma.
+        place: String,
+        /// Which: `accumulators`, `A registers`, or `registers` where there was no fence at all.
+        registers: &'static str,
+    },
+    /// The async proxy reads what threads have written and not made visible to it.
+    #[error(
+        "{thread} at {place} makes the async proxy read shared address {address:#x}, written by {} \
+         and not fenced by fence_async_proxy", writer.map_or("somebody".to_owned(), |writer| writer.to_string())
+    )]
+    MissingProxyFence {
+        /// Who lets it read.
+        thread: Thread,
+        /// File and line.
+        place: String,
+        /// The first such byte.
+        address: u32,
+        /// Who wrote there, if that is known.
+        writer: Option<Thread>,
+    },
+    /// A thread or its block returns while something still uses its registers or shared memory, or is used afterwards.
+    #[error("{thread} {why}")]
+    EndedEarly {
+        /// Who: the thread that returns, or that uses a block which has returned.
+        thread: Thread,
+        /// What is still under way.
+        why: String,
+    },
+    /// Nothing can go on.
+    #[error("nothing can go on:{}", .0.iter().map(|waiting| format!("\n  {waiting}")).collect::<String>())]
+    Hang(Vec<Waiting>),
+}
+
+/// Threads of a block that wait at one place.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Waiting {
+    /// The first of them.
+    pub first: Thread,
+    /// How many.
+    pub threads: usize,
+    /// What they do.
+    pub what: String,
+    /// The mbarrier that they wait for.
+    pub barrier: Option<BarrierState>,
+}
+
+/// How far an mbarrier has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BarrierState {
+    /// Its shared address.
+    pub address: u32,
+    /// Phases that have completed.
+    pub phase: u32,
+    /// Arrivals that the phase waits for.
+    pub arrivals: u32,
+    /// Bytes that it waits for.
+    pub bytes: i64,
+}
+
+impl fmt::Display for Waiting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}, one of {}, {}", self.first, self.threads, self.what)?;
+        let Some(BarrierState { address, phase, arrivals, bytes }) = self.barrier else { return Ok(()) };
+        write!(f, ": mbarrier at {address:#x} in phase {phase} lacks {arrivals} arrivals and {bytes} bytes")
+    }
 }

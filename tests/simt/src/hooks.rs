@@ -1,5 +1,6 @@
 //! What kernels call: where a thread is, its accesses to memory, its asynchronous copies, and where it waits for others.
 
+use crate::engine::{Engine, Who};
 use crate::fault::{Access, Fault, Thread};
 use crate::machine::Dice;
 use crate::memory::Memory;
@@ -16,8 +17,8 @@ pub const SHARED: &str = "shared memory";
 /// A line of a kernel.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Place {
-    file: *const c_char,
-    line: u32,
+    pub file: *const c_char,
+    pub line: u32,
 }
 
 impl std::fmt::Display for Place {
@@ -42,11 +43,40 @@ impl PartialEq for Collective {
 
 impl Eq for Collective {}
 
-/// Why a thread gave way.
+/// What a warpgroup does together.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum WarpgroupOperation {
+    Fence,
+    Wgmma,
+    Commit,
+    /// Until no more than so many groups are under way.
+    Wait(u32),
+    /// So many for each thread.
+    SetRegisters(u32),
+}
+
+/// What a thread waits for.
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Wait {
+    /// All threads of its block.
     Barrier(Place),
+    /// Some lanes of its warp.
     Exchange(Place, u32),
+    /// All lanes of its warp, for this operation.
     Collective(Place, Collective),
+    /// All threads of its warpgroup.
+    Warpgroup(Place, WarpgroupOperation),
+    /// So many threads at the named barrier of this number.
+    Named(Place, u16, u16),
+    /// All threads of its cluster.
+    Cluster(Place),
+    /// The phase of the mbarrier at this address.
+    Mbarrier(Place, u32),
+}
+
+/// Why a thread gave way.
+pub enum Yield {
+    Wait(Wait),
     /// Boxed, to keep the others small: they are what threads hand over at every switch.
     Fault(Box<Fault>),
 }
@@ -64,10 +94,15 @@ pub struct Coordinates {
 /// What the hooks know of the thread that runs.
 pub struct Context {
     pub coordinates: Coordinates,
+    /// The thread's number in its cluster.
+    pub index: usize,
+    /// The lane of its warp that `elect` chooses.
+    pub elected: u32,
+    pub engine: *const EngineCell,
     pub memory: *const Memory,
     pub shared: *mut u8,
     pub shared_bytes: usize,
-    pub yielder: Cell<*const Yielder<(), Wait>>,
+    pub yielder: Cell<*const Yielder<(), Yield>>,
     /// What it gives to an exchange, and what all lanes gave to the last one.
     pub given: Cell<u64>,
     pub received: RefCell<Rc<[Option<u64>; WARP]>>,
@@ -103,15 +138,52 @@ impl Context {
         Thread { block: self.coordinates.block, thread: self.coordinates.thread }
     }
 
-    fn wait(&self, why: Wait) {
+    fn give_way(&self, why: Yield) {
         // SAFETY: set when the coroutine started, which has not ended: it is the one that calls this.
         unsafe { &*self.yielder.get() }.suspend(why);
     }
 
+    pub fn wait(&self, what: Wait) {
+        self.give_way(Yield::Wait(what));
+    }
+
     /// Ends the launch. The scheduler never resumes a thread that reports a fault.
-    fn fail(&self, fault: Fault) -> ! {
-        self.wait(Wait::Fault(Box::new(fault)));
+    pub fn fail(&self, fault: Fault) -> ! {
+        self.give_way(Yield::Fault(Box::new(fault)));
         unreachable!("a failed thread is not resumed");
+    }
+}
+
+/// The engine, and whether the launch has used it: a look that every switch of threads affords.
+pub struct EngineCell {
+    pub is_used: Cell<bool>,
+    pub engine: RefCell<Engine>,
+}
+
+impl Context {
+    pub fn at(&self, place: Place) -> Who {
+        Who { index: self.index, thread: self.thread(), place }
+    }
+
+    /// Number among the threads of its block.
+    pub fn index_in_block(&self) -> u32 {
+        let [x, y, z] = self.coordinates.thread;
+        let [width, height, _] = self.coordinates.block_dim;
+        x + width * (y + height * z)
+    }
+
+    /// What the engine does with the thread's request, which is given the thread's block.
+    pub fn ask<T>(&self, request: impl FnOnce(&mut Engine, usize) -> Result<T, Fault>) -> T {
+        // SAFETY: the engine outlives the cluster's threads.
+        let cell = unsafe { &*self.engine };
+        cell.is_used.set(true);
+        let answer = {
+            let engine = &mut *cell.engine.borrow_mut();
+            let block = self.index / engine.per_block;
+            request(engine, block)
+        };
+        // No borrow lasts until another thread runs.
+        answer.unwrap_or_else(|fault| self.fail(fault))
     }
 }
 
@@ -120,7 +192,7 @@ thread_local! {
 }
 
 /// The thread that runs.
-fn current() -> &'static Context {
+pub fn current() -> &'static Context {
     // SAFETY: hooks are only called by kernels, which the scheduler only runs with this set; the reference is gone before
     // the block ends.
     unsafe { &*CURRENT.get() }
@@ -147,9 +219,7 @@ extern "C" fn pace_simt_exchange(file: *const c_char, line: u32, mask: u32, sour
     let inactive = |lane: u32| {
         context.fail(Fault::InactiveLane { thread: context.thread(), place: place.to_string(), lane })
     };
-    let [x, y, z] = context.coordinates.thread;
-    let [width, height, _] = context.coordinates.block_dim;
-    let own = (x + width * (y + height * z)) % WARP as u32;
+    let own = context.index_in_block() % WARP as u32;
     if mask >> own & 1 == 0 {
         inactive(own);
     }

@@ -12,7 +12,7 @@ const RED_ZONE: usize = 256;
 /// What lies there.
 const GUARD: u8 = 0xA5;
 /// What lies in outputs and in shared memory beforehand: NaN in every floating-point type.
-const POISON: u8 = 0xFF;
+pub(crate) const POISON: u8 = 0xFF;
 
 #[cfg(feature = "sanitize")]
 unsafe extern "C" {
@@ -33,11 +33,11 @@ pub(crate) struct Region {
 unsafe impl Send for Region {}
 
 impl Region {
-    /// `bytes` bytes of poison, `shift` bytes past a multiple of 256.
-    pub(crate) fn new(shift: usize, bytes: usize) -> Self {
-        let first = RED_ZONE + shift;
+    /// `bytes` bytes of poison, `shift` bytes past a multiple of `alignment`, which is 256 or a larger power of two.
+    pub(crate) fn new(alignment: usize, shift: usize, bytes: usize) -> Self {
+        let first = RED_ZONE.max(alignment) + shift;
         let layout =
-            Layout::from_size_align(first + bytes + RED_ZONE, ALIGNMENT).expect("a size that fits memory");
+            Layout::from_size_align(first + bytes + RED_ZONE, alignment).expect("a size that fits memory");
         // SAFETY: the layout is not empty.
         let start = unsafe { alloc(layout) };
         if start.is_null() {
@@ -165,7 +165,7 @@ impl Memory {
     /// A tensor that kernels have to write before anybody reads it.
     pub fn output<T: Pod>(&mut self, name: &str, len: usize) -> Tensor {
         let bytes = len * size_of::<T>();
-        let region = Region::new(self.shift * size_of::<T>(), bytes);
+        let region = Region::new(ALIGNMENT, self.shift * size_of::<T>(), bytes);
         let tensor = Tensor { index: self.allocations.len(), address: region.data() as u64, len };
         let written = vec![Cell::new(false); bytes];
         self.allocations.push(Allocation { name: name.into(), region, input: None, written });
@@ -194,12 +194,24 @@ impl Memory {
         Ok(bytemuck::pod_collect_to_vec(&allocation.region.copy()))
     }
 
-    /// Checks an access of a kernel, and notes what it writes.
+    /// Checks an access of a kernel to an address that has to be a multiple of its size, and notes what it writes.
     pub(crate) fn access(
         &self,
         thread: Thread,
         address: usize,
         bytes: usize,
+        is_write: bool,
+    ) -> Result<(), Fault> {
+        self.access_aligned(thread, address, bytes, bytes, is_write)
+    }
+
+    /// The same for an access whose address only has to be a multiple of `alignment`.
+    pub(crate) fn access_aligned(
+        &self,
+        thread: Thread,
+        address: usize,
+        bytes: usize,
+        alignment: usize,
         is_write: bool,
     ) -> Result<(), Fault> {
         let distance = |allocation: &Allocation| {
@@ -221,7 +233,7 @@ impl Memory {
         if distance(nearest) > 0 {
             return Err(Fault::OutOfBounds { thread, access, tensor: tensor() });
         }
-        if !address.is_multiple_of(bytes) {
+        if !address.is_multiple_of(alignment) {
             return Err(Fault::Misaligned { thread, access, tensor: tensor() });
         }
         let written = &nearest.written[access.offset as usize..][..bytes];

@@ -22,7 +22,8 @@ fn converted(kernel: &str, x: &[f32]) -> Vec<f32> {
     let (x, y) = (memory.input("x", x), memory.output::<f32>("y", x.len()));
     let words = [x.address(), y.address(), x.len() as u64];
     let params: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
-    let launch = Launch { kernel, grid: [1; 3], block: [4, 1, 1], shared_bytes: 0, params: &params };
+    let launch =
+        Launch { kernel, grid: [1; 3], cluster: [1; 3], block: [4, 1, 1], shared_bytes: 0, params: &params };
     memory.launch(&launch, Schedule::InOrder).unwrap();
     memory.read(&y).unwrap()
 }

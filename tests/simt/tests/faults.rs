@@ -16,8 +16,14 @@ fn run(kernel: &str, n: usize, grid: u32, block: u32, schedule: Schedule) -> Res
     let (x, y) = (memory.input("x", &x), memory.output::<f32>("y", n));
     let params: Vec<u8> =
         [x.address(), y.address(), n as u64].iter().flat_map(|word| word.to_ne_bytes()).collect();
-    let launch =
-        Launch { kernel, grid: [grid, 1, 1], block: [block, 1, 1], shared_bytes: 4 * block, params: &params };
+    let launch = Launch {
+        kernel,
+        grid: [grid, 1, 1],
+        cluster: [1; 3],
+        block: [block, 1, 1],
+        shared_bytes: 4 * block,
+        params: &params,
+    };
     memory.launch(&launch, schedule)?;
     Ok((memory, y))
 }
@@ -118,8 +124,14 @@ fn misaligned_vectors_are_found() {
     let mut memory = Memory::new(1);
     let (x, y) = (memory.input("x", &[0f32; 4]), memory.output::<f32>("y", 4));
     let params: Vec<u8> = [x.address(), y.address(), 4].iter().flat_map(|word| word.to_ne_bytes()).collect();
-    let launch =
-        Launch { kernel: "copy_without_tail", grid: [1; 3], block: [1; 3], shared_bytes: 0, params: &params };
+    let launch = Launch {
+        kernel: "copy_without_tail",
+        grid: [1; 3],
+        cluster: [1; 3],
+        block: [1; 3],
+        shared_bytes: 0,
+        params: &params,
+    };
     assert_eq!(
         memory.launch(&launch, Schedule::InOrder),
         Err(Fault::Misaligned {
@@ -172,6 +184,7 @@ fn launches_that_no_device_takes_are_refused() {
     let launch = |kernel: &'static str, grid, block, shared_bytes, params: &'static [u8]| Launch {
         kernel,
         grid,
+        cluster: [1; 3],
         block,
         shared_bytes,
         params,

@@ -11,8 +11,14 @@ fn run(kernel: &str, x: &[u32], outputs: usize, schedule: Schedule) -> Vec<u32> 
     let mut memory = Memory::new(0);
     let (x, y) = (memory.input("x", x), memory.output::<u32>("y", outputs));
     let params: Vec<u8> = [x.address(), y.address()].iter().flat_map(|word| word.to_ne_bytes()).collect();
-    let launch =
-        Launch { kernel, grid: [1; 3], block: [LANES as u32, 1, 1], shared_bytes: 1024, params: &params };
+    let launch = Launch {
+        kernel,
+        grid: [1; 3],
+        cluster: [1; 3],
+        block: [LANES as u32, 1, 1],
+        shared_bytes: 1024,
+        params: &params,
+    };
     memory.launch(&launch, schedule).unwrap();
     memory.read(&y).unwrap()
 }

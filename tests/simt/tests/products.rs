@@ -36,8 +36,14 @@ fn run(kernel: &str, schedule: Schedule) -> Result<Vec<f32>, Fault> {
     let y = memory.output::<f32>("y", 256);
     let params: Vec<u8> =
         [a.address(), b.address(), y.address()].iter().flat_map(|word| word.to_ne_bytes()).collect();
-    let launch =
-        Launch { kernel, grid: [1; 3], block: [64, 1, 1], shared_bytes: SHARED_BYTES, params: &params };
+    let launch = Launch {
+        kernel,
+        grid: [1; 3],
+        cluster: [1; 3],
+        block: [64, 1, 1],
+        shared_bytes: SHARED_BYTES,
+        params: &params,
+    };
     memory.launch(&launch, schedule)?;
     memory.read(&y)
 }

@@ -13,8 +13,14 @@ fn run() {
     let mut memory = Memory::new(0);
     let (x, y) = (memory.input("x", &[1f32; 16]), memory.output::<f32>("y", 16));
     let params: Vec<u8> = [x.address(), y.address(), 16].iter().flat_map(|word| word.to_ne_bytes()).collect();
-    let launch =
-        Launch { kernel: &kernel, grid: [1; 3], block: [16, 1, 1], shared_bytes: 64, params: &params };
+    let launch = Launch {
+        kernel: &kernel,
+        grid: [1; 3],
+        cluster: [1; 3],
+        block: [16, 1, 1],
+        shared_bytes: 64,
+        params: &params,
+    };
     memory.launch(&launch, Schedule::InOrder).unwrap();
 }
 
