@@ -113,7 +113,6 @@ impl Engine {
         if pieces == 1 {
             self.loads.swap_remove(load);
         }
-        self.check_running(block, who)?;
         let row_bytes = map.row_bytes();
         let mut bytes = vec![0; row_bytes];
         for row in first..end {

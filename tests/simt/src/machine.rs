@@ -263,6 +263,8 @@ struct Cluster<'a> {
     runnable: Vec<usize>,
     /// Whether a warp runs until it has to wait, far ahead of the others, or all keep pace.
     is_warp_by_warp: bool,
+    /// Whether those whose mbarrier's phase has completed go on after all others.
+    is_woken_last: bool,
     /// How many threads of each warp are runnable.
     running: Vec<usize>,
     per_block: usize,
@@ -300,6 +302,7 @@ impl<'a> Cluster<'a> {
             // The last is taken first when in order.
             runnable: (0..contexts.len()).rev().collect(),
             is_warp_by_warp: dice.roll(2) == 1,
+            is_woken_last: dice.roll(2) == 1,
             running: contexts.chunks(WARP).map(<[Context]>::len).collect(),
             per_block,
             at_barrier: vec![0; blocks],
@@ -427,7 +430,11 @@ impl<'a> Cluster<'a> {
     /// Lets threads go on whose mbarriers have completed a phase.
     fn wake(&mut self) {
         let mut woken = std::mem::take(&mut self.engine.engine.borrow_mut().woken);
+        let count = woken.len();
         woken.drain(..).for_each(|i| self.resume(i));
+        if self.is_woken_last {
+            self.runnable.rotate_right(count);
+        }
         // Its memory serves again.
         self.engine.engine.borrow_mut().woken = woken;
     }

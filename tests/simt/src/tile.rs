@@ -2,6 +2,7 @@
 
 use crate::engine::{Engine, Who};
 use crate::fault::Fault;
+use crate::hooks::WARP;
 use crate::tensor_map::{CHUNK, swizzled};
 
 /// Rows of A and D.
@@ -10,6 +11,8 @@ pub const ROWS: usize = 64;
 pub const K: usize = 16;
 /// Elements of A in a thread's registers.
 pub const A_ELEMENTS: usize = 8;
+/// Columns of B that are multiplied together.
+const COLUMNS: usize = 8;
 /// Elements of 16 bytes.
 const ELEMENTS: usize = CHUNK / 2;
 
@@ -35,28 +38,54 @@ pub fn decode(bits: u16, is_bf16: bool) -> f64 {
 }
 
 /// Truncated, not rounded, as tensor cores do.
+#[inline(always)]
 fn cut(value: f64) -> f32 {
     let result = value as f32;
     let is_larger = f64::from(result).abs() > value.abs();
     f32::from_bits(result.to_bits() - u32::from(is_larger))
 }
 
+/// Where element (k, column) of B lies for `multiply`: 8 columns beside each other, for each k.
+pub fn b_at(k: usize, column: usize) -> usize {
+    column / COLUMNS * (K * COLUMNS) + k * COLUMNS + column % COLUMNS
+}
+
 /// d = a @ b, plus d if `accumulate`: products are summed in f64, the accumulator last, and truncated once.
+///
+/// `d` is by thread: lane 4 g + t of warp w has `d[4 j + 2 h + i]` = D[16 w + g + 8 h][8 j + 2 t + i].
 pub fn multiply(a: &[[f64; K]; ROWS], b: &[f64], d: &mut [f32], accumulate: bool) {
-    const COLUMNS: usize = 8;
-    let n = b.len() / K;
-    for (a, d) in a.iter().zip(d.chunks_exact_mut(n)) {
-        for (first, d) in d.as_chunks_mut::<COLUMNS>().0.iter_mut().enumerate() {
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx2") {
+        // SAFETY: the CPU has these instructions.
+        return unsafe { multiply_avx2(a, b, d, accumulate) };
+    }
+    multiply_plain(a, b, d, accumulate);
+}
+
+/// The same numbers: products are exact, and sums in the same order.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn multiply_avx2(a: &[[f64; K]; ROWS], b: &[f64], d: &mut [f32], accumulate: bool) {
+    multiply_plain(a, b, d, accumulate);
+}
+
+#[inline(always)]
+fn multiply_plain(a: &[[f64; K]; ROWS], b: &[f64], d: &mut [f32], accumulate: bool) {
+    let each = b.len() / K / 2;
+    for (row, a) in a.iter().enumerate() {
+        let (first, half) = (row / 16 * WARP + row % 8 * 4, row / 8 % 2);
+        for (chunk, b) in b.chunks_exact(K * COLUMNS).enumerate() {
             let mut sums = [0.0; COLUMNS];
-            for (k, a) in a.iter().enumerate() {
-                let b: &[f64; COLUMNS] =
-                    b[k * n + first * COLUMNS..][..COLUMNS].try_into().expect("n is a multiple of 8");
+            for (a, b) in a.iter().zip(b.as_chunks::<COLUMNS>().0) {
                 for (sum, b) in sums.iter_mut().zip(b) {
                     *sum += a * b;
                 }
             }
-            for (d, sum) in d.iter_mut().zip(sums) {
-                *d = cut(if accumulate { sum + f64::from(*d) } else { sum });
+            for (t, sums) in sums.as_chunks::<2>().0.iter().enumerate() {
+                let d = &mut d[(first + t) * each + 4 * chunk + 2 * half..][..2];
+                for (d, sum) in d.iter_mut().zip(sums) {
+                    *d = cut(if accumulate { sum + f64::from(*d) } else { *sum });
+                }
             }
         }
     }

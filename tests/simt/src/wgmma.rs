@@ -5,7 +5,7 @@
 use crate::engine::{Engine, WARPGROUP, Who};
 use crate::fault::Fault;
 use crate::hooks::{Place, WARP};
-use crate::tile::{A_ELEMENTS, K, ROWS, Tile, multiply};
+use crate::tile::{A_ELEMENTS, K, ROWS, Tile, b_at, decode, multiply};
 use std::collections::VecDeque;
 
 /// What a thread brings: `Operands` of sm90.h.
@@ -39,7 +39,7 @@ struct Accumulators {
     /// Where each thread has them.
     at: Vec<*mut f32>,
     n: usize,
-    /// `[ROWS, n]`: the true ones while in flight, otherwise as at the last fence.
+    /// `[WARPGROUP, n / 2]`: the true ones while in flight, otherwise as at the last fence.
     values: Vec<f32>,
     in_flight: usize,
 }
@@ -80,12 +80,6 @@ pub struct Warpgroup {
     closed: usize,
 }
 
-/// Row and column of accumulator `i` of a thread of the warpgroup.
-fn accumulator_at(thread: usize, i: usize) -> (usize, usize) {
-    let (warp, group, within) = (thread / WARP, thread % WARP / 4, thread % 4);
-    (16 * warp + group + 8 * (i / 2 % 2), i / 4 * 8 + 2 * within + i % 2)
-}
-
 /// Row and column of element `i` of the A registers of a thread.
 fn fragment_at(thread: usize, i: usize) -> (usize, usize) {
     let (warp, group, within) = (thread / WARP, thread % WARP / 4, thread % 4);
@@ -95,44 +89,46 @@ fn fragment_at(thread: usize, i: usize) -> (usize, usize) {
 impl Accumulators {
     /// Those that the threads have.
     fn gather(at: &[*mut f32], n: usize) -> Vec<f32> {
-        let mut values = vec![0.0; ROWS * n];
-        for (thread, &at) in at.iter().enumerate() {
-            for i in 0..n / 2 {
-                let (row, column) = accumulator_at(thread, i);
-                // SAFETY: the thread's stack is there, and this part of it was an array of n / 2 floats.
-                values[row * n + column] = unsafe { at.add(i).read() };
-            }
+        let mut values = Vec::with_capacity(WARPGROUP * n / 2);
+        for &at in at {
+            // SAFETY: the thread's stack is there, and this part of it was an array of n / 2 floats.
+            values.extend_from_slice(unsafe { std::slice::from_raw_parts(at, n / 2) });
         }
         values
     }
 
-    /// Gives the threads what `value` makes of a place in `values`.
-    fn scatter(&self, value: impl Fn(f32) -> f32) {
-        for (thread, &at) in self.at.iter().enumerate() {
-            for i in 0..self.n / 2 {
-                let (row, column) = accumulator_at(thread, i);
-                // SAFETY: the thread waits or has just issued this, and its array has n / 2 floats.
-                unsafe { at.add(i).write(value(self.values[row * self.n + column])) };
-            }
+    /// What each thread has is of this size.
+    fn each(&self) -> usize {
+        self.n / 2
+    }
+
+    /// Takes them away from the threads.
+    fn poison(&self) {
+        for &at in &self.at {
+            // SAFETY: the thread waits or has just issued this, and its array has n / 2 floats.
+            unsafe { std::slice::from_raw_parts_mut(at, self.each()) }.fill(f32::from_bits(POISON));
         }
     }
 
-    /// The first thread whose registers are not those of `expected`.
-    fn changed(&self, expected: impl Fn(f32) -> u32) -> Option<usize> {
-        let now = Self::gather(&self.at, self.n);
-        let is_changed = |thread: usize| {
-            (0..self.n / 2).any(|i| {
-                let (row, column) = accumulator_at(thread, i);
-                let place = row * self.n + column;
-                now[place].to_bits() != expected(self.values[place])
-            })
-        };
-        // Most often nobody's are.
-        let is_same = |(now, value): (&f32, &f32)| now.to_bits() == expected(*value);
-        match now.iter().zip(&self.values).all(is_same) {
-            true => None,
-            false => (0..WARPGROUP).find(|&thread| is_changed(thread)),
+    /// Gives them to the threads.
+    fn give_back(&self) {
+        for (&at, values) in self.at.iter().zip(self.values.chunks_exact(self.each())) {
+            // SAFETY: the thread waits, and its array has n / 2 floats.
+            unsafe { std::slice::from_raw_parts_mut(at, self.each()) }.copy_from_slice(values);
         }
+    }
+
+    /// The first thread that has something else than poison.
+    fn not_poison(&self) -> Option<usize> {
+        let now = Self::gather(&self.at, self.n);
+        Some(now.iter().position(|now| now.to_bits() != POISON)? / self.each())
+    }
+
+    /// The first thread that has something else than the values.
+    fn changed(&self) -> Option<usize> {
+        let now = Self::gather(&self.at, self.n);
+        let is_other = |(now, value): (&f32, &f32)| now.to_bits() != value.to_bits();
+        Some(now.iter().zip(&self.values).position(is_other)? / self.each())
     }
 
     /// Whether the arrays have a register in common.
@@ -239,11 +235,11 @@ impl Engine {
         if let Some(same) = known.iter().position(|other| other.at == at && other.n == n) {
             let accumulators = &known[same];
             if accumulators.in_flight == 0 {
-                if let Some(thread) = accumulators.changed(f32::to_bits) {
+                if let Some(thread) = accumulators.changed() {
                     let who = Who { thread: self.thread(who.index + thread), ..who };
                     return Err(missing_fence(who, "accumulators"));
                 }
-                accumulators.scatter(|_| f32::from_bits(POISON));
+                accumulators.poison();
             }
             self.warpgroups[group].accumulators[same].in_flight += 1;
             return Ok(());
@@ -253,7 +249,7 @@ impl Engine {
         }
         let values = Accumulators::gather(&at, n);
         let accumulators = Accumulators { at, n, values, in_flight: 1 };
-        accumulators.scatter(|_| f32::from_bits(POISON));
+        accumulators.poison();
         known.push(accumulators);
         Ok(())
     }
@@ -294,7 +290,7 @@ impl Engine {
                     for i in 0..A_ELEMENTS {
                         let (row, k) = fragment_at(thread, i);
                         let bits = (registers[i / 2] >> (16 * (i % 2))) as u16;
-                        left[row][k] = crate::tile::decode(bits, is_bf16);
+                        left[row][k] = decode(bits, is_bf16);
                     }
                 }
             }
@@ -305,7 +301,7 @@ impl Engine {
             }
         }
         let mut right = vec![0.0; K * n];
-        self.read_tile(block, who, &tile_b, n, |column, k, value| right[k * n + column] = value)?;
+        self.read_tile(block, who, &tile_b, n, |column, k, value| right[b_at(k, column)] = value)?;
         let state = &mut self.warpgroups[group];
         state.executed += 1;
         let accumulators =
@@ -342,10 +338,10 @@ impl Engine {
                 .expect("they stay until the wgmma is retired");
             accumulators.in_flight -= 1;
             if accumulators.in_flight == 0 {
-                if let Some(thread) = accumulators.changed(|_| POISON) {
+                if let Some(thread) = accumulators.not_poison() {
                     return Err(in_flight(at(self, thread), "accumulators"));
                 }
-                accumulators.scatter(|value| value);
+                accumulators.give_back();
             }
         }
         Ok(())
