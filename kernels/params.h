@@ -48,7 +48,7 @@ constexpr u32 SM90_LOW_RANK_STAGES = 4;
 /// Blocks that share W0's tiles.
 constexpr u32 SM90_LOW_RANK_CLUSTER = 2;
 
-/// Buffers of a consumer for outputs, up to rank 16; then there is room for one.
+/// Buffers of a consumer for outputs; where there is no room for them, one.
 constexpr u32 SM90_LOW_RANK_STAGING = 2;
 
 /// Warps of a block that shares rows, and the rows of such a block.
@@ -142,14 +142,11 @@ constexpr u32 SM90_THREADS = 384;
 /// Token rows of a block's tile.
 constexpr u32 SM90_TILE_ROWS = 128;
 
-/// Elements of a tile along the inner dimension: rows of 128 bytes, the widest swizzle.
+/// Elements of a tile along the reduction, and channels of an output chunk: rows of 128 bytes, the widest swizzle.
 constexpr u32 SM90_TILE_K = 64;
 
 /// Samples whose tokens a tile may have where they share `z`; with 49 tokens per sample there are 4.
 constexpr u32 SM90_TILE_SAMPLES = 4;
-
-/// Channels of an output chunk: rows of 128 bytes.
-constexpr u32 SM90_STORE_CHANNELS = 64;
 
 /// Parameters of the kernels `drop_path*`.
 struct DropPathParams {
@@ -639,15 +636,15 @@ struct PromptGradsParams {
   u32 width;
 };
 
-/// Parameters of the kernels `sm90_low_rank_linear*` and `sm90_noisy_linear_exact*`.
+/// Parameters of the kernels `sm90_low_rank_linear*`, `sm90_low_rank_input*` and `sm90_noisy_linear_exact*`.
 struct Sm90LinearParams {
-  /// `[rows, K]`, boxes of 128 rows.
+  /// `x [rows, K]` or `g [copies, rows, N]`, boxes of 128 rows.
   TensorMap x;
-  /// `W0 [N, K]`, boxes of the part of a tile's channels that a block of the cluster fetches.
+  /// `W0 [N, K]`, boxes of the part of a tile that a block of the cluster fetches.
   TensorMap weight;
-  /// The adapter's `[r, K]` or `[N, K]`, boxes of a block's part of its rows in a tile.
+  /// The adapter's `[r, K]` or `[N, K]`, boxes of a block's part of its rows in a tile; not for the gradient.
   TensorMap extra;
-  /// `[copies, rows, N]`, boxes of 64 rows and channels.
+  /// `y [copies, rows, N]` or `grad_x [rows, K]`, boxes of 64 rows.
   TensorMap y;
   NoiseSource noise;
   /// May be null.
@@ -662,21 +659,21 @@ struct Sm90LinearParams {
   u64 extra_by_column;
   /// Token rows of x.
   u32 rows;
-  /// Times that y has them: branches that share x.
+  /// Branches that share them.
   u32 copies;
   /// Samples of a copy.
   u32 samples;
   /// Tokens per sample; all rows where they share `z`.
   u32 tokens;
-  /// Out-features `N`.
+  /// Columns of the output: N or K.
   u32 channels;
-  /// In-features `K`.
+  /// Length of the reduction: K or N.
   u32 inner;
   /// Rank `r`.
   u32 rank;
   /// Tiles along the rows, those of a cluster as one.
   u32 tile_rows;
-  /// Tiles along the channels.
+  /// Tiles along the columns.
   u32 tile_columns;
   /// Factor on `s`.
   float scale;

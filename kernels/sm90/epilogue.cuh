@@ -18,7 +18,7 @@ constexpr u32 PLACES = SM90_TILE_SAMPLES;
 // Copies of a tile's rows that share x, one per branch.
 constexpr u32 COPIES = 2;
 // Channels of a chunk.
-constexpr u32 CHUNK = SM90_STORE_CHANNELS;
+constexpr u32 CHUNK = SM90_TILE_K;
 // The table in shared memory, [copy][place][channel] of z and behind it of z * bd + b0.
 template <u32 CHANNELS> struct NoiseTable {
     static constexpr u32 ROW = CHANNELS * sizeof(float);

@@ -86,7 +86,9 @@ impl<B: Copy, Z: Copy, K: Copy> LoraMulLinear<B, noise::Noise<Z, K>> {
             prompt_rank,
         ]
         .map(|len| take(len, bytes).into());
-        let dense = self.dense(None, None).workspace_len(gpu, dtype);
+        // Of ΔW only whether there is one counts here.
+        let stand_in = self.lora.map(|lora| lora.lora_b);
+        let dense = self.dense(stand_in, None).workspace_len(gpu, dtype);
         let lora = self.lora.map_or(0, |lora| lora.factors(&self.shape).workspace_len(dtype));
         let prompt = self
             .prompt

@@ -17,26 +17,24 @@ use std::mem::offset_of;
 pub const SM90_THREADS: u32 = 384;
 /// Token rows of a block's tile.
 pub const SM90_TILE_ROWS: usize = 128;
-/// Elements of a tile along the inner dimension: rows of 128 bytes, the widest swizzle.
+/// Elements of a tile along the reduction, and channels of an output chunk: rows of 128 bytes, the widest swizzle.
 pub const SM90_TILE_K: usize = 64;
 /// Samples whose tokens a tile may have where they share `z`; with 49 tokens per sample there are 4.
 pub const SM90_TILE_SAMPLES: usize = 4;
-/// Channels of an output chunk: rows of 128 bytes.
-pub const SM90_STORE_CHANNELS: usize = 64;
 /// Shared memory of a block.
 const MAX_SHARED_BYTES: usize = 227 << 10;
 
-/// Parameters of the kernels `sm90_low_rank_linear*` and `sm90_noisy_linear_exact*`.
+/// Parameters of the kernels `sm90_low_rank_linear*`, `sm90_low_rank_input*` and `sm90_noisy_linear_exact*`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
 pub struct Sm90LinearParams {
-    /// `[rows, K]`, boxes of 128 rows.
+    /// `x [rows, K]` or `g [copies, rows, N]`, boxes of 128 rows.
     pub(super) x: TensorMapSlot,
-    /// `W0 [N, K]`, boxes of the part of a tile's channels that a block of the cluster fetches.
+    /// `W0 [N, K]`, boxes of the part of a tile that a block of the cluster fetches.
     pub(super) weight: TensorMapSlot,
-    /// The adapter's `[r, K]` or `[N, K]`, boxes of a block's part of its rows in a tile.
+    /// The adapter's `[r, K]` or `[N, K]`, boxes of a block's part of its rows in a tile; not for the gradient.
     pub(super) extra: TensorMapSlot,
-    /// `[copies, rows, N]`, boxes of 64 rows and channels.
+    /// `y [copies, rows, N]` or `grad_x [rows, K]`, boxes of 64 rows.
     pub(super) y: TensorMapSlot,
     pub(super) noise: NoiseSource,
     /// May be null.
@@ -51,21 +49,21 @@ pub struct Sm90LinearParams {
     pub(super) extra_by_column: u64,
     /// Token rows of x.
     pub(super) rows: u32,
-    /// Times that y has them: branches that share x.
+    /// Branches that share them.
     pub(super) copies: u32,
     /// Samples of a copy.
     pub(super) samples: u32,
     /// Tokens per sample; all rows where they share `z`.
     pub(super) tokens: u32,
-    /// Out-features `N`.
+    /// Columns of the output: N or K.
     pub(super) channels: u32,
-    /// In-features `K`.
+    /// Length of the reduction: K or N.
     pub(super) inner: u32,
     /// Rank `r`.
     pub(super) rank: u32,
     /// Tiles along the rows, those of a cluster as one.
     pub(super) tile_rows: u32,
-    /// Tiles along the channels.
+    /// Tiles along the columns.
     pub(super) tile_columns: u32,
     /// Factor on `s`.
     pub(super) scale: f32,
@@ -83,31 +81,41 @@ pub(super) struct Tiling {
     pub(super) cluster: usize,
     /// Buffers of a consumer for outputs on their way.
     pub(super) staging: usize,
-    /// Further bytes of shared memory.
-    pub(super) shared: usize,
+    /// Whether there is a noise table.
+    pub(super) has_table: bool,
+    /// Bytes of LoRA's factor in shared memory.
+    pub(super) factor_bytes: usize,
 }
 
-/// Operands of the GEMM, checked before.
-pub(super) struct Forward {
+/// Operands of the GEMM `y = x·W0ᵀ` with its adapter, or of `dx = g·W0`, checked before.
+pub(super) struct LinearGemm {
+    /// x, or the gradient to the output.
     pub(super) x: Buffer,
     pub(super) weight: Buffer,
-    /// The adapter's matrix and its rows.
-    pub(super) extra: (Buffer, usize),
+    /// The adapter's matrix and its rows; none for the gradient.
+    pub(super) extra: Option<(Buffer, usize)>,
     pub(super) base_bias: Option<Buffer>,
     pub(super) delta_bias: Option<Buffer>,
-    pub(super) lora_b: Option<Buffer>,
+    pub(super) factor: Option<Buffer>,
     pub(super) s: Option<Buffer>,
+    /// y, or the gradient to the input.
     pub(super) y: Buffer,
     pub(super) rank: usize,
     pub(super) scale: f32,
 }
 
-impl Forward {
+impl LinearGemm {
     pub(super) fn plan(self, shape: &LinearShape, pass: &Pass, tiling: &Tiling) -> Result<Launch> {
         let &Tiling { kernel, channels, cluster, .. } = tiling;
-        let (dtype, k, n) = (pass.arithmetic.dtype, shape.in_features, shape.out_features);
+        let (dtype, features) = (pass.arithmetic.dtype, [shape.in_features, shape.out_features]);
         let rows = shape.in_rows();
         let copies = shape.out_rows() / rows;
+        // The gradient is the sum of the branches' that share x.
+        let is_gradient = self.extra.is_none();
+        let [[k, n], [x_copies, y_copies]] = match is_gradient {
+            false => [features, [1, copies]],
+            true => [[features[1], features[0]], [copies, 1]],
+        };
         let noisy = pass.noise != NoiseSource::OFF;
         let tile_rows = rows.div_ceil(SM90_TILE_ROWS * cluster);
         let tile_columns = n.div_ceil(channels);
@@ -116,7 +124,7 @@ impl Forward {
             noise: pass.noise,
             base_bias: self.base_bias.into(),
             delta_bias: self.delta_bias.into(),
-            lora_b: self.lora_b.into(),
+            factor: self.factor.into(),
             s: self.s.map_or(Address::NONE, Address::from).into(),
             rows: rows as u32,
             copies: copies as u32,
@@ -131,17 +139,22 @@ impl Forward {
             scale: self.scale,
             ..Zeroable::zeroed()
         };
-        let (extra, extra_rows) = self.extra;
-        let operand = |matrix: Buffer, rows: usize, box_rows: usize| {
-            TensorMap::of_rows(matrix, dtype, [k, rows, 1], [SM90_TILE_K, box_rows, 1])
+        let tokens = |tensor: Buffer, columns: usize, copies: usize, box_rows: usize| {
+            TensorMap::of_rows(tensor, dtype, [columns, rows, copies], [SM90_TILE_K, box_rows, 1])
         };
-        let y_boxes = [SM90_STORE_CHANNELS, SM90_TILE_ROWS / 2, 1];
-        let maps = [
-            (offset_of!(Sm90LinearParams, x), operand(self.x, rows, SM90_TILE_ROWS)),
-            (offset_of!(Sm90LinearParams, weight), operand(self.weight, n, channels / cluster)),
-            (offset_of!(Sm90LinearParams, extra), operand(extra, extra_rows, tiling.extra / cluster)),
-            (offset_of!(Sm90LinearParams, y), TensorMap::of_rows(self.y, dtype, [n, rows, copies], y_boxes)),
+        let weight = |matrix: Buffer, [columns, rows]: [usize; 2], box_rows: usize| {
+            TensorMap::of_rows(matrix, dtype, [columns, rows, 1], [SM90_TILE_K, box_rows, 1])
+        };
+        let weight_rows = if is_gradient { SM90_TILE_K } else { channels };
+        let mut maps = vec![
+            (offset_of!(Sm90LinearParams, x), tokens(self.x, k, x_copies, SM90_TILE_ROWS)),
+            (offset_of!(Sm90LinearParams, weight), weight(self.weight, features, weight_rows / cluster)),
+            (offset_of!(Sm90LinearParams, y), tokens(self.y, n, y_copies, SM90_TILE_ROWS / 2)),
         ];
+        if let Some((extra, rows)) = self.extra {
+            let boxes = tiling.extra / cluster;
+            maps.push((offset_of!(Sm90LinearParams, extra), weight(extra, [k, rows], boxes)));
+        }
         let clusters = (pass.gpu.multiprocessors / cluster as u32).clamp(1, tiles);
         let grid = [clusters * cluster as u32, 1, 1];
         let launch = Launch::new(kernel, grid, [SM90_THREADS, 1, 1], tiling.shared_bytes(), &params);
@@ -150,14 +163,14 @@ impl Forward {
 }
 
 impl Tiling {
-    /// As the kernels lay it out: stages, staging, the noise table, what else there is, barriers.
+    /// As the kernels lay it out: stages, staging, the noise table, the factor, barriers.
     fn shared_bytes(&self) -> usize {
         let row_bytes = 2 * SM90_TILE_K;
         let stages = self.stages * (SM90_TILE_ROWS + self.channels + self.extra) * row_bytes;
-        let staging = self.staging * SM90_TILE_ROWS * 2 * SM90_STORE_CHANNELS;
-        let table = 2 * 2 * SM90_TILE_SAMPLES * self.channels * 4;
+        let staging = self.staging * SM90_TILE_ROWS * 2 * SM90_TILE_K;
+        let table = if self.has_table { 2 * 2 * SM90_TILE_SAMPLES * self.channels * 4 } else { 0 };
         let barriers = 2 * 8 * (self.stages + 1);
-        let bytes = stages + staging + table + self.shared + barriers;
+        let bytes = stages + staging + table + self.factor_bytes + barriers;
         debug_assert!(bytes <= MAX_SHARED_BYTES);
         bytes
     }

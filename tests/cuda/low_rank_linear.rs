@@ -60,6 +60,15 @@ fn cases() -> Vec<Case> {
             cases.push(Case { shape, rank, z, base: true, biases: true, scale: 0.5, shift });
         }
     }
+    // What TMA walks: more than one tile of rows, columns and the reduction, for blocks that have more than one tile.
+    for (shape, rank, z) in [
+        (shape(2, 2, 70, 72, 200, false), 10, Z::Generated(PerSample)),
+        (shape(2, 3, 50, 136, 64, true), 16, Z::Keyed(PerSample)),
+        (shape(1, 1, 260, 64, 392, false), 32, Z::Given(PerSample)),
+        (shape(1, 2, 64, 520, 16, false), 24, Z::Off),
+    ] {
+        cases.push(Case { shape, rank, z, base: true, biases: true, scale: 0.5, shift: 0 });
+    }
     cases
 }
 

@@ -112,7 +112,7 @@ fn main() {
         simulated(name, Box::new(move || test(&Target { gpu: simulate::GPU, device: None })));
     }
     for (family, name, test) in layer_tests() {
-        let gpu = simulate::GPU.with_family(family);
+        let gpu = simulate::gpu(family);
         simulated(&name, Box::new(move || test(&Target { gpu, device: None })));
     }
     let mut on_device = |name: &str, test: Box<dyn FnOnce(&device::Opened) + Send>| {

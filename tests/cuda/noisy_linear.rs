@@ -54,6 +54,19 @@ fn cases() -> Vec<Case> {
             cases.push(Case { shape, z, base: true, delta: true, biases: true, fold, shift });
         }
     }
+    // What TMA walks: more than one tile of rows, columns and the reduction, for blocks that have more than one tile; samples of one
+    // unit of tokens, of several, and of a short one.
+    for (shape, z, fold) in [
+        (shape(2, 2, 70, 72, 200, false), Z::Given(PerToken), false),
+        (shape(2, 3, 50, 136, 64, true), Z::Keyed(PerSample), false),
+        (shape(2, 3, 50, 136, 64, true), Z::Generated(PerToken), false),
+        (shape(2, 1, 197, 72, 264, false), Z::Generated(PerSample), true),
+        (shape(2, 3, 50, 136, 64, true), Z::Keyed(PerSample), true),
+        (shape(1, 3, 257, 40, 136, false), Z::Given(PerSample), true),
+        (shape(1, 1, 400, 40, 32, false), Z::Off, true),
+    ] {
+        cases.push(Case { shape, z, base: true, delta: true, biases: true, fold, shift: 0 });
+    }
     cases
 }
 

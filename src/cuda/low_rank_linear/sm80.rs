@@ -209,15 +209,7 @@ fn backward(
     let places = sizes(layer, pass).workspace();
     let at = |offset: usize| Address::from(pass.workspace).offset(4 * offset);
     let ds = Buffer { address: at(places.ds).0, len: shape.out_rows() * r };
-    let needs_ds = grads.input.is_some() || grads.lora_a.is_some();
-    let mut plan = Plan::default();
-    if needs_ds || grads.lora_b.is_some() || grads.delta_bias.is_some() {
-        let targets = [needs_ds.then_some(ds), grads.lora_b, grads.delta_bias];
-        plan.append(match sizes(layer, pass).columns() {
-            Some(columns) => fused_factors(layer, pass, [s, dy], targets, columns)?,
-            None => composed_factors(layer, pass, [s, dy], targets)?,
-        });
-    }
+    let mut plan = factors(layer, pass, [s, dy], ds, &grads)?;
     let noise = NoiseSource::OFF;
     if let Some(dx) = grads.input {
         let base = layer.base.map(|base| (dy, base.weight, n, false));
@@ -225,11 +217,39 @@ fn backward(
         plan.push(InputGradient { run, shape, noise, segments: &segments, dx, scale: 1.0 }.plan()?);
     }
     if let Some(lora_a) = grads.lora_a {
-        let (shape, workspace) = (sizes(layer, pass).a_shape(), at(places.products));
-        let (weight, bias) = (Some(lora_a), None);
-        plan.append(WeightGradient { run, shape, noise, g: ds, x, weight, bias, workspace }.plan()?);
+        plan.append(lora_a_gradient(layer, pass, [ds, x], lora_a)?);
     }
     Ok(plan)
+}
+
+/// `dA = dsᵀ·x`.
+pub(super) fn lora_a_gradient(
+    layer: &Layer,
+    pass: &Pass,
+    [ds, x]: [Buffer; 2],
+    lora_a: Buffer,
+) -> Result<Plan> {
+    let (sizes, run, noise) = (sizes(layer, pass), pass.arithmetic, NoiseSource::OFF);
+    let workspace = Address::from(pass.workspace).offset(4 * sizes.workspace().products);
+    let (weight, bias) = (Some(lora_a), None);
+    WeightGradient { run, shape: sizes.a_shape(), noise, g: ds, x, weight, bias, workspace }.plan()
+}
+
+/// `ds`, where it is needed, and the gradients that need `e = z⊙g`.
+pub(super) fn factors(
+    layer: &Layer,
+    pass: &Pass,
+    [s, dy]: [Buffer; 2],
+    ds: Buffer,
+    grads: &LowRankGrads<Buffer>,
+) -> Result<Plan> {
+    let needs_ds = grads.input.is_some() || grads.lora_a.is_some();
+    let targets = [needs_ds.then_some(ds), grads.lora_b, grads.delta_bias];
+    match sizes(layer, pass).columns() {
+        _ if targets == [None; 3] => Ok(Plan::default()),
+        Some(columns) => fused_factors(layer, pass, [s, dy], targets, columns),
+        None => composed_factors(layer, pass, [s, dy], targets),
+    }
 }
 
 /// `ds`, `dB` and `dδb`, those that have a target, in one pass over `dy`.

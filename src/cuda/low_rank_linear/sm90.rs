@@ -1,69 +1,148 @@
 //! The low-rank layer by this crate's kernels for Hopper; plans `kernels/sm90/low_rank_linear.cu`.
+//!
+//! What the backward pass computes under the noise, and the gradient to A, is bound by memory: portable kernels do it.
 
 use super::{Layer, Passes, sm80};
-use crate::cuda::buffer::{Buffer, DType};
+use crate::cpu::LowRankGrads;
+use crate::cuda::buffer::{Address, Buffer, DType};
+use crate::cuda::gemm::{Arena, Gemms, Workspace};
 use crate::cuda::gpu::Gpu;
 use crate::cuda::kernel::{Kernels16, table};
 use crate::cuda::layer::Pass;
 use crate::cuda::plan::Plan;
 use crate::cuda::select::Problem;
-use crate::cuda::sm90::{Forward, Tiling, takes_noise, takes_tensors};
+use crate::cuda::sm90::{LinearGemm, Tiling, takes_noise, takes_tensors};
 use crate::error::{Error, Result};
 use crate::shape::LinearShape;
 
-pub(super) const PASSES: Passes = Passes { workspace_len, forward, backward: sm80::PASSES.backward };
+pub(super) const PASSES: Passes = Passes { workspace_len, forward, backward };
 
-/// The kernels, by the columns that they have for the rank.
-const FORWARD: [(usize, Kernels16); 2] =
-    [(16, table::SM90_LOW_RANK_LINEAR_16), (32, table::SM90_LOW_RANK_LINEAR_32)];
+/// The kernels by the columns that they have for the rank: forward, and the gradient to the input.
+const KERNELS: [(usize, Kernels16, Kernels16); 2] = [
+    (16, table::SM90_LOW_RANK_LINEAR_16, table::SM90_LOW_RANK_INPUT_16),
+    (32, table::SM90_LOW_RANK_LINEAR_32, table::SM90_LOW_RANK_INPUT_32),
+];
 /// Channels of a tile: 197 tiles of 768, 2304 or 3072 channels come out even on 132 multiprocessors.
 pub const SM90_LOW_RANK_CHANNELS: usize = 192;
 pub const SM90_LOW_RANK_STAGES: usize = 4;
 /// Blocks that share W0's tiles.
 pub const SM90_LOW_RANK_CLUSTER: usize = 2;
-/// Buffers of a consumer for outputs, up to rank 16; then there is room for one.
+/// Buffers of a consumer for outputs; where there is no room for them, one.
 pub const SM90_LOW_RANK_STAGING: usize = 2;
 
 /// What the family takes.
 pub(in crate::cuda) fn takes(problem: &Problem, rank: usize) -> bool {
-    let known = FORWARD.iter().any(|&(columns, _)| rank <= columns);
-    let noise = takes_noise(&problem.shape, problem.noise);
-    known && noise && problem.has_base && !problem.backward && takes_tensors(problem)
+    let known = KERNELS.iter().any(|&(columns, ..)| rank <= columns);
+    let noise = problem.backward || takes_noise(&problem.shape, problem.noise);
+    known && noise && problem.has_base && takes_tensors(problem)
 }
 
-fn workspace_len(_: &Gpu, _: &LinearShape, _: usize, _: DType) -> usize {
-    0
+/// Places in the workspace of the backward pass.
+struct Places {
+    ds: Buffer,
+    /// Of the portable kernels.
+    sm80: Buffer,
+    /// Of the library, where there is one.
+    library: Option<Workspace>,
 }
 
-fn forward(layer: &Layer, pass: &Pass, x: Buffer, s: Buffer, y: Buffer) -> Result<Plan> {
-    let refused = Error::Argument { argument: "rank", problem: "is not one that this family takes" };
-    let Some(base) = layer.base else { return Err(refused) };
-    let Some((columns, kernels)) = FORWARD.into_iter().find(|&(columns, _)| layer.rank <= columns) else {
-        return Err(refused);
-    };
-    let Some(kernel) = kernels.choose(pass.arithmetic.dtype) else { return Err(refused) };
-    let tiling = Tiling {
-        kernel,
+impl Places {
+    fn new(arena: &mut Arena, gpu: &Gpu, shape: &LinearShape, rank: usize, dtype: DType) -> Self {
+        let mut take =
+            |len: usize, bytes: usize| Buffer { address: arena.take(len.saturating_mul(bytes)).0, len };
+        let ds = take(shape.out_rows().saturating_mul(rank), dtype.bytes());
+        let sm80 = take((sm80::PASSES.workspace_len)(gpu, shape, rank, dtype), 4);
+        let library =
+            gpu.has_cublaslt.then(|| arena.take_workspace(gpu, rank.saturating_mul(shape.in_features)));
+        Self { ds, sm80, library }
+    }
+}
+
+fn workspace_len(gpu: &Gpu, shape: &LinearShape, rank: usize, dtype: DType) -> usize {
+    Arena::len_of(|arena| {
+        Places::new(arena, gpu, shape, rank, dtype);
+    })
+}
+
+const REFUSED: Error = Error::Argument { argument: "rank", problem: "is not one that this family takes" };
+
+fn tiling(layer: &Layer, pass: &Pass, is_gradient: bool) -> Result<Tiling> {
+    let mut kernels = KERNELS.into_iter();
+    let (columns, forward, input) = kernels.find(|&(columns, ..)| layer.rank <= columns).ok_or(REFUSED)?;
+    let kernels = if is_gradient { input } else { forward };
+    let factor =
+        if is_gradient { [columns, SM90_LOW_RANK_CHANNELS] } else { [SM90_LOW_RANK_CHANNELS, columns] };
+    Ok(Tiling {
+        kernel: kernels.choose(pass.arithmetic.dtype).ok_or(REFUSED)?,
         channels: SM90_LOW_RANK_CHANNELS,
-        extra: columns,
+        extra: if is_gradient { 0 } else { columns },
         extra_by_column: false,
         stages: SM90_LOW_RANK_STAGES,
         cluster: SM90_LOW_RANK_CLUSTER,
-        staging: if columns == 16 { SM90_LOW_RANK_STAGING } else { 1 },
-        // B, its rows padded.
-        shared: SM90_LOW_RANK_CHANNELS * (2 * columns + 16),
-    };
-    let gemm = Forward {
+        staging: if is_gradient || columns == 16 { SM90_LOW_RANK_STAGING } else { 1 },
+        has_table: !is_gradient,
+        // Rows are padded by 16 bytes.
+        factor_bytes: factor[0] * (2 * factor[1] + 16),
+    })
+}
+
+fn forward(layer: &Layer, pass: &Pass, x: Buffer, s: Buffer, y: Buffer) -> Result<Plan> {
+    let base = layer.base.ok_or(REFUSED)?;
+    let gemm = LinearGemm {
         x,
         weight: base.weight,
-        extra: (layer.lora_a, layer.rank),
+        extra: Some((layer.lora_a, layer.rank)),
         base_bias: base.bias,
         delta_bias: layer.delta_bias,
-        lora_b: Some(layer.lora_b),
+        factor: Some(layer.lora_b),
         s: Some(s),
         y,
         rank: layer.rank,
         scale: layer.scale,
     };
-    Ok(gemm.plan(&layer.shape, pass, &tiling)?.into())
+    Ok(gemm.plan(&layer.shape, pass, &tiling(layer, pass, false)?)?.into())
+}
+
+fn backward(
+    layer: &Layer,
+    pass: &Pass,
+    [x, s, dy]: [Buffer; 3],
+    grads: LowRankGrads<Buffer>,
+) -> Result<Plan> {
+    let (shape, r, dtype) = (&layer.shape, layer.rank, pass.arithmetic.dtype);
+    let mut arena = Arena::new(pass.workspace.into());
+    let places = Places::new(&mut arena, &pass.gpu, shape, r, dtype);
+    let portable = Pass { workspace: places.sm80, ..*pass };
+    let mut plan = sm80::factors(layer, &portable, [s, dy], places.ds, &grads)?;
+    if let Some(dx) = grads.input {
+        let gemm = LinearGemm {
+            x: dy,
+            weight: layer.base.ok_or(REFUSED)?.weight,
+            extra: None,
+            base_bias: None,
+            delta_bias: None,
+            factor: Some(layer.lora_a),
+            s: Some(places.ds),
+            y: dx,
+            rank: r,
+            scale: 1.0,
+        };
+        plan.push(gemm.plan(shape, pass, &tiling(layer, pass, true)?)?);
+    }
+    if let Some(lora_a) = grads.lora_a {
+        match places.library {
+            Some(workspace) => {
+                let (ds, x) = (Address::from(places.ds), Address::from(x));
+                let gemms = Gemms::new(pass.arithmetic, workspace);
+                for branch in 0..shape.out_rows() / shape.in_rows() {
+                    let sizes = [r, shape.in_features, shape.in_rows()];
+                    let ds = ds.offset(branch * shape.in_rows() * r * dtype.bytes());
+                    let gemm = gemms.transposed_times(sizes, ds, x, lora_a.into());
+                    plan.push(if branch == 0 { gemm } else { gemm.accumulated() });
+                }
+            }
+            None => plan.append(sm80::lora_a_gradient(layer, &portable, [places.ds, x], lora_a)?),
+        }
+    }
+    Ok(plan)
 }

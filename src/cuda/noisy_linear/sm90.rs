@@ -12,7 +12,7 @@ use crate::cuda::noise_fill;
 use crate::cuda::noise_source::Source;
 use crate::cuda::plan::{Launch, Plan, TensorMap};
 use crate::cuda::select::Problem;
-use crate::cuda::sm90::{Forward, SM90_STORE_CHANNELS, SM90_THREADS, Tiling, takes_noise, takes_tensors};
+use crate::cuda::sm90::{LinearGemm, SM90_THREADS, SM90_TILE_K, Tiling, takes_noise, takes_tensors};
 use crate::error::{Error, Result};
 use crate::noise::NoiseShape;
 use crate::shape::LinearShape;
@@ -96,7 +96,7 @@ impl Units {
         let row = 2 * SM90_FOLDED_DEPTH;
         let stages = SM90_FOLDED_STAGES * (2 * SM90_FOLDED_ROWS + self.count * self.tokens) * row;
         let z = (SM90_FOLDED_STAGES * self.count * SM90_FOLDED_DEPTH * 4).next_multiple_of(1024);
-        stages + z + 2 * self.tokens * 2 * SM90_STORE_CHANNELS + 16 * SM90_FOLDED_STAGES
+        stages + z + 2 * self.tokens * 2 * SM90_TILE_K + 16 * SM90_FOLDED_STAGES
     }
 }
 
@@ -157,15 +157,16 @@ fn exact_forward(
         stages: SM90_EXACT_STAGES,
         cluster: SM90_EXACT_CLUSTER,
         staging: SM90_EXACT_STAGING,
-        shared: 0,
+        has_table: true,
+        factor_bytes: 0,
     };
-    let gemm = Forward {
+    let gemm = LinearGemm {
         x,
         weight,
-        extra: (delta, layer.shape.out_features),
+        extra: Some((delta, layer.shape.out_features)),
         base_bias,
         delta_bias: layer.delta_bias,
-        lora_b: None,
+        factor: None,
         s: None,
         y,
         rank: 0,
@@ -265,7 +266,7 @@ impl Folded {
             (offset_of!(Sm90FoldedParams, delta), weight(self.weights[1])),
             (offset_of!(Sm90FoldedParams, x), tokens(self.x, self.inner, from, SM90_FOLDED_DEPTH)),
             (offset_of!(Sm90FoldedParams, z_map), z_map.without_swizzle()),
-            (offset_of!(Sm90FoldedParams, y), tokens(self.y, self.rows, to, SM90_STORE_CHANNELS)),
+            (offset_of!(Sm90FoldedParams, y), tokens(self.y, self.rows, to, SM90_TILE_K)),
         ];
         let kernels = if is_input { units.input } else { units.forward };
         let kernel = kernels.choose(dtype).ok_or(REFUSED)?;
