@@ -11,7 +11,7 @@ fn families_have_names_of_their_own() {
     for family in Family::ALL {
         assert_eq!(family.name().parse(), Ok(family));
     }
-    for name in ["", "SM80", "sm80 ", " cublaslt", "cublasLt", "cublas", "sm", "sm80,cublaslt"] {
+    for name in ["", "SM80", "sm80 ", " cublaslt", "cublasLt", "cublas", "sm", "sm90a", "sm80,cublaslt"] {
         let Err(unknown @ Error::Argument { argument: "family", .. }) = name.parse::<Family>() else {
             panic!("{name} is a family");
         };
@@ -35,15 +35,16 @@ fn a_forced_family_changes_nothing_else() {
 
 #[test]
 fn a_family_runs_where_its_needs_are_met() {
-    for (capability, has_cublaslt, want) in [
-        ((7, 5), false, [false, false]),
-        ((7, 5), true, [false, true]),
-        ((8, 0), false, [true, false]),
-        ((8, 9), true, [true, true]),
-        ((9, 0), false, [true, false]),
-        ((12, 0), true, [true, true]),
+    for (capability, has_cublaslt, has_sm90, want) in [
+        ((7, 5), false, true, [false, false, false]),
+        ((7, 5), true, true, [false, false, true]),
+        ((8, 0), false, true, [true, false, false]),
+        ((8, 9), true, true, [true, false, true]),
+        ((9, 0), false, true, [true, true, false]),
+        ((9, 0), true, false, [true, false, true]),
+        ((12, 0), true, true, [true, false, true]),
     ] {
-        let gpu = Gpu { capability, has_cublaslt, ..Gpu::A100 };
+        let gpu = Gpu { capability, has_cublaslt, has_sm90, ..Gpu::A100 };
         assert_eq!(Family::ALL.map(|family| family.is_available(&gpu)), want, "{gpu:?}");
         // Whether it is forced does not matter.
         for forced in Family::ALL {

@@ -10,6 +10,7 @@ mod loss;
 mod noise;
 mod norms;
 mod select;
+mod sm90;
 mod support;
 mod symbolic;
 mod weights;

@@ -43,7 +43,7 @@ struct Units {
     tokens: usize,
     /// Units of a tile.
     count: usize,
-    /// Parts of the tensor cores' speed that shared memory leaves, of 100.
+    /// What shared memory, or the folding of short units, leaves of the tensor cores' speed, in percent: arithmetic, not measured.
     speed: usize,
     forward: Kernels16,
     input: Kernels16,
@@ -67,7 +67,7 @@ const UNITS: [Units; 3] = [
     Units {
         tokens: 64,
         count: 4,
-        speed: 80,
+        speed: 60,
         forward: table::SM90_FOLDED_LINEAR_64,
         input: table::SM90_FOLDED_INPUT_64,
     },
