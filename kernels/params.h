@@ -118,6 +118,20 @@ constexpr u32 SM90_FOLDED_STAGES = 4;
 /// Elements of a tile along the reduction.
 constexpr u32 SM90_FOLDED_DEPTH = 32;
 
+/// Channels and features of a tile, and tokens of a stage.
+constexpr u32 SM90_WEIGHT_ROWS = 128;
+
+constexpr u32 SM90_WEIGHT_COLUMNS = 256;
+
+constexpr u32 SM90_WEIGHT_DEPTH = 64;
+
+constexpr u32 SM90_WEIGHT_STAGES = 4;
+
+/// Channels of a tile that a block adds up, and its threads.
+constexpr u32 SM90_WEIGHT_SUM_ROWS = 16;
+
+constexpr u32 SM90_WEIGHT_SUM_THREADS = 256;
+
 /// Threads of a block.
 constexpr u32 NORMS_THREADS = 256;
 
@@ -542,6 +556,39 @@ struct Sm90FoldedParams {
   u32 tile_rows;
   /// Tiles along the rows, those of a cluster as one.
   u32 tile_columns;
+};
+
+/// Parameters of the kernels `sm90_weight_gradient*` and `sm90_weight_sums*`.
+struct Sm90WeightParams {
+  /// `g [R, T, N]`, boxes of 64 tokens and channels.
+  TensorMap g;
+  /// `x [samples, T, K]`, boxes of 64 tokens and features.
+  TensorMap x;
+  /// `z [R, N]`.
+  Input<float> z;
+  /// `grad_Wd [N, K]`.
+  Output<void> weight;
+  /// `grad_bd [N]`, or null.
+  Output<void> bias;
+  /// Sums of tiles that blocks share, two for each block.
+  Output<float> partial;
+  /// The same of `grad_bd`, or null.
+  Output<float> bias_partial;
+  /// Channels `N`.
+  u32 rows;
+  /// Features `K`.
+  u32 columns;
+  /// Samples `R`.
+  u32 samples;
+  /// Samples of x; the next is the first again.
+  u32 wrap;
+  /// Tokens per sample `T`.
+  u32 tokens;
+  u32 tiles;
+  /// Tiles along the features.
+  u32 tile_columns;
+  /// Blocks that share the work.
+  u32 blocks;
 };
 
 /// Parameters of the kernels `grad_norm*`.

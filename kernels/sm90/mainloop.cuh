@@ -189,7 +189,6 @@ __device__ __forceinline__ void accumulate(float (&acc)[Pipe::N / 2], const Pipe
         barrier_wait(pipe.full(turn.stage), turn.parity);
         const u32 x = pipe.stage(turn.stage) + consumer * CONSUMER_ROWS * ROW_BYTES;
         const u32 weight = pipe.stage(turn.stage) + Pipe::X_BYTES;
-        keep(acc);
         wgmma_fence();
 #pragma unroll
         for (u32 step = 0; step < ROW_BYTES / K_STEP_BYTES; ++step) {

@@ -147,3 +147,38 @@ pub struct Sm90FoldedParams {
     /// Tiles along the rows, those of a cluster as one.
     pub(super) tile_columns: u32,
 }
+
+/// Parameters of the kernels `sm90_weight_gradient*` and `sm90_weight_sums*`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
+pub struct Sm90WeightParams {
+    /// `g [R, T, N]`, boxes of 64 tokens and channels.
+    pub(super) g: TensorMapSlot,
+    /// `x [samples, T, K]`, boxes of 64 tokens and features.
+    pub(super) x: TensorMapSlot,
+    /// `z [R, N]`.
+    pub(super) z: Input<f32>,
+    /// `grad_Wd [N, K]`.
+    pub(super) weight: Output<Void>,
+    /// `grad_bd [N]`, or null.
+    pub(super) bias: Output<Void>,
+    /// Sums of tiles that blocks share, two for each block.
+    pub(super) partial: Output<f32>,
+    /// The same of `grad_bd`, or null.
+    pub(super) bias_partial: Output<f32>,
+    /// Channels `N`.
+    pub(super) rows: u32,
+    /// Features `K`.
+    pub(super) columns: u32,
+    /// Samples `R`.
+    pub(super) samples: u32,
+    /// Samples of x; the next is the first again.
+    pub(super) wrap: u32,
+    /// Tokens per sample `T`.
+    pub(super) tokens: u32,
+    pub(super) tiles: u32,
+    /// Tiles along the features.
+    pub(super) tile_columns: u32,
+    /// Blocks that share the work.
+    pub(super) blocks: u32,
+}
