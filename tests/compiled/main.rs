@@ -5,10 +5,10 @@
 //! `docs/kernels.md` is made here: `PACE_UPDATE_DOCS=1 cargo test --test compiled` writes it.
 
 #[allow(dead_code)]
-#[path = "../build/kernels.rs"]
+#[path = "../../build/kernels.rs"]
 mod kernels;
 #[allow(dead_code)]
-#[path = "../build/nvcc.rs"]
+#[path = "../../build/nvcc.rs"]
 mod nvcc;
 
 // `FATBINS` and `WHY_NOT_BUILT`, by build.rs.
