@@ -56,9 +56,14 @@ fn build() -> Result<(), String> {
         }
         Err(Unusable::Wrong(why)) => return Err(why),
     };
-    println!("cargo:rerun-if-changed={}", nvcc.path().display());
+    for path in nvcc.paths() {
+        println!("cargo:rerun-if-changed={}", path.display());
+    }
     let jobs = variable("NUM_JOBS").and_then(|jobs| jobs.to_str()?.parse().ok()).unwrap_or(1);
     let compiled = nvcc.compile(&sources, &folder, jobs, &|line| println!("{line}"))?;
+    if let Some(warning) = nvcc.warning(&compiled) {
+        println!("cargo:warning={warning}");
+    }
     write_fatbins(&folder, &compiled, "")
 }
 

@@ -14,6 +14,9 @@ pub const DEFAULT_ARCHS: &str = "80;90a";
 const PTX_FLOOR: &str = "80";
 /// The first release that knows `sm_90a`.
 const OLDEST: (u32, u32) = (12, 0);
+/// The first release whose ptxas has no known fault with wgmma: older ones may rewrite the registers of its left operand before it
+/// has read them.
+const WGMMA_PTXAS: (u32, u32) = (13, 3);
 /// Folders of kernels, and the one architecture whose own instructions they need. `None`: they are portable. An image for
 /// `90a` runs on devices of compute capability 9.0 only, and there is no PTX that could be compiled for others.
 const FAMILIES: [(&str, Option<&str>); 3] = [("", None), ("sm80", None), ("sm90", Some("90a"))];
@@ -22,8 +25,8 @@ const FAMILIES: [(&str, Option<&str>); 3] = [("", None), ("sm80", None), ("sm90"
 const SERIALISED: &str = "Potential Performance Loss";
 
 /// Environment variables that decide how the kernels are built.
-pub const VARIABLES: [&str; 6] =
-    ["NVCC", "CUDA_HOME", "CUDA_PATH", "NVCC_CCBIN", "PACE_CUDA_ARCHS", "PACE_REQUIRE_NVCC"];
+pub const VARIABLES: [&str; 7] =
+    ["NVCC", "CUDA_HOME", "CUDA_PATH", "NVCC_CCBIN", "PACE_CUDA_ARCHS", "PACE_PTXAS", "PACE_REQUIRE_NVCC"];
 
 /// Looks for nvcc: `NVCC` (must exist if set), `CUDA_HOME`, `CUDA_PATH`, `PATH`, `/usr/local/cuda`.
 pub fn find(variable: &dyn Fn(&str) -> Option<OsString>) -> Result<Option<PathBuf>, String> {
@@ -42,7 +45,7 @@ pub fn find(variable: &dyn Fn(&str) -> Option<OsString>) -> Result<Option<PathBu
     Ok(folders.into_iter().map(|folder| folder.join(&name)).find(|nvcc| nvcc.is_file()))
 }
 
-/// The release in the output of `nvcc --version`.
+/// The release in the output of `nvcc --version` or `ptxas --version`.
 pub fn release(version: &str) -> Option<(u32, u32)> {
     let (_, rest) = version.split_once("release ")?;
     let (major, rest) = rest.split_once('.')?;
@@ -132,6 +135,52 @@ pub fn prerequisites(depfile: &str) -> Vec<PathBuf> {
     list.split_whitespace().map(|path| path.replace('\0', " ").into()).collect()
 }
 
+/// An assembler other than nvcc's own.
+pub struct Ptxas {
+    path: PathBuf,
+    /// What it says about itself.
+    version: String,
+}
+
+impl Ptxas {
+    /// The ptxas that `PACE_PTXAS` names, which must be a usable one if it is set.
+    pub fn from_environment(variable: &dyn Fn(&str) -> Option<OsString>) -> Result<Option<Self>, String> {
+        let Some(path) = variable("PACE_PTXAS").filter(|value| !value.is_empty()).map(PathBuf::from) else {
+            return Ok(None);
+        };
+        if !path.is_file() {
+            return Err(format!("PACE_PTXAS is set to {}, which is not a file", path.display()));
+        }
+        let version = run(Command::new(&path).arg("--version"))?;
+        match release(&version) {
+            Some(found) if found >= WGMMA_PTXAS => Ok(Some(Self { path, version })),
+            found => {
+                let (major, minor) = WGMMA_PTXAS;
+                let path = path.display();
+                Err(format!(
+                    "PACE_PTXAS is set to {path}, which is {}; {major}.{minor} or newer is needed",
+                    said(found)
+                ))
+            }
+        }
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn command(&self, arch: &str, ptx: &Path, to: &Path) -> Vec<OsString> {
+        let arch = format!("-arch=sm_{arch}").into();
+        vec![self.path.clone().into(), arch, "-m64".into(), "-O3".into(), "-o".into(), to.into(), ptx.into()]
+    }
+}
+
+/// A release in words.
+fn said(release: Option<(u32, u32)>) -> String {
+    release.map_or("of an unknown release".into(), |(major, minor)| format!("{major}.{minor}"))
+}
+
 /// A usable nvcc.
 pub struct Nvcc {
     path: PathBuf,
@@ -140,6 +189,8 @@ pub struct Nvcc {
     version: String,
     archs: Vec<String>,
     host_compiler: Option<OsString>,
+    /// Assembles the files of families that are bound to one architecture, if not nvcc does it.
+    ptxas: Option<Ptxas>,
 }
 
 /// Why there is no usable nvcc.
@@ -167,11 +218,10 @@ impl Nvcc {
         let release = match release(&version) {
             Some(found) if found >= OLDEST => found,
             found => {
-                let found =
-                    found.map_or("of an unknown release".into(), |(major, minor)| format!("{major}.{minor}"));
                 return Err(Unusable::Missing(format!(
-                    "{} is {found}, but the kernels need {}.{} or newer",
+                    "{} is {}, but the kernels need {}.{} or newer",
                     path.display(),
+                    said(found),
                     OLDEST.0,
                     OLDEST.1
                 )));
@@ -179,12 +229,28 @@ impl Nvcc {
         };
         let known = run(Command::new(&path).arg("--list-gpu-arch")).map_err(Unusable::Missing)?;
         check_archs(&archs, &known).map_err(Unusable::Wrong)?;
-        Ok(Self { path, release, version, archs, host_compiler: variable("NVCC_CCBIN") })
+        let ptxas = Ptxas::from_environment(variable).map_err(Unusable::Wrong)?;
+        Ok(Self { path, release, version, archs, host_compiler: variable("NVCC_CCBIN"), ptxas })
     }
 
-    /// Where it is.
-    pub fn path(&self) -> &Path {
-        &self.path
+    /// Where it is, and where the other assembler is if there is one.
+    pub fn paths(&self) -> impl Iterator<Item = &Path> {
+        std::iter::once(&*self.path).chain(self.ptxas.as_ref().map(Ptxas::path))
+    }
+
+    /// What should be known about the files that were built, if anything. They are built nevertheless: no wrong code was seen in
+    /// them, and `tests/compiled` looks for it.
+    pub fn warning(&self, built: &[Source]) -> Option<String> {
+        let assembled = built.iter().any(|source| only_capability(source.family()).is_some());
+        let old = self.ptxas.is_none() && self.release < WGMMA_PTXAS;
+        (assembled && old).then(|| {
+            let (major, minor) = WGMMA_PTXAS;
+            format!(
+                "the kernels for Hopper are assembled by ptxas {}, which has a known fault with wgmma; set PACE_PTXAS to a \
+                 ptxas of {major}.{minor} or newer",
+                said(Some(self.release))
+            )
+        })
     }
 
     /// Compiles each source to `FLAT_NAME.fatbin` in `folder`, at most `jobs` at a time, and leaves alone what is up to date;
@@ -240,23 +306,41 @@ impl Nvcc {
     fn compilation(&self, source: &Source, targets: &Targets, folder: &Path) -> Compilation {
         let output = |extension: &str| folder.join(format!("{}.{extension}", source.flat_name()));
         let (fatbin, depfile) = (output("fatbin"), output("d"));
-        let mut command = vec![self.path.clone().into_os_string()];
-        command.extend(["-fatbin", "-std=c++17", "-O3", "-MD", "-MF"].map(OsString::from));
-        command.push(depfile.clone().into());
-        let gencode = |arch: &str, code: &str| format!("arch=compute_{arch},code={code}_{arch}");
-        let images = targets.images.iter().map(|arch| gencode(arch, "sm"));
-        for code in images.chain(targets.ptx.map(|arch| gencode(arch, "compute"))) {
-            command.extend(["-gencode".into(), code.into()]);
-        }
-        if let Some(host_compiler) = &self.host_compiler {
-            command.extend(["-ccbin".into(), host_compiler.clone()]);
-        }
-        command.extend(["-o".into(), fatbin.clone().into(), source.path.clone().into()]);
+        let compile = |kind: &str, codes: &[OsString], to: &Path| {
+            let mut command = vec![self.path.clone().into_os_string()];
+            command.extend([kind, "-std=c++17", "-O3", "-MD", "-MF"].map(OsString::from));
+            command.push(depfile.clone().into());
+            command.extend(codes.iter().flat_map(|code| ["-gencode".into(), code.clone()]));
+            if let Some(host_compiler) = &self.host_compiler {
+                command.extend(["-ccbin".into(), host_compiler.clone()]);
+            }
+            command.extend(["-o".into(), to.into(), source.path.clone().into()]);
+            command
+        };
+        let gencode = |arch: &str, code: &str| format!("arch=compute_{arch},code={code}_{arch}").into();
+        // Bound to one architecture, there is one image, and the driver takes that as well as a file of many.
+        let bound = targets.images.first().filter(|_| targets.ptx.is_none());
+        let (commands, version) = match self.ptxas.as_ref().zip(bound) {
+            Some((ptxas, arch)) => {
+                let ptx = output("ptx");
+                let commands = vec![
+                    compile("-ptx", &[gencode(arch, "compute")], &ptx),
+                    ptxas.command(arch, &ptx, &fatbin),
+                ];
+                (commands, &*ptxas.version)
+            }
+            None => {
+                let images = targets.images.iter().map(|arch| gencode(arch, "sm"));
+                let codes: Vec<OsString> =
+                    images.chain(targets.ptx.map(|arch| gencode(arch, "compute"))).collect();
+                (vec![compile("-fatbin", &codes, &fatbin)], "")
+            }
+        };
         Compilation {
             file: source.file.clone(),
-            recipe: format!("{command:?}\n{}", self.version),
+            recipe: format!("{commands:?}\n{}{version}", self.version),
             recipe_file: output("recipe"),
-            command,
+            commands,
             fatbin,
             depfile,
             may_serialise: targets.ptx.is_some(),
@@ -264,10 +348,11 @@ impl Nvcc {
     }
 }
 
-/// One call of nvcc.
+/// How one file is compiled.
 struct Compilation {
     file: String,
-    command: Vec<OsString>,
+    /// One after the other.
+    commands: Vec<Vec<OsString>>,
     /// Changes whenever the outcome might although no file did.
     recipe: String,
     /// Where the recipe of the last success is.
@@ -286,11 +371,13 @@ impl Compilation {
     fn run(&self) -> Result<(), String> {
         // nvcc may leave a new file although this fails.
         let _ = std::fs::remove_file(&self.recipe_file);
-        let mut command = Command::new(&self.command[0]);
-        command.args(&self.command[1..]);
-        let said = run_for_all_output(&mut command)?;
-        if !self.may_serialise && said.contains(SERIALISED) {
-            return Err(format!("{command:?} made slow code:\n{said}"));
+        for words in &self.commands {
+            let mut command = Command::new(&words[0]);
+            command.args(&words[1..]);
+            let said = run_for_all_output(&mut command)?;
+            if !self.may_serialise && said.contains(SERIALISED) {
+                return Err(format!("{command:?} made slow code:\n{said}"));
+            }
         }
         std::fs::write(&self.recipe_file, &self.recipe)
             .map_err(|error| format!("{}: {error}", self.recipe_file.display()))

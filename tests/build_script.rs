@@ -10,8 +10,8 @@ mod nvcc;
 
 use kernels::{Group, Source, groups, sources, table};
 use nvcc::{
-    Nvcc, Targets, Unusable, archs, check_archs, find, is_newer, only_capability, prerequisites, release,
-    targets,
+    Nvcc, Ptxas, Targets, Unusable, archs, check_archs, find, is_newer, only_capability, prerequisites,
+    release, targets,
 };
 use std::ffi::OsString;
 use std::fs;
@@ -166,11 +166,12 @@ fn kernels_are_read() {
 fn the_table_has_every_kernel() {
     let folder = folder("table");
     let gemm = source(&folder, "sm80/linear", "PACE_GEMM_KERNELS(linear, Params, (256), f<Math>(p))\n");
+    let half = source(&folder, "sm90/half", "PACE_CLUSTER_KERNELS_16(half, Params, 2, (256), f<T>(p))\n");
     let norm =
         source(&folder, "norm", "PACE_KERNEL(norm, Params, 1) {}\nPACE_KERNELS(loss, P, (1), f<T>(p))\n");
-    let rust = table(&[norm.clone(), gemm.clone()]).unwrap();
+    let rust = table(&[norm.clone(), gemm.clone(), half]).unwrap();
     let (list, constants) = rust.split_once("];\n").unwrap();
-    assert_eq!(list.matches("Kernel {").count(), 1 + 3 + 4, "{list}");
+    assert_eq!(list.matches("Kernel {").count(), 1 + 3 + 4 + 2, "{list}");
     assert!(list.contains(r#"Kernel { file: "sm80/linear", name: "linear_tf32" },"#), "{list}");
     assert!(
         constants.contains(r#"const NORM: Kernel = Kernel { file: "norm", name: "norm" };"#),
@@ -179,6 +180,7 @@ fn the_table_has_every_kernel() {
     for (name, kind, fields) in [
         ("LOSS", "Kernels", &["f32: ", "f16: ", "bf16: "][..]),
         ("LINEAR", "GemmKernels", &["f32: ", "tf32: ", "f16: ", "bf16: "]),
+        ("HALF", "Kernels16", &["f16: ", "bf16: "]),
     ] {
         let start = format!("pub(crate) const {name}: {kind} = {kind} {{\n");
         let (_, rest) = constants.split_once(&start).unwrap_or_else(|| panic!("no `{start}` in {constants}"));
@@ -190,10 +192,8 @@ fn the_table_has_every_kernel() {
     // One program has all kernels, so that names have to differ between files too.
     let twice = source(&folder, "sm90/again", "PACE_KERNEL(loss_f16, Params, 1) {}\n");
     assert!(table(&[norm, twice]).unwrap_err().contains("another kernel loss_f16"));
-    for (name, text) in [("single", "PACE_KERNELS_F32"), ("half", "PACE_KERNELS_16")] {
-        let odd = source(&folder, name, &format!("{text}(odd, Params, (1), f<T>(p))\n"));
-        assert!(table(&[odd]).unwrap_err().contains("no struct in src/cuda/kernel.rs"));
-    }
+    let odd = source(&folder, "single", "PACE_KERNELS_F32(odd, Params, (1), f<T>(p))\n");
+    assert!(table(&[odd]).unwrap_err().contains("no struct in src/cuda/kernel.rs"));
 }
 
 #[test]
@@ -236,6 +236,8 @@ fn fake_nvcc(path: &Path, release: &str) {
     let script = format!(
         r#"#!/bin/sh
 case "$1" in
+-ptx) kind=ptx;;
+-fatbin) kind=fatbin;;
 --version) echo "Cuda compilation tools, release {release}, V{release}.1"; exit;;
 --list-gpu-arch) echo compute_80; echo compute_90; exit;;
 esac
@@ -246,8 +248,32 @@ while [ $# -gt 1 ]; do
 done
 grep -q broken "$1" && {{ echo "error: it is broken"; exit 2; }}
 grep -q serialised "$1" && echo "ptxas info : (C7510) Potential Performance Loss: wgmma" >&2
-echo fatbin > "$output"
+cp "$1" "$output.contents"
+echo $kind > "$output"
 echo "$output : $1" > "$depfile"
+"#
+    );
+    file(path, &script);
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+}
+
+/// The same in place of ptxas.
+#[cfg(unix)]
+fn fake_ptxas(path: &Path, release: &str) {
+    use std::os::unix::fs::PermissionsExt;
+    let script = format!(
+        r#"#!/bin/sh
+case "$1" in
+--version) echo "Cuda compilation tools, release {release}, V{release}.1"; exit;;
+esac
+echo "$*" >> "$(dirname "$0")/log"
+while [ $# -gt 1 ]; do
+    case "$1" in -o) output="$2";; esac
+    shift
+done
+grep -q ptx "$1" || exit 2
+grep -q slow "$1.contents" && echo "ptxas info : (C7510) Potential Performance Loss: wgmma" >&2
+echo cubin > "$output"
 "#
     );
     file(path, &script);
@@ -364,6 +390,97 @@ fn a_family_is_compiled_for_its_architectures() {
     }
     all[0].file = "sm70/fill".into();
     assert!(compile("80", &all).unwrap_err().contains("kernels/sm70"));
+}
+
+/// With `PACE_PTXAS` files that are bound to one architecture take two steps, and only they do.
+#[cfg(unix)]
+#[test]
+fn another_ptxas_assembles_what_is_bound_to_one_architecture() {
+    let folder = folder("ptxas");
+    let (nvcc, ptxas, log) = (folder.join("nvcc"), folder.join("my-ptxas"), folder.join("log"));
+    let open = || {
+        let variable = |name: &str| match name {
+            "NVCC" => Some(nvcc.clone().into()),
+            "PACE_PTXAS" => Some(ptxas.clone().into()),
+            _ => None,
+        };
+        Nvcc::from_environment(&variable).unwrap_or_else(|_| panic!("the scripts are usable"))
+    };
+    fake_nvcc(&nvcc, "13.0");
+    fake_ptxas(&ptxas, "13.5");
+    let sources = ["fill", "sm90/linear"].map(|name| source(&folder, name, "fine"));
+    let compile = || open().compile(&sources, &folder, 1, &|_| {});
+    let commands = || fs::read_to_string(&log).unwrap().lines().map(String::from).collect::<Vec<_>>();
+    assert_eq!(compile().as_deref(), Ok(&sources[..]));
+    let commands_now = commands();
+    let [fill, to_ptx, assemble] = &commands_now[..] else { panic!("three commands: {commands_now:?}") };
+    assert!(fill.starts_with("-fatbin") && fill.contains("fill.fatbin"), "{fill}");
+    assert!(to_ptx.starts_with("-ptx") && to_ptx.contains(" -gencode arch=compute_90a,code=compute_90a -o"));
+    let [from, to] = ["ptx", "fatbin"].map(|end| folder.join("sm90_linear").with_extension(end));
+    assert_eq!(*assemble, format!("-arch=sm_90a -m64 -O3 -o {} {}", to.display(), from.display()));
+    assert_eq!(fs::read_to_string(&to).unwrap(), "cubin\n");
+
+    assert_eq!(compile().as_deref(), Ok(&sources[..]));
+    assert_eq!(commands().len(), 3, "nothing changed");
+    fake_ptxas(&ptxas, "13.6");
+    assert_eq!(compile().as_deref(), Ok(&sources[..]));
+    assert_eq!(commands().len(), 5, "another ptxas");
+
+    // What ptxas says is read here too.
+    file(&sources[1].path, "slow");
+    let later = SystemTime::now() + Duration::from_secs(2);
+    fs::File::options().append(true).open(&sources[1].path).unwrap().set_modified(later).unwrap();
+    let error = compile().unwrap_err();
+    assert!(error.contains("my-ptxas") && error.contains("made slow code"), "{error}");
+}
+
+#[cfg(unix)]
+#[test]
+fn an_unusable_ptxas_is_explained() {
+    let folder = folder("unusable_ptxas");
+    let path = folder.join("ptxas");
+    let open = || Ptxas::from_environment(&|name| (name == "PACE_PTXAS").then(|| path.clone().into()));
+    assert!(open().is_err_and(|why| why.contains("is not a file")));
+    fake_ptxas(&path, "13.2");
+    assert!(open().is_err_and(|why| why.contains("is 13.2; 13.3 or newer is needed")));
+    fake_ptxas(&path, "unknown");
+    assert!(open().is_err_and(|why| why.contains("of an unknown release")));
+    fake_ptxas(&path, "13.3");
+    assert!(open().is_ok_and(|found| found.is_some_and(|ptxas| ptxas.path() == path)));
+    assert!(Ptxas::from_environment(&|_| Some(OsString::new())).is_ok_and(|found| found.is_none()));
+    // It is asked for whatever there is to compile.
+    let nvcc = folder.join("nvcc");
+    fake_nvcc(&nvcc, "13.5");
+    let none = Nvcc::from_environment(&|name| match name {
+        "NVCC" => Some(nvcc.clone().into()),
+        "PACE_PTXAS" => Some("nowhere".into()),
+        _ => None,
+    });
+    assert!(matches!(none, Err(Unusable::Wrong(why)) if why.contains("PACE_PTXAS is set to nowhere")));
+}
+
+/// Hopper's kernels are built by an older ptxas too, with a warning.
+#[cfg(unix)]
+#[test]
+fn an_old_ptxas_is_warned_of() {
+    let folder = folder("old_ptxas");
+    let [nvcc, ptxas] = ["nvcc", "ptxas"].map(|name| folder.join(name));
+    fake_ptxas(&ptxas, "13.3");
+    let sources = ["fill", "sm90/linear"].map(|name| source(&folder, name, "fine"));
+    let warning = |release, own: bool, built| {
+        fake_nvcc(&nvcc, release);
+        let variable = |name: &str| match name {
+            "NVCC" => Some(nvcc.clone().into()),
+            "PACE_PTXAS" if !own => Some(ptxas.clone().into()),
+            _ => None,
+        };
+        Nvcc::from_environment(&variable).unwrap_or_else(|_| panic!("they are usable")).warning(built)
+    };
+    let text = warning("13.2", true, &sources[..]).expect("a warning");
+    assert!(text.contains("ptxas 13.2") && text.contains("PACE_PTXAS") && text.contains("13.3"), "{text}");
+    assert_eq!(warning("13.2", true, &sources[..1]), None, "nothing for Hopper");
+    assert_eq!(warning("13.2", false, &sources), None, "another ptxas");
+    assert_eq!(warning("13.3", true, &sources), None, "a new one");
 }
 
 #[cfg(unix)]

@@ -2,14 +2,21 @@
 //! of a CUDA toolkit). Reported as ignored, with the reason, where the kernels are not built or a tool is missing;
 //! `PACE_REQUIRE_NVCC=1` makes that a failure.
 //!
+//! Hopper's kernels are also searched for registers that are touched while a wgmma uses them (`hazards.rs`); `planted.rs` has
+//! faults that this must find.
+//!
 //! `docs/kernels.md` is made here: `PACE_UPDATE_DOCS=1 cargo test --test compiled` writes it.
 
 #[allow(dead_code)]
-#[path = "../build/kernels.rs"]
+#[path = "../../build/kernels.rs"]
 mod kernels;
 #[allow(dead_code)]
-#[path = "../build/nvcc.rs"]
+#[path = "../../build/nvcc.rs"]
 mod nvcc;
+
+mod hazards;
+mod planted;
+mod sass;
 
 // `FATBINS` and `WHY_NOT_BUILT`, by build.rs.
 mod built {
@@ -18,7 +25,9 @@ mod built {
 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use pace_kernels::cuda::{KERNELS, Kernel};
+use sass::Instruction;
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -63,15 +72,20 @@ const INSTRUCTIONS: &[(&str, &str, &[&str])] = &[
     ("weights", "merge_", VECTORS),
 ];
 
+/// What every kernel of a family must have besides.
+const OF_FAMILY: &[(&str, &[&str])] = &[("sm90", &["HGMMA", "UTMALDG"])];
+
 const DOCS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/kernels.md");
 
 type Test = fn(&Compiled) -> Result<Completion, Failed>;
 
 fn main() {
-    let tests: [(&str, Test); 4] = [
+    let tests: [(&str, Test); 6] = [
         ("every_kernel_is_there", every_kernel_is_there),
         ("nothing_is_spilled", nothing_is_spilled),
         ("instructions", instructions),
+        ("wgmmas", wgmmas),
+        ("planted_faults", |compiled| planted::compiled(&compiled.tools)),
         ("docs_are_up_to_date", docs_are_up_to_date),
     ];
     static COMPILED: OnceLock<Result<Compiled, String>> = OnceLock::new();
@@ -84,11 +98,12 @@ fn main() {
             Err(why) => Ok(Completion::ignored_with(why.as_str())),
         })
     };
-    libtest_mimic::run(&Arguments::from_args(), tests.into_iter().map(trial).collect()).exit();
+    let trials = tests.into_iter().map(trial).chain(planted::trials()).collect();
+    libtest_mimic::run(&Arguments::from_args(), trials).exit();
 }
 
 /// One kernel for one architecture.
-#[derive(Default, Clone, PartialEq, Debug)]
+#[derive(Default, Debug)]
 struct Code {
     registers: u32,
     /// Bytes of a thread in local memory, where spilled registers and arrays with a variable index go.
@@ -98,6 +113,7 @@ struct Code {
     /// The largest block.
     threads: u32,
     opcodes: BTreeSet<String>,
+    instructions: Vec<Instruction>,
 }
 
 impl Code {
@@ -115,8 +131,7 @@ impl Code {
 type Name = (String, String, String);
 
 struct Compiled {
-    /// As nvcc gives it, `13.0.88`.
-    version: String,
+    tools: Tools,
     /// Those asked for, `90a`.
     archs: Vec<String>,
     kernels: BTreeMap<Name, Code>,
@@ -124,18 +139,46 @@ struct Compiled {
 
 impl Compiled {
     fn open() -> Result<Self, String> {
-        let variable = |name: &str| std::env::var_os(name);
         if built::FATBINS.is_empty() {
             return Err(format!("the kernels are not built: {}", built::WHY_NOT_BUILT));
         }
-        let nvcc = nvcc::find(&variable)?.ok_or("nvcc is gone since the kernels were built")?;
-        let version = run(Command::new(&nvcc).arg("--version"))?;
-        let version = version
-            .split_once(", V")
-            .and_then(|(_, rest)| rest.split_whitespace().next())
-            .ok_or(version.clone())?;
-        let list = variable("PACE_CUDA_ARCHS").unwrap_or(nvcc::DEFAULT_ARCHS.into());
+        let tools = Tools::find()?;
+        let list = std::env::var_os("PACE_CUDA_ARCHS").unwrap_or(nvcc::DEFAULT_ARCHS.into());
         let archs = nvcc::archs(&list.to_string_lossy())?;
+        let mut kernels = BTreeMap::new();
+        for (file, ..) in built::FATBINS {
+            let fatbin = Path::new(env!("OUT_DIR")).join(format!("{}.fatbin", file.replace('/', "_")));
+            for ((arch, kernel), code) in tools.take_apart(&fatbin)? {
+                kernels.insert(((*file).to_owned(), kernel, arch), code);
+            }
+        }
+        Ok(Self { tools, archs, kernels })
+    }
+}
+
+/// Programs of a CUDA toolkit.
+struct Tools {
+    /// Release of nvcc, `13.0.88`.
+    nvcc: String,
+    /// Release of what assembles Hopper's kernels.
+    ptxas: String,
+    cuobjdump: PathBuf,
+    /// A `PATH` in which cuobjdump finds nvdisasm.
+    path: OsString,
+}
+
+impl Tools {
+    fn find() -> Result<Self, String> {
+        let variable = |name: &str| std::env::var_os(name);
+        let nvcc = nvcc::find(&variable)?.ok_or("nvcc is gone since the kernels were built")?;
+        let release = |program: &Path| {
+            let version = run(Command::new(program).arg("--version"))?;
+            let release = version.split_once(", V").and_then(|(_, rest)| rest.split_whitespace().next());
+            release.map(str::to_owned).ok_or(version.clone())
+        };
+        let ptxas = nvcc::Ptxas::from_environment(&variable)?;
+        // nvcc's own is of the same release.
+        let ptxas = release(ptxas.as_ref().map_or(&nvcc, |ptxas| ptxas.path()))?;
 
         let path = variable("PATH").unwrap_or_default();
         let mut folders: Vec<PathBuf> = nvcc.parent().map(Path::to_owned).into_iter().collect();
@@ -147,18 +190,14 @@ impl Compiled {
         };
         let cuobjdump = tool("cuobjdump")?;
         tool("nvdisasm")?;
-        // Where cuobjdump looks for nvdisasm.
         let path = std::env::join_paths(&folders).map_err(|error| error.to_string())?;
-        let mut kernels = BTreeMap::new();
-        for (file, ..) in built::FATBINS {
-            let fatbin = Path::new(env!("OUT_DIR")).join(format!("{}.fatbin", file.replace('/', "_")));
-            let mut command = Command::new(&cuobjdump);
-            command.args(["-elf", "-res-usage", "-sass"]).arg(fatbin).env("PATH", &path);
-            for ((arch, kernel), code) in read(&run(&mut command)?)? {
-                kernels.insert(((*file).to_owned(), kernel, arch), code);
-            }
-        }
-        Ok(Self { version: version.to_owned(), archs, kernels })
+        Ok(Self { nvcc: release(&nvcc)?, ptxas, cuobjdump, path })
+    }
+
+    /// The kernels in a file by architecture and name.
+    fn take_apart(&self, file: &Path) -> Result<BTreeMap<(String, String), Code>, String> {
+        let mut command = Command::new(&self.cuobjdump);
+        read(&run(command.args(["-elf", "-res-usage", "-sass"]).arg(file).env("PATH", &self.path))?)
     }
 }
 
@@ -181,7 +220,9 @@ fn run(command: &mut Command) -> Result<String, String> {
 /// each kernel uses, then its instructions.
 fn read(dump: &str) -> Result<BTreeMap<(String, String), Code>, String> {
     let mut kernels: BTreeMap<(String, String), Code> = BTreeMap::new();
-    let (mut arch, mut kernel, mut attribute) = ("", "", "");
+    // A file with one image only may be that image, for which there is no line `arch = `.
+    let mut arch = dump.lines().find_map(|line| line.trim().strip_prefix("code for ")).unwrap_or_default();
+    let (mut kernel, mut attribute) = ("", "");
     for line in dump.lines() {
         let text = line.trim();
         let number = |text: &str| {
@@ -214,11 +255,10 @@ fn read(dump: &str) -> Result<BTreeMap<(String, String), Code>, String> {
                     _ => {}
                 }
             }
-        } else if let Some((_, instruction)) = text.strip_prefix("/*").and_then(|rest| rest.split_once("*/"))
-        {
-            // A predicate may stand before the opcode. A line that has only a comment is the second half of the last one.
-            let opcode = instruction.split_whitespace().find(|word| !word.starts_with('@'));
-            kernels.entry(key()).or_default().opcodes.extend(opcode.map(str::to_owned));
+        } else if let Some(instruction) = Instruction::read(text) {
+            let code = kernels.entry(key()).or_default();
+            code.opcodes.insert(instruction.opcode.clone());
+            code.instructions.push(instruction);
         }
     }
     Ok(kernels)
@@ -246,8 +286,9 @@ fn every_kernel_is_there(compiled: &Compiled) -> Result<Completion, Failed> {
 fn nothing_is_spilled(compiled: &Compiled) -> Result<Completion, Failed> {
     let mut problems = Vec::new();
     for (name, code) in &compiled.kernels {
-        if code.registers == 0 || code.threads == 0 || code.opcodes.is_empty() {
-            problems.push(format!("{name:?} is not read right: {code:?}"));
+        let Code { registers, threads, .. } = *code;
+        if registers == 0 || threads == 0 || code.instructions.is_empty() {
+            problems.push(format!("{name:?} is not read right: {registers} registers, {threads} threads"));
         }
         if code.stack > 0 || code.has("LDL|STL") {
             problems.push(format!("{name:?} has a stack of {} bytes, or spills", code.stack));
@@ -268,7 +309,10 @@ fn instructions(compiled: &Compiled) -> Result<Completion, Failed> {
             continue;
         };
         used.insert(line);
-        for &instruction in INSTRUCTIONS[line].2.iter().filter(|instruction| !code.has(instruction)) {
+        let family = file.split_once('/').map_or("", |(family, _)| family);
+        let of_family = OF_FAMILY.iter().filter(|(name, _)| *name == family).flat_map(|(_, must)| *must);
+        let must = INSTRUCTIONS[line].2.iter().chain(of_family);
+        for &instruction in must.filter(|instruction| !code.has(instruction)) {
             let opcode = instruction.split(['.', '|']).next().unwrap_or_default();
             let alike: Vec<&String> = code.opcodes.iter().filter(|other| other.starts_with(opcode)).collect();
             problems.push(format!("{name:?} has no {instruction}, only {alike:?}"));
@@ -276,6 +320,19 @@ fn instructions(compiled: &Compiled) -> Result<Completion, Failed> {
     }
     let unused = (0..INSTRUCTIONS.len()).filter(|line| !used.contains(line));
     problems.extend(unused.map(|line| format!("no kernel takes {:?}", INSTRUCTIONS[line])));
+    verdict(&problems)
+}
+
+/// No register is touched while a wgmma in flight uses it, and wgmmas overlap.
+fn wgmmas(compiled: &Compiled) -> Result<Completion, Failed> {
+    let mut problems = Vec::new();
+    for (name, code) in &compiled.kernels {
+        let found = hazards::check(&code.instructions).map_err(|why| format!("{name:?}: {why}"))?;
+        problems.extend(found.hazards.iter().map(|hazard| format!("{name:?}: {hazard}")));
+        if found.is_serialised() {
+            problems.push(format!("{name:?}: each of {} wgmmas waits for the one before", found.wgmmas));
+        }
+    }
     verdict(&problems)
 }
 
@@ -289,10 +346,14 @@ fn docs_are_up_to_date(compiled: &Compiled) -> Result<Completion, Failed> {
         return Ok(Completion::Completed);
     }
     let committed = std::fs::read_to_string(DOCS).unwrap_or_default().replace("\r\n", "\n");
-    let version = committed.split_once("nvcc ").and_then(|(_, rest)| rest.split_whitespace().next());
-    if version.is_some_and(|version| version != compiled.version) {
-        let why = format!("{DOCS} is by nvcc {}, this is {}", version.unwrap_or_default(), compiled.version);
-        return Ok(Completion::ignored_with(why));
+    let Tools { nvcc, ptxas, .. } = &compiled.tools;
+    // A document without Hopper's kernels names no ptxas.
+    for (tool, here) in [("nvcc", nvcc), ("ptxas", ptxas)] {
+        let named =
+            committed.split_once(&format!("{tool} ")).and_then(|(_, rest)| rest.split_whitespace().next());
+        if let Some(named) = named.filter(|named| named != here) {
+            return Ok(Completion::ignored_with(format!("{DOCS} is by {tool} {named}, this is {here}")));
+        }
     }
     if committed == now {
         return Ok(Completion::Completed);
@@ -308,13 +369,19 @@ fn docs_are_up_to_date(compiled: &Compiled) -> Result<Completion, Failed> {
 
 /// What `docs/kernels.md` has to be.
 fn docs(compiled: &Compiled) -> Result<String, Failed> {
+    let Tools { nvcc, ptxas, .. } = &compiled.tools;
+    let is_bound =
+        |file: &str| file.split_once('/').is_some_and(|(family, _)| nvcc::only_capability(family).is_some());
+    let assembled = match built::FATBINS.iter().any(|&(file, ..)| is_bound(file)) {
+        true => format!("ptxas {ptxas} assembles the files for one architecture alone.\n"),
+        false => String::new(),
+    };
     let mut text = format!(
         "# Kernels\n\n\
-         As nvcc {} compiles them: the largest block that a kernel can be launched with, registers per thread, and bytes of\n\
+         As nvcc {nvcc} compiles them: the largest block that a kernel can be launched with, registers per thread, and bytes of\n\
          static shared memory, of which 1024 are the system's on architectures from 9.0 on where a kernel uses any. What a\n\
-         launch asks for beyond it is the plan's choice. No kernel has a stack or spills.\n\n\
-         This file is written by `PACE_UPDATE_DOCS=1 cargo test --test compiled` and checked by `tests/compiled.rs`.\n",
-        compiled.version
+         launch asks for beyond it is the plan's choice. No kernel has a stack or spills.\n{assembled}\n\
+         This file is written by `PACE_UPDATE_DOCS=1 cargo test --test compiled` and checked by `tests/compiled`.\n"
     );
     for (file, ..) in built::FATBINS {
         let source = concat!(env!("CARGO_MANIFEST_DIR"), "/kernels");
