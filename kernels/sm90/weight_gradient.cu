@@ -126,40 +126,73 @@ struct Issued {
     __device__ __forceinline__ void issue(u32 stage) { before = last, last = stage; }
 };
 
-// One sample: adds e^T @ x to the sums.
+// What a consumer has while it walks the tokens.
+struct Walk {
+    Turn<STAGES> turn;
+    Issued issued;
+    // What the lane gives ldmatrix for the first step of a stage.
+    u32 at;
+};
+
+// One step of 16 tokens: sums += e^T @ x.
 template <class T>
-__device__ __forceinline__ void accumulate(Sums &sums, u32 (&fragments)[2][4], const Shared &shared, Turn<STAGES> &turn,
-                                           Issued &issued, const float (&z)[2], u32 at, u32 tokens, bool first) {
-    // An odd number of steps would put two wgmmas in one fragment.
-    wgmma_wait<0>();
+__device__ __forceinline__ void multiply_step(Sums &sums, Walk &walk, u32 (&fragment)[4], const Shared &shared,
+                                              const float (&z)[2], u32 step, bool accumulate) {
+    u32 g[4];
+    ldmatrix<true>(g, shared.g(walk.turn.stage) + walk.at + step * 16 * ROW_BYTES);
+    // The fragment of the step before the last is free.
+    wgmma_wait<1>();
+    walk.issued.release(shared);
+    keep(fragment);
+#pragma unroll
+    for (u32 j = 0; j < 4; ++j) {
+        T pair[2];
+        memcpy(pair, &g[j], 4);
+        const float e[2] = {z[j % 2] * to_float(pair[0]), z[j % 2] * to_float(pair[1])};
+        sums.bias[j % 2] += e[0] + e[1];
+        fragment[j] = pack<T>(e[0], e[1]);
+    }
+    wgmma_fence();
+    wgmma<T, COLUMNS, true>(sums.weight, fragment, Features::at(shared.x(walk.turn.stage) + step * 16 * ROW_BYTES),
+                            accumulate);
+    wgmma_commit();
+    walk.issued.issue(walk.turn.stage);
+}
+
+// One sample: full stages, then one of fewer steps. All are done at its end: the steps may be odd, and the next sample would put
+// two wgmmas in one fragment.
+template <class T>
+__device__ __forceinline__ void accumulate(Sums &sums, Walk &walk, const Shared &shared, const float (&z)[2], u32 tokens,
+                                           bool first) {
+    walk.issued = {walk.turn.stage, walk.turn.stage};
+    u32 fragments[2][4];
+    u32 token = 0;
 #pragma unroll 1
-    for (u32 token = 0; token < tokens; token += DEPTH) {
-        barrier_wait(shared.full(turn.stage), turn.parity);
+    for (; token + DEPTH <= tokens; token += DEPTH) {
+        barrier_wait(shared.full(walk.turn.stage), walk.turn.parity);
 #pragma unroll
         for (u32 step = 0; step < DEPTH / 16; ++step) {
-            if (token + 16 * step < tokens) {
-                u32 g[4];
-                ldmatrix<true>(g, shared.g(turn.stage) + at + step * 16 * ROW_BYTES);
-                wgmma_wait<1>();
-                issued.release(shared);
-                keep(fragments[step % 2]);
-#pragma unroll
-                for (u32 j = 0; j < 4; ++j) {
-                    T pair[2];
-                    memcpy(pair, &g[j], 4);
-                    const float e[2] = {z[j % 2] * to_float(pair[0]), z[j % 2] * to_float(pair[1])};
-                    sums.bias[j % 2] += e[0] + e[1];
-                    fragments[step % 2][j] = pack<T>(e[0], e[1]);
-                }
-                wgmma_fence();
-                wgmma<T, COLUMNS, true>(sums.weight, fragments[step % 2],
-                                        Features::at(shared.x(turn.stage) + step * 16 * ROW_BYTES),
-                                        !(first && token == 0u && step == 0));
-                wgmma_commit();
-                issued.issue(turn.stage);
-            }
+            multiply_step<T>(sums, walk, fragments[step % 2], shared, z, step, !(first && token == 0u && step == 0));
         }
-        turn.advance();
+        walk.turn.advance();
+    }
+    if (token < tokens) {
+        barrier_wait(shared.full(walk.turn.stage), walk.turn.parity);
+#pragma unroll
+        for (u32 step = 0; step < DEPTH / 16; ++step) {
+            if (token + 16 * step >= tokens) {
+                break;
+            }
+            multiply_step<T>(sums, walk, fragments[step % 2], shared, z, step, !(first && token == 0u && step == 0));
+        }
+        walk.turn.advance();
+    }
+    wgmma_wait<0>();
+    keep(fragments[0]);
+    keep(fragments[1]);
+    walk.issued.release(shared);
+    if (threadIdx.x % WARPGROUP == 0) {
+        barrier_arrive(shared.empty(walk.issued.last));
     }
 }
 
@@ -207,33 +240,24 @@ __device__ __forceinline__ void store_sums(Sums &sums, const Sm90WeightParams &p
 // A consumer's part of all runs.
 template <class T> __device__ __forceinline__ void consume(const Shared &shared, const Sm90WeightParams &p, u32 consumer) {
     const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP % 4;
-    // What this lane gives ldmatrix for the first step of a stage: the consumer's channels are a panel.
+    // The consumer's channels are a panel.
     const u32 row = lane % 8 + lane / 16 * 8, chunk = 2 * warp + lane / 8 % 2;
-    const u32 at = consumer * PANEL_BYTES + row * ROW_BYTES + ((chunk ^ (row & 7)) * 16);
-    Turn<STAGES> turn;
-    u32 fragments[2][4];
+    Walk walk;
+    walk.at = consumer * PANEL_BYTES + row * ROW_BYTES + ((chunk ^ (row & 7)) * 16);
     for (Runs run(p); run.valid(); run.advance()) {
         const u32 channel =
             run.tile / p.tile_columns * ROWS + consumer * CONSUMER_ROWS + 16 * warp + lane / 4;
         Sums sums;
         sums.bias[0] = sums.bias[1] = 0.0f;
-        Issued issued = {turn.stage, turn.stage};
         float next[2];
         load_z(next, p, run.first(), channel);
 #pragma unroll 1
         for (u32 sample = run.first(); sample < run.last(); ++sample) {
             const float z[2] = {next[0], next[1]};
             load_z(next, p, sample + 1, channel);
-            accumulate<T>(sums, fragments, shared, turn, issued, z, at, p.tokens, sample == run.first());
+            accumulate<T>(sums, walk, shared, z, p.tokens, sample == run.first());
         }
-        wgmma_wait<0>();
         keep(sums.weight);
-        keep(fragments[0]);
-        keep(fragments[1]);
-        issued.release(shared);
-        if (threadIdx.x % WARPGROUP == 0) {
-            barrier_arrive(shared.empty(issued.last));
-        }
         store_sums<T>(sums, p, run, channel);
     }
 }

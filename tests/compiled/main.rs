@@ -45,6 +45,13 @@ const TRANSPOSED: &[&str] = &["HMMA", "LDGSTS.128"];
 /// Tensor cores whose left operand comes through registers, where it is multiplied by the noise.
 const FACTORS: &[&str] = &["HMMA", "LDSM", "LDG.128"];
 
+/// Warpgroup MMAs, which tensor copies feed, by one of them for several blocks, and whose outputs they take away.
+const WARPGROUP: &[&str] = &["HGMMA", "UTMALDG.MULTICAST", "UTMASTG", "STSM"];
+/// The same with a small GEMM of fragments in the epilogue.
+const RANK: &[&str] = &["HGMMA", "UTMALDG.MULTICAST", "UTMASTG", "STSM", "HMMA", "LDSM"];
+/// The same with a left operand that is made in registers.
+const FOLDED: &[&str] = &["HGMMA", "UTMALDG.MULTICAST", "UTMASTG", "STSM", "LDSM"];
+
 /// File, how a kernel's name begins, and the instructions that its machine code must have on every architecture: an opcode
 /// and some of its modifiers, `|` between alternatives. A kernel takes the first line that fits it.
 const INSTRUCTIONS: &[(&str, &str, &[&str])] = &[
@@ -59,6 +66,11 @@ const INSTRUCTIONS: &[(&str, &str, &[&str])] = &[
     ("sm80/noisy_linear", "noisy_linear_weight_f32", TRANSPOSED),
     ("sm80/noisy_linear", "noisy_linear_weight_tf32", TRANSPOSED),
     ("sm80/noisy_linear", "noisy_linear_", PRODUCT),
+    ("sm90/folded_linear", "sm90_folded_", FOLDED),
+    ("sm90/low_rank_linear", "sm90_low_rank_", RANK),
+    ("sm90/noisy_linear", "sm90_noisy_linear_", WARPGROUP),
+    ("sm90/weight_gradient", "sm90_weight_gradient_", &["HGMMA", "UTMALDG", "LDSM"]),
+    ("sm90/weight_gradient", "sm90_weight_sums_", LOADS),
     ("norms", "grad_norm_", LOADS),
     ("norms", "fp_distance_", LOADS),
     // Reads partial sums only.
@@ -71,9 +83,6 @@ const INSTRUCTIONS: &[(&str, &str, &[&str])] = &[
     ("weights", "prompt_bias_", LOADS),
     ("weights", "merge_", VECTORS),
 ];
-
-/// What every kernel of a family must have besides.
-const OF_FAMILY: &[(&str, &[&str])] = &[("sm90", &["HGMMA", "UTMALDG"])];
 
 const DOCS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/kernels.md");
 
@@ -309,9 +318,7 @@ fn instructions(compiled: &Compiled) -> Result<Completion, Failed> {
             continue;
         };
         used.insert(line);
-        let family = file.split_once('/').map_or("", |(family, _)| family);
-        let of_family = OF_FAMILY.iter().filter(|(name, _)| *name == family).flat_map(|(_, must)| *must);
-        let must = INSTRUCTIONS[line].2.iter().chain(of_family);
+        let must = INSTRUCTIONS[line].2.iter();
         for &instruction in must.filter(|instruction| !code.has(instruction)) {
             let opcode = instruction.split(['.', '|']).next().unwrap_or_default();
             let alike: Vec<&String> = code.opcodes.iter().filter(|other| other.starts_with(opcode)).collect();

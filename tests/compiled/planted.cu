@@ -6,7 +6,7 @@
 
 namespace pace::sm90 {
 
-constexpr u32 N = 128, K = 16, STEPS = 4, TILE = 128 * 64 * 2;
+constexpr u32 N = 136, K = 16, STEPS = 4, TILE = 128 * 64 * 2;
 
 __device__ __forceinline__ void load(u32 (&fragment)[4], u32 stage, u32 step) {
     ldmatrix<false>(fragment, stage + threadIdx.x % 32 * 128 + step * K * 2);

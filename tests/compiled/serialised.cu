@@ -4,16 +4,16 @@
 
 extern "C" __global__ void __launch_bounds__(128, 1) serialised(float *y, unsigned tiles) {
     using namespace pace::sm90;
-    float d[64];
+    float d[68];
     wgmma_fence();
     for (unsigned t = 0; t < tiles; ++t) {
-        wgmma<pace::bf16, 128>(d, Tile<128, 1024>::at(shared_base()), Tile<128, 1024>::at(shared_base() + 16384),
+        wgmma<pace::bf16, 136>(d, Tile<128, 1024>::at(shared_base()), Tile<128, 1024>::at(shared_base() + 16384),
                                t > 0);
         d[0] += 1.f;
     }
     wgmma_commit();
     wgmma_wait<0>();
-    for (unsigned i = 0; i < 64; ++i) {
-        y[threadIdx.x * 64 + i] = d[i];
+    for (unsigned i = 0; i < 68; ++i) {
+        y[threadIdx.x * 68 + i] = d[i];
     }
 }
