@@ -238,16 +238,15 @@ fn boxes_and_maps_are_what_the_hardware_takes() {
             matches!(&fault, Fault::Instruction { why, .. } if why.contains("no multiple of 1024"));
         assert!(is_found, "{fault}");
     }
-    let changes: [(fn(&mut TensorMap), &str); 7] = [
-        (|map| map.rank = 2, "rank 2"),
+    for (change, what) in [
+        ((|map| map.rank = 2) as fn(&mut TensorMap), "rank 2"),
         (|map| map.address += 8, "no multiple of 16"),
         (|map| map.dims[1] = 0, "dimension of 0"),
         (|map| map.strides[0] += 8, "stride of"),
         (|map| map.box_dims[1] = 257, "257 elements"),
         (|map| map.box_dims[0] = 72, "rows of 144 bytes"),
         (|map| map.swizzle = 16, "no tensor map"),
-    ];
-    for (change, what) in changes {
+    ] {
         let fault = run_with("pipeline", Schedule::InOrder, |params| change(&mut params.a)).unwrap_err();
         assert!(matches!(&fault, Fault::Instruction { why, .. } if why.contains(what)), "{fault}");
     }
