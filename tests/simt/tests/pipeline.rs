@@ -151,13 +151,21 @@ fn registers_that_a_wgmma_still_uses_are_not_touched() {
     check("pipeline_weak_wait", "A registers");
     check("pipeline_written_in_flight", "accumulators");
     assert_eq!(wrong("pipeline_read_in_flight"), SCHEDULES);
+    // A wait does not cover what no group has.
+    assert_eq!(wrong("pipeline_not_committed"), SCHEDULES);
+    for fault in faults("pipeline_overlapping") {
+        let is_found = matches!(&fault, Fault::Instruction { why, .. } if why.contains("overlap"));
+        assert!(is_found, "{fault}");
+    }
 }
 
 #[test]
 fn wgmma_needs_fences_where_registers_were_touched() {
-    for (kernel, touched) in
-        [("pipeline_no_wgmma_fence", "A registers"), ("pipeline_no_fence_at_all", "registers")]
-    {
+    for (kernel, touched) in [
+        ("pipeline_no_wgmma_fence", "A registers"),
+        ("pipeline_no_fence_at_all", "registers"),
+        ("pipeline_accumulator_touched", "accumulators"),
+    ] {
         for fault in faults(kernel) {
             let is_found =
                 matches!(&fault, Fault::MissingWgmmaFence { registers, .. } if *registers == touched);
