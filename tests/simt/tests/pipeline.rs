@@ -265,3 +265,37 @@ fn boxes_and_maps_are_what_the_hardware_takes() {
     let fault = run_with("pipeline", Schedule::InOrder, swap).unwrap_err();
     assert!(matches!(&fault, Fault::OutOfBounds { .. } | Fault::WriteToInput { .. }), "{fault}");
 }
+
+#[test]
+fn pairs_of_blocks_that_share_an_operand_are_right_in_every_order() {
+    const ROWS: usize = 3 * 256 - 33;
+    let (a, b) = (matrix(ROWS, 3), matrix(64, 5));
+    let bits = |values: &[i32]| -> Vec<u16> {
+        values.iter().map(|&value| bf16::from_f32(value as f32).to_bits()).collect()
+    };
+    let dot = |i: usize, j: usize| -> i32 { (0..INNER).map(|k| a[i * INNER + k] * b[j * INNER + k]).sum() };
+    let want = bits(&(0..ROWS * 64).map(|i| dot(i / 64, i % 64)).collect::<Vec<_>>());
+    for schedule in schedules() {
+        let mut memory = Memory::new(0);
+        let d = memory.output::<u16>("d", ROWS * 64);
+        let mut params = Params {
+            a: map(memory.input("a", &bits(&a)).address(), ROWS, INNER),
+            b: map(memory.input("b", &bits(&b)).address(), 64, INNER),
+            d: map(d.address(), ROWS, 64),
+            steps: STEPS as u32,
+            tiles: 3,
+            padding: [0; 14],
+        };
+        params.b.box_dims[1] = 32;
+        let launch = Launch {
+            kernel: "pair_pipeline",
+            grid: [4, 1, 1],
+            cluster: [2, 1, 1],
+            block: [384, 1, 1],
+            shared_bytes: 8 * BOX + 32,
+            params: bytemuck::bytes_of(&params),
+        };
+        memory.launch(&launch, schedule).unwrap_or_else(|fault| panic!("{schedule:?}: {fault}"));
+        assert!(memory.read::<u16>(&d).unwrap() == want, "{schedule:?}");
+    }
+}
