@@ -38,6 +38,9 @@ enum class Seed {
     OTHER_DESCRIPTOR,
     TOO_MANY_ARRIVALS,
     OVERWRITTEN_BARRIER,
+    ACCUMULATOR_TOUCHED,
+    OVERLAPPING,
+    NOT_COMMITTED,
 };
 
 constexpr u32 BOX = 64 * 128;
@@ -103,7 +106,8 @@ template <Seed SEED> struct Pipeline {
         using B = Tile<SEED == Seed::WRONG_SWIZZLE ? 64 : 128, SEED == Seed::WRONG_SWIZZLE ? 512 : 1024>;
         using A = Tile<128, 1024>;
         u32 step = 0;
-        float d[32];
+        float pool[40];
+        float(&d)[32] = reinterpret_cast<float(&)[32]>(pool);
         u32 a[2][4];
         for (u32 tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
             for (u32 k = 0; k < p.steps; ++k, ++step) {
@@ -115,16 +119,21 @@ template <Seed SEED> struct Pipeline {
                 for (u32 k16 = 0; k16 < 4; ++k16) {
                     u32(&fragment)[4] = a[k16 % 2];
                     load_a(fragment, left, k16);
-                    if (SEED != Seed::NO_FENCE_AT_ALL && !(SEED == Seed::NO_WGMMA_FENCE && step > 0)) {
+                    const bool is_forgotten = SEED == Seed::NO_WGMMA_FENCE || SEED == Seed::ACCUMULATOR_TOUCHED;
+                    if (SEED != Seed::NO_FENCE_AT_ALL && !(is_forgotten && step > 0)) {
                         wgmma_fence();
                     }
                     const u64 b = B::at(right + 32 * k16 + (SEED == Seed::OTHER_DESCRIPTOR ? threadIdx.x / 32 * 16 : 0));
-                    if (SEED == Seed::A_SHARED) {
+                    if (SEED == Seed::OVERLAPPING && k16 == 1) {
+                        wgmma<bf16, 64>(reinterpret_cast<float(&)[32]>(pool[8]), fragment, b, true);
+                    } else if (SEED == Seed::A_SHARED || SEED == Seed::ACCUMULATOR_TOUCHED) {
                         wgmma<bf16, 64>(d, A::at(left + 32 * k16), b, k + k16 > 0);
                     } else {
                         wgmma<bf16, 64>(d, fragment, b, k + k16 > 0);
                     }
-                    wgmma_commit();
+                    if (SEED != Seed::NOT_COMMITTED) {
+                        wgmma_commit();
+                    }
                     // The other fragment is free.
                     if (SEED == Seed::WEAK_WAIT) {
                         wgmma_wait<2>();
@@ -140,6 +149,9 @@ template <Seed SEED> struct Pipeline {
                 }
                 if (SEED != Seed::READ_IN_FLIGHT || k + 1 < p.steps) {
                     wgmma_wait<0>();
+                }
+                if (SEED == Seed::ACCUMULATOR_TOUCHED && k == 1) {
+                    d[5] = 0.5f;
                 }
                 if (SEED != Seed::EARLY_RELEASE) {
                     release(step);
@@ -250,3 +262,9 @@ PACE_KERNEL(pipeline_other_descriptor, PipelineParams, 256) { pipeline<Seed::OTH
 PACE_KERNEL(pipeline_too_many_arrivals, PipelineParams, 256) { pipeline<Seed::TOO_MANY_ARRIVALS>(p); }
 
 PACE_KERNEL(pipeline_overwritten_barrier, PipelineParams, 256) { pipeline<Seed::OVERWRITTEN_BARRIER>(p); }
+
+PACE_KERNEL(pipeline_accumulator_touched, PipelineParams, 256) { pipeline<Seed::ACCUMULATOR_TOUCHED>(p); }
+
+PACE_KERNEL(pipeline_overlapping, PipelineParams, 256) { pipeline<Seed::OVERLAPPING>(p); }
+
+PACE_KERNEL(pipeline_not_committed, PipelineParams, 256) { pipeline<Seed::NOT_COMMITTED>(p); }

@@ -235,7 +235,7 @@ fn checked(launch: &Launch<'_>) -> Result<&'static Kernel, Fault> {
         return Err(Fault::Cluster { declared, cluster, grid });
     }
     // Whole warps, so that the next block's begin with a warp.
-    if declared > 1 && threads.is_some_and(|threads| threads as usize % WARP != 0) {
+    if declared > 1 && threads.is_some_and(|threads| !threads.is_multiple_of(WARP as u32)) {
         return Err(Fault::Geometry { grid, block, shared_bytes });
     }
     Ok(kernel)

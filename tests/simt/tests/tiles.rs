@@ -76,11 +76,11 @@ impl Operand {
             (0, false) => mn / 8 * 128 + k / 8 * (self.mn * 16) + mn % 8 * 16 + k % 8 * 2,
             (0, true) => mn / 8 * 128 + k / 8 * (self.mn * 16) + k % 8 * 16 + mn % 8 * 2,
             // Rows of one span.
-            (_, false) => mn * span + (k / 8 ^ permutation(span, mn)) * 16 + k % 8 * 2,
+            (_, false) => mn * span + ((k / 8) ^ permutation(span, mn)) * 16 + k % 8 * 2,
             // Panels of one span, each with rows of k.
             (_, true) => {
                 let (panel, column) = (mn / (span / 2), mn % (span / 2));
-                let chunk = column / 8 ^ permutation(span, k);
+                let chunk = (column / 8) ^ permutation(span, k);
                 panel * self.depth() * span + k * span + chunk * 16 + column % 8 * 2
             }
         };
@@ -99,7 +99,7 @@ impl Operand {
             (_, false) => (16, 8 * span, 32),
             (_, true) => (self.depth() * span, 8 * span, 16 * span),
         };
-        // What K and MN call leading and stride changes with them.
+        // Without a swizzle, K-major: leading along K, stride along MN; MN-major: the field called stride is along MN as well.
         let mode = [0, 3, 2, 0, 1][span / 32];
         let address = (BASE + self.start + step * each) as u64;
         address >> 4 | (leading as u64 >> 4) << 16 | (stride as u64 >> 4) << 32 | mode << 62
