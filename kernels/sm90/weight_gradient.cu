@@ -64,7 +64,8 @@ __device__ __forceinline__ u32 slot_of(const Sm90WeightParams &p, u32 block, u32
 struct Runs {
     u32 unit, end, tile, samples;
     __device__ __forceinline__ explicit Runs(const Sm90WeightParams &p)
-        : unit(units_before(p, blockIdx.x)), end(units_before(p, blockIdx.x + 1)), tile(unit / p.samples), samples(p.samples) {}
+        : unit(units_before(p, blockIdx.x)), end(units_before(p, blockIdx.x + 1)), tile(unit / p.samples),
+          samples(p.samples) {}
     __device__ __forceinline__ bool valid() const { return unit < end; }
     __device__ __forceinline__ u32 first() const { return unit - tile * samples; }
     __device__ __forceinline__ u32 last() const { return min(end - tile * samples, samples); }
@@ -162,8 +163,8 @@ __device__ __forceinline__ void multiply_step(Sums &sums, Walk &walk, u32 (&frag
 // One sample: full stages, then one of fewer steps. All are done at its end: the steps may be odd, and the next sample would put
 // two wgmmas in one fragment.
 template <class T>
-__device__ __forceinline__ void accumulate(Sums &sums, Walk &walk, const Shared &shared, const float (&z)[2], u32 tokens,
-                                           bool first) {
+__device__ __forceinline__ void accumulate(Sums &sums, Walk &walk, const Shared &shared, const float (&z)[2],
+                                           u32 tokens, bool first) {
     walk.issued = {walk.turn.stage, walk.turn.stage};
     u32 fragments[2][4];
     u32 token = 0;
@@ -238,15 +239,15 @@ __device__ __forceinline__ void store_sums(Sums &sums, const Sm90WeightParams &p
 }
 
 // A consumer's part of all runs.
-template <class T> __device__ __forceinline__ void consume(const Shared &shared, const Sm90WeightParams &p, u32 consumer) {
+template <class T>
+__device__ __forceinline__ void consume(const Shared &shared, const Sm90WeightParams &p, u32 consumer) {
     const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP % 4;
     // The consumer's channels are a panel.
     const u32 row = lane % 8 + lane / 16 * 8, chunk = 2 * warp + lane / 8 % 2;
     Walk walk;
     walk.at = consumer * PANEL_BYTES + row * ROW_BYTES + ((chunk ^ (row & 7)) * 16);
     for (Runs run(p); run.valid(); run.advance()) {
-        const u32 channel =
-            run.tile / p.tile_columns * ROWS + consumer * CONSUMER_ROWS + 16 * warp + lane / 4;
+        const u32 channel = run.tile / p.tile_columns * ROWS + consumer * CONSUMER_ROWS + 16 * warp + lane / 4;
         Sums sums;
         sums.bias[0] = sums.bias[1] = 0.0f;
         float next[2];
