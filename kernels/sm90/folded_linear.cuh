@@ -30,7 +30,8 @@ template <u32 TOKENS_, u32 SAMPLES_, u32 DEPTH_, u32 STAGES_, u32 CLUSTER_> stru
     static constexpr u32 STAGING_BYTES = TOKENS * 128;
     static constexpr u32 BARRIERS_AT = STAGING_AT + CONSUMERS * STAGING_BYTES;
     static_assert(STAGE_BYTES % 1024 == 0 && UNIT_BYTES % 512 == 0 && STAGING_BYTES % 1024 == 0, "swizzled tiles");
-    static_assert(BARRIERS_AT + 16 * STAGES <= 227 * 1024, "what a block of sm_90 may have");
+    static constexpr u32 BYTES = BARRIERS_AT + 16 * STAGES;
+    static_assert(BYTES <= 227 * 1024, "what a block of sm_90 may have");
 
     u32 base;
     __device__ __forceinline__ u32 stage(u32 index) const { return base + index * STAGE_BYTES; }

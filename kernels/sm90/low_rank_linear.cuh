@@ -30,8 +30,8 @@ template <u32 RANK_, bool INPUT_, class Shape> struct Layout {
     static constexpr u32 TABLE_AT = STAGING_AT + CONSUMERS * STAGING * CONSUMER_ROWS * CHUNK * 2;
     static constexpr u32 FACTOR_AT = TABLE_AT + (INPUT ? 0 : NoiseTable<CHANNELS>::BYTES);
     static constexpr u32 BARRIERS_AT = FACTOR_AT + FACTOR_ROWS * FACTOR_ROW_BYTES;
-    static_assert(BARRIERS_AT % 8 == 0 && BARRIERS_AT + Pipe::BARRIER_BYTES + Handover::BYTES <= 227 * 1024,
-                  "what a block of sm_90 may have");
+    static constexpr u32 BYTES = BARRIERS_AT + Pipe::BARRIER_BYTES + Handover::BYTES;
+    static_assert(BARRIERS_AT % 8 == 0 && BYTES <= 227 * 1024, "what a block of sm_90 may have");
 
     Pipe pipe;
     Handover handover;

@@ -20,7 +20,8 @@ template <u32 STAGES, u32 CLUSTER, u32 STAGING_> struct Layout {
     static constexpr u32 STAGING_AT = Pipe::BYTES;
     static constexpr u32 TABLE_AT = STAGING_AT + CONSUMERS * STAGING * CONSUMER_ROWS * CHUNK * 2;
     static constexpr u32 BARRIERS_AT = TABLE_AT + Table::BYTES;
-    static_assert(BARRIERS_AT + Pipe::BARRIER_BYTES + Handover::BYTES <= 227 * 1024, "what a block of sm_90 may have");
+    static constexpr u32 BYTES = BARRIERS_AT + Pipe::BARRIER_BYTES + Handover::BYTES;
+    static_assert(BYTES <= 227 * 1024, "what a block of sm_90 may have");
 
     Pipe pipe;
     Handover handover;
