@@ -109,6 +109,10 @@ __device__ __forceinline__ void copy_stage(const Shared &shared, const Sm90Folde
 // The producer's copies for all tiles, by one thread.
 template <bool INPUT, class Shared>
 __device__ __forceinline__ void produce(const Shared &shared, const Sm90FoldedParams &p, u32 rank) {
+    prefetch_map(p.x);
+    prefetch_map(p.weight);
+    prefetch_map(p.delta);
+    prefetch_map(p.y);
     const u32 depths = (p.inner - 1) / Shared::DEPTH + 1;
     Turn<Shared::STAGES> turn;
     for (FoldedTiles<Shared> tile(p); tile.valid(); tile.advance()) {

@@ -160,6 +160,9 @@ __device__ __forceinline__ void copy_stage(const Pipe &pipe, const Sm90LinearPar
 
 // Its copies for all tiles, by one thread. TRANSPOSED, the branches' gradients add up.
 template <class Pipe> __device__ __forceinline__ void produce(const Pipe &pipe, const Sm90LinearParams &p, u32 rank) {
+    prefetch_map(p.x);
+    prefetch_map(p.weight);
+    prefetch_map(p.y);
     const u32 k_tiles = (p.inner - 1) / TILE_K + 1;
     Turn<Pipe::STAGES> turn;
     for (Tiles<Pipe::CHANNELS, Pipe::CLUSTER> tile(p); tile.valid(); tile.advance()) {

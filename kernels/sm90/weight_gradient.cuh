@@ -70,6 +70,8 @@ struct Runs {
 
 // The producer's copies, by one thread.
 template <class Shared> __device__ __forceinline__ void produce(const Shared &shared, const Sm90WeightParams &p) {
+    prefetch_map(p.g);
+    prefetch_map(p.x);
     Turn<Shared::STAGES> turn;
     for (Runs run(p); run.valid(); run.advance()) {
         const u32 row = run.tile / p.tile_columns * ROWS, column = run.tile % p.tile_columns * COLUMNS;
