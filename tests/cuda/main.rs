@@ -86,6 +86,7 @@ const DEVICE_TESTS: &[(&str, DeviceTest)] = &[
 const C_TESTS: &[(&str, fn())] = &[
     ("capi::noisy_linear", capi::noisy_linear),
     ("capi::lora_mul_linear", capi::lora_mul_linear),
+    ("capi::folding", capi::folding),
     ("capi::low_rank_linear", capi::low_rank_linear),
     ("capi::noise_and_epilogue", capi::noise_and_epilogue),
     ("capi::weights", capi::weights),
