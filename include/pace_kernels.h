@@ -15,7 +15,7 @@
 #include <stdint.h>
 
 // Grows with every change that an old caller could notice.
-#define PACE_ABI_VERSION 2
+#define PACE_ABI_VERSION 3
 
 // Binary32: CPU and CUDA.
 #define PACE_F32 0
@@ -44,8 +44,14 @@
 // `BTC`: one draw per (sample, token, channel).
 #define PACE_PER_TOKEN 1
 
-// Flag of a layer on CUDA: one GEMM with `W0 + z⊙ΔW` in place of two, where that pays. The CPU always does it.
-#define PACE_FOLD 1
+// Flag of a layer on CUDA, for both passes: GEMMs with `W0` and with `ΔW`, each as given, and never one with `W0 + z⊙ΔW`, made in
+// `float` and rounded once. Without the flag a layer takes one where that pays and a sample's tokens share `z`, under noise, and in
+// `PACE_F32` without noise as well. The CPU, which rounds nothing to 16 bits, always does.
+//
+// For LoRA mul in `PACE_BF16` whose rms(ΔW/W0) stays below about 1e-3 over a whole training (a learning rate of 1e-4 or less, and
+// few steps): rounded, it is attenuated in the forward pass of training. `PACE_F16` keeps three bits more; in `PACE_F32` nothing is
+// lost.
+#define PACE_EXACT 1
 
 // Flag of a layer on CUDA in `PACE_F32`: GEMMs of TF32 accuracy.
 #define PACE_ALLOW_TF32 2
@@ -123,7 +129,7 @@ typedef struct PaceNoisyLinear {
   uint64_t size;
   // Type of all tensors but `z` and the workspace.
   uint32_t dtype;
-  // `PACE_FOLD`, `PACE_ALLOW_TF32`.
+  // `PACE_EXACT`, `PACE_ALLOW_TF32`.
   uint32_t flags;
   // Sizes.
   struct PaceShape shape;
@@ -230,7 +236,7 @@ typedef struct PaceLoraMulLinear {
   uint64_t size;
   // Type of all tensors but `z` and the workspace.
   uint32_t dtype;
-  // `PACE_ALLOW_TF32`.
+  // `PACE_EXACT`, `PACE_ALLOW_TF32`.
   uint32_t flags;
   // Sizes.
   struct PaceShape shape;

@@ -9,7 +9,7 @@ import pace_torch
 import pytest
 import torch
 from conftest import close, error, golden, perturb, swin, vit
-from pace_torch import NoisyLinear, PaceError, SharedDropPath
+from pace_torch import NoisyLinear, PaceError, SharedDropPath, _library
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -393,6 +393,15 @@ def test_the_output_of_a_gelu_is_made_again_rather_than_kept(monkeypatch):
     with pytest.raises(RuntimeError, match="in place|inplace"):
         logits.sum().backward()
     assert type(pace_torch.merge(models[1]).blocks[1].mlp.act) is nn.GELU
+
+
+def test_injected_layers_are_exact_on_request(flags):
+    for exact in (False, True):
+        model = pace_torch.inject(vit(), rank=4, exact=exact).train()
+        model.pace.training_step(model, *batch()).total.backward()
+        # In both passes, and of the head, which has nothing to fold, never.
+        assert sorted(flags) == [0, 0] + [_library.EXACT if exact else 0] * (2 * len(noisy_layers(model)) - 2)
+        flags.clear()
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)

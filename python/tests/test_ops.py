@@ -7,7 +7,7 @@ import pace_torch
 import pytest
 import torch
 from conftest import close, error, golden
-from pace_torch import Noise, PaceError, ops
+from pace_torch import Noise, PaceError, _library, ops
 from torch.autograd import gradcheck
 
 ADAPTERS = {
@@ -170,6 +170,20 @@ def test_16_bits_lose_no_more_than_the_unfused_formulas(kind, dtype):
         assert got[name].dtype == dtype
         ours_off, unfused_off = error(got[name], exact[name]), error(unfused[name], exact[name])
         assert ours_off <= 2 * unfused_off, f"{name}: off by {ours_off:.2e}, unfused {unfused_off:.2e}"
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_both_passes_are_exact_or_neither(exact, flags):
+    x, w0, delta = random(4, 17, 24).requires_grad_(), random(20, 24), random(20, 24).requires_grad_()
+    lora = random(4, 24).requires_grad_(), random(20, 4).requires_grad_()
+    noise = Noise(pace_torch.keys(1, 2, 1), 0.7, branches=2)
+    layers = [
+        pace_torch.noisy_linear(x, w0, None, delta, None, noise, exact=exact),
+        pace_torch.lora_mul_linear(x, w0, None, *lora, None, noise, exact=exact),
+        pace_torch.LoraMulVptAdd(torch.nn.Linear(24, 20, dtype=torch.float64), 4, exact=exact)(x, noise),
+    ]
+    sum(y.sum() for y in layers).backward()
+    assert flags == [_library.EXACT if exact else 0] * 6
 
 
 def test_shared_input_is_the_doubled_one():
@@ -426,7 +440,7 @@ def test_norms():
 def test_operators_keep_what_pytorch_asks_of_them(op):
     """Schema, fake tensors and ahead-of-time tracing, forward and backward, agree with the operator."""
     w0, b0, noise = random(4, 5), random(4), (KEY, None, 0.8, False, 0, 2)
-    layer = (KEY, None, 0.8, False, 0, 2, False, 1.0)
+    layer = (KEY, None, 0.8, False, 0, 2, False, 1.0, True)
     lora, prompt = (leaf(2, 5), leaf(4, 2)), (leaf(5, 3), leaf(3, 1))
     arguments = {
         "noisy_linear": (leaf(4, 3, 5), w0, b0, leaf(4, 5), leaf(4), *layer),

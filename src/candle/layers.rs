@@ -106,6 +106,7 @@ pub struct PaceLinear {
     sigma: f32,
     noise_shape: NoiseShape,
     scale: f64,
+    exact: bool,
     base: FrozenLinear,
     parameters: Parameters,
 }
@@ -242,7 +243,7 @@ impl PaceLinear {
             Parameters::Head => None,
             _ => Some(self.base.clone()),
         };
-        let layer = Layer { shape, noise, base };
+        let layer = Layer { shape, noise, base, exact: self.exact };
         match &self.parameters {
             Parameters::LoraAdd { lora_b, lora_a, delta_bias } => {
                 low_rank_linear(layer, x, lora_b, lora_a, delta_bias, self.scale)
@@ -307,6 +308,7 @@ pub struct Injector<'a> {
     sigma_by_block: Vec<f64>,
     noise_shape: NoiseShape,
     scale: f64,
+    exact: bool,
     vars: VarBuilder<'a>,
     layers: u32,
 }
@@ -328,6 +330,7 @@ impl<'a> Injector<'a> {
             sigma_by_block: sigma_by_block.to_vec(),
             noise_shape: NoiseShape::PerSample,
             scale: 1.0,
+            exact: false,
             vars,
             layers: 0,
         }
@@ -342,6 +345,17 @@ impl<'a> Injector<'a> {
     /// The same with a factor on `B·A` (the α/r of common LoRA code) other than the 1 of the official code.
     pub fn with_scale(mut self, scale: f64) -> Self {
         self.scale = scale;
+        self
+    }
+
+    /// The same with GEMMs of `W0` and of ΔW, each as given, in both passes, if `exact`: for 16-bit types on CUDA.
+    ///
+    /// Otherwise a layer under noise may be one GEMM with `W0 + z⊙ΔW`, made in `f32` and rounded once. In `bf16` that attenuates,
+    /// in the forward pass of training, LoRA mul whose rms(ΔW/W0) stays below about 1e-3 over a whole training (a learning rate of
+    /// 1e-4 or less, and few steps): be exact then. `f16` keeps three bits more. Layers without noise, and evaluation, do not round
+    /// so.
+    pub fn with_exact(mut self, exact: bool) -> Self {
+        self.exact = exact;
         self
     }
 
@@ -463,6 +477,7 @@ impl<'a> Injector<'a> {
             sigma: sigma as f32,
             noise_shape: self.noise_shape,
             scale: self.scale,
+            exact: self.exact,
             base: FrozenLinear { weight: hold(linear.weight())?, bias: linear.bias().map(hold).transpose()? },
             parameters,
         })

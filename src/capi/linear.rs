@@ -3,7 +3,9 @@
 use super::call::*;
 use super::types::*;
 use super::{PaceDevice, PaceStatus, Result};
-use crate::cuda::{self, DType, Direction, Gpu, LowRankGrads, NoisyLinearGrads, Plan};
+use crate::cuda::{
+    self, Buffer, DType, Direction, Gpu, LowRankGrads, NoisyLinearGrads, Plan, Source, folds_by_default,
+};
 use crate::shape::nonzero;
 use crate::{LinearShape, Real, cpu};
 use std::ffi::c_void;
@@ -15,14 +17,14 @@ fn noisy_linear<M: Memory>(
     memory: &mut M,
     args: &PaceNoisyLinear,
 ) -> Result<cuda::NoisyLinear<M::Tensor, M::Noise>> {
-    check_flags(args.flags, PACE_FOLD | PACE_ALLOW_TF32)?;
+    check_flags(args.flags, PACE_EXACT | PACE_ALLOW_TF32)?;
     Ok(cuda::NoisyLinear {
         shape: linear_shape(&args.shape)?,
         noise: memory.noise(&args.noise)?,
         base: memory.base(args.base_weight, args.base_bias)?,
         delta_weight: memory.optional("delta_weight", args.delta_weight)?,
         delta_bias: memory.optional("delta_bias", args.delta_bias)?,
-        fold: args.flags & PACE_FOLD != 0,
+        fold: args.flags & PACE_EXACT == 0,
         allow_tf32: args.flags & PACE_ALLOW_TF32 != 0,
     })
 }
@@ -36,6 +38,12 @@ fn noisy_linear_grads<M: Memory>(
         delta_weight: memory.optional_output("grad_delta_weight", args.grad_delta_weight)?,
         delta_bias: memory.optional_output("grad_delta_bias", args.grad_delta_bias)?,
     })
+}
+
+/// The same layer on a device, where it folds only if that is the default.
+fn noisy_linear_on_device(args: &PaceNoisyLinear, dtype: DType) -> Result<cuda::NoisyLinear<Buffer, Source>> {
+    let layer = noisy_linear(&mut OnDevice, args)?;
+    Ok(cuda::NoisyLinear { fold: layer.fold && folds_by_default(dtype, &layer.noise), ..layer })
 }
 
 /// The same layer on the CPU, which chooses itself how to multiply.
@@ -54,7 +62,7 @@ impl Operator<PaceNoisyLinear> for Forward {
     }
 
     fn plan(args: &PaceNoisyLinear, gpu: &Gpu, dtype: DType) -> Result<Plan> {
-        let layer = noisy_linear(&mut OnDevice, args)?;
+        let layer = noisy_linear_on_device(args, dtype)?;
         let workspace = workspace_buffer(args.workspace, 4, layer.workspace_len(gpu, dtype))?;
         Ok(layer.forward(gpu, dtype, buffer(args.x), buffer(args.y), workspace)?)
     }
@@ -68,7 +76,7 @@ impl Operator<PaceNoisyLinear> for Backward {
     }
 
     fn plan(args: &PaceNoisyLinear, gpu: &Gpu, dtype: DType) -> Result<Plan> {
-        let layer = noisy_linear(&mut OnDevice, args)?;
+        let layer = noisy_linear_on_device(args, dtype)?;
         let grads = noisy_linear_grads(&mut OnDevice, args)?;
         let workspace = workspace_buffer(args.workspace, 4, layer.workspace_len(gpu, dtype))?;
         let (x, dy) = (optional_buffer(args.x), buffer(args.dy));
@@ -120,7 +128,7 @@ pub unsafe extern "C" fn pace_noisy_linear_workspace(
     // SAFETY: the caller's promise.
     unsafe {
         workspace(device, args, bytes, |args, gpu, dtype| {
-            let layer = noisy_linear(&mut OnDevice, args)?;
+            let layer = noisy_linear_on_device(args, dtype)?;
             layer.shape.check()?;
             Ok(layer.workspace_len(gpu, dtype).saturating_mul(4))
         })

@@ -3,7 +3,9 @@
 use super::call::*;
 use super::types::*;
 use super::{PaceDevice, PaceStatus, Result};
-use crate::cuda::{self, Base, DType, Gpu, Lora, LoraMulLinearGrads, Plan, Prompt};
+use crate::cuda::{
+    self, Base, Buffer, DType, Gpu, Lora, LoraMulLinearGrads, Plan, Prompt, Source, folds_by_default,
+};
 use crate::shape::nonzero;
 use crate::{Real, cpu};
 use std::ffi::c_void;
@@ -22,7 +24,7 @@ fn layer<M: Memory>(
     memory: &mut M,
     args: &PaceLoraMulLinear,
 ) -> Result<cuda::LoraMulLinear<M::Tensor, M::Noise>> {
-    check_flags(args.flags, PACE_ALLOW_TF32)?;
+    check_flags(args.flags, PACE_EXACT | PACE_ALLOW_TF32)?;
     // The ranks before the tensors that have them, which come last.
     let lora = match present(args.lora_a).or(present(args.lora_b)) {
         Some(_) => Some((rank("rank", args.rank)?, check_scale(args.scale)? as f32)),
@@ -57,6 +59,7 @@ fn layer<M: Memory>(
             None => None,
         },
         delta_bias: memory.optional("delta_bias", args.delta_bias)?,
+        fold: args.flags & PACE_EXACT == 0,
         allow_tf32: args.flags & PACE_ALLOW_TF32 != 0,
     })
 }
@@ -70,6 +73,12 @@ fn grads<M: Memory>(memory: &mut M, args: &PaceLoraMulLinear) -> Result<LoraMulL
         prompt_up: memory.optional_output("grad_prompt_up", args.grad_prompt_up)?,
         delta_bias: memory.optional_output("grad_delta_bias", args.grad_delta_bias)?,
     })
+}
+
+/// The same layer on a device, where it folds only if that is the default.
+fn layer_on_device(args: &PaceLoraMulLinear, dtype: DType) -> Result<cuda::LoraMulLinear<Buffer, Source>> {
+    let layer = layer(&mut OnDevice, args)?;
+    Ok(cuda::LoraMulLinear { fold: layer.fold && folds_by_default(dtype, &layer.noise), ..layer })
 }
 
 /// The same layer on the CPU, whose scale has the tensors' precision.
@@ -90,7 +99,7 @@ impl Operator<PaceLoraMulLinear> for Forward {
     }
 
     fn plan(args: &PaceLoraMulLinear, gpu: &Gpu, dtype: DType) -> Result<Plan> {
-        let layer = layer(&mut OnDevice, args)?;
+        let layer = layer_on_device(args, dtype)?;
         let workspace = workspace_buffer(args.workspace, 4, layer.workspace_len(gpu, dtype))?;
         Ok(layer.forward(gpu, dtype, buffer(args.x), buffer(args.y), workspace)?)
     }
@@ -104,7 +113,7 @@ impl Operator<PaceLoraMulLinear> for Backward {
     }
 
     fn plan(args: &PaceLoraMulLinear, gpu: &Gpu, dtype: DType) -> Result<Plan> {
-        let (layer, grads) = (layer(&mut OnDevice, args)?, grads(&mut OnDevice, args)?);
+        let (layer, grads) = (layer_on_device(args, dtype)?, grads(&mut OnDevice, args)?);
         let workspace = workspace_buffer(args.workspace, 4, layer.workspace_len(gpu, dtype))?;
         Ok(layer.backward(gpu, dtype, optional_buffer(args.x), buffer(args.dy), grads, workspace)?)
     }
@@ -152,7 +161,7 @@ pub unsafe extern "C" fn pace_lora_mul_linear_workspace(
     // SAFETY: the caller's promise.
     unsafe {
         workspace(device, args, bytes, |args, gpu, dtype| {
-            let layer = layer(&mut OnDevice, &PaceLoraMulLinear { scale: 1.0, ..*args })?;
+            let layer = layer_on_device(&PaceLoraMulLinear { scale: 1.0, ..*args }, dtype)?;
             layer.shape.check()?;
             Ok(layer.workspace_len(gpu, dtype).saturating_mul(4))
         })

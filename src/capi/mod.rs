@@ -75,7 +75,7 @@ pub const PACE_ERROR_DRIVER: PaceStatus = 20;
 pub const PACE_ERROR_INTERNAL: PaceStatus = 32;
 
 /// Grows with every change that an old caller could notice.
-pub const PACE_ABI_VERSION: u32 = 2;
+pub const PACE_ABI_VERSION: u32 = 3;
 
 /// Why a call did nothing.
 #[derive(Debug)]

@@ -112,7 +112,7 @@ pub use merge::{Merge, MergeSign};
 pub use noise_fill::NoiseFill;
 pub use noise_source::Source;
 pub use noisy_epilogue::NoisyEpilogue;
-pub use noisy_linear::NoisyLinear;
+pub use noisy_linear::{NoisyLinear, folds_by_default};
 pub use norms::{FpDistance, GradNorm};
 pub use plan::{Launch, Params, Plan, Step, TensorMap};
 pub use select::{Problem, select};

@@ -6,7 +6,7 @@ use crate::support::{Type, Z, check_results, rounded, shape, wide};
 use half::bf16;
 use pace_kernels::LinearShape;
 use pace_kernels::cpu;
-use pace_kernels::cuda::{self, Base, Buffer, Lora, LoraMulLinearGrads, Prompt, Source};
+use pace_kernels::cuda::{self, Base, Buffer, Family, Launch, Lora, LoraMulLinearGrads, Prompt, Source};
 use pace_kernels::noise::NoiseShape::{PerSample, PerToken};
 
 #[derive(Debug, Clone, Copy)]
@@ -16,6 +16,7 @@ struct Case {
     rank: Option<usize>,
     prompt_rank: Option<usize>,
     biases: bool,
+    fold: bool,
     shift: usize,
 }
 
@@ -28,8 +29,18 @@ fn cases() -> Vec<Case> {
             [(Some(3), Some(2)), (Some(5), None), (None, Some(1))].into_iter().enumerate()
         {
             let shape = [shape(2, 2, 3, 17, 9, false), shape(2, 1, 5, 16, 24, true)][(i + j) % 2];
-            cases.push(Case { shape, z, rank, prompt_rank, biases: (i + j) % 3 != 0, shift: j % 2 });
+            let (biases, fold) = ((i + j) % 3 != 0, false);
+            cases.push(Case { shape, z, rank, prompt_rank, biases, fold, shift: j % 2 });
         }
+    }
+    // Samples that fill tiles, and no noise.
+    for (shape, z) in [
+        (shape(2, 1, 90, 16, 24, false), Z::Generated(PerSample)),
+        (shape(1, 2, 197, 40, 16, false), Z::Given(PerSample)),
+        (shape(1, 3, 7, 17, 9, false), Z::Off),
+    ] {
+        let (rank, prompt_rank) = (Some(3), Some(2));
+        cases.push(Case { shape, z, rank, prompt_rank, biases: true, fold: true, shift: 0 });
     }
     cases
 }
@@ -85,6 +96,7 @@ impl<T: Type> Data<T> {
                 up: machine.input("Pu", &self.prompt_up),
             }),
             delta_bias: case.biases.then(|| machine.input("δb", &self.delta_bias)),
+            fold: case.fold,
             allow_tf32: false,
         }
     }
@@ -161,7 +173,12 @@ fn run<T: Type>(case: &Case, data: &Data<T>, machine: &mut Machine<'_>) -> Resul
     let (x, dy) = (machine.input("x", &data.x), machine.input("dy", &data.dy));
     let y = machine.output::<T>("y", data.dy.len());
     let workspace = machine.output::<f32>("workspace", layer.workspace_len(&gpu, T::DTYPE));
-    machine.launch(&layer.forward(&gpu, T::DTYPE, x, y, workspace).unwrap());
+    let forward = layer.forward(&gpu, T::DTYPE, x, y, workspace).unwrap();
+    if gpu.family == Some(Family::Sm80) {
+        let is_folded = |launch: &Launch| launch.kernel.name.contains("folded");
+        assert_eq!(forward.launches().any(is_folded), case.fold, "{case:?}");
+    }
+    machine.launch(&forward);
     let likes = [&data.x, &data.lora_a, &data.lora_b, &data.prompt_down, &data.prompt_up, &data.delta_bias];
     let mut grads = [None; 6];
     for (i, is_wanted) in wanted(case).into_iter().enumerate() {
@@ -243,7 +260,7 @@ fn one_by_one(case: &Case, data: &Data<bf16>, machine: &mut Machine<'_>) -> Resu
         base: Some(layer.base),
         delta_weight,
         delta_bias,
-        fold: false,
+        fold: case.fold,
         allow_tf32: false,
     };
     let (x, dy) = (machine.input("x", &data.x), machine.input("dy", &data.dy));

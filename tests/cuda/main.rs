@@ -20,7 +20,7 @@ mod weights;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use machine::Target;
 use pace_kernels::LinearShape;
-use pace_kernels::cuda::{Family, KERNELS};
+use pace_kernels::cuda::{Family, Gpu, KERNELS};
 use pace_kernels::noise::philox4x32_10;
 use std::collections::BTreeSet;
 
@@ -86,6 +86,7 @@ const DEVICE_TESTS: &[(&str, DeviceTest)] = &[
 const C_TESTS: &[(&str, fn())] = &[
     ("capi::noisy_linear", capi::noisy_linear),
     ("capi::lora_mul_linear", capi::lora_mul_linear),
+    ("capi::folding", capi::folding),
     ("capi::low_rank_linear", capi::low_rank_linear),
     ("capi::noise_and_epilogue", capi::noise_and_epilogue),
     ("capi::weights", capi::weights),
@@ -112,7 +113,7 @@ fn main() {
         simulated(name, Box::new(move || test(&Target { gpu: simulate::GPU, device: None })));
     }
     for (family, name, test) in layer_tests() {
-        let gpu = simulate::gpu(family);
+        let gpu = simulated_gpu(family);
         simulated(&name, Box::new(move || test(&Target { gpu, device: None })));
     }
     let mut on_device = |name: &str, test: Box<dyn FnOnce(&device::Opened) + Send>| {
@@ -134,6 +135,16 @@ fn main() {
         trials.push(Trial::ignorable_test(format!("device::{name}"), move || on_family(family, &name, test)));
     }
     libtest_mimic::run(&arguments, trials).exit();
+}
+
+/// What layer tests of a family are simulated for. Hopper with few multiprocessors: blocks stay for many tiles, and shall get more than
+/// one.
+fn simulated_gpu(family: Family) -> Gpu {
+    let gpu = match family {
+        Family::Sm90 => Gpu { multiprocessors: 4, ..Gpu::H100 },
+        _ => simulate::GPU,
+    };
+    gpu.with_family(family)
 }
 
 /// A layer test on device 0, where it has the family.

@@ -1,17 +1,11 @@
 //! Carries out plans in the simulator: launches by `pace_simt`, and GEMMs by a twin of the library.
 
 use half::{bf16, f16};
-use pace_kernels::cuda::{DType, Family, Gemm, Gpu, Matrix, Plan, Step};
+use pace_kernels::cuda::{DType, Gemm, Gpu, Matrix, Plan, Step};
 use pace_simt::{Fault, Launch, Memory, Schedule, TensorMap};
 
 /// What the simulator stands for: any device that has a library. Small workspaces keep it quick.
 pub const GPU: Gpu = Gpu::A100;
-
-/// A device for a family. Few multiprocessors, so that blocks which stay for many tiles get more than one.
-pub fn gpu(family: Family) -> Gpu {
-    let gpu = if family == Family::Sm90 { Gpu { multiprocessors: 4, ..Gpu::H100 } } else { GPU };
-    gpu.with_family(family)
-}
 
 /// Carries out a plan, and gives the threads that it launched.
 ///

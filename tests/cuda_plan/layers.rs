@@ -57,6 +57,7 @@ fn lora_mul_linear() -> LoraMulLinear<Buffer, Source> {
         lora: Some(Lora { rank: 5, lora_a: tensor(3, 5 * 7), lora_b: tensor(4, 24 * 5), scale: 1.0 }),
         prompt: Some(Prompt { rank: 3, down: tensor(5, 7 * 3), up: tensor(6, 3) }),
         delta_bias: Some(tensor(7, 24)),
+        fold: false,
         allow_tf32: false,
     }
 }

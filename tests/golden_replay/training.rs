@@ -106,6 +106,7 @@ impl Layer {
                 lora,
                 prompt,
                 delta_bias,
+                fold: true,
                 allow_tf32: false,
             })
         };

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 F32, F64, F16, BF16 = range(4)
 DTYPES = {torch.float32: F32, torch.float64: F64, torch.float16: F16, torch.bfloat16: BF16}
 NOISE_OFF, NOISE_GENERATED, NOISE_GIVEN = range(3)
 PER_SAMPLE, PER_TOKEN = range(2)
-ALLOW_TF32 = 2
+EXACT, ALLOW_TF32 = 1, 2
 CONSISTENCY_NONE, CONSISTENCY_TWO_BRANCH, CONSISTENCY_HISTORY = range(3)
 
 

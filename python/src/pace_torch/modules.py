@@ -71,13 +71,14 @@ class Adapter(_CallsItsLayers):
 class LoraMulVptAdd(Adapter):
     """`ΔW = W0 ⊙ (scale·B·A)`, `Δb = W0·(Pd·Pu) + b0⊙δb`: the paper's main adapter, `LoRAmul_VPTadd_Linear`.
 
-    Without a bias in the base layer `delta_b` exists but is neither used nor trained.
+    Without a bias in the base layer `delta_b` exists but is neither used nor trained. `scale` and `exact` are those of
+    `ops.lora_mul_linear`.
     """
 
-    def __init__(self, base_module: nn.Linear, rank: int, scale: float = 1.0):
+    def __init__(self, base_module: nn.Linear, rank: int, scale: float = 1.0, exact: bool = False):
         super().__init__(base_module)
         n, k = base_module.weight.shape
-        self.scale = scale
+        self.scale, self.exact = scale, exact
         self.delta_W_down = self._parameter(n, rank)
         self.delta_W_up = self._parameter(rank, k, init=nn.init.xavier_uniform_)
         self.delta_b = self._parameter(n).requires_grad_(base_module.bias is not None)
@@ -92,7 +93,9 @@ class LoraMulVptAdd(Adapter):
 
     def forward(self, x: Tensor, noise: Noise = NO_NOISE) -> Tensor:
         x, *tensors, prompt_down, prompt_up = _autocast(x, *self._tensors())
-        return ops.lora_mul_linear(x, *tensors, noise, prompt_down=prompt_down, prompt_up=prompt_up, scale=self.scale)
+        return ops.lora_mul_linear(
+            x, *tensors, noise, prompt_down=prompt_down, prompt_up=prompt_up, scale=self.scale, exact=self.exact
+        )
 
     def merged(self):
         weight, bias, lora_a, lora_b, delta_b, prompt_down, prompt_up = self._tensors()

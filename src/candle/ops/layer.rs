@@ -81,6 +81,9 @@ pub(in crate::candle) struct Layer {
     pub(in crate::candle) shape: LinearShape,
     pub(in crate::candle) noise: LayerNoise,
     pub(in crate::candle) base: Option<FrozenLinear>,
+    /// Whether weights are never added before they are rounded; the CPU does not round.
+    #[cfg_attr(not(feature = "candle-cuda"), expect(dead_code, reason = "devices only"))]
+    pub(in crate::candle) exact: bool,
 }
 
 impl Layer {
@@ -105,6 +108,12 @@ impl Layer {
             Some(base) => base.on_device(|base| body(noise, Some(base))),
             None => body(noise, None),
         })
+    }
+
+    /// Whether a device may fold ([`cuda::NoisyLinear::fold`]).
+    #[cfg(feature = "candle-cuda")]
+    pub(super) fn folds<T: device::Element>(&self, noise: &cuda::Noise<'_>) -> bool {
+        !self.exact && cuda::folds_by_default(T::DTYPE, noise)
     }
 
     /// The input's shape with the features, and if the branches part here the rows, replaced.

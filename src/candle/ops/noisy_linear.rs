@@ -52,8 +52,7 @@ impl DenseKernel {
             base,
             delta_weight: Some(delta_weight),
             delta_bias: Some(delta_bias),
-            // A folded weight is rounded to the tensors' type: in 16 bits it would lose an adapter that is small against W0.
-            fold: T::DTYPE == cuda::DType::F32,
+            fold: self.0.folds::<T>(&noise),
             allow_tf32: gemm_reduced_precision_f32(),
         }
     }

@@ -35,9 +35,14 @@ pub struct NoisyLinear<B, N> {
     pub delta_weight: Option<B>,
     /// `Δb [N]`; `None` is zero.
     pub delta_bias: Option<B>,
-    /// Whether the forward pass may take one GEMM with `W0 + z⊙ΔW` instead of two, where a sample's tokens share `z` and
-    /// fill the tiles (or the noise is off). The sum is rounded to the tensors' type: nothing is lost in `f32`; in the
-    /// 16-bit types an adapter that is small against `W0` keeps fewer bits.
+    /// Whether one GEMM with `W0 + z⊙ΔW` may do the work of two, where a sample's tokens share `z` and fill the tiles, or the
+    /// noise is off. [`Family::Sm80`] folds in the forward pass, [`Family::Sm90`] in the gradient to the input too,
+    /// [`Family::CublasLt`] never. Both passes take the same value; [`folds_by_default`] is what suits most.
+    ///
+    /// The sum is made in `f32` and rounded to nearest, once, to the type that is multiplied. That loses nothing in `f32`. In the
+    /// 16-bit types (and with `allow_tf32`, as in `f16`) an element of ΔW below about 2⁻⁹ (`bf16`) or 2⁻¹² (`f16`) of that of W0
+    /// vanishes from the sum, though not from the gradient to ΔW. See [`LoraMulLinear::fold`](super::LoraMulLinear::fold) for when
+    /// that matters.
     pub fold: bool,
     /// Whether `f32` is multiplied as TF32 (10 fraction bits) instead of to `f32` accuracy.
     pub allow_tf32: bool,
@@ -80,6 +85,25 @@ impl<B, Z, K> NoisyLinear<B, noise::Noise<Z, K>> {
             (self.passes(gpu, dtype, aligned, backward).workspace_len)(gpu, &self.shape, dtype)
         };
         EVERY_PASS.map(needed).into_iter().fold(0, usize::max)
+    }
+}
+
+/// Whether a layer had better fold ([`NoisyLinear::fold`]): what the bindings do unless they are told to be exact.
+///
+/// In training, yes: what rounding takes from small elements of ΔW it does not take from their gradients, and they grow on. Without
+/// noise, as in evaluation, nothing makes up for it, so that only `f32` folds then.
+///
+/// ```
+/// use pace_kernels::cuda::{DType, Source, folds_by_default};
+/// assert!(folds_by_default(DType::F32, &Source::Off));
+/// assert!(!folds_by_default(DType::BF16, &Source::Off));
+/// ```
+pub fn folds_by_default<Z, K>(dtype: DType, noise: &noise::Noise<Z, K>) -> bool {
+    match noise {
+        _ if dtype == DType::F32 => true,
+        noise::Noise::Off => false,
+        noise::Noise::Generated(generator) | noise::Noise::Keyed { generator, .. } => generator.sigma() > 0.0,
+        noise::Noise::Given { .. } => true,
     }
 }
 

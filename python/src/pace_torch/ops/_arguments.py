@@ -80,7 +80,7 @@ class _Prepared:
         arguments = function.struct(**function.fields(settings, *tensors))
         arguments.size, arguments.dtype = ctypes.sizeof(arguments), lib.DTYPES[self.dtype]
         if flags:
-            arguments.flags = flags
+            arguments.flags |= flags
         # (which of the tensors, word of the address, type to convert to or None)
         self.inputs = []
         for i, (name, tensor) in enumerate(zip(function.inputs, tensors)):

@@ -17,7 +17,9 @@ from .noise import Noise, noise_fields
 
 
 class LayerSettings(NamedTuple):
-    """What a layer is told besides its tensors: the fields of its noise, how its rows are arranged, the factor on `B·A`."""
+    """What a layer is told besides its tensors: the fields of its noise, how its rows are arranged, the factor on `B·A`, and
+    whether ΔW is never added to W0 before it is multiplied, as that of LoRA add never is. Both passes have the same.
+    """
 
     sigma: float
     per_token: bool
@@ -25,6 +27,7 @@ class LayerSettings(NamedTuple):
     branches: int
     shared_input: bool
     scale: float
+    exact: bool
 
 
 class BackwardSettings(NamedTuple):
@@ -35,8 +38,8 @@ class BackwardSettings(NamedTuple):
     layer: LayerSettings
 
 
-def settings_of(noise: Noise, shared_input: bool, scale: float = 1.0) -> LayerSettings:
-    return LayerSettings(noise.sigma, noise.per_token, noise.first_sample, noise.branches, shared_input, scale)
+def settings_of(noise: Noise, shared_input: bool, scale: float = 1.0, exact: bool = False) -> LayerSettings:
+    return LayerSettings(noise.sigma, noise.per_token, noise.first_sample, noise.branches, shared_input, scale, exact)
 
 
 # --------------------------------------------------------------------------------------------------- fields of C structs
@@ -70,6 +73,11 @@ def rows_fields(x: Tensor, settings) -> lib.PaceShape:
         in_features=1,
         out_features=x.shape[-1],
     )
+
+
+def layer_flags(settings: LayerSettings) -> int:
+    """The flags of a layer that may fold."""
+    return lib.EXACT if settings.exact else 0
 
 
 def y_shape(x: Tensor, out_features: int, settings: LayerSettings) -> list:

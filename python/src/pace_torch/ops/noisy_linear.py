@@ -7,7 +7,7 @@ from torch import Tensor
 from .. import _library as lib
 from .._library import PaceError
 from ._arguments import check_shape
-from ._layer import Layer, LayerSettings, settings_of
+from ._layer import Layer, LayerSettings, layer_flags, settings_of
 from .noise import NO_NOISE, Noise
 
 
@@ -20,6 +20,7 @@ def noisy_linear(
     noise: Noise = NO_NOISE,
     *,
     shared_input: bool = False,
+    exact: bool = False,
 ) -> Tensor:
     """`y = x·W0ᵀ + b0 + z ⊙ (x·ΔWᵀ + Δb)` (paper equation 8): `x [R, ..., K]` to `y [R, ..., N]`.
 
@@ -28,10 +29,14 @@ def noisy_linear(
     `shared_input` all branches read the same rows, `x [B, ..., K]`. In float32 on CUDA, GEMMs use TF32 where PyTorch's own
     may (`torch.backends.cuda.matmul`).
 
+    On CUDA, where a sample's tokens share z, both passes may take one matmul with `W0 + z⊙ΔW`, made in float32 and rounded once to
+    the tensors' type; `exact` is two, with W0 and with ΔW as they are. Without noise only float32 does so. `lora_mul_linear` says
+    when to be exact.
+
     Raises `PaceError` for shapes, types or devices that do not fit.
     """
     tensors = x, base_weight, base_bias, delta_weight, delta_bias, noise.key, noise.z
-    return _noisy_linear(tensors, settings_of(noise, shared_input))
+    return _noisy_linear(tensors, settings_of(noise, shared_input, exact=exact))
 
 
 # ------------------------------------------------------------------------------------------------------------- operator
@@ -48,7 +53,7 @@ def _out_features(tensors: dict) -> int:
 def _fields(settings: LayerSettings, tensors: dict, n: int, k: int) -> dict:
     check_shape("delta_weight", tensors["delta_weight"], n, k)
     check_shape("delta_bias", tensors.get("delta_bias"), n)
-    return {}
+    return {"flags": layer_flags(settings)}
 
 
 _noisy_linear = Layer(
