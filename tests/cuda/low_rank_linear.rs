@@ -2,7 +2,7 @@
 
 use crate::device::Opened;
 use crate::machine::{Machine, Target};
-use crate::support::{SOURCES, Type, Z, check_results, check_tf32, rounded, shape, wide};
+use crate::support::{SOURCES, TOKENS, Type, Z, check_results, check_tf32, rounded, shape, wide};
 use half::{bf16, f16};
 use pace_kernels::cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use pace_kernels::cuda::cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut};
@@ -264,6 +264,14 @@ pub fn tf32(target: &Target<'_>) {
         let data = Data::<f32>::new(case);
         let run = |machine: &mut Machine<'_>| run(case, &data, true, machine);
         check_tf32(target, case, NAMES, 4e-3, &exact(case, &data), run);
+    }
+}
+
+/// Samples of as many tokens as vision transformers have, and of odd ones.
+pub fn tokens(target: &Target<'_>) {
+    for tokens in TOKENS {
+        let (z, shape) = (Z::Generated(PerSample), shape(1, 2, tokens, 24, 16, false));
+        typed::<bf16>(&Case { shape, rank: 10, z, base: true, biases: true, scale: 0.5, shift: 0 }, target);
     }
 }
 

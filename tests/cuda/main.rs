@@ -36,6 +36,7 @@ const LAYER_TESTS: &[(&str, Test)] = &[
     ("low_rank_linear::f16", low_rank_linear::f16),
     ("low_rank_linear::bf16", low_rank_linear::bf16),
     ("low_rank_linear::batch_split", low_rank_linear::batch_split),
+    ("low_rank_linear::tokens", low_rank_linear::tokens),
     ("low_rank_linear::one_gradient", low_rank_linear::one_gradient),
     ("noisy_linear::f32", noisy_linear::f32),
     ("noisy_linear::tf32", noisy_linear::tf32),
@@ -43,6 +44,7 @@ const LAYER_TESTS: &[(&str, Test)] = &[
     ("noisy_linear::bf16", noisy_linear::bf16),
     ("noisy_linear::long_sums", noisy_linear::long_sums),
     ("noisy_linear::batch_split", noisy_linear::batch_split),
+    ("noisy_linear::tokens", noisy_linear::tokens),
 ];
 
 /// Tests of the other plans, which run in the simulator and on a device.

@@ -2,7 +2,7 @@
 
 use crate::device::Opened;
 use crate::machine::{Machine, Target};
-use crate::support::{SOURCES, Type, Z, check_results, check_tf32, rounded, shape, wide};
+use crate::support::{SOURCES, TOKENS, Type, Z, check_results, check_tf32, rounded, shape, wide};
 use half::{bf16, f16};
 use pace_kernels::cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use pace_kernels::cuda::cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut};
@@ -266,6 +266,16 @@ pub fn long_sums(target: &Target<'_>) {
             &Case { shape, z, base: true, delta: true, biases: true, fold: false, shift: 0 },
             target,
         );
+    }
+}
+
+/// Samples of as many tokens as vision transformers have, and of odd ones.
+pub fn tokens(target: &Target<'_>) {
+    for tokens in TOKENS {
+        let (z, shape) = (Z::Generated(PerSample), shape(1, 2, tokens, 24, 16, false));
+        for fold in [true, false] {
+            typed::<f16>(&Case { shape, z, base: true, delta: true, biases: true, fold, shift: 0 }, target);
+        }
     }
 }
 
