@@ -107,11 +107,13 @@ impl Case {
 
 /// The names of a plan's kernels, `GEMM` for those of the library.
 fn names(plan: &Plan) -> Vec<&str> {
-    let name = |step| match step {
-        &Step::Launch(ref launch) => launch.kernel.name,
-        _ => "GEMM",
-    };
-    plan.steps().iter().map(name).collect()
+    let steps = plan.steps().iter();
+    steps
+        .map(|step| match step {
+            Step::Launch(launch) => launch.kernel.name,
+            _ => "GEMM",
+        })
+        .collect()
 }
 
 fn is_sm90(plan: &Plan) -> bool {
