@@ -82,7 +82,8 @@ def inject(
     * `exact`: for 16-bit types on CUDA. Layers under noise per sample (`BC`) may otherwise multiply by `W0 + z⊙ΔW`, made in
       float32 and rounded once. In bfloat16, LoRAmul whose rms(ΔW/W0) stays below about 1e-3 over a whole training (a
       learning rate of 1e-4 or less, and few steps) is then attenuated in the forward pass of training; float16 keeps three
-      bits more. No effect on the other adapters, in float32, without noise and in evaluation.
+      bits more, and in float32 nothing is lost. The other adapters have no dense ΔW; without noise, as in evaluation,
+      16-bit weights are never added.
 
     Raises `PaceError` for an unknown name, a model without linear layers, or one that is injected already.
     """
