@@ -118,6 +118,9 @@ constexpr u32 SM90_FOLDED_STAGES = 4;
 /// Elements of a tile along the reduction.
 constexpr u32 SM90_FOLDED_DEPTH = 32;
 
+/// Blocks of a cluster.
+constexpr u32 SM90_FOLDED_CLUSTER = 2;
+
 /// Channels and features of a tile, and tokens of a stage.
 constexpr u32 SM90_WEIGHT_ROWS = 128;
 

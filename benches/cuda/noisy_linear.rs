@@ -1,5 +1,5 @@
-//! Dense noisy layer by each family: forward with two GEMMs, forward with both folded into one (of `sm80`), and backward with all
-//! gradients.
+//! Dense noisy layer by each family: forward with two GEMMs, forward with both folded into one (of `sm80` and `sm90`), and backward with
+//! all gradients (of `sm90` folded).
 
 use crate::gpu::{Gpu, Value};
 use crate::{Case, Fallible, Launch, common, layer};
@@ -15,14 +15,18 @@ pub fn cases(device: &Device) -> Vec<Case> {
     for layer in common::VIT_B.map(layer) {
         cases.extend(passes::<bf16>(device, layer));
     }
-    cases.extend(passes::<f32>(device, layer(common::VIT_B[0])));
+    if device.gpu().family != Some(Family::Sm90) {
+        cases.extend(passes::<f32>(device, layer(common::VIT_B[0])));
+    }
     cases
 }
 
 fn passes<T: Value>(device: &Device, shape: LinearShape) -> Vec<Case> {
-    let mut cases = vec![forward::<T>(device, shape, false), backward::<T>(device, shape)];
-    // The others have no other way to compute it.
-    if device.gpu().family == Some(Family::Sm80) {
+    let family = device.gpu().family;
+    // What a family cannot fold another one would compute.
+    let mut cases =
+        vec![forward::<T>(device, shape, false), backward::<T>(device, shape, family == Some(Family::Sm90))];
+    if matches!(family, Some(Family::Sm80 | Family::Sm90)) {
         cases.push(forward::<T>(device, shape, true));
     }
     cases
@@ -86,11 +90,11 @@ fn forward<T: Value>(device: &Device, shape: LinearShape, fold: bool) -> Case {
     }
 }
 
-fn backward<T: Value>(device: &Device, shape: LinearShape) -> Case {
+fn backward<T: Value>(device: &Device, shape: LinearShape, fold: bool) -> Case {
     let device = device.clone();
     let (m, k, n) = (shape.out_rows(), shape.in_features, shape.out_features);
     Case {
-        operator: "noisy_linear backward",
+        operator: if fold { "noisy_linear folded backward" } else { "noisy_linear backward" },
         family: crate::family(&device),
         dtype: T::NAME,
         shape: common::name(&shape),
@@ -105,10 +109,10 @@ fn backward<T: Value>(device: &Device, shape: LinearShape) -> Case {
             let (mut dx, mut dw, mut db) =
                 (gpu.zeros::<T>(m * k)?, gpu.zeros::<T>(n * k)?, gpu.zeros::<T>(n)?);
             // An allocation has one element at least.
-            let workspace_len = tensors.layer(shape, false).workspace_len(device.gpu(), T::DTYPE).max(1);
+            let workspace_len = tensors.layer(shape, fold).workspace_len(device.gpu(), T::DTYPE).max(1);
             let mut workspace = gpu.zeros::<f32>(workspace_len)?;
             let launch: Launch = Box::new(move |gpu: &Gpu| {
-                let layer = tensors.layer(shape, false);
+                let layer = tensors.layer(shape, fold);
                 let grads = NoisyLinearGrads {
                     input: Some(&mut dx as &mut dyn DevicePtrMut<T>),
                     delta_weight: Some(&mut dw),

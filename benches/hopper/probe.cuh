@@ -391,8 +391,8 @@ __host__ __device__ constexpr u32 swizzled(u32 span, u32 row, u32 byte) {
     return span == 128 ? row * 128 + (byte ^ ((row & 7) << 4)) : row * 64 + (byte ^ ((row >> 1 & 3) << 4));
 }
 
-// A map of a 16-bit tensor [dims[2], dims[1], dims[0]] without gaps.
-inline Map tensor_map(void *base, const u64 (&dims)[3], const u32 (&box)[3], u32 span) {
+// A map of a tensor [dims[2], dims[1], dims[0]] of bf16, or of f32, without gaps; `span`: of the swizzle, 0 without one.
+inline Map tensor_map(void *base, const u64 (&dims)[3], const u32 (&box)[3], u32 span, bool is_f32 = false) {
     using Encode = CUresult(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *, const cuuint64_t *,
                             const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
                             CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
@@ -406,13 +406,17 @@ inline Map tensor_map(void *base, const u64 (&dims)[3], const u32 (&box)[3], u32
         encode = reinterpret_cast<Encode *>(entry);
     }
     const cuuint64_t sizes[3] = {dims[0], dims[1], dims[2]};
-    const cuuint64_t strides[2] = {dims[0] * 2, dims[0] * dims[1] * 2};
+    const u64 bytes = is_f32 ? 4 : 2;
+    const cuuint64_t strides[2] = {dims[0] * bytes, dims[0] * dims[1] * bytes};
     const cuuint32_t boxes[3] = {box[0], box[1], box[2]};
     const cuuint32_t steps[3] = {1, 1, 1};
     CUtensorMap encoded{};
     const CUresult result =
-        encode(&encoded, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, base, sizes, strides, boxes, steps,
-               CU_TENSOR_MAP_INTERLEAVE_NONE, span == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+        encode(&encoded, is_f32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, base, sizes, strides,
+               boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+               span == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+               : span == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                            : CU_TENSOR_MAP_SWIZZLE_NONE,
                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result != CUDA_SUCCESS)
         fail_hard("cuTensorMapEncodeTiled: error %d for box %u x %u x %u", static_cast<int>(result), box[0], box[1], box[2]);

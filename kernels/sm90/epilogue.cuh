@@ -40,17 +40,13 @@ template <class Pipe> __device__ __forceinline__ void start(const Pipe &pipe, co
         handover.init();
         fence_barriers();
     }
-    if (Pipe::CLUSTER == 1) {
-        __syncthreads();
-    } else {
-        cluster_barrier();
-    }
+    meet<Pipe::CLUSTER>();
 }
 
 // Fills the table for the tile from `row` and `column` on; by the threads of a handover, this one its `filler`th.
 template <class T, u32 CHANNELS>
-__device__ __forceinline__ void fill_table(const NoiseTable<CHANNELS> &table, const Sm90LinearParams &p,
-                                           noise::Key key, u32 filler, u32 row, u32 column) {
+__device__ __forceinline__ void fill_table(const NoiseTable<CHANNELS> &table, const Sm90LinearParams &p, noise::Key key,
+                                           u32 filler, u32 row, u32 column) {
     constexpr u32 GROUPS = CHANNELS / 4;
     const u32 first = row / p.tokens, places = row < p.rows ? last_row(p, row) / p.tokens - first + 1 : 0u;
 #pragma unroll 1

@@ -39,6 +39,18 @@ __device__ __forceinline__ bool is_copying_warp() {
     return uniform(threadIdx.x / WARP) == CONSUMERS * WARPGROUP / WARP;
 }
 
+// The block's number in a cluster of so many.
+template <u32 CLUSTER> __device__ __forceinline__ u32 rank_in() { return CLUSTER == 1 ? 0u : cluster_rank(); }
+
+// A barrier of all threads of a cluster of so many blocks.
+template <u32 CLUSTER> __device__ __forceinline__ void meet() {
+    if (CLUSTER == 1) {
+        __syncthreads();
+    } else {
+        cluster_barrier();
+    }
+}
+
 // A bias, zero where there is none.
 template <class T> __device__ __forceinline__ float bias_of(const void *bias, u32 channel, u32 channels) {
     return bias != nullptr && channel < channels ? to_float(load(static_cast<const T *>(bias) + channel)) : 0.0f;
@@ -136,8 +148,8 @@ __device__ __forceinline__ void copy_stage(const Pipe &pipe, const Sm90LinearPar
     if (Pipe::TRANSPOSED) {
 #pragma unroll
         for (u32 panel = 0; panel < Pipe::CHANNELS / TILE_K; ++panel) {
-            copy_part<TILE_K, Pipe::CLUSTER>(weight + panel * Pipe::PANEL_BYTES, p.weight, full, column + panel * TILE_K,
-                                             k, rank);
+            copy_part<TILE_K, Pipe::CLUSTER>(weight + panel * Pipe::PANEL_BYTES, p.weight, full,
+                                             column + panel * TILE_K, k, rank);
         }
     } else {
         copy_part<Pipe::CHANNELS, Pipe::CLUSTER>(weight, p.weight, full, k, column, rank);
@@ -148,6 +160,9 @@ __device__ __forceinline__ void copy_stage(const Pipe &pipe, const Sm90LinearPar
 
 // Its copies for all tiles, by one thread. TRANSPOSED, the branches' gradients add up.
 template <class Pipe> __device__ __forceinline__ void produce(const Pipe &pipe, const Sm90LinearParams &p, u32 rank) {
+    prefetch_map(p.x);
+    prefetch_map(p.weight);
+    prefetch_map(p.y);
     const u32 k_tiles = (p.inner - 1) / TILE_K + 1;
     Turn<Pipe::STAGES> turn;
     for (Tiles<Pipe::CHANNELS, Pipe::CLUSTER> tile(p); tile.valid(); tile.advance()) {
@@ -193,7 +208,8 @@ __device__ __forceinline__ void accumulate(float (&acc)[Pipe::N / 2], const Pipe
 #pragma unroll
         for (u32 step = 0; step < ROW_BYTES / K_STEP_BYTES; ++step) {
             wgmma<T, Pipe::N, false, Pipe::TRANSPOSED>(acc, KMajor::at(x + step * K_STEP_BYTES),
-                                                       Pipe::B::at(weight + step * Pipe::B_STEP), (k_tile | step) != 0u);
+                                                       Pipe::B::at(weight + step * Pipe::B_STEP),
+                                                       (k_tile | step) != 0u);
         }
         wgmma_commit();
         wgmma_wait<1>();

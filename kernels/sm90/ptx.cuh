@@ -196,10 +196,11 @@ __device__ __forceinline__ void barrier_arrive_at(u32 barrier, u32 rank) {
 // Waits until the phase of this parity has completed: phases have parities 0, 1, 0, ..., and the one before the first counts as
 // completed with parity 1.
 __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
-    asm volatile("{ .reg .pred p; WAIT_%=: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @!p bra WAIT_%=; }" ::"r"(
-                     barrier),
-                 "r"(parity)
-                 : "memory");
+    asm volatile(
+        "{ .reg .pred p; WAIT_%=: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @!p bra WAIT_%=; }" ::"r"(
+            barrier),
+        "r"(parity)
+        : "memory");
 }
 
 // ---- the async proxy: TMA and wgmma's reads
@@ -210,18 +211,20 @@ __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.
 // Starts the copy of a box, whose lowest corner has these coordinates, to `to`, and makes the barrier count its bytes: all of the
 // box, although what lies outside the tensor is not read and becomes zero. By one thread.
 __device__ __forceinline__ void copy_box(u32 to, const TensorMap &map, u32 barrier, int x, int y, int z) {
-    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
-                 "[%2];" ::"r"(to),
-                 "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z)
-                 : "memory");
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
+        "[%2];" ::"r"(to),
+        "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z)
+        : "memory");
 }
 
 // The same to `to` of each block of the cluster whose bit in `ranks` is set, and to its barrier in the same place.
 __device__ __forceinline__ void copy_box_to(u32 ranks, u32 to, const TensorMap &map, u32 barrier, int x, int y, int z) {
-    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-                 "[%1, {%3, %4, %5}], [%2], %6;" ::"r"(to),
-                 "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z), "h"(static_cast<unsigned short>(ranks))
-                 : "memory");
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+        "[%1, {%3, %4, %5}], [%2], %6;" ::"r"(to),
+        "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z), "h"(static_cast<unsigned short>(ranks))
+        : "memory");
 }
 
 // Starts the copy of a box from `from`; what lies outside the tensor is not written. By one thread.

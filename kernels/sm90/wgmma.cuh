@@ -84,15 +84,15 @@
         static __device__ __forceinline__ void ss(float (&d)[COUNT], u64 a, u64 b, u32 accumulate) {                   \
             asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #I2 ", 0; wgmma.mma_async.sync.aligned.m64n" #N            \
                          "k16.f32." TYPE "." TYPE " {" PACE_ACC_TEXT_##COUNT "}, %" #COUNT ", %" #I1                   \
-                         ", p, 1, 1, %" #I3 ", %" #I4 "; }"                                                            \
+                                                                             ", p, 1, 1, %" #I3 ", %" #I4 "; }"        \
                          : PACE_ACC_##COUNT(d)                                                                         \
                          : "l"(a), "l"(b), "r"(accumulate), "n"(TRANS_A), "n"(TRANS_B));                               \
         }                                                                                                              \
         template <u32 TRANS_B>                                                                                         \
         static __device__ __forceinline__ void rs(float (&d)[COUNT], const u32 (&a)[4], u64 b, u32 accumulate) {       \
             asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #I5 ", 0; wgmma.mma_async.sync.aligned.m64n" #N            \
-                         "k16.f32." TYPE "." TYPE " {" PACE_ACC_TEXT_##COUNT "}, {%" #COUNT ", %" #I1 ", %" #I2        \
-                         ", %" #I3 "}, %" #I4 ", p, 1, 1, %" #I6 "; }"                                                 \
+                         "k16.f32." TYPE "." TYPE " {" PACE_ACC_TEXT_##COUNT                                           \
+                         "}, {%" #COUNT ", %" #I1 ", %" #I2 ", %" #I3 "}, %" #I4 ", p, 1, 1, %" #I6 "; }"              \
                          : PACE_ACC_##COUNT(d)                                                                         \
                          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(TRANS_B));         \
         }                                                                                                              \

@@ -269,13 +269,18 @@ pub fn tf32(target: &Target<'_>) {
 
 /// Each gradient alone is the one that all together have.
 pub fn one_gradient(target: &Target<'_>) {
+    one_gradient_in::<f32>(target);
+    one_gradient_in::<f16>(target);
+}
+
+fn one_gradient_in<T: Type>(target: &Target<'_>) {
     let case = |rank| Case {
         shape: LinearShape {
             branches: 2,
             batch: 2,
             tokens: 20,
-            in_features: 12,
-            out_features: 20,
+            in_features: 16,
+            out_features: 24,
             shared_input: true,
         },
         rank,
@@ -286,23 +291,22 @@ pub fn one_gradient(target: &Target<'_>) {
         shift: 0,
     };
     for case in [case(5), case(40)] {
-        let data = Data::<f32>::new(&case);
+        let data = Data::<T>::new(&case);
         target.run(0, |machine| {
             let all = run(&case, &data, false, machine);
             let layer = data.layer(&case, machine, false);
             let (x, dy) = (machine.input("x", &data.x), machine.input("dy", &data.dy));
             let s = machine.input("s", &all[0]);
             for (i, want) in all.iter().enumerate().skip(2) {
-                let grad = machine.output::<f32>(NAMES[i], want.len());
+                let grad = machine.output::<T>(NAMES[i], want.len());
                 let one = |j| (i == j).then_some(grad);
                 let (input, lora_b, lora_a, delta_bias) = (one(2), one(3), one(4), one(5));
                 let grads = cuda::LowRankGrads { input, lora_b, lora_a, delta_bias };
                 let workspace =
-                    machine.output::<f32>("workspace", layer.workspace_len(&machine.gpu, cuda::DType::F32));
-                let plan =
-                    layer.backward(&machine.gpu, cuda::DType::F32, x, s, dy, grads, workspace).unwrap();
+                    machine.output::<f32>("workspace", layer.workspace_len(&machine.gpu, T::DTYPE));
+                let plan = layer.backward(&machine.gpu, T::DTYPE, x, s, dy, grads, workspace).unwrap();
                 machine.launch(&plan);
-                assert!(machine.read::<f32>(grad) == *want, "{} of rank {}", NAMES[i], case.rank);
+                assert!(machine.read::<T>(grad) == *want, "{} of rank {}", NAMES[i], case.rank);
             }
         });
     }

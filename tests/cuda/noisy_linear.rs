@@ -277,14 +277,14 @@ pub fn batch_split(target: &Target<'_>) {
         out_features: 40,
         shared_input: false,
     };
-    for noise in [PerSample, PerToken] {
+    for (noise, fold) in [(PerSample, false), (PerToken, false), (PerSample, true)] {
         let case = |batch| Case {
             shape: shape(batch),
             z: Z::Generated(noise),
             base: true,
             delta: true,
             biases: true,
-            fold: false,
+            fold,
             shift: 0,
         };
         let all = Data::<bf16>::new(&shape(5));

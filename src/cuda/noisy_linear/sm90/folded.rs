@@ -19,7 +19,7 @@ pub const SM90_FOLDED_STAGES: usize = 4;
 /// Elements of a tile along the reduction.
 pub const SM90_FOLDED_DEPTH: usize = 32;
 /// Blocks of a cluster.
-const FOLDED_CLUSTER: usize = 2;
+pub const SM90_FOLDED_CLUSTER: usize = 2;
 
 /// How the tokens of a sample are cut: the kernels for it.
 pub(super) struct Units {
@@ -116,7 +116,7 @@ impl Folded {
         let (from, to) = if is_input { (samples, in_samples) } else { (in_samples, samples) };
         let parts = units.parts(shape.tokens);
         let tile_rows = (to * parts).div_ceil(units.count);
-        let tile_columns = self.rows.div_ceil(SM90_FOLDED_ROWS * FOLDED_CLUSTER);
+        let tile_columns = self.rows.div_ceil(SM90_FOLDED_ROWS * SM90_FOLDED_CLUSTER);
         let [tiles, ..] = blocks("y", &[tile_rows, tile_columns])?;
         let [base_bias, delta_bias] = self.biases;
         let params = Sm90FoldedParams {
@@ -153,9 +153,9 @@ impl Folded {
         ];
         let kernels = if is_input { units.input } else { units.forward };
         let kernel = kernels.choose(dtype).ok_or(REFUSED)?;
-        let clusters = (pass.gpu.multiprocessors / FOLDED_CLUSTER as u32).clamp(1, tiles);
-        let grid = [clusters * FOLDED_CLUSTER as u32, 1, 1];
+        let clusters = (pass.gpu.multiprocessors / SM90_FOLDED_CLUSTER as u32).clamp(1, tiles);
+        let grid = [clusters * SM90_FOLDED_CLUSTER as u32, 1, 1];
         let launch = Launch::new(kernel, grid, [SM90_THREADS, 1, 1], units.shared_bytes(), &params);
-        Ok(launch.in_clusters(FOLDED_CLUSTER).with_maps(&maps))
+        Ok(launch.in_clusters(SM90_FOLDED_CLUSTER).with_maps(&maps))
     }
 }

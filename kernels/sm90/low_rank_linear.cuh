@@ -1,0 +1,275 @@
+// The kernels of low_rank_linear.cu, which says what they compute and how, as templates.
+
+#ifndef PACE_SM90_LOW_RANK_LINEAR_CUH
+#define PACE_SM90_LOW_RANK_LINEAR_CUH
+
+#include "epilogue.cuh"
+
+namespace pace {
+
+namespace sm90::low_rank {
+
+constexpr u32 CHANNELS = SM90_LOW_RANK_CHANNELS;
+
+// How a kernel is built: stages, blocks of a cluster, and a consumer's buffers for outputs.
+template <u32 STAGES_, u32 CLUSTER_, u32 STAGING_> struct Shape {
+    static constexpr u32 STAGES = STAGES_, CLUSTER = CLUSTER_, STAGING = STAGING_;
+};
+
+// Shared memory: stages, staging, what the producer prepares, barriers. Forward, that is the noise table and B; for the gradient
+// to the INPUT, A.
+template <u32 RANK_, bool INPUT_, class Shape> struct Layout {
+    static constexpr u32 RANK = RANK_;
+    static constexpr bool INPUT = INPUT_;
+    using Pipe = Pipeline<CHANNELS, INPUT ? 0 : RANK, Shape::STAGES, Shape::CLUSTER, INPUT>;
+    static constexpr u32 STAGING = Shape::STAGING;
+    // Rows of B and A are padded by 16 bytes: eight of them are in different banks.
+    static constexpr u32 FACTOR_ROWS = INPUT ? RANK : CHANNELS, FACTOR_COLUMNS = INPUT ? CHANNELS : RANK;
+    static constexpr u32 FACTOR_ROW_BYTES = 2 * FACTOR_COLUMNS + 16;
+    static constexpr u32 STAGING_AT = Pipe::BYTES;
+    static constexpr u32 TABLE_AT = STAGING_AT + CONSUMERS * STAGING * CONSUMER_ROWS * CHUNK * 2;
+    static constexpr u32 FACTOR_AT = TABLE_AT + (INPUT ? 0 : NoiseTable<CHANNELS>::BYTES);
+    static constexpr u32 BARRIERS_AT = FACTOR_AT + FACTOR_ROWS * FACTOR_ROW_BYTES;
+    static constexpr u32 BYTES = BARRIERS_AT + Pipe::BARRIER_BYTES + Handover::BYTES;
+    static_assert(BARRIERS_AT % 8 == 0 && BYTES <= 227 * 1024, "what a block of sm_90 may have");
+
+    Pipe pipe;
+    Handover handover;
+    NoiseTable<CHANNELS> table;
+    u32 factor;
+
+    __device__ __forceinline__ explicit Layout(u32 base)
+        : pipe{base, base + BARRIERS_AT}, handover{pipe.barriers + Pipe::BARRIER_BYTES,
+                                                   pipe.barriers + Pipe::BARRIER_BYTES + 8},
+          table{base + TABLE_AT}, factor(base + FACTOR_AT) {}
+};
+
+// Writes the tile's part of a factor to shared memory, zeros behind it: rows from `row` on of [rows, columns], columns from
+// `column` on.
+template <class T, class Shared>
+__device__ __forceinline__ void fill_factor(u32 to, const void *factor, u32 filler, u32 row, u32 rows, u32 column,
+                                            u32 columns) {
+#pragma unroll 4
+    for (u32 index = filler; index < Shared::FACTOR_ROWS * Shared::FACTOR_COLUMNS; index += Handover::THREADS) {
+        const u32 r = index / Shared::FACTOR_COLUMNS, c = index % Shared::FACTOR_COLUMNS;
+        const bool exists = row + r < rows && column + c < columns;
+        const T *from = static_cast<const T *>(factor) + static_cast<u64>(row + r) * columns + column + c;
+        store_shared_element(to + r * Shared::FACTOR_ROW_BYTES + 2 * c, exists ? load(from) : from_float<T>(0.0f));
+    }
+}
+
+// Low-rank activations of this thread's rows, as A fragments.
+template <u32 RANK> using Fragments = u32[RANK / 16][4];
+
+// s, from the accumulators behind those of the base; `to_caller`, to memory as well.
+template <class T, u32 RANK>
+__device__ __forceinline__ void take_s(Fragments<RANK> &fragments, const float (&acc)[(CHANNELS + RANK) / 2],
+                                       const Sm90LinearParams &p, const OwnRows &own, bool to_caller) {
+#pragma unroll
+    for (u32 j = 0; j < RANK / 8; ++j) {
+#pragma unroll
+        for (u32 half = 0; half < 2; ++half) {
+            const float *values = acc + CHANNELS / 2 + 4 * j + 2 * half;
+            const T pair[2] = {from_float<T>(p.scale * values[0]), from_float<T>(p.scale * values[1])};
+            fragments[j / 2][2 * (j % 2) + half] = pack<T>(to_float(pair[0]), to_float(pair[1]));
+            if (to_caller && own.row(half) < p.rows) {
+                const u32 column = 8 * j + own.channel();
+                T *out = static_cast<T *>(p.s) + static_cast<u64>(own.row(half)) * p.rank + column;
+#pragma unroll
+                for (u32 i = 0; i < 2; ++i) {
+                    if (column + i < p.rank) {
+                        store(out + i, pair[i]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+// ds of branch `copy`, from memory.
+template <class T, u32 RANK>
+__device__ __forceinline__ void load_ds(Fragments<RANK> &fragments, const Sm90LinearParams &p, const OwnRows &own,
+                                        u32 copy) {
+#pragma unroll
+    for (u32 j = 0; j < RANK / 8; ++j) {
+#pragma unroll
+        for (u32 half = 0; half < 2; ++half) {
+            const u32 row = own.row(half), column = 8 * j + own.channel();
+            const T *from = static_cast<const T *>(p.s) + (static_cast<u64>(copy) * p.rows + row) * p.rank + column;
+            float pair[2];
+#pragma unroll
+            for (u32 i = 0; i < 2; ++i) {
+                pair[i] = row < p.rows && column + i < p.rank ? to_float(load(from + i)) : 0.0f;
+            }
+            fragments[j / 2][2 * (j % 2) + half] = pack<T>(pair[0], pair[1]);
+        }
+    }
+}
+
+// adapter [8 channels][accumulators] += a @ the factor's 16 channels from `channel` on.
+template <class T, class Shared>
+__device__ __forceinline__ void multiply_rank(float (&adapter)[2][4], const Fragments<Shared::RANK> &a, u32 factor,
+                                              u32 lane, u32 channel) {
+    constexpr u32 ROW = Shared::FACTOR_ROW_BYTES;
+#pragma unroll
+    for (u32 step = 0; step < Shared::RANK / 16; ++step) {
+        // Matrices: the halves of the rank's step of 8 channels, then of the next 8.
+        u32 b[4];
+        if (Shared::INPUT) {
+            ldmatrix<true>(b, factor + (16 * step + lane % 16) * ROW + 2 * channel + lane / 16 * 16);
+        } else {
+            ldmatrix<false>(b, factor + (channel + lane / 16 * 8 + lane % 8) * ROW + 32 * step + lane / 8 % 2 * 16);
+        }
+        mma<T>(adapter[0], a[step], b[0], b[1]);
+        mma<T>(adapter[1], a[step], b[2], b[3]);
+    }
+}
+
+// A consumer's part of one tile of y, for branch `copy`.
+template <class T, class Shared>
+__device__ __forceinline__ void store_y(const float (&acc)[Shared::Pipe::N / 2], const Fragments<Shared::RANK> &s,
+                                        const Shared &shared, const Sm90LinearParams &p, u32 turn, u32 consumer,
+                                        const OwnRows &own, const u32 (&places)[2], u32 column, u32 copy) {
+    const auto &table = shared.table;
+    const u32 z[2] = {table.z(copy, places[0]) + 4 * own.channel(), table.z(copy, places[1]) + 4 * own.channel()};
+#pragma unroll
+    for (u32 chunk = 0; chunk < CHANNELS / CHUNK; ++chunk) {
+        float adapter[2][4];
+        store_chunk<T, Shared::STAGING>(
+            p, shared.pipe.base + Shared::STAGING_AT, turn + chunk, consumer, own, column + chunk * CHUNK, copy,
+            [&](u32 j, u32 half) {
+                const u32 channel = chunk * CHUNK + 8 * j;
+                if (j % 2 == 0 && half == 0) {
+#pragma unroll
+                    for (u32 i = 0; i < 4; ++i) {
+                        adapter[0][i] = adapter[1][i] = 0.0f;
+                    }
+                    multiply_rank<T, Shared>(adapter, s, shared.factor, own.lane, channel);
+                }
+                const u32 at = z[half] + 4 * channel;
+                const Pair factor = load_shared_pair(at), bias = load_shared_pair(at + table.bias_offset());
+                const float *base = acc + channel / 2 + 2 * half;
+                Pair y;
+#pragma unroll
+                for (u32 i = 0; i < 2; ++i) {
+                    y.value[i] = fmaf(factor.value[i], adapter[j % 2][2 * half + i], base[i] + bias.value[i]);
+                }
+                return y;
+            });
+    }
+}
+
+// A consumer's part of one tile of grad_x.
+template <class T, class Shared>
+__device__ __forceinline__ void store_grad_x(const float (&acc)[CHANNELS / 2], const Shared &shared,
+                                             const Sm90LinearParams &p, u32 turn, u32 consumer, const OwnRows &own,
+                                             u32 column) {
+    Fragments<Shared::RANK> ds[COPIES];
+    load_ds<T, Shared::RANK>(ds[0], p, own, 0);
+    if (p.copies > 1u) {
+        load_ds<T, Shared::RANK>(ds[1], p, own, 1);
+    }
+#pragma unroll
+    for (u32 chunk = 0; chunk < CHANNELS / CHUNK; ++chunk) {
+        float sum[2][4];
+        store_chunk<T, Shared::STAGING>(p, shared.pipe.base + Shared::STAGING_AT, turn + chunk, consumer, own,
+                                        column + chunk * CHUNK, 0, [&](u32 j, u32 half) {
+                                            const u32 channel = chunk * CHUNK + 8 * j;
+                                            if (j % 2 == 0 && half == 0) {
+#pragma unroll
+                                                for (u32 i = 0; i < 8; ++i) {
+                                                    sum[i / 4][i % 4] = acc[channel / 2 + i];
+                                                }
+                                                multiply_rank<T, Shared>(sum, ds[0], shared.factor, own.lane, channel);
+                                                if (p.copies > 1u) {
+                                                    multiply_rank<T, Shared>(sum, ds[1], shared.factor, own.lane,
+                                                                             channel);
+                                                }
+                                            }
+                                            return Pair{{sum[j % 2][2 * half], sum[j % 2][2 * half + 1]}};
+                                        });
+    }
+}
+
+// A consumer's part of all tiles.
+template <class T, class Shared>
+__device__ __forceinline__ void consume(const Shared &shared, const Sm90LinearParams &p, u32 consumer, u32 rank) {
+    using Pipe = typename Shared::Pipe;
+    const u32 k_tiles = ((p.inner - 1) / TILE_K + 1) * (Shared::INPUT ? p.copies : 1u);
+    Turn<Pipe::STAGES> turn;
+    u32 parity = 0, stores = 0;
+    for (Tiles<CHANNELS, Pipe::CLUSTER> tile(p); tile.valid(); tile.advance()) {
+        float acc[Pipe::N / 2];
+        accumulate<T>(acc, shared.pipe, turn, consumer, k_tiles);
+
+        const u32 row = tile.row(rank), column = tile.column();
+        const OwnRows own(consumer, row);
+        barrier_wait(shared.handover.full, parity);
+        parity ^= 1u;
+        if constexpr (Shared::INPUT) {
+            store_grad_x<T>(acc, shared, p, stores, consumer, own, column);
+            stores += CHANNELS / CHUNK;
+        } else {
+            Fragments<Shared::RANK> s;
+            take_s<T, Shared::RANK>(s, acc, p, own, column == 0);
+            u32 places[2];
+            own.places(places, p, row);
+#pragma unroll 1
+            for (u32 copy = 0; copy < p.copies; ++copy) {
+                store_y<T>(acc, s, shared, p, stores, consumer, own, places, column, copy);
+                stores += CHANNELS / CHUNK;
+            }
+        }
+        // All threads of the consumer have read what was handed over before its last store.
+        if (threadIdx.x % WARPGROUP == 0) {
+            barrier_arrive(shared.handover.empty);
+        }
+    }
+    if (threadIdx.x % WARPGROUP == 0) {
+        wait_for_stores();
+    }
+}
+
+// The producer's other warps: noise, biases and the factor for each tile.
+template <class T, class Shared>
+__device__ __forceinline__ void prepare(const Shared &shared, const Sm90LinearParams &p, u32 rank) {
+    const noise::Key key = key_of(p.noise);
+    const u32 filler = threadIdx.x % WARPGROUP - WARP;
+    u32 parity = 1;
+    for (Tiles<CHANNELS, Shared::Pipe::CLUSTER> tile(p); tile.valid(); tile.advance()) {
+        barrier_wait(shared.handover.empty, parity);
+        parity ^= 1u;
+        if (Shared::INPUT) {
+            fill_factor<T, Shared>(shared.factor, p.factor, filler, 0, p.rank, tile.column(), p.channels);
+        } else {
+            fill_factor<T, Shared>(shared.factor, p.factor, filler, tile.column(), p.channels, 0, p.rank);
+            fill_table<T>(shared.table, p, key, filler, tile.row(rank), tile.column());
+        }
+        barrier_arrive(shared.handover.full);
+    }
+}
+
+template <class T, class Shared> __device__ __forceinline__ void linear(const Sm90LinearParams &p) {
+    const Shared shared(shared_base());
+    const u32 rank = rank_in<Shared::Pipe::CLUSTER>();
+    start(shared.pipe, shared.handover);
+    const u32 warpgroup = uniform(threadIdx.x / WARPGROUP);
+    if (warpgroup == CONSUMERS) {
+        shrink_registers<PRODUCER_REGISTERS>();
+        if (is_copying_warp()) {
+            if (elect()) {
+                produce(shared.pipe, p, rank);
+            }
+        } else {
+            prepare<T>(shared, p, rank);
+        }
+    } else {
+        grow_registers<CONSUMER_REGISTERS>();
+        consume<T>(shared, p, warpgroup, rank);
+    }
+}
+
+} // namespace sm90::low_rank
+} // namespace pace
+
+#endif // PACE_SM90_LOW_RANK_LINEAR_CUH

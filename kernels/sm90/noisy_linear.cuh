@@ -1,0 +1,170 @@
+// The kernels of noisy_linear.cu, which says what they compute and how, as templates.
+
+#ifndef PACE_SM90_NOISY_LINEAR_CUH
+#define PACE_SM90_NOISY_LINEAR_CUH
+
+#include "epilogue.cuh"
+
+namespace pace {
+
+namespace sm90::exact {
+
+constexpr u32 CHANNELS = SM90_EXACT_CHANNELS;
+using Table = NoiseTable<CHANNELS>;
+
+// Shared memory: stages, staging, the noise table, barriers. How a kernel is built: stages, blocks of a cluster, and a consumer's
+// buffers for outputs.
+template <u32 STAGES, u32 CLUSTER, u32 STAGING_> struct Layout {
+    using Pipe = Pipeline<CHANNELS, CHANNELS, STAGES, CLUSTER>;
+    static constexpr u32 STAGING = STAGING_;
+    static constexpr u32 STAGING_AT = Pipe::BYTES;
+    static constexpr u32 TABLE_AT = STAGING_AT + CONSUMERS * STAGING * CONSUMER_ROWS * CHUNK * 2;
+    static constexpr u32 BARRIERS_AT = TABLE_AT + Table::BYTES;
+    static constexpr u32 BYTES = BARRIERS_AT + Pipe::BARRIER_BYTES + Handover::BYTES;
+    static_assert(BYTES <= 227 * 1024, "what a block of sm_90 may have");
+
+    Pipe pipe;
+    Handover handover;
+    Table table;
+
+    __device__ __forceinline__ explicit Layout(u32 base)
+        : pipe{base, base + BARRIERS_AT}, handover{pipe.barriers + Pipe::BARRIER_BYTES,
+                                                   pipe.barriers + Pipe::BARRIER_BYTES + 8},
+          table{base + TABLE_AT} {}
+};
+
+// z of a thread's pairs of channels, made by the thread and its neighbour: of the four channels that they share, lane 2 q makes z
+// of row g and lane 2 q + 1 that of row g + 8, and they exchange what the other needs.
+struct OwnNoise {
+    noise::Key key;
+    u32 z_rows[2]; // row of z of this thread's rows
+    u32 tokens;
+    __device__ __forceinline__ OwnNoise(const Sm90LinearParams &p, const OwnRows &own, u32 copy)
+        : key(key_of(p.noise)), tokens(p.tokens) {
+        const u32 each = is_per_token(p.noise) ? 1u : p.tokens;
+#pragma unroll
+        for (u32 half = 0; half < 2; ++half) {
+            z_rows[half] = copy * (p.rows / each) + min(own.row(half), p.rows - 1) / each;
+        }
+    }
+    // Of channels `channel` and the next, rows g and g + 8. Must be called by all lanes of the warp.
+    __device__ __forceinline__ void make(Pair (&z)[2], const Sm90LinearParams &p, u32 lane, u32 channel) const {
+        const bool odd = lane % 2 != 0;
+        const noise::Four mine =
+            z_of_row(p.noise, key, odd ? z_rows[1] : z_rows[0], tokens, channel / 4, p.channels, p.noise.aligned != 0u);
+#pragma unroll
+        for (u32 i = 0; i < 2; ++i) {
+            const float theirs = __shfl_xor_sync(0xffffffffu, odd ? mine.value[i] : mine.value[2 + i], 1);
+            z[0].value[i] = odd ? theirs : mine.value[i];
+            z[1].value[i] = odd ? mine.value[2 + i] : theirs;
+        }
+    }
+};
+
+// A consumer's part of one tile's output.
+template <class T, bool BY_TABLE, class Shared>
+__device__ __forceinline__ void store_tile(const float (&acc)[CHANNELS], const Shared &shared,
+                                           const Sm90LinearParams &p, u32 turn, u32 consumer, const OwnRows &own,
+                                           const u32 (&places)[2], u32 column, u32 copy) {
+    const Table &table = shared.table;
+    const OwnNoise noise(p, own, copy);
+#pragma unroll
+    for (u32 chunk = 0; chunk < CHANNELS / CHUNK; ++chunk) {
+        Pair z[2];
+        store_chunk<T, Shared::STAGING>(
+            p, shared.pipe.base + Shared::STAGING_AT, turn + chunk, consumer, own, column + chunk * CHUNK, copy,
+            [&](u32 j, u32 half) {
+                const u32 channel = chunk * CHUNK + 8 * j + own.channel();
+                const float *base = acc + chunk * CHUNK / 2 + 4 * j + 2 * half, *adapter = base + CHANNELS / 2;
+                if (!BY_TABLE && half == 0) {
+                    noise.make(z, p, own.lane, column + channel);
+                }
+                Pair y;
+#pragma unroll
+                for (u32 i = 0; i < 2; ++i) {
+                    if (BY_TABLE) {
+                        const u32 at = table.z(copy, places[half]) + 4 * (channel + i);
+                        y.value[i] = fmaf(load_shared(at), adapter[i], base[i] + load_shared(at + table.bias_offset()));
+                    } else {
+                        const u32 at = column + channel + i;
+                        y.value[i] = fmaf(z[half].value[i], adapter[i] + bias_of<T>(p.delta_bias, at, p.channels),
+                                          base[i] + bias_of<T>(p.base_bias, at, p.channels));
+                    }
+                }
+                return y;
+            });
+    }
+}
+
+// A consumer's part of all tiles.
+template <class T, bool BY_TABLE, class Shared>
+__device__ __forceinline__ void consume(const Shared &shared, const Sm90LinearParams &p, u32 consumer, u32 rank) {
+    using Pipe = typename Shared::Pipe;
+    const u32 k_tiles = (p.inner - 1) / TILE_K + 1;
+    Turn<Pipe::STAGES> turn;
+    u32 parity = 0, stores = 0;
+    for (Tiles<CHANNELS, Pipe::CLUSTER> tile(p); tile.valid(); tile.advance()) {
+        float acc[Pipe::N / 2];
+        accumulate<T>(acc, shared.pipe, turn, consumer, k_tiles);
+
+        const u32 row = tile.row(rank), column = tile.column();
+        const OwnRows own(consumer, row);
+        u32 places[2] = {0, 0};
+        if (BY_TABLE) {
+            barrier_wait(shared.handover.full, parity);
+            parity ^= 1u;
+            own.places(places, p, row);
+        }
+#pragma unroll 1
+        for (u32 copy = 0; copy < p.copies; ++copy) {
+            store_tile<T, BY_TABLE>(acc, shared, p, stores, consumer, own, places, column, copy);
+            stores += CHANNELS / CHUNK;
+        }
+        // All threads of the consumer have read the table before its last store.
+        if (BY_TABLE && threadIdx.x % WARPGROUP == 0) {
+            barrier_arrive(shared.handover.empty);
+        }
+    }
+    if (threadIdx.x % WARPGROUP == 0) {
+        wait_for_stores();
+    }
+}
+
+// The producer's other warps: noise and biases for each tile.
+template <class T, class Shared>
+__device__ __forceinline__ void prepare(const Shared &shared, const Sm90LinearParams &p, u32 rank) {
+    const noise::Key key = key_of(p.noise);
+    const u32 filler = threadIdx.x % WARPGROUP - WARP;
+    u32 parity = 1;
+    for (Tiles<CHANNELS, Shared::Pipe::CLUSTER> tile(p); tile.valid(); tile.advance()) {
+        barrier_wait(shared.handover.empty, parity);
+        parity ^= 1u;
+        fill_table<T>(shared.table, p, key, filler, tile.row(rank), tile.column());
+        barrier_arrive(shared.handover.full);
+    }
+}
+
+template <class T, bool BY_TABLE, class Shared> __device__ __forceinline__ void forward(const Sm90LinearParams &p) {
+    const Shared shared(shared_base());
+    const u32 rank = rank_in<Shared::Pipe::CLUSTER>();
+    start(shared.pipe, shared.handover);
+    const u32 warpgroup = uniform(threadIdx.x / WARPGROUP);
+    if (warpgroup == CONSUMERS) {
+        shrink_registers<PRODUCER_REGISTERS>();
+        if (is_copying_warp()) {
+            if (elect()) {
+                produce(shared.pipe, p, rank);
+            }
+        } else if (BY_TABLE) {
+            prepare<T>(shared, p, rank);
+        }
+    } else {
+        grow_registers<CONSUMER_REGISTERS>();
+        consume<T, BY_TABLE>(shared, p, warpgroup, rank);
+    }
+}
+
+} // namespace sm90::exact
+} // namespace pace
+
+#endif // PACE_SM90_NOISY_LINEAR_CUH
