@@ -6,6 +6,7 @@ peer that cannot take part raises `Unavailable` with the reason.
 
 from layer_case import Layer, LayerCase
 from loss_case import Logits, LossCase
+from runners import set_precision
 from step_case import Model, StepCase
 
 SHAPES = {
@@ -21,12 +22,25 @@ SHAPES = {
     "loss_32768": Logits(32768),
     "vit_b_step": Model("vit_base_patch16_224"),
     "vit_b_autocast": Model("vit_base_patch16_224", autocast=True),
-    "vit_tiny_step": Model("vit_tiny_patch16_224"),
+    "vit_tiny_step": Model("vit_tiny_patch16_224", depth=3),
 }
+
+
+def unfit(name, dtype, device):
+    """Why a shape has no case of this type on this device, or None."""
+    shape = SHAPES[name]
+    if dtype == "tf32" and device == "cpu":
+        return "a CPU has no TF32"
+    if dtype == "tf32" and isinstance(shape, Logits):
+        return "a loss has no GEMM"
+    if dtype in ("f32", "tf32") and getattr(shape, "autocast", False):
+        return "autocast is for 16-bit types"
+    return None
 
 
 def build(name, dtype, device, batch, threads, worker):
     shape = SHAPES[name]
+    set_precision(dtype)
     batch = batch or (shape.cpu_batch if device == "cpu" else shape.batch)
     kind = {Layer: LayerCase, Logits: LossCase, Model: StepCase}[type(shape)]
     return kind(shape, dtype, device, batch, threads, worker)

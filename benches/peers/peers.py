@@ -29,6 +29,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -47,18 +48,30 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PASSES = ["forward", "backward", "both"]
-TITLES = {layer_case.FROZEN: "frozen layer", layer_case.LORA_ADD: "LoRA add", layer_case.LORA_MUL: "LoRA mul + VPT add"}
+# One rounding of a 16-bit type or of TF32, relative to the largest value.
+ROUNDING = {"tf32": 2**-11, "bf16": 2**-8}
+TITLES = {
+    layer_case.FROZEN: "frozen layer",
+    layer_case.LORA_ADD: "LoRA add",
+    layer_case.LORA_MUL: "LoRA mul + VPT add",
+    step_case.STEP_ADD: "training step, LoRA add",
+    step_case.STEP_MUL: "training step, LoRA mul + VPT add",
+}
 COLOURS = {
     "torch": "#b0b0b0",
     runners.EAGER: "#707070",
     runners.COMPILED: "#a8a8a8",
+    runners.REDUCED: "#c4c4c4",
+    runners.COMPILED_GRAPH: "#dadada",
     runners.PEFT: "#d9a441",
     step_case.PEFT_ONE: "#ecd3a0",
     step_case.PEFT_TWO: "#d9a441",
     loss_case.CROSS_ENTROPY: "#c98b8b",
     loss_case.LIGER: "#9c4f4f",
     runners.OURS: "#1f6fb4",
+    runners.OURS_COMPILED: "#3f88c6",
     runners.CAPTURED: "#58a0d8",
+    runners.OURS_COMPILED_GRAPH: "#8cc1ea",
     runners.RUST: "#0b3c66",
 }
 
@@ -72,47 +85,77 @@ def errors(outputs, reference):
     return found
 
 
-def check(case, op, peers):
-    """The largest error of each peer, and what disagrees: peer -> why."""
-    worst, wrong = {}, {}
+def prepare(case, op, peers, rows, args):
+    """Compares each peer with the reference, and runs it once with noise of its own: what a peer compiles or captures it has
+    then. Removes peers that disagree, that fail, or for which no time is left. Returns the largest error of each."""
+    worst, unfused = {}, {}
     references = {noisy: case.reference(op, noisy) for noisy in {peer.noisy for peer in peers.values()}}
-    unfused = {}
-    for name, peer in peers.items():
-        reference = references[peer.noisy]
-        if reference is None:
+    for name, peer in [*peers.items()]:
+        if time.monotonic() > args.begin + 0.8 * args.seconds:
+            rows[name]["unavailable"] = "no time left, see --seconds"
+            del peers[name]
             continue
-        found = errors(peer.outputs(case.z), reference)
-        worst[name] = max(found.values())
-        # The first peer of a kind is the unfused one.
-        allowed = unfused.setdefault(peer.noisy, found)
-        for output, error in found.items():
-            limit = 1e-4 if case.dtype == "f32" else max(2 * allowed[output], 2**-8)
-            if not error <= limit:
-                wrong[name] = f"`{output}` is off by {error:.1e}, allowed are {limit:.1e}"
-    return worst, wrong
+        reference = references[peer.noisy]
+        try:
+            if reference is not None:
+                found = errors(peer.outputs(case.z), reference)
+                worst[name] = max(found.values())
+                # The first peer of a kind is the unfused one.
+                disagree(case.dtype, found, unfused.setdefault(peer.noisy, found))
+            peer.times()
+        except Exception as error:
+            # On a device that is at hand rarely the other peers are to go on, whatever is wrong with one.
+            rows[name]["wrong"] = failure(error)
+            del peers[name]
+    return worst
+
+
+class Disagrees(Exception):
+    pass
+
+
+def disagree(dtype, found, unfused):
+    """Raises an error if errors are larger than they may be."""
+    for output, error in found.items():
+        limit = 1e-4 if dtype == "f32" else max(2 * unfused[output], ROUNDING[dtype])
+        if not error <= limit:
+            raise Disagrees(f"`{output}` is off by {error:.1e}, allowed are {limit:.1e}")
+
+
+def failure(error):
+    text = next(iter(str(error).splitlines()), "")[:200]
+    return f"DISAGREES: {text}" if isinstance(error, Disagrees) else f"FAILED: {type(error).__name__}: {text}"
 
 
 def measure(case, op, args):
     """Rows of an operator: peer -> figures, or why there are none."""
     rows, peers = {}, {}
     for name, build in case.operators[op].items():
+        if not args.peers.search(name):
+            continue
+        rows[name] = {"variant": runners.VARIANTS[name]} if name in runners.VARIANTS else {}
         try:
             peers[name] = build()
-            rows[name] = {}
         except runners.Unavailable as reason:
-            rows[name] = {"unavailable": str(reason)}
-    worst, wrong = check(case, op, peers)
-    for name, reason in wrong.items():
-        rows[name]["disagrees"] = reason
-        del peers[name]
+            rows[name]["unavailable"] = str(reason)
+        except Exception as error:
+            rows[name]["wrong"] = failure(error)
+    worst = prepare(case, op, peers, rows, args)
     times = {name: [] for name in peers}
     warm_up = 2 if case.device == "cpu" else 5
     for turn in range(args.rounds + warm_up):
-        for name in [*peers] if turn % 2 == 0 else reversed(peers):
+        if turn >= warm_up + 3 and time.monotonic() > args.begin + args.seconds:
+            break
+        for name in [*peers] if turn % 2 == 0 else [*reversed(peers)]:
             if case.device == "cpu":
                 # Let the others' threads fall asleep.
                 time.sleep(0.02)
-            seconds = peers[name].times()
+            try:
+                seconds = peers[name].times()
+            except Exception as error:
+                rows[name]["wrong"] = failure(error)
+                del peers[name]
+                continue
             if turn >= warm_up:
                 times[name].append([*seconds, sum(seconds)])
     for name, peer in peers.items():
@@ -155,7 +198,7 @@ def set_threads(number):
 
 def ratios(rows):
     """How many times faster than the first row a row is."""
-    baseline = next(iter(rows.values())).get("quartiles_ms")
+    baseline = next(iter(rows.values()), {}).get("quartiles_ms")
     for row in rows.values():
         if baseline and "quartiles_ms" in row:
             row["ratio"] = {part: baseline[part][1] / row["quartiles_ms"][part][1] for part in PASSES}
@@ -166,7 +209,7 @@ def report(op, rows):
           f"{'ratio: fwd':>11} {'bwd':>5} {'both':>5} {'peak MB':>8} {'B/output':>8} {'error':>8}")
     for name, row in rows.items():
         if "quartiles_ms" not in row:
-            print(f"    {name:32} {row.get('unavailable') or 'DISAGREES: ' + row['disagrees']}")
+            print(f"    {name:32} {row.get('unavailable') or row['wrong']}")
             continue
         times, ratio = row["quartiles_ms"], row.get("ratio")
         low, median, high = times["both"]
@@ -263,23 +306,33 @@ def arguments():
 
         return parse
 
-    default = [name for name in cases.SHAPES if name != "vit_tiny_step"]
     dtypes = [*runners.DTYPES]
-    parser.add_argument("--shapes", type=names([*cases.SHAPES]), default=default, help=", ".join(cases.SHAPES))
-    parser.add_argument("--dtypes", type=names(dtypes), default=dtypes, help=", ".join(dtypes))
+    parser.add_argument("--shapes", type=names([*cases.SHAPES]), help=", ".join(cases.SHAPES))
+    parser.add_argument("--dtypes", type=names(dtypes), help=", ".join(dtypes))
+    parser.add_argument("--operators", type=names([*TITLES, "loss"]), help=", ".join([*TITLES, "loss"]))
+    parser.add_argument("--peers", type=re.compile, default="", metavar="REGEX",
+                        help="only peers with such a name; the first is the unit of ratios and of errors")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--rounds", type=int, help="21 by default")
+    parser.add_argument("--seconds", type=float, default=float("inf"),
+                        help="after 8/10 of them no peer begins any more, after all of them an operator has 3 rounds")
     parser.add_argument("--batch", type=int, help="samples per branch; by default each shape's own, fewer on a CPU")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--worker", default=str(target / "release/examples/peer_worker"), help="the built Rust example")
-    parser.add_argument("--quick", action="store_true", help="a layer, a loss and a small model in f32, 3 rounds")
+    parser.add_argument("--quick", action="store_true",
+                        help="a layer, a loss and a small model in f32, 3 rounds, where nothing else is said")
     parser.add_argument("--out", type=pathlib.Path, help="write the figures as JSON")
     parser.add_argument("--chart", type=pathlib.Path, help="draw the times: .png or .svg")
     args = parser.parse_args()
+    args.begin = time.monotonic()
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.quick:
-        args.shapes, args.dtypes, args.rounds = ["vit_b_proj", "loss_100", "vit_tiny_step"], ["f32"], 3
+        shapes, dtypes, rounds = ["vit_b_proj", "loss_100", "vit_tiny_step"], ["f32"], 3
+    else:
+        shapes, rounds = [name for name in cases.SHAPES if name != "vit_tiny_step"], 21
+        dtypes = ["f32", "bf16"] if args.device == "cpu" else dtypes
+    args.shapes, args.dtypes, args.rounds = args.shapes or shapes, args.dtypes or dtypes, args.rounds or rounds
     return args
 
 
@@ -303,27 +356,43 @@ def main():
           f"{args.rounds} rounds, ratio: time of the first row / time")
     if args.device == "cpu" and not args.batch:
         print("on a CPU the batches are smaller than on CUDA, unless --batch says otherwise")
-    results, failed = [], False
+    results = []
+
+    def save():
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps({"about": about, "results": results}, indent=2) + "\n")
+
+    def report_and_save(op, rows):
+        report(op, rows)
+        sys.stdout.flush()
+        save()
+
     for name in args.shapes:
         for dtype in args.dtypes:
-            if dtype == "f32" and getattr(cases.SHAPES[name], "autocast", False):
+            if why := cases.unfit(name, dtype, args.device):
+                print(f"\n{name}, {dtype}: skipped, {why}")
                 continue
             case = cases.build(name, dtype, args.device, args.batch, args.threads, args.worker)
             title = case.title
-            print(f"\n{name}: {title}")
-            measured = {op: measure(case, op, args) for op in case.operators}
-            del case
-            for op, rows in measured.items():
-                if args.device == "cpu":
-                    fresh_peaks(name, dtype, op, rows, args)
+            print(f"\n{name}: {title}", flush=True)
+            measured = {}
+            for op in case.operators:
+                if args.operators and op not in args.operators:
+                    continue
+                rows = measured[op] = measure(case, op, args)
                 ratios(rows)
-                report(op, rows)
-                failed |= any("disagrees" in row for row in rows.values())
                 results.append({"shape": name, "title": title, "dtype": dtype, "operator": op, "rows": rows})
-            sys.stdout.flush()
-            if args.out:
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.write_text(json.dumps({"about": about, "results": results}, indent=2) + "\n")
+                if args.device == "cpu":
+                    save()
+                else:
+                    report_and_save(op, rows)
+            del case
+            if args.device == "cpu":
+                for op, rows in measured.items():
+                    fresh_peaks(name, dtype, op, rows, args)
+                    report_and_save(op, rows)
+    failed = any("wrong" in row for result in results for row in result["rows"].values())
     if args.chart:
         chart(args.chart, results, about)
     return 1 if failed else 0

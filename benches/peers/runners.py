@@ -18,7 +18,8 @@ import time
 import numpy as np
 import torch
 
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+# `tf32` stores f32 and lets every GEMM round its factors to TF32, ours as well as PyTorch's.
+DTYPES = {"f32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 BRANCHES = 2
 RANK = 10
 # Block 1 of a 13-block model, the official default: the strongest noise there is in it.
@@ -26,8 +27,15 @@ SIGMA = 1.0
 LAMBDA = 1.0
 
 EAGER, COMPILED = "official, eager", "official, torch.compile"
-OURS, CAPTURED, RUST = "ours, PyTorch", "ours, captured as a graph", "ours, Rust"
+REDUCED, COMPILED_GRAPH = "official, reduce-overhead", "official, compiled + captured"
+OURS, OURS_COMPILED, RUST = "ours, PyTorch", "ours, torch.compile", "ours, Rust"
+CAPTURED, OURS_COMPILED_GRAPH = "ours, captured as a graph", "ours, compiled + captured"
 PEFT = "PEFT LoRA, no noise"
+# How a peer is run, where it can be run in several ways: `variant` of its row.
+VARIANTS = {
+    EAGER: "eager", COMPILED: "compiled", REDUCED: "compiled, reduce-overhead", COMPILED_GRAPH: "compiled, captured",
+    OURS: "eager", OURS_COMPILED: "compiled", CAPTURED: "captured", OURS_COMPILED_GRAPH: "compiled, captured",
+}
 
 
 class Unavailable(Exception):
@@ -159,9 +167,21 @@ def no_worker():
     raise Unavailable("the worker runs single layers; `cargo bench --bench loss` and examples/few_shot have the rest")
 
 
-def compiled_or_why_not(module):
-    if torch.cuda.is_available() or imported("torch._inductor.cpp_builder").get_cpp_compiler():
-        # A function that was compiled for too many cases is not compiled any more.
-        torch.compiler.reset()
-        return torch.compile(module, dynamic=False)
-    raise Unavailable("torch.compile finds no compiler")
+def set_precision(dtype):
+    """Whether GEMMs of f32 may use TF32. The PyTorch package asks PyTorch for the same setting."""
+    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+
+
+def needs_compiler():
+    if not torch.cuda.is_available() and not imported("torch._inductor.cpp_builder").get_cpp_compiler():
+        raise Unavailable("torch.compile finds no compiler")
+    # A function that was compiled for too many cases is not compiled any more, without a word: peers share functions of the model,
+    # and each is compiled with given and with drawn noise.
+    torch.compiler.reset()
+    settings = torch._dynamo.config
+    settings.recompile_limit, settings.fail_on_recompile_limit_hit = 32, True
+
+
+def compiled_or_why_not(module, **options):
+    needs_compiler()
+    return torch.compile(module, dynamic=False, **options)
