@@ -41,6 +41,8 @@ cp scripts/run.sh "$folder/run.sh"
 # The probes of Hopper GPUs, compiled here; sources too, for a machine where the programs do not start.
 rm -rf "$folder/hopper" && mkdir "$folder/hopper"
 cp benches/hopper/*.cu benches/hopper/*.cuh benches/hopper/run.sh benches/hopper/README.md "$folder/hopper/"
+mkdir -p "$folder/hopper/kernels/sm90" && cp kernels/*.cuh kernels/*.h "$folder/hopper/kernels/"
+cp kernels/sm90/*.cuh "$folder/hopper/kernels/sm90/"
 PROBE_BIN="$folder/hopper/bin" benches/hopper/run.sh --build
 strip "$folder"/hopper/bin/*
 # What the PyTorch package's tests and the side-by-side benchmark read, at the same places as here.

@@ -9,7 +9,7 @@
 #     hopper       probes of a Hopper GPU, which decide the design of kernels
 #     device       device tests: those of family sm90 first, each a process of its own, smallest first; then all others
 #     sanitizer    compute-sanitizer's four tools on one small test of each kernel of sm90
-#     sweep        the layers of a ViT-B by each family, beside cuBLASLt's GEMM
+#     sweep        every way that the kernels of sm90 can be built, beside cuBLAS; then the layers of a ViT-B by each family
 #     step         a training step of a ViT-B beside PyTorch and PEFT; bf16 first
 #     rest         other benchmarks, layers beside PyTorch, tests of the PyTorch package
 #
@@ -20,7 +20,7 @@ set -uo pipefail
 cd "$(dirname "$0")" || exit 1
 
 # A part and its seconds, where there are others.
-declare -A part_seconds=([hopper]=120 [device]=110 [sanitizer]=100 [sweep]=90 [step]=150 [rest]=300)
+declare -A part_seconds=([hopper]=120 [device]=100 [sanitizer]=90 [sweep]=120 [step]=140 [rest]=300)
 parts=("$@")
 [ $# -gt 0 ] || parts=(hopper device sanitizer sweep step rest)
 for part in "${parts[@]}"; do
@@ -167,6 +167,11 @@ sanitizer() {
 # another, under its own name. The GEMM of cuBLASLt is measured in each process again, so that both have the same clock and temperature.
 sweep() {
     local family
+    if ./hopper/bin/sweep --starts >/dev/null 2>&1; then
+        step 60 sweep_variants env PROBE_JSON="$results/sweep_variants.jsonl" ./hopper/bin/sweep
+    else
+        note sweep_variants "skipped: hopper/bin/sweep does not start" 0
+    fi
     for family in sm90 cublaslt sm80; do
         bench 60 "sweep_$family" "copy|cuBLASLt product|_linear .*/$family bf16" PACE_BENCH_FAMILY=$family
     done
@@ -222,7 +227,10 @@ done
 # What is asked first: the figures, then how each step ended.
 for part in "${parts[@]}"; do
     case "$part" in
-        sweep) grep -hE '^\| (operator|[a-z_]*_linear|cuBLASLt)' "$results"/sweep_*.txt 2>/dev/null | awk '!seen[$0]++' ;;
+        sweep)
+            grep -h '^|' "$results/sweep_variants.txt" 2>/dev/null
+            grep -hE '^\| (operator|[a-z_]*_linear|cuBLASLt)' "$results"/sweep_*.txt 2>/dev/null | awk '!seen[$0]++'
+            ;;
         step) grep -hE '^ +(training step|official|ours|PEFT)' "$results"/peers_step_*.txt 2>/dev/null | cut -c1-130 ;;
     esac
 done

@@ -7,13 +7,17 @@
 # as it goes, and prints a short summary last.
 #
 #     run.sh             probes
-#     run.sh --build     only compiles, to bin/ (or the folder in PROBE_BIN)
+#     run.sh --build     only compiles, to bin/ (or the folder in PROBE_BIN), and bin/sweep besides: every way that kernels/sm90 can
+#                        be built, which takes a minute to run
 set -uo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 out="${OUT:-$PWD/results}"
 [ -n "${OUT:-}" ] || out="$out/hopper"
 bin="${PROBE_BIN:-$here/bin}"
 probes=(descriptors tma multicast rates conversion mainloop)
+programs=("${probes[@]}" sweep)
+kernels="$here/kernels"
+[ -d "$kernels" ] || kernels="$here/../../kernels"
 # Seconds for each probe; all of them take a few.
 limit=20
 
@@ -31,20 +35,20 @@ build() {
     local nvcc log folder="$1" failed=0 probe process
     nvcc="$(find_nvcc)" || { echo "no nvcc: set CUDA_HOME" >&2; return 1; }
     mkdir -p "$folder"
-    local options=(-std=c++17 -O3 -gencode "arch=compute_90a,code=sm_90a" -Xcompiler "-Wall,-Wextra")
+    local options=(-std=c++17 -O3 -gencode "arch=compute_90a,code=sm_90a" -I "$kernels" -Xcompiler "-Wall,-Wextra")
     # Toolkits from Python packages keep their libraries in lib.
     local library
     library="$(dirname "$(dirname "$nvcc")")/lib"
     [ -d "$library" ] && options+=(-L "$library")
     local processes=()
-    for probe in "${probes[@]}"; do
+    for probe in "${programs[@]}"; do
         "$nvcc" "${options[@]}" -o "$folder/$probe" "$here/$probe.cu" >"$folder/$probe.log" 2>&1 &
         processes+=($!)
     done
     for process in "${processes[@]}"; do
         wait "$process" || failed=1
     done
-    for probe in "${probes[@]}"; do
+    for probe in "${programs[@]}"; do
         log="$folder/$probe.log"
         [ ! -s "$log" ] || cat "$log"
         if grep -q "Potential Performance Loss" "$log"; then
