@@ -32,9 +32,13 @@ impl Device {
     /// Opens device number `ordinal` (from 0) and loads the kernels, so that no launch has to. Later calls give the same device;
     /// the kernels stay loaded until the process ends.
     ///
+    /// The environment variable `PACE_FAMILY`, if it is set, forces a family as [`with_family`](Self::with_family) does, for programs
+    /// that open no device themselves: to measure one, also through C and PyTorch.
+    ///
     /// # Errors
     /// [`Error::NoDriver`], [`Error::NoDevice`], [`Error::DeviceTooOld`], [`Error::KernelsNotBuilt`] as their names say;
-    /// [`Error::Driver`] for anything else that the driver reports.
+    /// [`Error::Argument`] or [`Error::NoFamily`] if `PACE_FAMILY` names no family, or one that does not run here; [`Error::Driver`]
+    /// for anything else that the driver reports.
     pub fn open(ordinal: usize) -> Result<Self> {
         // Once loaded, kernels stay: a captured graph, or work that is under way, may need them longer than any handle lives.
         static OPENED: Mutex<BTreeMap<usize, Device>> = Mutex::new(BTreeMap::new());
@@ -72,7 +76,11 @@ impl Device {
         context.bind_to_thread().map_err(|error| driver_error("make the device current", error))?;
         let cublaslt = cublaslt::probe().and_then(|()| CublasLt::new().map_err(|error| error.to_string()));
         gpu.has_cublaslt = cublaslt.is_ok();
-        Ok(Self { context, functions: Arc::new(functions), cublaslt: Arc::new(cublaslt), gpu })
+        let device = Self { context, functions: Arc::new(functions), cublaslt: Arc::new(cublaslt), gpu };
+        match std::env::var_os("PACE_FAMILY") {
+            Some(name) => device.with_family(name.to_string_lossy().parse()?),
+            None => Ok(device),
+        }
     }
 
     fn describe(context: &CudaContext) -> std::result::Result<Gpu, DriverError> {
