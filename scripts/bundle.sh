@@ -4,8 +4,8 @@
 #
 #     scripts/bundle.sh [FOLDER]      by default cuda-bundle in cargo's target folder
 #
-# There, ./run.sh does it all. It has to have Linux on the same kind of processor, and a C library at least as new as this
-# machine's.
+# There, ./run.sh does it all, ./run.sh PART... some of it. It has to have Linux on the same kind of processor, and a C library at least as
+# new as this machine's.
 set -euo pipefail
 
 # Small enough for any way of copying it.
@@ -38,11 +38,10 @@ while read -r name executable; do
 done <<<"$tests"$'\n'"$bench"
 strip -o "$folder/libpace_kernels.so" "$library"
 cp scripts/run.sh "$folder/run.sh"
-# The probes of Hopper GPUs, compiled here; sources too, for a machine where the programs do not start.
+# The probes of Hopper GPUs and the sweep, compiled here; sources too, for a machine where the programs do not start.
 rm -rf "$folder/hopper" && mkdir "$folder/hopper"
 cp benches/hopper/*.cu benches/hopper/*.cuh benches/hopper/run.sh benches/hopper/README.md "$folder/hopper/"
-mkdir -p "$folder/hopper/kernels/sm90" && cp kernels/*.cuh kernels/*.h "$folder/hopper/kernels/"
-cp kernels/sm90/*.cuh "$folder/hopper/kernels/sm90/"
+git ls-files -z kernels | tar --null -T - -cf - | tar -xf - -C "$folder/hopper"
 PROBE_BIN="$folder/hopper/bin" benches/hopper/run.sh --build
 strip "$folder"/hopper/bin/*
 # What the PyTorch package's tests and the side-by-side benchmark read, at the same places as here.

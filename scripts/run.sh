@@ -9,7 +9,7 @@
 #     hopper       probes of a Hopper GPU, which decide the design of kernels
 #     device       device tests: those of family sm90 first, each a process of its own, smallest first; then all others
 #     sanitizer    compute-sanitizer's four tools on one small test of each kernel of sm90
-#     sweep        every way that the kernels of sm90 can be built, beside cuBLAS; then the layers of a ViT-B by each family
+#     sweep        every variant of the kernels of sm90, and the layers of a ViT-B by each family, beside cuBLASLt's GEMM
 #     step         a training step of a ViT-B beside PyTorch and PEFT; bf16 first
 #     rest         other benchmarks, layers beside PyTorch, tests of the PyTorch package
 #
@@ -20,7 +20,7 @@ set -uo pipefail
 cd "$(dirname "$0")" || exit 1
 
 # A part and its seconds, where there are others.
-declare -A part_seconds=([hopper]=120 [device]=100 [sanitizer]=90 [sweep]=120 [step]=140 [rest]=300)
+declare -A part_seconds=([hopper]=100 [device]=110 [sanitizer]=90 [sweep]=120 [step]=150 [rest]=300)
 parts=("$@")
 [ $# -gt 0 ] || parts=(hopper device sanitizer sweep step rest)
 for part in "${parts[@]}"; do
@@ -136,13 +136,9 @@ hopper() {
 
 device() {
     local tests test first='low_rank_linear::one_gradient low_rank_linear::batch_split noisy_linear::batch_split lora_mul_linear::bf16'
-    # Smallest first; those of f32, which the family leaves to others, last.
+    # Smallest first.
     tests="$(timeout -k 5 20 ./test_cuda --list device::sm90:: 2>/dev/null | sed -n 's/^device::sm90::\(.*\): test$/\1/p')"
-    tests="$({
-        for test in $first; do echo "$test"; done
-        grep -v '32$' <<<"$tests"
-        grep '32$' <<<"$tests"
-    } | awk 'NF && !seen[$0]++')"
+    tests="$({ tr ' ' '\n' <<<"$first"; echo "$tests"; } | awk 'NF && !seen[$0]++')"
     for test in $tests; do
         step 25 "device_sm90_${test//::/_}" ./test_cuda --test-threads=1 --exact "device::sm90::$test"
     done
@@ -150,40 +146,48 @@ device() {
 }
 
 sanitizer() {
-    local program tool test
+    # Forward and gradients of the low-rank layer; the dense one exact, folded and backward. Other operators are made of these kernels.
+    local program tool test tests='low_rank_linear::batch_split low_rank_linear::one_gradient noisy_linear::batch_split'
     program="$(PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin:/usr/local/cuda/bin" command -v compute-sanitizer)" || {
         note sanitizer "skipped: no compute-sanitizer" 0
         return
     }
     for tool in memcheck synccheck racecheck initcheck; do
-        for test in ${SANITIZER_TESTS:-low_rank_linear::batch_split noisy_linear::batch_split lora_mul_linear::bf16}; do
+        for test in ${SANITIZER_TESTS:-$tests}; do
             step 40 "${tool}_${test//::/_}" "$program" --tool "$tool" --error-exitcode 1 --print-limit 20 \
                 ./test_cuda --test-threads=1 --exact "device::sm90::$test"
         done
     done
 }
 
-# What chooses a family's constants: every bf16 layer by one family after the other. A family that does not take a layer leaves it to
-# another, under its own name. The GEMM of cuBLASLt is measured in each process again, so that both have the same clock and temperature.
+# What chooses constants and families. First every variant of the kernels of sm90, then every bf16 layer by one family after the other,
+# through the crate. A family that does not take a layer leaves it to another, under its own name. The GEMM of cuBLASLt is measured
+# in each process again, so that both have the same clock and temperature.
 sweep() {
     local family
-    if ./hopper/bin/sweep --starts >/dev/null 2>&1; then
-        step 60 sweep_variants env PROBE_JSON="$results/sweep_variants.jsonl" ./hopper/bin/sweep
-    else
-        note sweep_variants "skipped: hopper/bin/sweep does not start" 0
-    fi
+    case "$capability" in
+        9.0) step 90 sweep_variants env OUT="$results/hopper" LIMIT=80 ./hopper/run.sh sweep ;;
+        *) note sweep_variants "skipped: no device of compute capability 9.0" 0 ;;
+    esac
     for family in sm90 cublaslt sm80; do
         bench 60 "sweep_$family" "copy|cuBLASLt product|_linear .*/$family bf16" PACE_BENCH_FAMILY=$family
     done
 }
 
+# A family that PACE_FAMILY forces is part of the name.
 step_of() {
-    peers "$1" "peers_$3_$4" --shapes "$2" --operators "$3" --dtypes "$4" --rounds "$5" "${@:6}"
+    peers "$1" "peers_$3_$4${PACE_FAMILY:+_$PACE_FAMILY}" --shapes "$2" --operators "$3" --dtypes "$4" --rounds "$5" "${@:6}"
 }
 
 training_step() {
     step_of 220 vit_b_step step_lora_mul_vpt bf16 11
     step_of 150 vit_b_step step_lora_add bf16 11
+    if [ "$capability" = 9.0 ]; then
+        local operator
+        for operator in step_lora_mul_vpt step_lora_add; do
+            PACE_FAMILY=sm90 step_of 60 vit_b_step $operator bf16 11 --peers 'ours|official, torch.compile'
+        done
+    fi
     # What a compilation takes is spent on bf16; the other types are of eager and captured peers.
     step_of 60 vit_b_step step_lora_mul_vpt tf32 5 --peers 'eager|PyTorch|as a graph|rows'
     step_of 60 vit_b_step step_lora_add tf32 5 --peers 'eager|PyTorch|as a graph|rows'
@@ -228,8 +232,10 @@ done
 for part in "${parts[@]}"; do
     case "$part" in
         sweep)
-            grep -h '^|' "$results/sweep_variants.txt" 2>/dev/null
-            grep -hE '^\| (operator|[a-z_]*_linear|cuBLASLt)' "$results"/sweep_*.txt 2>/dev/null | awk '!seen[$0]++'
+            grep -h '^|' "$results/hopper/sweep.txt" 2>/dev/null | awk '!seen[$0]++' | cut -c1-160 | head -n 60
+            for family in sm90 cublaslt sm80; do
+                grep -hE '^\| (operator|[a-z_]*_linear|cuBLASLt)' "$results/sweep_$family.txt" 2>/dev/null
+            done | awk '!seen[$0]++'
             ;;
         step) grep -hE '^ +(training step|official|ours|PEFT)' "$results"/peers_step_*.txt 2>/dev/null | cut -c1-130 ;;
     esac

@@ -2,24 +2,30 @@
 # Probes of a Hopper GPU (compute capability 9.0) for the kernels with wgmma and TMA; see README.md.
 #
 # Takes the programs from bin/ where they are and start, and compiles them otherwise (nvcc from NVCC, CUDA_HOME, PATH or
-# /usr/local/cuda). Each probe is a process of its own with a time limit; a failed one does not stop the others. Writes
+# /usr/local/cuda; ptxas from PACE_PTXAS, if that is set). Each probe is a process of its own with a time limit; a failed one does not stop the others. Writes
 # hopper.txt (all that is printed) and hopper.jsonl (one result a line) to $OUT, or to results/hopper in the current folder,
-# as it goes, and prints a short summary last.
+# as it goes, and prints a short summary last. The sweep writes sweep.txt and sweep.jsonl instead.
 #
 #     run.sh             probes
-#     run.sh --build     only compiles, to bin/ (or the folder in PROBE_BIN), and bin/sweep besides: every way that kernels/sm90 can
-#                        be built, which takes a minute to run
+#     run.sh sweep       every variant of the kernels of sm90 beside cuBLAS; LIMIT is its seconds (150)
+#     run.sh --build     only compiles, to bin/ (or the folder in PROBE_BIN)
 set -uo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 out="${OUT:-$PWD/results}"
 [ -n "${OUT:-}" ] || out="$out/hopper"
 bin="${PROBE_BIN:-$here/bin}"
 probes=(descriptors tma multicast rates conversion mainloop)
-programs=("${probes[@]}" sweep)
-kernels="$here/kernels"
-[ -d "$kernels" ] || kernels="$here/../../kernels"
 # Seconds for each probe; all of them take a few.
 limit=20
+name=hopper
+programs=("${probes[@]}")
+case "${1:-}" in
+    --build) programs+=(sweep) ;;
+    sweep) probes=(sweep) programs=(sweep) limit="${LIMIT:-150}" name=sweep ;;
+esac
+# The sweep is made of the kernels themselves: of the repository, or of the bundle.
+kernels="$here/../../kernels"
+[ -d "$kernels" ] || kernels="$here/kernels"
 
 find_nvcc() {
     local home
@@ -28,6 +34,21 @@ find_nvcc() {
         [ -n "$home" ] && [ -x "$home/bin/nvcc" ] && echo "$home/bin/nvcc" && return
     done
     command -v nvcc || { [ -x /usr/local/cuda/bin/nvcc ] && echo /usr/local/cuda/bin/nvcc; }
+}
+
+# compile NVCC ARGUMENT...: with the assembler that PACE_PTXAS names, as the crate's own kernels for Hopper, if it is set
+compile() {
+    if [ -z "${PACE_PTXAS:-}" ]; then
+        "$@"
+        return
+    fi
+    local commands temporary status=0
+    temporary="$(mktemp -d)"
+    commands="$(TMPDIR="$temporary" "$1" --dryrun "${@:2}" 2>&1)" || { echo "$commands"; return 1; }
+    # Commands have their include folders already; those lines are no assignments of a shell.
+    sed -n 's/^#\$ //p' <<<"$commands" | sed -E "/^[A-Z_]*(INCLUDES|LIBRARIES)=/d; s/^rm /rm -f /; s#^\"?ptxas\"? #\"$PACE_PTXAS\" #" | bash -e || status=1
+    rm -rf "$temporary"
+    return $status
 }
 
 # Compiles all at once; fails if one fails, or if ptxas says that it serialises wgmmas.
@@ -42,7 +63,7 @@ build() {
     [ -d "$library" ] && options+=(-L "$library")
     local processes=()
     for probe in "${programs[@]}"; do
-        "$nvcc" "${options[@]}" -o "$folder/$probe" "$here/$probe.cu" >"$folder/$probe.log" 2>&1 &
+        compile "$nvcc" "${options[@]}" -o "$folder/$probe" "$here/$probe.cu" >"$folder/$probe.log" 2>&1 &
         processes+=($!)
     done
     for process in "${processes[@]}"; do
@@ -66,9 +87,9 @@ if [ "${1:-}" = --build ]; then
 fi
 
 mkdir -p "$out"
-export PROBE_JSON="$out/hopper.jsonl"
+export PROBE_JSON="$out/$name.jsonl"
 : >"$PROBE_JSON"
-report="$out/hopper.txt"
+report="$out/$name.txt"
 : >"$report"
 begin=$SECONDS
 {

@@ -110,7 +110,7 @@ fn trials(folder: &Path) -> Vec<Trial> {
                 let simulated = file.clone();
                 trials.push(Trial::test(format!("{stem}::simt_{}_f32", family.name()), move || {
                     let case = Case::read(&simulated)?;
-                    check(&case, &Target { gpu: simulate::gpu(family), device: None })?;
+                    check(&case, &Target { gpu: simulate::GPU.with_family(family), device: None })?;
                     case.all_tensors_used()
                 }));
             }
