@@ -5,7 +5,7 @@ use crate::support::distance;
 use crate::uniform;
 use bytemuck::Pod;
 use pace_kernels::capi::*;
-use pace_kernels::cuda::{Family, Gpu, Plan};
+use pace_kernels::cuda::{Gpu, Plan};
 use pace_simt::{Memory, Schedule, Tensor};
 use std::ffi::{CStr, c_void};
 use std::mem::MaybeUninit;
@@ -146,14 +146,14 @@ impl Tensors<'_> {
 type Workspace<A> = unsafe extern "C" fn(*const PaceDevice, *const A, *mut u64) -> PaceStatus;
 type Operator<A> = unsafe extern "C" fn(*const PaceDevice, *mut c_void, *const A) -> PaceStatus;
 
-fn check(status: PaceStatus) {
+pub fn check(status: PaceStatus) {
     // SAFETY: strings of the library.
     let [name, message] =
         unsafe { [pace_status_name(status), pace_last_error()].map(|text| CStr::from_ptr(text)) };
     assert_eq!(status, PACE_OK, "{name:?}: {message:?}");
 }
 
-fn zeroed<A: Copy>() -> A {
+pub fn zeroed<A: Copy>() -> A {
     // SAFETY: the structs of the interface are numbers and raw pointers, and each begins with its size.
     unsafe {
         let mut args: A = MaybeUninit::zeroed().assume_init();
@@ -276,136 +276,6 @@ pub fn lora_mul_linear() {
     };
     same(build(true), &[pace_lora_mul_linear_forward, pace_lora_mul_linear_backward]);
     same(build(false), &[pace_lora_mul_linear_forward, pace_lora_mul_linear_backward]);
-}
-
-/// Notes the kernels of plans, and launches nothing.
-struct Recorder {
-    gpu: Gpu,
-    kernels: Arc<Mutex<Vec<&'static str>>>,
-}
-
-impl Launcher for Recorder {
-    fn gpu(&self) -> &Gpu {
-        &self.gpu
-    }
-
-    unsafe fn launch(&self, plan: &Plan, _: *mut c_void) -> pace_kernels::Result<()> {
-        *self.kernels.lock().unwrap() = plan.launches().map(|launch| launch.kernel.name).collect();
-        Ok(())
-    }
-}
-
-/// What is asked of a layer besides its sizes.
-#[derive(Debug, Clone, Copy)]
-struct Asked {
-    dtype: u32,
-    flags: u32,
-    noise: PaceNoise,
-}
-
-/// Whether a dense layer and one of LoRA mul fold on a device, forward and in the gradient to the input.
-fn folds(gpu: Gpu, asked: Asked) -> [[bool; 2]; 2] {
-    let Asked { dtype, flags, noise } = asked;
-    let (k, n, m, rank) = (64, 128, 4 * 197, 8);
-    let shape = PaceShape {
-        branches: 2,
-        batch: 2,
-        tokens: 197,
-        in_features: k as u64,
-        out_features: n as u64,
-        shared_input: 0,
-    };
-    let tensor = |i: usize, len: usize| PaceTensor { data: (i << 28) as *mut c_void, len: len as u64 };
-    let kernels = Arc::new(Mutex::new(Vec::new()));
-    let device = PaceDevice::new(Recorder { gpu, kernels: kernels.clone() });
-    let is_folded = || kernels.lock().unwrap().iter().any(|name| name.contains("folded"));
-    let mut dense = PaceNoisyLinear {
-        dtype,
-        flags,
-        shape,
-        noise,
-        base_weight: tensor(1, n * k),
-        delta_weight: tensor(2, n * k),
-        x: tensor(3, m * k),
-        y: tensor(4, m * n),
-        dy: tensor(5, m * n),
-        grad_input: tensor(6, m * k),
-        ..zeroed()
-    };
-    let mut lora_mul = PaceLoraMulLinear {
-        dtype,
-        flags,
-        shape,
-        noise,
-        rank: rank as u64,
-        scale: 1.0,
-        base_weight: tensor(1, n * k),
-        lora_a: tensor(2, rank * k),
-        lora_b: tensor(7, n * rank),
-        x: tensor(3, m * k),
-        y: tensor(4, m * n),
-        dy: tensor(5, m * n),
-        grad_input: tensor(6, m * k),
-        ..zeroed()
-    };
-    dense.workspace = tensor(8, 0);
-    lora_mul.workspace = tensor(8, 0);
-    let mut results = [[false; 2]; 2];
-    // SAFETY: the structs and the places for numbers are live; no plan is carried out, so that no tensor is touched.
-    unsafe {
-        check(pace_noisy_linear_workspace(&device, &dense, &mut dense.workspace.len));
-        check(pace_lora_mul_linear_workspace(&device, &lora_mul, &mut lora_mul.workspace.len));
-        for (i, operator) in [pace_noisy_linear_forward, pace_noisy_linear_backward].into_iter().enumerate() {
-            check(operator(&device, null_mut(), &dense));
-            results[0][i] = is_folded();
-        }
-        let operators = [pace_lora_mul_linear_forward, pace_lora_mul_linear_backward];
-        for (i, operator) in operators.into_iter().enumerate() {
-            check(operator(&device, null_mut(), &lora_mul));
-            results[1][i] = is_folded();
-        }
-    }
-    results
-}
-
-/// Under noise a layer folds in both passes unless it is to be exact; without noise in `PACE_F32` alone.
-pub fn folding() {
-    let off = PaceNoise {
-        kind: PACE_NOISE_OFF,
-        shape: PACE_PER_SAMPLE,
-        key: 0,
-        key_address: null(),
-        first_sample: 0,
-        sigma: 0.0,
-        reserved: 0,
-        z: PaceTensor { data: null_mut(), len: 0 },
-    };
-    let generated = PaceNoise { kind: PACE_NOISE_GENERATED, sigma: 0.5, ..off };
-    let given = PaceNoise {
-        kind: PACE_NOISE_GIVEN,
-        z: PaceTensor { data: (9 << 28) as *mut c_void, len: 4 * 128 },
-        ..off
-    };
-    let still = PaceNoise { sigma: 0.0, ..generated };
-    for (noise, dtype, by_default) in [
-        (generated, PACE_BF16, true),
-        (generated, PACE_F16, true),
-        (generated, PACE_F32, true),
-        (given, PACE_BF16, true),
-        (off, PACE_BF16, false),
-        (still, PACE_F16, false),
-        (off, PACE_F32, true),
-        (PaceNoise { shape: PACE_PER_TOKEN, ..generated }, PACE_BF16, false),
-    ] {
-        for (flags, want) in [(0, by_default), (PACE_EXACT, false)] {
-            let asked = Asked { dtype, flags, noise };
-            // The gradient to the input is folded in one family only, which does not take PACE_F32.
-            let portable = folds(Gpu::A100.with_family(Family::Sm80), asked);
-            assert_eq!(portable, [[want, false]; 2], "{asked:?}");
-            let hopper = folds(Gpu::H100.with_family(Family::Sm90), asked);
-            assert_eq!(hopper, [[want && dtype != PACE_F32; 2]; 2], "{asked:?}");
-        }
-    }
 }
 
 pub fn low_rank_linear() {

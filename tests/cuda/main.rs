@@ -2,6 +2,7 @@
 //! needs no GPU, and on device 0 (`device::…`), which is reported as ignored, with the reason, where there is none.
 
 mod capi;
+mod capi_folding;
 mod device;
 mod drop_path;
 mod lora_mul_linear;
@@ -88,7 +89,7 @@ const DEVICE_TESTS: &[(&str, DeviceTest)] = &[
 const C_TESTS: &[(&str, fn())] = &[
     ("capi::noisy_linear", capi::noisy_linear),
     ("capi::lora_mul_linear", capi::lora_mul_linear),
-    ("capi::folding", capi::folding),
+    ("capi::folding", capi_folding::folding),
     ("capi::low_rank_linear", capi::low_rank_linear),
     ("capi::noise_and_epilogue", capi::noise_and_epilogue),
     ("capi::weights", capi::weights),
