@@ -48,6 +48,7 @@ template <u32 TOKENS_, u32 SAMPLES_, u32 DEPTH_, u32 STAGES_, u32 CLUSTER_> stru
 // A unit: some tokens of a sample.
 struct Unit {
     u32 sample, token;
+    Unit() = default;
     __device__ __forceinline__ Unit(const Sm90FoldedParams &p, u32 index, u32 tokens)
         : sample(index / p.parts), token(index % p.parts * tokens) {}
 };
@@ -76,8 +77,9 @@ __device__ __forceinline__ void copy_to_all(u32 to, const TensorMap &map, u32 ba
 
 // The producer's copies of one stage. INPUT: of the gradient to the input.
 template <bool INPUT, class Shared>
-__device__ __forceinline__ void copy_stage(const Shared &shared, const Sm90FoldedParams &p, u32 stage, u32 unit,
-                                           u32 row, u32 rank, u32 copy, int depth) {
+__device__ __forceinline__ void copy_stage(const Shared &shared, const Sm90FoldedParams &p, u32 stage,
+                                           const Unit (&units)[Shared::SAMPLES], u32 row, u32 rank, u32 copy,
+                                           int depth) {
     const u32 full = shared.full(stage), weight = shared.stage(stage), delta = weight + Shared::WEIGHT_BYTES;
     barrier_arrive_and_expect(full, Shared::STAGE_BYTES + (INPUT ? Shared::Z_BYTES : 0u));
     if (INPUT) {
@@ -95,10 +97,8 @@ __device__ __forceinline__ void copy_stage(const Shared &shared, const Sm90Folde
 #pragma unroll
     for (u32 i = 0; i < Shared::SAMPLES; ++i) {
         if (i % Shared::CLUSTER == rank) {
-            const Unit from(p, unit + i, Shared::TOKENS);
-            const u32 sample = from.sample + copy * p.samples;
-            copy_to_all<Shared::CLUSTER>(shared.unit(stage, i), p.x, full, depth, from.token,
-                                         INPUT ? sample : sample % p.wrap);
+            const u32 sample = units[i].sample + copy * p.samples;
+            copy_to_all<Shared::CLUSTER>(shared.unit(stage, i), p.x, full, depth, units[i].token, sample);
             if (INPUT) {
                 copy_to_all<Shared::CLUSTER>(shared.z(stage, i), p.z_map, full, depth, sample, 0);
             }
@@ -116,11 +116,18 @@ __device__ __forceinline__ void produce(const Shared &shared, const Sm90FoldedPa
     const u32 depths = (p.inner - 1) / Shared::DEPTH + 1;
     Turn<Shared::STAGES> turn;
     for (FoldedTiles<Shared> tile(p); tile.valid(); tile.advance()) {
-        const u32 unit = tile.unit(), row = tile.row(rank);
+        const u32 row = tile.row(rank);
+        // Divisions once for a tile: they would delay each stage.
+        Unit units[Shared::SAMPLES];
+#pragma unroll
+        for (u32 i = 0; i < Shared::SAMPLES; ++i) {
+            units[i] = Unit(p, tile.unit() + i, Shared::TOKENS);
+            units[i].sample = INPUT ? units[i].sample : units[i].sample % p.wrap;
+        }
         for (u32 copy = 0; copy < p.copies; ++copy) {
             for (u32 depth = 0; depth < depths; ++depth) {
                 barrier_wait(shared.empty(turn.stage), turn.parity ^ 1u);
-                copy_stage<INPUT>(shared, p, turn.stage, unit, row, rank, copy, depth * Shared::DEPTH);
+                copy_stage<INPUT>(shared, p, turn.stage, units, row, rank, copy, depth * Shared::DEPTH);
                 turn.advance();
             }
         }

@@ -80,12 +80,16 @@ __device__ __forceinline__ void store_tile(const float (&acc)[CHANNELS], const S
                     noise.make(z, p, own.lane, column + channel);
                 }
                 Pair y;
+                if (BY_TABLE) {
+                    const u32 at = table.z(copy, places[half]) + 4 * channel;
+                    const Pair factor = load_shared_pair(at), bias = load_shared_pair(at + table.bias_offset());
 #pragma unroll
-                for (u32 i = 0; i < 2; ++i) {
-                    if (BY_TABLE) {
-                        const u32 at = table.z(copy, places[half]) + 4 * (channel + i);
-                        y.value[i] = fmaf(load_shared(at), adapter[i], base[i] + load_shared(at + table.bias_offset()));
-                    } else {
+                    for (u32 i = 0; i < 2; ++i) {
+                        y.value[i] = fmaf(factor.value[i], adapter[i], base[i] + bias.value[i]);
+                    }
+                } else {
+#pragma unroll
+                    for (u32 i = 0; i < 2; ++i) {
                         const u32 at = column + channel + i;
                         y.value[i] = fmaf(z[half].value[i], adapter[i] + bias_of<T>(p.delta_bias, at, p.channels),
                                           base[i] + bias_of<T>(p.base_bias, at, p.channels));

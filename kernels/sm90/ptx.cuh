@@ -185,10 +185,11 @@ __device__ __forceinline__ void barrier_arrive_and_expect(u32 barrier, u32 bytes
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Arrives at the barrier in the same place of block `rank` of the cluster.
+// Arrives at the barrier in the same place of block `rank` of the cluster. Without a scope it publishes nothing to other blocks, who
+// only learn that this one has read; with `.release.cluster` it would be a memory barrier of the whole device.
 __device__ __forceinline__ void barrier_arrive_at(u32 barrier, u32 rank) {
     asm volatile("{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1; "
-                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote]; }" ::"r"(barrier),
+                 "mbarrier.arrive.shared::cluster.b64 _, [remote]; }" ::"r"(barrier),
                  "r"(rank)
                  : "memory");
 }

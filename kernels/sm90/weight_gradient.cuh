@@ -208,12 +208,10 @@ __device__ __forceinline__ void store_sums(Sums &sums, const Sm90WeightParams &p
                     const float *pair = sums.weight + 4 * j + 2 * half;
                     if (run.whole()) {
                         T *to = static_cast<T *>(p.weight) + static_cast<u64>(r) * p.columns + c;
-                        store(to, from_float<T>(pair[0]));
-                        store(to + 1, from_float<T>(pair[1]));
+                        store(reinterpret_cast<u32 *>(to), pack<T>(pair[0], pair[1]));
                     } else {
                         float *to = p.partial + (slot * ROWS + (r - row)) * COLUMNS + within;
-                        store(to, pair[0]);
-                        store(to + 1, pair[1]);
+                        store(reinterpret_cast<Pair *>(to), Pair{{pair[0], pair[1]}});
                     }
                 }
             }

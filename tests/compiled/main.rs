@@ -330,7 +330,8 @@ fn instructions(compiled: &Compiled) -> Result<Completion, Failed> {
     verdict(&problems)
 }
 
-/// No register is touched while a wgmma in flight uses it, and wgmmas overlap.
+/// No register is touched while a wgmma in flight uses it, wgmmas overlap, and no barrier of the whole device's memory is between them:
+/// the first barrier of a cluster is one, and an arrival in another block that releases to the cluster would be.
 fn wgmmas(compiled: &Compiled) -> Result<Completion, Failed> {
     let mut problems = Vec::new();
     for (name, code) in &compiled.kernels {
@@ -338,6 +339,11 @@ fn wgmmas(compiled: &Compiled) -> Result<Completion, Failed> {
         problems.extend(found.hazards.iter().map(|hazard| format!("{name:?}: {hazard}")));
         if found.is_serialised() {
             problems.push(format!("{name:?}: each of {} wgmmas waits for the one before", found.wgmmas));
+        }
+        let device_wide = |instruction: &&Instruction| instruction.opcode == "MEMBAR.ALL.GPU";
+        let barriers = code.instructions.iter().filter(device_wide).count();
+        if found.wgmmas > 0 && barriers > 1 {
+            problems.push(format!("{name:?}: {barriers} memory barriers of the whole device"));
         }
     }
     verdict(&problems)

@@ -460,3 +460,27 @@ pub fn in_a_graph(opened: &Opened) {
         }
     }
 }
+
+/// Vectors and a given `z` may start anywhere: TMA walks neither.
+pub fn unaligned_vectors(target: &Target<'_>) {
+    let shape = shape(2, 2, 50, 72, 200, false);
+    let case =
+        Case { shape, rank: 10, z: Z::Given(PerSample), base: true, biases: true, scale: 0.5, shift: 0 };
+    let data = Data::<bf16>::new(&case);
+    let (exact, unfused) = (exact(&case, &data), unfused(&case, &data));
+    check_results(target, (&case, 0), NAMES, &unfused, &exact, |machine| {
+        let mut layer = data.layer(&case, machine, false);
+        let mut base = layer.base.expect("the case has one");
+        base.bias = Some(one_further(machine, "b0", &data.bias));
+        layer.base = Some(base);
+        layer.delta_bias = Some(one_further(machine, "δb", &data.delta_bias));
+        layer.noise = Source::Given { z: one_further(machine, "z", &case.z.given(&shape)), shape: PerSample };
+        launch(&layer, &data, machine)
+    });
+}
+
+/// A tensor that starts one element past an aligned address.
+fn one_further<T: bytemuck::Pod>(machine: &mut Machine<'_>, name: &str, values: &[T]) -> Buffer {
+    let buffer = machine.input(name, &[&values[..1], values].concat());
+    Buffer { address: buffer.address + size_of::<T>() as u64, len: values.len() }
+}

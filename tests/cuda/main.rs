@@ -39,6 +39,7 @@ const LAYER_TESTS: &[(&str, Test)] = &[
     ("low_rank_linear::batch_split", low_rank_linear::batch_split),
     ("low_rank_linear::tokens", low_rank_linear::tokens),
     ("low_rank_linear::one_gradient", low_rank_linear::one_gradient),
+    ("low_rank_linear::unaligned_vectors", low_rank_linear::unaligned_vectors),
     ("noisy_linear::f32", noisy_linear::f32),
     ("noisy_linear::tf32", noisy_linear::tf32),
     ("noisy_linear::f16", noisy_linear::f16),
@@ -46,6 +47,7 @@ const LAYER_TESTS: &[(&str, Test)] = &[
     ("noisy_linear::long_sums", noisy_linear::long_sums),
     ("noisy_linear::batch_split", noisy_linear::batch_split),
     ("noisy_linear::tokens", noisy_linear::tokens),
+    ("noisy_linear::one_gradient", noisy_linear::one_gradient),
 ];
 
 /// Tests of the other plans, which run in the simulator and on a device.

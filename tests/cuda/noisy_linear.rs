@@ -2,7 +2,9 @@
 
 use crate::device::Opened;
 use crate::machine::{Machine, Target};
-use crate::support::{SOURCES, TOKENS, Type, Z, check_results, check_tf32, rounded, shape, wide};
+use crate::support::{
+    SOURCES, TOKENS, Type, Z, assert_close, check_results, check_tf32, rounded, shape, wide,
+};
 use half::{bf16, f16};
 use pace_kernels::cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use pace_kernels::cuda::cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut};
@@ -416,5 +418,29 @@ pub fn in_a_graph(opened: &Opened) {
         for (replayed, direct) in replayed.iter().zip(&direct) {
             assert!(opened.download(0, replayed) == opened.download(0, direct));
         }
+    }
+}
+
+/// Each gradient can be asked for alone.
+pub fn one_gradient(target: &Target<'_>) {
+    let shape = shape(2, 2, 50, 24, 136, true);
+    let z = Z::Generated(PerSample);
+    let case = Case { shape, z, base: true, delta: true, biases: true, fold: true, shift: 0 };
+    let data = Data::<bf16>::new(&shape);
+    let (exact, unfused) = (exact(&case, &data), unfused(&case, &data));
+    for i in 1..NAMES.len() {
+        target.run(0, |machine| {
+            let layer = data.layer(&case, machine, false);
+            let (x, dy) = (machine.input("x", &data.x), machine.input("dy", &data.dy));
+            let grad = machine.output::<bf16>(NAMES[i], exact[i].len());
+            let one = |j| (i == j).then_some(grad);
+            let (input, delta_weight, delta_bias) = (one(1), one(2), one(3));
+            let grads = cuda::NoisyLinearGrads { input, delta_weight, delta_bias };
+            let len = layer.workspace_len(&machine.gpu, cuda::DType::BF16);
+            let workspace = machine.output::<f32>("workspace", len);
+            machine
+                .launch(&layer.backward(&machine.gpu, cuda::DType::BF16, x, dy, grads, workspace).unwrap());
+            assert_close(NAMES[i], &machine.read::<bf16>(grad), &unfused[i], &exact[i]);
+        });
     }
 }
