@@ -66,6 +66,40 @@ __device__ __forceinline__ void fill_table(const NoiseTable<CHANNELS> &table, co
     }
 }
 
+// Gives the warpgroups of a block their roles: `prepare(filler, row, column)` makes what is handed over for a tile, by all threads of the
+// producer's warps but the first; `consume(consumer, rank)` computes a consumer's part of all tiles. PREPARES: whether there is
+// anything to hand over.
+template <bool PREPARES, class Shared, class Prepare, class Consume>
+__device__ __forceinline__ void by_roles(const Shared &shared, const Sm90LinearParams &p, const Prepare &prepare,
+                                         const Consume &consume) {
+    using Pipe = typename Shared::Pipe;
+    const u32 rank = rank_in<Pipe::CLUSTER>();
+    start(shared.pipe, shared.handover);
+    const u32 warpgroup = uniform(threadIdx.x / WARPGROUP);
+    if (warpgroup == CONSUMERS) {
+        shrink_registers<PRODUCER_REGISTERS>();
+        if (is_copying_warp()) {
+            if (elect()) {
+                produce(shared.pipe, p, rank);
+            }
+        } else if (PREPARES) {
+            u32 parity = 1;
+            for (Tiles<Pipe::CHANNELS, Pipe::CLUSTER> tile(p); tile.valid(); tile.advance()) {
+                barrier_wait(shared.handover.empty, parity);
+                parity ^= 1u;
+                prepare(threadIdx.x % WARPGROUP - WARP, tile.row(rank), tile.column());
+                barrier_arrive(shared.handover.full);
+            }
+        }
+    } else {
+        grow_registers<CONSUMER_REGISTERS>();
+        consume(warpgroup, rank);
+        if (threadIdx.x % WARPGROUP == 0) {
+            wait_for_stores();
+        }
+    }
+}
+
 // What a thread has of a consumer's 64 rows: rows g and g + 8 of its warp's 16.
 struct OwnRows {
     u32 lane, warp, first;

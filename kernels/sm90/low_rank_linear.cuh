@@ -225,48 +225,22 @@ __device__ __forceinline__ void consume(const Shared &shared, const Sm90LinearPa
             barrier_arrive(shared.handover.empty);
         }
     }
-    if (threadIdx.x % WARPGROUP == 0) {
-        wait_for_stores();
-    }
 }
 
-// The producer's other warps: noise, biases and the factor for each tile.
-template <class T, class Shared>
-__device__ __forceinline__ void prepare(const Shared &shared, const Sm90LinearParams &p, u32 rank) {
-    const noise::Key key = key_of(p.noise);
-    const u32 filler = threadIdx.x % WARPGROUP - WARP;
-    u32 parity = 1;
-    for (Tiles<CHANNELS, Shared::Pipe::CLUSTER> tile(p); tile.valid(); tile.advance()) {
-        barrier_wait(shared.handover.empty, parity);
-        parity ^= 1u;
-        if (Shared::INPUT) {
-            fill_factor<T, Shared>(shared.factor, p.factor, filler, 0, p.rank, tile.column(), p.channels);
-        } else {
-            fill_factor<T, Shared>(shared.factor, p.factor, filler, tile.column(), p.channels, 0, p.rank);
-            fill_table<T>(shared.table, p, key, filler, tile.row(rank), tile.column());
-        }
-        barrier_arrive(shared.handover.full);
-    }
-}
-
+// The producer's other warps make noise, biases and the factor for each tile.
 template <class T, class Shared> __device__ __forceinline__ void linear(const Sm90LinearParams &p) {
     const Shared shared(shared_base());
-    const u32 rank = rank_in<Shared::Pipe::CLUSTER>();
-    start(shared.pipe, shared.handover);
-    const u32 warpgroup = uniform(threadIdx.x / WARPGROUP);
-    if (warpgroup == CONSUMERS) {
-        shrink_registers<PRODUCER_REGISTERS>();
-        if (is_copying_warp()) {
-            if (elect()) {
-                produce(shared.pipe, p, rank);
+    by_roles<true>(
+        shared, p,
+        [&](u32 filler, u32 row, u32 column) {
+            if (Shared::INPUT) {
+                fill_factor<T, Shared>(shared.factor, p.factor, filler, 0, p.rank, column, p.channels);
+            } else {
+                fill_factor<T, Shared>(shared.factor, p.factor, filler, column, p.channels, 0, p.rank);
+                fill_table<T>(shared.table, p, key_of(p.noise), filler, row, column);
             }
-        } else {
-            prepare<T>(shared, p, rank);
-        }
-    } else {
-        grow_registers<CONSUMER_REGISTERS>();
-        consume<T>(shared, p, warpgroup, rank);
-    }
+        },
+        [&](u32 consumer, u32 rank) { consume<T>(shared, p, consumer, rank); });
 }
 
 } // namespace sm90::low_rank

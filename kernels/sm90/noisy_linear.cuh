@@ -129,43 +129,15 @@ __device__ __forceinline__ void consume(const Shared &shared, const Sm90LinearPa
             barrier_arrive(shared.handover.empty);
         }
     }
-    if (threadIdx.x % WARPGROUP == 0) {
-        wait_for_stores();
-    }
 }
 
-// The producer's other warps: noise and biases for each tile.
-template <class T, class Shared>
-__device__ __forceinline__ void prepare(const Shared &shared, const Sm90LinearParams &p, u32 rank) {
-    const noise::Key key = key_of(p.noise);
-    const u32 filler = threadIdx.x % WARPGROUP - WARP;
-    u32 parity = 1;
-    for (Tiles<CHANNELS, Shared::Pipe::CLUSTER> tile(p); tile.valid(); tile.advance()) {
-        barrier_wait(shared.handover.empty, parity);
-        parity ^= 1u;
-        fill_table<T>(shared.table, p, key, filler, tile.row(rank), tile.column());
-        barrier_arrive(shared.handover.full);
-    }
-}
-
+// The producer's other warps make noise and biases for each tile.
 template <class T, bool BY_TABLE, class Shared> __device__ __forceinline__ void forward(const Sm90LinearParams &p) {
     const Shared shared(shared_base());
-    const u32 rank = rank_in<Shared::Pipe::CLUSTER>();
-    start(shared.pipe, shared.handover);
-    const u32 warpgroup = uniform(threadIdx.x / WARPGROUP);
-    if (warpgroup == CONSUMERS) {
-        shrink_registers<PRODUCER_REGISTERS>();
-        if (is_copying_warp()) {
-            if (elect()) {
-                produce(shared.pipe, p, rank);
-            }
-        } else if (BY_TABLE) {
-            prepare<T>(shared, p, rank);
-        }
-    } else {
-        grow_registers<CONSUMER_REGISTERS>();
-        consume<T, BY_TABLE>(shared, p, warpgroup, rank);
-    }
+    by_roles<BY_TABLE>(
+        shared, p,
+        [&](u32 filler, u32 row, u32 column) { fill_table<T>(shared.table, p, key_of(p.noise), filler, row, column); },
+        [&](u32 consumer, u32 rank) { consume<T, BY_TABLE>(shared, p, consumer, rank); });
 }
 
 } // namespace sm90::exact
