@@ -11,6 +11,7 @@
 #     sanitizer    compute-sanitizer's four tools on one small test of each kernel of sm90
 #     sweep        every variant of the kernels of sm90, and the layers of a ViT-B by each family, beside cuBLASLt's GEMM
 #     step         a training step of a ViT-B beside PyTorch and PEFT; bf16 first
+#     profile      where the time goes: Nsight Compute on each shipped kernel of sm90, the kernels of a step; not among `all parts`
 #     rest         other benchmarks, layers beside PyTorch, tests of the PyTorch package
 #
 # PACE_SECONDS is the time for everything (570), SANITIZER_TESTS the tests of `sanitizer`. What each step prints goes to a file of its
@@ -20,11 +21,11 @@ set -uo pipefail
 cd "$(dirname "$0")" || exit 1
 
 # A part and its seconds, where there are others.
-declare -A part_seconds=([hopper]=100 [device]=110 [sanitizer]=90 [sweep]=120 [step]=150 [rest]=300)
+declare -A part_seconds=([hopper]=100 [device]=110 [sanitizer]=90 [sweep]=120 [step]=150 [rest]=300 [profile]=120)
 parts=("$@")
 [ $# -gt 0 ] || parts=(hopper device sanitizer sweep step rest)
 for part in "${parts[@]}"; do
-    [ -n "${part_seconds[$part]:-}" ] || { echo "run.sh: no part $part among hopper device sanitizer sweep step rest" >&2; exit 2; }
+    [ -n "${part_seconds[$part]:-}" ] || { echo "run.sh: no part $part among hopper device sanitizer sweep step rest profile" >&2; exit 2; }
 done
 deadline=$((SECONDS + ${PACE_SECONDS:-570}))
 
@@ -202,6 +203,22 @@ rest() {
     peers 90 peers_autocast --shapes vit_b_autocast --dtypes bf16 --rounds 5 --peers 'eager|PyTorch|as a graph|rows'
     pytorch "torch, numpy" 60 effective_weights python3 repository/benches/peers/effective_weights.py
     pytorch "torch, timm, safetensors, pytest" 120 pytorch_all python3 -m pytest -q -rs repository/python/tests
+}
+
+profile() {
+    local program family
+    if [ "$capability" = 9.0 ] && program="$(command -v ncu)"; then
+        step 90 ncu "$program" --clock-control none --set full -k 'regex:^(low_rank|exact|folded|weight|nvjet|.*gemm)' \
+            -f -o "$results/ncu" ./hopper/bin/sweep --profile
+        step 30 ncu_details "$program" --import "$results/ncu.ncu-rep" --page details
+        # Samples of each instruction of the machine code.
+        step 60 ncu_source "$program" --import "$results/ncu.ncu-rep" --page source --csv
+    else
+        note ncu "skipped: no ncu, or no device of compute capability 9.0" 0
+    fi
+    for family in sm90 cublaslt; do
+        PACE_FAMILY=$family pytorch "torch, timm, numpy" 60 "profile_step_$family" python3 repository/benches/peers/profile_step.py
+    done
 }
 
 query() {

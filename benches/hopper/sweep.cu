@@ -2,7 +2,7 @@
 //
 // A variant is a kernel's template with other stages, clusters, depths or staging than what ships. One line each: median of
 // ROUNDS rounds, interleaved with cuBLAS; the ratio to cuBLAS' median; the largest error of some outputs against sums in
-// double, in units of the largest of them. What wins belongs into the constants of src/cuda/**/sm90.
+// double, in units of the largest of them. `--profile` only launches what ships, once at 768 -> 3072, for a profiler. What wins belongs into the constants of src/cuda/**/sm90.
 //
 // Tensors are [M, K] and [M, N] with M = 2 * 64 * 197 rows; random bf16 in [-1, 1), matrices divided by sqrt(K), z in [0.5, 1.5).
 
@@ -156,9 +156,19 @@ struct Variant {
     std::function<double()> error;
 };
 
+// What `--profile` runs: the shipped variant and cuBLAS, once each, for a profiler to look into.
+bool profiling = false;
+
 // Times what belongs to one GEMM of one layer.
 void time_all(Results &results, std::string &table, const std::string &what, const Layer &layer, const std::function<void()> &cublas,
               const std::vector<Variant> &variants) {
+    if (profiling) {
+        if (cublas)
+            cublas();
+        variants.front().launch();
+        finish();
+        return;
+    }
     Timer timer;
     std::vector<std::vector<double>> times(variants.size() + 1);
     for (u32 round = 0; round < ROUNDS; ++round) {
@@ -202,7 +212,6 @@ struct Host {
 
 // Largest difference of some outputs [rows, columns] from `expected`, in units of the largest of those.
 double error_of(const Buffer<bf16> &output, u32 rows, u32 columns, const std::function<double(u32, u32)> &expected, u32 checked = CHECKED) {
-    const std::vector<float> got = wide(output.read());
     double worst = 0, largest = 0;
     u32 state = 12345;
     for (u32 i = 0; i < checked; ++i) {
@@ -211,7 +220,9 @@ double error_of(const Buffer<bf16> &output, u32 rows, u32 columns, const std::fu
         state = state * 1664525u + 1013904223u;
         const u32 column = (state >> 4) % columns;
         const double want = expected(row, column);
-        const double difference = std::fabs(got[size_t(row) * columns + column] - want);
+        bf16 got;
+        CHECK(cudaMemcpy(&got, output.get() + size_t(row) * columns + column, sizeof got, cudaMemcpyDeviceToHost));
+        const double difference = std::fabs(__bfloat162float(got) - want);
         worst = std::isnan(difference) ? INFINITY : std::max(worst, difference);
         largest = std::max(largest, std::fabs(want));
     }
@@ -387,7 +398,10 @@ int main(int count, char **arguments) {
     const Cublas cublas;
     results.note("cuBLAS", cublas.found() ? "found" : "not found: no ratios");
     std::string table = text("| kernels of sm90 in bf16, %u rows; x: time / cuBLAS' of the bare GEMM\n", ROWS);
+    profiling = count == 2 && std::strcmp(arguments[1], "--profile") == 0;
     for (const Layer &layer : LAYERS) {
+        if (profiling && layer.n != 3072)
+            continue;
         Sweep(layer, sms).run(results, table, layer, cublas);
         std::fflush(stdout);
     }
