@@ -5,8 +5,6 @@
 
 #include "mainloop.cuh"
 
-#include <cstring>
-
 namespace pace {
 
 namespace sm90::folded {
@@ -139,25 +137,18 @@ __device__ __forceinline__ void produce(const Shared &shared, const Sm90FoldedPa
     }
 }
 
-template <class T> __device__ __forceinline__ float element(u32 bits, u32 i) {
-    T values[2];
-    memcpy(values, &bits, 4);
-    return to_float(values[i]);
-}
-
 // W0 + z * Wd for two elements.
 template <class T> __device__ __forceinline__ u32 fold(u32 base, u32 delta, float z0, float z1) {
-    return pack<T>(fmaf(z0, element<T>(delta, 0), element<T>(base, 0)),
-                   fmaf(z1, element<T>(delta, 1), element<T>(base, 1)));
+    const Pair w0 = unpack<T>(base), wd = unpack<T>(delta);
+    return pack<T>(fmaf(z0, wd.value[0], w0.value[0]), fmaf(z1, wd.value[1], w0.value[1]));
 }
 
-// Registers are short here: what is needed rarely is computed anew.
 __device__ __forceinline__ u32 lane() { return threadIdx.x % WARP; }
 __device__ __forceinline__ u32 warp() { return threadIdx.x / WARP % 4; }
 
-// What a lane gives ldmatrix for its warp's 16 rows and the first K step of a tile, before it is swizzled; where its z is.
+// What a lane gives ldmatrix for its warp's 16 rows and the first K step of a tile; where its z is.
 struct Place {
-    u32 at, swizzle, z;
+    u32 at, z;
 };
 
 template <bool INPUT, u32 DEPTH> __device__ __forceinline__ Place place_of(u32 consumer) {
@@ -168,68 +159,83 @@ template <bool INPUT, u32 DEPTH> __device__ __forceinline__ Place place_of(u32 c
         own.z = lane() % 4 * 8;
     } else {
         const u32 row = consumer * CONSUMER_ROWS + 16 * warp() + lane() % 16;
-        own.at = row * DEPTH * 2 + lane() / 16 * 16;
-        own.swizzle = (DEPTH == 32 ? row >> 1 & 3 : row & 7) * 16;
+        own.at = row * DEPTH * 2 + ((lane() / 16 ^ (DEPTH == 32 ? row >> 1 & 3 : row & 7)) * 16);
     }
     return own;
 }
 
-template <bool INPUT>
-__device__ __forceinline__ void load_weights(u32 (&bits)[4], u32 tile, const Place &own, u32 step) {
-    if (INPUT) {
-        ldmatrix<true>(bits, tile + own.at + step * 16 * 128);
-    } else {
-        ldmatrix<false>(bits, tile + ((own.at + step * 32) ^ own.swizzle));
+// What a K step of a tile is folded of: this thread's elements of W0 and Wd and, where z varies along the reduction, z of
+// each unit.
+template <bool INPUT, class Shared> struct Operands {
+    u32 base[4], delta[4];
+    float z[INPUT ? Shared::SAMPLES : 1][4];
+
+    __device__ __forceinline__ void load(const Shared &shared, u32 stage, const Place &own, u32 step) {
+        const u32 tile = shared.stage(stage) + (INPUT ? own.at + step * 16 * 128 : own.at ^ step * 32);
+        ldmatrix<INPUT>(base, tile);
+        ldmatrix<INPUT>(delta, tile + Shared::WEIGHT_BYTES);
+        if (INPUT) {
+#pragma unroll
+            for (u32 i = 0; i < Shared::SAMPLES; ++i) {
+#pragma unroll
+                for (u32 j = 0; j < 2; ++j) {
+                    const Pair pair = load_shared_pair(shared.z(stage, i) + own.z + 64 * step + 32 * j);
+                    z[i][2 * j] = pair.value[0], z[i][2 * j + 1] = pair.value[1];
+                }
+            }
+        }
     }
-}
+};
 
 // The accumulators of one tile. z [unit][half] of the thread's rows counts for the forward pass; that of the gradient comes with the
-// stages. A fragment is rewritten when the wgmma that had it has retired, while those of the other units run.
+// stages. A fragment is rewritten when the wgmma that had it has retired, while those of the other units run. Operands of the next
+// step are on their way meanwhile: a load from shared memory takes as long as a wgmma when the tensor cores read it too.
 template <class T, bool INPUT, class Shared>
 __device__ __forceinline__ void accumulate(float (&acc)[Shared::SAMPLES][Shared::TOKENS / 2], const Shared &shared,
                                            Turn<Shared::STAGES> &turn, const float (&z)[Shared::SAMPLES][2],
                                            const Place &own, u32 depths) {
     using Units = Tile<2 * Shared::DEPTH, 16 * Shared::DEPTH>;
+    constexpr u32 STEPS = Shared::DEPTH / 16, LAST = Shared::SAMPLES - 1;
     u32 fragments[Shared::SAMPLES][4];
-    bool first = true;
+    Operands<INPUT, Shared> operands;
+    barrier_wait(shared.full(turn.stage), turn.parity);
+    operands.load(shared, turn.stage, own, 0);
 #pragma unroll 1
     for (u32 depth = 0; depth < depths; ++depth) {
-        barrier_wait(shared.full(turn.stage), turn.parity);
-        const u32 weight = shared.stage(turn.stage);
+        const u64 units = Units::at(shared.unit(turn.stage, 0));
 #pragma unroll
-        for (u32 step = 0; step < Shared::DEPTH / 16; ++step) {
-            u32 base[4], delta[4];
-            load_weights<INPUT>(base, weight, own, step);
-            load_weights<INPUT>(delta, weight + Shared::WEIGHT_BYTES, own, step);
+        for (u32 step = 0; step < STEPS; ++step) {
 #pragma unroll
             for (u32 i = 0; i < Shared::SAMPLES; ++i) {
-                wgmma_wait<Shared::SAMPLES - 1>();
-                if (step == 0 && i == Shared::SAMPLES - 1 && depth != 0u) {
+                wgmma_wait<LAST>();
+                if (step == 0 && i == LAST && depth != 0u) {
                     // All that read the previous stage is done.
                     release(shared, turn.previous());
                 }
                 keep(fragments[i]);
-                if (INPUT) {
+                // Unpacked for each unit anew: there are no registers for it.
+                keep(operands.base);
+                keep(operands.delta);
 #pragma unroll
-                    for (u32 j = 0; j < 4; j += 2) {
-                        const Pair factor = load_shared_pair(shared.z(turn.stage, i) + own.z + 64 * step + 16 * j);
-                        fragments[i][j] = fold<T>(base[j], delta[j], factor.value[0], factor.value[1]);
-                        fragments[i][j + 1] = fold<T>(base[j + 1], delta[j + 1], factor.value[0], factor.value[1]);
-                    }
-                } else {
-#pragma unroll
-                    for (u32 j = 0; j < 4; ++j) {
-                        fragments[i][j] = fold<T>(base[j], delta[j], z[i][j % 2], z[i][j % 2]);
-                    }
+                for (u32 j = 0; j < 4; ++j) {
+                    const float *factor = INPUT ? operands.z[i] + j / 2 * 2 : z[i] + j % 2;
+                    fragments[i][j] = fold<T>(operands.base[j], operands.delta[j], factor[0], factor[INPUT ? 1 : 0]);
+                }
+                if (i == LAST && step + 1 < STEPS) {
+                    operands.load(shared, turn.stage, own, step + 1);
                 }
                 wgmma_fence();
                 wgmma<T, Shared::TOKENS>(acc[i], fragments[i],
-                                         Units::at(shared.unit(turn.stage, i) + step * K_STEP_BYTES), !first);
+                                         behind(units, i * Shared::UNIT_BYTES + step * K_STEP_BYTES),
+                                         (depth | step) != 0u);
                 wgmma_commit();
             }
-            first = false;
         }
         turn.advance();
+        if (depth + 1 < depths) {
+            barrier_wait(shared.full(turn.stage), turn.parity);
+            operands.load(shared, turn.stage, own, 0);
+        }
     }
     wgmma_wait<0>();
     release(shared, turn.previous());
@@ -250,20 +256,24 @@ __device__ __forceinline__ void store_unit(const float (&acc)[TOKENS / 2], const
         wait_for_store_reads<0>();
     }
     named_barrier(1 + consumer, WARPGROUP);
+    // Registers are short: `keep` hides that this could be kept from tile to tile.
+    u32 thread[1] = {threadIdx.x % WARPGROUP};
+    keep(thread);
+    const u32 lane = thread[0] % WARP;
     const auto bits = [&](u32 j, u32 half) {
         return pack<T>(acc[4 * j + 2 * half] + bias[half], acc[4 * j + 2 * half + 1] + bias[half]);
     };
     // Matrices of 8 x 8: the halves of the rows of 8 tokens, then of the next 8.
-    const u32 chunk = 2 * warp() + lane() / 8 % 2;
+    const u32 chunk = 2 * (thread[0] / WARP) + lane / 8 % 2;
 #pragma unroll
     for (u32 j = 0; j + 2 <= TOKENS / 8; j += 2) {
-        const u32 token = 8 * j + lane() / 16 * 8 + lane() % 8;
+        const u32 token = 8 * j + lane / 16 * 8 + lane % 8;
         const u32 matrices[4] = {bits(j, 0), bits(j, 1), bits(j + 1, 0), bits(j + 1, 1)};
         stmatrix<true>(staging + token * 128 + ((chunk ^ (token & 7)) * 16), matrices);
     }
     if (TOKENS / 8 % 2 != 0) {
         constexpr u32 LAST = TOKENS / 8 - 1;
-        const u32 token = 8 * LAST + lane() % 8;
+        const u32 token = 8 * LAST + lane % 8;
         const u32 matrices[2] = {bits(LAST, 0), bits(LAST, 1)};
         stmatrix<true>(staging + token * 128 + ((chunk ^ (token & 7)) * 16), matrices);
     }

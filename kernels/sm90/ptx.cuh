@@ -11,6 +11,8 @@
 #include "../params.h"
 #include "../storage.cuh"
 
+#include <cstring>
+
 namespace pace::sm90 {
 
 // Lanes of a warpgroup, which wgmma takes together.
@@ -327,6 +329,20 @@ template <> __device__ __forceinline__ u32 pack<bf16>(float low, float high) {
 
 namespace pace::sm90 {
 
+// Two elements of a 16-bit type, the first in the low half.
+template <class T> __device__ __forceinline__ Pair unpack(u32 bits) {
+    T values[2];
+    std::memcpy(values, &bits, sizeof bits);
+    return Pair{{to_float(values[0]), to_float(values[1])}};
+}
+// An f32 of the same bits above: a shift, and a mask.
+template <> __device__ __forceinline__ Pair unpack<bf16>(u32 bits) {
+    const u32 words[2] = {bits << 16, bits & 0xffff0000u};
+    Pair pair;
+    std::memcpy(&pair, words, sizeof pair);
+    return pair;
+}
+
 // ---- descriptors of tiles in shared memory, which wgmma reads
 
 // Bits of a tile's descriptor but its address: how it is swizzled, and distances in bytes. K-major with a swizzle of SPAN bytes, a
@@ -339,6 +355,11 @@ template <u32 SPAN, u32 GROUP, u32 PANEL = 16> struct Tile {
     // Of the tile or the part of one at this address.
     static __device__ __forceinline__ u64 at(u32 address) { return BITS | (address & 0x3ffffu) >> 4; }
 };
+
+// The descriptor of the part so many bytes behind: no carry leaves the address.
+__device__ __forceinline__ u64 behind(u64 descriptor, u32 bytes) {
+    return (descriptor & 0xffffffff00000000u) | (static_cast<u32>(descriptor) + (bytes >> 4));
+}
 
 } // namespace pace::sm90
 
