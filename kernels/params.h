@@ -121,7 +121,7 @@ constexpr u32 SM90_FOLDED_DEPTH = 32;
 /// Blocks of a cluster.
 constexpr u32 SM90_FOLDED_CLUSTER = 2;
 
-/// Channels and features of a tile, and tokens of a stage.
+/// Channels and features of a block's tile, and tokens of a stage.
 constexpr u32 SM90_WEIGHT_ROWS = 128;
 
 constexpr u32 SM90_WEIGHT_COLUMNS = 256;
@@ -129,6 +129,9 @@ constexpr u32 SM90_WEIGHT_COLUMNS = 256;
 constexpr u32 SM90_WEIGHT_DEPTH = 64;
 
 constexpr u32 SM90_WEIGHT_STAGES = 4;
+
+/// Blocks of a cluster, whose channels lie beside each other.
+constexpr u32 SM90_WEIGHT_CLUSTER = 2;
 
 /// Channels of a tile that a block adds up, and its threads.
 constexpr u32 SM90_WEIGHT_SUM_ROWS = 16;
@@ -573,7 +576,7 @@ struct Sm90WeightParams {
   Output<void> weight;
   /// `grad_bd [N]`, or null.
   Output<void> bias;
-  /// Sums of tiles that blocks share, two for each block.
+  /// Sums of tiles that clusters share, two for each block.
   Output<float> partial;
   /// The same of `grad_bd`, or null.
   Output<float> bias_partial;
@@ -587,11 +590,15 @@ struct Sm90WeightParams {
   u32 wrap;
   /// Tokens per sample `T`.
   u32 tokens;
+  /// Tiles of a cluster.
   u32 tiles;
   /// Tiles along the features.
   u32 tile_columns;
-  /// Blocks that share the work.
-  u32 blocks;
+  /// Clusters that share the work.
+  u32 clusters;
+  /// Tiles so far apart in the walk lie beside each other, `group` of them; the product of both is `tiles`.
+  u32 stride;
+  u32 group;
 };
 
 /// Parameters of the kernels `grad_norm*`.

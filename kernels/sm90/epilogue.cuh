@@ -19,15 +19,17 @@ constexpr u32 PLACES = SM90_TILE_SAMPLES;
 constexpr u32 COPIES = 2;
 // Channels of a chunk.
 constexpr u32 CHUNK = SM90_TILE_K;
-// The table in shared memory, [copy][place][channel] of z and behind it of z * bd + b0.
+// The table in shared memory, [copy][place][pair of channels] of z of both and z * bd + b0 of both; behind it the row at which
+// the second sample of the tile begins.
 template <u32 CHANNELS> struct NoiseTable {
-    static constexpr u32 ROW = CHANNELS * sizeof(float);
-    static constexpr u32 BYTES = 2 * COPIES * PLACES * ROW;
+    static constexpr u32 ROW = 2 * CHANNELS * sizeof(float);
+    static constexpr u32 END_AT = COPIES * PLACES * ROW;
+    static constexpr u32 BYTES = END_AT + 16;
 
     u32 base;
 
-    __device__ __forceinline__ u32 z(u32 copy, u32 place) const { return base + (copy * PLACES + place) * ROW; }
-    __device__ __forceinline__ static constexpr u32 bias_offset() { return COPIES * PLACES * ROW; }
+    __device__ __forceinline__ u32 row(u32 copy, u32 place) const { return base + (copy * PLACES + place) * ROW; }
+    __device__ __forceinline__ u32 end() const { return base + END_AT; }
 };
 
 // The last token row of a tile that exists.
@@ -55,14 +57,18 @@ __device__ __forceinline__ void fill_table(const NoiseTable<CHANNELS> &table, co
         const u32 channel = column + 4 * group;
         const noise::Four z = z_of_row(p.noise, key, copy * p.samples + first + place, p.tokens, channel / 4,
                                        p.channels, p.noise.aligned != 0u);
-        const u32 to = table.z(copy, place) + 16 * group;
+        float bias[4];
 #pragma unroll
         for (u32 i = 0; i < 4; ++i) {
-            const float bias = fmaf(z.value[i], bias_of<T>(p.delta_bias, channel + i, p.channels),
-                                    bias_of<T>(p.base_bias, channel + i, p.channels));
-            store_shared(to + 4 * i, z.value[i]);
-            store_shared(to + table.bias_offset() + 4 * i, bias);
+            bias[i] = fmaf(z.value[i], bias_of<T>(p.delta_bias, channel + i, p.channels),
+                           bias_of<T>(p.base_bias, channel + i, p.channels));
         }
+        const u32 to = table.row(copy, place) + 32 * group;
+        store_shared_four(to, Four{{z.value[0], z.value[1], bias[0], bias[1]}});
+        store_shared_four(to + 16, Four{{z.value[2], z.value[3], bias[2], bias[3]}});
+    }
+    if (filler == 0u) {
+        store_shared_word(table.end(), (first + 1) * p.tokens);
     }
 }
 
@@ -109,20 +115,50 @@ struct OwnRows {
     __device__ __forceinline__ u32 row(u32 half) const { return first + lane / 4 + 8 * half; }
     // The first of its two channels of every 8.
     __device__ __forceinline__ u32 channel() const { return 2 * (lane % 4); }
-    // Which of the samples of the tile from `tile_row` on its rows belong to; those that do not exist, to that of the last.
-    __device__ __forceinline__ void places(u32 (&places)[2], const Sm90LinearParams &p, u32 tile_row) const {
+    // Which of the tile's samples its rows belong to, of which the first ends before row `end`; rows that do not exist, to that of
+    // the last.
+    __device__ __forceinline__ void places(u32 (&places)[2], const Sm90LinearParams &p, u32 end) const {
 #pragma unroll
         for (u32 half = 0; half < 2; ++half) {
-            places[half] = tile_row < p.rows ? min(row(half), p.rows - 1) / p.tokens - tile_row / p.tokens : 0u;
+            const u32 existing = min(row(half), p.rows - 1);
+            places[half] = 0;
+#pragma unroll
+            for (u32 i = 0; i < PLACES - 1; ++i) {
+                places[half] += existing >= end + i * p.tokens ? 1u : 0u;
+            }
         }
     }
 };
 
-// Writes one chunk of 64 channels of a consumer's 64 rows: `element(j, half, y)` gives y of the pair of channels 8 j + 2 t of row
-// `half`, j from 0 to 7. `staging`: STAGING buffers of 8 KiB of this consumer, used in turn.
-template <class T, u32 STAGING, class Element>
+// Channels whose outputs are made at once: so many loads from shared memory are on their way together.
+constexpr u32 PART = CHUNK / 2;
+// Of a thread: pairs of channels, [8 channels][row].
+using PartPairs = Pair[PART / 8][2];
+
+// z and biases of a thread's part of 32 channels, whose rows in the table begin at `rows` for its first pair.
+struct PartNoise {
+    Four of[PART / 8][2];
+    __device__ __forceinline__ PartNoise(const u32 (&rows)[2], u32 channel) {
+#pragma unroll
+        for (u32 j = 0; j < PART / 8; ++j) {
+#pragma unroll
+            for (u32 half = 0; half < 2; ++half) {
+                of[j][half] = load_shared_four(rows[half] + 8 * (channel + 8 * j));
+            }
+        }
+    }
+    // base + bias + z * adapter
+    __device__ __forceinline__ Pair apply(u32 j, u32 half, const float *base, const float *adapter) const {
+        const float(&value)[4] = of[j][half].value;
+        return Pair{{fmaf(value[0], adapter[0], base[0] + value[2]), fmaf(value[1], adapter[1], base[1] + value[3])}};
+    }
+};
+
+// Writes one chunk of 64 channels of a consumer's 64 rows: `part(channel, y)` makes the part from that channel of the chunk on.
+// `staging`: STAGING buffers of 8 KiB of this consumer, used in turn.
+template <class T, u32 STAGING, class Part>
 __device__ __forceinline__ void store_chunk(const Sm90LinearParams &p, u32 staging, u32 turn, u32 consumer,
-                                            const OwnRows &own, u32 column, u32 copy, const Element &element) {
+                                            const OwnRows &own, u32 column, u32 copy, const Part &part) {
     const bool leader = threadIdx.x % WARPGROUP == 0;
     const u32 buffer = staging + (consumer * STAGING + turn % STAGING) * CONSUMER_ROWS * CHUNK * 2;
     // The store that was here before has been read.
@@ -134,14 +170,19 @@ __device__ __forceinline__ void store_chunk(const Sm90LinearParams &p, u32 stagi
     const u32 row = 16 * own.warp + own.lane % 16;
     const u32 line = buffer + row * 128;
 #pragma unroll
-    for (u32 pair = 0; pair < CHUNK / 16; ++pair) {
-        u32 matrices[4];
+    for (u32 channel = 0; channel < CHUNK; channel += PART) {
+        PartPairs y;
+        part(channel, y);
 #pragma unroll
-        for (u32 i = 0; i < 4; ++i) {
-            const Pair y = element(2 * pair + i / 2, i % 2);
-            matrices[i] = pack<T>(y.value[0], y.value[1]);
+        for (u32 j = 0; j < PART / 8; j += 2) {
+            u32 matrices[4];
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) {
+                const Pair &pair = y[j + i / 2][i % 2];
+                matrices[i] = pack<T>(pair.value[0], pair.value[1]);
+            }
+            stmatrix<false>(line + ((channel / 8 + j + own.lane / 16) ^ (row & 7)) * 16, matrices);
         }
-        stmatrix<false>(line + ((2 * pair + own.lane / 16) ^ (row & 7)) * 16, matrices);
     }
     fence_async_proxy();
     named_barrier(1 + consumer, WARPGROUP);

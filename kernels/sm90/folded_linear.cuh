@@ -63,16 +63,6 @@ template <class Shared> struct FoldedTiles {
     __device__ __forceinline__ u32 row(u32 rank) const { return (next % p.tile_columns * CLUSTER + rank) * ROWS; }
 };
 
-// A box for all blocks of the cluster.
-template <u32 CLUSTER>
-__device__ __forceinline__ void copy_to_all(u32 to, const TensorMap &map, u32 barrier, int x, int y, int z) {
-    if (CLUSTER == 1) {
-        copy_box(to, map, barrier, x, y, z);
-    } else {
-        copy_box_to((1u << CLUSTER) - 1u, to, map, barrier, x, y, z);
-    }
-}
-
 // The producer's copies of one stage. INPUT: of the gradient to the input.
 template <bool INPUT, class Shared>
 __device__ __forceinline__ void copy_stage(const Shared &shared, const Sm90FoldedParams &p, u32 stage,

@@ -70,11 +70,13 @@ __device__ __forceinline__ void take_s(Fragments<RANK> &fragments, const float (
 #pragma unroll
         for (u32 half = 0; half < 2; ++half) {
             const float *values = acc + CHANNELS / 2 + 4 * j + 2 * half;
-            const T pair[2] = {from_float<T>(p.scale * values[0]), from_float<T>(p.scale * values[1])};
-            fragments[j / 2][2 * (j % 2) + half] = pack<T>(to_float(pair[0]), to_float(pair[1]));
+            const u32 bits = pack<T>(p.scale * values[0], p.scale * values[1]);
+            fragments[j / 2][2 * (j % 2) + half] = bits;
             if (to_caller && own.row(half) < p.rows) {
                 const u32 column = 8 * j + own.channel();
                 T *out = static_cast<T *>(p.s) + static_cast<u64>(own.row(half)) * p.rank + column;
+                T pair[2];
+                std::memcpy(pair, &bits, sizeof bits);
 #pragma unroll
                 for (u32 i = 0; i < 2; ++i) {
                     if (column + i < p.rank) {
@@ -86,107 +88,117 @@ __device__ __forceinline__ void take_s(Fragments<RANK> &fragments, const float (
     }
 }
 
-// ds of branch `copy`, from memory.
+// ds of branch `copy`, from memory. Nothing is computed of what is loaded, so that nothing waits for it.
 template <class T, u32 RANK>
 __device__ __forceinline__ void load_ds(Fragments<RANK> &fragments, const Sm90LinearParams &p, const OwnRows &own,
                                         u32 copy) {
+    const bool pairs = p.rank % 2 == 0u;
 #pragma unroll
     for (u32 j = 0; j < RANK / 8; ++j) {
 #pragma unroll
         for (u32 half = 0; half < 2; ++half) {
             const u32 row = own.row(half), column = 8 * j + own.channel();
             const T *from = static_cast<const T *>(p.s) + (static_cast<u64>(copy) * p.rows + row) * p.rank + column;
-            float pair[2];
-#pragma unroll
-            for (u32 i = 0; i < 2; ++i) {
-                pair[i] = row < p.rows && column + i < p.rank ? to_float(load(from + i)) : 0.0f;
+            u32 bits = 0;
+            if (row < p.rows && column < p.rank) {
+                if (pairs) {
+                    bits = load(reinterpret_cast<const u32 *>(from));
+                } else {
+                    const T pair[2] = {load(from), column + 1 < p.rank ? load(from + 1) : from_float<T>(0.0f)};
+                    std::memcpy(&bits, pair, sizeof bits);
+                }
             }
-            fragments[j / 2][2 * (j % 2) + half] = pack<T>(pair[0], pair[1]);
+            fragments[j / 2][2 * (j % 2) + half] = bits;
         }
     }
 }
 
-// adapter [8 channels][accumulators] += a @ the factor's 16 channels from `channel` on.
-template <class T, class Shared>
-__device__ __forceinline__ void multiply_rank(float (&adapter)[2][4], const Fragments<Shared::RANK> &a, u32 factor,
-                                              u32 lane, u32 channel) {
-    constexpr u32 ROW = Shared::FACTOR_ROW_BYTES;
+// The factor's part of 32 channels, as B fragments.
+template <class Shared> struct PartFactor {
+    static constexpr u32 ROW = Shared::FACTOR_ROW_BYTES, STEPS = Shared::RANK / 16;
+    u32 b[STEPS][PART / 16][4];
+    __device__ __forceinline__ PartFactor(u32 factor, u32 lane, u32 channel) {
 #pragma unroll
-    for (u32 step = 0; step < Shared::RANK / 16; ++step) {
-        // Matrices: the halves of the rank's step of 8 channels, then of the next 8.
-        u32 b[4];
-        if (Shared::INPUT) {
-            ldmatrix<true>(b, factor + (16 * step + lane % 16) * ROW + 2 * channel + lane / 16 * 16);
-        } else {
-            ldmatrix<false>(b, factor + (channel + lane / 16 * 8 + lane % 8) * ROW + 32 * step + lane / 8 % 2 * 16);
+        for (u32 step = 0; step < STEPS; ++step) {
+#pragma unroll
+            for (u32 i = 0; i < PART / 16; ++i) {
+                const u32 at = channel + 16 * i;
+                // Matrices: the halves of the rank's step of 8 channels, then of the next 8.
+                if (Shared::INPUT) {
+                    ldmatrix<true>(b[step][i], factor + (16 * step + lane % 16) * ROW + 2 * at + lane / 16 * 16);
+                } else {
+                    ldmatrix<false>(b[step][i],
+                                    factor + (at + lane / 16 * 8 + lane % 8) * ROW + 32 * step + lane / 8 % 2 * 16);
+                }
+            }
         }
-        mma<T>(adapter[0], a[step], b[0], b[1]);
-        mma<T>(adapter[1], a[step], b[2], b[3]);
     }
-}
+    // sums [8 channels][accumulators] += a @ the factor's part
+    template <class T>
+    __device__ __forceinline__ void multiply(float (&sums)[PART / 8][4], const Fragments<Shared::RANK> &a) const {
+#pragma unroll
+        for (u32 step = 0; step < STEPS; ++step) {
+#pragma unroll
+            for (u32 j = 0; j < PART / 8; ++j) {
+                mma<T>(sums[j], a[step], b[step][j / 2][j % 2 * 2], b[step][j / 2][j % 2 * 2 + 1]);
+            }
+        }
+    }
+};
 
 // A consumer's part of one tile of y, for branch `copy`.
 template <class T, class Shared>
 __device__ __forceinline__ void store_y(const float (&acc)[Shared::Pipe::N / 2], const Fragments<Shared::RANK> &s,
                                         const Shared &shared, const Sm90LinearParams &p, u32 turn, u32 consumer,
                                         const OwnRows &own, const u32 (&places)[2], u32 column, u32 copy) {
-    const auto &table = shared.table;
-    const u32 z[2] = {table.z(copy, places[0]) + 4 * own.channel(), table.z(copy, places[1]) + 4 * own.channel()};
+    const u32 rows[2] = {shared.table.row(copy, places[0]) + 8 * own.channel(),
+                         shared.table.row(copy, places[1]) + 8 * own.channel()};
 #pragma unroll
-    for (u32 chunk = 0; chunk < CHANNELS / CHUNK; ++chunk) {
-        float adapter[2][4];
-        store_chunk<T, Shared::STAGING>(
-            p, shared.pipe.base + Shared::STAGING_AT, turn + chunk, consumer, own, column + chunk * CHUNK, copy,
-            [&](u32 j, u32 half) {
-                const u32 channel = chunk * CHUNK + 8 * j;
-                if (j % 2 == 0 && half == 0) {
+    for (u32 chunk = 0; chunk < CHANNELS; chunk += CHUNK) {
+        store_chunk<T, Shared::STAGING>(p, shared.pipe.base + Shared::STAGING_AT, turn + chunk / CHUNK, consumer, own,
+                                        column + chunk, copy, [&](u32 part, PartPairs &y) {
+                                            const u32 channel = chunk + part;
+                                            const PartFactor<Shared> factor(shared.factor, own.lane, channel);
+                                            const PartNoise noise(rows, channel);
+                                            float adapter[PART / 8][4] = {};
+                                            factor.template multiply<T>(adapter, s);
 #pragma unroll
-                    for (u32 i = 0; i < 4; ++i) {
-                        adapter[0][i] = adapter[1][i] = 0.0f;
-                    }
-                    multiply_rank<T, Shared>(adapter, s, shared.factor, own.lane, channel);
-                }
-                const u32 at = z[half] + 4 * channel;
-                const Pair factor = load_shared_pair(at), bias = load_shared_pair(at + table.bias_offset());
-                const float *base = acc + channel / 2 + 2 * half;
-                Pair y;
+                                            for (u32 j = 0; j < PART / 8; ++j) {
 #pragma unroll
-                for (u32 i = 0; i < 2; ++i) {
-                    y.value[i] = fmaf(factor.value[i], adapter[j % 2][2 * half + i], base[i] + bias.value[i]);
-                }
-                return y;
-            });
+                                                for (u32 half = 0; half < 2; ++half) {
+                                                    const float *base = acc + channel / 2 + 4 * j + 2 * half;
+                                                    y[j][half] = noise.apply(j, half, base, adapter[j] + 2 * half);
+                                                }
+                                            }
+                                        });
     }
 }
 
 // A consumer's part of one tile of grad_x.
 template <class T, class Shared>
-__device__ __forceinline__ void store_grad_x(const float (&acc)[CHANNELS / 2], const Shared &shared,
-                                             const Sm90LinearParams &p, u32 turn, u32 consumer, const OwnRows &own,
-                                             u32 column) {
-    Fragments<Shared::RANK> ds[COPIES];
-    load_ds<T, Shared::RANK>(ds[0], p, own, 0);
-    if (p.copies > 1u) {
-        load_ds<T, Shared::RANK>(ds[1], p, own, 1);
-    }
+__device__ __forceinline__ void
+store_grad_x(const float (&acc)[CHANNELS / 2], const Fragments<Shared::RANK> (&ds)[COPIES], const Shared &shared,
+             const Sm90LinearParams &p, u32 turn, u32 consumer, const OwnRows &own, u32 column) {
 #pragma unroll
-    for (u32 chunk = 0; chunk < CHANNELS / CHUNK; ++chunk) {
-        float sum[2][4];
-        store_chunk<T, Shared::STAGING>(p, shared.pipe.base + Shared::STAGING_AT, turn + chunk, consumer, own,
-                                        column + chunk * CHUNK, 0, [&](u32 j, u32 half) {
-                                            const u32 channel = chunk * CHUNK + 8 * j;
-                                            if (j % 2 == 0 && half == 0) {
+    for (u32 chunk = 0; chunk < CHANNELS; chunk += CHUNK) {
+        store_chunk<T, Shared::STAGING>(p, shared.pipe.base + Shared::STAGING_AT, turn + chunk / CHUNK, consumer, own,
+                                        column + chunk, 0, [&](u32 part, PartPairs &y) {
+                                            const u32 channel = chunk + part;
+                                            const PartFactor<Shared> factor(shared.factor, own.lane, channel);
+                                            float sums[PART / 8][4];
 #pragma unroll
-                                                for (u32 i = 0; i < 8; ++i) {
-                                                    sum[i / 4][i % 4] = acc[channel / 2 + i];
-                                                }
-                                                multiply_rank<T, Shared>(sum, ds[0], shared.factor, own.lane, channel);
-                                                if (p.copies > 1u) {
-                                                    multiply_rank<T, Shared>(sum, ds[1], shared.factor, own.lane,
-                                                                             channel);
-                                                }
+                                            for (u32 i = 0; i < PART / 2; ++i) {
+                                                sums[i / 4][i % 4] = acc[channel / 2 + i];
                                             }
-                                            return Pair{{sum[j % 2][2 * half], sum[j % 2][2 * half + 1]}};
+                                            factor.template multiply<T>(sums, ds[0]);
+                                            if (p.copies > 1u) {
+                                                factor.template multiply<T>(sums, ds[1]);
+                                            }
+#pragma unroll
+                                            for (u32 i = 0; i < PART / 4; ++i) {
+                                                const float *pair = sums[i / 2] + i % 2 * 2;
+                                                y[i / 2][i % 2] = Pair{{pair[0], pair[1]}};
+                                            }
                                         });
     }
 }
@@ -199,24 +211,31 @@ __device__ __forceinline__ void consume(const Shared &shared, const Sm90LinearPa
     Turn<Pipe::STAGES> turn;
     u32 parity = 0, stores = 0;
     for (Tiles<CHANNELS, Pipe::CLUSTER> tile(p); tile.valid(); tile.advance()) {
+        const OwnRows own(consumer, tile.row(rank));
+        // s, or ds of each branch, which comes while the mainloop runs.
+        Fragments<Shared::RANK> fragments[COPIES];
+        if (Shared::INPUT) {
+            load_ds<T, Shared::RANK>(fragments[0], p, own, 0);
+            if (p.copies > 1u) {
+                load_ds<T, Shared::RANK>(fragments[1], p, own, 1);
+            }
+        }
         float acc[Pipe::N / 2];
         accumulate<T>(acc, shared.pipe, turn, consumer, k_tiles);
 
-        const u32 row = tile.row(rank), column = tile.column();
-        const OwnRows own(consumer, row);
+        const u32 column = tile.column();
         barrier_wait(shared.handover.full, parity);
         parity ^= 1u;
         if constexpr (Shared::INPUT) {
-            store_grad_x<T>(acc, shared, p, stores, consumer, own, column);
+            store_grad_x<T>(acc, fragments, shared, p, stores, consumer, own, column);
             stores += CHANNELS / CHUNK;
         } else {
-            Fragments<Shared::RANK> s;
-            take_s<T, Shared::RANK>(s, acc, p, own, column == 0);
+            take_s<T, Shared::RANK>(fragments[0], acc, p, own, column == 0);
             u32 places[2];
-            own.places(places, p, row);
+            own.places(places, p, load_shared_word(shared.table.end()));
 #pragma unroll 1
             for (u32 copy = 0; copy < p.copies; ++copy) {
-                store_y<T>(acc, s, shared, p, stores, consumer, own, places, column, copy);
+                store_y<T>(acc, fragments[0], shared, p, stores, consumer, own, places, column, copy);
                 stores += CHANNELS / CHUNK;
             }
         }

@@ -116,16 +116,36 @@ template <u32 CHANNELS_, u32 EXTRA_, u32 STAGES_, u32 CLUSTER_, bool TRANSPOSED_
     }
 };
 
-// The tiles of a block: token rows from `row` on, channels from `column` on.
+// The tiles of a block: token rows from `row` on, channels from `column` on. Divides once.
 template <u32 CHANNELS, u32 CLUSTER> struct Tiles {
-    u32 columns, count, next;
-    __device__ __forceinline__ Tiles(const Sm90LinearParams &p)
-        : columns(p.tile_columns), count(p.tile_columns * p.tile_rows), next(blockIdx.x / CLUSTER) {}
-    __device__ __forceinline__ bool valid() const { return next < count; }
-    __device__ __forceinline__ void advance() { next += gridDim.x / CLUSTER; }
-    __device__ __forceinline__ u32 row(u32 rank) const { return (next / columns * CLUSTER + rank) * TILE_ROWS; }
-    __device__ __forceinline__ u32 column() const { return next % columns * CHANNELS; }
+    u32 columns, left, tile_row, tile_column, step_rows, step_columns;
+    __device__ __forceinline__ Tiles(const Sm90LinearParams &p) : columns(p.tile_columns) {
+        const u32 first = blockIdx.x / CLUSTER, step = gridDim.x / CLUSTER, count = columns * p.tile_rows;
+        left = first < count ? (count - 1 - first) / step + 1 : 0u;
+        tile_row = first / columns, tile_column = first % columns;
+        step_rows = step / columns, step_columns = step % columns;
+    }
+    __device__ __forceinline__ bool valid() const { return left != 0u; }
+    __device__ __forceinline__ void advance() {
+        --left;
+        tile_row += step_rows, tile_column += step_columns;
+        if (tile_column >= columns) {
+            tile_column -= columns, ++tile_row;
+        }
+    }
+    __device__ __forceinline__ u32 row(u32 rank) const { return (tile_row * CLUSTER + rank) * TILE_ROWS; }
+    __device__ __forceinline__ u32 column() const { return tile_column * CHANNELS; }
 };
+
+// A box for all blocks of the cluster.
+template <u32 CLUSTER>
+__device__ __forceinline__ void copy_to_all(u32 to, const TensorMap &map, u32 barrier, int x, int y, int z) {
+    if (CLUSTER == 1) {
+        copy_box(to, map, barrier, x, y, z);
+    } else {
+        copy_box_to((1u << CLUSTER) - 1u, to, map, barrier, x, y, z);
+    }
+}
 
 // Fetches this block's part of ROWS rows of 64 elements of a matrix, for all blocks of the cluster.
 template <u32 ROWS, u32 CLUSTER>

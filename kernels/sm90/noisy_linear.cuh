@@ -66,36 +66,36 @@ template <class T, bool BY_TABLE, class Shared>
 __device__ __forceinline__ void store_tile(const float (&acc)[CHANNELS], const Shared &shared,
                                            const Sm90LinearParams &p, u32 turn, u32 consumer, const OwnRows &own,
                                            const u32 (&places)[2], u32 column, u32 copy) {
-    const Table &table = shared.table;
-    const OwnNoise noise(p, own, copy);
+    const u32 rows[2] = {shared.table.row(copy, places[0]) + 8 * own.channel(),
+                         shared.table.row(copy, places[1]) + 8 * own.channel()};
+    const OwnNoise own_noise(p, own, copy);
 #pragma unroll
-    for (u32 chunk = 0; chunk < CHANNELS / CHUNK; ++chunk) {
-        Pair z[2];
+    for (u32 chunk = 0; chunk < CHANNELS; chunk += CHUNK) {
         store_chunk<T, Shared::STAGING>(
-            p, shared.pipe.base + Shared::STAGING_AT, turn + chunk, consumer, own, column + chunk * CHUNK, copy,
-            [&](u32 j, u32 half) {
-                const u32 channel = chunk * CHUNK + 8 * j + own.channel();
-                const float *base = acc + chunk * CHUNK / 2 + 4 * j + 2 * half, *adapter = base + CHANNELS / 2;
-                if (!BY_TABLE && half == 0) {
-                    noise.make(z, p, own.lane, column + channel);
-                }
-                Pair y;
-                if (BY_TABLE) {
-                    const u32 at = table.z(copy, places[half]) + 4 * channel;
-                    const Pair factor = load_shared_pair(at), bias = load_shared_pair(at + table.bias_offset());
+            p, shared.pipe.base + Shared::STAGING_AT, turn + chunk / CHUNK, consumer, own, column + chunk, copy,
+            [&](u32 part, PartPairs &y) {
+                const float *base = acc + (chunk + part) / 2, *adapter = base + CHANNELS / 2;
+                if constexpr (BY_TABLE) {
+                    const PartNoise noise(rows, chunk + part);
 #pragma unroll
-                    for (u32 i = 0; i < 2; ++i) {
-                        y.value[i] = fmaf(factor.value[i], adapter[i], base[i] + bias.value[i]);
+                    for (u32 i = 0; i < PART / 4; ++i) {
+                        y[i / 2][i % 2] = noise.apply(i / 2, i % 2, base + 2 * i, adapter + 2 * i);
                     }
                 } else {
 #pragma unroll
-                    for (u32 i = 0; i < 2; ++i) {
-                        const u32 at = column + channel + i;
-                        y.value[i] = fmaf(z[half].value[i], adapter[i] + bias_of<T>(p.delta_bias, at, p.channels),
-                                          base[i] + bias_of<T>(p.base_bias, at, p.channels));
+                    for (u32 j = 0; j < PART / 8; ++j) {
+                        const u32 channel = column + chunk + part + 8 * j + own.channel();
+                        Pair z[2];
+                        own_noise.make(z, p, own.lane, channel);
+#pragma unroll
+                        for (u32 i = 0; i < 4; ++i) {
+                            const u32 at = channel + i % 2;
+                            y[j][i / 2].value[i % 2] = fmaf(
+                                z[i / 2].value[i % 2], adapter[4 * j + i] + bias_of<T>(p.delta_bias, at, p.channels),
+                                base[4 * j + i] + bias_of<T>(p.base_bias, at, p.channels));
+                        }
                     }
                 }
-                return y;
             });
     }
 }
@@ -117,7 +117,7 @@ __device__ __forceinline__ void consume(const Shared &shared, const Sm90LinearPa
         if (BY_TABLE) {
             barrier_wait(shared.handover.full, parity);
             parity ^= 1u;
-            own.places(places, p, row);
+            own.places(places, p, load_shared_word(shared.table.end()));
         }
 #pragma unroll 1
         for (u32 copy = 0; copy < p.copies; ++copy) {

@@ -18,9 +18,12 @@ namespace pace::sm90 {
 // Lanes of a warpgroup, which wgmma takes together.
 constexpr u32 WARPGROUP = 128;
 
-// Two floats beside each other.
+// Two floats beside each other, and four.
 struct alignas(8) Pair {
     float value[2];
+};
+struct alignas(16) Four {
+    float value[4];
 };
 
 } // namespace pace::sm90
@@ -95,6 +98,20 @@ __device__ __forceinline__ float load_shared(u32 address) {
     return value;
 }
 
+__device__ __forceinline__ void store_shared(u32 address, float value) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+
+__device__ __forceinline__ u32 load_shared_word(u32 address) {
+    u32 value;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ void store_shared_word(u32 address, u32 value) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
 // A multiple of 8.
 __device__ __forceinline__ Pair load_shared_pair(u32 address) {
     Pair pair;
@@ -105,8 +122,20 @@ __device__ __forceinline__ Pair load_shared_pair(u32 address) {
     return pair;
 }
 
-__device__ __forceinline__ void store_shared(u32 address, float value) {
-    asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+// A multiple of 16.
+__device__ __forceinline__ Four load_shared_four(u32 address) {
+    Four four;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(four.value[0]), "=f"(four.value[1]), "=f"(four.value[2]), "=f"(four.value[3])
+                 : "r"(address)
+                 : "memory");
+    return four;
+}
+
+__device__ __forceinline__ void store_shared_four(u32 address, const Four &four) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(four.value[0]), "f"(four.value[1]),
+                 "f"(four.value[2]), "f"(four.value[3])
+                 : "memory");
 }
 
 // A 16-bit type.

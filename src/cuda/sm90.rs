@@ -168,7 +168,7 @@ impl Tiling {
         let row_bytes = 2 * SM90_TILE_K;
         let stages = self.stages * (SM90_TILE_ROWS + self.channels + self.extra) * row_bytes;
         let staging = self.staging * SM90_TILE_ROWS * 2 * SM90_TILE_K;
-        let table = if self.has_table { 2 * 2 * SM90_TILE_SAMPLES * self.channels * 4 } else { 0 };
+        let table = if self.has_table { 2 * 2 * SM90_TILE_SAMPLES * self.channels * 4 + 16 } else { 0 };
         let barriers = 2 * 8 * (self.stages + 1);
         let bytes = stages + staging + table + self.factor_bytes + barriers;
         debug_assert!(bytes <= MAX_SHARED_BYTES);

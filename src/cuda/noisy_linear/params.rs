@@ -162,7 +162,7 @@ pub struct Sm90WeightParams {
     pub(super) weight: Output<Void>,
     /// `grad_bd [N]`, or null.
     pub(super) bias: Output<Void>,
-    /// Sums of tiles that blocks share, two for each block.
+    /// Sums of tiles that clusters share, two for each block.
     pub(super) partial: Output<f32>,
     /// The same of `grad_bd`, or null.
     pub(super) bias_partial: Output<f32>,
@@ -176,9 +176,13 @@ pub struct Sm90WeightParams {
     pub(super) wrap: u32,
     /// Tokens per sample `T`.
     pub(super) tokens: u32,
+    /// Tiles of a cluster.
     pub(super) tiles: u32,
     /// Tiles along the features.
     pub(super) tile_columns: u32,
-    /// Blocks that share the work.
-    pub(super) blocks: u32,
+    /// Clusters that share the work.
+    pub(super) clusters: u32,
+    /// Tiles so far apart in the walk lie beside each other, `group` of them; the product of both is `tiles`.
+    pub(super) stride: u32,
+    pub(super) group: u32,
 }

@@ -110,12 +110,28 @@ inline float load_shared(u32 address, PACE_SIMT_PLACE) {
     return *static_cast<const float *>(pace_simt_shared_at(file, line, address, 4, false));
 }
 
+inline u32 load_shared_word(u32 address, PACE_SIMT_PLACE) {
+    return *static_cast<const u32 *>(pace_simt_shared_at(file, line, address, 4, false));
+}
+
 inline Pair load_shared_pair(u32 address, PACE_SIMT_PLACE) {
     return *static_cast<const Pair *>(pace_simt_shared_at(file, line, address, 8, false));
 }
 
+inline Four load_shared_four(u32 address, PACE_SIMT_PLACE) {
+    return *static_cast<const Four *>(pace_simt_shared_at(file, line, address, 16, false));
+}
+
 inline void store_shared(u32 address, float value, PACE_SIMT_PLACE) {
     *static_cast<float *>(pace_simt_shared_at(file, line, address, 4, true)) = value;
+}
+
+inline void store_shared_word(u32 address, u32 value, PACE_SIMT_PLACE) {
+    *static_cast<u32 *>(pace_simt_shared_at(file, line, address, 4, true)) = value;
+}
+
+inline void store_shared_four(u32 address, const Four &value, PACE_SIMT_PLACE) {
+    *static_cast<Four *>(pace_simt_shared_at(file, line, address, 16, true)) = value;
 }
 
 template <class T> void store_shared_element(u32 address, T value, PACE_SIMT_PLACE) {

@@ -13,11 +13,13 @@ use crate::shape::LinearShape;
 use bytemuck::Zeroable;
 use std::mem::offset_of;
 
-/// Channels and features of a tile, and tokens of a stage.
+/// Channels and features of a block's tile, and tokens of a stage.
 pub const SM90_WEIGHT_ROWS: usize = 128;
 pub const SM90_WEIGHT_COLUMNS: usize = 256;
 pub const SM90_WEIGHT_DEPTH: usize = 64;
 pub const SM90_WEIGHT_STAGES: usize = 4;
+/// Blocks of a cluster, whose channels lie beside each other.
+pub const SM90_WEIGHT_CLUSTER: usize = 2;
 /// Channels of a tile that a block adds up, and its threads.
 pub const SM90_WEIGHT_SUM_ROWS: usize = 16;
 pub const SM90_WEIGHT_SUM_THREADS: usize = 256;
@@ -36,21 +38,22 @@ pub(super) struct WeightGradient {
 }
 
 impl WeightGradient {
-    /// Tiles along the channels and the features.
+    /// Tiles of clusters along the channels and the features.
     fn tiles(shape: &LinearShape) -> [usize; 2] {
-        [shape.out_features.div_ceil(SM90_WEIGHT_ROWS), shape.in_features.div_ceil(SM90_WEIGHT_COLUMNS)]
+        let rows = SM90_WEIGHT_ROWS * SM90_WEIGHT_CLUSTER;
+        [shape.out_features.div_ceil(rows), shape.in_features.div_ceil(SM90_WEIGHT_COLUMNS)]
     }
 
-    /// Blocks that share the work: one on each multiprocessor.
-    fn blocks(gpu: &Gpu, shape: &LinearShape) -> usize {
+    /// Clusters that share the work: a block on each multiprocessor.
+    fn clusters(gpu: &Gpu, shape: &LinearShape) -> usize {
         let [rows, columns] = Self::tiles(shape);
         let units = rows.saturating_mul(columns).saturating_mul(shape.samples());
-        (gpu.multiprocessors as usize).clamp(1, units.max(1))
+        (gpu.multiprocessors as usize / SM90_WEIGHT_CLUSTER).clamp(1, units.max(1))
     }
 
-    /// Elements for the sums of tiles that blocks share: of the gradients to ΔW and Δb.
+    /// Elements for the sums of tiles that clusters share: of the gradients to ΔW and Δb.
     pub(super) fn partial_len(gpu: &Gpu, shape: &LinearShape) -> [usize; 2] {
-        let rows = 2 * Self::blocks(gpu, shape) * SM90_WEIGHT_ROWS;
+        let rows = 2 * Self::clusters(gpu, shape) * SM90_WEIGHT_CLUSTER * SM90_WEIGHT_ROWS;
         [rows * SM90_WEIGHT_COLUMNS, rows]
     }
 
@@ -61,6 +64,8 @@ impl WeightGradient {
         // Units of work are counted in 32 bits.
         blocks("grads.delta_weight", &[tile_rows, tile_columns, samples])?;
         let tiles = tile_rows * tile_columns;
+        let clusters = Self::clusters(&pass.gpu, shape);
+        let group = gcd(tiles, clusters);
         let in_samples = shape.in_rows() / shape.tokens;
         let [partial, bias_partial] = self.partial;
         let params = Sm90WeightParams {
@@ -76,7 +81,10 @@ impl WeightGradient {
             tokens: shape.tokens as u32,
             tiles: tiles as u32,
             tile_columns: tile_columns as u32,
-            blocks: Self::blocks(&pass.gpu, shape) as u32,
+            clusters: clusters as u32,
+            // Clusters whose numbers differ by clusters / group begin at the same sample, tiles / group apart.
+            stride: (tiles / group) as u32,
+            group: group as u32,
             ..Zeroable::zeroed()
         };
         let tokens = |tensor: Buffer, features: usize, samples: usize| {
@@ -91,11 +99,17 @@ impl WeightGradient {
         let shared = SM90_WEIGHT_STAGES * (SM90_WEIGHT_DEPTH * row_bytes + 16);
         let kernel = |kernels: Kernels16| kernels.choose(dtype).ok_or(REFUSED);
         let (gemm, sums) = (kernel(table::SM90_WEIGHT_GRADIENT)?, kernel(table::SM90_WEIGHT_SUMS)?);
-        let gemm = Launch::new(gemm, [params.blocks, 1, 1], [SM90_THREADS, 1, 1], shared, &params);
-        let grid = blocks("grads.delta_weight", &[tiles, SM90_WEIGHT_ROWS / SM90_WEIGHT_SUM_ROWS])?;
+        let grid = [(clusters * SM90_WEIGHT_CLUSTER) as u32, 1, 1];
+        let gemm = Launch::new(gemm, grid, [SM90_THREADS, 1, 1], shared, &params).in_clusters(SM90_WEIGHT_CLUSTER);
+        let parts = SM90_WEIGHT_CLUSTER * SM90_WEIGHT_ROWS / SM90_WEIGHT_SUM_ROWS;
+        let grid = blocks("grads.delta_weight", &[tiles, parts])?;
         let sums = Launch::new(sums, grid, [SM90_WEIGHT_SUM_THREADS as u32, 1, 1], 0, &params);
         let mut plan = Plan::from(gemm.with_maps(&maps));
         plan.push(sums.with_maps(&maps));
         Ok(plan)
     }
+}
+
+fn gcd(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { gcd(b, a % b) }
 }
