@@ -310,6 +310,8 @@ inline std::string text(const char *format, ...) {
 
 // `--starts`: whether the program starts at all, asked where it was not compiled.
 inline void answer_starts(int count, char **arguments) {
+    // A probe that is stopped keeps what it has printed.
+    std::setvbuf(stdout, nullptr, _IOLBF, 1 << 16);
     if (count > 1 && std::strcmp(arguments[1], "--starts") == 0)
         std::exit(0);
 }

@@ -17,6 +17,7 @@
 #include <cmath>
 #include <dlfcn.h>
 #include <functional>
+#include <numeric>
 
 namespace {
 
@@ -41,7 +42,9 @@ __global__ void __launch_bounds__(384, 1) folded(const __grid_constant__ pace::S
 template <class Shared> __global__ void __launch_bounds__(384, 1) weight(const __grid_constant__ pace::Sm90WeightParams p) {
     sm90::weight::gradient<bf16, Shared>(p);
 }
-__global__ void __launch_bounds__(256) weight_sums(const __grid_constant__ pace::Sm90WeightParams p) { sm90::weight::add_up<bf16>(p); }
+template <u32 CLUSTER> __global__ void __launch_bounds__(256) weight_sums(const __grid_constant__ pace::Sm90WeightParams p) {
+    sm90::weight::add_up<bf16, CLUSTER>(p);
+}
 
 __global__ void fill(bf16 *to, size_t count, float scale, u32 seed) {
     for (size_t i = blockIdx.x * 256ull + threadIdx.x; i < count; i += gridDim.x * 256ull)
@@ -341,13 +344,16 @@ class Sweep {
                 [this] { return error_of(INPUT ? t_.dx : t_.y, ROWS, INPUT ? t_.k : t_.n, [this](u32 r, u32 c) { return dense(INPUT, r, c); }); }};
     }
 
-    template <u32 STAGES> Variant weight_variant(const char *mark) const {
-        using Shared = sm90::weight::Layout<STAGES>;
+    // IN_L2: tiles in the order that shares L2, as it ships.
+    template <u32 STAGES, u32 CLUSTER, bool IN_L2> Variant weight_variant(const char *mark) const {
+        using Shared = sm90::weight::Layout<STAGES, CLUSTER>;
         pace::Sm90WeightParams p{};
         p.z = t_.z.get(), p.weight = t_.dw.get(), p.partial = t_.partial.get();
         p.rows = t_.n, p.columns = t_.k, p.samples = p.wrap = SAMPLES, p.tokens = TOKENS;
-        p.tile_columns = (t_.k + 255) / 256, p.tiles = (t_.n + 127) / 128 * p.tile_columns;
-        p.blocks = std::min(sms_, 144u);
+        p.tile_columns = (t_.k + 255) / 256, p.tiles = (t_.n + 128 * CLUSTER - 1) / (128 * CLUSTER) * p.tile_columns;
+        p.clusters = std::min(sms_, 144u) / CLUSTER;
+        p.group = IN_L2 ? std::gcd(p.tiles, p.clusters) : 1;
+        p.stride = p.tiles / p.group;
         p.g = map_of(t_.g.get(), {t_.n, TOKENS, SAMPLES}, {64, 64, 1}, 128);
         p.x = map_of(t_.x.get(), {t_.k, TOKENS, SAMPLES}, {64, 64, 1}, 128);
         allow_shared(weight<Shared>, Shared::BYTES);
@@ -357,10 +363,10 @@ class Sweep {
                 sum += noise(row, n) * h_.g[size_t(row) * t_.n + n] * h_.x[size_t(row) * t_.k + k];
             return sum;
         };
-        return {text("%u stages, with the sums%s", STAGES, mark),
+        return {text("%u stages, cluster %u, %s, with the sums%s", STAGES, CLUSTER, IN_L2 ? "in L2" : "rows", mark),
                 [=] {
-                    launch(weight<Shared>, p.blocks, 384, Shared::BYTES, 1, p);
-                    launch(weight_sums, p.tiles * (128 / pace::SM90_WEIGHT_SUM_ROWS), 256, 0, 1, p);
+                    launch(weight<Shared>, p.clusters * CLUSTER, 384, Shared::BYTES, CLUSTER, p);
+                    launch(weight_sums<CLUSTER>, p.tiles * CLUSTER * (128 / pace::SM90_WEIGHT_SUM_ROWS), 256, 0, 1, p);
                 },
                 [=] { return error_of(t_.dw, t_.n, t_.k, expected, 64); }};
     }
@@ -385,7 +391,8 @@ class Sweep {
         time_all(results, table, "folded dx", layer, input,
                  {folded_variant<true, 200, 2, 32, 4, 2>(ships), folded_variant<true, 200, 2, 32, 4, 1>(""),
                   folded_variant<true, 200, 2, 32, 3, 2>("")});
-        time_all(results, table, "dW", layer, gradient, {weight_variant<4>(ships), weight_variant<3>("")});
+        time_all(results, table, "dW", layer, gradient, {weight_variant<4, 2, true>(ships), weight_variant<4, 2, false>(""), weight_variant<4, 1, true>(""),
+                  weight_variant<3, 2, true>("")});
     }
 };
 
