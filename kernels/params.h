@@ -51,6 +51,14 @@ constexpr u32 SM90_LOW_RANK_CLUSTER = 2;
 /// Buffers of a consumer for outputs; where there is no room for them, one.
 constexpr u32 SM90_LOW_RANK_STAGING = 2;
 
+/// Channels of a block up to rank 16, and up to 32: as many as a consumer has accumulators for. 768, 2304 and 3072 are multiples
+/// of both.
+constexpr u32 SM90_GRADIENTS_CHANNELS_16 = 384;
+
+constexpr u32 SM90_GRADIENTS_CHANNELS_32 = 256;
+
+constexpr u32 SM90_GRADIENTS_STAGES = 3;
+
 /// Warps of a block that shares rows, and the rows of such a block.
 constexpr u32 WEIGHT_WARPS = 4;
 
@@ -343,6 +351,41 @@ struct LowRankFactorsParams {
   /// Rows of s and B start at multiples of 16 bytes and hold whole vectors.
   u32 rank_aligned;
   /// Factor on `B @ A`.
+  float scale;
+};
+
+/// Parameters of the kernels `sm90_low_rank_factors*` and `sm90_low_rank_product*`.
+struct Sm90LowRankGradientsParams {
+  /// `g [samples, tokens, N]` or `x [1, rows, K]`, boxes of 64 tokens and channels.
+  TensorMap tile;
+  /// `s [wrap, tokens, r]` or `ds [copies, tokens, r]`.
+  Input<void> low;
+  /// `B [N, r]`, or null for the product.
+  Input<void> factor;
+  /// `z [samples, N]`, or null where it is 1.
+  Input<float> z;
+  /// Partial sums `[chunks, samples, tokens, r]`, or null.
+  Output<float> ds;
+  /// Partial sums of `grad_B`, `[groups, N, r]`, or of `grad_A`, `[groups, r, K]`, or null.
+  Output<float> sums;
+  /// Partial sums of `grad_bd`, `[groups, N]`, or null.
+  Output<float> delta_bias;
+  /// N or K.
+  u32 columns;
+  u32 samples;
+  /// Tokens per sample.
+  u32 tokens;
+  /// Rank `r`.
+  u32 rank;
+  /// Samples of `s`; the next is the first again.
+  u32 wrap;
+  /// Branches that share the tile, and samples of each in `ds`.
+  u32 copies;
+  u32 copy_samples;
+  /// Chunks of the columns, and groups of tiles.
+  u32 chunks;
+  u32 groups;
+  /// Factor on `ds`.
   float scale;
 };
 

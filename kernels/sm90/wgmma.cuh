@@ -106,6 +106,10 @@ namespace pace::sm90 {
 
 template <class T, u32 N> struct Wgmma;
 
+PACE_WGMMA(16, 8, 9, 10, 11, 12, 13, 14)
+PACE_WGMMA(24, 12, 13, 14, 15, 16, 17, 18)
+PACE_WGMMA(32, 16, 17, 18, 19, 20, 21, 22)
+PACE_WGMMA(40, 20, 21, 22, 23, 24, 25, 26)
 PACE_WGMMA(64, 32, 33, 34, 35, 36, 37, 38)
 PACE_WGMMA(136, 68, 69, 70, 71, 72, 73, 74)
 PACE_WGMMA(192, 96, 97, 98, 99, 100, 101, 102)

@@ -209,7 +209,9 @@ fn backward(
     let places = sizes(layer, pass).workspace();
     let at = |offset: usize| Address::from(pass.workspace).offset(4 * offset);
     let ds = Buffer { address: at(places.ds).0, len: shape.out_rows() * r };
-    let mut plan = factors(layer, pass, [s, dy], ds, &grads)?;
+    let needs_ds = grads.input.is_some() || grads.lora_a.is_some();
+    let targets = [needs_ds.then_some(ds), grads.lora_b, grads.delta_bias];
+    let mut plan = factors(layer, pass, [s, dy], targets)?;
     let noise = NoiseSource::OFF;
     if let Some(dx) = grads.input {
         let base = layer.base.map(|base| (dy, base.weight, n, false));
@@ -223,7 +225,7 @@ fn backward(
 }
 
 /// `dA = dsᵀ·x`.
-pub(super) fn lora_a_gradient(
+fn lora_a_gradient(
     layer: &Layer,
     pass: &Pass,
     [ds, x]: [Buffer; 2],
@@ -235,16 +237,13 @@ pub(super) fn lora_a_gradient(
     WeightGradient { run, shape: sizes.a_shape(), noise, g: ds, x, weight, bias, workspace }.plan()
 }
 
-/// `ds`, where it is needed, and the gradients that need `e = z⊙g`.
+/// `ds`, `dB` and `dδb`, those that have a target: what needs `e = z⊙g`.
 pub(super) fn factors(
     layer: &Layer,
     pass: &Pass,
     [s, dy]: [Buffer; 2],
-    ds: Buffer,
-    grads: &LowRankGrads<Buffer>,
+    targets: [Option<Buffer>; 3],
 ) -> Result<Plan> {
-    let needs_ds = grads.input.is_some() || grads.lora_a.is_some();
-    let targets = [needs_ds.then_some(ds), grads.lora_b, grads.delta_bias];
     match sizes(layer, pass).columns() {
         _ if targets == [None; 3] => Ok(Plan::default()),
         Some(columns) => fused_factors(layer, pass, [s, dy], targets, columns),

@@ -1,11 +1,12 @@
-//! The low-rank layer by this crate's kernels for Hopper; plans `kernels/sm90/low_rank_linear.cu`.
-//!
-//! What the backward pass computes under the noise, and the gradient to A, is bound by memory: portable kernels do it.
+//! The low-rank layer by this crate's kernels for Hopper; plans `kernels/sm90/low_rank_linear.cu`, and in its module the other
+//! kernels.
+
+mod gradients;
 
 use super::{Layer, Passes, sm80};
 use crate::cpu::LowRankGrads;
-use crate::cuda::buffer::{Address, Buffer, DType};
-use crate::cuda::gemm::{Arena, Gemms, Workspace};
+use crate::cuda::buffer::{Buffer, DType};
+use crate::cuda::gemm::Arena;
 use crate::cuda::gpu::Gpu;
 use crate::cuda::kernel::{Kernels16, table};
 use crate::cuda::layer::Pass;
@@ -40,10 +41,9 @@ pub(in crate::cuda) fn takes(problem: &Problem, rank: usize) -> bool {
 /// Places in the workspace of the backward pass.
 struct Places {
     ds: Buffer,
+    gradients: gradients::Places,
     /// Of the portable kernels.
     sm80: Buffer,
-    /// Of the library, where there is one.
-    library: Option<Workspace>,
 }
 
 impl Places {
@@ -52,9 +52,8 @@ impl Places {
             |len: usize, bytes: usize| Buffer { address: arena.take(len.saturating_mul(bytes)).0, len };
         let ds = take(shape.out_rows().saturating_mul(rank), dtype.bytes());
         let sm80 = take((sm80::PASSES.workspace_len)(gpu, shape, rank, dtype), 4);
-        let library =
-            gpu.has_cublaslt.then(|| arena.take_workspace(gpu, rank.saturating_mul(shape.in_features)));
-        Self { ds, sm80, library }
+        let gradients = gradients::Places::new(arena, gpu, shape, rank);
+        Self { ds, gradients, sm80 }
     }
 }
 
@@ -113,7 +112,14 @@ fn backward(
     let mut arena = Arena::new(pass.workspace.into());
     let places = Places::new(&mut arena, &pass.gpu, shape, r, dtype);
     let portable = Pass { workspace: places.sm80, ..*pass };
-    let mut plan = sm80::factors(layer, &portable, [s, dy], places.ds, &grads)?;
+    let needs_ds = grads.input.is_some() || grads.lora_a.is_some();
+    let targets = [needs_ds.then_some(places.ds), grads.lora_b, grads.delta_bias];
+    let mut plan = match gradients::takes(shape, layer.noise.shape()) {
+        _ if targets == [None; 3] => Plan::default(),
+        true => gradients::factors(layer, pass, &places.gradients, [s, dy], targets)?,
+        // One z per token, or few tokens.
+        false => sm80::factors(layer, &portable, [s, dy], targets)?,
+    };
     if let Some(dx) = grads.input {
         let gemm = LinearGemm {
             x: dy,
@@ -130,19 +136,7 @@ fn backward(
         plan.push(gemm.plan(shape, pass, &tiling(layer, pass, true)?)?);
     }
     if let Some(lora_a) = grads.lora_a {
-        match places.library {
-            Some(workspace) => {
-                let (ds, x) = (Address::from(places.ds), Address::from(x));
-                let gemms = Gemms::new(pass.arithmetic, workspace);
-                for branch in 0..shape.out_rows() / shape.in_rows() {
-                    let sizes = [r, shape.in_features, shape.in_rows()];
-                    let ds = ds.offset(branch * shape.in_rows() * r * dtype.bytes());
-                    let gemm = gemms.transposed_times(sizes, ds, x, lora_a.into());
-                    plan.push(if branch == 0 { gemm } else { gemm.accumulated() });
-                }
-            }
-            None => plan.append(sm80::lora_a_gradient(layer, &portable, [places.ds, x], lora_a)?),
-        }
+        plan.append(gradients::product(layer, pass, &places.gradients, [places.ds, x], lora_a)?);
     }
     Ok(plan)
 }
