@@ -619,7 +619,7 @@ struct Sm90WeightParams {
   Output<void> weight;
   /// `grad_bd [N]`, or null.
   Output<void> bias;
-  /// Sums of tiles that clusters share, two for each block.
+  /// Sums of pieces of tiles, of each block of a cluster.
   Output<float> partial;
   /// The same of `grad_bd`, or null.
   Output<float> bias_partial;
@@ -639,9 +639,6 @@ struct Sm90WeightParams {
   u32 tile_columns;
   /// Clusters that share the work.
   u32 clusters;
-  /// Tiles so far apart in the walk lie beside each other, `group` of them; the product of both is `tiles`.
-  u32 stride;
-  u32 group;
 };
 
 /// Parameters of the kernels `grad_norm*`.
@@ -744,7 +741,7 @@ struct Sm90LinearParams {
   TensorMap weight;
   /// The adapter's `[r, K]` or `[N, K]`, boxes of a block's part of its rows in a tile; not for the gradient.
   TensorMap extra;
-  /// `y [copies, rows, N]` or `grad_x [rows, K]`, boxes of 64 rows.
+  /// `y [copies, rows, N]` or `grad_x [rows, K]`, boxes of 16 rows.
   TensorMap y;
   NoiseSource noise;
   /// May be null.

@@ -17,7 +17,6 @@
 #include <cmath>
 #include <dlfcn.h>
 #include <functional>
-#include <numeric>
 
 namespace {
 
@@ -252,7 +251,7 @@ class Sweep {
         const bf16 *x = input ? t_.g.get() : t_.x.get(), *y = input ? t_.dx.get() : t_.y.get();
         p.x = map_of(x, {p.inner, ROWS, 1}, {64, 128, 1}, 128);
         p.weight = map_of(t_.w0.get(), {t_.k, t_.n, 1}, {64, (input ? 64 : tile_columns_of) / cluster, 1}, 128);
-        p.y = map_of(y, {p.channels, ROWS, 1}, {64, 64, 1}, 128);
+        p.y = map_of(y, {p.channels, ROWS, 1}, {64, 16, 1}, 128);
         return p;
     }
 
@@ -344,16 +343,13 @@ class Sweep {
                 [this] { return error_of(INPUT ? t_.dx : t_.y, ROWS, INPUT ? t_.k : t_.n, [this](u32 r, u32 c) { return dense(INPUT, r, c); }); }};
     }
 
-    // IN_L2: tiles in the order that shares L2, as it ships.
-    template <u32 STAGES, u32 CLUSTER, bool IN_L2> Variant weight_variant(const char *mark) const {
+    template <u32 STAGES, u32 CLUSTER> Variant weight_variant(const char *mark) const {
         using Shared = sm90::weight::Layout<STAGES, CLUSTER>;
         pace::Sm90WeightParams p{};
         p.z = t_.z.get(), p.weight = t_.dw.get(), p.partial = t_.partial.get();
         p.rows = t_.n, p.columns = t_.k, p.samples = p.wrap = SAMPLES, p.tokens = TOKENS;
         p.tile_columns = (t_.k + 255) / 256, p.tiles = (t_.n + 128 * CLUSTER - 1) / (128 * CLUSTER) * p.tile_columns;
         p.clusters = std::min(sms_, 144u) / CLUSTER;
-        p.group = IN_L2 ? std::gcd(p.tiles, p.clusters) : 1;
-        p.stride = p.tiles / p.group;
         p.g = map_of(t_.g.get(), {t_.n, TOKENS, SAMPLES}, {64, 64, 1}, 128);
         p.x = map_of(t_.x.get(), {t_.k, TOKENS, SAMPLES}, {64, 64, 1}, 128);
         allow_shared(weight<Shared>, Shared::BYTES);
@@ -363,10 +359,10 @@ class Sweep {
                 sum += noise(row, n) * h_.g[size_t(row) * t_.n + n] * h_.x[size_t(row) * t_.k + k];
             return sum;
         };
-        return {text("%u stages, cluster %u, %s, with the sums%s", STAGES, CLUSTER, IN_L2 ? "in L2" : "rows", mark),
+        return {text("%u stages, cluster %u, with the sums%s", STAGES, CLUSTER, mark),
                 [=] {
                     launch(weight<Shared>, p.clusters * CLUSTER, 384, Shared::BYTES, CLUSTER, p);
-                    launch(weight_sums<CLUSTER>, p.tiles * CLUSTER * (128 / pace::SM90_WEIGHT_SUM_ROWS), 256, 0, 1, p);
+                    launch(weight_sums<CLUSTER>, p.tiles % p.clusters * CLUSTER * (128 / pace::SM90_WEIGHT_SUM_ROWS), 256, 0, 1, p);
                 },
                 [=] { return error_of(t_.dw, t_.n, t_.k, expected, 64); }};
     }
@@ -391,8 +387,7 @@ class Sweep {
         time_all(results, table, "folded dx", layer, input,
                  {folded_variant<true, 200, 2, 32, 4, 2>(ships), folded_variant<true, 200, 2, 32, 4, 1>(""),
                   folded_variant<true, 200, 2, 32, 3, 2>("")});
-        time_all(results, table, "dW", layer, gradient, {weight_variant<4, 2, true>(ships), weight_variant<4, 2, false>(""), weight_variant<4, 1, true>(""),
-                  weight_variant<3, 2, true>("")});
+        time_all(results, table, "dW", layer, gradient, {weight_variant<4, 2>(ships), weight_variant<4, 1>(""), weight_variant<3, 2>("")});
     }
 };
 

@@ -100,7 +100,7 @@ __device__ __forceinline__ void by_roles(const Shared &shared, const Sm90LinearP
     } else {
         grow_registers<CONSUMER_REGISTERS>();
         consume(warpgroup, rank);
-        if (threadIdx.x % WARPGROUP == 0) {
+        if (threadIdx.x % WARP == 0) {
             wait_for_stores();
         }
     }
@@ -130,12 +130,12 @@ struct OwnRows {
     }
 };
 
-// Channels whose outputs are made at once: so many loads from shared memory are on their way together.
-constexpr u32 PART = CHUNK / 2;
+// Channels whose outputs are made at once.
+constexpr u32 PART = 16;
 // Of a thread: pairs of channels, [8 channels][row].
 using PartPairs = Pair[PART / 8][2];
 
-// z and biases of a thread's part of 32 channels, whose rows in the table begin at `rows` for its first pair.
+// z and biases of a thread's part, whose rows in the table begin at `rows` for its first pair.
 struct PartNoise {
     Four of[PART / 8][2];
     __device__ __forceinline__ PartNoise(const u32 (&rows)[2], u32 channel) {
@@ -154,42 +154,60 @@ struct PartNoise {
     }
 };
 
-// Writes one chunk of 64 channels of a consumer's 64 rows: `part(channel, y)` makes the part from that channel of the chunk on.
-// `staging`: STAGING buffers of 8 KiB of this consumer, used in turn.
-template <class T, u32 STAGING, class Part>
-__device__ __forceinline__ void store_chunk(const Sm90LinearParams &p, u32 staging, u32 turn, u32 consumer,
-                                            const OwnRows &own, u32 column, u32 copy, const Part &part) {
-    const bool leader = threadIdx.x % WARPGROUP == 0;
-    const u32 buffer = staging + (consumer * STAGING + turn % STAGING) * CONSUMER_ROWS * CHUNK * 2;
-    // The store that was here before has been read.
-    if (leader) {
-        wait_for_store_reads<STAGING - 1>();
-    }
-    named_barrier(1 + consumer, WARPGROUP);
-    // Matrices of 8 x 8: the two halves of the rows of 8 channels, then of the next 8.
-    const u32 row = 16 * own.warp + own.lane % 16;
-    const u32 line = buffer + row * 128;
+// Writes CHANNELS channels of a consumer's 64 rows, each warp its 16: `load(channel)` gets from shared memory what the part from that
+// channel on needs, and `make(channel, loaded, y)` makes it. A part is loaded while the one before is made, and a chunk is sent when
+// the next has been made: neither loads nor what the fence waits for are waited for. `staging`: STAGING buffers of each consumer, used
+// in turn from `turn` on.
+template <class T, u32 STAGING, u32 CHANNELS, class Load, class Make>
+__device__ __forceinline__ void store_rows(const Sm90LinearParams &p, u32 staging, u32 turn, u32 consumer,
+                                           const OwnRows &own, u32 column, u32 copy, const Load &load,
+                                           const Make &make) {
+    const auto buffer = [&](u32 chunk) {
+        const u32 number = consumer * STAGING + (turn + chunk) % STAGING;
+        return staging + (number * CONSUMER_ROWS + 16 * own.warp) * CHUNK * 2;
+    };
+    const auto send = [&](u32 chunk) {
+        fence_async_proxy();
+        __syncwarp(0xffffffffu);
+        if (own.lane == 0) {
+            store_box(p.y, buffer(chunk), column + chunk * CHUNK, own.first, copy);
+            commit_stores();
+        }
+    };
+    u32 bits[CHUNK / 8][2];
+    auto ahead = load(0);
 #pragma unroll
-    for (u32 channel = 0; channel < CHUNK; channel += PART) {
+    for (u32 channel = 0; channel < CHANNELS; channel += PART) {
+        const auto loaded = ahead;
+        if (channel + PART < CHANNELS) {
+            ahead = load(channel + PART);
+        }
         PartPairs y;
-        part(channel, y);
+        make(channel, loaded, y);
 #pragma unroll
-        for (u32 j = 0; j < PART / 8; j += 2) {
-            u32 matrices[4];
-#pragma unroll
-            for (u32 i = 0; i < 4; ++i) {
-                const Pair &pair = y[j + i / 2][i % 2];
-                matrices[i] = pack<T>(pair.value[0], pair.value[1]);
+        for (u32 i = 0; i < PART / 4; ++i) {
+            bits[channel % CHUNK / 8 + i / 2][i % 2] = pack<T>(y[i / 2][i % 2].value[0], y[i / 2][i % 2].value[1]);
+        }
+        if ((channel + PART) % CHUNK == 0) {
+            const u32 chunk = channel / CHUNK;
+            if (chunk != 0) {
+                send(chunk - 1);
             }
-            stmatrix<false>(line + ((channel / 8 + j + own.lane / 16) ^ (row & 7)) * 16, matrices);
+            // The store that was here before has been read.
+            if (own.lane == 0) {
+                wait_for_store_reads<STAGING - 1>();
+            }
+            __syncwarp(0xffffffffu);
+            // Matrices of 8 x 8: the two halves of the rows of 8 channels, then of the next 8.
+            const u32 row = own.lane % 16, line = buffer(chunk) + row * 128;
+#pragma unroll
+            for (u32 j = 0; j < CHUNK / 8; j += 2) {
+                const u32 matrices[4] = {bits[j][0], bits[j][1], bits[j + 1][0], bits[j + 1][1]};
+                stmatrix<false>(line + ((j + own.lane / 16) ^ (row & 7)) * 16, matrices);
+            }
         }
     }
-    fence_async_proxy();
-    named_barrier(1 + consumer, WARPGROUP);
-    if (leader) {
-        store_box(p.y, buffer, column, own.first, copy);
-        commit_stores();
-    }
+    send(CHANNELS / CHUNK - 1);
 }
 
 } // namespace pace::sm90

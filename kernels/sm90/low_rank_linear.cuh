@@ -113,23 +113,19 @@ __device__ __forceinline__ void load_ds(Fragments<RANK> &fragments, const Sm90Li
     }
 }
 
-// The factor's part of 32 channels, as B fragments.
+// A part of the factor, as B fragments.
 template <class Shared> struct PartFactor {
     static constexpr u32 ROW = Shared::FACTOR_ROW_BYTES, STEPS = Shared::RANK / 16;
-    u32 b[STEPS][PART / 16][4];
+    u32 b[STEPS][4];
     __device__ __forceinline__ PartFactor(u32 factor, u32 lane, u32 channel) {
 #pragma unroll
         for (u32 step = 0; step < STEPS; ++step) {
-#pragma unroll
-            for (u32 i = 0; i < PART / 16; ++i) {
-                const u32 at = channel + 16 * i;
-                // Matrices: the halves of the rank's step of 8 channels, then of the next 8.
-                if (Shared::INPUT) {
-                    ldmatrix<true>(b[step][i], factor + (16 * step + lane % 16) * ROW + 2 * at + lane / 16 * 16);
-                } else {
-                    ldmatrix<false>(b[step][i],
-                                    factor + (at + lane / 16 * 8 + lane % 8) * ROW + 32 * step + lane / 8 % 2 * 16);
-                }
+            // Matrices: the halves of the rank's step of 8 channels, then of the next 8.
+            if (Shared::INPUT) {
+                ldmatrix<true>(b[step], factor + (16 * step + lane % 16) * ROW + 2 * channel + lane / 16 * 16);
+            } else {
+                ldmatrix<false>(b[step],
+                                factor + (channel + lane / 16 * 8 + lane % 8) * ROW + 32 * step + lane / 8 % 2 * 16);
             }
         }
     }
@@ -140,7 +136,7 @@ template <class Shared> struct PartFactor {
         for (u32 step = 0; step < STEPS; ++step) {
 #pragma unroll
             for (u32 j = 0; j < PART / 8; ++j) {
-                mma<T>(sums[j], a[step], b[step][j / 2][j % 2 * 2], b[step][j / 2][j % 2 * 2 + 1]);
+                mma<T>(sums[j], a[step], b[step][2 * j], b[step][2 * j + 1]);
             }
         }
     }
@@ -151,27 +147,26 @@ template <class T, class Shared>
 __device__ __forceinline__ void store_y(const float (&acc)[Shared::Pipe::N / 2], const Fragments<Shared::RANK> &s,
                                         const Shared &shared, const Sm90LinearParams &p, u32 turn, u32 consumer,
                                         const OwnRows &own, const u32 (&places)[2], u32 column, u32 copy) {
+    struct Loaded {
+        PartFactor<Shared> factor;
+        PartNoise noise;
+    };
     const u32 rows[2] = {shared.table.row(copy, places[0]) + 8 * own.channel(),
                          shared.table.row(copy, places[1]) + 8 * own.channel()};
+    store_rows<T, Shared::STAGING, CHANNELS>(
+        p, shared.pipe.base + Shared::STAGING_AT, turn, consumer, own, column, copy,
+        [&](u32 channel) {
+            return Loaded{PartFactor<Shared>(shared.factor, own.lane, channel), PartNoise(rows, channel)};
+        },
+        [&](u32 channel, const Loaded &loaded, PartPairs &y) {
+            float adapter[PART / 8][4] = {};
+            loaded.factor.template multiply<T>(adapter, s);
 #pragma unroll
-    for (u32 chunk = 0; chunk < CHANNELS; chunk += CHUNK) {
-        store_chunk<T, Shared::STAGING>(p, shared.pipe.base + Shared::STAGING_AT, turn + chunk / CHUNK, consumer, own,
-                                        column + chunk, copy, [&](u32 part, PartPairs &y) {
-                                            const u32 channel = chunk + part;
-                                            const PartFactor<Shared> factor(shared.factor, own.lane, channel);
-                                            const PartNoise noise(rows, channel);
-                                            float adapter[PART / 8][4] = {};
-                                            factor.template multiply<T>(adapter, s);
-#pragma unroll
-                                            for (u32 j = 0; j < PART / 8; ++j) {
-#pragma unroll
-                                                for (u32 half = 0; half < 2; ++half) {
-                                                    const float *base = acc + channel / 2 + 4 * j + 2 * half;
-                                                    y[j][half] = noise.apply(j, half, base, adapter[j] + 2 * half);
-                                                }
-                                            }
-                                        });
-    }
+            for (u32 i = 0; i < PART / 4; ++i) {
+                y[i / 2][i % 2] =
+                    loaded.noise.apply(i / 2, i % 2, acc + channel / 2 + 2 * i, adapter[i / 2] + i % 2 * 2);
+            }
+        });
 }
 
 // A consumer's part of one tile of grad_x.
@@ -179,28 +174,25 @@ template <class T, class Shared>
 __device__ __forceinline__ void
 store_grad_x(const float (&acc)[CHANNELS / 2], const Fragments<Shared::RANK> (&ds)[COPIES], const Shared &shared,
              const Sm90LinearParams &p, u32 turn, u32 consumer, const OwnRows &own, u32 column) {
+    store_rows<T, Shared::STAGING, CHANNELS>(
+        p, shared.pipe.base + Shared::STAGING_AT, turn, consumer, own, column, 0,
+        [&](u32 channel) { return PartFactor<Shared>(shared.factor, own.lane, channel); },
+        [&](u32 channel, const PartFactor<Shared> &factor, PartPairs &y) {
+            float sums[PART / 8][4];
 #pragma unroll
-    for (u32 chunk = 0; chunk < CHANNELS; chunk += CHUNK) {
-        store_chunk<T, Shared::STAGING>(p, shared.pipe.base + Shared::STAGING_AT, turn + chunk / CHUNK, consumer, own,
-                                        column + chunk, 0, [&](u32 part, PartPairs &y) {
-                                            const u32 channel = chunk + part;
-                                            const PartFactor<Shared> factor(shared.factor, own.lane, channel);
-                                            float sums[PART / 8][4];
+            for (u32 i = 0; i < PART / 2; ++i) {
+                sums[i / 4][i % 4] = acc[channel / 2 + i];
+            }
+            factor.template multiply<T>(sums, ds[0]);
+            if (p.copies > 1u) {
+                factor.template multiply<T>(sums, ds[1]);
+            }
 #pragma unroll
-                                            for (u32 i = 0; i < PART / 2; ++i) {
-                                                sums[i / 4][i % 4] = acc[channel / 2 + i];
-                                            }
-                                            factor.template multiply<T>(sums, ds[0]);
-                                            if (p.copies > 1u) {
-                                                factor.template multiply<T>(sums, ds[1]);
-                                            }
-#pragma unroll
-                                            for (u32 i = 0; i < PART / 4; ++i) {
-                                                const float *pair = sums[i / 2] + i % 2 * 2;
-                                                y[i / 2][i % 2] = Pair{{pair[0], pair[1]}};
-                                            }
-                                        });
-    }
+            for (u32 i = 0; i < PART / 4; ++i) {
+                const float *pair = sums[i / 2] + i % 2 * 2;
+                y[i / 2][i % 2] = Pair{{pair[0], pair[1]}};
+            }
+        });
 }
 
 // A consumer's part of all tiles.
@@ -239,10 +231,7 @@ __device__ __forceinline__ void consume(const Shared &shared, const Sm90LinearPa
                 stores += CHANNELS / CHUNK;
             }
         }
-        // All threads of the consumer have read what was handed over before its last store.
-        if (threadIdx.x % WARPGROUP == 0) {
-            barrier_arrive(shared.handover.empty);
-        }
+        shared.handover.release();
     }
 }
 

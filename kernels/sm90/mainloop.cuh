@@ -79,7 +79,14 @@ struct Handover {
     // By one thread of the block.
     __device__ __forceinline__ void init() const {
         barrier_init(full, THREADS);
-        barrier_init(empty, CONSUMERS);
+        barrier_init(empty, CONSUMERS * WARPGROUP / WARP);
+    }
+    // By each warp of the consumers: all of its lanes have read what was handed over.
+    __device__ __forceinline__ void release() const {
+        __syncwarp(0xffffffffu);
+        if (threadIdx.x % WARP == 0) {
+            barrier_arrive(empty);
+        }
     }
 };
 

@@ -66,34 +66,36 @@ template <class T, bool BY_TABLE, class Shared>
 __device__ __forceinline__ void store_tile(const float (&acc)[CHANNELS], const Shared &shared,
                                            const Sm90LinearParams &p, u32 turn, u32 consumer, const OwnRows &own,
                                            const u32 (&places)[2], u32 column, u32 copy) {
-    const u32 rows[2] = {shared.table.row(copy, places[0]) + 8 * own.channel(),
-                         shared.table.row(copy, places[1]) + 8 * own.channel()};
-    const OwnNoise own_noise(p, own, copy);
+    const u32 staging = shared.pipe.base + Shared::STAGING_AT;
+    if constexpr (BY_TABLE) {
+        const u32 rows[2] = {shared.table.row(copy, places[0]) + 8 * own.channel(),
+                             shared.table.row(copy, places[1]) + 8 * own.channel()};
+        store_rows<T, Shared::STAGING, CHANNELS>(
+            p, staging, turn, consumer, own, column, copy, [&](u32 channel) { return PartNoise(rows, channel); },
+            [&](u32 channel, const PartNoise &noise, PartPairs &y) {
 #pragma unroll
-    for (u32 chunk = 0; chunk < CHANNELS; chunk += CHUNK) {
-        store_chunk<T, Shared::STAGING>(
-            p, shared.pipe.base + Shared::STAGING_AT, turn + chunk / CHUNK, consumer, own, column + chunk, copy,
-            [&](u32 part, PartPairs &y) {
-                const float *base = acc + (chunk + part) / 2, *adapter = base + CHANNELS / 2;
-                if constexpr (BY_TABLE) {
-                    const PartNoise noise(rows, chunk + part);
+                for (u32 i = 0; i < PART / 4; ++i) {
+                    const float *base = acc + channel / 2 + 2 * i;
+                    y[i / 2][i % 2] = noise.apply(i / 2, i % 2, base, base + CHANNELS / 2);
+                }
+            });
+    } else {
+        const OwnNoise noise(p, own, copy);
+        store_rows<T, Shared::STAGING, CHANNELS>(
+            p, staging, turn, consumer, own, column, copy, [](u32) { return 0; },
+            [&](u32 channel, int, PartPairs &y) {
 #pragma unroll
-                    for (u32 i = 0; i < PART / 4; ++i) {
-                        y[i / 2][i % 2] = noise.apply(i / 2, i % 2, base + 2 * i, adapter + 2 * i);
-                    }
-                } else {
+                for (u32 j = 0; j < PART / 8; ++j) {
+                    const u32 first = column + channel + 8 * j + own.channel();
+                    const float *base = acc + channel / 2 + 4 * j, *adapter = base + CHANNELS / 2;
+                    Pair z[2];
+                    noise.make(z, p, own.lane, first);
 #pragma unroll
-                    for (u32 j = 0; j < PART / 8; ++j) {
-                        const u32 channel = column + chunk + part + 8 * j + own.channel();
-                        Pair z[2];
-                        own_noise.make(z, p, own.lane, channel);
-#pragma unroll
-                        for (u32 i = 0; i < 4; ++i) {
-                            const u32 at = channel + i % 2;
-                            y[j][i / 2].value[i % 2] = fmaf(
-                                z[i / 2].value[i % 2], adapter[4 * j + i] + bias_of<T>(p.delta_bias, at, p.channels),
-                                base[4 * j + i] + bias_of<T>(p.base_bias, at, p.channels));
-                        }
+                    for (u32 i = 0; i < 4; ++i) {
+                        const u32 at = first + i % 2;
+                        y[j][i / 2].value[i % 2] =
+                            fmaf(z[i / 2].value[i % 2], adapter[i] + bias_of<T>(p.delta_bias, at, p.channels),
+                                 base[i] + bias_of<T>(p.base_bias, at, p.channels));
                     }
                 }
             });
@@ -124,9 +126,8 @@ __device__ __forceinline__ void consume(const Shared &shared, const Sm90LinearPa
             store_tile<T, BY_TABLE>(acc, shared, p, stores, consumer, own, places, column, copy);
             stores += CHANNELS / CHUNK;
         }
-        // All threads of the consumer have read the table before its last store.
-        if (BY_TABLE && threadIdx.x % WARPGROUP == 0) {
-            barrier_arrive(shared.handover.empty);
+        if (BY_TABLE) {
+            shared.handover.release();
         }
     }
 }

@@ -17,6 +17,8 @@ use std::mem::offset_of;
 pub const SM90_THREADS: u32 = 384;
 /// Token rows of a block's tile.
 pub const SM90_TILE_ROWS: usize = 128;
+/// Of these, rows of a warp, which it writes by itself.
+const SM90_WARP_ROWS: usize = 16;
 /// Elements of a tile along the reduction, and channels of an output chunk: rows of 128 bytes, the widest swizzle.
 pub const SM90_TILE_K: usize = 64;
 /// Samples whose tokens a tile may have where they share `z`; with 49 tokens per sample there are 4.
@@ -34,7 +36,7 @@ pub struct Sm90LinearParams {
     pub(super) weight: TensorMapSlot,
     /// The adapter's `[r, K]` or `[N, K]`, boxes of a block's part of its rows in a tile; not for the gradient.
     pub(super) extra: TensorMapSlot,
-    /// `y [copies, rows, N]` or `grad_x [rows, K]`, boxes of 64 rows.
+    /// `y [copies, rows, N]` or `grad_x [rows, K]`, boxes of 16 rows.
     pub(super) y: TensorMapSlot,
     pub(super) noise: NoiseSource,
     /// May be null.
@@ -149,7 +151,7 @@ impl LinearGemm {
         let mut maps = vec![
             (offset_of!(Sm90LinearParams, x), tokens(self.x, k, x_copies, SM90_TILE_ROWS)),
             (offset_of!(Sm90LinearParams, weight), weight(self.weight, features, weight_rows / cluster)),
-            (offset_of!(Sm90LinearParams, y), tokens(self.y, n, y_copies, SM90_TILE_ROWS / 2)),
+            (offset_of!(Sm90LinearParams, y), tokens(self.y, n, y_copies, SM90_WARP_ROWS)),
         ];
         if let Some((extra, rows)) = self.extra {
             let boxes = tiling.extra / cluster;

@@ -162,7 +162,7 @@ pub struct Sm90WeightParams {
     pub(super) weight: Output<Void>,
     /// `grad_bd [N]`, or null.
     pub(super) bias: Output<Void>,
-    /// Sums of tiles that clusters share, two for each block.
+    /// Sums of pieces of tiles, of each block of a cluster.
     pub(super) partial: Output<f32>,
     /// The same of `grad_bd`, or null.
     pub(super) bias_partial: Output<f32>,
@@ -182,7 +182,4 @@ pub struct Sm90WeightParams {
     pub(super) tile_columns: u32,
     /// Clusters that share the work.
     pub(super) clusters: u32,
-    /// Tiles so far apart in the walk lie beside each other, `group` of them; the product of both is `tiles`.
-    pub(super) stride: u32,
-    pub(super) group: u32,
 }

@@ -51,9 +51,17 @@ impl WeightGradient {
         (gpu.multiprocessors as usize / SM90_WEIGHT_CLUSTER).clamp(1, units.max(1))
     }
 
-    /// Elements for the sums of tiles that clusters share: of the gradients to ΔW and Δb.
+    /// Tiles that clusters share: those that are left when each has as many whole ones as the others.
+    fn shared(gpu: &Gpu, shape: &LinearShape) -> usize {
+        let [rows, columns] = Self::tiles(shape);
+        rows.saturating_mul(columns) % Self::clusters(gpu, shape)
+    }
+
+    /// Elements for the sums of these: of the gradients to ΔW and Δb. Ranges of samples have one for each cluster, and what is behind
+    /// the ranges as many as there are tiles and clusters for it.
     pub(super) fn partial_len(gpu: &Gpu, shape: &LinearShape) -> [usize; 2] {
-        let rows = 2 * Self::clusters(gpu, shape) * SM90_WEIGHT_CLUSTER * SM90_WEIGHT_ROWS;
+        let slots = Self::clusters(gpu, shape) + Self::shared(gpu, shape);
+        let rows = slots * SM90_WEIGHT_CLUSTER * SM90_WEIGHT_ROWS;
         [rows * SM90_WEIGHT_COLUMNS, rows]
     }
 
@@ -65,7 +73,6 @@ impl WeightGradient {
         blocks("grads.delta_weight", &[tile_rows, tile_columns, samples])?;
         let tiles = tile_rows * tile_columns;
         let clusters = Self::clusters(&pass.gpu, shape);
-        let group = gcd(tiles, clusters);
         let in_samples = shape.in_rows() / shape.tokens;
         let [partial, bias_partial] = self.partial;
         let params = Sm90WeightParams {
@@ -82,9 +89,6 @@ impl WeightGradient {
             tiles: tiles as u32,
             tile_columns: tile_columns as u32,
             clusters: clusters as u32,
-            // Clusters whose numbers differ by clusters / group begin at the same sample, tiles / group apart.
-            stride: (tiles / group) as u32,
-            group: group as u32,
             ..Zeroable::zeroed()
         };
         let tokens = |tensor: Buffer, features: usize, samples: usize| {
@@ -102,14 +106,14 @@ impl WeightGradient {
         let grid = [(clusters * SM90_WEIGHT_CLUSTER) as u32, 1, 1];
         let gemm = Launch::new(gemm, grid, [SM90_THREADS, 1, 1], shared, &params).in_clusters(SM90_WEIGHT_CLUSTER);
         let parts = SM90_WEIGHT_CLUSTER * SM90_WEIGHT_ROWS / SM90_WEIGHT_SUM_ROWS;
-        let grid = blocks("grads.delta_weight", &[tiles, parts])?;
-        let sums = Launch::new(sums, grid, [SM90_WEIGHT_SUM_THREADS as u32, 1, 1], 0, &params);
+        let shared_tiles = Self::shared(&pass.gpu, shape);
         let mut plan = Plan::from(gemm.with_maps(&maps));
+        if shared_tiles == 0 {
+            return Ok(plan);
+        }
+        let grid = blocks("grads.delta_weight", &[shared_tiles, parts])?;
+        let sums = Launch::new(sums, grid, [SM90_WEIGHT_SUM_THREADS as u32, 1, 1], 0, &params);
         plan.push(sums.with_maps(&maps));
         Ok(plan)
     }
-}
-
-fn gcd(a: usize, b: usize) -> usize {
-    if b == 0 { a } else { gcd(b, a % b) }
 }
