@@ -11,9 +11,9 @@ use pace_kernels::noise::NoiseShape;
 const RANK: usize = 16;
 
 /// For the family that `device` is set to.
-pub fn cases(device: &Device) -> Vec<Case> {
+pub fn cases(device: &Device, layers: &[LinearShape]) -> Vec<Case> {
     let mut cases = Vec::new();
-    for layer in common::VIT_B.map(layer) {
+    for &layer in layers {
         cases.extend([forward::<bf16>(device, layer), backward::<bf16>(device, layer)]);
     }
     // A family of 16-bit types would leave it to another one.

@@ -52,6 +52,24 @@ pub struct Case {
     pub set: Set,
 }
 
+/// The layers of a ViT-B, or those in `PACE_BENCH_LAYERS`: samples of each of two branches, tokens, in- and out-features,
+/// as in `64x197x768x3072,16x577x1024x1024`.
+pub fn layers() -> Fallible<Vec<LinearShape>> {
+    let Ok(list) = std::env::var("PACE_BENCH_LAYERS") else {
+        return Ok(common::VIT_B.map(layer).to_vec());
+    };
+    let shape = |entry: &str| {
+        let sizes: Vec<usize> = entry.split('x').map(str::parse).collect::<Result<_, _>>()?;
+        match sizes[..] {
+            [batch, tokens, in_features, out_features] => {
+                Ok(LinearShape { branches: 2, batch, tokens, in_features, out_features, shared_input: false })
+            }
+            _ => Err(format!("PACE_BENCH_LAYERS: {entry} has not four sizes").into()),
+        }
+    };
+    list.split(',').map(shape).collect()
+}
+
 /// A layer of a ViT-B on 2×64 images of 197 tokens.
 pub fn layer((in_features, out_features): (usize, usize)) -> LinearShape {
     LinearShape { branches: 2, batch: 64, tokens: 197, in_features, out_features, shared_input: false }
@@ -87,11 +105,14 @@ fn main() -> Fallible {
     };
     let gpu = Gpu::new(device)?;
     println!("{}", gpu.describe()?);
+    let shapes = layers()?;
     let layers = families(&gpu.device)?
         .into_iter()
-        .flat_map(|device| noisy_linear::cases(&device).into_iter().chain(low_rank_linear::cases(&device)));
+        .flat_map(|device| {
+            noisy_linear::cases(&device, &shapes).into_iter().chain(low_rank_linear::cases(&device, &shapes))
+        });
     let cases = [
-        references::cases(&gpu)?,
+        references::cases(&gpu, &shapes)?,
         noise_fill::cases(),
         noisy_epilogue::cases(),
         loss::cases(),

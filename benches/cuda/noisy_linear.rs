@@ -10,9 +10,9 @@ use pace_kernels::cuda::{Base, Device, Family, Noise, NoisyLinear, NoisyLinearGr
 use pace_kernels::noise::NoiseShape;
 
 /// For the family that `device` is set to.
-pub fn cases(device: &Device) -> Vec<Case> {
+pub fn cases(device: &Device, layers: &[LinearShape]) -> Vec<Case> {
     let mut cases = Vec::new();
-    for layer in common::VIT_B.map(layer) {
+    for &layer in layers {
         cases.extend(passes::<bf16>(device, layer));
     }
     if device.gpu().family != Some(Family::Sm90) {

@@ -1,7 +1,7 @@
 //! What the device can do: a copy for memory, cuBLASLt for GEMMs.
 
 use crate::gpu::{Gpu, Value};
-use crate::{Case, Fallible, Launch, common, layer};
+use crate::{Case, Fallible, Launch, common};
 use half::bf16;
 use pace_kernels::LinearShape;
 use pace_kernels::cuda::cudarc::cublaslt::{self, CudaBlasLT, Matmul, MatmulConfig};
@@ -10,12 +10,12 @@ use std::rc::Rc;
 pub const COPY: &str = "copy";
 pub const PRODUCT: &str = "cuBLASLt product";
 
-pub fn cases(gpu: &Gpu) -> Fallible<Vec<Case>> {
+pub fn cases(gpu: &Gpu, layers: &[LinearShape]) -> Fallible<Vec<Case>> {
     let mut cases = vec![copy()];
     // SAFETY: loading the library runs its initialisers, which have no requirements.
     if unsafe { cublaslt::sys::is_culib_present() } {
         let blas = Rc::new(CudaBlasLT::new(gpu.stream.clone())?);
-        cases.extend(common::VIT_B.map(|sizes| product(&blas, layer(sizes))));
+        cases.extend(layers.iter().map(|&layer| product(&blas, layer)));
     } else {
         println!("no cuBLASLt: the loader does not find libcublasLt (see LD_LIBRARY_PATH)");
     }

@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     Sample &sample = samples[blockIdx.x];
 
     if (group == 2) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
         if (threadIdx.x == 256 && config.copies != 0) {
             const u32 rank = cluster_rank(), worker = config.multicast ? blockIdx.x / 2 : blockIdx.x;
             const u32 chunks = COLUMNS * 2 / config.row;

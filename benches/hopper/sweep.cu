@@ -383,7 +383,8 @@ class Sweep {
         time_all(results, table, "folded", layer, forward,
                  {folded_variant<false, 200, 2, 32, 4, 2>(ships), folded_variant<false, 200, 2, 32, 4, 1>(""),
                   folded_variant<false, 200, 2, 64, 2, 2>(""), folded_variant<false, 200, 2, 32, 3, 2>(""),
-                  folded_variant<false, 136, 2, 32, 4, 2>("")});
+                  folded_variant<false, 136, 2, 32, 4, 2>(""), folded_variant<false, 64, 4, 32, 6, 2>(""),
+                  folded_variant<false, 64, 4, 64, 3, 2>("")});
         time_all(results, table, "folded dx", layer, input,
                  {folded_variant<true, 200, 2, 32, 4, 2>(ships), folded_variant<true, 200, 2, 32, 4, 1>(""),
                   folded_variant<true, 200, 2, 32, 3, 2>("")});

@@ -310,6 +310,7 @@ __device__ __forceinline__ void consume_columns(const Shared &shared, const Sm90
                                                step != 0u || !begins);
             }
         }
+        wgmma_commit();
         if (Shared::COPIES > 1 && p.copies > 1u) {
 #pragma unroll
             for (u32 i = 0; i < PANELS; ++i) {
@@ -320,8 +321,8 @@ __device__ __forceinline__ void consume_columns(const Shared &shared, const Sm90
                                                    true);
                 }
             }
+            wgmma_commit();
         }
-        wgmma_commit();
         wgmma_wait<0>();
 #pragma unroll
         for (u32 i = 0; i < PANELS; ++i) {

@@ -56,13 +56,15 @@ pub struct Problem {
 ///     aligned: true,
 ///     backward: false,
 /// };
-/// assert_eq!(select(&Gpu::H100, &problem), Family::CublasLt);
-/// assert_eq!(select(&Gpu { has_cublaslt: false, ..Gpu::H100 }, &problem), Family::Sm80);
+/// assert_eq!(select(&Gpu::H100, &problem), Family::Sm90);
+/// assert_eq!(select(&Gpu::A100, &problem), Family::CublasLt);
+/// assert_eq!(select(&Gpu { has_cublaslt: false, ..Gpu::A100 }, &problem), Family::Sm80);
 /// ```
 pub fn select(gpu: &Gpu, problem: &Problem) -> Family {
-    // H200, 2026-11-26, ViT-B shapes: GEMMs of `sm80` reach 12 to 35 % of cuBLASLt's speed in bf16 and 33 % in f32, in every shape,
-    // which no saved pass over memory makes up for (`docs/tuning.md`). Nothing else was measured: `sm90` computes what is forced on it.
-    let fastest_first = [gpu.has_cublaslt.then_some(Family::CublasLt)];
+    // H200, 2026-11-27, bf16, ViT-B shapes, times over cuBLASLt's bare GEMM: `sm90` 1.2 to 2.1, `cublaslt` 1.5 to 2.7, `sm80` 2.9 to 8.6
+    // (`docs/performance.md`). Noise per token was not measured for `sm90`.
+    let sm90 = Family::Sm90.is_available(gpu) && problem.noise != Some(NoiseShape::PerToken);
+    let fastest_first = [sm90.then_some(Family::Sm90), gpu.has_cublaslt.then_some(Family::CublasLt)];
     let candidates = [gpu.family].into_iter().chain(fastest_first).flatten();
     candidates.into_iter().find(|family| family.takes(problem)).unwrap_or(Family::Sm80)
 }

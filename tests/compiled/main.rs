@@ -67,6 +67,7 @@ const INSTRUCTIONS: &[(&str, &str, &[&str])] = &[
     ("sm80/noisy_linear", "noisy_linear_weight_tf32", TRANSPOSED),
     ("sm80/noisy_linear", "noisy_linear_", PRODUCT),
     ("sm90/folded_linear", "sm90_folded_", FOLDED),
+    ("sm90/low_rank_gradients", "sm90_low_rank_", &["HGMMA", "UTMALDG"]),
     ("sm90/low_rank_linear", "sm90_low_rank_", RANK),
     ("sm90/noisy_linear", "sm90_noisy_linear_", WARPGROUP),
     ("sm90/weight_gradient", "sm90_weight_gradient_", &["HGMMA", "UTMALDG", "LDSM"]),
