@@ -121,10 +121,8 @@ constexpr u32 SM90_EXACT_STAGING = 1;
 /// Rows of a block's tile of the output transposed.
 constexpr u32 SM90_FOLDED_ROWS = 128;
 
-constexpr u32 SM90_FOLDED_STAGES = 4;
-
-/// Elements of a tile along the reduction.
-constexpr u32 SM90_FOLDED_DEPTH = 32;
+/// Stages of the units' tiles, and as many entries of a consumer's tiles of both matrices.
+constexpr u32 SM90_FOLDED_STAGES = 3;
 
 /// Blocks of a cluster.
 constexpr u32 SM90_FOLDED_CLUSTER = 2;

@@ -29,7 +29,7 @@ const MOST_VALUES: usize = 2 * 64 * 197 * 3072;
 /// Types of the tensors that are measured.
 pub trait Value: Element + DeviceRepr + ValidAsZeroBits {
     const NAME: &'static str;
-    /// [`MOST_VALUES`] numbers on the device, to copy from.
+    /// [`MOST_VALUES`] numbers on the device, to copy from, again and again for longer tensors.
     fn values(gpu: &Gpu) -> &CudaSlice<Self>
     where
         Self: Sized;
@@ -74,7 +74,12 @@ impl Gpu {
     /// `len` numbers in ±½: what a GEMM takes depends on how many bits flip, so zeros would flatter it.
     pub fn values<T: Value>(&self, len: usize) -> Fallible<CudaSlice<T>> {
         self.count::<T>(len);
-        Ok(self.stream.clone_dtod(&T::values(self).slice(..len))?)
+        let mut values = self.stream.alloc_zeros(len)?;
+        for start in (0..len).step_by(MOST_VALUES) {
+            let end = len.min(start + MOST_VALUES);
+            self.stream.memcpy_dtod(&T::values(self).slice(..end - start), &mut values.slice_mut(start..end))?;
+        }
+        Ok(values)
     }
 
     /// `len` zeros, for outputs.

@@ -320,25 +320,24 @@ class Sweep {
                 [this] { return error_of(t_.y, ROWS, t_.n, [this](u32 r, u32 c) { return dense(false, r, c); }); }};
     }
 
-    template <bool INPUT, u32 UNIT, u32 COUNT, u32 DEPTH, u32 STAGES, u32 CLUSTER> Variant folded_variant(const char *mark) const {
-        using Shared = sm90::folded::Layout<UNIT, COUNT, DEPTH, STAGES, CLUSTER>;
+    template <bool INPUT, u32 UNIT, u32 COUNT, u32 CHUNK, u32 STAGES, u32 CLUSTER>
+    Variant folded_variant(const char *mark) const {
+        using Shared = sm90::folded::Layout<UNIT, COUNT, CHUNK, STAGES, CLUSTER>;
         pace::Sm90FoldedParams p{};
         p.z = t_.z.get();
         p.rows = INPUT ? t_.k : t_.n, p.inner = INPUT ? t_.n : t_.k;
         p.samples = p.wrap = SAMPLES, p.copies = 1, p.parts = (TOKENS + UNIT - 1) / UNIT;
         p.tile_rows = (SAMPLES * p.parts + COUNT - 1) / COUNT;
         p.tile_columns = (p.rows + 128 * CLUSTER - 1) / (128 * CLUSTER);
-        const auto matrix = [&](const bf16 *w) {
-            return INPUT ? map_of(w, {t_.k, t_.n, 1}, {64, DEPTH, 1}, 128) : map_of(w, {t_.k, t_.n, 1}, {DEPTH, 128, 1}, 2 * DEPTH);
-        };
-        p.weight = matrix(t_.w0.get()), p.delta = matrix(t_.wd.get());
-        p.x = map_of(INPUT ? t_.g.get() : t_.x.get(), {p.inner, TOKENS, SAMPLES}, {DEPTH, UNIT, 1}, 2 * DEPTH);
-        p.y = map_of(INPUT ? t_.dx.get() : t_.y.get(), {p.rows, TOKENS, SAMPLES}, {64, UNIT, 1}, 128);
-        const Map z = tensor_map(t_.z.get(), {t_.n, SAMPLES, 1}, {DEPTH, 1, 1}, 0, true);
+        p.weight = map_of(t_.w0.get(), {t_.k, t_.n, 1}, {64, 64, 1}, 128);
+        p.delta = map_of(t_.wd.get(), {t_.k, t_.n, 1}, {64, 64, 1}, 128);
+        p.x = map_of(INPUT ? t_.g.get() : t_.x.get(), {p.inner, TOKENS, SAMPLES}, {64, UNIT, 1}, 128);
+        p.y = map_of(INPUT ? t_.dx.get() : t_.y.get(), {p.rows, TOKENS, SAMPLES}, {64, CHUNK, 1}, 128);
+        const Map z = tensor_map(t_.z.get(), {t_.n, SAMPLES, 1}, {64, 1, 1}, 0, true);
         std::memcpy(&p.z_map, &z, sizeof z);
         allow_shared(folded<INPUT, Shared>, Shared::BYTES);
         const u32 grid = blocks(CLUSTER);
-        return {text("%u x %u tokens, depth %u, %u stages, cluster %u%s", COUNT, UNIT, DEPTH, STAGES, CLUSTER, mark),
+        return {text("%u x %u tokens by %u, %u stages, cluster %u%s", COUNT, UNIT, CHUNK, STAGES, CLUSTER, mark),
                 [=] { launch(folded<INPUT, Shared>, grid, 384, Shared::BYTES, CLUSTER, p); },
                 [this] { return error_of(INPUT ? t_.dx : t_.y, ROWS, INPUT ? t_.k : t_.n, [this](u32 r, u32 c) { return dense(INPUT, r, c); }); }};
     }
@@ -381,13 +380,11 @@ class Sweep {
         time_all(results, table, "exact", layer, forward,
                  {exact_variant<4, 2, 1>(ships), exact_variant<4, 1, 1>(""), exact_variant<3, 2, 2>("")});
         time_all(results, table, "folded", layer, forward,
-                 {folded_variant<false, 200, 2, 32, 4, 2>(ships), folded_variant<false, 200, 2, 32, 4, 1>(""),
-                  folded_variant<false, 200, 2, 64, 2, 2>(""), folded_variant<false, 200, 2, 32, 3, 2>(""),
-                  folded_variant<false, 136, 2, 32, 4, 2>(""), folded_variant<false, 64, 4, 32, 6, 2>(""),
+                 {folded_variant<false, 200, 2, 40, 3, 2>(ships), folded_variant<false, 200, 2, 40, 3, 1>(""),
+                  folded_variant<false, 136, 2, 136, 3, 2>(""),
                   folded_variant<false, 64, 4, 64, 3, 2>("")});
         time_all(results, table, "folded dx", layer, input,
-                 {folded_variant<true, 200, 2, 32, 4, 2>(ships), folded_variant<true, 200, 2, 32, 4, 1>(""),
-                  folded_variant<true, 200, 2, 32, 3, 2>("")});
+                 {folded_variant<true, 200, 2, 40, 3, 2>(ships), folded_variant<true, 200, 2, 40, 3, 1>("")});
         time_all(results, table, "dW", layer, gradient, {weight_variant<4, 2>(ships), weight_variant<4, 1>(""), weight_variant<3, 2>("")});
     }
 };

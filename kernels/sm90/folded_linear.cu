@@ -12,8 +12,9 @@
 // sample alone, reading them would take more of shared memory than the MMAs leave. While the wgmma of one unit runs, the
 // fragment of the next is folded.
 //
-// The reduction is walked 32 elements at a time through STAGES stages. The two blocks of a cluster have adjacent channels and the
-// same units; each fetches every second unit for both.
+// The reduction is walked 64 elements at a time, as TMA takes as long for a row of 64 bytes as for one of 128: the units' tiles through
+// STAGES stages, and each consumer's tiles of both matrices through as many entries of a ring of their own, since there is no room
+// for both consumers' in a stage. The two blocks of a cluster have adjacent channels and the same units; each fetches every second unit for both.
 //
 // Bytes: x or g (channels / 256) times and both matrices (units / SAMPLES) times from L2; the output once. Operations: 2 M N K,
 // and 2 N K for each unit's folding. Determinism: run-to-run bitwise; every sum in a fixed order, and a sample's output does not
@@ -25,21 +26,21 @@ namespace pace {
 
 namespace sm90::folded {
 
-template <u32 TOKENS, u32 SAMPLES>
-using Shipped = Layout<TOKENS, SAMPLES, SM90_FOLDED_DEPTH, SM90_FOLDED_STAGES, SM90_FOLDED_CLUSTER>;
+template <u32 TOKENS, u32 SAMPLES, u32 CHUNK>
+using Shipped = Layout<TOKENS, SAMPLES, CHUNK, SM90_FOLDED_STAGES, SM90_FOLDED_CLUSTER>;
 
 PACE_CLUSTER_KERNELS_16(sm90_folded_linear_200, Sm90FoldedParams, SM90_FOLDED_CLUSTER, (THREADS, 1),
-                        linear<T, false, Shipped<200, 2>>(p))
+                        linear<T, false, Shipped<200, 2, 40>>(p))
 PACE_CLUSTER_KERNELS_16(sm90_folded_linear_136, Sm90FoldedParams, SM90_FOLDED_CLUSTER, (THREADS, 1),
-                        linear<T, false, Shipped<136, 2>>(p))
+                        linear<T, false, Shipped<136, 2, 136>>(p))
 PACE_CLUSTER_KERNELS_16(sm90_folded_linear_64, Sm90FoldedParams, SM90_FOLDED_CLUSTER, (THREADS, 1),
-                        linear<T, false, Shipped<64, 4>>(p))
+                        linear<T, false, Shipped<64, 4, 64>>(p))
 PACE_CLUSTER_KERNELS_16(sm90_folded_input_200, Sm90FoldedParams, SM90_FOLDED_CLUSTER, (THREADS, 1),
-                        linear<T, true, Shipped<200, 2>>(p))
+                        linear<T, true, Shipped<200, 2, 40>>(p))
 PACE_CLUSTER_KERNELS_16(sm90_folded_input_136, Sm90FoldedParams, SM90_FOLDED_CLUSTER, (THREADS, 1),
-                        linear<T, true, Shipped<136, 2>>(p))
+                        linear<T, true, Shipped<136, 2, 136>>(p))
 PACE_CLUSTER_KERNELS_16(sm90_folded_input_64, Sm90FoldedParams, SM90_FOLDED_CLUSTER, (THREADS, 1),
-                        linear<T, true, Shipped<64, 4>>(p))
+                        linear<T, true, Shipped<64, 4, 64>>(p))
 
 } // namespace sm90::folded
 } // namespace pace

@@ -107,6 +107,11 @@ pub fn folds_by_default<Z, K>(dtype: DType, noise: &noise::Noise<Z, K>) -> bool 
     }
 }
 
+/// Whether [`Family::Sm90`] is the fastest that was measured, in this pass, if it takes the layer.
+pub(super) fn pays_sm90(gpu: &Gpu, problem: &Problem) -> bool {
+    sm90::pays(gpu, problem)
+}
+
 /// Whether a layer may be computed by [`Family::Sm90`], in this pass.
 pub(super) fn takes_sm90(problem: &Problem) -> bool {
     sm90::takes(problem)

@@ -3,6 +3,7 @@
 use super::super::params::Sm90FoldedParams;
 use super::REFUSED;
 use crate::cuda::buffer::{Buffer, DType};
+use crate::cuda::gpu::Gpu;
 use crate::cuda::kernel::{Kernels16, table};
 use crate::cuda::layer::{Pass, blocks};
 use crate::cuda::plan::{Launch, TensorMap};
@@ -15,9 +16,8 @@ use std::mem::offset_of;
 
 /// Rows of a block's tile of the output transposed.
 pub const SM90_FOLDED_ROWS: usize = 128;
-pub const SM90_FOLDED_STAGES: usize = 4;
-/// Elements of a tile along the reduction.
-pub const SM90_FOLDED_DEPTH: usize = 32;
+/// Stages of the units' tiles, and as many entries of a consumer's tiles of both matrices.
+pub const SM90_FOLDED_STAGES: usize = 3;
 /// Blocks of a cluster.
 pub const SM90_FOLDED_CLUSTER: usize = 2;
 
@@ -27,6 +27,8 @@ pub(super) struct Units {
     tokens: usize,
     /// Units of a tile.
     count: usize,
+    /// Tokens that go out at once, by one of a consumer's two buffers.
+    chunk: usize,
     /// What shared memory, or the folding of short units, leaves of the tensor cores' speed, in percent: arithmetic, not measured.
     speed: usize,
     forward: Kernels16,
@@ -37,6 +39,7 @@ const UNITS: [Units; 3] = [
     Units {
         tokens: 200,
         count: 2,
+        chunk: 40,
         speed: 93,
         forward: table::SM90_FOLDED_LINEAR_200,
         input: table::SM90_FOLDED_INPUT_200,
@@ -44,6 +47,7 @@ const UNITS: [Units; 3] = [
     Units {
         tokens: 136,
         count: 2,
+        chunk: 136,
         speed: 82,
         forward: table::SM90_FOLDED_LINEAR_136,
         input: table::SM90_FOLDED_INPUT_136,
@@ -51,6 +55,7 @@ const UNITS: [Units; 3] = [
     Units {
         tokens: 64,
         count: 4,
+        chunk: 64,
         speed: 60,
         forward: table::SM90_FOLDED_LINEAR_64,
         input: table::SM90_FOLDED_INPUT_64,
@@ -75,12 +80,25 @@ impl Units {
         (noise != Some(NoiseShape::PerToken) && wasted <= tokens).then_some(best)
     }
 
-    /// Bytes of shared memory, as the kernels lay it out: stages, z, staging, barriers.
+    /// Whether a GEMM whose output has so many columns is so many waves of clusters.
+    pub(super) fn fill(&self, gpu: &Gpu, shape: &LinearShape, columns: usize, waves: usize) -> bool {
+        let tile_rows = shape.samples().saturating_mul(self.parts(shape.tokens)).div_ceil(self.count);
+        let tile_columns = columns.div_ceil(SM90_FOLDED_ROWS * SM90_FOLDED_CLUSTER);
+        let clusters = gpu.multiprocessors as usize / SM90_FOLDED_CLUSTER;
+        tile_rows.saturating_mul(tile_columns) >= waves * clusters
+    }
+
+    /// Whether samples are so short that their padding is dear.
+    pub(super) fn are_short(&self) -> bool {
+        self.count > 2
+    }
+
+    /// Bytes of shared memory, as the kernels lay it out: stages, entries, outputs of both consumers, z, barriers.
     fn shared_bytes(&self) -> usize {
-        let row = 2 * SM90_FOLDED_DEPTH;
-        let stages = SM90_FOLDED_STAGES * (2 * SM90_FOLDED_ROWS + self.count * self.tokens) * row;
-        let z = (SM90_FOLDED_STAGES * self.count * SM90_FOLDED_DEPTH * 4).next_multiple_of(1024);
-        stages + z + 2 * self.tokens * 2 * SM90_TILE_K + 16 * SM90_FOLDED_STAGES
+        let row = 2 * SM90_TILE_K;
+        let stages = SM90_FOLDED_STAGES * (self.count * self.tokens * row + self.count * SM90_TILE_K * 4);
+        let entries = SM90_FOLDED_STAGES * SM90_FOLDED_ROWS * row;
+        stages + entries + 2 * 2 * self.chunk * row + 8 * 5 * SM90_FOLDED_STAGES
     }
 }
 
@@ -133,23 +151,19 @@ impl Folded {
             tile_columns: tile_columns as u32,
             ..Zeroable::zeroed()
         };
-        // The reduction is along the rows of the weights, or down their columns in panels of a consumer's features.
-        let weight_boxes = match is_input {
-            false => [SM90_FOLDED_DEPTH, SM90_FOLDED_ROWS, 1],
-            true => [SM90_FOLDED_ROWS / 2, SM90_FOLDED_DEPTH, 1],
-        };
-        let weight = |weight: Buffer| TensorMap::of_rows(weight, dtype, [k, n, 1], weight_boxes);
-        let tokens = |tensor: Buffer, features: usize, samples: usize, width: usize| {
-            let (dims, boxes) = ([features, shape.tokens, samples], [width, units.tokens, 1]);
+        // A consumer's rows by a step of the reduction, or the other way round.
+        let weight = |weight: Buffer| TensorMap::of_rows(weight, dtype, [k, n, 1], [SM90_TILE_K, SM90_TILE_K, 1]);
+        let tokens = |tensor: Buffer, features: usize, samples: usize, tokens: usize| {
+            let (dims, boxes) = ([features, shape.tokens, samples], [SM90_TILE_K, tokens, 1]);
             TensorMap::of_rows(tensor, dtype, dims, boxes)
         };
-        let z_map = TensorMap::of_rows(self.z, DType::F32, [n, samples, 1], [SM90_FOLDED_DEPTH, 1, 1]);
+        let z_map = TensorMap::of_rows(self.z, DType::F32, [n, samples, 1], [SM90_TILE_K, 1, 1]);
         let maps = [
             (offset_of!(Sm90FoldedParams, weight), weight(self.weights[0])),
             (offset_of!(Sm90FoldedParams, delta), weight(self.weights[1])),
-            (offset_of!(Sm90FoldedParams, x), tokens(self.x, self.inner, from, SM90_FOLDED_DEPTH)),
+            (offset_of!(Sm90FoldedParams, x), tokens(self.x, self.inner, from, units.tokens)),
             (offset_of!(Sm90FoldedParams, z_map), z_map.without_swizzle()),
-            (offset_of!(Sm90FoldedParams, y), tokens(self.y, self.rows, to, SM90_TILE_K)),
+            (offset_of!(Sm90FoldedParams, y), tokens(self.y, self.rows, to, units.chunk)),
         ];
         let kernels = if is_input { units.input } else { units.forward };
         let kernel = kernels.choose(dtype).ok_or(REFUSED)?;
