@@ -63,8 +63,11 @@ pub struct Problem {
 pub fn select(gpu: &Gpu, problem: &Problem) -> Family {
     // H200, 2026-11-27, bf16, ViT-B shapes, times over cuBLASLt's bare GEMM: `sm90` 1.2 to 2.1, `cublaslt` 1.5 to 2.9, `sm80` 2.9 to 8.6
     // (`docs/performance.md`). Noise per token was not measured for `sm90`.
-    let measured = problem.noise != Some(NoiseShape::PerToken)
-        && (problem.rank.is_some() || noisy_linear::pays_sm90(gpu, problem));
+    let pays = match problem.rank {
+        Some(_) => low_rank_linear::pays_sm90(problem),
+        None => noisy_linear::pays_sm90(gpu, problem),
+    };
+    let measured = problem.noise != Some(NoiseShape::PerToken) && pays;
     let sm90 = Family::Sm90.is_available(gpu) && measured;
     let fastest_first = [sm90.then_some(Family::Sm90), gpu.has_cublaslt.then_some(Family::CublasLt)];
     let candidates = [gpu.family].into_iter().chain(fastest_first).flatten();

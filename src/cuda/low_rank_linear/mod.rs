@@ -88,6 +88,11 @@ impl<B, Z, K> LowRankLinear<B, noise::Noise<Z, K>> {
     }
 }
 
+/// Whether [`Family::Sm90`] is the fastest that was measured, in this pass, if it takes the layer.
+pub(super) fn pays_sm90(problem: &Problem) -> bool {
+    sm90::pays(problem)
+}
+
 /// Whether a layer may be computed by [`Family::Sm90`], in this pass.
 pub(super) fn takes_sm90(problem: &Problem, rank: usize) -> bool {
     sm90::takes(problem, rank)

@@ -80,12 +80,11 @@ impl Units {
         (noise != Some(NoiseShape::PerToken) && wasted <= tokens).then_some(best)
     }
 
-    /// Whether a GEMM whose output has so many columns is so many waves of clusters.
-    pub(super) fn fill(&self, gpu: &Gpu, shape: &LinearShape, columns: usize, waves: usize) -> bool {
+    /// Whether the forward pass has a tile for every cluster.
+    pub(super) fn fill(&self, gpu: &Gpu, shape: &LinearShape) -> bool {
         let tile_rows = shape.samples().saturating_mul(self.parts(shape.tokens)).div_ceil(self.count);
-        let tile_columns = columns.div_ceil(SM90_FOLDED_ROWS * SM90_FOLDED_CLUSTER);
-        let clusters = gpu.multiprocessors as usize / SM90_FOLDED_CLUSTER;
-        tile_rows.saturating_mul(tile_columns) >= waves * clusters
+        let tile_columns = shape.out_features.div_ceil(SM90_FOLDED_ROWS * SM90_FOLDED_CLUSTER);
+        tile_rows.saturating_mul(tile_columns) >= gpu.multiprocessors as usize / SM90_FOLDED_CLUSTER
     }
 
     /// Whether samples are so short that their padding is dear.

@@ -38,15 +38,15 @@ pub(super) fn takes(problem: &Problem) -> bool {
 
 /// Whether it was measured to be faster than the library, where it takes the problem.
 ///
-/// H200, 2026-11-27: the forward pass everywhere (128 rows of 768 → 3072 in 24 µs against 40, 4 × 1024 of 4096 → 4096 in 275
-/// against 437); the backward pass with long samples and enough of them (128 × 197: 1.4 times as fast; 16 × 577 of 1024 → 1024: 142 µs
-/// against 114, 128 × 49 of 1024 → 4096: 427 against 285).
+/// H200, 2026-11-27, bf16: the forward pass everywhere (128 × 1 of 768 → 3072 in 25 µs against 42, 4 × 1024 of 4096 → 4096 in 273
+/// against 442). The backward pass not where samples are short (128 × 49 of 1024 → 4096: 419 µs against 295), and not below GEMMs of
+/// 24 GFLOP (32 × 197 of 768 → 3072, 30 GFLOP: 132 against 174; 16 × 577 of 1024 → 1024, 19 GFLOP: 138 against 115).
 pub(super) fn pays(gpu: &Gpu, problem: &Problem) -> bool {
-    let units = Units::of(problem.shape.tokens, problem.noise);
-    let long = units.is_some_and(|units| {
-        !units.are_short() && units.fill(gpu, &problem.shape, problem.shape.in_features, 2)
-    });
-    !problem.backward || long
+    let LinearShape { tokens, in_features, out_features, .. } = problem.shape;
+    let work = [in_features, out_features].into_iter().fold(problem.shape.out_rows(), usize::saturating_mul);
+    let is_large = work / gpu.multiprocessors.max(1) as usize >= 90_000_000;
+    let is_long = Units::of(tokens, problem.noise).is_some_and(|units| !units.are_short());
+    !problem.backward || is_large && is_long
 }
 
 const REFUSED: Error = Error::Argument { argument: "base", problem: "is not one that this family takes" };
@@ -93,9 +93,9 @@ fn noise(plan: &mut Plan, layer: &Layer, pass: &Pass, place: Buffer) -> Buffer {
 
 fn forward(layer: &Layer, pass: &Pass, x: Buffer, y: Buffer) -> Result<Plan> {
     let (Some(base), Some(delta)) = (layer.base, layer.delta_weight) else { return Err(REFUSED) };
-    // With few tiles most multiprocessors have nothing to do in the folded kernel: 8 × 197 of 768 → 768 in 19 µs against 11.
+    // With few tiles most multiprocessors have nothing to do in the folded kernel: 8 × 197 of 768 → 768 in 18 µs against 12.
     let forced = pass.gpu.family == Some(Family::Sm90);
-    let pays = |units: &&Units| forced || units.fill(&pass.gpu, &layer.shape, layer.shape.out_features, 1);
+    let pays = |units: &&Units| forced || units.fill(&pass.gpu, &layer.shape);
     let units = Units::of(layer.shape.tokens, layer.noise.shape()).filter(pays);
     let Some(units) = units.filter(|_| layer.fold) else {
         return exact_forward(layer, pass, [x, base.weight, delta, y], base.bias);
