@@ -617,7 +617,7 @@ struct Sm90WeightParams {
   Output<void> weight;
   /// `grad_bd [N]`, or null.
   Output<void> bias;
-  /// Sums of pieces of tiles, of each block of a cluster.
+  /// Sums of tiles that clusters share, two for each block.
   Output<float> partial;
   /// The same of `grad_bd`, or null.
   Output<float> bias_partial;

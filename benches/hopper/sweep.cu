@@ -361,7 +361,7 @@ class Sweep {
         return {text("%u stages, cluster %u, with the sums%s", STAGES, CLUSTER, mark),
                 [=] {
                     launch(weight<Shared>, p.clusters * CLUSTER, 384, Shared::BYTES, CLUSTER, p);
-                    launch(weight_sums<CLUSTER>, p.tiles % p.clusters * CLUSTER * (128 / pace::SM90_WEIGHT_SUM_ROWS), 256, 0, 1, p);
+                    launch(weight_sums<CLUSTER>, p.tiles * CLUSTER * (128 / pace::SM90_WEIGHT_SUM_ROWS), 256, 0, 1, p);
                 },
                 [=] { return error_of(t_.dw, t_.n, t_.k, expected, 64); }};
     }

@@ -5,9 +5,9 @@
 //   g [M, N]; x [M, K] or, shared by the branches, [B T, K]; z [R, N] in memory; grad_Wd [N, K]; grad_bd [N].
 //
 // A cluster's tile is 256 features by 128 channels of each of its two blocks, and a unit of work one sample of a tile; the blocks fetch
-// half of x each, for both. Clusters, one on each pair of multiprocessors, have equal shares of these units: whole tiles, which go
-// out at once, and ranges of samples of a tile, whose sums in fp32 weight_sums adds up in a fixed order. Most clusters have the same
-// samples at the same time, so that g and x come from memory once.
+// half of x each, for both. Clusters, one on each pair of multiprocessors, have equal runs of units, tile by tile (stream-K): a tile
+// whose units are all of one cluster goes out at once, of others each block writes its fp32 sum, and weight_sums adds them up in the
+// order of the clusters.
 // e^T is the A operand: fragments of g, transposed by ldmatrix and multiplied by z in f32 on their way; its rows are channels, so
 // that a thread has two z of a sample. Two consumer warpgroups have 64 channels each. Tokens are walked 64 at a time through
 // STAGES stages, rows that do not exist as zeros, and steps of 16 that have none are left out.

@@ -34,74 +34,42 @@ template <u32 STAGES_, u32 CLUSTER_> struct Layout {
     __device__ __forceinline__ u32 empty(u32 stage) const { return base + BARRIERS_AT + 8 * (STAGES + stage); }
 };
 
-// How the work is shared. Each cluster has `whole` tiles; of the `shared` ones that are left, each cluster but the last `rest` has one
-// of `ranges` equal ranges of samples, the same range as other clusters at the same time, so that they find each other's g and x
-// in L2; and the rest have the samples behind these ranges, tile by tile (stream-K). Blocks put sums of pieces of tiles into slots.
-struct Shares {
-    u32 clusters, samples, shared, ranges, first_shared, first_rest, rest, rest_sample;
-    __device__ __forceinline__ explicit Shares(const Sm90WeightParams &p)
-        : clusters(p.clusters), samples(p.samples), shared(p.tiles % p.clusters),
-          ranges(shared != 0u ? clusters / shared : 0u), first_shared(p.tiles - shared), first_rest(ranges * shared),
-          rest(clusters - first_rest), rest_sample(range(ranges)) {}
-    // Where range `index` begins.
-    __device__ __forceinline__ u32 range(u32 index) const {
-        return static_cast<u32>(static_cast<u64>(index) * shared * samples / clusters);
-    }
-    // Samples of a tile behind the ranges.
-    __device__ __forceinline__ u32 left() const { return samples - rest_sample; }
-    // Units of these, one a sample of a tile, before cluster `index` of the rest.
-    __device__ __forceinline__ u32 before(u32 index) const {
-        return static_cast<u32>(static_cast<u64>(index) * shared * left() / rest);
-    }
-    // The last cluster of the rest whose first unit is not behind this one.
-    __device__ __forceinline__ u32 owner(u32 unit) const {
-        return static_cast<u32>(((static_cast<u64>(unit) + 1) * rest - 1) / (static_cast<u64>(shared) * left()));
-    }
-    // Pieces of clusters and tiles of the rest are steps of a staircase.
-    __device__ __forceinline__ u32 slot(u32 tile, u32 cluster) const { return first_rest + tile + cluster; }
-};
+// Units of work before a cluster.
+__device__ __forceinline__ u32 units_before(const Sm90WeightParams &p, u32 cluster) {
+    return static_cast<u32>(static_cast<u64>(cluster) * p.tiles * p.samples / p.clusters);
+}
 
-// Where tile `tile` lies, in tiles.
+// The cluster that has a unit.
+__device__ __forceinline__ u32 cluster_of(const Sm90WeightParams &p, u32 unit) {
+    // The last whose first unit is not behind it.
+    return static_cast<u32>(((static_cast<u64>(unit) + 1) * p.clusters - 1) / (static_cast<u64>(p.tiles) * p.samples));
+}
+
+// Where a tile lies, in tiles.
 struct Corner {
     u32 row, column;
     __device__ __forceinline__ Corner(const Sm90WeightParams &p, u32 tile)
         : row(tile / p.tile_columns), column(tile % p.tile_columns) {}
 };
 
-// A cluster's pieces, each some samples of one tile. `slot` is where the sum goes, or WHOLE.
+// Where a block puts its sum of a tile: a cluster shares two with others at most, its first and its last.
+__device__ __forceinline__ u64 slot_of(u32 cluster, bool is_first, u32 size, u32 rank) {
+    return static_cast<u64>(2 * cluster + (is_first ? 0u : 1u)) * size + rank;
+}
+
+// A cluster's runs of units, each of one tile.
 struct Runs {
-    static constexpr u32 WHOLE = ~0u;
-    Shares shares;
-    u32 cluster, next, unit, end;
-    u32 tile, first, last, slot;
+    u32 unit, end, tile, first_tile, samples;
     __device__ __forceinline__ Runs(const Sm90WeightParams &p, u32 cluster)
-        : shares(p), cluster(cluster), next(cluster), unit(0), end(0) {
-        if (shares.shared != 0u && cluster >= shares.first_rest) {
-            unit = shares.before(cluster - shares.first_rest);
-            end = shares.before(cluster - shares.first_rest + 1);
-        }
-        advance();
-    }
-    __device__ __forceinline__ bool valid() const { return first < last; }
+        : unit(units_before(p, cluster)), end(units_before(p, cluster + 1)), tile(unit / p.samples), first_tile(tile),
+          samples(p.samples) {}
+    __device__ __forceinline__ bool valid() const { return unit < end; }
+    __device__ __forceinline__ u32 first() const { return unit - tile * samples; }
+    __device__ __forceinline__ u32 last() const { return min(end - tile * samples, samples); }
+    __device__ __forceinline__ bool whole() const { return last() - first() == samples; }
     __device__ __forceinline__ void advance() {
-        if (next < shares.first_shared) {
-            tile = next, first = 0, last = shares.samples, slot = WHOLE;
-            next += shares.clusters;
-        } else if (next != WHOLE && cluster < shares.first_rest) {
-            tile = shares.first_shared + cluster % shares.shared;
-            first = shares.range(cluster / shares.shared), last = shares.range(cluster / shares.shared + 1);
-            slot = cluster;
-            next = WHOLE;
-        } else if (unit < end) {
-            const u32 left = shares.left(), shared = unit / left;
-            tile = shares.first_shared + shared;
-            first = shares.rest_sample + unit - shared * left;
-            last = min(first + end - unit, shares.samples);
-            slot = shares.slot(shared, cluster - shares.first_rest);
-            unit += last - first;
-        } else {
-            first = last = 0;
-        }
+        unit = (tile + 1) * samples;
+        ++tile;
     }
 };
 
@@ -115,7 +83,7 @@ __device__ __forceinline__ void produce(const Shared &shared, const Sm90WeightPa
     for (Runs run(p, blockIdx.x / CLUSTER); run.valid(); run.advance()) {
         const Corner corner(p, run.tile);
         const u32 row = (corner.row * CLUSTER + rank) * ROWS, column = corner.column * COLUMNS;
-        for (u32 sample = run.first; sample < run.last; ++sample) {
+        for (u32 sample = run.first(); sample < run.last(); ++sample) {
             const u32 from = sample % p.wrap;
             for (u32 token = 0; token < p.tokens; token += DEPTH) {
                 barrier_wait(shared.empty(turn.stage), turn.parity ^ 1u);
@@ -279,8 +247,8 @@ __device__ __forceinline__ void accumulate(Sums &sums, Walk<Shared::STAGES> &wal
 
 // Writes the sums of a tile: of a whole one to the gradients, otherwise to this block's slot.
 template <class T>
-__device__ __forceinline__ void store_sums(Sums &sums, const Sm90WeightParams &p, u32 slot, u32 row, u32 column,
-                                           u32 channel) {
+__device__ __forceinline__ void store_sums(Sums &sums, const Sm90WeightParams &p, const Runs &run, u64 slot, u32 row,
+                                           u32 column, u32 channel) {
     const u32 lane = threadIdx.x % WARP;
 #pragma unroll
     for (u32 half = 0; half < 2; ++half) {
@@ -291,11 +259,11 @@ __device__ __forceinline__ void store_sums(Sums &sums, const Sm90WeightParams &p
                 const u32 within = 8 * j + 2 * (lane % 4), c = column + within;
                 if (c < p.columns) {
                     const float *pair = sums.weight + 4 * j + 2 * half;
-                    if (slot == Runs::WHOLE) {
+                    if (run.whole()) {
                         T *to = static_cast<T *>(p.weight) + static_cast<u64>(r) * p.columns + c;
                         store(reinterpret_cast<u32 *>(to), pack<T>(pair[0], pair[1]));
                     } else {
-                        float *to = p.partial + (static_cast<u64>(slot) * ROWS + (r - row)) * COLUMNS + within;
+                        float *to = p.partial + (slot * ROWS + (r - row)) * COLUMNS + within;
                         store(reinterpret_cast<Pair *>(to), Pair{{pair[0], pair[1]}});
                     }
                 }
@@ -306,7 +274,7 @@ __device__ __forceinline__ void store_sums(Sums &sums, const Sm90WeightParams &p
         bias += __shfl_xor_sync(0xffffffffu, bias, 1);
         bias += __shfl_xor_sync(0xffffffffu, bias, 2);
         if (column == 0 && lane % 4 == 0 && r < p.rows && p.bias_partial != nullptr) {
-            if (slot == Runs::WHOLE) {
+            if (run.whole()) {
                 store(static_cast<T *>(p.bias) + r, from_float<T>(bias));
             } else {
                 store(p.bias_partial + slot * ROWS + (r - row), bias);
@@ -332,22 +300,22 @@ __device__ __forceinline__ void consume(const Shared &shared, const Sm90WeightPa
         Sums sums;
         sums.bias[0] = sums.bias[1] = 0.0f;
         float next[2];
-        load_z(next, p, run.first, channel);
-        walk.left = (run.last - run.first) * stages;
+        load_z(next, p, run.first(), channel);
+        walk.left = (run.last() - run.first()) * stages;
         begin_stage(walk, shared);
 #pragma unroll 1
-        for (u32 sample = run.first; sample < run.last; ++sample) {
+        for (u32 sample = run.first(); sample < run.last(); ++sample) {
             const float z[2] = {next[0], next[1]};
             load_z(next, p, sample + 1, channel);
-            accumulate<T>(sums, walk, shared, z, p.tokens, sample == run.first);
+            accumulate<T>(sums, walk, shared, z, p.tokens, sample == run.first());
         }
         wgmma_wait<0>();
         walk.issued.release_all(shared);
         keep(walk.fragments[0]);
         keep(walk.fragments[1]);
         keep(sums.weight);
-        const u32 slot = run.slot == Runs::WHOLE ? Runs::WHOLE : run.slot * CLUSTER + rank;
-        store_sums<T>(sums, p, slot, tile_row, corner.column * COLUMNS, channel);
+        const u64 slot = slot_of(cluster, run.tile == run.first_tile, CLUSTER, rank);
+        store_sums<T>(sums, p, run, slot, tile_row, corner.column * COLUMNS, channel);
     }
 }
 
@@ -379,19 +347,24 @@ constexpr u32 SUM_ROWS = SM90_WEIGHT_SUM_ROWS;
 
 template <class T, u32 SIZE> __device__ __forceinline__ void add_up(const Sm90WeightParams &p) {
     constexpr u32 PARTS = ROWS / SUM_ROWS, FOURS = SUM_ROWS * COLUMNS / 4 / SM90_WEIGHT_SUM_THREADS;
-    constexpr u32 ROWS_AT_ONCE = SM90_WEIGHT_SUM_THREADS / (COLUMNS / 4);
-    const Shares shares(p);
     const u32 part = blockIdx.x % PARTS, rank = blockIdx.x / PARTS % SIZE, tile = blockIdx.x / PARTS / SIZE;
-    const Corner corner(p, shares.first_shared + tile);
+    const u32 first = cluster_of(p, tile * p.samples), last = cluster_of(p, (tile + 1) * p.samples - 1);
+    if (first == last) {
+        return;
+    }
+    const Corner corner(p, tile);
     const u32 row = (corner.row * SIZE + rank) * ROWS + part * SUM_ROWS, column = corner.column * COLUMNS;
+    // All but the first cluster begin within the tile.
+    const bool first_begins = units_before(p, first) >= tile * p.samples;
+    const auto row_of = [&](u32 cluster) {
+        return slot_of(cluster, cluster != first || first_begins, SIZE, rank) * ROWS + part * SUM_ROWS;
+    };
     const u32 c = threadIdx.x % (COLUMNS / 4) * 4, r = threadIdx.x / (COLUMNS / 4);
-    const bool has_bias =
-        column == 0 && threadIdx.x < SUM_ROWS && p.bias_partial != nullptr && row + threadIdx.x < p.rows;
-    float sums[FOURS][4] = {}, bias = 0.0f;
-    const auto add = [&](u32 slot) {
-        const u64 first = (static_cast<u64>(slot) * SIZE + rank) * ROWS + part * SUM_ROWS;
-        if (column + c < p.columns) {
-            const float *from = p.partial + (first + r) * COLUMNS + c;
+    constexpr u32 ROWS_AT_ONCE = SM90_WEIGHT_SUM_THREADS / (COLUMNS / 4);
+    if (column + c < p.columns) {
+        float sums[FOURS][4] = {};
+        for (u32 cluster = first; cluster <= last; ++cluster) {
+            const float *from = p.partial + (row_of(cluster) + r) * COLUMNS + c;
             Vector<float> values[FOURS] = {};
 #pragma unroll
             for (u32 i = 0; i < FOURS; ++i) {
@@ -407,25 +380,6 @@ template <class T, u32 SIZE> __device__ __forceinline__ void add_up(const Sm90We
                 }
             }
         }
-        if (has_bias) {
-            bias += load(p.bias_partial + first + threadIdx.x);
-        }
-    };
-    for (u32 range = 0; range < shares.ranges; ++range) {
-        if (shares.range(range) < shares.range(range + 1)) {
-            add(range * shares.shared + tile);
-        }
-    }
-    const u32 left = shares.left();
-    if (left != 0u) {
-        const u32 last = shares.owner((tile + 1) * left - 1);
-        for (u32 cluster = shares.owner(tile * left); cluster <= last; ++cluster) {
-            if (shares.before(cluster) < shares.before(cluster + 1)) {
-                add(shares.slot(tile, cluster));
-            }
-        }
-    }
-    if (column + c < p.columns) {
 #pragma unroll
         for (u32 i = 0; i < FOURS; ++i) {
             if (row + r + i * ROWS_AT_ONCE < p.rows) {
@@ -436,8 +390,12 @@ template <class T, u32 SIZE> __device__ __forceinline__ void add_up(const Sm90We
             }
         }
     }
-    if (has_bias) {
-        store(static_cast<T *>(p.bias) + row + threadIdx.x, from_float<T>(bias));
+    if (column == 0 && threadIdx.x < SUM_ROWS && p.bias_partial != nullptr && row + threadIdx.x < p.rows) {
+        float sum = 0.0f;
+        for (u32 cluster = first; cluster <= last; ++cluster) {
+            sum += load(p.bias_partial + row_of(cluster) + threadIdx.x);
+        }
+        store(static_cast<T *>(p.bias) + row + threadIdx.x, from_float<T>(sum));
     }
 }
 

@@ -162,7 +162,7 @@ pub struct Sm90WeightParams {
     pub(super) weight: Output<Void>,
     /// `grad_bd [N]`, or null.
     pub(super) bias: Output<Void>,
-    /// Sums of pieces of tiles, of each block of a cluster.
+    /// Sums of tiles that clusters share, two for each block.
     pub(super) partial: Output<f32>,
     /// The same of `grad_bd`, or null.
     pub(super) bias_partial: Output<f32>,

@@ -51,17 +51,9 @@ impl WeightGradient {
         (gpu.multiprocessors as usize / SM90_WEIGHT_CLUSTER).clamp(1, units.max(1))
     }
 
-    /// Tiles that clusters share: those that are left when each has as many whole ones as the others.
-    fn shared(gpu: &Gpu, shape: &LinearShape) -> usize {
-        let [rows, columns] = Self::tiles(shape);
-        rows.saturating_mul(columns) % Self::clusters(gpu, shape)
-    }
-
-    /// Elements for the sums of these: of the gradients to ΔW and Δb. Ranges of samples have one for each cluster, and what is behind
-    /// the ranges as many as there are tiles and clusters for it.
+    /// Elements for the sums of tiles that clusters share, its first and its last each: of the gradients to ΔW and Δb.
     pub(super) fn partial_len(gpu: &Gpu, shape: &LinearShape) -> [usize; 2] {
-        let slots = Self::clusters(gpu, shape) + Self::shared(gpu, shape);
-        let rows = slots * SM90_WEIGHT_CLUSTER * SM90_WEIGHT_ROWS;
+        let rows = 2 * Self::clusters(gpu, shape) * SM90_WEIGHT_CLUSTER * SM90_WEIGHT_ROWS;
         [rows * SM90_WEIGHT_COLUMNS, rows]
     }
 
@@ -106,13 +98,9 @@ impl WeightGradient {
         let grid = [(clusters * SM90_WEIGHT_CLUSTER) as u32, 1, 1];
         let gemm = Launch::new(gemm, grid, [SM90_THREADS, 1, 1], shared, &params).in_clusters(SM90_WEIGHT_CLUSTER);
         let parts = SM90_WEIGHT_CLUSTER * SM90_WEIGHT_ROWS / SM90_WEIGHT_SUM_ROWS;
-        let shared_tiles = Self::shared(&pass.gpu, shape);
-        let mut plan = Plan::from(gemm.with_maps(&maps));
-        if shared_tiles == 0 {
-            return Ok(plan);
-        }
-        let grid = blocks("grads.delta_weight", &[shared_tiles, parts])?;
+        let grid = blocks("grads.delta_weight", &[tiles, parts])?;
         let sums = Launch::new(sums, grid, [SM90_WEIGHT_SUM_THREADS as u32, 1, 1], 0, &params);
+        let mut plan = Plan::from(gemm.with_maps(&maps));
         plan.push(sums.with_maps(&maps));
         Ok(plan)
     }
