@@ -176,23 +176,27 @@ sweep() {
 }
 
 # A family that PACE_FAMILY forces is part of the name.
+step_number=0
 step_of() {
-    peers "$1" "peers_$3_$4${PACE_FAMILY:+_$PACE_FAMILY}" --shapes "$2" --operators "$3" --dtypes "$4" --rounds "$5" "${@:6}"
+    peers "$1" "peers_$((++step_number))_$3_$4${PACE_FAMILY:+_$PACE_FAMILY}" --shapes "$2" --operators "$3" --dtypes "$4" --rounds "$5" "${@:6}"
 }
 
 training_step() {
-    step_of 220 vit_b_step step_lora_mul_vpt bf16 11
-    step_of 150 vit_b_step step_lora_add bf16 11
-    if [ "$capability" = 9.0 ]; then
-        local operator
-        for operator in step_lora_mul_vpt step_lora_add; do
-            PACE_FAMILY=sm90 step_of 60 vit_b_step $operator bf16 11 --peers 'ours|official, torch.compile'
-        done
-    fi
-    # What a compilation takes is spent on bf16; the other types are of eager and captured peers.
-    step_of 60 vit_b_step step_lora_mul_vpt tf32 5 --peers 'eager|PyTorch|as a graph|rows'
-    step_of 60 vit_b_step step_lora_add tf32 5 --peers 'eager|PyTorch|as a graph|rows'
-    step_of 90 vit_b_step step_lora_mul_vpt f32 3 --peers 'eager|PyTorch|as a graph|rows'
+    local operator plain='eager|PyTorch|as a graph|rows'
+    # A compilation takes half a minute, and a peer is compiled for given and for drawn noise: what needs none comes first.
+    for operator in step_lora_mul_vpt step_lora_add; do
+        step_of 50 vit_b_step $operator bf16 11 --peers "$plain"
+    done
+    for operator in step_lora_mul_vpt step_lora_add; do
+        step_of 130 vit_b_step $operator bf16 11 --peers 'official, torch.compile|as a graph'
+    done
+    for operator in step_lora_mul_vpt step_lora_add; do
+        step_of 200 vit_b_step $operator bf16 11 --peers 'compiled|reduce|as a graph'
+    done
+    for operator in step_lora_mul_vpt step_lora_add; do
+        step_of 50 vit_b_step $operator tf32 5 --peers "$plain"
+    done
+    step_of 90 vit_b_step step_lora_mul_vpt f32 3 --peers "$plain"
 }
 
 rest() {
@@ -254,7 +258,7 @@ for part in "${parts[@]}"; do
                 grep -hE '^\| (operator|[a-z_]*_linear|cuBLASLt)' "$results/sweep_$family.txt" 2>/dev/null
             done | awk '!seen[$0]++'
             ;;
-        step) grep -hE '^ +(training step|official|ours|PEFT)' "$results"/peers_step_*.txt 2>/dev/null | cut -c1-130 ;;
+        step) grep -hE '^ +(training step|official|ours|PEFT)' "$results"/peers_*_step_*.txt 2>/dev/null | cut -c1-130 ;;
     esac
 done
 echo

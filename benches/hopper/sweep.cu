@@ -1,6 +1,6 @@
 // Every variant of the kernels in kernels/sm90 at the layers of a ViT-B, in bf16, each beside cuBLAS' GEMM of the same layer.
 //
-// A variant is a kernel's template with other stages, clusters, depths or staging than what ships. One line each: median of
+// A variant is a kernel's template with other stages, clusters or staging than what ships. One line each: median of
 // ROUNDS rounds, interleaved with cuBLAS; the ratio to cuBLAS' median; the largest error of some outputs against sums in
 // double, in units of the largest of them. `--profile` only launches what ships, once at 768 -> 3072, for a profiler. What wins belongs into the constants of src/cuda/**/sm90.
 //

@@ -85,9 +85,12 @@ def errors(outputs, reference):
     return found
 
 
-def prepare(case, op, peers, rows, args):
-    """Compares each peer with the reference, and runs it once with noise of its own: what a peer compiles or captures it has
-    then. Removes peers that disagree, that fail, or for which no time is left. Returns the largest error of each."""
+def prepare(case, op, peers, rows, args, save):
+    """Compares each peer with the reference, and runs it with noise of its own: what a peer compiles or captures it has then.
+    Removes peers that disagree, that fail, or for which no time is left. Returns the largest error of each.
+
+    With a limit of time each row has a `preview` at once, of three runs alone, and is saved: whoever stops the program while
+    a peer compiles keeps those before it."""
     worst, unfused = {}, {}
     references = {noisy: case.reference(op, noisy) for noisy in {peer.noisy for peer in peers.values()}}
     for name, peer in [*peers.items()]:
@@ -103,6 +106,11 @@ def prepare(case, op, peers, rows, args):
                 # The first peer of a kind is the unfused one.
                 disagree(case.dtype, found, unfused.setdefault(peer.noisy, found))
             peer.times()
+            if args.seconds < float("inf"):
+                alone = np.median([[*seconds, sum(seconds)] for seconds in (peer.times() for _ in range(3))], axis=0)
+                rows[name]["preview_ms"] = dict(zip(PASSES, (alone * 1e3).tolist()))
+                print(f"    {name:32} alone {rows[name]['preview_ms']['both']:.3f} ms", flush=True)
+                save(rows)
         except Exception as error:
             # On a device that is at hand rarely the other peers are to go on, whatever is wrong with one.
             rows[name]["wrong"] = failure(error)
@@ -127,7 +135,7 @@ def failure(error):
     return f"DISAGREES: {text}" if isinstance(error, Disagrees) else f"FAILED: {type(error).__name__}: {text}"
 
 
-def measure(case, op, args):
+def measure(case, op, args, save):
     """Rows of an operator: peer -> figures, or why there are none."""
     rows, peers = {}, {}
     for name, build in case.operators[op].items():
@@ -140,7 +148,7 @@ def measure(case, op, args):
             rows[name]["unavailable"] = str(reason)
         except Exception as error:
             rows[name]["wrong"] = failure(error)
-    worst = prepare(case, op, peers, rows, args)
+    worst = prepare(case, op, peers, rows, args, save)
     times = {name: [] for name in peers}
     warm_up = 2 if case.device == "cpu" else 5
     for turn in range(args.rounds + warm_up):
@@ -358,10 +366,10 @@ def main():
         print("on a CPU the batches are smaller than on CUDA, unless --batch says otherwise")
     results = []
 
-    def save():
+    def save(*unfinished):
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps({"about": about, "results": results}, indent=2) + "\n")
+            args.out.write_text(json.dumps({"about": about, "results": [*results, *unfinished]}, indent=2) + "\n")
 
     def report_and_save(op, rows):
         report(op, rows)
@@ -380,9 +388,10 @@ def main():
             for op in case.operators:
                 if args.operators and op not in args.operators:
                     continue
-                rows = measured[op] = measure(case, op, args)
+                about_op = {"shape": name, "title": title, "dtype": dtype, "operator": op}
+                rows = measured[op] = measure(case, op, args, lambda rows, of=about_op: save({**of, "rows": rows}))
                 ratios(rows)
-                results.append({"shape": name, "title": title, "dtype": dtype, "operator": op, "rows": rows})
+                results.append({**about_op, "rows": rows})
                 if args.device == "cpu":
                     save()
                 else:
