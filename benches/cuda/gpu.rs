@@ -77,7 +77,8 @@ impl Gpu {
         let mut values = self.stream.alloc_zeros(len)?;
         for start in (0..len).step_by(MOST_VALUES) {
             let end = len.min(start + MOST_VALUES);
-            self.stream.memcpy_dtod(&T::values(self).slice(..end - start), &mut values.slice_mut(start..end))?;
+            self.stream
+                .memcpy_dtod(&T::values(self).slice(..end - start), &mut values.slice_mut(start..end))?;
         }
         Ok(values)
     }

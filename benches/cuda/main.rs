@@ -106,11 +106,9 @@ fn main() -> Fallible {
     let gpu = Gpu::new(device)?;
     println!("{}", gpu.describe()?);
     let shapes = layers()?;
-    let layers = families(&gpu.device)?
-        .into_iter()
-        .flat_map(|device| {
-            noisy_linear::cases(&device, &shapes).into_iter().chain(low_rank_linear::cases(&device, &shapes))
-        });
+    let layers = families(&gpu.device)?.into_iter().flat_map(|device| {
+        noisy_linear::cases(&device, &shapes).into_iter().chain(low_rank_linear::cases(&device, &shapes))
+    });
     let cases = [
         references::cases(&gpu, &shapes)?,
         noise_fill::cases(),

@@ -267,7 +267,7 @@ fn launches_are_what_a_device_takes() {
                 assert!(!stays || launch.grid[0] <= HOPPER.multiprocessors, "{launch:?}");
                 assert_eq!(launch.params.align(), 64);
                 assert!(launch.params.bytes().len().is_multiple_of(64));
-                assert!(launch.params.maps().len() >= 1);
+                assert!(!launch.params.maps().is_empty());
                 for &(offset, map) in launch.params.maps() {
                     assert!(offset.is_multiple_of(64) && offset + 128 <= launch.params.bytes().len());
                     assert!(map.address.is_multiple_of(16) && map.rank == 3);

@@ -225,12 +225,7 @@ fn backward(
 }
 
 /// `dA = dsᵀ·x`.
-fn lora_a_gradient(
-    layer: &Layer,
-    pass: &Pass,
-    [ds, x]: [Buffer; 2],
-    lora_a: Buffer,
-) -> Result<Plan> {
+fn lora_a_gradient(layer: &Layer, pass: &Pass, [ds, x]: [Buffer; 2], lora_a: Buffer) -> Result<Plan> {
     let (sizes, run, noise) = (sizes(layer, pass), pass.arithmetic, NoiseSource::OFF);
     let workspace = Address::from(pass.workspace).offset(4 * sizes.workspace().products);
     let (weight, bias) = (Some(lora_a), None);

@@ -80,7 +80,8 @@ impl Places {
             Buffer { address: arena.take(len.saturating_mul(4)).0, len }
         };
         // With noise or without: whichever needs more.
-        let walks = [Some(NoiseShape::PerSample), None].map(|noise| Walk::of_gradient(shape, noise).parts(gpu, rank));
+        let walks =
+            [Some(NoiseShape::PerSample), None].map(|noise| Walk::of_gradient(shape, noise).parts(gpu, rank));
         let [chunks, groups] = [0, 1].map(|i| walks[0][i].max(walks[1][i]));
         let (m, n) = (shape.out_rows(), shape.out_features);
         let [_, product] = Walk::of_input(shape).parts(gpu, rank);
@@ -177,7 +178,8 @@ fn launch(
 ) -> Result<Launch> {
     let (dtype, rank) = (pass.arithmetic.dtype, layer.rank);
     let mut kernels = KERNELS.into_iter();
-    let (columns, channels, factors, product) = kernels.find(|&(columns, ..)| rank <= columns).ok_or(REFUSED)?;
+    let (columns, channels, factors, product) =
+        kernels.find(|&(columns, ..)| rank <= columns).ok_or(REFUSED)?;
     let [chunks, groups] = walk.parts(&pass.gpu, rank);
     let params = Sm90LowRankGradientsParams {
         columns: walk.columns as u32,

@@ -151,7 +151,8 @@ impl Folded {
             ..Zeroable::zeroed()
         };
         // A consumer's rows by a step of the reduction, or the other way round.
-        let weight = |weight: Buffer| TensorMap::of_rows(weight, dtype, [k, n, 1], [SM90_TILE_K, SM90_TILE_K, 1]);
+        let weight =
+            |weight: Buffer| TensorMap::of_rows(weight, dtype, [k, n, 1], [SM90_TILE_K, SM90_TILE_K, 1]);
         let tokens = |tensor: Buffer, features: usize, samples: usize, tokens: usize| {
             let (dims, boxes) = ([features, shape.tokens, samples], [SM90_TILE_K, tokens, 1]);
             TensorMap::of_rows(tensor, dtype, dims, boxes)

@@ -96,7 +96,8 @@ impl WeightGradient {
         let kernel = |kernels: Kernels16| kernels.choose(dtype).ok_or(REFUSED);
         let (gemm, sums) = (kernel(table::SM90_WEIGHT_GRADIENT)?, kernel(table::SM90_WEIGHT_SUMS)?);
         let grid = [(clusters * SM90_WEIGHT_CLUSTER) as u32, 1, 1];
-        let gemm = Launch::new(gemm, grid, [SM90_THREADS, 1, 1], shared, &params).in_clusters(SM90_WEIGHT_CLUSTER);
+        let gemm =
+            Launch::new(gemm, grid, [SM90_THREADS, 1, 1], shared, &params).in_clusters(SM90_WEIGHT_CLUSTER);
         let parts = SM90_WEIGHT_CLUSTER * SM90_WEIGHT_ROWS / SM90_WEIGHT_SUM_ROWS;
         let grid = blocks("grads.delta_weight", &[tiles, parts])?;
         let sums = Launch::new(sums, grid, [SM90_WEIGHT_SUM_THREADS as u32, 1, 1], 0, &params);
