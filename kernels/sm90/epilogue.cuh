@@ -124,7 +124,8 @@ struct OwnRows {
             places[half] = 0;
 #pragma unroll
             for (u32 i = 0; i < PLACES - 1; ++i) {
-                places[half] += existing >= end + i * p.tokens ? 1u : 0u;
+                // No sum that could be too large for 32 bits.
+                places[half] += existing >= end && existing - end >= i * p.tokens ? 1u : 0u;
             }
         }
     }

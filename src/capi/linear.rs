@@ -115,6 +115,9 @@ pub unsafe extern "C" fn pace_noisy_linear_backward(
     unsafe { call::<Backward, _>(device, stream, args) }
 }
 
+/// A frozen layer for a query, which no one reads.
+const BASE: cuda::Base<Buffer> = cuda::Base { weight: Buffer { address: 0, len: 0 }, bias: None };
+
 /// The bytes of workspace that suffice for either pass; the tensors of `args` are ignored.
 ///
 /// # Safety
@@ -130,7 +133,11 @@ pub unsafe extern "C" fn pace_noisy_linear_workspace(
         workspace(device, args, bytes, |args, gpu, dtype| {
             let layer = noisy_linear_on_device(args, dtype)?;
             layer.shape.check()?;
-            Ok(layer.workspace_len(gpu, dtype).saturating_mul(4))
+            // Which tensors there will be decides the family, and a query may have none.
+            let full = cuda::NoisyLinear { base: Some(BASE), delta_weight: Some(BASE.weight), ..layer };
+            let none = cuda::NoisyLinear { base: None, delta_weight: None, ..layer };
+            let lens = [full, none].map(|layer| layer.workspace_len(gpu, dtype));
+            Ok(lens[0].max(lens[1]).saturating_mul(4))
         })
     }
 }
@@ -249,7 +256,9 @@ pub unsafe extern "C" fn pace_low_rank_linear_workspace(
             let layer = low_rank_linear(&mut OnDevice, &PaceLowRankLinear { scale: 1.0, ..*args })?;
             layer.shape.check()?;
             nonzero("rank", layer.rank)?;
-            Ok(layer.workspace_len(gpu, dtype).saturating_mul(4))
+            let lens = [Some(BASE), None]
+                .map(|base| cuda::LowRankLinear { base, ..layer }.workspace_len(gpu, dtype));
+            Ok(lens[0].max(lens[1]).saturating_mul(4))
         })
     }
 }

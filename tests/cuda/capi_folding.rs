@@ -82,7 +82,11 @@ fn folds(gpu: Gpu, asked: Asked) -> [[bool; 2]; 2] {
     let mut results = [[false; 2]; 2];
     // SAFETY: the structs and the places for numbers are live; no plan is carried out, so that no tensor is touched.
     unsafe {
-        check(pace_noisy_linear_workspace(&device, &dense, &mut dense.workspace.len));
+        // A query has no tensors.
+        let none = tensor(0, 0);
+        let sizes =
+            PaceNoisyLinear { base_weight: none, delta_weight: none, x: none, y: none, dy: none, ..dense };
+        check(pace_noisy_linear_workspace(&device, &sizes, &mut dense.workspace.len));
         check(pace_lora_mul_linear_workspace(&device, &lora_mul, &mut lora_mul.workspace.len));
         for (i, operator) in [pace_noisy_linear_forward, pace_noisy_linear_backward].into_iter().enumerate() {
             check(operator(&device, null_mut(), &dense));

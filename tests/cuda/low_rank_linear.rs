@@ -66,6 +66,9 @@ fn cases() -> Vec<Case> {
         (shape(2, 3, 50, 136, 64, true), 16, Z::Keyed(PerSample)),
         (shape(1, 1, 260, 64, 392, false), 32, Z::Given(PerSample)),
         (shape(1, 2, 64, 520, 16, false), 24, Z::Off),
+        // Blocks that come to a third sample, and to both branches without noise.
+        (shape(2, 4, 70, 24, 264, true), 17, Z::Generated(PerSample)),
+        (shape(2, 3, 33, 392, 392, true), 1, Z::Off),
     ] {
         cases.push(Case { shape, rank, z, base: true, biases: true, scale: 0.5, shift: 0 });
     }
@@ -286,7 +289,7 @@ fn one_gradient_in<T: Type>(target: &Target<'_>) {
         shape: LinearShape {
             branches: 2,
             batch: 2,
-            tokens: 20,
+            tokens: 40,
             in_features: 16,
             out_features: 24,
             shared_input: true,

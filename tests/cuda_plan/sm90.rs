@@ -262,9 +262,7 @@ fn launches_are_what_a_device_takes() {
                 seen += 1;
                 assert!(launch.shared_bytes <= HOPPER.max_shared_bytes, "{launch:?}");
                 assert!(launch.grid[0].is_multiple_of(launch.cluster[0]), "{launch:?}");
-                // Sums of partial tiles are bound by memory; all else stays for its tiles.
-                let stays = !launch.kernel.name.contains("sums");
-                assert!(!stays || launch.grid[0] <= HOPPER.multiprocessors, "{launch:?}");
+                assert!(launch.grid[0] <= HOPPER.multiprocessors, "{launch:?}");
                 assert_eq!(launch.params.align(), 64);
                 assert!(launch.params.bytes().len().is_multiple_of(64));
                 assert!(!launch.params.maps().is_empty());
