@@ -101,6 +101,30 @@ fn folds(gpu: Gpu, asked: Asked) -> [[bool; 2]; 2] {
     results
 }
 
+/// A query has no tensors, though which there are decides the family: at this size that for Hopper needs most.
+fn a_query_needs_no_tensors(noise: PaceNoise) {
+    let features = 768;
+    let shape = PaceShape {
+        branches: 2,
+        batch: 4,
+        tokens: 197,
+        in_features: features,
+        out_features: features,
+        shared_input: 0,
+    };
+    let device = PaceDevice::new(Recorder { gpu: Gpu::H100, kernels: Arc::default() });
+    let none = PaceNoisyLinear { dtype: PACE_BF16, shape, noise, ..zeroed() };
+    let weight = PaceTensor { data: (1 << 28) as *mut c_void, len: features * features };
+    let full = PaceNoisyLinear { base_weight: weight, delta_weight: weight, ..none };
+    let bytes = [none, full].map(|args| {
+        let mut bytes = 0;
+        // SAFETY: the struct and the place for the number are live.
+        check(unsafe { pace_noisy_linear_workspace(&device, &args, &mut bytes) });
+        bytes
+    });
+    assert_eq!(bytes[0], bytes[1]);
+}
+
 /// Under noise a layer folds in both passes unless it is to be exact; without noise in `PACE_F32` alone.
 pub fn folding() {
     let off = PaceNoise {
@@ -120,6 +144,7 @@ pub fn folding() {
         ..off
     };
     let still = PaceNoise { sigma: 0.0, ..generated };
+    a_query_needs_no_tensors(generated);
     for (noise, dtype, by_default) in [
         (generated, PACE_BF16, true),
         (generated, PACE_F16, true),
