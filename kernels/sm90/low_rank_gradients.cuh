@@ -300,28 +300,23 @@ __device__ __forceinline__ void consume_columns(const Shared &shared, const Sm90
         }
         barrier_wait(shared.full(turn.stage), turn.parity);
         const u64 tile = Transposed::at(shared.tile(turn.stage) + first_panel * PANEL_BYTES);
-        wgmma_fence();
-#pragma unroll
-        for (u32 i = 0; i < PANELS; ++i) {
-#pragma unroll
-            for (u32 step = 0; step < TOKENS / 16; ++step) {
-                wgmma<T, COLUMNS, true, false>(sums[i], behind(tile, i * PANEL_BYTES + step * 16 * ROW_BYTES),
-                                               behind(KMajor::at(shared.low(turn.stage, 0)), step * K_STEP_BYTES),
-                                               step != 0u || !begins);
-            }
-        }
-        wgmma_commit();
-        if (Shared::COPIES > 1 && p.copies > 1u) {
+        // Adds what copy `copy` of the low-rank rows makes of the tile.
+        const auto multiply = [&](u32 copy, bool accumulate) {
+            const u64 low = KMajor::at(shared.low(turn.stage, copy));
 #pragma unroll
             for (u32 i = 0; i < PANELS; ++i) {
 #pragma unroll
                 for (u32 step = 0; step < TOKENS / 16; ++step) {
                     wgmma<T, COLUMNS, true, false>(sums[i], behind(tile, i * PANEL_BYTES + step * 16 * ROW_BYTES),
-                                                   behind(KMajor::at(shared.low(turn.stage, 1)), step * K_STEP_BYTES),
-                                                   true);
+                                                   behind(low, step * K_STEP_BYTES), step != 0u || accumulate);
                 }
             }
             wgmma_commit();
+        };
+        wgmma_fence();
+        multiply(0, !begins);
+        if (Shared::COPIES > 1 && p.copies > 1u) {
+            multiply(1, true);
         }
         wgmma_wait<0>();
 #pragma unroll

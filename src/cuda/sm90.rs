@@ -3,8 +3,9 @@
 use super::buffer::{Address, Buffer, DType};
 use super::kernel::Kernel;
 use super::layer::{Pass, blocks};
-use super::noise_source::NoiseSource;
-use super::plan::{Launch, TensorMap};
+use super::noise_fill;
+use super::noise_source::{NoiseSource, Source};
+use super::plan::{Launch, Plan, TensorMap};
 use super::pointer::{Input, Output, TensorMapSlot, Void};
 use super::select::Problem;
 use crate::error::Result;
@@ -176,6 +177,21 @@ impl Tiling {
         debug_assert!(bytes <= MAX_SHARED_BYTES);
         bytes
     }
+}
+
+/// `z [R, N]` in memory: that of the caller, or written to `place` by the plan. Without noise it is all 1.
+pub(super) fn z_in_memory(
+    plan: &mut Plan,
+    noise: Source,
+    shape: &LinearShape,
+    pass: &Pass,
+    place: Buffer,
+) -> Buffer {
+    if let Source::Given { z, .. } = noise {
+        return z;
+    }
+    plan.push(noise_fill::fill(pass.noise, [shape.samples(), 1, shape.out_features], place));
+    place
 }
 
 /// Whether TMA can walk the tensors of a layer: 16-bit elements, rows that start at multiples of 16 bytes, coordinates that fit.

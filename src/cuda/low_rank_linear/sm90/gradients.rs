@@ -7,11 +7,9 @@ use crate::cuda::gemm::Arena;
 use crate::cuda::gpu::Gpu;
 use crate::cuda::kernel::{Kernels16, table};
 use crate::cuda::layer::{Pass, blocks};
-use crate::cuda::noise_fill;
-use crate::cuda::noise_source::Source;
 use crate::cuda::partial_sums::partial_sums;
 use crate::cuda::plan::{Launch, Plan, TensorMap};
-use crate::cuda::sm90::{SM90_THREADS, SM90_TILE_K};
+use crate::cuda::sm90::{SM90_THREADS, SM90_TILE_K, z_in_memory};
 use crate::error::Result;
 use crate::noise::NoiseShape;
 use crate::shape::LinearShape;
@@ -112,14 +110,7 @@ pub(super) fn factors(
 ) -> Result<Plan> {
     let mut plan = Plan::default();
     let (shape, noise) = (&layer.shape, layer.noise.shape());
-    let z = match (noise, layer.noise) {
-        (None, _) => None,
-        (_, Source::Given { z, .. }) => Some(z),
-        _ => {
-            plan.push(noise_fill::fill(pass.noise, [shape.samples(), 1, shape.out_features], places.z));
-            Some(places.z)
-        }
-    };
+    let z = noise.map(|_| z_in_memory(&mut plan, layer.noise, shape, pass, places.z));
     let walk = Walk::of_gradient(shape, noise);
     let sums = |i: usize| targets[i].map_or(Address::NONE, |_| places.sums[i].into());
     let params = Sm90LowRankGradientsParams {

@@ -10,11 +10,9 @@ use crate::cuda::gemm::Arena;
 use crate::cuda::gpu::{Family, Gpu};
 use crate::cuda::kernel::table;
 use crate::cuda::layer::Pass;
-use crate::cuda::noise_fill;
-use crate::cuda::noise_source::Source;
 use crate::cuda::plan::Plan;
 use crate::cuda::select::Problem;
-use crate::cuda::sm90::{LinearGemm, Tiling, takes_noise, takes_tensors};
+use crate::cuda::sm90::{LinearGemm, Tiling, takes_noise, takes_tensors, z_in_memory};
 use crate::error::{Error, Result};
 use crate::shape::LinearShape;
 use folded::{Folded, Units};
@@ -81,16 +79,6 @@ fn workspace_len(gpu: &Gpu, shape: &LinearShape, dtype: DType) -> usize {
     })
 }
 
-/// `z [R, N]` in memory: that of the caller, or written here.
-fn noise(plan: &mut Plan, layer: &Layer, pass: &Pass, place: Buffer) -> Buffer {
-    if let Source::Given { z, .. } = layer.noise {
-        return z;
-    }
-    let sizes = [layer.shape.samples(), 1, layer.shape.out_features];
-    plan.push(noise_fill::fill(pass.noise, sizes, place));
-    place
-}
-
 fn forward(layer: &Layer, pass: &Pass, x: Buffer, y: Buffer) -> Result<Plan> {
     let (Some(base), Some(delta)) = (layer.base, layer.delta_weight) else { return Err(REFUSED) };
     // With few tiles most multiprocessors have nothing to do in the folded kernel: 8 × 197 of 768 → 768 in 18 µs against 12.
@@ -101,7 +89,7 @@ fn forward(layer: &Layer, pass: &Pass, x: Buffer, y: Buffer) -> Result<Plan> {
         return exact_forward(layer, pass, [x, base.weight, delta, y], base.bias);
     };
     let mut plan = Plan::default();
-    let z = noise(&mut plan, layer, pass, Places::of(layer, pass).z);
+    let z = z_in_memory(&mut plan, layer.noise, &layer.shape, pass, Places::of(layer, pass).z);
     let LinearShape { in_features: k, out_features: n, .. } = layer.shape;
     let (weights, biases) = ([base.weight, delta], [base.bias, layer.delta_bias]);
     let gemm = Folded { weights, biases, x, y, z, rows: n, inner: k };
@@ -157,7 +145,7 @@ fn backward(
     let mut plan = Plan::default();
     let mut z = places.z;
     if grads.input.is_some() || grads.delta_weight.is_some() {
-        z = noise(&mut plan, layer, pass, places.z);
+        z = z_in_memory(&mut plan, layer.noise, shape, pass, places.z);
     }
     if let Some(dx) = grads.input {
         let units = Units::of(shape.tokens, layer.noise.shape()).ok_or(REFUSED)?;
