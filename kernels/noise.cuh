@@ -63,16 +63,16 @@ PACE_NOISE_FN u32 mul_hi(u32 a, u32 b) {
 #endif
 }
 
-// 32 for x = 0.
-PACE_NOISE_FN u32 count_leading_zeros(u32 x) {
+// How far x has to be shifted to the left for its top bit to be set; 0 for x = 0.
+PACE_NOISE_FN u32 normalising_shift(u32 x) {
 #if defined(__CUDA_ARCH__)
-    return static_cast<u32>(__clz(static_cast<int>(x)));
+    return static_cast<u32>(__clz(static_cast<int>(x))) & 31u;
 #else
-    u32 zeros = 32;
-    for (; x != 0; x >>= 1) {
-        --zeros;
+    u32 shift = 0;
+    for (; x != 0 && x < 0x80000000u; x <<= 1) {
+        ++shift;
     }
-    return zeros;
+    return shift;
 #endif
 }
 
@@ -141,16 +141,15 @@ PACE_NOISE_FN float float_from_i32(u32 a) {
 // The polar radius sqrt(-2 ln u), u = (word + 1) / 2^32, which lies in (0, 1].
 PACE_NOISE_FN float radius(u32 word) {
     // u = m / 2^k with m in [sqrt(1/2), sqrt(2)). f = m - 1 is formed in integers, so it is exact up to one rounding and
-    // u near 1 keeps its relative precision. a = 0 stands for 2^32 (u = 1), which the masked shift turns into k = 0,
-    // f = 0.
+    // u near 1 keeps its relative precision. a = 0 stands for 2^32 (u = 1): k = 0, f = 0.
     const u32 a = word + 1u;
-    const u32 shift = count_leading_zeros(a) & 31u;
+    const u32 shift = normalising_shift(a);
     const u32 b = a << shift;
-    const bool below_one = b - 1u >= 0xB504F333u; // b = 0 or b >= sqrt(1/2) * 2^32
-    const u32 distance = below_one ? 0u - b : b - 0x80000000u;
-    const float scale = from_bits(below_one ? 0xaf800000u : 0x30000000u); // -2^-32, 2^-31
+    // b = 0 or b >= sqrt(1/2) * 2^32, in one signed comparison: m = b / 2^32, f = (b - 2^32) / 2^32. Otherwise m = b / 2^31,
+    // f = (2 b - 2^32) / 2^32. Modulo 2^32, as a signed number, the numerator is b or 2 b.
+    const bool below_one = static_cast<int>(b) >= static_cast<int>(0xB504F334u);
     const float k = float_from_u32(below_one ? shift : shift + 1u);
-    const float f = mul_rn(float_from_u32(distance), scale);
+    const float f = mul_rn(float_from_i32(below_one ? b : b + b), from_bits(0x2f800000u)); // 2^-32
 
     float q = from_bits(0x3d8da198u);
     q = fma_rn(q, f, from_bits(0xbdf174f0u));
@@ -174,9 +173,10 @@ struct CosSin {
 
 // Cosine and sine of 2 pi floor(word / 64) / 2^26.
 PACE_NOISE_FN CosSin cos_sin(u32 word) {
-    const u32 quadrant = (word + 0x20000000u) >> 30;
-    // Turns from the nearest quarter turn: a multiple of 2^-26 of at most 1/8, so exact.
-    const float x = mul_rn(float_from_i32((word & ~63u) - (quadrant << 30)), from_bits(0x2f800000u)); // 2^-32
+    // The upper two bits are the quadrant, the lower ones the turns since its beginning, an eighth of a turn before its axis.
+    const u32 turned = word + 0x20000000u;
+    // Turns from the axis, the nearest quarter turn: a multiple of 2^-26 of at most 1/8, so exact.
+    const float x = mul_rn(float_from_i32((turned & 0x3fffffc0u) - 0x20000000u), from_bits(0x2f800000u)); // 2^-32
     const float square = mul_rn(x, x);
 
     float s = from_bits(0xc296c002u);
@@ -192,10 +192,9 @@ PACE_NOISE_FN CosSin cos_sin(u32 word) {
     c = fma_rn(c, square, from_bits(0xc19de9e6u));
     const float cos = fma_rn(square, c, from_bits(0x3f800000u)); // 1
 
-    const bool swap = (quadrant & 1u) != 0u;
-    // cos is negative in quadrants 1 and 2, sin in quadrants 2 and 3.
-    const u32 cos_sign = ((quadrant + 1u) & 2u) << 30;
-    const u32 sin_sign = (quadrant & 2u) << 30;
+    // In quadrants 1 and 3 cos and sin change places. cos is negative in 1 and 2, sin in 2 and 3.
+    const bool swap = (turned & 0x40000000u) != 0u;
+    const u32 cos_sign = (turned + 0x40000000u) & 0x80000000u, sin_sign = turned & 0x80000000u;
     return {from_bits(to_bits(swap ? sin : cos) ^ cos_sign), from_bits(to_bits(swap ? cos : sin) ^ sin_sign)};
 }
 
