@@ -8,7 +8,8 @@
 //   to storage; grad_bias as partial sums in f32 [parts, N], which kernels/partial_sums.cu adds up.
 //
 // Mapping: thread (x, y) of a block owns 16 bytes of channels (x) in every blockDim.y-th row (y) of the block's `part` rows. z is kept
-// for as long as rows share it: with BC noise it is made once per thread, sample and branch.
+// for as long as rows share it: with BC noise it is made once per thread, sample and branch. The next row is loaded before the one at
+// hand is worked on, so that the memory is never idle.
 //
 // Bytes: forward reads rows N twice and writes M N; backward reads M N and writes rows N once or twice; in 16-byte accesses where rows
 // are aligned. Operations: 2 per element, plus about 60 per drawn z.
@@ -22,25 +23,21 @@ namespace pace {
 
 namespace layer_epilogue {
 
-// Rows whose loads are in flight together.
-constexpr u32 BATCH = 2;
-
-// z of a thread's channels for one row of the output, kept while rows share it.
+// z of a thread's channels for rows of the output in ascending order, kept while they share it.
 template <class T> struct RowNoise {
-    static constexpr u32 NONE = 0xffffffffu;
     float value[Vector<T>::SIZE];
-    u32 z_row = NONE;
+    u32 end = 0; // the first row that it does not hold for
 
-    __device__ __forceinline__ void move_to(const LayerEpilogueParams &p, noise::Key key, u32 row, u32 channel) {
-        const u32 wanted = is_per_token(p.noise) ? row : row / p.tokens;
-        if (wanted == z_row) {
+    __device__ __forceinline__ void move_to(const LayerEpilogueParams &p, noise::Key key, u32 row, u32 channel,
+                                            bool aligned) {
+        if (row < end) {
             return;
         }
-        z_row = wanted;
+        const u32 tokens = is_per_token(p.noise) ? 1 : p.tokens, z_row = row / tokens;
+        end = (z_row + 1) * tokens;
 #pragma unroll
         for (u32 i = 0; i < Vector<T>::SIZE; i += 4) {
-            const noise::Four four =
-                z_of_row(p.noise, key, wanted, p.tokens, (channel + i) / 4, p.channels, p.aligned != 0u);
+            const noise::Four four = z_of_row(p.noise, key, z_row, p.tokens, (channel + i) / 4, p.channels, aligned);
 #pragma unroll
             for (u32 j = 0; j < 4; ++j) {
                 value[i + j] = four.value[j];
@@ -61,54 +58,52 @@ struct Place {
     }
 };
 
+// Zero if there is no tensor.
 template <class T>
 __device__ __forceinline__ Vector<T> load_or_zero(const void *tensor, u64 at, u32 count, bool aligned) {
     if (tensor == nullptr) {
-        return load_some(static_cast<const T *>(tensor), 0u, false);
+        return {};
     }
     return load_some(static_cast<const T *>(tensor) + at, count, aligned);
 }
 
-template <class T> __device__ __forceinline__ void forward(const LayerEpilogueParams &p) {
+template <class T, bool ALIGNED> __device__ __forceinline__ void forward(const LayerEpilogueParams &p) {
     constexpr u32 W = Vector<T>::SIZE;
     const Place place(p, W);
     if (!place.exists) {
         return;
     }
-    const bool aligned = p.aligned != 0u;
     const noise::Key key = key_of(p.noise);
-    const Vector<T> bias = load_or_zero<T>(p.bias, place.channel, place.count, aligned);
+    float bias[W];
+    to_floats(load_or_zero<T>(p.bias, place.channel, place.count, ALIGNED), bias);
     T *const y = static_cast<T *>(p.output) + place.channel;
 
     // Branches that share rows read them one after the other: there base and a are not y.
     for (u32 branch = 0; branch < p.branches; ++branch) {
         const u32 first_row = branch * p.rows;
         RowNoise<T> z;
-        for (u32 batch = place.first + threadIdx.y; batch < place.end; batch += BATCH * blockDim.y) {
-            // All loads of a batch, then its arithmetic.
-            Vector<T> base[BATCH], a[BATCH];
-#pragma unroll
-            for (u32 i = 0; i < BATCH; ++i) {
-                const u32 row = batch + i * blockDim.y;
-                if (row < place.end) {
-                    const u64 at = static_cast<u64>(row) * p.channels + place.channel;
-                    base[i] = load_or_zero<T>(p.base, at, place.count, aligned);
-                    a[i] = load_or_zero<T>(p.input, at, place.count, aligned);
-                }
+        Vector<T> next_base, next_a;
+        const auto load_next = [&](u32 row) {
+            if (row < place.end) {
+                const u64 at = static_cast<u64>(row) * p.channels + place.channel;
+                next_base = load_or_zero<T>(p.base, at, place.count, ALIGNED);
+                next_a = load_or_zero<T>(p.input, at, place.count, ALIGNED);
             }
+        };
+        load_next(place.first + threadIdx.y);
+#pragma unroll 1
+        for (u32 row = place.first + threadIdx.y; row < place.end; row += blockDim.y) {
+            const Vector<T> base = next_base, a = next_a;
+            load_next(row + blockDim.y);
+            z.move_to(p, key, first_row + row, place.channel, ALIGNED);
+            float sum[W], adapter[W];
+            to_floats(base, sum);
+            to_floats(a, adapter);
 #pragma unroll
-            for (u32 i = 0; i < BATCH; ++i) {
-                const u32 row = batch + i * blockDim.y;
-                if (row < place.end) {
-                    z.move_to(p, key, first_row + row, place.channel);
-#pragma unroll
-                    for (u32 j = 0; j < W; ++j) {
-                        const float adapter = to_float(a[i].value[j]) + to_float(bias.value[j]);
-                        base[i].value[j] = from_float<T>(fmaf(z.value[j], adapter, to_float(base[i].value[j])));
-                    }
-                    store_some(y + static_cast<u64>(first_row + row) * p.channels, base[i], place.count, aligned);
-                }
+            for (u32 j = 0; j < W; ++j) {
+                sum[j] = fmaf(z.value[j], adapter[j] + bias[j], sum[j]);
             }
+            store_some(y + static_cast<u64>(first_row + row) * p.channels, from_floats<T>(sum), place.count, ALIGNED);
         }
     }
 }
@@ -135,44 +130,50 @@ __device__ __forceinline__ void store_bias_sums(const LayerEpilogueParams &p, co
     }
 }
 
-template <class T, u32 BRANCHES> __device__ __forceinline__ void backward(const LayerEpilogueParams &p) {
+template <class T, u32 BRANCHES, bool ALIGNED> __device__ __forceinline__ void backward(const LayerEpilogueParams &p) {
     constexpr u32 W = Vector<T>::SIZE;
     const Place place(p, W);
-    const bool aligned = p.aligned != 0u;
     const noise::Key key = key_of(p.noise);
     float bias_sums[W] = {};
     RowNoise<T> z[BRANCHES];
-    for (u32 row = place.first + threadIdx.y; row < place.end && place.exists; row += blockDim.y) {
-        const u64 at = static_cast<u64>(row) * p.channels + place.channel;
-        Vector<T> g[BRANCHES];
+    Vector<T> next[BRANCHES];
+    const auto load_next = [&](u32 row) {
+        if (row < place.end && place.exists) {
 #pragma unroll
-        for (u32 branch = 0; branch < BRANCHES; ++branch) {
-            g[branch] = load_some(static_cast<const T *>(p.input) + static_cast<u64>(branch) * p.rows * p.channels + at,
-                                  place.count, aligned);
+            for (u32 branch = 0; branch < BRANCHES; ++branch) {
+                const u64 at = static_cast<u64>(branch * p.rows + row) * p.channels + place.channel;
+                next[branch] = load_some(static_cast<const T *>(p.input) + at, place.count, ALIGNED);
+            }
         }
-        Vector<T> e, sum;
-        float e_sums[W] = {}, g_sums[W] = {};
+    };
+    load_next(place.first + threadIdx.y);
+#pragma unroll 1
+    for (u32 row = place.first + threadIdx.y; row < place.end && place.exists; row += blockDim.y) {
+        Vector<T> g[BRANCHES];
+        memcpy(g, next, sizeof g);
+        load_next(row + blockDim.y);
+        float e[W] = {}, sum[W] = {};
 #pragma unroll
         for (u32 branch = 0; branch < BRANCHES; ++branch) {
-            z[branch].move_to(p, key, branch * p.rows + row, place.channel);
+            z[branch].move_to(p, key, branch * p.rows + row, place.channel, ALIGNED);
+            float value[W];
+            to_floats(g[branch], value);
 #pragma unroll
             for (u32 j = 0; j < W; ++j) {
-                const float value = to_float(g[branch].value[j]);
-                e_sums[j] = fmaf(z[branch].value[j], value, e_sums[j]);
-                g_sums[j] += value;
+                e[j] = fmaf(z[branch].value[j], value[j], e[j]);
+                sum[j] += value[j];
             }
         }
 #pragma unroll
         for (u32 j = 0; j < W; ++j) {
-            bias_sums[j] += e_sums[j];
-            e.value[j] = from_float<T>(e_sums[j]);
-            sum.value[j] = from_float<T>(g_sums[j]);
+            bias_sums[j] += e[j];
         }
+        const u64 at = static_cast<u64>(row) * p.channels + place.channel;
         if (p.output != nullptr) {
-            store_some(static_cast<T *>(p.output) + at, e, place.count, aligned);
+            store_some(static_cast<T *>(p.output) + at, from_floats<T>(e), place.count, ALIGNED);
         }
         if (p.sum != nullptr) {
-            store_some(static_cast<T *>(p.sum) + at, sum, place.count, aligned);
+            store_some(static_cast<T *>(p.sum) + at, from_floats<T>(sum), place.count, ALIGNED);
         }
     }
     if (p.bias_sums != nullptr) {
@@ -180,17 +181,22 @@ template <class T, u32 BRANCHES> __device__ __forceinline__ void backward(const 
     }
 }
 
-template <class T> __device__ __forceinline__ void backward(const LayerEpilogueParams &p) {
+template <class T, bool ALIGNED> __device__ __forceinline__ void backward(const LayerEpilogueParams &p) {
     if (p.branches == 1) {
-        backward<T, 1>(p);
+        backward<T, 1, ALIGNED>(p);
     } else {
-        backward<T, 2>(p);
+        backward<T, 2, ALIGNED>(p);
     }
 }
 
+// Blocks that a multiprocessor has registers for.
+constexpr u32 FORWARD_BLOCKS = 4, BACKWARD_BLOCKS = 3;
+
 } // namespace layer_epilogue
 
-PACE_KERNELS(layer_epilogue, LayerEpilogueParams, (LAYER_EPILOGUE_THREADS), layer_epilogue::forward<T>(p))
-PACE_KERNELS(layer_epilogue_backward, LayerEpilogueParams, (LAYER_EPILOGUE_THREADS), layer_epilogue::backward<T>(p))
+PACE_KERNELS(layer_epilogue, LayerEpilogueParams, (LAYER_EPILOGUE_THREADS, layer_epilogue::FORWARD_BLOCKS),
+             p.aligned != 0u ? layer_epilogue::forward<T, true>(p) : layer_epilogue::forward<T, false>(p))
+PACE_KERNELS(layer_epilogue_backward, LayerEpilogueParams, (LAYER_EPILOGUE_THREADS, layer_epilogue::BACKWARD_BLOCKS),
+             p.aligned != 0u ? layer_epilogue::backward<T, true>(p) : layer_epilogue::backward<T, false>(p))
 
 } // namespace pace

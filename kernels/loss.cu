@@ -81,20 +81,21 @@ template <class T, bool ALIGNED> struct Slice {
 
     // -inf stands for what there is not: it is no maximum and its exponential is zero.
     template <class S> __device__ __forceinline__ void read(const S *slice, float (&value)[ELEMENTS]) const {
-        constexpr u32 STEP = ALIGNED ? Vector<S>::SIZE : 1;
+        if constexpr (ALIGNED) {
+            constexpr u32 STEP = Vector<S>::SIZE;
 #pragma unroll
-        for (u32 k = 0; k < ELEMENTS; k += STEP) {
-            Vector<S> vector;
-            if (has(k)) {
-                if (ALIGNED) {
-                    vector = load_vector(slice + first + at(k));
-                } else {
-                    vector.value[0] = load(slice + first + at(k));
+            for (u32 k = 0; k < ELEMENTS; k += STEP) {
+                float floats[STEP];
+                to_floats(has(k) ? load_vector(slice + first + at(k)) : Vector<S>{}, floats);
+#pragma unroll
+                for (u32 i = 0; i < STEP; ++i) {
+                    value[k + i] = has(k) ? floats[i] : -INF;
                 }
             }
+        } else {
 #pragma unroll
-            for (u32 i = 0; i < STEP; ++i) {
-                value[k + i] = has(k) ? to_float(vector.value[i]) : -INF;
+            for (u32 k = 0; k < ELEMENTS; ++k) {
+                value[k] = has(k) ? to_float(load(slice + first + at(k))) : -INF;
             }
         }
     }
@@ -104,15 +105,15 @@ template <class T, bool ALIGNED> struct Slice {
 #pragma unroll
         for (u32 k = 0; k < ELEMENTS; k += STEP) {
             if (has(k)) {
-                Vector<S> vector;
+                if constexpr (ALIGNED) {
+                    float floats[STEP];
 #pragma unroll
-                for (u32 i = 0; i < STEP; ++i) {
-                    vector.value[i] = from_float<S>(value[k + i]);
-                }
-                if (ALIGNED) {
-                    store_vector(slice + first + at(k), vector);
+                    for (u32 i = 0; i < STEP; ++i) {
+                        floats[i] = value[k + i];
+                    }
+                    store_vector(slice + first + at(k), from_floats<S>(floats));
                 } else {
-                    store(slice + first + at(k), vector.value[0]);
+                    store(slice + first + at(k), from_float<S>(value[k]));
                 }
             }
         }
@@ -408,7 +409,7 @@ template <class T, Form FORM> __device__ __forceinline__ void evaluate(const Los
 
 PACE_KERNELS(loss, LossParams, (LOSS_GROUP), evaluate<T, WHOLE>(p))
 PACE_KERNELS(loss_scan, LossParams, (LOSS_GROUP), evaluate<T, SCAN>(p))
-PACE_KERNELS(loss_apply, LossParams, (LOSS_GROUP), evaluate<T, APPLY>(p))
+PACE_KERNELS(loss_apply, LossParams, (LOSS_GROUP, 1), evaluate<T, APPLY>(p))
 
 } // namespace loss
 

@@ -7,7 +7,7 @@
 //   g any number of tensors of any length, a and b [samples, features], in f32, f16 or bf16; partial [chunks] and out [1]
 //   in f64. a - b is rounded to f32; squares and sums are in f64, so that nothing overflows or vanishes.
 //
-// A chunk is NORMS_CHUNK elements and has a block; a thread takes vectors of 16 bytes of it, four loads in flight. A launch of
+// A chunk is NORMS_CHUNK elements and has a block, whose threads load all of it at once, in vectors of 16 bytes. A launch of
 // grad_norm takes up to NORMS_TENSORS tensors, whose addresses and lengths are in the parameter struct; a block finds the tensor of
 // its chunk by bisection. One block adds up the partial sums.
 //
@@ -26,28 +26,29 @@ namespace pace {
 // called by all threads in the block; every one gets it.
 template <class T>
 __device__ __forceinline__ double sum_of_squares(const T *values, const T *other, u32 count, bool aligned) {
-    constexpr u32 W = Vector<T>::SIZE, BATCH = 4;
-    double sum = 0.0;
-    for (u32 first = threadIdx.x * W; first < count; first += BATCH * blockDim.x * W) {
-        Vector<T> left[BATCH] = {}, right[BATCH] = {};
+    constexpr u32 W = Vector<T>::SIZE, VECTORS = NORMS_CHUNK / (NORMS_THREADS * W);
+    Vector<T> left[VECTORS] = {}, right[VECTORS] = {};
 #pragma unroll
-        for (u32 i = 0; i < BATCH; ++i) {
-            const u32 at = first + i * blockDim.x * W;
-            if (at < count) {
-                const bool whole = aligned && count - at >= W;
-                left[i] = load_some(values + at, count - at, whole);
-                if (other != nullptr) {
-                    right[i] = load_some(other + at, count - at, whole);
-                }
+    for (u32 i = 0; i < VECTORS; ++i) {
+        const u32 at = (i * NORMS_THREADS + threadIdx.x) * W;
+        if (at < count) {
+            const bool whole = aligned && count - at >= W;
+            left[i] = load_some(values + at, count - at, whole);
+            if (other != nullptr) {
+                right[i] = load_some(other + at, count - at, whole);
             }
         }
+    }
+    double sum = 0.0;
 #pragma unroll
-        for (u32 i = 0; i < BATCH; ++i) {
+    for (u32 i = 0; i < VECTORS; ++i) {
+        float a[W], b[W];
+        to_floats(left[i], a);
+        to_floats(right[i], b);
 #pragma unroll
-            for (u32 j = 0; j < W; ++j) {
-                const double value = to_float(left[i].value[j]) - to_float(right[i].value[j]);
-                sum += value * value;
-            }
+        for (u32 j = 0; j < W; ++j) {
+            const double value = a[j] - b[j];
+            sum += value * value;
         }
     }
     PACE_SHARED(double, scratch);

@@ -12,8 +12,8 @@ namespace pace {
 /// Threads of a block.
 constexpr u32 DROP_PATH_THREADS = 256;
 
-/// Vectors of a row that one thread handles.
-constexpr u32 DROP_PATH_VECTORS = 4;
+/// Vectors of a row that one thread has in an item of work.
+constexpr u32 DROP_PATH_VECTORS = 2;
 
 /// Threads of a warp.
 constexpr u32 WARP = 32;
@@ -151,7 +151,7 @@ constexpr u32 NORMS_THREADS = 256;
 constexpr u32 NORM_TOTAL_THREADS = 1024;
 
 /// Elements of a block.
-constexpr u32 NORMS_CHUNK = 16384;
+constexpr u32 NORMS_CHUNK = 4096;
 
 /// Tensors of a launch.
 constexpr u32 NORMS_TENSORS = 128;
@@ -193,6 +193,9 @@ struct DropPathParams {
   u32 rows;
   /// Threads that share a row, a power of two.
   u32 columns;
+  /// Items of work of a row.
+  u32 chunks;
+  u32 items;
   /// Rows of both tensors start at multiples of 16 bytes and hold whole vectors.
   u64 aligned;
 };
@@ -438,28 +441,11 @@ struct MergeParams {
   u32 aligned;
 };
 
-/// Parameters of the kernels `noise_fill*`.
-struct NoiseFillParams {
-  NoiseSource noise;
-  Output<float> z;
-  u32 rows;
-  /// Rows per sample: T for BTC noise, 1 for BC.
-  u32 tokens;
-  u32 channels;
-  /// Rows start at multiples of 16 bytes and hold whole vectors.
-  u32 aligned;
-};
-
-/// Parameters of the kernels `noisy_epilogue*`.
-struct NoisyEpilogueParams {
-  NoiseSource noise;
-  /// a, dy.
-  Input<void> input;
-  /// y, da.
-  Output<void> output;
+/// A tensor `[samples, tokens, channels]`, cut into units: runs of at most `chunk` tokens of one sample.
+struct Units {
   /// Sample rows `R`.
   u32 samples;
-  /// Tokens per sample `T`.
+  /// Tokens per sample `T`; 1 if a row per sample is all there is.
   u32 tokens;
   /// Out-features `N`.
   u32 channels;
@@ -469,6 +455,23 @@ struct NoisyEpilogueParams {
   u32 chunks;
   /// Rows of every tensor start at multiples of 16 bytes and hold whole vectors.
   u32 aligned;
+};
+
+/// Parameters of the kernels `noise_fill*`.
+struct NoiseFillParams {
+  NoiseSource noise;
+  Output<float> z;
+  Units units;
+};
+
+/// Parameters of the kernels `noisy_epilogue*`.
+struct NoisyEpilogueParams {
+  NoiseSource noise;
+  /// a, dy.
+  Input<void> input;
+  /// y, da.
+  Output<void> output;
+  Units units;
 };
 
 /// One GEMM of a sum of them.

@@ -13,6 +13,8 @@
 #include <cuda_fp16.h>
 
 #include <cstddef>
+#include <cstring>
+#include <type_traits>
 
 // A kernel takes one parameter struct by value, `p`, from params.h. What follows is the number of
 // threads in the largest block that plans ask for and, if it matters, of blocks that a multiprocessor has to have room for.
@@ -76,6 +78,41 @@ template <> __device__ __forceinline__ float from_float<float>(float value) { re
 template <> __device__ __forceinline__ f16 from_float<f16>(float value) { return __float2half_rn(value); }
 template <> __device__ __forceinline__ bf16 from_float<bf16>(float value) { return __float2bfloat16_rn(value); }
 
+// Two floats, and two elements of a 16-bit type in a word, the first in its lower half.
+struct alignas(8) Pair {
+    float value[2];
+};
+
+template <class T> __device__ __forceinline__ Pair unpack(u32 word) {
+    T values[2];
+    memcpy(values, &word, sizeof word);
+    return Pair{{to_float(values[0]), to_float(values[1])}};
+}
+// An f32 of the same bits above: a shift, and a mask.
+template <> __device__ __forceinline__ Pair unpack<bf16>(u32 word) {
+    const u32 words[2] = {word << 16, word & 0xffff0000u};
+    Pair pair;
+    memcpy(&pair, words, sizeof pair);
+    return pair;
+}
+
+// Rounds both, in one instruction.
+template <class T> __device__ __forceinline__ u32 pack(float low, float high) {
+    u32 word;
+#if defined(__CUDA_ARCH__)
+    if constexpr (std::is_same_v<T, f16>) {
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    } else {
+        static_assert(std::is_same_v<T, bf16>, "a 16-bit type");
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    }
+#else
+    const T values[2] = {from_float<T>(low), from_float<T>(high)};
+    memcpy(&word, values, sizeof word);
+#endif
+    return word;
+}
+
 template <class T> __device__ __forceinline__ T load(const T *address) {
     PACE_ACCESS(address, sizeof(T), false);
     return *address;
@@ -93,11 +130,55 @@ __device__ __forceinline__ u32 count_up(u32 *counter, u32 last) {
     return atomicInc(counter, last);
 }
 
-// 16 bytes of T, moved by one instruction where the address is a multiple of 16.
+// 16 bytes of T, moved by one instruction where the address is a multiple of 16. Elements of 16 bits stay in pairs, in words: a
+// compiler that sees each of them takes a vector apart where it is loaded, which waits for it and needs a register per element.
 template <class T> struct alignas(16) Vector {
     static constexpr unsigned SIZE = 16 / sizeof(T);
-    T value[SIZE];
+    u32 word[4];
 };
+template <> struct alignas(16) Vector<float> {
+    static constexpr unsigned SIZE = 4;
+    float value[4];
+};
+
+template <class T> __device__ __forceinline__ void to_floats(const Vector<T> &vector, float (&value)[Vector<T>::SIZE]) {
+#pragma unroll
+    for (unsigned i = 0; i < 4; ++i) {
+        const Pair pair = unpack<T>(vector.word[i]);
+        value[2 * i] = pair.value[0];
+        value[2 * i + 1] = pair.value[1];
+    }
+}
+template <> __device__ __forceinline__ void to_floats(const Vector<float> &vector, float (&value)[4]) {
+#pragma unroll
+    for (unsigned i = 0; i < 4; ++i) {
+        value[i] = vector.value[i];
+    }
+}
+
+template <class T> __device__ __forceinline__ Vector<T> from_floats(const float (&value)[Vector<T>::SIZE]) {
+    Vector<T> vector;
+#pragma unroll
+    for (unsigned i = 0; i < 4; ++i) {
+        vector.word[i] = pack<T>(value[2 * i], value[2 * i + 1]);
+    }
+    return vector;
+}
+template <> __device__ __forceinline__ Vector<float> from_floats<float>(const float (&value)[4]) {
+    return {{value[0], value[1], value[2], value[3]}};
+}
+
+// Bits of an element as the lower ones of a word, and back.
+template <class T> __device__ __forceinline__ u32 to_word(T value) {
+    u32 word = 0;
+    memcpy(&word, &value, sizeof value);
+    return word;
+}
+template <class T> __device__ __forceinline__ T from_word(u32 word) {
+    T value;
+    memcpy(&value, &word, sizeof value);
+    return value;
+}
 
 template <class T> __device__ __forceinline__ Vector<T> load_vector(const T *address) {
     PACE_ACCESS(address, 16, false);
@@ -115,11 +196,16 @@ template <class T> __device__ __forceinline__ Vector<T> load_some(const T *addre
     if (aligned) {
         return load_vector(address);
     }
-    Vector<T> vector;
+    constexpr unsigned PER_WORD = 4 / sizeof(T);
+    u32 words[4] = {};
 #pragma unroll
     for (unsigned i = 0; i < Vector<T>::SIZE; ++i) {
-        vector.value[i] = i < count ? load(address + i) : from_float<T>(0.0f);
+        if (i < count) {
+            words[i / PER_WORD] |= to_word(load(address + i)) << (i % PER_WORD * 16);
+        }
     }
+    Vector<T> vector;
+    memcpy(&vector, words, sizeof vector);
     return vector;
 }
 
@@ -130,10 +216,13 @@ __device__ __forceinline__ void store_some(T *address, Vector<T> vector, unsigne
         store_vector(address, vector);
         return;
     }
+    constexpr unsigned PER_WORD = 4 / sizeof(T);
+    u32 words[4];
+    memcpy(words, &vector, sizeof vector);
 #pragma unroll
     for (unsigned i = 0; i < Vector<T>::SIZE; ++i) {
         if (i < count) {
-            store(address + i, vector.value[i]);
+            store(address + i, from_word<T>(words[i / PER_WORD] >> (i % PER_WORD * 16)));
         }
     }
 }

@@ -40,10 +40,11 @@ __device__ __forceinline__ void load_floats(const T *address, u32 count, bool al
     constexpr u32 SIZE = Vector<T>::SIZE;
 #pragma unroll
     for (u32 i = 0; i < W; i += SIZE) {
-        const Vector<T> vector = load_some(address + i, count > i ? count - i : 0u, aligned);
+        float floats[SIZE];
+        to_floats(load_some(address + i, count > i ? count - i : 0u, aligned), floats);
 #pragma unroll
         for (u32 j = 0; j < SIZE; ++j) {
-            value[i + j] = to_float(vector.value[j]);
+            value[i + j] = floats[j];
         }
     }
 }
@@ -127,14 +128,15 @@ template <class T> __device__ __forceinline__ void low_rank_weight(const LowRank
 #pragma unroll
         for (u32 i = 0; i < ROWS; ++i) {
             if (row + i < p.rows && count > 0u) {
-                Vector<T> out;
+                float w0[W], value[W];
+                to_floats(factor[i], w0);
 #pragma unroll
                 for (u32 j = 0; j < W; ++j) {
-                    const float value = p.scale * sum[i][j];
-                    out.value[j] = from_float<T>(base != nullptr ? to_float(factor[i].value[j]) * value : value);
+                    value[j] = p.scale * sum[i][j];
+                    value[j] = base != nullptr ? w0[j] * value[j] : value[j];
                 }
                 T *to = static_cast<T *>(p.out) + static_cast<u64>(row + i) * p.columns + first;
-                store_some(to, out, count, aligned);
+                store_some(to, from_floats<T>(value), count, aligned);
             }
         }
     }
@@ -169,11 +171,12 @@ __device__ __forceinline__ void accumulate_rows(const LowRankBackwardParams &p, 
     }
 #pragma unroll
     for (u32 i = 0; i < ROWS; ++i) {
-        float q[W];
+        float q[W], w0[W];
+        to_floats(left[i], q);
+        to_floats(right[i], w0);
 #pragma unroll
         for (u32 j = 0; j < W; ++j) {
-            q[j] = to_float(left[i].value[j]);
-            q[j] *= base != nullptr ? to_float(right[i].value[j]) : 1.0f;
+            q[j] *= base != nullptr ? w0[j] : 1.0f;
         }
 #pragma unroll
         for (u32 r = 0; r < RANKS; ++r) {
@@ -374,11 +377,14 @@ template <class T> __device__ __forceinline__ void merge(const MergeParams &p) {
         for (u32 i = 0; i < BATCH; ++i) {
             const u64 at = first + i * step;
             if (at < p.length) {
+                float value[W], delta[W];
+                to_floats(sum[i], value);
+                to_floats(change[i], delta);
 #pragma unroll
                 for (u32 j = 0; j < W; ++j) {
-                    sum[i].value[j] = from_float<T>(to_float(sum[i].value[j]) + p.sign * to_float(change[i].value[j]));
+                    value[j] += p.sign * delta[j];
                 }
-                store_some(target + at, sum[i], count(at), whole(at));
+                store_some(target + at, from_floats<T>(value), count(at), whole(at));
             }
         }
     }

@@ -307,13 +307,14 @@ __device__ __forceinline__ void load_e_tile(const Factors<T, RANK> &shared, Load
         if (noisy && row + at < end && loader.channel < p.channels) {
             update_noise(loader, p, key, noise_rows, row + at);
         }
+        float e[Vector<T>::SIZE];
+        to_floats(loader.g[i], e);
 #pragma unroll
         for (u32 k = 0; k < Vector<T>::SIZE; ++k) {
-            const float value = to_float(loader.g[i].value[k]) * loader.z[k];
-            loader.bias[k] += value;
-            loader.g[i].value[k] = from_float<T>(value);
+            e[k] *= loader.z[k];
+            loader.bias[k] += e[k];
         }
-        *reinterpret_cast<Vector<T> *>(shared.e + WideTile::at(at, loader.vector)) = loader.g[i];
+        *reinterpret_cast<Vector<T> *>(shared.e + WideTile::at(at, loader.vector)) = from_floats<T>(e);
     }
     if (threadIdx.x < Factors<T, RANK>::S_VECTORS) {
         put_narrow<T, RANK>(shared.s, threadIdx.x, loader.s);

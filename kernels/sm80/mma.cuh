@@ -96,21 +96,6 @@ __device__ __forceinline__ void mma(float (&c)[COUNT][4], const u32 (&a)[4], con
     }
 }
 
-// Two floats rounded to T, `low` in the lower half.
-template <class T> __device__ __forceinline__ u32 pack(float low, float high);
-
-template <> __device__ __forceinline__ u32 pack<f16>(float low, float high) {
-    u32 bits;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
-    return bits;
-}
-
-template <> __device__ __forceinline__ u32 pack<bf16>(float low, float high) {
-    u32 bits;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
-    return bits;
-}
-
 // Rounded to the 10 fraction bits of tf32, to nearest, ties away from zero.
 __device__ __forceinline__ u32 to_tf32(float value) {
     u32 bits;
@@ -128,7 +113,7 @@ namespace pace::sm80 {
 
 using noise::detail::to_bits;
 
-template <class T> __device__ __forceinline__ float unpack(u32 bits, u32 i) {
+template <class T> __device__ __forceinline__ float element(u32 bits, u32 i) {
     T values[4 / sizeof(T)];
     memcpy(values, &bits, 4);
     return to_float(values[i]);
@@ -136,20 +121,21 @@ template <class T> __device__ __forceinline__ float unpack(u32 bits, u32 i) {
 
 // z * element for each of them.
 template <class T> __device__ __forceinline__ u32 scaled(u32 bits, float z0, float z1) {
-    return pack<T>(z0 * unpack<T>(bits, 0), z1 * unpack<T>(bits, 1));
+    return pack<T>(z0 * element<T>(bits, 0), z1 * element<T>(bits, 1));
 }
 
 template <> __device__ __forceinline__ u32 scaled<float>(u32 bits, float z0, float) {
-    return to_bits(z0 * unpack<float>(bits, 0));
+    return to_bits(z0 * element<float>(bits, 0));
 }
 
 // base + z * delta for each of them.
 template <class T> __device__ __forceinline__ u32 folded(u32 base, u32 delta, float z) {
-    return pack<T>(fmaf(z, unpack<T>(delta, 0), unpack<T>(base, 0)), fmaf(z, unpack<T>(delta, 1), unpack<T>(base, 1)));
+    return pack<T>(fmaf(z, element<T>(delta, 0), element<T>(base, 0)),
+                   fmaf(z, element<T>(delta, 1), element<T>(base, 1)));
 }
 
 template <> __device__ __forceinline__ u32 folded<float>(u32 base, u32 delta, float z) {
-    return to_bits(fmaf(z, unpack<float>(delta, 0), unpack<float>(base, 0)));
+    return to_bits(fmaf(z, element<float>(delta, 0), element<float>(base, 0)));
 }
 
 // ---- how storage types are multiplied
@@ -186,7 +172,7 @@ struct Tf32 {
     struct FragmentA {
         u32 bits[4];
     };
-    static __device__ __forceinline__ u32 round(u32 bits) { return to_tf32(unpack<float>(bits, 0)); }
+    static __device__ __forceinline__ u32 round(u32 bits) { return to_tf32(element<float>(bits, 0)); }
     template <u32 COUNT> struct FragmentB {
         u32 bits[COUNT][2];
         __device__ __forceinline__ void set(u32 n, u32 first, u32 second) {
@@ -212,10 +198,10 @@ struct Float32 {
         u32 high[4], low[4];
     };
     static __device__ __forceinline__ void split(u32 bits, u32 &high, u32 &low) {
-        const float value = unpack<float>(bits, 0);
+        const float value = element<float>(bits, 0);
         high = to_tf32(value);
         // An infinite value has no low part. Its products are infinite or NaN: here 0 * infinity adds to them.
-        low = (high & 0x7f800000u) == 0x7f800000u ? 0u : to_tf32(value - unpack<float>(high, 0));
+        low = (high & 0x7f800000u) == 0x7f800000u ? 0u : to_tf32(value - element<float>(high, 0));
     }
     template <u32 COUNT> struct FragmentB {
         u32 high[COUNT][2], low[COUNT][2];

@@ -18,10 +18,7 @@ namespace pace::sm90 {
 // Lanes of a warpgroup, which wgmma takes together.
 constexpr u32 WARPGROUP = 128;
 
-// Two floats beside each other, and four.
-struct alignas(8) Pair {
-    float value[2];
-};
+// Four floats beside each other.
 struct alignas(16) Four {
     float value[4];
 };
@@ -327,21 +324,6 @@ template <> __device__ __forceinline__ void mma<bf16>(float (&c)[4], const u32 (
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Two floats rounded to T, `low` in the lower half.
-template <class T> __device__ __forceinline__ u32 pack(float low, float high);
-
-template <> __device__ __forceinline__ u32 pack<f16>(float low, float high) {
-    u32 bits;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
-    return bits;
-}
-
-template <> __device__ __forceinline__ u32 pack<bf16>(float low, float high) {
-    u32 bits;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
-    return bits;
-}
-
 } // namespace pace::sm90
 
 #endif
@@ -357,20 +339,6 @@ template <> __device__ __forceinline__ u32 pack<bf16>(float low, float high) {
     PACE_CLUSTER_KERNEL_OF(name##_bf16, Params, CLUSTER, bounds, pace::bf16, __VA_ARGS__)
 
 namespace pace::sm90 {
-
-// Two elements of a 16-bit type, the first in the low half.
-template <class T> __device__ __forceinline__ Pair unpack(u32 bits) {
-    T values[2];
-    std::memcpy(values, &bits, sizeof bits);
-    return Pair{{to_float(values[0]), to_float(values[1])}};
-}
-// An f32 of the same bits above: a shift, and a mask.
-template <> __device__ __forceinline__ Pair unpack<bf16>(u32 bits) {
-    const u32 words[2] = {bits << 16, bits & 0xffff0000u};
-    Pair pair;
-    std::memcpy(&pair, words, sizeof pair);
-    return pair;
-}
 
 // ---- descriptors of tiles in shared memory, which wgmma reads
 

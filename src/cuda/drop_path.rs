@@ -1,7 +1,7 @@
 //! DropPath shared by the branches; plans `kernels/drop_path.cu`.
 
 use super::borrows::Borrows;
-use super::buffer::{Buffer, DType, Direction, Element, MAX_ROWS, grid};
+use super::buffer::{Buffer, DType, Direction, Element, MAX_ROWS};
 use super::device::Device;
 use super::kernel::{WARP, table};
 use super::plan::{Launch, Plan};
@@ -14,10 +14,10 @@ use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
 
 /// Threads of a block.
 pub const DROP_PATH_THREADS: usize = 256;
-/// Vectors of a row that one thread handles.
-pub const DROP_PATH_VECTORS: usize = 4;
-/// Blocks that are enough for every device: each adds up the mask.
-const BLOCKS: usize = 1024;
+/// Vectors of a row that one thread has in an item of work.
+pub const DROP_PATH_VECTORS: usize = 2;
+/// Blocks, at most: five on each of an H200's 132 multiprocessors, for which there are registers. Each adds up the mask.
+const BLOCKS: usize = 660;
 
 /// Which samples live, for planning.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -79,6 +79,9 @@ pub struct DropPathParams {
     rows: u32,
     /// Threads that share a row, a power of two.
     columns: u32,
+    /// Items of work of a row.
+    chunks: u32,
+    items: u32,
     /// Rows of both tensors start at multiples of 16 bytes and hold whole vectors.
     aligned: u64,
 }
@@ -121,8 +124,11 @@ impl DropPath {
         let width = 16 / bytes;
         let vectors = features.div_ceil(width);
         let columns = vectors.div_ceil(DROP_PATH_VECTORS).next_power_of_two().min(DROP_PATH_THREADS);
-        let x = vectors.div_ceil(columns * DROP_PATH_VECTORS);
-        let y = rows.div_ceil(DROP_PATH_THREADS / columns).min((BLOCKS / x).max(1));
+        let chunks = vectors.div_ceil(columns * DROP_PATH_VECTORS);
+        let items = rows.div_ceil(DROP_PATH_THREADS / columns) * chunks;
+        if items > MAX_ROWS {
+            return Err(Error::Size { argument: names.0, expected: "at most 2^40 elements", got: total });
+        }
         let aligned =
             features.is_multiple_of(width) && input.is_vector_aligned() && output.is_vector_aligned();
         let mut params = DropPathParams {
@@ -132,6 +138,8 @@ impl DropPath {
             batch: batch as u32,
             rows: rows as u32,
             columns: columns as u32,
+            chunks: chunks as u32,
+            items: items as u32,
             aligned: u64::from(aligned),
             ..DropPathParams::zeroed()
         };
@@ -157,7 +165,7 @@ impl DropPath {
         let shared = DROP_PATH_THREADS / WARP * 8;
         Ok(Launch::new(
             table::DROP_PATH.choose(dtype),
-            grid(x, y),
+            [items.min(BLOCKS) as u32, 1, 1],
             [DROP_PATH_THREADS as u32, 1, 1],
             shared,
             &params,

@@ -14,10 +14,11 @@ use bytemuck::{Pod, Zeroable};
 pub const LAYER_EPILOGUE_THREADS: usize = 256;
 /// Columns of 16 bytes in a block, at most: a warp touches up to 512 adjacent bytes.
 const COLUMNS: usize = 32;
-/// Token rows that one thread handles, about: enough to make the noise of a sample worth its while.
-const ROWS: usize = 16;
-/// Parts of the sum over token rows, at most. One number for all devices, so that all add up in the same order.
-const MAX_PARTS: usize = 512;
+/// Token rows that one thread handles, at least: enough to make the noise of a sample worth its while.
+const ROWS: usize = 8;
+/// Blocks, at most: eight for each of an H200's 132 multiprocessors. One number for all devices, so that all
+/// add up in the same order.
+const BLOCKS: usize = 1056;
 
 /// Parameters of the kernels `layer_epilogue*`.
 #[repr(C)]
@@ -63,8 +64,9 @@ impl Tiles {
         let columns = channels.div_ceil(16 / dtype.bytes());
         let x = columns.next_power_of_two().min(COLUMNS);
         let y = LAYER_EPILOGUE_THREADS / x;
-        let part = rows.div_ceil(MAX_PARTS).max((y * ROWS).min(rows));
-        Self { grid: grid(columns.div_ceil(x), rows.div_ceil(part)), block: [x as u32, y as u32, 1], part }
+        let columns = columns.div_ceil(x);
+        let part = rows.div_ceil((BLOCKS / columns).max(1)).max((y * ROWS).min(rows));
+        Self { grid: grid(columns, rows.div_ceil(part)), block: [x as u32, y as u32, 1], part }
     }
 
     fn parts(&self) -> usize {

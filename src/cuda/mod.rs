@@ -89,6 +89,7 @@ mod prompt_bias;
 mod select;
 mod sm90;
 mod under_noise;
+mod units;
 
 pub use crate::cpu::{
     Base, Lora, LoraFactors, LoraGrads, LoraMulLinearGrads, LowRankGrads, NoisyLinearGrads, Prompt,

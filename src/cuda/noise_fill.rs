@@ -1,12 +1,13 @@
 //! `z` written out; plans `kernels/noise_fill.cu`.
 
 use super::borrows::Borrows;
-use super::buffer::{Buffer, check_output_shape, grid};
+use super::buffer::{Buffer, check_output_shape};
 use super::device::Device;
 use super::kernel::table;
 use super::noise_source::{NoiseSource, Source};
 use super::plan::{Launch, Plan};
 use super::pointer::Output;
+use super::units::Units;
 use crate::error::Result;
 use crate::noise::{Generator, NoiseShape};
 use crate::shape::LinearShape;
@@ -15,8 +16,8 @@ use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
 
 /// Threads of a block, at most.
 pub const NOISE_FILL_THREADS: usize = 256;
-/// Channel groups of a block: a warp writes up to 512 adjacent bytes.
-const GROUPS: usize = 32;
+/// Rows that a thread makes of one sample: what depends on sample and channels only is done once for them.
+const ROWS: usize = 8;
 
 /// Arguments of a noise fill: `z [R, N]` for [`NoiseShape::PerSample`], `[R, T, N]` for [`NoiseShape::PerToken`].
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -37,12 +38,7 @@ pub struct NoiseFill {
 pub struct NoiseFillParams {
     noise: NoiseSource,
     z: Output<f32>,
-    rows: u32,
-    /// Rows per sample: T for BTC noise, 1 for BC.
-    tokens: u32,
-    channels: u32,
-    /// Rows start at multiples of 16 bytes and hold whole vectors.
-    aligned: u32,
+    units: Units,
 }
 
 impl NoiseFill {
@@ -59,33 +55,22 @@ impl NoiseFill {
             None => Source::Generated(generator),
         };
         let noise = source.plan(&shape)?;
-        let (rows, tokens, name) = match self.generator.shape() {
-            NoiseShape::PerSample => (shape.samples(), 1, "[R, N]"),
-            NoiseShape::PerToken => (shape.out_rows(), shape.tokens, "[R, T, N]"),
+        let (tokens, name) = match self.generator.shape() {
+            NoiseShape::PerSample => (1, "[R, N]"),
+            NoiseShape::PerToken => (shape.tokens, "[R, T, N]"),
         };
-        let channels = shape.out_features;
-        self.z.check("z", name, rows * channels, 4)?;
+        let sizes = [shape.samples(), tokens, shape.out_features];
+        self.z.check("z", name, sizes.iter().product(), 4)?;
         source.check_overlap(&self.z, 4)?;
 
-        Ok(fill(noise, [rows, tokens, channels], self.z).into())
+        Ok(fill(noise, sizes, self.z).into())
     }
 }
 
-/// The launch that fills `z [rows, channels]`, where a sample has so many rows. All was checked before.
-pub(super) fn fill(noise: NoiseSource, [rows, tokens, channels]: [usize; 3], z: Buffer) -> Launch {
-    let groups = channels.div_ceil(4);
-    let x = groups.next_power_of_two().min(GROUPS);
-    let y = NOISE_FILL_THREADS / x;
-    let params = NoiseFillParams {
-        noise,
-        z: z.into(),
-        rows: rows as u32,
-        tokens: tokens as u32,
-        channels: channels as u32,
-        aligned: u32::from(channels.is_multiple_of(4) && z.is_vector_aligned()),
-    };
-    let grid = grid(groups.div_ceil(x), rows.div_ceil(y));
-    Launch::new(table::NOISE_FILL, grid, [x as u32, y as u32, 1], 0, &params)
+/// The launch that fills `z [samples, tokens, channels]`. All was checked before.
+pub(super) fn fill(noise: NoiseSource, sizes: [usize; 3], z: Buffer) -> Launch {
+    let (units, grid, block) = Units::new(sizes, 4, z.is_vector_aligned(), NOISE_FILL_THREADS, ROWS);
+    Launch::new(table::NOISE_FILL, grid, block, 0, &NoiseFillParams { noise, z: z.into(), units })
 }
 
 impl Device {

@@ -1,12 +1,13 @@
 //! Noisy epilogue after a GEMM of the caller's own; plans `kernels/noisy_epilogue.cu`.
 
 use super::borrows::{Borrows, Noise};
-use super::buffer::{Buffer, DType, Direction, Element, check_output_shape, grid};
+use super::buffer::{Buffer, DType, Direction, Element, check_output_shape};
 use super::device::Device;
 use super::kernel::table;
 use super::noise_source::{NoiseSource, Source};
 use super::plan::{Launch, Plan};
 use super::pointer::{Input, Output, Void};
+use super::units::Units;
 use crate::error::{Error, Result};
 use crate::shape::LinearShape;
 use bytemuck::{Pod, Zeroable};
@@ -14,15 +15,9 @@ use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
 
 /// Threads of a block, at most.
 pub const NOISY_EPILOGUE_THREADS: usize = 256;
-/// Columns of 16 bytes in a block: a warp touches up to 512 adjacent bytes.
-const COLUMNS: usize = 32;
-/// Tokens side by side in a block.
-const TOKENS: usize = 8;
 /// Tokens that one thread handles with one draw of the noise, times the bytes of an element: in 16-bit types it draws for twice
 /// the channels.
 const TOKENS_TIMES_BYTES: usize = 32;
-/// Largest z dimension of a block.
-const MAX_BLOCK_Z: usize = 64;
 
 /// Arguments of a noisy epilogue over `[M, N]` tensors.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -50,18 +45,7 @@ pub struct NoisyEpilogueParams {
     input: Input<Void>,
     /// y, da.
     output: Output<Void>,
-    /// Sample rows `R`.
-    samples: u32,
-    /// Tokens per sample `T`.
-    tokens: u32,
-    /// Out-features `N`.
-    channels: u32,
-    /// Tokens per unit.
-    chunk: u32,
-    /// Units per sample.
-    chunks: u32,
-    /// Rows of every tensor start at multiples of 16 bytes and hold whole vectors.
-    aligned: u32,
+    units: Units,
 }
 
 impl NoisyEpilogue {
@@ -85,29 +69,14 @@ impl NoisyEpilogue {
         }
         self.noise.check_overlap(&self.output, bytes)?;
 
-        let width = 16 / bytes;
-        let columns = n.div_ceil(width);
-        let x = columns.next_power_of_two().min(COLUMNS);
-        let y = shape.tokens.next_power_of_two().min(TOKENS);
-        let z = (NOISY_EPILOGUE_THREADS / (x * y)).min(MAX_BLOCK_Z);
-        let chunks = shape.tokens.div_ceil(y * TOKENS_TIMES_BYTES / bytes);
-        let aligned = n.is_multiple_of(width)
-            && self.input.is_vector_aligned()
+        let aligned = self.input.is_vector_aligned()
             && self.output.is_vector_aligned()
             && self.noise.is_vector_aligned();
-        let params = NoisyEpilogueParams {
-            noise,
-            input: self.input.into(),
-            output: self.output.into(),
-            samples: shape.samples() as u32,
-            tokens: shape.tokens as u32,
-            channels: n as u32,
-            chunk: shape.tokens.div_ceil(chunks) as u32,
-            chunks: chunks as u32,
-            aligned: u32::from(aligned),
-        };
-        let grid = grid(columns.div_ceil(x), (shape.samples() * chunks).div_ceil(z));
-        let block = [x as u32, y as u32, z as u32];
+        let sizes = [shape.samples(), shape.tokens, n];
+        let (units, grid, block) =
+            Units::new(sizes, 16 / bytes, aligned, NOISY_EPILOGUE_THREADS, TOKENS_TIMES_BYTES / bytes);
+        let params =
+            NoisyEpilogueParams { noise, input: self.input.into(), output: self.output.into(), units };
         Ok(Launch::new(kernels.choose(self.dtype), grid, block, 0, &params).into())
     }
 }

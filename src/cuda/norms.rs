@@ -16,7 +16,7 @@ pub const NORMS_THREADS: usize = 256;
 /// Threads of the block that adds up.
 pub const NORM_TOTAL_THREADS: usize = 1024;
 /// Elements of a block.
-pub const NORMS_CHUNK: usize = 16384;
+pub const NORMS_CHUNK: usize = 4096;
 /// Tensors of a launch.
 pub const NORMS_TENSORS: usize = 128;
 /// Bytes of `f64`.
@@ -138,7 +138,7 @@ impl GradNorm<'_> {
     /// The plan that computes the norm: a launch for each 128 tensors that are not empty, and one for the total.
     ///
     /// # Errors
-    /// If a buffer is not aligned to its element or overlaps an output, there are more than 2³¹ chunks of 16384 elements,
+    /// If a buffer is not aligned to its element or overlaps an output, there are more than 2³¹ chunks of 4096 elements,
     /// the norm has not one element or the workspace is too small.
     pub fn plan(&self) -> Result<Plan> {
         let &Self { dtype, gradients, norm, workspace } = self;

@@ -90,11 +90,12 @@ const DOCS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/kernels.md");
 type Test = fn(&Compiled) -> Result<Completion, Failed>;
 
 fn main() {
-    let tests: [(&str, Test); 6] = [
+    let tests: [(&str, Test); 7] = [
         ("every_kernel_is_there", every_kernel_is_there),
         ("nothing_is_spilled", nothing_is_spilled),
         ("instructions", instructions),
         ("wgmmas", wgmmas),
+        ("vectors_stay_whole", vectors_stay_whole),
         ("planted_faults", |compiled| planted::compiled(&compiled.tools)),
         ("docs_are_up_to_date", docs_are_up_to_date),
     ];
@@ -328,6 +329,35 @@ fn instructions(compiled: &Compiled) -> Result<Completion, Failed> {
     }
     let unused = (0..INSTRUCTIONS.len()).filter(|line| !used.contains(line));
     problems.extend(unused.map(|line| format!("no kernel takes {:?}", INSTRUCTIONS[line])));
+    verdict(&problems)
+}
+
+/// No vector of 16-bit elements is taken apart as soon as it is loaded: that waits for it before the next load is issued, and needs
+/// a register per element.
+fn vectors_stay_whole(compiled: &Compiled) -> Result<Completion, Failed> {
+    let leaves = |instruction: &Instruction| matches!(instruction.base(), "BRA" | "BSYNC" | "EXIT" | "RET");
+    let mut problems = Vec::new();
+    for (name, code) in &compiled.kernels {
+        for (index, load) in code.instructions.iter().enumerate() {
+            if load.base() != "LDG" || !load.has("128") {
+                continue;
+            }
+            let (vector, _) = load.registers();
+            for next in code.instructions[index + 1..].iter().take_while(|next| !leaves(next)) {
+                let (written, touched) = next.registers();
+                if next.base() == "PRMT" && touched.meets(&vector) {
+                    problems.push(format!(
+                        "{name:?}: {} takes apart what {} loads",
+                        next.text(),
+                        load.text()
+                    ));
+                }
+                if written.meets(&vector) {
+                    break;
+                }
+            }
+        }
+    }
     verdict(&problems)
 }
 

@@ -162,7 +162,7 @@ impl Instruction {
         self.opcode.split('.').next().unwrap_or_default()
     }
 
-    fn has(&self, modifier: &str) -> bool {
+    pub fn has(&self, modifier: &str) -> bool {
         self.opcode.split('.').skip(1).any(|part| part == modifier)
     }
 

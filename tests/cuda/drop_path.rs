@@ -43,7 +43,7 @@ struct Case {
 const FIRST_SAMPLE: u64 = (1 << 32) - 2;
 
 fn cases() -> Vec<Case> {
-    // Features around vectors of 4 and 8 elements, the four that a thread handles, and the 256 threads of a block; batches
+    // Features around vectors of 4 and 8 elements, the two that a thread has of an item, and the 256 threads of a block; batches
     // around the 256 terms that a block adds at once.
     let sizes = [
         (1, 1, 1),
@@ -144,12 +144,12 @@ fn data<T: Type>(case: &Case) -> (Vec<T>, Vec<T>) {
 
 fn typed<T: Type>(case: &Case, target: &Target<'_>) {
     let (input, want) = data::<T>(case);
-    // All rows in as many blocks as they need, and in one.
-    for blocks in [None, Some(1)] {
+    // As many blocks as there are items, one, and some of which the last has less to do or nothing.
+    for blocks in [None, Some(1), Some(2), Some(3)] {
         target.run(case.shift, |machine| {
             let operator = case.operator(&input, machine);
             let mut plan = operator.plan().unwrap();
-            plan.launches_mut().for_each(|launch| launch.grid[1] = blocks.unwrap_or(launch.grid[1]));
+            plan.launches_mut().for_each(|launch| launch.grid[0] = blocks.unwrap_or(launch.grid[0]));
             machine.launch(&plan);
             assert!(machine.read::<T>(operator.output) == want, "{case:?} {:?}", T::DTYPE);
         });

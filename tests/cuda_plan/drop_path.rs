@@ -22,12 +22,15 @@ fn drop_path() -> DropPath {
 fn drop_path_plans() {
     let plan = drop_path().plan().unwrap();
     let launch = only(&plan);
-    // 125 vectors: four per thread, 32 threads on a row, 8 rows side by side.
-    assert_eq!((launch.kernel.name, launch.grid, launch.block), ("drop_path_bf16", [1, 1, 1], [256, 1, 1]));
-    // As many blocks as suit every device; of a large sample as many as it needs.
-    for (batch, features, grid) in
-        [(128, 151_296, [19, 53, 1]), (65536, 1000, [1, 1024, 1]), (1, 1 << 24, [2048, 1, 1])]
-    {
+    // 125 vectors: two per thread, 64 threads on a row, 4 rows side by side.
+    assert_eq!((launch.kernel.name, launch.grid, launch.block), ("drop_path_bf16", [2, 1, 1], [256, 1, 1]));
+    // As many blocks as suit every device.
+    for (batch, features, grid) in [
+        (2, 151_296, [148, 1, 1]),
+        (64, 151_296, [660, 1, 1]),
+        (65536, 1000, [660, 1, 1]),
+        (1, 1 << 24, [660, 1, 1]),
+    ] {
         let total = 2 * batch * features;
         let mask = MaskSource::Given(buffer(1 << 20, batch));
         let (input, output) = (buffer(1 << 40, total), buffer(1 << 41, total));

@@ -24,8 +24,8 @@ fn epilogue() -> NoisyEpilogue {
 fn right_arguments_give_the_documented_geometry() {
     let plan = fill().plan().unwrap();
     let launch = only(&plan);
-    // 6 groups in 8 of x, 30 rows in 32 of y.
-    assert_eq!((launch.kernel.name, launch.grid, launch.block), ("noise_fill", [1, 1, 1], [8, 32, 1]));
+    // 6 groups in 8 of x, 5 tokens in 8 of y, 6 units in two times 4 of z.
+    assert_eq!((launch.kernel.name, launch.grid, launch.block), ("noise_fill", [1, 2, 1], [8, 8, 4]));
     let plan = epilogue().plan().unwrap();
     let launch = only(&plan);
     // 3 columns in 4 of x, 5 tokens in 8 of y, 6 units in 8 of z.

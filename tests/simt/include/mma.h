@@ -124,14 +124,6 @@ template <class T> struct Atom16 {
     }
 };
 
-// Two floats rounded to T, `low` in the lower half.
-template <class T> uint32_t pack(float low, float high) {
-    const T halves[2] = {from_float<T>(low), from_float<T>(high)};
-    uint32_t bits;
-    std::memcpy(&bits, halves, 4);
-    return bits;
-}
-
 } // namespace pace::simt
 
 #endif // PACE_SIMT_MMA_H

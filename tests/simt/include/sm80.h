@@ -52,7 +52,6 @@ struct AtomTf32 {
 namespace pace::sm80 {
 
 template <class T> using Atom16 = pace::simt::Atom16<T>;
-using pace::simt::pack;
 using simt::AtomTf32;
 
 inline void copy_async(void *to, const void *from, u32 bytes) { pace_simt_copy_async(to, from, bytes); }

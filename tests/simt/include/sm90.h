@@ -229,8 +229,6 @@ template <class T> void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, PA
     std::memcpy(c, fragments.c, sizeof c);
 }
 
-using pace::simt::pack;
-
 } // namespace pace::sm90
 
 #undef PACE_SIMT_PLACE
