@@ -27,7 +27,9 @@
 // Bytes: logits and H read once (loss) or twice (the others), gradient and H written once; each block reads all labels to
 // count them, and for each row or slice the indices before its own, which are B^2 / 2 * 8 bytes in all for rows of one
 // slice. Operations: 1 exponential (loss) or 2 (the others) and about 20 more per pair of logits, so memory sets the time,
-// and for small losses the chain of a launch, two loads, the ticket of the last block and its loads.
+// and for small losses the chain of a launch, the loads, the ticket of the last block and its loads. Hence all loads of the
+// first samples go out at once, the label's logit is taken from registers where a row is a slice, and loops over the batch have
+// several loads in flight.
 // Determinism: run-to-run bitwise, for tensors of the same alignment; the grid does not depend on the device, so
 // gpu-to-gpu as far as the compiled exp and log are the same.
 
@@ -39,6 +41,7 @@ namespace pace {
 namespace loss {
 
 constexpr u32 ELEMENTS = LOSS_ELEMENTS; // of a row in a thread's registers
+constexpr u32 IN_FLIGHT = 2;            // samples per thread whose loads go out together, in loops over the batch
 constexpr u32 NONE = 0xffffffffu;
 constexpr float INF = __builtin_huge_valf();
 // Where maxima start. Not at -inf: exp(-inf - -inf) would make NaN of a slice of -inf only, whose row may have more.
@@ -81,21 +84,34 @@ template <class T, bool ALIGNED> struct Slice {
 
     // -inf stands for what there is not: it is no maximum and its exponential is zero.
     template <class S> __device__ __forceinline__ void read(const S *slice, float (&value)[ELEMENTS]) const {
+        // Before the load and not after it, so that nothing waits for it yet: other loads are to follow.
         if constexpr (ALIGNED) {
             constexpr u32 STEP = Vector<S>::SIZE;
 #pragma unroll
             for (u32 k = 0; k < ELEMENTS; k += STEP) {
                 float floats[STEP];
-                to_floats(has(k) ? load_vector(slice + first + at(k)) : Vector<S>{}, floats);
 #pragma unroll
                 for (u32 i = 0; i < STEP; ++i) {
-                    value[k + i] = has(k) ? floats[i] : -INF;
+                    floats[i] = -INF;
+                }
+                Vector<S> vector = from_floats<S>(floats);
+                if (has(k)) {
+                    vector = load_vector(slice + first + at(k));
+                }
+                to_floats(vector, floats);
+#pragma unroll
+                for (u32 i = 0; i < STEP; ++i) {
+                    value[k + i] = floats[i];
                 }
             }
         } else {
 #pragma unroll
             for (u32 k = 0; k < ELEMENTS; ++k) {
-                value[k] = has(k) ? to_float(load(slice + first + at(k))) : -INF;
+                S element = from_float<S>(-INF);
+                if (has(k)) {
+                    element = load(slice + first + at(k));
+                }
+                value[k] = to_float(element);
             }
         }
     }
@@ -128,8 +144,11 @@ struct Summary {
     float distance; // sum of (l0_c - m_c)^2
 };
 
-// The workspace: the ticket counter; a record per sample, which is its cross-entropy, its distance and whether its index is
-// repeated; with more than one slice a Summary of each.
+// What there is of a sample, and what is wrong with it: the bits of the last number of its record.
+constexpr u32 HAS_LABEL = 1, WRONG_LABEL = 2, WRONG_INDEX = 4, REPEATED_INDEX = 8;
+
+// The workspace: the ticket counter; a record per sample, which is its cross-entropy, its distance and what was found; with more
+// than one slice a Summary of each.
 __device__ __forceinline__ float *record_of(const LossParams &p, u32 sample) {
     return reinterpret_cast<float *>(p.workspace) + 1 + 3 * static_cast<u64>(sample);
 }
@@ -139,7 +158,7 @@ __device__ __forceinline__ float *summary_of(const LossParams &p, u32 sample, u3
 }
 
 // Shared memory, in words per warp of the block. A part is written again only behind a barrier that follows its last use.
-constexpr u32 REPEATED = 0, PEAKS = 1, SUMS = 2, LABELLED = 5;
+constexpr u32 REPEATED = 0, PEAKS = 1, SUMS = 2, LABELLED = 6;
 constexpr u32 TOTALS = 0, POSITIONS = 6; // in finish()
 constexpr u32 FLAG = LOSS_SHARED_WORDS;  // one word
 
@@ -148,13 +167,26 @@ __device__ __forceinline__ float *shared(u32 part) {
     return words + part * (blockDim.x / WARP);
 }
 
+// The first warp of the thread's group. A group has 2^n threads.
+__device__ __forceinline__ u32 first_warp(const LossParams &p) { return (threadIdx.x & ~(p.group - 1u)) / WARP; }
+
 // Labelled samples of the batch; a whole block computes it.
 __device__ __forceinline__ float labelled(const LossParams &p) {
     float count[1] = {0.0f};
-    for (u32 i = threadIdx.x; i < p.batch; i += blockDim.x) {
-        count[0] += is_labelled(p, load(p.labels + i)) ? 1.0f : 0.0f;
+    for (u32 start = threadIdx.x; start < p.batch; start += IN_FLIGHT * blockDim.x) {
+        i64 label[IN_FLIGHT];
+#pragma unroll
+        for (u32 k = 0; k < IN_FLIGHT; ++k) {
+            // Without a branch, or the next load would wait for this one.
+            label[k] = load(p.labels + min(start + k * blockDim.x, p.batch - 1u));
+        }
+#pragma unroll
+        for (u32 k = 0; k < IN_FLIGHT; ++k) {
+            const bool exists = start + k * blockDim.x < p.batch;
+            count[0] += exists & is_labelled(p, label[k]) ? 1.0f : 0.0f;
+        }
     }
-    group_reduce<Sum>(count, blockDim.x / WARP, shared(LABELLED));
+    group_reduce<Sum>(count, 0, blockDim.x / WARP, shared(LABELLED));
     return count[0];
 }
 
@@ -164,22 +196,26 @@ __device__ __forceinline__ bool is_repeated(const LossParams &p, u32 sample, i64
     for (u32 i = thread; i < min(sample, p.batch); i += p.group) {
         count[0] += load(p.index + i) == index ? 1.0f : 0.0f;
     }
-    group_reduce<Sum>(count, p.group / WARP, shared(REPEATED));
+    group_reduce<Sum>(count, first_warp(p), p.group / WARP, shared(REPEATED));
     return count[0] > 0.0f;
 }
 
 // The summary of the slice that a group holds; `logit` becomes exp(logit - max). `label`: where it lies, from the thread's
-// first element on.
-template <class T, bool ALIGNED>
-__device__ __forceinline__ Summary summarise(const Slice<T, ALIGNED> &slice, u32 warps, float (&logit)[ELEMENTS],
-                                             const float (&difference)[ELEMENTS], u32 label) {
+// first element on. `label_logit` becomes the label's logit if LOGIT_TOO: 0 of a label that the slice does not have.
+template <bool LOGIT_TOO, class T, bool ALIGNED>
+__device__ __forceinline__ Summary summarise(const LossParams &p, const Slice<T, ALIGNED> &slice,
+                                             float (&logit)[ELEMENTS], const float (&difference)[ELEMENTS], u32 label,
+                                             float &label_logit) {
     float peak[1] = {LOWEST};
+    float sum[LOGIT_TOO ? 4 : 3] = {};
 #pragma unroll
     for (u32 k = 0; k < ELEMENTS; ++k) {
         peak[0] = fmaxf(peak[0], logit[k]);
+        if (LOGIT_TOO && slice.at(k) == label) {
+            sum[LOGIT_TOO ? 3 : 0] = logit[k];
+        }
     }
-    group_reduce<Max>(peak, warps, shared(PEAKS));
-    float sum[3] = {0.0f, 0.0f, 0.0f};
+    group_reduce<Max>(peak, first_warp(p), p.group / WARP, shared(PEAKS));
 #pragma unroll
     for (u32 k = 0; k < ELEMENTS; ++k) {
         const float below = peak[0] - logit[k];
@@ -188,7 +224,10 @@ __device__ __forceinline__ Summary summarise(const Slice<T, ALIGNED> &slice, u32
         sum[1] += slice.has(k) ? below : 0.0f;
         sum[2] += difference[k] * difference[k];
     }
-    group_reduce<Sum>(sum, warps, shared(SUMS));
+    group_reduce<Sum>(sum, first_warp(p), p.group / WARP, shared(SUMS));
+    if (LOGIT_TOO) {
+        label_logit = sum[LOGIT_TOO ? 3 : 0];
+    }
     return {peak[0], sum[0], sum[1], sum[2]};
 }
 
@@ -198,7 +237,7 @@ __device__ __forceinline__ Summary combine(const LossParams &p, u32 sample, u32 
     for (u32 i = thread; i < p.slices; i += p.group) {
         peak[0] = fmaxf(peak[0], load(summary_of(p, sample, i)));
     }
-    group_reduce<Max>(peak, p.group / WARP, shared(PEAKS));
+    group_reduce<Max>(peak, first_warp(p), p.group / WARP, shared(PEAKS));
     float sum[3] = {0.0f, 0.0f, 0.0f};
     for (u32 i = thread; i < p.slices; i += p.group) {
         const float *part = summary_of(p, sample, i);
@@ -207,7 +246,7 @@ __device__ __forceinline__ Summary combine(const LossParams &p, u32 sample, u32 
         sum[1] += load(part + 2) + static_cast<float>(min(p.slice, p.classes - i * p.slice)) * below;
         sum[2] += load(part + 3);
     }
-    group_reduce<Sum>(sum, p.group / WARP, shared(SUMS));
+    group_reduce<Sum>(sum, first_warp(p), p.group / WARP, shared(SUMS));
     return {peak[0], sum[0], sum[1], sum[2]};
 }
 
@@ -223,31 +262,38 @@ __device__ __forceinline__ void report(u64 *status, float count, float position,
 // Values and status from the records; the last block computes them.
 __device__ __forceinline__ void finish(const LossParams &p) {
     const u32 warps = blockDim.x / WARP;
-    // Cross-entropy, distance, labelled; wrong labels, wrong indices, repeated indices.
+    // Cross-entropy, distance, labelled; wrong labels, wrong indices, repeated indices: in the order of their bits.
     float total[6] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
     // Minus the first position of each of the last three.
     float first[3] = {-INF, -INF, -INF};
-    for (u32 i = threadIdx.x; i < p.batch; i += blockDim.x) {
-        const float *record = record_of(p, i);
-        const i64 label = load(p.labels + i);
-        total[0] += load(record);
-        total[1] += load(record + 1);
-        total[2] += is_labelled(p, label) ? 1.0f : 0.0f;
-        const bool wrong[3] = {
-            !is_ignored(p, label) && !is_below(label, p.classes),
-            p.history != nullptr && !is_below(load(p.index + i), p.history_rows),
-            load(record + 2) != 0.0f,
-        };
+    for (u32 start = threadIdx.x; start < p.batch; start += IN_FLIGHT * blockDim.x) {
+        float record[IN_FLIGHT][3];
 #pragma unroll
-        for (u32 kind = 0; kind < 3; ++kind) {
-            if (wrong[kind]) {
-                total[3 + kind] += 1.0f;
-                first[kind] = fmaxf(first[kind], -static_cast<float>(i));
+        for (u32 k = 0; k < IN_FLIGHT; ++k) {
+#pragma unroll
+            for (u32 word = 0; word < 3; ++word) {
+                record[k][word] = load(record_of(p, min(start + k * blockDim.x, p.batch - 1u)) + word);
+            }
+        }
+#pragma unroll
+        for (u32 k = 0; k < IN_FLIGHT; ++k) {
+            const u32 i = start + k * blockDim.x;
+            const bool exists = i < p.batch;
+            const u32 found = exists ? static_cast<u32>(record[k][2]) : 0u;
+            total[0] += exists ? record[k][0] : 0.0f;
+            total[1] += exists ? record[k][1] : 0.0f;
+            total[2] += (found & HAS_LABEL) != 0u ? 1.0f : 0.0f;
+#pragma unroll
+            for (u32 kind = 0; kind < 3; ++kind) {
+                if ((found & WRONG_LABEL << kind) != 0u) {
+                    total[3 + kind] += 1.0f;
+                    first[kind] = fmaxf(first[kind], -static_cast<float>(i));
+                }
             }
         }
     }
-    group_reduce<Sum>(total, warps, shared(TOTALS));
-    group_reduce<Max>(first, warps, shared(POSITIONS));
+    group_reduce<Sum>(total, 0, warps, shared(TOTALS));
+    group_reduce<Max>(first, 0, warps, shared(POSITIONS));
     if (threadIdx.x == 0) {
         const float classification = total[2] > 0.0f ? total[0] / total[2] : 0.0f;
         const float consistency = total[1] / static_cast<float>(p.batch);
@@ -262,8 +308,8 @@ __device__ __forceinline__ void finish(const LossParams &p) {
 
 // What a sample is compared with.
 struct Partner {
-    bool exists;   // if not, the sample has no consistency term
-    bool repeated; // an earlier sample has the same index
+    bool exists; // if not, the sample has no consistency term
+    u32 wrong;   // WRONG_INDEX, or REPEATED_INDEX: an earlier sample has the same
 };
 
 // Reads m of this slice: branch 1, or the remembered logits, which `logit` then overwrites.
@@ -271,14 +317,15 @@ template <class T, Form FORM, bool ALIGNED>
 __device__ __forceinline__ Partner read_partner(const LossParams &p, const Slice<T, ALIGNED> &slice, const T *branch_1,
                                                 u32 sample, u32 thread, u32 start, const float (&logit)[ELEMENTS],
                                                 float (&partner)[ELEMENTS]) {
-    Partner found = {p.two_branches != 0u, false};
+    Partner found = {p.two_branches != 0u, 0u};
     if (found.exists) {
         slice.read(branch_1, partner);
     } else if (p.history != nullptr) {
         const i64 index = sample < p.batch ? load(p.index + sample) : -1;
         const bool is_row = is_below(index, p.history_rows);
-        found.repeated = is_repeated(p, sample, index, thread) && is_row;
-        found.exists = is_row && !found.repeated;
+        const bool repeated = is_repeated(p, sample, index, thread);
+        found.wrong = !is_row ? WRONG_INDEX : repeated ? REPEATED_INDEX : 0u;
+        found.exists = found.wrong == 0u;
         if (found.exists) {
             float *const remembered = p.history + static_cast<u64>(index) * p.classes + start;
             slice.read(remembered, partner);
@@ -298,9 +345,10 @@ __device__ __forceinline__ void store_summary(const LossParams &p, const Summary
     store(part + 3, all.distance);
 }
 
-// The sample's record: its cross-entropy, zero without a label, its distance, and whether its index is repeated. `sum`: S.
-__device__ __forceinline__ void store_record(const LossParams &p, const Summary &all, u32 sample, bool has_label,
-                                             float label_logit, float sum, bool repeated) {
+// The sample's record: its cross-entropy, zero without a label, its distance, and what was found. `sum`: S.
+__device__ __forceinline__ void store_record(const LossParams &p, const Summary &all, u32 sample, i64 label,
+                                             float label_logit, float sum, u32 wrong_index) {
+    const bool has_label = is_labelled(p, label);
     float cross_entropy = 0.0f;
     if (has_label) {
         const float log_sum = label_logit == all.max ? log1pf(all.others) : logf(sum);
@@ -309,10 +357,11 @@ __device__ __forceinline__ void store_record(const LossParams &p, const Summary 
             cross_entropy += p.spread * all.below;
         }
     }
+    const u32 found = has_label ? HAS_LABEL : is_ignored(p, label) ? 0u : WRONG_LABEL;
     float *const record = record_of(p, sample);
     store(record, cross_entropy);
     store(record + 1, all.distance);
-    store(record + 2, repeated ? 1.0f : 0.0f);
+    store(record + 2, static_cast<float>(found | wrong_index));
 }
 
 // Gradients to both branches in place of exp(l - M) and the differences. `weight`: of the cross-entropy.
@@ -331,7 +380,13 @@ __device__ __forceinline__ void gradients(const LossParams &p, const Slice<T, AL
 }
 
 template <class T, Form FORM, bool ALIGNED> __device__ __forceinline__ void evaluate(const LossParams &p) {
-    const u32 thread = threadIdx.x % p.group, groups = blockDim.x / p.group;
+    // Divisions take long at the head of the chain: none where the block is one group.
+    const u32 thread = threadIdx.x & (p.group - 1u);
+    u32 own = 0, groups = 1;
+    if (blockDim.x != p.group) {
+        own = threadIdx.x / p.group;
+        groups = blockDim.x / p.group;
+    }
     const u32 start = blockIdx.x * p.slice;
     const T *const logits = static_cast<const T *>(p.logits);
     T *const gradient = static_cast<T *>(p.gradient);
@@ -340,7 +395,7 @@ template <class T, Form FORM, bool ALIGNED> __device__ __forceinline__ void eval
     float weight = 0.0f; // of a sample's cross-entropy
     for (u32 base = first; base < p.batch; base += gridDim.y * groups) {
         // A group without a sample goes along with nothing to read or write: the others may wait for it at a barrier.
-        const u32 sample = base + threadIdx.x / p.group;
+        const u32 sample = base + own;
         const bool exists = sample < p.batch;
         const u64 row = static_cast<u64>(sample) * p.classes;
         const Slice<T, ALIGNED> slice(thread, exists ? min(p.slice, p.classes - start) : 0u);
@@ -351,13 +406,17 @@ template <class T, Form FORM, bool ALIGNED> __device__ __forceinline__ void eval
         slice.read(logits + row + start, logit);
         const Partner partner =
             read_partner<T, FORM>(p, slice, logits + branch + row + start, sample, thread, start, logit, difference);
-        const bool has_label = is_labelled(p, label);
-        const float label_logit = has_label ? to_float(load(logits + row + label)) : 0.0f;
-        const u32 label_at = has_label ? static_cast<u32>(label) - start - slice.first : NONE;
         if (FORM != SCAN && gradient != nullptr && base == first) {
             const float count = labelled(p);
             weight = count > 0.0f ? 1.0f / count : 0.0f;
         }
+        // Not before the labels of the batch are on their way: this waits for the label.
+        const bool has_label = is_labelled(p, label);
+        float label_logit = 0.0f;
+        if (FORM == APPLY && has_label) {
+            label_logit = to_float(load(logits + row + label));
+        }
+        const u32 label_at = has_label ? static_cast<u32>(label) - start - slice.first : NONE;
 
         // The summary of the slice, or of the row; logits become exp(l - M).
 #pragma unroll
@@ -372,7 +431,7 @@ template <class T, Form FORM, bool ALIGNED> __device__ __forceinline__ void eval
                 logit[k] = expf(logit[k] - all.max);
             }
         } else {
-            all = summarise(slice, p.group / WARP, logit, difference, label_at);
+            all = summarise<FORM == WHOLE>(p, slice, logit, difference, label_at, label_logit);
         }
         if (FORM == SCAN) {
             if (thread == 0 && exists) {
@@ -384,7 +443,7 @@ template <class T, Form FORM, bool ALIGNED> __device__ __forceinline__ void eval
         // The sample's record and gradients.
         const float sum = all.others + (has_label ? expf(label_logit - all.max) : 0.0f);
         if (blockIdx.x == 0 && thread == 0 && exists) {
-            store_record(p, all, sample, has_label, label_logit, sum, partner.repeated);
+            store_record(p, all, sample, label, label_logit, sum, partner.wrong);
         }
         if (gradient != nullptr) {
             gradients(p, slice, all, has_label, label_at, sum, weight, logit, difference);
@@ -407,9 +466,9 @@ template <class T, Form FORM> __device__ __forceinline__ void evaluate(const Los
     }
 }
 
-PACE_KERNELS(loss, LossParams, (LOSS_GROUP), evaluate<T, WHOLE>(p))
-PACE_KERNELS(loss_scan, LossParams, (LOSS_GROUP), evaluate<T, SCAN>(p))
-PACE_KERNELS(loss_apply, LossParams, (LOSS_GROUP, 1), evaluate<T, APPLY>(p))
+PACE_KERNELS(loss, LossParams, (LOSS_GROUP, 2), evaluate<T, WHOLE>(p))
+PACE_KERNELS(loss_scan, LossParams, (LOSS_GROUP, 2), evaluate<T, SCAN>(p))
+PACE_KERNELS(loss_apply, LossParams, (LOSS_GROUP, 2), evaluate<T, APPLY>(p))
 
 } // namespace loss
 

@@ -70,10 +70,11 @@ struct Max {
 };
 
 // Reduces N values over each group of `warps` adjacent warps of a one-dimensional block of whole groups; every thread gets
-// its group's results. `scratch`: N floats per warp of the block in shared memory, free again after the next barrier. With
-// groups of one warp there is no barrier in here; otherwise it must be called by all threads in the block.
+// its group's results. `first`: the first warp of the thread's group. `scratch`: N floats per warp of the block in shared memory,
+// free again after the next barrier. With groups of one warp there is no barrier in here; otherwise it must be called by all
+// threads in the block.
 template <class Operation, unsigned N>
-__device__ __forceinline__ void group_reduce(float (&value)[N], u32 warps, float *scratch) {
+__device__ __forceinline__ void group_reduce(float (&value)[N], u32 first, u32 warps, float *scratch) {
 #pragma unroll
     for (unsigned i = 0; i < N; ++i) {
         value[i] = Operation::of_warp(value[i]);
@@ -89,7 +90,7 @@ __device__ __forceinline__ void group_reduce(float (&value)[N], u32 warps, float
         }
     }
     __syncthreads();
-    const float *group = scratch + warp / warps * warps * N;
+    const float *group = scratch + first * N;
 #pragma unroll
     for (unsigned i = 0; i < N; ++i) {
         value[i] = group[i];
@@ -111,9 +112,7 @@ __device__ __forceinline__ bool is_last_block(u32 *ticket, u32 *flag) {
         const u32 last = gridDim.x * gridDim.y * gridDim.z - 1;
         // What the block wrote before the barrier comes before its ticket, and what the others wrote before theirs can be
         // read after the last one.
-        __threadfence();
         *flag = count_up(ticket, last) == last ? 1u : 0u;
-        __threadfence();
     }
     __syncthreads();
     return *flag != 0u;

@@ -29,7 +29,7 @@ LOSS_TRAFFIC = {
     COMPILED: (4, 4),
     # gradient in the forward pass, in place
     LIGER: (3, 4),
-    # gradient in the forward pass; scaled by that of the total
+    # gradient in the forward pass; on CUDA scaled by that of the total, which begins with 1
     OURS: (4, 4),
 }
 # Above so many classes our CUDA kernels read the logits twice.
@@ -90,6 +90,8 @@ class LossCase:
         if peer == OURS:
             if self.device == "cpu" and self.dtype != "f32":
                 return None  # 16-bit types go through f32 there, which is not counted.
+            if self.device == "cpu":
+                backward = 0
             if self.device == "cuda" and self.shape.classes > MOST_CLASSES_IN_ONE_LAUNCH:
                 forward += 2
         return [DTYPES[self.dtype].itemsize * count / 2 for count in (forward, backward)]

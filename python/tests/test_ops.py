@@ -418,6 +418,26 @@ def test_loss_of_16_bit_logits(dtype):
     close(logits.grad, exact.grad, 2.0**-8 if dtype == torch.bfloat16 else 2.0**-10)
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_a_retained_graph_keeps_the_gradient_of_the_loss(scale):
+    logits, labels = leaf(6, 4), torch.tensor([1, 0, 3])
+    total = scale * pace_torch.pace_loss(logits, labels).total
+    expected = torch.autograd.grad(total, logits, retain_graph=True)[0].clone()
+    for last in (False, True):
+        found = torch.autograd.grad(total, logits, retain_graph=not last)[0]
+        assert torch.equal(found, expected)
+        found.zero_()
+
+
+def test_autograd_sees_that_a_history_was_overwritten():
+    logits, labels, index = random(3, 4), torch.tensor([1, 0, 3]), torch.arange(3)
+    history = torch.zeros(5, 4, dtype=torch.float64)
+    needs_history = (leaf(5, 4) * history).sum()
+    pace_torch.pace_loss(logits, labels, history=history, index=index)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        needs_history.backward()
+
+
 def test_a_loss_scale_saves_the_small_gradients_of_float16():
     # A confident prediction: the gradients to the other logits are below float16's normal numbers, scaled they are not.
     logits = torch.tensor([[14.0, 0.0, 1.0]], dtype=torch.float16, requires_grad=True)

@@ -6,6 +6,7 @@
 
 mod blas;
 mod drop_path;
+mod exp;
 mod lora_mul_linear;
 mod loss;
 mod low_rank_linear;

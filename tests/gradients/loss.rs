@@ -130,21 +130,53 @@ fn loss_gradients_are_derivatives() {
     });
 }
 
-/// The values do not depend on whether the gradient is asked for, and nothing depends on the run.
+/// The values do not depend on whether the gradient is asked for, and nothing depends on the run or the number of threads.
 #[test]
 fn loss_is_reproducible() {
-    for_losses(&[(64, 101)], |setting, logits, partner| {
+    for_losses(&[(64, 101), (64, 1001)], |setting, logits, partner| {
         let &reference::Loss { classes, labels, lambda, label_smoothing, ignore_label } = &setting;
         let loss = Loss { classes, labels, lambda, label_smoothing, ignore_label };
         let both = [logits, partner].concat();
         let values_only = loss.evaluate(&both, Consistency::TwoBranch, None).unwrap();
-        for pool in POOLS.iter() {
-            let run = || run_loss::<f64>(&setting, Partner::Branch, logits, partner, &[]);
-            let [first, second] = [(); 2].map(|()| pool.install(run));
-            assert_eq!((first.0, &first.1), (second.0, &second.1));
-            assert_eq!(first.0, values_only);
-        }
+        let run = || run_loss::<f64>(&setting, Partner::Branch, logits, partner, &[]);
+        let gradients: Vec<_> = POOLS
+            .iter()
+            .flat_map(|pool| [(); 2].map(|()| pool.install(run)))
+            .map(|(values, gradient, _)| {
+                assert_eq!(values, values_only);
+                gradient
+            })
+            .collect();
+        assert!(gradients.iter().all(|gradient| *gradient == gradients[0]));
     });
+}
+
+/// In `f32` the values are those of `f64`, and a gradient has two roundings: of `exp(l_c − max)`, and of the result. That of
+/// the label, where terms cancel, has the last one alone.
+#[test]
+fn loss_in_f32_rounds_gradients_alone() {
+    for (batch, classes) in [(3, 1), (2, 10), (4, 101), (2, 5000)] {
+        let logits: Vec<f64> =
+            uniform(20, batch * classes).iter().map(|l| f64::from((40.0 * l) as f32)).collect();
+        // The most probable class, where the terms cancel most.
+        let largest = |row: &[f64]| (0..classes).max_by(|&a, &b| row[a].total_cmp(&row[b])).unwrap() as i64;
+        let labels: Vec<i64> = logits.chunks(classes).map(largest).collect();
+        let setting = reference::Loss {
+            classes,
+            labels: &labels,
+            lambda: 0.0,
+            label_smoothing: 0.0,
+            ignore_label: None,
+        };
+        let (values, gradient, _) = run_loss::<f32>(&setting, Partner::None, &logits, &[], &[]);
+        let (want_values, want, _) = run_loss::<f64>(&setting, Partner::None, &logits, &[], &[]);
+        assert_eq!(values, want_values);
+        let half = f64::from(f32::EPSILON) / 2.0;
+        assert_within((batch, classes), &gradient, &want, |i| {
+            let roundings = if i % classes == labels[i / classes] as usize { 1.0 } else { 2.0 };
+            1.0001 * roundings * half * want[i].abs() + f64::from(f32::from_bits(1))
+        });
+    }
 }
 
 /// Extreme and non-finite logits behave as in `torch.nn.functional.cross_entropy`.

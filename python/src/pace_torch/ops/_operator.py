@@ -70,7 +70,7 @@ class Operator(_CustomOperator):
         self.apply = super(torch.autograd.Function, eager).apply
 
     def __call__(self, tensors: Sequence[Optional[Tensor]], settings: NamedTuple) -> Tensor:
-        if _is_plain(tensors):
+        if is_plain(tensors):
             if torch.is_grad_enabled():
                 return self.apply(*tensors, settings)
             return self.function(tensors, settings)[0]
@@ -103,7 +103,7 @@ class Derivative(_CustomOperator):
     """The backward pass of an operator. It has no derivative: where autograd records it, the custom operator says so."""
 
     def __call__(self, tensors: Sequence[Optional[Tensor]], settings: NamedTuple) -> Sequence[Optional[Tensor]]:
-        if not torch.is_grad_enabled() and _is_plain(tensors):
+        if not torch.is_grad_enabled() and is_plain(tensors):
             return self.function(tensors, settings)
         grads = self.custom(*tensors, *_flattened(settings))
         grads = (grads,) if isinstance(grads, Tensor) else grads
@@ -114,7 +114,7 @@ class Derivative(_CustomOperator):
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 
-def _is_plain(tensors: Sequence[Optional[Tensor]]) -> bool:
+def is_plain(tensors: Sequence[Optional[Tensor]]) -> bool:
     """True in plain eager mode: no compiler, no tracer, no function transform, no tensor subclasses."""
     if torch.compiler.is_compiling() or torch._C._is_tracing():
         return False

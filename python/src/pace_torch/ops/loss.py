@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _library as lib
 from ._arguments import Function, real
-from ._operator import Derivative, Operator
+from ._operator import Derivative, Operator, is_plain
 
 
 class LossSettings(NamedTuple):
@@ -26,7 +26,13 @@ def loss_and_gradient(
     logits: Tensor, labels: Tensor, history: Optional[Tensor], index: Optional[Tensor], settings: LossSettings
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Total, classification and consistency `[3]`; the gradient of the total; on CUDA, the status. Overwrites history rows."""
-    return _loss(logits, labels, history, index, *settings)
+    tensors = (logits, labels, history, index)
+    if not is_plain(tensors):
+        return _loss(*tensors, *settings)
+    if history is not None:
+        # What PyTorch does around a custom operator.
+        torch.autograd.graph.increment_version(history)
+    return _evaluate(tensors, settings)
 
 
 def loss_total(logits: Tensor, values: Tensor, gradient: Tensor) -> Tensor:
@@ -50,9 +56,7 @@ def _loss(
     label_smoothing: float,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    settings = LossSettings(lambda_, label_smoothing, ignore_index)
-    gradient, values, status = _LOSS((logits, labels, history, index), settings)
-    return values, gradient, logits.new_empty(0, dtype=torch.int64) if status is None else status
+    return _evaluate((logits, labels, history, index), LossSettings(lambda_, label_smoothing, ignore_index))
 
 
 @_loss.register_fake
@@ -63,6 +67,11 @@ def _(logits, labels, history, index, lambda_, label_smoothing, ignore_index):
         logits.new_empty(logits.shape),
         logits.new_empty(status, dtype=torch.int64),
     )
+
+
+def _evaluate(tensors, settings: LossSettings) -> tuple[Tensor, Tensor, Tensor]:
+    gradient, values, status = _LOSS(tensors, settings)
+    return values, gradient, tensors[0].new_empty(0, dtype=torch.int64) if status is None else status
 
 
 def _fields(settings: LossSettings, logits, labels, history, index):
@@ -102,7 +111,24 @@ def _save(ctx, tensors, settings: NoSettings, outputs) -> None:
 
 def _gradients(ctx, dtotal: Tensor):
     gradient, logits = ctx.saved_tensors
+    if _is_one(dtotal) and not _is_kept():
+        return None, gradient, None
     return None, _loss_backward((gradient, logits, dtotal), NoSettings())[0], None
+
+
+# Whether the present backward pass retains the graph. PyTorch 2.4 cannot tell.
+_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+def _is_one(dtotal: Tensor) -> bool:
+    """True for the gradient that `backward()` begins with, on the CPU: on CUDA reading it would wait for the device."""
+    return (
+        dtotal.device.type == "cpu"
+        and is_plain((dtotal,))
+        # A second derivative is an error of the derivative's.
+        and not torch.is_grad_enabled()
+        and dtotal.item() == 1
+    )
 
 
 _loss_total = Operator(
