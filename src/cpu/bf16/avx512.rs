@@ -22,8 +22,10 @@ const PANEL: usize = 32;
 const WORDS: usize = 128;
 /// The same in numbers.
 const DEPTH: usize = 2 * WORDS;
-/// Columns of B that are packed at a time: 256 KiB.
-const COLUMNS: usize = 512;
+/// Columns of B that are packed at a time.
+const COLUMNS: usize = 256;
+/// The reduction for which B is packed at a time: 512 KiB, half of an L2 cache.
+const PACKED: usize = 4 * DEPTH;
 /// Rows of A that are used, or packed, at a time: 60 KiB.
 const BLOCK: usize = 10 * ROWS;
 /// 32-bit words in a vector.
@@ -61,7 +63,7 @@ fn gemm(mut c: MatMut<'_, f32>, add: bool, scale: f32, a: MatRef<'_, bf16>, b: M
     let (m, n, k) = (c.nrows(), c.ncols(), a.ncols());
     assert!(a.nrows() == m && b.nrows() == k && b.ncols() == n, "shapes agree");
     assert!(c.col_stride() == 1, "rows of c are contiguous");
-    let of_b = n.min(COLUMNS).next_multiple_of(PANEL) * WORDS;
+    let of_b = n.min(COLUMNS).next_multiple_of(PANEL) * k.min(PACKED).next_multiple_of(DEPTH) / 2;
     let of_a = m.min(BLOCK).next_multiple_of(LANES) * WORDS;
     let mut scratch = Scratch::<u32>::take();
     let memory = scratch.get(of_b + of_a + LANES);
@@ -69,29 +71,36 @@ fn gemm(mut c: MatMut<'_, f32>, add: bool, scale: f32, a: MatRef<'_, bf16>, b: M
     let aligned = memory.as_ptr().align_offset(align_of::<__m512i>()).min(LANES);
     let (packed_b, packed_a) = memory[aligned..].split_at_mut(of_b);
     for columns in blocks(n, COLUMNS) {
-        for depth in blocks(k, DEPTH) {
-            let words = depth.len().div_ceil(2);
-            let b = b.submatrix(depth.start, columns.start, depth.len(), columns.len());
-            for (panel, packed) in blocks(columns.len(), PANEL).zip(packed_b.chunks_exact_mut(PANEL * WORDS))
-            {
-                pack_panel(b.subcols(panel.start, panel.len()), packed);
+        let of_depth = columns.len().next_multiple_of(PANEL) * WORDS;
+        for part in blocks(k, PACKED) {
+            for (depth, packed) in blocks(part.len(), DEPTH).zip(packed_b.chunks_exact_mut(of_depth)) {
+                let b = b.submatrix(part.start + depth.start, columns.start, depth.len(), columns.len());
+                for (panel, packed) in
+                    blocks(columns.len(), PANEL).zip(packed.chunks_exact_mut(PANEL * WORDS))
+                {
+                    pack_panel(b.subcols(panel.start, panel.len()), packed);
+                }
             }
             for rows in blocks(m, BLOCK) {
-                let a = a.submatrix(rows.start, depth.start, rows.len(), depth.len());
-                let (a, stride) = if a.col_stride() == 1 && depth.len().is_multiple_of(2) {
-                    (a.as_ptr(), a.row_stride())
-                } else {
-                    pack_rows(a, packed_a);
-                    (packed_a.as_ptr().cast(), DEPTH as isize)
-                };
-                for (panel, b) in blocks(columns.len(), PANEL).zip(packed_b.chunks_exact(PANEL * WORDS)) {
-                    for tile in blocks(rows.len(), ROWS) {
-                        let first = (rows.start + tile.start, columns.start + panel.start);
-                        let c = c.as_mut().submatrix_mut(first.0, first.1, tile.len(), panel.len());
-                        // SAFETY: A has these rows of `words` words, `stride` numbers apart, in its own memory or packed.
-                        unsafe {
-                            let a = a.offset(tile.start as isize * stride);
-                            compute(c, add || depth.start > 0, scale, words, a, stride, b);
+                for (depth, packed_b) in blocks(part.len(), DEPTH).zip(packed_b.chunks_exact(of_depth)) {
+                    let words = depth.len().div_ceil(2);
+                    let add = add || part.start + depth.start > 0;
+                    let a = a.submatrix(rows.start, part.start + depth.start, rows.len(), depth.len());
+                    let (a, stride) = if a.col_stride() == 1 && depth.len().is_multiple_of(2) {
+                        (a.as_ptr(), a.row_stride())
+                    } else {
+                        pack_rows(a, packed_a);
+                        (packed_a.as_ptr().cast(), DEPTH as isize)
+                    };
+                    for (panel, b) in blocks(columns.len(), PANEL).zip(packed_b.chunks_exact(PANEL * WORDS)) {
+                        for tile in blocks(rows.len(), ROWS) {
+                            let first = (rows.start + tile.start, columns.start + panel.start);
+                            let c = c.as_mut().submatrix_mut(first.0, first.1, tile.len(), panel.len());
+                            // SAFETY: A has these rows of `words` words, `stride` numbers apart, in its own memory or packed.
+                            unsafe {
+                                let a = a.offset(tile.start as isize * stride);
+                                compute(c, add, scale, words, a, stride, b);
+                            }
                         }
                     }
                 }
