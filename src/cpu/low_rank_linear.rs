@@ -150,7 +150,7 @@ impl<T: Element> LowRankLinear<'_, T> {
         let (m, r) = (self.shape.in_rows(), self.rank);
         let (d, u) = (T::reals(self.lora_b), T::reals(self.lora_a));
         let (d, u) = (mat(&d, n, r), mat(&u, r, k));
-        let size = m.div_ceil(MAX_SUMS).max(ROWS);
+        let size = m.div_ceil(m.div_ceil(ROWS).next_multiple_of(2).min(MAX_SUMS)).max(MIN_ROWS);
         let dx: Vec<_> = match dx {
             Some(dx) => dx.par_row_chunks_mut(size).map(Some).collect(),
             None => x.chunks(size * k).map(|_| None).collect(),
@@ -211,7 +211,9 @@ impl<T: Element> LowRankLinear<'_, T> {
 
 /// Rows of a tile of `e`; with [`CHANNEL_BLOCK`] channels it stays in the L2 cache.
 const ROWS: usize = 128;
-/// Most partial sums of the factors' gradients.
+/// Fewest rows of a task.
+const MIN_ROWS: usize = 64;
+/// Most partial sums of the factors' gradients; an even number, since most machines have an even number of cores.
 const MAX_SUMS: usize = 64;
 
 /// Partial sums of one task: `dBᵀ [r, N]` and `dA [r, K]`.

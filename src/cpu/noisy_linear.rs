@@ -24,6 +24,10 @@ use std::ops::Range;
 
 /// Tokens per sample from which building an effective weight per sample is cheaper than a second GEMM.
 const FOLD_TOKENS: usize = 32;
+/// Elements of an effective weight in `bf16` that are made at once in the forward pass: 384 KiB.
+const FOLDED: usize = 3 << 16;
+/// Fewest channels of it.
+const MIN_FOLDED: usize = 64;
 
 /// `y = x·W0ᵀ + b0 + z ⊙ (x·ΔWᵀ + Δb)` and its gradients; paper equation 8.
 ///
@@ -171,7 +175,8 @@ impl<T: Element> NoisyLinear<'_, T> {
         let LinearShape { tokens: t, in_features: k, out_features: n, .. } = self.shape;
         let base_bias = self.base.and_then(|base| base.bias).map(T::reals);
         let delta_bias = self.delta_bias.map(T::reals);
-        let tasks = column_tasks(y, t, n, fold_part(n, CHANNEL_BLOCK));
+        let cached = if T::ROUNDS { (FOLDED / k).clamp(MIN_FOLDED, CHANNEL_BLOCK) } else { CHANNEL_BLOCK };
+        let tasks = column_tasks(y, t, n, fold_part::<T>(n, cached.next_multiple_of(MIN_FOLDED)));
         let par = inner_threads(tasks.len());
         tasks.into_par_iter().for_each_init(
             || (Scratch::take(), Vec::new()),
@@ -271,9 +276,10 @@ impl<T: Element> NoisyLinear<'_, T> {
                 });
             }
             Some(fold) => {
-                let tasks = column_tasks(dx, t, k, fold_part(k, k));
+                let tasks =
+                    column_tasks(dx, t, k, fold_part::<T>(k, if T::ROUNDS { 2 * CHANNEL_BLOCK } else { k }));
                 let par = inner_threads(tasks.len());
-                let block = if blas::is_registered() { n } else { CHANNEL_BLOCK };
+                let block = if blas::is_registered() && !T::ROUNDS { n } else { CHANNEL_BLOCK };
                 tasks.into_par_iter().for_each_init(
                     || (Scratch::take(), Vec::new()),
                     |(weight, z_row), (sample, columns, dx)| {
@@ -308,9 +314,9 @@ impl<T: Element> NoisyLinear<'_, T> {
 /// How many columns of a sample's output a task computes: `cached`, what keeps its part of the effective weight in the L2 cache,
 /// or half of them for a BLAS, which loses more by starting on the same input again than by reading the weight from further
 /// away.
-fn fold_part(columns: usize, cached: usize) -> usize {
+fn fold_part<T: Element>(columns: usize, cached: usize) -> usize {
     const WORTH_SPLITTING: usize = 1024;
-    match blas::is_registered() {
+    match blas::is_registered() && !T::ROUNDS {
         true if columns >= WORTH_SPLITTING => columns.div_ceil(2).next_multiple_of(16),
         true => columns,
         false => cached,

@@ -13,14 +13,14 @@ use std::ops::Range;
 
 /// Output channels that are handled while a tile of them stays in the L2 cache.
 pub(super) const CHANNEL_BLOCK: usize = 256;
-/// Most input rows in one task.
+/// Most input rows in one task; of 16-bit types, whose rows are half as long, twice as many.
 const MAX_ROWS: usize = 128;
 /// Fewest input rows for which a task of its own is worth while.
 const MIN_ROWS: usize = 16;
 
 /// Rows per task, so that every thread of the pool gets as many tasks as the others.
-fn rows_per_task(rows: usize) -> usize {
-    even(rows, MAX_ROWS).max(MIN_ROWS)
+fn rows_per_task<T: Element>(rows: usize) -> usize {
+    even(rows, if T::ROUNDS { 2 * MAX_ROWS } else { MAX_ROWS }).max(MIN_ROWS)
 }
 
 /// The size of equal parts of at most `most`, as many for each thread.
@@ -183,7 +183,7 @@ pub(super) fn forward<T: Element>(
     let (k, n) = (shape.in_features, shape.out_features);
     let base_bias = base.and_then(|base| base.bias).map(T::reals);
     let delta_bias = delta_bias.map(T::reals);
-    let mut tasks = tasks(&shape, rows_per_task(shape.in_rows()), y);
+    let mut tasks = tasks(&shape, rows_per_task::<T>(shape.in_rows()), y);
     let par = inner_threads(tasks.len());
     tasks.par_iter_mut().for_each_init(Buffers::default, |buffers, task| {
         let rows = task.out[0].len() / n;
@@ -272,15 +272,15 @@ pub(super) fn base_gradient<T: Element>(
     shape: &LinearShape,
     base: Option<Base<&[T]>>,
     g: &[T],
-    dx: MatMut<'_, T::Real>,
+    mut dx: MatMut<'_, T::Real>,
 ) {
     let (m, k, n) = (shape.in_rows(), shape.in_features, shape.out_features);
-    let Some(base) = base else { return { dx }.fill(T::Real::zero()) };
+    let Some(base) = base else { return dx.fill(T::Real::zero()) };
     let weight = mat(base.weight, n, k);
     if shape.fan_out() == 1 {
         return gemm(dx, Accum::Replace, mat(g, m, n), weight, all_threads());
     }
-    let rows = rows_per_task(m);
+    let rows = rows_per_task::<T>(m);
     let par = inner_threads(m.div_ceil(rows));
     dx.par_row_chunks_mut(rows).enumerate().for_each_init(Vec::new, |sum, (i, dx)| {
         let count = dx.nrows();
@@ -297,7 +297,7 @@ pub(super) fn project_gradient<T: Element>(
     out: MatMut<'_, T::Real>,
 ) {
     let n = weight.nrows();
-    let rows = rows_per_task(z.shape.in_rows());
+    let rows = rows_per_task::<T>(z.shape.in_rows());
     let par = inner_threads(z.shape.in_rows().div_ceil(rows));
     out.par_row_chunks_mut(rows).enumerate().for_each_init(
         || (Vec::<T>::new(), Vec::new()),
