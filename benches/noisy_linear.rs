@@ -20,6 +20,7 @@ fn noisy_linear(c: &mut Criterion) {
             base: Some(Base { weight: &weight, bias: Some(&bias) }),
             delta_weight: Some(&delta),
             delta_bias: Some(&delta_bias),
+            fold: true,
         };
         let prompt = NoisyLinear { delta_weight: None, ..dense };
         let (x, dy) = (common::values(shape.in_rows() * k), common::values(shape.out_rows() * n));

@@ -18,7 +18,7 @@ mod shape;
 mod vector;
 
 pub use error::{Error, Result};
-pub use real::Real;
+pub use real::{Element, Real};
 pub use shape::LinearShape;
 
 /// The programs of the guide.

@@ -48,9 +48,9 @@ pub(crate) fn widest(body: impl Loop) {
 }
 
 /// `op(&mut out[i], a[i])` for every element.
-pub(crate) fn zip1<T: Copy>(out: &mut [T], a: &[T], op: impl Fn(&mut T, T)) {
-    struct Zip<'a, T, F>(&'a mut [T], &'a [T], F);
-    impl<T: Copy, F: Fn(&mut T, T)> Loop for Zip<'_, T, F> {
+pub(crate) fn zip1<O, A: Copy>(out: &mut [O], a: &[A], op: impl Fn(&mut O, A)) {
+    struct Zip<'a, O, A, F>(&'a mut [O], &'a [A], F);
+    impl<O, A: Copy, F: Fn(&mut O, A)> Loop for Zip<'_, O, A, F> {
         #[inline(always)]
         fn run(self) {
             for (out, &a) in self.0.iter_mut().zip(self.1) {
@@ -62,9 +62,9 @@ pub(crate) fn zip1<T: Copy>(out: &mut [T], a: &[T], op: impl Fn(&mut T, T)) {
 }
 
 /// `op(&mut out[i], a[i], b[i])` for every element.
-pub(crate) fn zip2<T: Copy>(out: &mut [T], a: &[T], b: &[T], op: impl Fn(&mut T, T, T)) {
-    struct Zip<'a, T, F>(&'a mut [T], &'a [T], &'a [T], F);
-    impl<T: Copy, F: Fn(&mut T, T, T)> Loop for Zip<'_, T, F> {
+pub(crate) fn zip2<O, A: Copy, B: Copy>(out: &mut [O], a: &[A], b: &[B], op: impl Fn(&mut O, A, B)) {
+    struct Zip<'a, O, A, B, F>(&'a mut [O], &'a [A], &'a [B], F);
+    impl<O, A: Copy, B: Copy, F: Fn(&mut O, A, B)> Loop for Zip<'_, O, A, B, F> {
         #[inline(always)]
         fn run(self) {
             for ((out, &a), &b) in self.0.iter_mut().zip(self.1).zip(self.2) {
@@ -75,18 +75,19 @@ pub(crate) fn zip2<T: Copy>(out: &mut [T], a: &[T], b: &[T], op: impl Fn(&mut T,
     widest(Zip(out, a, b, op));
 }
 
-/// `op(&mut out[i], a[i], b[i], c[i])` for every element.
-pub(crate) fn zip3<T: Copy>(out: &mut [T], a: &[T], b: &[T], c: &[T], op: impl Fn(&mut T, T, T, T)) {
-    struct Zip<'a, T, F>(&'a mut [T], &'a [T], &'a [T], &'a [T], F);
-    impl<T: Copy, F: Fn(&mut T, T, T, T)> Loop for Zip<'_, T, F> {
+/// `op(&mut out[i], a[i], b[i], c[i], d[i])` for every element; all but `out` are of one type.
+pub(crate) fn zip4<O, A: Copy>(out: &mut [O], [a, b, c, d]: [&[A]; 4], op: impl Fn(&mut O, A, A, A, A)) {
+    struct Zip<'a, O, A, F>(&'a mut [O], [&'a [A]; 4], F);
+    impl<O, A: Copy, F: Fn(&mut O, A, A, A, A)> Loop for Zip<'_, O, A, F> {
         #[inline(always)]
         fn run(self) {
-            for (((out, &a), &b), &c) in self.0.iter_mut().zip(self.1).zip(self.2).zip(self.3) {
-                self.4(out, a, b, c);
+            let [a, b, c, d] = self.1;
+            for ((((out, &a), &b), &c), &d) in self.0.iter_mut().zip(a).zip(b).zip(c).zip(d) {
+                self.2(out, a, b, c, d);
             }
         }
     }
-    widest(Zip(out, a, b, c, op));
+    widest(Zip(out, [a, b, c, d], op));
 }
 
 #[cfg(test)]
@@ -103,9 +104,9 @@ mod tests {
             let mut got = [column(0), column(0), column(0)];
             zip1(&mut got[0], &a, |out, a| *out = *out * a + 0.1);
             zip2(&mut got[1], &a, &b, |out, a, b| *out = *out * a + b);
-            zip3(&mut got[2], &a, &b, &c, |out, a, b, c| *out = a * b + c * *out);
+            zip4(&mut got[2], [&a, &b, &c, &a], |out, a, b, c, d| *out = a * b + c * *out + d);
             for (i, start) in column(0).into_iter().enumerate() {
-                let expected = [start * a[i] + 0.1, start * a[i] + b[i], a[i] * b[i] + c[i] * start];
+                let expected = [start * a[i] + 0.1, start * a[i] + b[i], a[i] * b[i] + c[i] * start + a[i]];
                 for (got, expected) in got.iter().zip(expected) {
                     assert_eq!(got[i].to_bits(), expected.to_bits());
                 }

@@ -63,7 +63,8 @@ fn run(noise: Noise<&'_ [f64]>, shape: LinearShape) -> Vec<Vec<f64>> {
     let [weight, bias, delta, x, dy] =
         [n * k, n, n * k, shape.in_rows() * k, m * n].map(|len| values(len, len));
     let base = Some(Base { weight: &weight[..], bias: Some(&bias[..]) });
-    let layer = NoisyLinear { shape, noise, base, delta_weight: Some(&delta), delta_bias: Some(&bias) };
+    let layer =
+        NoisyLinear { shape, noise, base, delta_weight: Some(&delta), delta_bias: Some(&bias), fold: true };
     let (mut y, mut dx, mut dw, mut db) = (vec![0.0; m * n], x.clone(), delta.clone(), bias.clone());
     layer.forward(&x, &mut y).unwrap();
     let grads: NoisyLinearGrads<&mut [_]> =

@@ -161,6 +161,7 @@ impl Layer {
             base: Some(self.base()),
             delta_weight: Some(&delta_weight),
             delta_bias: Some(&delta_bias),
+            fold: true,
         };
         let mut y = vec![0.0; self.dy.len()];
         layer.forward(&self.x, &mut y)?;

@@ -158,9 +158,10 @@ def test_generated_noise_in_the_official_formulas(kind, shape, per_token, bias):
 
 @pytest.mark.parametrize("kind", ["LoraMulVptAdd", "LoraAdd", "VptAdd", "Head"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
-def test_16_bits_lose_no_more_than_the_unfused_formulas(kind, dtype):
+@pytest.mark.parametrize("tokens", [17, 40], ids=["few tokens", "enough tokens to fold"])
+def test_16_bits_lose_no_more_than_the_unfused_formulas(kind, dtype, tokens):
     ours, theirs = pair(kind, n=96, k=64, rank=10, dtype=dtype)
-    x, dy = random(4, 17, 64, dtype=dtype), random(4, 17, 96, dtype=dtype)
+    x, dy = random(4, tokens, 64, dtype=dtype), random(4, tokens, 96, dtype=dtype)
     # A z that 16 bits hold exactly, so that only the arithmetic differs.
     z = random(4, 96, dtype=dtype)
     got = run(ours, x, dy, Noise(z=z.float(), branches=2))

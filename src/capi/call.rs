@@ -8,7 +8,8 @@ use super::{
 use crate::cpu::Base;
 use crate::cuda::{Buffer, DType, Gpu, Plan, Source};
 use crate::noise::{Generator, Key, Noise, NoiseShape};
-use crate::{LinearShape, Real};
+use crate::{Element, LinearShape, Real};
+use half::bf16;
 use std::ffi::c_void;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
@@ -103,6 +104,10 @@ pub(super) unsafe fn read<A: Args>(args: *const A) -> Result<A> {
 pub(super) trait Operator<A> {
     /// On the tensors of `args`, which are `host`'s.
     fn on_cpu<T: Real>(args: &A, host: &mut Host<'_, T>) -> Result<()>;
+    /// The same in `bf16`, which only layers take there.
+    fn on_cpu_in_bf16(_: &A, _: &mut Host<'_, bf16>) -> Result<()> {
+        Err(dtype("on the CPU this operator takes PACE_F32 and PACE_F64 only"))
+    }
     /// The same on a device.
     fn plan(args: &A, gpu: &Gpu, dtype: DType) -> Result<Plan>;
 }
@@ -131,7 +136,9 @@ pub(super) unsafe fn call<O: Operator<A>, A: Args>(
                 PACE_F32 => O::on_cpu::<f32>(&args, &mut unsafe { Host::new() }),
                 // SAFETY: the caller's promise.
                 PACE_F64 => O::on_cpu::<f64>(&args, &mut unsafe { Host::new() }),
-                PACE_F16 | PACE_BF16 => Err(dtype("the CPU takes PACE_F32 and PACE_F64 only")),
+                // SAFETY: the caller's promise.
+                PACE_BF16 => O::on_cpu_in_bf16(&args, &mut unsafe { Host::new() }),
+                PACE_F16 => Err(dtype("the CPU takes PACE_F32 and PACE_F64, and for layers PACE_BF16")),
                 other => Err(dtype(&format!("`dtype` is {other}, which is no type"))),
             },
             Some(device) => {
@@ -312,10 +319,10 @@ pub(super) struct Host<'a, T> {
     memory: PhantomData<&'a mut T>,
 }
 
-impl<'a, T> Memory for Host<'a, T> {
+impl<'a, T: Element> Memory for Host<'a, T> {
     type Tensor = &'a [T];
     type TensorMut = &'a mut [T];
-    type Noise = Noise<&'a [T]>;
+    type Noise = Noise<&'a [T::Real]>;
 
     fn input(&mut self, name: &'static str, tensor: PaceTensor) -> Result<&'a [T]> {
         self.slice(name, tensor)
@@ -325,14 +332,14 @@ impl<'a, T> Memory for Host<'a, T> {
         self.slice_mut(name, tensor)
     }
 
-    fn noise(&mut self, noise: &PaceNoise) -> Result<Noise<&'a [T]>> {
+    fn noise(&mut self, noise: &PaceNoise) -> Result<Noise<&'a [T::Real]>> {
         match noise.kind {
             PACE_NOISE_OFF => Ok(Noise::Off),
             PACE_NOISE_GENERATED => {
                 let key = self.key(noise.key, noise.key_address)?;
                 Ok(Noise::Generated(generator(noise, key)?))
             }
-            PACE_NOISE_GIVEN => Ok(Noise::Given { z: self.input("z", noise.z)?, shape: noise_shape(noise)? }),
+            PACE_NOISE_GIVEN => Ok(Noise::Given { z: self.slice("z", noise.z)?, shape: noise_shape(noise)? }),
             other => Err(bad_kind(other)),
         }
     }

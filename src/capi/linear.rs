@@ -7,7 +7,8 @@ use crate::cuda::{
     self, Buffer, DType, Direction, Gpu, LowRankGrads, NoisyLinearGrads, Plan, Source, folds_by_default,
 };
 use crate::shape::nonzero;
-use crate::{LinearShape, Real, cpu};
+use crate::{Element, LinearShape, Real, cpu};
+use half::bf16;
 use std::ffi::c_void;
 
 enum Forward {}
@@ -46,19 +47,28 @@ fn noisy_linear_on_device(args: &PaceNoisyLinear, dtype: DType) -> Result<cuda::
     Ok(cuda::NoisyLinear { fold: layer.fold && folds_by_default(dtype, &layer.noise), ..layer })
 }
 
-/// The same layer on the CPU, which chooses itself how to multiply.
-fn noisy_linear_on_cpu<'a, T: Real>(
+/// The same layer on the CPU.
+fn noisy_linear_on_cpu<'a, T: Element>(
     host: &mut Host<'a, T>,
     args: &PaceNoisyLinear,
 ) -> Result<cpu::NoisyLinear<'a, T>> {
-    let cuda::NoisyLinear { shape, noise, base, delta_weight, delta_bias, .. } = noisy_linear(host, args)?;
-    Ok(cpu::NoisyLinear { shape, noise, base, delta_weight, delta_bias })
+    let layer = noisy_linear(host, args)?;
+    let cuda::NoisyLinear { shape, noise, base, delta_weight, delta_bias, fold, .. } = layer;
+    Ok(cpu::NoisyLinear { shape, noise, base, delta_weight, delta_bias, fold })
+}
+
+fn noisy_linear_forward_on_cpu<T: Element>(args: &PaceNoisyLinear, host: &mut Host<'_, T>) -> Result<()> {
+    let layer = noisy_linear_on_cpu(host, args)?;
+    Ok(layer.forward(host.input("x", args.x)?, host.output("y", args.y)?)?)
 }
 
 impl Operator<PaceNoisyLinear> for Forward {
     fn on_cpu<T: Real>(args: &PaceNoisyLinear, host: &mut Host<'_, T>) -> Result<()> {
-        let layer = noisy_linear_on_cpu(host, args)?;
-        Ok(layer.forward(host.input("x", args.x)?, host.output("y", args.y)?)?)
+        noisy_linear_forward_on_cpu(args, host)
+    }
+
+    fn on_cpu_in_bf16(args: &PaceNoisyLinear, host: &mut Host<'_, bf16>) -> Result<()> {
+        noisy_linear_forward_on_cpu(args, host)
     }
 
     fn plan(args: &PaceNoisyLinear, gpu: &Gpu, dtype: DType) -> Result<Plan> {
@@ -68,11 +78,19 @@ impl Operator<PaceNoisyLinear> for Forward {
     }
 }
 
+fn noisy_linear_backward_on_cpu<T: Element>(args: &PaceNoisyLinear, host: &mut Host<'_, T>) -> Result<()> {
+    let layer = noisy_linear_on_cpu(host, args)?;
+    let (x, dy) = (host.optional("x", args.x)?, host.input("dy", args.dy)?);
+    Ok(layer.backward_from(x, dy, noisy_linear_grads(host, args)?)?)
+}
+
 impl Operator<PaceNoisyLinear> for Backward {
     fn on_cpu<T: Real>(args: &PaceNoisyLinear, host: &mut Host<'_, T>) -> Result<()> {
-        let layer = noisy_linear_on_cpu(host, args)?;
-        let (x, dy) = (host.optional("x", args.x)?, host.input("dy", args.dy)?);
-        Ok(layer.backward_from(x, dy, noisy_linear_grads(host, args)?)?)
+        noisy_linear_backward_on_cpu(args, host)
+    }
+
+    fn on_cpu_in_bf16(args: &PaceNoisyLinear, host: &mut Host<'_, bf16>) -> Result<()> {
+        noisy_linear_backward_on_cpu(args, host)
     }
 
     fn plan(args: &PaceNoisyLinear, gpu: &Gpu, dtype: DType) -> Result<Plan> {
@@ -170,20 +188,31 @@ fn low_rank_grads<M: Memory>(memory: &mut M, args: &PaceLowRankLinear) -> Result
 }
 
 /// The same layer on the CPU, whose scale has the tensors' precision.
-fn low_rank_linear_on_cpu<'a, T: Real>(
+fn low_rank_linear_on_cpu<'a, T: Element>(
     host: &mut Host<'a, T>,
     args: &PaceLowRankLinear,
 ) -> Result<cpu::LowRankLinear<'a, T>> {
     let layer = low_rank_linear(host, args)?;
     let cuda::LowRankLinear { shape, noise, base, rank, lora_b, lora_a, delta_bias, .. } = layer;
-    let scale = T::from_f64(args.scale);
+    let scale = T::Real::from_f64(args.scale);
     Ok(cpu::LowRankLinear { shape, noise, base, rank, lora_b, lora_a, delta_bias, scale })
+}
+
+fn low_rank_linear_forward_on_cpu<T: Element>(
+    args: &PaceLowRankLinear,
+    host: &mut Host<'_, T>,
+) -> Result<()> {
+    let layer = low_rank_linear_on_cpu(host, args)?;
+    Ok(layer.forward(host.input("x", args.x)?, host.output("y", args.y)?)?)
 }
 
 impl Operator<PaceLowRankLinear> for Forward {
     fn on_cpu<T: Real>(args: &PaceLowRankLinear, host: &mut Host<'_, T>) -> Result<()> {
-        let layer = low_rank_linear_on_cpu(host, args)?;
-        Ok(layer.forward(host.input("x", args.x)?, host.output("y", args.y)?)?)
+        low_rank_linear_forward_on_cpu(args, host)
+    }
+
+    fn on_cpu_in_bf16(args: &PaceLowRankLinear, host: &mut Host<'_, bf16>) -> Result<()> {
+        low_rank_linear_forward_on_cpu(args, host)
     }
 
     fn plan(args: &PaceLowRankLinear, gpu: &Gpu, dtype: DType) -> Result<Plan> {
@@ -194,11 +223,22 @@ impl Operator<PaceLowRankLinear> for Forward {
     }
 }
 
+fn low_rank_linear_backward_on_cpu<T: Element>(
+    args: &PaceLowRankLinear,
+    host: &mut Host<'_, T>,
+) -> Result<()> {
+    let layer = low_rank_linear_on_cpu(host, args)?;
+    let (x, dy) = (host.input("x", args.x)?, host.input("dy", args.dy)?);
+    Ok(layer.backward(x, dy, low_rank_grads(host, args)?)?)
+}
+
 impl Operator<PaceLowRankLinear> for Backward {
     fn on_cpu<T: Real>(args: &PaceLowRankLinear, host: &mut Host<'_, T>) -> Result<()> {
-        let layer = low_rank_linear_on_cpu(host, args)?;
-        let (x, dy) = (host.input("x", args.x)?, host.input("dy", args.dy)?);
-        Ok(layer.backward(x, dy, low_rank_grads(host, args)?)?)
+        low_rank_linear_backward_on_cpu(args, host)
+    }
+
+    fn on_cpu_in_bf16(args: &PaceLowRankLinear, host: &mut Host<'_, bf16>) -> Result<()> {
+        low_rank_linear_backward_on_cpu(args, host)
     }
 
     fn plan(args: &PaceLowRankLinear, gpu: &Gpu, dtype: DType) -> Result<Plan> {

@@ -7,7 +7,8 @@ use crate::cuda::{
     self, Base, Buffer, DType, Gpu, Lora, LoraMulLinearGrads, Plan, Prompt, Source, folds_by_default,
 };
 use crate::shape::nonzero;
-use crate::{Real, cpu};
+use crate::{Element, Real, cpu};
+use half::bf16;
 use std::ffi::c_void;
 
 enum Forward {}
@@ -82,20 +83,31 @@ fn layer_on_device(args: &PaceLoraMulLinear, dtype: DType) -> Result<cuda::LoraM
 }
 
 /// The same layer on the CPU, whose scale has the tensors' precision.
-fn layer_on_cpu<'a, T: Real>(
+fn layer_on_cpu<'a, T: Element>(
     host: &mut Host<'a, T>,
     args: &PaceLoraMulLinear,
 ) -> Result<cpu::LoraMulLinear<'a, T>> {
-    let cuda::LoraMulLinear { shape, noise, base, lora, prompt, delta_bias, .. } = layer(host, args)?;
-    let scale = T::from_f64(args.scale);
+    let cuda::LoraMulLinear { shape, noise, base, lora, prompt, delta_bias, fold, .. } = layer(host, args)?;
+    let scale = T::Real::from_f64(args.scale);
     let lora = lora.map(|Lora { rank, lora_a, lora_b, .. }| Lora { rank, lora_a, lora_b, scale });
-    Ok(cpu::LoraMulLinear { shape, noise, base, lora, prompt, delta_bias })
+    Ok(cpu::LoraMulLinear { shape, noise, base, lora, prompt, delta_bias, fold })
+}
+
+fn lora_mul_linear_forward_on_cpu<T: Element>(
+    args: &PaceLoraMulLinear,
+    host: &mut Host<'_, T>,
+) -> Result<()> {
+    let layer = layer_on_cpu(host, args)?;
+    Ok(layer.forward(host.input("x", args.x)?, host.output("y", args.y)?)?)
 }
 
 impl Operator<PaceLoraMulLinear> for Forward {
     fn on_cpu<T: Real>(args: &PaceLoraMulLinear, host: &mut Host<'_, T>) -> Result<()> {
-        let layer = layer_on_cpu(host, args)?;
-        Ok(layer.forward(host.input("x", args.x)?, host.output("y", args.y)?)?)
+        lora_mul_linear_forward_on_cpu(args, host)
+    }
+
+    fn on_cpu_in_bf16(args: &PaceLoraMulLinear, host: &mut Host<'_, bf16>) -> Result<()> {
+        lora_mul_linear_forward_on_cpu(args, host)
     }
 
     fn plan(args: &PaceLoraMulLinear, gpu: &Gpu, dtype: DType) -> Result<Plan> {
@@ -105,11 +117,22 @@ impl Operator<PaceLoraMulLinear> for Forward {
     }
 }
 
+fn lora_mul_linear_backward_on_cpu<T: Element>(
+    args: &PaceLoraMulLinear,
+    host: &mut Host<'_, T>,
+) -> Result<()> {
+    let layer = layer_on_cpu(host, args)?;
+    let (x, dy) = (host.optional("x", args.x)?, host.input("dy", args.dy)?);
+    Ok(layer.backward(x, dy, grads(host, args)?)?)
+}
+
 impl Operator<PaceLoraMulLinear> for Backward {
     fn on_cpu<T: Real>(args: &PaceLoraMulLinear, host: &mut Host<'_, T>) -> Result<()> {
-        let layer = layer_on_cpu(host, args)?;
-        let (x, dy) = (host.optional("x", args.x)?, host.input("dy", args.dy)?);
-        Ok(layer.backward(x, dy, grads(host, args)?)?)
+        lora_mul_linear_backward_on_cpu(args, host)
+    }
+
+    fn on_cpu_in_bf16(args: &PaceLoraMulLinear, host: &mut Host<'_, bf16>) -> Result<()> {
+        lora_mul_linear_backward_on_cpu(args, host)
     }
 
     fn plan(args: &PaceLoraMulLinear, gpu: &Gpu, dtype: DType) -> Result<Plan> {

@@ -117,7 +117,7 @@ pub unsafe extern "C" fn pace_loss_status(words: *const u64, classes: u64, histo
     run(|| {
         let tensor = PaceTensor { data: words.cast_mut().cast(), len: LossStatus::WORDS as u64 };
         // SAFETY: the caller's promise.
-        let words = unsafe { Host::<u64>::new() }.input("words", tensor)?;
+        let words = unsafe { Host::<u64>::new() }.slice("words", tensor)?;
         let words = words.try_into().expect("the slice has that many words");
         Ok(LossStatus::new(words).check(size("classes", classes)?, size("history_rows", history_rows)?)?)
     })

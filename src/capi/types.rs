@@ -11,7 +11,7 @@ pub const PACE_F32: u32 = 0;
 pub const PACE_F64: u32 = 1;
 /// Binary16: CUDA only.
 pub const PACE_F16: u32 = 2;
-/// The upper half of binary32: CUDA only.
+/// The upper half of binary32: CUDA, and layers on the CPU.
 pub const PACE_BF16: u32 = 3;
 
 /// No noise, `z = 1`: evaluation, and layers with σ = 0.
@@ -26,9 +26,9 @@ pub const PACE_PER_SAMPLE: u32 = 0;
 /// `BTC`: one draw per (sample, token, channel).
 pub const PACE_PER_TOKEN: u32 = 1;
 
-/// Flag of a layer on CUDA, for both passes: GEMMs with `W0` and with `ΔW`, each as given, and never one with `W0 + z⊙ΔW`, made in
+/// Flag of a layer, for both passes: GEMMs with `W0` and with `ΔW`, each as given, and never one with `W0 + z⊙ΔW`, made in
 /// `float` and rounded once. Without the flag a layer takes one where that pays and a sample's tokens share `z`, under noise, and in
-/// `PACE_F32` without noise as well. The CPU, which rounds nothing to 16 bits, always does.
+/// `PACE_F32` without noise as well. On the CPU it counts in `PACE_BF16` only.
 ///
 /// For LoRA mul in `PACE_BF16` whose rms(ΔW/W0) stays below about 1e-3 over a whole training (a learning rate of 1e-4 or less, and
 /// few steps): rounded, it is attenuated in the forward pass of training. `PACE_F16` keeps three bits more; in `PACE_F32` nothing is

@@ -6,7 +6,7 @@ use super::{
 };
 use crate::error::{Error, Result};
 use crate::noise::Noise;
-use crate::real::Real;
+use crate::real::Element;
 use crate::shape::{LinearShape, length};
 
 /// `y = x·W0ᵀ + b0 + z ⊙ (x·ΔWᵀ + Δb)` with `ΔW = W0 ⊙ (scale·B·A)` and `Δb = W0·(Pd·Pu) + b0⊙δb`; paper equation 8.
@@ -14,19 +14,21 @@ use crate::shape::{LinearShape, length};
 /// ΔW and Δb are built for each pass and not kept. The same as [`lora_mul_weight`], [`PromptBias`] and [`NoisyLinear`] one after the
 /// other.
 #[derive(Debug, Clone, Copy)]
-pub struct LoraMulLinear<'a, T> {
+pub struct LoraMulLinear<'a, T: Element> {
     /// Sizes.
     pub shape: LinearShape,
     /// Source of `z`.
-    pub noise: Noise<&'a [T]>,
+    pub noise: Noise<&'a [T::Real]>,
     /// The frozen layer.
     pub base: Base<&'a [T]>,
     /// LoRA mul; `None` is no ΔW.
-    pub lora: Option<Lora<&'a [T], T>>,
+    pub lora: Option<Lora<&'a [T], T::Real>>,
     /// VPT add; without it `Δb = δb`.
     pub prompt: Option<Prompt<&'a [T]>>,
     /// `δb [N]`; `None` is zero.
     pub delta_bias: Option<&'a [T]>,
+    /// As in [`NoisyLinear`].
+    pub fold: bool,
 }
 
 /// Factors of a low-rank weight; `B` are the tensors, `S` is the type of the scale.
@@ -127,7 +129,7 @@ impl<B> LoraMulLinearGrads<B> {
     }
 }
 
-impl<'a, T: Real> LoraMulLinear<'a, T> {
+impl<'a, T: Element> LoraMulLinear<'a, T> {
     /// Checks the sizes that memory is allocated for (what holds for a slice that exists can be allocated again), and the factors.
     fn check(&self) -> Result<()> {
         check_adapter(self.lora.is_some(), self.prompt.is_some())?;
@@ -141,11 +143,11 @@ impl<'a, T: Real> LoraMulLinear<'a, T> {
     /// Calls `body` with the layer whose ΔW and Δb are these. Of a ΔW that is not needed only the length counts.
     fn dense<R>(&self, needs_weight: bool, body: impl FnOnce(&NoisyLinear<'_, T>) -> Result<R>) -> Result<R> {
         let LinearShape { in_features: k, out_features: n, .. } = self.shape;
-        let mut weight = vec![T::zero(); if self.lora.is_some() { n * k } else { 0 }];
+        let mut weight = vec![T::default(); if self.lora.is_some() { n * k } else { 0 }];
         if let Some(lora) = self.lora.filter(|_| needs_weight) {
             lora_mul_weight(lora.factors(&self.shape), self.base.weight, &mut weight)?;
         }
-        let mut bias = vec![T::zero(); if self.prompt.is_some() { n } else { 0 }];
+        let mut bias = vec![T::default(); if self.prompt.is_some() { n } else { 0 }];
         if let Some(prompt) = self.prompt {
             prompt.bias(&self.shape, self.base, self.delta_bias).forward(&mut bias)?;
         }
@@ -155,6 +157,7 @@ impl<'a, T: Real> LoraMulLinear<'a, T> {
             base: Some(self.base),
             delta_weight: self.lora.map(|_| &weight[..]),
             delta_bias: if self.prompt.is_some() { Some(&bias) } else { self.delta_bias },
+            fold: self.fold,
         })
     }
 
@@ -206,8 +209,8 @@ impl<'a, T: Real> LoraMulLinear<'a, T> {
             }
             None => None,
         };
-        let mut dw = vec![T::zero(); if with_lora { n * k } else { 0 }];
-        let mut db = vec![T::zero(); if with_prompt { n } else { 0 }];
+        let mut dw = vec![T::default(); if with_lora { n * k } else { 0 }];
+        let mut db = vec![T::default(); if with_prompt { n } else { 0 }];
         // Δb has no part in any gradient.
         Self { prompt: None, ..*self }.dense(input.is_some(), |layer| {
             let delta_weight = with_lora.then_some(&mut dw[..]);
@@ -224,12 +227,12 @@ impl<'a, T: Real> LoraMulLinear<'a, T> {
     }
 }
 
-fn or_spare<'s, T: Real>(wanted: Option<&'s mut [T]>, spare: &'s mut Vec<T>, len: usize) -> &'s mut [T] {
+fn or_spare<'s, T: Element>(wanted: Option<&'s mut [T]>, spare: &'s mut Vec<T>, len: usize) -> &'s mut [T] {
     match wanted {
         Some(wanted) => wanted,
         None => {
             spare.clear();
-            spare.resize(len, T::zero());
+            spare.resize(len, T::default());
             spare
         }
     }

@@ -11,18 +11,20 @@ use super::noisy_linear::{check_base, check_io};
 use super::rows::{self, CHANNEL_BLOCK, Z, blocks};
 use crate::error::{Error, Result};
 use crate::noise::Noise;
-use crate::real::Real;
+use crate::real::{Element, Real};
 use crate::shape::{LinearShape, length, nonzero, product};
+use crate::vector::zip1;
+use num_traits::Zero;
 use rayon::prelude::*;
 use std::ops::Range;
 
 /// `y = x·W0ᵀ + b0 + z ⊙ (scale·(x·Aᵀ)·Bᵀ + δb)` and its gradients: the paper's LoRA add with noise.
 #[derive(Debug, Clone, Copy)]
-pub struct LowRankLinear<'a, T> {
+pub struct LowRankLinear<'a, T: Element> {
     /// Sizes.
     pub shape: LinearShape,
     /// Source of `z`.
-    pub noise: Noise<&'a [T]>,
+    pub noise: Noise<&'a [T::Real]>,
     /// The frozen layer; `None` is a zero base term.
     pub base: Option<Base<&'a [T]>>,
     /// Rank `r`.
@@ -34,7 +36,7 @@ pub struct LowRankLinear<'a, T> {
     /// `δb [N]`; `None` is zero.
     pub delta_bias: Option<&'a [T]>,
     /// Factor on `B·A` (the α/r of common LoRA code); 1 in the paper.
-    pub scale: T,
+    pub scale: T::Real,
 }
 
 /// Where the gradients of a [`LowRankLinear`] go; each is overwritten, `None` is not computed.
@@ -56,8 +58,8 @@ impl<B> Default for LowRankGrads<B> {
     }
 }
 
-impl<T: Real> LowRankLinear<'_, T> {
-    fn check(&self) -> Result<Z<'_, T>> {
+impl<T: Element> LowRankLinear<'_, T> {
+    fn check(&self) -> Result<Z<'_, T::Real>> {
         let z = Z::new(self.noise, self.shape)?;
         check_base(self.base, &self.shape)?;
         nonzero("rank", self.rank)?;
@@ -81,12 +83,13 @@ impl<T: Real> LowRankLinear<'_, T> {
         check_io(&self.shape, ("x", x), ("y", y))?;
         let (m, k, r) = (self.shape.in_rows(), self.shape.in_features, self.rank);
         // sᵀ [r, M]
-        let mut s = vec![T::zero(); r * m];
+        let mut s = vec![T::Real::zero(); r * m];
         let lora_a = mat(self.lora_a, r, k).transpose();
         gemm_scaled(mat_mut_t(&mut s, m, r), Accum::Replace, self.scale, mat(x, m, k), lora_a, all_threads());
         let s = mat_t(&s, m, r);
-        let adapter = |rows: Range<usize>, channels: Range<usize>, tile: MatMut<'_, T>, par: Par| {
-            let lora_b = mat(&self.lora_b[channels.start * r..channels.end * r], channels.len(), r);
+        let lora_b = T::reals(self.lora_b);
+        let adapter = |rows: Range<usize>, channels: Range<usize>, tile: MatMut<'_, T::Real>, par: Par| {
+            let lora_b = mat(&lora_b[channels.start * r..channels.end * r], channels.len(), r);
             gemm(tile, Accum::Replace, s.subrows(rows.start, rows.len()), lora_b.transpose(), par);
         };
         rows::forward(&z, self.base, Some(&adapter), self.delta_bias, x, y);
@@ -116,12 +119,14 @@ impl<T: Real> LowRankLinear<'_, T> {
             grad.as_ref().map_or(Ok(()), |grad| length(argument, shape, grad, expected))?;
         }
 
-        let LowRankGrads { mut input, lora_b, lora_a, delta_bias } = grads;
-        if let Some(dx) = &mut input {
-            rows::base_gradient(&self.shape, self.base, dy, dx);
-        }
-        if input.is_some() || lora_b.is_some() || lora_a.is_some() {
-            self.backward_factors(&z, x, dy, input, lora_b, lora_a);
+        let LowRankGrads { input, lora_b, lora_a, delta_bias } = grads;
+        if let Some(dx) = input {
+            T::write(mat_mut(dx, self.shape.in_rows(), k), all_threads(), |mut dx| {
+                rows::base_gradient(&self.shape, self.base, dy, dx.as_mut());
+                self.backward_factors(&z, x, dy, Some(dx), lora_b, lora_a);
+            });
+        } else if lora_b.is_some() || lora_a.is_some() {
+            self.backward_factors(&z, x, dy, None, lora_b, lora_a);
         }
         if let Some(db) = delta_bias {
             rows::delta_bias(&z, dy, db);
@@ -134,43 +139,46 @@ impl<T: Real> LowRankLinear<'_, T> {
     /// A task is some rows and has sums of its own for `dB` and `dA`; these are added up in the order of the rows.
     fn backward_factors(
         &self,
-        z: &Z<'_, T>,
+        z: &Z<'_, T::Real>,
         x: &[T],
         dy: &[T],
-        dx: Option<&mut [T]>,
+        dx: Option<MatMut<'_, T::Real>>,
         lora_b: Option<&mut [T]>,
         lora_a: Option<&mut [T]>,
     ) {
         let LinearShape { in_features: k, out_features: n, .. } = self.shape;
         let (m, r) = (self.shape.in_rows(), self.rank);
-        let u = mat(self.lora_a, r, k);
-        let size = m.div_ceil(MAX_SUMS).max(ROWS);
+        let (d, u) = (T::reals(self.lora_b), T::reals(self.lora_a));
+        let (d, u) = (mat(&d, n, r), mat(&u, r, k));
+        let size = m.div_ceil(m.div_ceil(ROWS).next_multiple_of(2).min(MAX_SUMS)).max(MIN_ROWS);
         let dx: Vec<_> = match dx {
-            Some(dx) => dx.chunks_mut(size * k).map(Some).collect(),
+            Some(dx) => dx.par_row_chunks_mut(size).map(Some).collect(),
             None => x.chunks(size * k).map(|_| None).collect(),
         };
-        let task = |scratch: &mut Scratch<T>, (i, mut dx): (usize, Option<&mut [T]>)| {
+        let task = |scratch: &mut Scratch<T::Real>, (i, mut dx): (usize, Option<MatMut<'_, T::Real>>)| {
+            let zeros = |len| vec![T::Real::zero(); len];
             let mut sums = Sums {
-                lora_b: lora_b.as_ref().map(|_| vec![T::zero(); n * r]),
-                lora_a: lora_a.as_ref().map(|_| vec![T::zero(); r * k]),
+                lora_b: lora_b.as_ref().map(|_| zeros(n * r)),
+                lora_a: lora_a.as_ref().map(|_| zeros(r * k)),
             };
             let part = i * size..m.min((i + 1) * size);
             for rows in blocks(part.len(), ROWS) {
                 let (first, count) = (part.start + rows.start, rows.len());
-                let x = mat(&x[first * k..][..count * k], count, k);
+                let x = T::reals(&x[first * k..][..count * k]);
+                let x = mat(&x, count, k);
                 let Scratch { s, ds, tile, z_row } = scratch;
-                s.resize(count * r, T::zero());
-                ds.resize(count * r, T::zero());
+                s.resize(count * r, T::Real::zero());
+                ds.resize(count * r, T::Real::zero());
                 if sums.lora_b.is_some() {
                     let s = mat_mut_t(s, count, r);
                     gemm_scaled(s, Accum::Replace, self.scale, x, u.transpose(), Par::Seq);
                 }
                 for channels in blocks(n, CHANNEL_BLOCK) {
                     let (at, width) = (channels.start, channels.len());
-                    tile.resize(count * width, T::zero());
+                    tile.resize(count * width, T::Real::zero());
                     z.gradient_tile(dy, first..first + count, channels, z_row, tile);
                     let e = mat(tile, count, width);
-                    let d = mat(self.lora_b, n, r).subrows(at, width);
+                    let d = d.subrows(at, width);
                     let accum = if at == 0 { Accum::Replace } else { Accum::Add };
                     gemm_scaled(mat_mut_t(ds, count, r), accum, self.scale, e, d, Par::Seq);
                     if let Some(sum) = &mut sums.lora_b {
@@ -180,8 +188,8 @@ impl<T: Real> LowRankLinear<'_, T> {
                 }
                 let ds = mat_t(ds, count, r);
                 if let Some(dx) = &mut dx {
-                    let dx = &mut dx[rows.start * k..rows.end * k];
-                    gemm(mat_mut(dx, count, k), Accum::Add, ds, u, Par::Seq);
+                    let dx = dx.as_mut().subrows_mut(rows.start, count);
+                    gemm(dx, Accum::Add, ds, u, Par::Seq);
                 }
                 if let Some(sum) = &mut sums.lora_a {
                     gemm(mat_mut(sum, r, k), Accum::Add, ds.transpose(), x, Par::Seq);
@@ -195,14 +203,17 @@ impl<T: Real> LowRankLinear<'_, T> {
             transpose(&total, lora_b, r);
         }
         if let Some(lora_a) = lora_a {
-            lora_a.copy_from_slice(&add_up(parts.iter().filter_map(|part| part.lora_a.as_deref())));
+            let total = add_up(parts.iter().filter_map(|part| part.lora_a.as_deref()));
+            zip1(lora_a, &total, |out, total| *out = T::from_real(total));
         }
     }
 }
 
 /// Rows of a tile of `e`; with [`CHANNEL_BLOCK`] channels it stays in the L2 cache.
 const ROWS: usize = 128;
-/// Most partial sums of the factors' gradients.
+/// Fewest rows of a task.
+const MIN_ROWS: usize = 64;
+/// Most partial sums of the factors' gradients; an even number, since most machines have an even number of cores.
 const MAX_SUMS: usize = 64;
 
 /// Partial sums of one task: `dBᵀ [r, N]` and `dA [r, K]`.

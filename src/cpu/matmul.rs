@@ -1,10 +1,12 @@
-//! GEMMs over slices that were checked before, by `faer` or a registered BLAS; and sums of partial ones.
+//! GEMMs over slices that were checked before, by `faer`, a registered BLAS, or in `bf16` ([`bf16`](super::bf16)); and sums of
+//! partial ones.
 
 use super::blas;
-use crate::real::Real;
+use crate::real::{Element, Real};
 use crate::vector::zip1;
 use faer::linalg::matmul::matmul;
 pub(super) use faer::{Accum, MatMut, MatRef, Par};
+use num_traits::One;
 use rayon::join;
 
 /// A row-major slice as a matrix.
@@ -28,12 +30,30 @@ pub(super) fn mat_mut_t<T>(slice: &mut [T], rows: usize, cols: usize) -> MatMut<
 }
 
 /// `c = a·b` or `c += a·b`.
-pub(super) fn gemm<T: Real>(c: MatMut<'_, T>, accum: Accum, a: MatRef<'_, T>, b: MatRef<'_, T>, par: Par) {
-    gemm_scaled(c, accum, T::one(), a, b, par);
+pub(super) fn gemm<T: Element>(
+    c: MatMut<'_, T::Real>,
+    accum: Accum,
+    a: MatRef<'_, T>,
+    b: MatRef<'_, T>,
+    par: Par,
+) {
+    gemm_scaled(c, accum, T::Real::one(), a, b, par);
 }
 
 /// `c = scale·a·b` or `c += scale·a·b`.
-pub(super) fn gemm_scaled<T: Real>(
+pub(super) fn gemm_scaled<T: Element>(
+    c: MatMut<'_, T::Real>,
+    accum: Accum,
+    scale: T::Real,
+    a: MatRef<'_, T>,
+    b: MatRef<'_, T>,
+    par: Par,
+) {
+    T::gemm(c, accum, scale, a, b, par);
+}
+
+/// [`gemm_scaled`] of types that are computed in.
+pub(super) fn gemm_of_reals<T: Real>(
     c: MatMut<'_, T>,
     accum: Accum,
     scale: T,
@@ -44,34 +64,33 @@ pub(super) fn gemm_scaled<T: Real>(
     let parts = par.degree();
     if blas::suits(c.as_ref(), a, b, parts) {
         let beta = if matches!(accum, Accum::Add) { T::one() } else { T::zero() };
-        blas_in_parts(c, beta, scale, a, b, parts);
+        in_parts(c, a, b, parts, &|c, a, b| blas::gemm(c, beta, scale, a, b));
     } else {
         matmul(c, accum, a, b, scale, par);
     }
 }
 
-/// A GEMM by BLAS, in parts that run in parallel.
-fn blas_in_parts<T: Real>(
-    c: MatMut<'_, T>,
-    beta: T,
-    scale: T,
+/// A GEMM in parts that run in parallel, each by `gemm`.
+pub(super) fn in_parts<C: Send, T: Sync>(
+    c: MatMut<'_, C>,
     a: MatRef<'_, T>,
     b: MatRef<'_, T>,
     parts: usize,
+    gemm: &(impl Fn(MatMut<'_, C>, MatRef<'_, T>, MatRef<'_, T>) + Sync),
 ) {
     if parts <= 1 {
-        return blas::gemm(c, beta, scale, a, b);
+        return gemm(c, a, b);
     }
     let half = parts / 2;
     let rest = parts - half;
     if c.nrows() >= c.ncols() {
         let at = c.nrows() * half / parts;
         let ((c0, c1), (a0, a1)) = (c.split_at_row_mut(at), a.split_at_row(at));
-        join(|| blas_in_parts(c0, beta, scale, a0, b, half), || blas_in_parts(c1, beta, scale, a1, b, rest));
+        join(|| in_parts(c0, a0, b, half, gemm), || in_parts(c1, a1, b, rest, gemm));
     } else {
         let at = c.ncols() * half / parts;
         let ((c0, c1), (b0, b1)) = (c.split_at_col_mut(at), b.split_at_col(at));
-        join(|| blas_in_parts(c0, beta, scale, a, b0, half), || blas_in_parts(c1, beta, scale, a, b1, rest));
+        join(|| in_parts(c0, a, b0, half, gemm), || in_parts(c1, a, b1, rest, gemm));
     }
 }
 
@@ -83,11 +102,11 @@ pub(super) fn add_up<'a, T: Real>(mut parts: impl Iterator<Item = &'a [T]>) -> V
 }
 
 /// Writes the transpose of `from [columns, rows]` to `to [rows, columns]`.
-pub(super) fn transpose<T: Copy>(from: &[T], to: &mut [T], columns: usize) {
+pub(super) fn transpose<T: Element>(from: &[T::Real], to: &mut [T], columns: usize) {
     let rows = to.len() / columns;
     for (i, row) in to.chunks_exact_mut(columns).enumerate() {
         for (j, to) in row.iter_mut().enumerate() {
-            *to = from[j * rows + i];
+            *to = T::from_real(from[j * rows + i]);
         }
     }
 }

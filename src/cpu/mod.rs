@@ -4,6 +4,7 @@
 //! are deterministic run to run. In `f64` they are the oracle that other back ends are tested against.
 //! Threads are rayon's: run inside a [`rayon` pool](https://docs.rs/rayon) of your own to choose how many.
 
+mod bf16;
 mod blas;
 mod drop_path;
 mod exp;
@@ -16,6 +17,7 @@ mod noisy_linear;
 mod norms;
 mod rows;
 mod scratch;
+mod store;
 mod weights;
 
 pub(crate) use blas::BlasReal;
@@ -38,6 +40,7 @@ pub(crate) use noisy_linear::NEEDS_INPUT;
 pub use noisy_linear::{NoisyLinear, NoisyLinearGrads};
 pub use norms::{fp_distance, grad_norm};
 pub(crate) use scratch::Scratched;
+pub(crate) use store::Store;
 pub use weights::{
     LoraFactors, LoraGrads, PromptBias, PromptGrads, lora_mul_weight, lora_mul_weight_backward,
     low_rank_weight, low_rank_weight_backward, merge, unmerge,

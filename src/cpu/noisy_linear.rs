@@ -15,14 +15,19 @@ use super::scratch::Scratch;
 use super::{Base, blas};
 use crate::error::{Error, Result};
 use crate::noise::Noise;
-use crate::real::Real;
+use crate::real::Element;
 use crate::shape::{LinearShape, length};
 use crate::vector::zip2;
+use num_traits::{One, Zero};
 use rayon::prelude::*;
 use std::ops::Range;
 
 /// Tokens per sample from which building an effective weight per sample is cheaper than a second GEMM.
 const FOLD_TOKENS: usize = 32;
+/// Elements of an effective weight in `bf16` that are made at once in the forward pass: 384 KiB.
+const FOLDED: usize = 3 << 16;
+/// Fewest channels of it.
+const MIN_FOLDED: usize = 64;
 
 /// `y = x·W0ᵀ + b0 + z ⊙ (x·ΔWᵀ + Δb)` and its gradients; paper equation 8.
 ///
@@ -40,6 +45,7 @@ const FOLD_TOKENS: usize = 32;
 ///     base: Some(Base { weight: &[1.0f32, 0.0, 0.0, 1.0, 1.0, 1.0], bias: None }),
 ///     delta_weight: Some(&[0.1; 6]),
 ///     delta_bias: None,
+///     fold: true,
 /// };
 /// let mut y = [0.0; 6]; // two branches of three channels
 /// layer.forward(&[1.0, 2.0], &mut y)?;
@@ -47,17 +53,20 @@ const FOLD_TOKENS: usize = 32;
 /// # Ok::<(), pace_kernels::Error>(())
 /// ```
 #[derive(Debug, Clone, Copy)]
-pub struct NoisyLinear<'a, T> {
+pub struct NoisyLinear<'a, T: Element> {
     /// Sizes.
     pub shape: LinearShape,
     /// Source of `z`.
-    pub noise: Noise<&'a [T]>,
+    pub noise: Noise<&'a [T::Real]>,
     /// The frozen layer; `None` is a zero base term (the noisy head).
     pub base: Option<Base<&'a [T]>>,
     /// `ΔW [N, K]`; `None` is zero (VPT add).
     pub delta_weight: Option<&'a [T]>,
     /// `Δb [N]`; `None` is zero.
     pub delta_bias: Option<&'a [T]>,
+    /// In `bf16`, whether one GEMM with `W0 + z⊙ΔW`, rounded once, may take the place of two: faster, but an element of ΔW that is
+    /// small against that of W0 is lost. Without noise it does not. `f32` and `f64` do what is faster.
+    pub fold: bool,
 }
 
 /// Where the gradients of a [`NoisyLinear`] go; each is overwritten, `None` is not computed. `B` are the tensors: slices here.
@@ -99,8 +108,8 @@ pub(super) fn check_io<T>(
     length(y.0, "[M, N]", y.1, shape.out_rows() * shape.out_features)
 }
 
-impl<T: Real> NoisyLinear<'_, T> {
-    fn check(&self) -> Result<Z<'_, T>> {
+impl<T: Element> NoisyLinear<'_, T> {
+    fn check(&self) -> Result<Z<'_, T::Real>> {
         let z = Z::new(self.noise, self.shape)?;
         check_base(self.base, &self.shape)?;
         let (k, n) = (self.shape.in_features, self.shape.out_features);
@@ -120,8 +129,11 @@ impl<T: Real> NoisyLinear<'_, T> {
     }
 
     /// How to compute: the two weights that fold into one, if folding pays.
-    fn fold(&self, z: &Z<'_, T>) -> Option<Fold<'_, T>> {
+    fn fold(&self, z: &Z<'_, T::Real>) -> Option<Fold<'_, T>> {
         let (Some(base), Some(delta)) = (self.base, self.delta_weight) else { return None };
+        if T::ROUNDS && (z.is_off() || !self.fold) {
+            return None;
+        }
         let one_z = z.is_off();
         let pays = z.per_sample() && self.shape.tokens >= FOLD_TOKENS && self.shape.fan_out() == 1;
         (one_z || pays).then_some(Fold { base: base.weight, delta, k: self.shape.in_features })
@@ -144,12 +156,13 @@ impl<T: Real> NoisyLinear<'_, T> {
             }
             Some(fold) => self.forward_folded(&z, &fold, x, y),
             None => {
-                let adapter = |rows: Range<usize>, channels: Range<usize>, tile: MatMut<'_, T>, par: Par| {
-                    let weight = self.delta_weight.expect("called only with a delta weight");
-                    let weight = mat(&weight[channels.start * k..channels.end * k], channels.len(), k);
-                    let x = mat(&x[rows.start * k..rows.end * k], rows.len(), k);
-                    gemm(tile, Accum::Replace, x, weight.transpose(), par);
-                };
+                let adapter =
+                    |rows: Range<usize>, channels: Range<usize>, tile: MatMut<'_, T::Real>, par: Par| {
+                        let weight = self.delta_weight.expect("called only with a delta weight");
+                        let weight = mat(&weight[channels.start * k..channels.end * k], channels.len(), k);
+                        let x = mat(&x[rows.start * k..rows.end * k], rows.len(), k);
+                        gemm(tile, Accum::Replace, x, weight.transpose(), par);
+                    };
                 let adapter = self.delta_weight.map(|_| &adapter as _);
                 rows::forward(&z, self.base, adapter, self.delta_bias, x, y);
             }
@@ -158,29 +171,35 @@ impl<T: Real> NoisyLinear<'_, T> {
     }
 
     /// One effective weight per sample; a task is some channels of one sample.
-    fn forward_folded(&self, z: &Z<'_, T>, fold: &Fold<'_, T>, x: &[T], y: &mut [T]) {
+    fn forward_folded(&self, z: &Z<'_, T::Real>, fold: &Fold<'_, T>, x: &[T], y: &mut [T]) {
         let LinearShape { tokens: t, in_features: k, out_features: n, .. } = self.shape;
-        let tasks = column_tasks(y, t, n, fold_part(n, CHANNEL_BLOCK));
+        let base_bias = self.base.and_then(|base| base.bias).map(T::reals);
+        let delta_bias = self.delta_bias.map(T::reals);
+        let cached = if T::ROUNDS { (FOLDED / k).clamp(MIN_FOLDED, CHANNEL_BLOCK) } else { CHANNEL_BLOCK };
+        let tasks = column_tasks(y, t, n, fold_part::<T>(n, cached.next_multiple_of(MIN_FOLDED)));
         let par = inner_threads(tasks.len());
         tasks.into_par_iter().for_each_init(
             || (Scratch::take(), Vec::new()),
-            |(weight, z_row), (sample, channels, mut y)| {
+            |(weight, z_row), (sample, channels, y)| {
                 let width = channels.len();
-                z_row.resize(width, T::one());
+                z_row.resize(width, T::Real::one());
                 z.fill(sample * t, channels.clone(), z_row);
                 let weight = weight.get(width * k);
                 fold.block(channels.clone(), 0..k, z_row, weight, par);
                 // z becomes the effective bias b0 + z⊙Δb, which the GEMM is added to.
                 for (z, c) in z_row.iter_mut().zip(channels) {
-                    let delta = self.delta_bias.map_or(T::zero(), |bias| *z * bias[c]);
-                    *z = self.base.and_then(|base| base.bias).map_or(delta, |bias| bias[c] + delta);
+                    let delta = delta_bias.as_ref().map_or(T::Real::zero(), |bias| *z * bias[c]);
+                    *z = base_bias.as_ref().map_or(delta, |bias| bias[c] + delta);
                 }
-                for row in 0..t {
-                    let row = y.as_mut().row_mut(row).try_as_row_major_mut().expect("rows are contiguous");
-                    row.as_slice_mut().copy_from_slice(z_row);
-                }
-                let x = mat(&x[sample * t * k..][..t * k], t, k);
-                gemm(y, Accum::Add, x, mat(weight, width, k).transpose(), par);
+                T::write(y, par, |mut y| {
+                    for row in 0..t {
+                        let row =
+                            y.as_mut().row_mut(row).try_as_row_major_mut().expect("rows are contiguous");
+                        row.as_slice_mut().copy_from_slice(z_row);
+                    }
+                    let x = mat(&x[sample * t * k..][..t * k], t, k);
+                    gemm(y, Accum::Add, x, mat(weight, width, k).transpose(), par);
+                });
             },
         );
     }
@@ -232,11 +251,11 @@ impl<T: Real> NoisyLinear<'_, T> {
         }
         if let Some(dw) = grads.delta_weight {
             let x = x.unwrap_or_default();
-            rows::for_channel_blocks(&z, dy, k, dw, |rows, channels, e, dw, first, par| {
+            rows::for_channel_blocks(&z, dy, k, dw, |rows, channels, e, sum, first, par| {
                 let e = mat(e, rows.len(), channels.len()).transpose();
                 let x = mat(&x[rows.start * k..rows.end * k], rows.len(), k);
                 let accum = if first { Accum::Replace } else { Accum::Add };
-                gemm(mat_mut(dw, channels.len(), k), accum, e, x, par);
+                gemm(sum, accum, e, x, par);
             });
         }
         if let Some(db) = grads.delta_bias {
@@ -245,39 +264,48 @@ impl<T: Real> NoisyLinear<'_, T> {
         Ok(())
     }
 
-    fn backward_input(&self, z: &Z<'_, T>, dy: &[T], dx: &mut [T]) {
+    fn backward_input(&self, z: &Z<'_, T::Real>, dy: &[T], dx: &mut [T]) {
         let LinearShape { tokens: t, in_features: k, out_features: n, .. } = self.shape;
+        let m = self.shape.in_rows();
         match self.fold(z) {
             Some(fold) if z.is_off() => {
                 let merged = fold.merged(n);
-                rows::base_gradient(&self.shape, Some(Base { weight: &merged[..], bias: None }), dy, dx);
+                let base = Base { weight: &merged[..], bias: None };
+                T::write(mat_mut(dx, m, k), all_threads(), |dx| {
+                    rows::base_gradient(&self.shape, Some(base), dy, dx);
+                });
             }
             Some(fold) => {
-                let tasks = column_tasks(dx, t, k, fold_part(k, k));
+                let tasks =
+                    column_tasks(dx, t, k, fold_part::<T>(k, if T::ROUNDS { 2 * CHANNEL_BLOCK } else { k }));
                 let par = inner_threads(tasks.len());
-                let block = if blas::is_registered() { n } else { CHANNEL_BLOCK };
+                let block = if blas::is_registered() && !T::ROUNDS { n } else { CHANNEL_BLOCK };
                 tasks.into_par_iter().for_each_init(
                     || (Scratch::take(), Vec::new()),
-                    |(weight, z_row), (sample, columns, mut dx)| {
+                    |(weight, z_row), (sample, columns, dx)| {
                         let dy = mat(&dy[sample * t * n..][..t * n], t, n);
-                        for channels in blocks(n, block) {
-                            let (height, width) = (channels.len(), columns.len());
-                            z_row.resize(height, T::one());
-                            z.fill(sample * t, channels.clone(), z_row);
-                            let weight = weight.get(height * width);
-                            fold.block(channels.clone(), columns.clone(), z_row, weight, par);
-                            let accum = if channels.start == 0 { Accum::Replace } else { Accum::Add };
-                            let g = dy.subcols(channels.start, height);
-                            gemm(dx.as_mut(), accum, g, mat(weight, height, width), par);
-                        }
+                        T::write(dx, par, |mut dx| {
+                            for channels in blocks(n, block) {
+                                let (height, width) = (channels.len(), columns.len());
+                                z_row.resize(height, T::Real::one());
+                                z.fill(sample * t, channels.clone(), z_row);
+                                let weight = weight.get(height * width);
+                                fold.block(channels.clone(), columns.clone(), z_row, weight, par);
+                                let accum = if channels.start == 0 { Accum::Replace } else { Accum::Add };
+                                let g = dy.subcols(channels.start, height);
+                                gemm(dx.as_mut(), accum, g, mat(weight, height, width), par);
+                            }
+                        });
                     },
                 );
             }
             None => {
-                rows::base_gradient(&self.shape, self.base, dy, dx);
-                if let Some(weight) = self.delta_weight {
-                    rows::project_gradient(z, dy, mat(weight, n, k), Accum::Add, dx);
-                }
+                T::write(mat_mut(dx, m, k), all_threads(), |mut dx| {
+                    rows::base_gradient(&self.shape, self.base, dy, dx.as_mut());
+                    if let Some(weight) = self.delta_weight {
+                        rows::project_gradient(z, dy, mat(weight, n, k), dx);
+                    }
+                });
             }
         }
     }
@@ -286,9 +314,9 @@ impl<T: Real> NoisyLinear<'_, T> {
 /// How many columns of a sample's output a task computes: `cached`, what keeps its part of the effective weight in the L2 cache,
 /// or half of them for a BLAS, which loses more by starting on the same input again than by reading the weight from further
 /// away.
-fn fold_part(columns: usize, cached: usize) -> usize {
+fn fold_part<T: Element>(columns: usize, cached: usize) -> usize {
     const WORTH_SPLITTING: usize = 1024;
-    match blas::is_registered() {
+    match blas::is_registered() && !T::ROUNDS {
         true if columns >= WORTH_SPLITTING => columns.div_ceil(2).next_multiple_of(16),
         true => columns,
         false => cached,
@@ -319,12 +347,14 @@ struct Fold<'a, T> {
     k: usize,
 }
 
-impl<T: Real> Fold<'_, T> {
+impl<T: Element> Fold<'_, T> {
     /// Writes `[channels, columns]` of the effective weight.
-    fn block(&self, channels: Range<usize>, columns: Range<usize>, z: &[T], out: &mut [T], par: Par) {
-        let row = |(out, (channel, &z)): (&mut [T], (usize, &T))| {
+    fn block(&self, channels: Range<usize>, columns: Range<usize>, z: &[T::Real], out: &mut [T], par: Par) {
+        let row = |(out, (channel, &z)): (&mut [T], (usize, &T::Real))| {
             let at = channel * self.k + columns.start..channel * self.k + columns.end;
-            zip2(out, &self.base[at.clone()], &self.delta[at], |out, w, d| *out = w + z * d);
+            zip2(out, &self.base[at.clone()], &self.delta[at], |out, w, d| {
+                *out = T::from_real(w.to_real() + z * d.to_real());
+            });
         };
         let width = columns.len();
         if matches!(par, Par::Seq) {
@@ -336,8 +366,8 @@ impl<T: Real> Fold<'_, T> {
 
     /// `W0 + ΔW`.
     fn merged(&self, n: usize) -> Vec<T> {
-        let mut out = vec![T::zero(); n * self.k];
-        self.block(0..n, 0..self.k, &vec![T::one(); n], &mut out, all_threads());
+        let mut out = vec![T::default(); n * self.k];
+        self.block(0..n, 0..self.k, &vec![T::Real::one(); n], &mut out, all_threads());
         out
     }
 }

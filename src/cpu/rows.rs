@@ -4,22 +4,23 @@ use super::Base;
 use super::matmul::{Accum, MatMut, MatRef, Par, all_threads, gemm, inner_threads, mat, mat_mut};
 use crate::error::Result;
 use crate::noise::{Noise, NoiseShape, check_samples};
-use crate::real::Real;
+use crate::real::{Element, Real};
 use crate::shape::{LinearShape, length};
-use crate::vector::{zip1, zip2, zip3};
+use crate::vector::{zip1, zip2, zip4};
+use num_traits::Zero;
 use rayon::prelude::*;
 use std::ops::Range;
 
 /// Output channels that are handled while a tile of them stays in the L2 cache.
 pub(super) const CHANNEL_BLOCK: usize = 256;
-/// Most input rows in one task.
+/// Most input rows in one task; of 16-bit types, whose rows are half as long, twice as many.
 const MAX_ROWS: usize = 128;
 /// Fewest input rows for which a task of its own is worth while.
 const MIN_ROWS: usize = 16;
 
 /// Rows per task, so that every thread of the pool gets as many tasks as the others.
-fn rows_per_task(rows: usize) -> usize {
-    even(rows, MAX_ROWS).max(MIN_ROWS)
+fn rows_per_task<T: Element>(rows: usize) -> usize {
+    even(rows, if T::ROUNDS { 2 * MAX_ROWS } else { MAX_ROWS }).max(MIN_ROWS)
 }
 
 /// The size of equal parts of at most `most`, as many for each thread.
@@ -118,13 +119,13 @@ impl<'a, T: Real> Z<'a, T> {
 
     /// `tile [rows, channels] = Σ z⊙g` over the output rows that belong to the input rows `rows`
     /// (one each, or one per branch when the input is shared).
-    pub(super) fn gradient_tile(
+    pub(super) fn gradient_tile<G: Element<Real = T>, E: Element<Real = T>>(
         &self,
-        g: &[T],
+        g: &[G],
         rows: Range<usize>,
         channels: Range<usize>,
         scratch: &mut Vec<T>,
-        tile: &mut [T],
+        tile: &mut [E],
     ) {
         let (n, width) = (self.shape.out_features, channels.len());
         for branch in 0..self.shape.fan_out() {
@@ -135,8 +136,10 @@ impl<'a, T: Real> Z<'a, T> {
                     let out = &mut tile[(row - output.start) * width..][..width];
                     let g = &g[row * n + channels.start..][..width];
                     match branch {
-                        0 => zip2(out, g, z, |out, g, z| *out = z * g),
-                        _ => zip2(out, g, z, |out, g, z| *out += z * g),
+                        0 => zip2(out, g, z, |out, g, z| *out = E::from_real(z * g.to_real())),
+                        _ => {
+                            zip2(out, g, z, |out, g, z| *out = E::from_real(out.to_real() + z * g.to_real()))
+                        }
                     }
                 }
             });
@@ -168,87 +171,96 @@ fn tasks<'a, T>(shape: &LinearShape, rows: usize, y: &'a mut [T]) -> Vec<Task<'a
 pub(super) type AdapterProduct<'f, T> = dyn Fn(Range<usize>, Range<usize>, MatMut<'_, T>, Par) + Sync + 'f;
 
 /// `y = base(x) + z ⊙ (adapter(x) + Δb)` in tiles of rows × channels; no adapter stands for ΔW = 0.
-pub(super) fn forward<T: Real>(
-    z: &Z<'_, T>,
+pub(super) fn forward<T: Element>(
+    z: &Z<'_, T::Real>,
     base: Option<Base<&[T]>>,
-    adapter: Option<&AdapterProduct<'_, T>>,
+    adapter: Option<&AdapterProduct<'_, T::Real>>,
     delta_bias: Option<&[T]>,
     x: &[T],
     y: &mut [T],
 ) {
     let shape = z.shape;
     let (k, n) = (shape.in_features, shape.out_features);
-    let mut tasks = tasks(&shape, rows_per_task(shape.in_rows()), y);
+    let base_bias = base.and_then(|base| base.bias).map(T::reals);
+    let delta_bias = delta_bias.map(T::reals);
+    let mut tasks = tasks(&shape, rows_per_task::<T>(shape.in_rows()), y);
     let par = inner_threads(tasks.len());
-    tasks.par_iter_mut().for_each_init(
-        || (Vec::new(), (Vec::new(), Vec::new())),
-        |(tile, scratch), task| {
-            let rows = task.out[0].len() / n;
-            let first = task.first_row;
-            let x = mat(&x[first * k..][..rows * k], rows, k);
-            for channels in blocks(n, CHANNEL_BLOCK) {
-                let width = channels.len();
-                let tile = adapter.map(|adapter| {
-                    tile.resize(rows * width, T::zero());
-                    adapter(first..first + rows, channels.clone(), mat_mut(tile, rows, width), par);
-                    &tile[..]
-                });
-                if let Some(base) = base {
+    tasks.par_iter_mut().for_each_init(Buffers::default, |buffers, task| {
+        let rows = task.out[0].len() / n;
+        let first = task.first_row;
+        let x = mat(&x[first * k..][..rows * k], rows, k);
+        for channels in blocks(n, CHANNEL_BLOCK) {
+            let width = channels.len();
+            let size = rows * width;
+            buffers.base.resize(size, T::Real::zero());
+            match base {
+                Some(base) => {
                     let weight = mat(&base.weight[channels.start * k..channels.end * k], width, k);
-                    let y = mat_mut(&mut task.out[0][..], rows, n).subcols_mut(channels.start, width);
-                    gemm(y, Accum::Replace, x, weight.transpose(), par);
+                    let tile = mat_mut(&mut buffers.base, rows, width);
+                    gemm(tile, Accum::Replace, x, weight.transpose(), par);
                 }
-                epilogue(z, base, delta_bias, first, channels, tile, scratch, &mut task.out);
+                None => buffers.base.fill(T::Real::zero()),
             }
-        },
-    );
+            if let Some(adapter) = adapter {
+                buffers.adapter.resize(size, T::Real::zero());
+                let tile = mat_mut(&mut buffers.adapter, rows, width);
+                adapter(first..first + rows, channels.clone(), tile, par);
+            }
+            let biases =
+                [&base_bias, &delta_bias].map(|bias| bias.as_ref().map(|bias| &bias[channels.clone()]));
+            epilogue(z, biases, first, channels, buffers, adapter.is_some(), &mut task.out);
+        }
+    });
 }
 
-/// `y = base + b0 + z ⊙ (tile + Δb)`; the base GEMM's result, if any, is in the first branch's rows.
-#[expect(
-    clippy::too_many_arguments,
-    reason = "one call site; the arguments are the tile's address and operands"
-)]
-fn epilogue<T: Real>(
-    z: &Z<'_, T>,
-    base: Option<Base<&[T]>>,
-    delta_bias: Option<&[T]>,
+/// Buffers of one thread: tiles of `x·W0ᵀ` and `x·ΔWᵀ`, and of its channels `z` and the bias under it.
+struct Buffers<R> {
+    base: Vec<R>,
+    adapter: Vec<R>,
+    z: Vec<R>,
+    bias: Vec<R>,
+}
+
+impl<R> Default for Buffers<R> {
+    fn default() -> Self {
+        Self { base: Vec::new(), adapter: Vec::new(), z: Vec::new(), bias: Vec::new() }
+    }
+}
+
+/// `y = base + b0 + z ⊙ (adapter + Δb)` for a tile of each branch; `biases` are those of its channels.
+fn epilogue<T: Element>(
+    z: &Z<'_, T::Real>,
+    [base_bias, delta_bias]: [Option<&[T::Real]>; 2],
     first_row: usize,
     channels: Range<usize>,
-    tile: Option<&[T]>,
-    (z_row, bias): &mut (Vec<T>, Vec<T>),
+    buffers: &mut Buffers<T::Real>,
+    has_adapter: bool,
     out: &mut [&mut [T]],
 ) {
     let (n, width) = (z.shape.out_features, channels.len());
     let rows = out[0].len() / n;
-    bias.resize(width, T::zero());
-    // The last branch first: the base GEMM's result in branch 0's rows is read by all and overwritten by its own.
-    for branch in (0..out.len()).rev() {
-        let (before, out) = out.split_at_mut(branch);
+    let Buffers { base, adapter, z: z_row, bias } = buffers;
+    bias.resize(width, T::Real::zero());
+    for (branch, out) in out.iter_mut().enumerate() {
         let offset = branch * z.shape.in_rows() + first_row;
         z.for_runs(offset..offset + rows, channels.clone(), z_row, |run, z| {
-            match base.and_then(|base| base.bias) {
-                Some(base) => bias.copy_from_slice(&base[channels.clone()]),
-                None => bias.fill(T::zero()),
+            match base_bias {
+                Some(base) => bias.copy_from_slice(base),
+                None => bias.fill(T::Real::zero()),
             }
             if let Some(delta) = delta_bias {
-                zip2(bias, z, &delta[channels.clone()], |bias, z, delta| *bias += z * delta);
+                zip2(bias, z, delta, |bias, z, delta| *bias += z * delta);
             }
             for row in run {
                 let local = row - offset;
-                let at = local * n + channels.start..local * n + channels.end;
-                let y = &mut out[0][at.clone()];
-                match before.first() {
-                    _ if base.is_none() => y.fill(T::zero()),
-                    Some(product) => y.copy_from_slice(&product[at]),
-                    None => {}
-                }
-                match tile {
-                    Some(tile) => {
-                        let a = &tile[local * width..][..width];
-                        zip3(y, bias, z, a, |y, bias, z, a| *y += bias + z * a);
-                    }
-                    None => zip1(y, bias, |y, bias| *y += bias),
+                let tile = local * width..(local + 1) * width;
+                let y = &mut out[local * n + channels.start..local * n + channels.end];
+                let base = &base[tile.clone()];
+                match has_adapter {
+                    true => zip4(y, [base, bias, z, &adapter[tile]], |y, base, bias, z, a| {
+                        *y = T::from_real(base + (bias + z * a));
+                    }),
+                    false => zip2(y, base, bias, |y, base, bias| *y = T::from_real(base + bias)),
                 }
             }
         });
@@ -256,46 +268,50 @@ fn epilogue<T: Real>(
 }
 
 /// `dx = Σ g·W0`, or zero without a base term; the sum goes over the branches that share the input.
-pub(super) fn base_gradient<T: Real>(shape: &LinearShape, base: Option<Base<&[T]>>, g: &[T], dx: &mut [T]) {
+pub(super) fn base_gradient<T: Element>(
+    shape: &LinearShape,
+    base: Option<Base<&[T]>>,
+    g: &[T],
+    mut dx: MatMut<'_, T::Real>,
+) {
     let (m, k, n) = (shape.in_rows(), shape.in_features, shape.out_features);
-    let Some(base) = base else { return dx.fill(T::zero()) };
+    let Some(base) = base else { return dx.fill(T::Real::zero()) };
     let weight = mat(base.weight, n, k);
     if shape.fan_out() == 1 {
-        return gemm(mat_mut(dx, m, k), Accum::Replace, mat(g, m, n), weight, all_threads());
+        return gemm(dx, Accum::Replace, mat(g, m, n), weight, all_threads());
     }
-    let rows = rows_per_task(m);
+    let rows = rows_per_task::<T>(m);
     let par = inner_threads(m.div_ceil(rows));
-    dx.par_chunks_mut(rows * k).enumerate().for_each_init(Vec::new, |sum, (i, dx)| {
-        let count = dx.len() / k;
+    dx.par_row_chunks_mut(rows).enumerate().for_each_init(Vec::new, |sum, (i, dx)| {
+        let count = dx.nrows();
         let g = sum_branches(shape, g, i * rows, count, sum);
-        gemm(mat_mut(dx, count, k), Accum::Replace, mat(g, count, n), weight, par);
+        gemm(dx, Accum::Replace, mat(g, count, n), weight, par);
     });
 }
 
-/// `out [input rows, C] (+)= e·weight [N, C]`, with `e = Σ z⊙g` over the branches that share the input.
-pub(super) fn project_gradient<T: Real>(
-    z: &Z<'_, T>,
+/// `out [input rows, C] += e·weight [N, C]`, with `e = Σ z⊙g` over the branches that share the input.
+pub(super) fn project_gradient<T: Element>(
+    z: &Z<'_, T::Real>,
     g: &[T],
     weight: MatRef<'_, T>,
-    accum: Accum,
-    out: &mut [T],
+    out: MatMut<'_, T::Real>,
 ) {
-    let (n, width) = (weight.nrows(), weight.ncols());
-    let rows = rows_per_task(z.shape.in_rows());
+    let n = weight.nrows();
+    let rows = rows_per_task::<T>(z.shape.in_rows());
     let par = inner_threads(z.shape.in_rows().div_ceil(rows));
-    out.par_chunks_mut(rows * width).enumerate().for_each_init(
-        || (Vec::new(), Vec::new()),
+    out.par_row_chunks_mut(rows).enumerate().for_each_init(
+        || (Vec::<T>::new(), Vec::new()),
         |(tile, scratch), (i, out)| {
-            let (first, count) = (i * rows, out.len() / width);
-            tile.resize(count * n, T::zero());
+            let (first, count) = (i * rows, out.nrows());
+            tile.resize(count * n, T::default());
             z.gradient_tile(g, first..first + count, 0..n, scratch, tile);
-            gemm(mat_mut(out, count, width), accum, mat(tile, count, n), weight, par);
+            gemm(out, Accum::Add, mat(tile, count, n), weight, par);
         },
     );
 }
 
 /// The rows of `g` that belong to some input rows, added up over the branches if these share the input.
-fn sum_branches<'a, T: Real>(
+fn sum_branches<'a, T: Element>(
     shape: &LinearShape,
     g: &'a [T],
     first_row: usize,
@@ -308,7 +324,7 @@ fn sum_branches<'a, T: Real>(
         return part(0);
     }
     sum.clear();
-    sum.extend(part(0).iter().zip(part(1)).map(|(&a, &b)| a + b));
+    sum.extend(part(0).iter().zip(part(1)).map(|(&a, &b)| T::from_real(a.to_real() + b.to_real())));
     sum
 }
 
@@ -317,14 +333,14 @@ fn channel_block(channels: usize) -> usize {
     even(channels, CHANNEL_BLOCK).next_multiple_of(16)
 }
 
-/// Calls `body(input rows, channels, e tile, output of these channels, first tile?)` for every tile of `e = Σ z⊙g`:
-/// channel blocks in parallel, the rows of each in order. `out` has `width` elements per channel.
-pub(super) fn for_channel_blocks<T: Real>(
-    z: &Z<'_, T>,
+/// Calls `body(input rows, channels, e tile, sum, first tile?)` for every tile of `e = Σ z⊙g`: channel blocks in parallel, the
+/// rows of each in order. `sum [channels, width]` is what is written to these channels of `out`.
+pub(super) fn for_channel_blocks<T: Element>(
+    z: &Z<'_, T::Real>,
     g: &[T],
     width: usize,
     out: &mut [T],
-    body: impl Fn(Range<usize>, Range<usize>, &[T], &mut [T], bool, Par) + Sync,
+    body: impl Fn(Range<usize>, Range<usize>, &[T], MatMut<'_, T::Real>, bool, Par) + Sync,
 ) {
     /// Rows of `e` that are held at once.
     const ROWS: usize = 512;
@@ -332,36 +348,40 @@ pub(super) fn for_channel_blocks<T: Real>(
     let block = channel_block(n);
     let par = inner_threads(n.div_ceil(block));
     out.par_chunks_mut(block * width).enumerate().for_each_init(
-        || (Vec::new(), Vec::new()),
+        || (Vec::<T>::new(), Vec::new()),
         |(tile, scratch), (i, out)| {
             let channels = i * block..n.min((i + 1) * block);
-            for rows in blocks(z.shape.in_rows(), ROWS) {
-                tile.resize(rows.len() * channels.len(), T::zero());
-                z.gradient_tile(g, rows.clone(), channels.clone(), scratch, tile);
-                let first = rows.start == 0;
-                body(rows, channels.clone(), tile, out, first, par);
-            }
+            T::write(mat_mut(out, channels.len(), width), Par::Seq, |mut sum| {
+                for rows in blocks(z.shape.in_rows(), ROWS) {
+                    tile.resize(rows.len() * channels.len(), T::default());
+                    z.gradient_tile(g, rows.clone(), channels.clone(), scratch, tile);
+                    let first = rows.start == 0;
+                    body(rows, channels.clone(), tile, sum.as_mut(), first, par);
+                }
+            });
         },
     );
 }
 
 /// `dΔb = Σ z⊙g` over all output rows: channel blocks in parallel, the rows of each in order.
-pub(super) fn delta_bias<T: Real>(z: &Z<'_, T>, g: &[T], out: &mut [T]) {
+pub(super) fn delta_bias<T: Element>(z: &Z<'_, T::Real>, g: &[T], out: &mut [T]) {
     let n = z.shape.out_features;
     let block = channel_block(n);
     out.par_chunks_mut(block).enumerate().for_each_init(
-        || (Vec::new(), Vec::new()),
-        |(sum, scratch), (i, out)| {
+        || (Vec::new(), Vec::new(), Vec::new()),
+        |(sum, total, scratch), (i, out)| {
             let channels = i * block..i * block + out.len();
-            out.fill(T::zero());
+            total.clear();
+            total.resize(channels.len(), T::Real::zero());
             z.for_runs(0..z.shape.out_rows(), channels.clone(), scratch, |run, z| {
                 sum.clear();
-                sum.resize(channels.len(), T::zero());
+                sum.resize(channels.len(), T::Real::zero());
                 for row in run {
-                    zip1(sum, &g[row * n..][channels.clone()], |sum, g| *sum += g);
+                    zip1(sum, &g[row * n..][channels.clone()], |sum, g| *sum += g.to_real());
                 }
-                zip2(out, z, sum, |out, z, sum| *out += z * sum);
+                zip2(total, z, sum, |total, z, sum| *total += z * sum);
             });
+            zip1(out, total, |out, total| *out = T::from_real(total));
         },
     );
 }

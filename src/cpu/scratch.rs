@@ -1,10 +1,11 @@
-//! Memory for an effective weight, kept by each thread from one call to the next: getting it anew costs as much as filling it.
+//! Memory for effective weights, packed operands and sums, kept by each thread from one call to the next: getting it anew costs as
+//! much as filling it.
 
-use crate::real::Real;
+use half::bf16;
 use std::cell::RefCell;
 
 /// A type that threads keep memory of.
-pub trait Scratched: Sized + 'static {
+pub trait Scratched: Copy + Default + 'static {
     /// Exchanges a thread's memory of this type with another; a call within a call finds it empty.
     fn exchange(other: &mut Vec<Self>);
 }
@@ -23,12 +24,12 @@ macro_rules! scratched {
     )*};
 }
 
-scratched!(f32, f64);
+scratched!(f32, f64, bf16, u32);
 
 /// The calling thread's memory, for as long as this lives.
-pub(super) struct Scratch<T: Real>(Vec<T>);
+pub(super) struct Scratch<T: Scratched>(Vec<T>);
 
-impl<T: Real> Scratch<T> {
+impl<T: Scratched> Scratch<T> {
     pub(super) fn take() -> Self {
         let mut memory = Vec::new();
         T::exchange(&mut memory);
@@ -38,13 +39,13 @@ impl<T: Real> Scratch<T> {
     /// `len` elements of any contents.
     pub(super) fn get(&mut self, len: usize) -> &mut [T] {
         if self.0.len() < len {
-            self.0.resize(len, T::zero());
+            self.0.resize(len, T::default());
         }
         &mut self.0[..len]
     }
 }
 
-impl<T: Real> Drop for Scratch<T> {
+impl<T: Scratched> Drop for Scratch<T> {
     fn drop(&mut self) {
         T::exchange(&mut self.0);
     }

@@ -7,11 +7,14 @@
 //! | VPT add | 0 | `W0·(Pd·Pu)` |
 
 use super::low_rank_linear::check_scale;
-use super::matmul::{Accum, Par, add_up, all_threads, gemm, gemm_scaled, mat, mat_mut, mat_mut_t, transpose};
+use super::matmul::{
+    Accum, MatRef, Par, add_up, all_threads, gemm, gemm_scaled, mat, mat_mut, mat_mut_t, transpose,
+};
 use crate::error::{Error, Result};
-use crate::real::Real;
+use crate::real::{Element, Real};
 use crate::shape::{length, nonzero, product};
 use crate::vector::{zip1, zip2};
+use num_traits::Zero;
 use rayon::prelude::*;
 
 /// Channels of a block of ΔW that stays in the cache while it is used twice.
@@ -46,7 +49,7 @@ pub struct LoraGrads<B> {
     pub lora_a: B,
 }
 
-impl<T: Real> LoraFactors<&[T], T> {
+impl<T: Element> LoraFactors<&[T], T::Real> {
     pub(super) fn check(&self) -> Result<()> {
         nonzero("out_features", self.out_features)?;
         nonzero("in_features", self.in_features)?;
@@ -84,17 +87,16 @@ impl<T: Real> LoraFactors<&[T], T> {
         let blocks = out.par_chunks_mut(CHANNELS * k).zip(self.lora_b.par_chunks(CHANNELS * r));
         blocks.enumerate().for_each(|(i, (out, lora_b))| {
             let count = lora_b.len() / r;
-            gemm_scaled(
-                mat_mut(out, count, k),
-                Accum::Replace,
-                self.scale,
-                mat(lora_b, count, r),
-                lora_a,
-                Par::Seq,
-            );
-            if let Some(base) = base {
-                zip1(out, &base[i * CHANNELS * k..], |w, base| *w *= base);
-            }
+            T::write(mat_mut(out, count, k), Par::Seq, |mut out| {
+                let lora_b = mat(lora_b, count, r);
+                gemm_scaled(out.as_mut(), Accum::Replace, self.scale, lora_b, lora_a, Par::Seq);
+                let Some(base) = base else { return };
+                for (channel, base) in base[i * CHANNELS * k..].chunks_exact(k).take(count).enumerate() {
+                    let row =
+                        out.as_mut().row_mut(channel).try_as_row_major_mut().expect("rows are contiguous");
+                    zip1(row.as_slice_mut(), base, |w, base| *w *= base.to_real());
+                }
+            });
         });
     }
 
@@ -106,7 +108,7 @@ impl<T: Real> LoraFactors<&[T], T> {
         self.check_grads(&grads)?;
         let lora_a = mat(self.lora_a, r, k).transpose();
         let block = n.div_ceil(MAX_SUMS).max(CHANNELS);
-        let parts: Vec<Vec<T>> = grads
+        let parts: Vec<Vec<T::Real>> = grads
             .lora_b
             .par_chunks_mut(block * r)
             .zip(self.lora_b.par_chunks(block * r))
@@ -119,16 +121,18 @@ impl<T: Real> LoraFactors<&[T], T> {
                     let q = match base {
                         None => grad,
                         Some(base) => {
-                            product.resize(count * k, T::zero());
-                            zip2(product, grad, &base[i * block * k..], |q, grad, base| *q = grad * base);
+                            product.resize(count * k, T::default());
+                            zip2(product, grad, &base[i * block * k..], |q: &mut T, grad, base| {
+                                *q = T::from_real(grad.to_real() * base.to_real());
+                            });
                             &product[..]
                         }
                     };
                     let (q, d) = (mat(q, count, k), mat(d, count, r));
-                    dd_t.resize(count * r, T::zero());
+                    dd_t.resize(count * r, T::Real::zero());
                     gemm_scaled(mat_mut_t(dd_t, count, r), Accum::Replace, self.scale, q, lora_a, Par::Seq);
                     transpose(dd_t, dd, r);
-                    let mut share = vec![T::zero(); r * k];
+                    let mut share = vec![T::Real::zero(); r * k];
                     gemm_scaled(
                         mat_mut(&mut share, r, k),
                         Accum::Replace,
@@ -141,7 +145,7 @@ impl<T: Real> LoraFactors<&[T], T> {
                 },
             )
             .collect();
-        grads.lora_a.copy_from_slice(&add_up(parts.iter().map(Vec::as_slice)));
+        zip1(grads.lora_a, &add_up(parts.iter().map(Vec::as_slice)), |out, sum| *out = T::from_real(sum));
         Ok(())
     }
 }
@@ -150,7 +154,7 @@ impl<T: Real> LoraFactors<&[T], T> {
 ///
 /// # Errors
 /// If a size is zero, a slice has another length than its shape, or `scale` is not finite.
-pub fn low_rank_weight<T: Real>(lora: LoraFactors<&[T], T>, out: &mut [T]) -> Result<()> {
+pub fn low_rank_weight<T: Element>(lora: LoraFactors<&[T], T::Real>, out: &mut [T]) -> Result<()> {
     lora.check()?;
     lora.check_weight("out", out)?;
     lora.product(None, out);
@@ -161,8 +165,8 @@ pub fn low_rank_weight<T: Real>(lora: LoraFactors<&[T], T>, out: &mut [T]) -> Re
 ///
 /// # Errors
 /// As [`low_rank_weight`].
-pub fn low_rank_weight_backward<T: Real>(
-    lora: LoraFactors<&[T], T>,
+pub fn low_rank_weight_backward<T: Element>(
+    lora: LoraFactors<&[T], T::Real>,
     delta_weight_grad: &[T],
     grads: LoraGrads<&mut [T]>,
 ) -> Result<()> {
@@ -175,7 +179,11 @@ pub fn low_rank_weight_backward<T: Real>(
 ///
 /// # Errors
 /// As [`low_rank_weight`].
-pub fn lora_mul_weight<T: Real>(lora: LoraFactors<&[T], T>, base_weight: &[T], out: &mut [T]) -> Result<()> {
+pub fn lora_mul_weight<T: Element>(
+    lora: LoraFactors<&[T], T::Real>,
+    base_weight: &[T],
+    out: &mut [T],
+) -> Result<()> {
     lora.check()?;
     lora.check_weight("base_weight", base_weight)?;
     lora.check_weight("out", out)?;
@@ -187,8 +195,8 @@ pub fn lora_mul_weight<T: Real>(lora: LoraFactors<&[T], T>, base_weight: &[T], o
 ///
 /// # Errors
 /// As [`low_rank_weight`].
-pub fn lora_mul_weight_backward<T: Real>(
-    lora: LoraFactors<&[T], T>,
+pub fn lora_mul_weight_backward<T: Element>(
+    lora: LoraFactors<&[T], T::Real>,
     base_weight: &[T],
     delta_weight_grad: &[T],
     grads: LoraGrads<&mut [T]>,
@@ -232,7 +240,7 @@ pub struct PromptGrads<B> {
     pub delta_bias: Option<B>,
 }
 
-impl<T: Real> PromptBias<&[T]> {
+impl<T: Element> PromptBias<&[T]> {
     pub(super) fn check(&self) -> Result<()> {
         let Self { out_features: n, in_features: k, rank: r, .. } = *self;
         nonzero("out_features", n)?;
@@ -265,21 +273,17 @@ impl<T: Real> PromptBias<&[T]> {
         self.check()?;
         let Self { out_features: n, in_features: k, rank: r, .. } = *self;
         length("out", "[N]", out, n)?;
-        let par = all_threads();
-        let mut prompt = vec![T::zero(); k];
-        gemm(
-            mat_mut(&mut prompt, k, 1),
-            Accum::Replace,
-            mat(self.prompt_down, k, r),
-            mat(self.prompt_up, r, 1),
-            par,
-        );
-        gemm(mat_mut(out, n, 1), Accum::Replace, mat(self.base_weight, n, k), mat(&prompt, k, 1), par);
-        if let (Some(base), Some(delta)) = (self.base_bias, self.delta_bias) {
-            for ((out, &base), &delta) in out.iter_mut().zip(base).zip(delta) {
-                *out += base * delta;
+        let mut prompt = vec![T::default(); k];
+        write_product(&mut prompt, (k, 1), mat(self.prompt_down, k, r), mat(self.prompt_up, r, 1));
+        T::write(mat_mut(out, n, 1), Par::Seq, |mut out| {
+            let prompt = mat(&prompt, k, 1);
+            gemm(out.as_mut(), Accum::Replace, mat(self.base_weight, n, k), prompt, all_threads());
+            if let (Some(base), Some(delta)) = (self.base_bias, self.delta_bias) {
+                for (i, (&base, &delta)) in base.iter().zip(delta).enumerate() {
+                    out[(i, 0)] += base.to_real() * delta.to_real();
+                }
             }
-        }
+        });
         Ok(())
     }
 
@@ -292,29 +296,32 @@ impl<T: Real> PromptBias<&[T]> {
         let Self { out_features: n, in_features: k, rank: r, .. } = *self;
         length("delta_bias_grad", "[N]", delta_bias_grad, n)?;
         self.check_grads(&grads)?;
-        let par = all_threads();
-        let mut q = vec![T::zero(); k];
-        gemm(
-            mat_mut(&mut q, 1, k),
-            Accum::Replace,
-            mat(delta_bias_grad, 1, n),
-            mat(self.base_weight, n, k),
-            par,
-        );
-        gemm(mat_mut(grads.prompt_down, k, r), Accum::Replace, mat(&q, k, 1), mat(self.prompt_up, 1, r), par);
-        gemm(mat_mut(grads.prompt_up, 1, r), Accum::Replace, mat(&q, 1, k), mat(self.prompt_down, k, r), par);
+        let mut q = vec![T::default(); k];
+        write_product(&mut q, (1, k), mat(delta_bias_grad, 1, n), mat(self.base_weight, n, k));
+        write_product(grads.prompt_down, (k, r), mat(&q, k, 1), mat(self.prompt_up, 1, r));
+        write_product(grads.prompt_up, (1, r), mat(&q, 1, k), mat(self.prompt_down, k, r));
         if let Some(out) = grads.delta_bias {
             match self.base_bias {
                 Some(base) => {
                     for ((out, &base), &grad) in out.iter_mut().zip(base).zip(delta_bias_grad) {
-                        *out = base * grad;
+                        *out = T::from_real(base.to_real() * grad.to_real());
                     }
                 }
-                None => out.fill(T::zero()),
+                None => out.fill(T::default()),
             }
         }
         Ok(())
     }
+}
+
+/// `out = a·b`, of so many rows and columns, by all threads.
+fn write_product<T: Element>(
+    out: &mut [T],
+    (rows, columns): (usize, usize),
+    a: MatRef<'_, T>,
+    b: MatRef<'_, T>,
+) {
+    T::write(mat_mut(out, rows, columns), Par::Seq, |out| gemm(out, Accum::Replace, a, b, all_threads()));
 }
 
 /// `target += delta`: folds an adapter into its frozen layer for inference. For `W0 += ΔW` and `b0 += Δb` alike.

@@ -255,6 +255,7 @@ impl Call {
             base,
             delta_weight: optional("delta_weight"),
             delta_bias: optional("delta_bias"),
+            fold: true,
         };
         let (out_features, in_features, rank) = (self.size(Out), self.size(In), self.size(Rank));
         let low_rank = || LowRankLinear {

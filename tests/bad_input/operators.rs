@@ -179,7 +179,14 @@ fn parts_that_a_dense_layer_does_not_have() {
         out_features: 1,
         shared_input: false,
     };
-    let headless = NoisyLinear { shape, noise: Noise::Off, base: None, delta_weight: None, delta_bias: None };
+    let headless = NoisyLinear {
+        shape,
+        noise: Noise::Off,
+        base: None,
+        delta_weight: None,
+        delta_bias: None,
+        fold: true,
+    };
     let want =
         Error::Argument { argument: "delta_weight", problem: "is required when there is no base term" };
     assert_error(headless.forward(&[1.0, 2.0], &mut [0.0]), want);

@@ -19,6 +19,7 @@ fn a_layer_gives_what_the_rust_interface_gives() {
         base: Some(cpu::Base { weight: &weight.clone(), bias: Some(&bias.clone()) }),
         delta_weight: Some(&delta.clone()),
         delta_bias: None,
+        fold: true,
     };
     let (mut y, mut dx, mut dw) = (vec![0.0; 48], vec![0.0; 30], vec![0.0; 20]);
     layer.forward(&x, &mut y).unwrap();

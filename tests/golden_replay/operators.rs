@@ -158,6 +158,7 @@ fn dense<T: Real>(
             base: None,
             delta_weight: Some(&weight),
             delta_bias: bias.as_deref(),
+            fold: true,
         },
         Some(_) => cpu::NoisyLinear {
             shape,
@@ -165,6 +166,7 @@ fn dense<T: Real>(
             base: Some(base),
             delta_weight: lora.then_some(&delta_weight),
             delta_bias: Some(&delta_bias),
+            fold: true,
         },
     };
     let mut y = vec![T::zero(); dy.len()];

@@ -19,6 +19,7 @@ pub fn dense<T: Real>(case: &Case, d: &Data<T>) -> Outputs<T> {
         base: case.base(d),
         delta_weight: case.delta_weight.then_some(&d.dw),
         delta_bias: case.delta_bias.then_some(&d.db),
+        fold: true,
     };
     let (mut y, mut dx) = (unwritten(d.dy.len()), unwritten(d.x.len()));
     let (mut dw, mut db) = (case.delta_weight.then(|| unwritten(d.dw.len())), unwritten(d.db.len()));

@@ -17,6 +17,7 @@ fn sigma_zero_is_no_noise() {
             base: case.base(&data),
             delta_weight: case.delta_weight.then_some(&data.dw),
             delta_bias: Some(&data.db),
+            fold: true,
         };
         let run = |layer: NoisyLinear<'_, f64>| {
             let (mut y, mut dx) = (unwritten(data.dy.len()), unwritten(data.x.len()));
@@ -95,6 +96,7 @@ fn noise_does_not_depend_on_the_split_of_the_batch() {
                     base: Some(Base { weight: &uniform(1, n * k), bias: None }),
                     delta_weight: Some(&uniform(2, n * k)),
                     delta_bias: None,
+                    fold: true,
                 };
                 let mut y = unwritten(shape.out_rows() * n);
                 let x = uniform(3, whole.in_rows() * k);

@@ -61,6 +61,7 @@ impl LoraMulKernel {
             lora: (rank > 0).then_some(Lora { rank, lora_a, lora_b, scale }),
             prompt: (prompt_rank > 0).then_some(Prompt { rank: prompt_rank, down, up }),
             delta_bias: (!delta_bias.is_empty()).then_some(delta_bias),
+            fold: true,
         })
     }
 

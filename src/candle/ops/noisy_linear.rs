@@ -34,7 +34,7 @@ impl DenseKernel {
         [delta_weight, delta_bias]: [&'a [T]; 2],
     ) -> cpu::NoisyLinear<'a, T> {
         let (delta_weight, delta_bias) = (Some(delta_weight), Some(delta_bias));
-        cpu::NoisyLinear { shape: self.0.shape, noise, base, delta_weight, delta_bias }
+        cpu::NoisyLinear { shape: self.0.shape, noise, base, delta_weight, delta_bias, fold: true }
     }
 }
 

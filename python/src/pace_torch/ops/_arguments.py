@@ -23,7 +23,7 @@ class Function:
     `inputs` and `outputs` are the names of its tensors in `struct`. A name that is in both is a tensor that the function changes:
     it gets a copy of the input. Its other fields are `fields(settings, *inputs)`, the shapes of the outputs are
     `shapes(settings, *inputs)`: None where an output is not wanted. All tensors are of the type of the first one, except for
-    those that `_type_of` names, or of `dtype`. `workspace` is the operator whose workspace it takes; `zeroed` is whether that starts as zeros.
+    those that `_type_of` names, or of `dtype`; `takes_bf16` is whether the CPU takes bfloat16. `workspace` is the operator whose workspace it takes; `zeroed` is whether that starts as zeros.
     """
 
     def __init__(
@@ -38,12 +38,13 @@ class Function:
         workspace: Optional[str] = None,
         zeroed: bool = False,
         takes_tf32: bool = False,
+        takes_bf16: bool = False,
         dtype: Optional[torch.dtype] = None,
     ):
         self.name, self.struct, self.fields, self.shapes = name, struct, fields, shapes
         self.inputs, self.outputs = inputs.split(), outputs.split()
         self.workspace, self.new_workspace = workspace, torch.zeros if zeroed else torch.empty
-        self.takes_tf32, self.dtype = takes_tf32, dtype
+        self.takes_tf32, self.takes_bf16, self.dtype = takes_tf32, takes_bf16, dtype
         self.entry = getattr(lib.library, f"pace_{name}")
         self.prepared: dict[tuple, _Prepared] = {}
 
@@ -69,7 +70,7 @@ class _Prepared:
     def __init__(self, function: Function, tensors: Sequence[Optional[Tensor]], settings: NamedTuple, flags: int):
         like = tensors[0]
         self.entry, self.device = function.entry, like.device
-        self.dtype = function.dtype or working_dtype(like)
+        self.dtype = function.dtype or working_dtype(like, function.takes_bf16)
         result = function.dtype or like.dtype
         self.rounds = self.dtype != result
         if self.device.type == "cpu":
@@ -175,8 +176,8 @@ def _word(arguments: ctypes.Structure, name: str, elements: int) -> int:
 # ---------------------------------------------------------------------------------------------------------------- types
 
 
-def working_dtype(x: Tensor) -> torch.dtype:
-    """The type that the library computes in for tensors like `x`."""
+def working_dtype(x: Tensor, takes_bf16: bool = False) -> torch.dtype:
+    """The type in which the library takes tensors like `x`; `takes_bf16` is whether bfloat16 is one on the CPU."""
     if x.device.type not in ("cpu", "cuda"):
         raise PaceError(f"tensors are on `{x.device}`, expected a CPU or CUDA device")
     if x.dtype not in lib.DTYPES:
@@ -185,7 +186,9 @@ def working_dtype(x: Tensor) -> torch.dtype:
         if x.dtype == torch.float64:
             raise PaceError("tensors are of torch.float64, which the CUDA kernels do not have: use float32, or the CPU")
         return x.dtype
-    return x.dtype if x.dtype == torch.float64 else torch.float32
+    if x.dtype == torch.float64 or (takes_bf16 and x.dtype == torch.bfloat16):
+        return x.dtype
+    return torch.float32
 
 
 def real(dtype: torch.dtype) -> torch.dtype:

@@ -144,11 +144,11 @@ class Layer:
         grads = " ".join(f"grad_{name}" for name in ("input", *self.trained))
         forward = Function(
             f"{function}_forward", struct, inputs=_of_library(self.names), outputs=outputs, fields=self._fields,
-            shapes=self._shapes, workspace=function, takes_tf32=True,
+            shapes=self._shapes, workspace=function, takes_tf32=True, takes_bf16=True,
         )
         self.backward = Function(
             f"{function}_backward", struct, inputs=_of_library(self.kept), outputs=grads, fields=self._backward_fields,
-            shapes=self._backward_shapes, workspace=function, takes_tf32=True,
+            shapes=self._backward_shapes, workspace=function, takes_tf32=True, takes_bf16=True,
         )
         self.operator = Operator(
             name, inputs, LayerSettings, forward, self._shapes, outputs=len(outputs.split()), save=self._save,

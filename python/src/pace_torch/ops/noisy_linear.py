@@ -29,7 +29,7 @@ def noisy_linear(
     `shared_input` all branches read the same rows, `x [B, ..., K]`. In float32 on CUDA, GEMMs use TF32 where PyTorch's own
     may (`torch.backends.cuda.matmul`).
 
-    On CUDA, where a sample's tokens share z, both passes may take one matmul with `W0 + z⊙ΔW`, made in float32 and rounded once to
+    Where a sample's tokens share z, both passes may take one matmul with `W0 + z⊙ΔW`, made in float32 and rounded once to
     the tensors' type; `exact` is two, with W0 and with ΔW as they are. Without noise only float32 does so. `lora_mul_linear` says
     when to be exact.
 

@@ -1,0 +1,149 @@
+//! Layers in `bf16` against the same layers in `f64`, on numbers that `bf16` holds exactly.
+
+use half::bf16;
+use pace_kernels::cpu::{
+    Base, Lora, LoraMulLinear, LoraMulLinearGrads, LowRankGrads, LowRankLinear, NoisyLinear,
+    NoisyLinearGrads, Prompt,
+};
+use pace_kernels::noise::{Generator, Key, Noise, NoiseShape, philox4x32_10};
+use pace_kernels::{Element, LinearShape, Real};
+
+const RANK: usize = 5;
+
+/// Numbers between −1 and 1 that `bf16` holds exactly.
+fn values<T: Element>(seed: usize, len: usize) -> Vec<T> {
+    let word = |i: usize| philox4x32_10([i as u32, 0, 0, 0], [seed as u32, 1])[0];
+    let value = |i: usize| bf16::from_f32(word(i) as i32 as f32 / 2f32.powi(31)).to_f32();
+    (0..len).map(|i| T::from_real(T::Real::from_f32(value(i)))).collect()
+}
+
+fn wide<T: Element>(values: Vec<T>) -> Vec<f64> {
+    values.into_iter().map(|value| value.to_real().to_f64()).collect()
+}
+
+/// What a layer is run with.
+#[derive(Debug, Clone, Copy)]
+struct Case {
+    shape: LinearShape,
+    noise: Option<NoiseShape>,
+    fold: bool,
+    base: bool,
+}
+
+/// Outputs and gradients of all layers, by name.
+fn run<T: Element>(case: Case) -> Vec<(&'static str, Vec<f64>)> {
+    let Case { shape, fold, .. } = case;
+    let (m, k, n, r) = (shape.out_rows(), shape.in_features, shape.out_features, RANK);
+    let noise = match case.noise {
+        Some(shape) => Noise::Generated(Generator::new(Key::derive(1, 2, 3), 0.7, shape, 5).unwrap()),
+        None => Noise::Off,
+    };
+    let [weight, bias, delta, delta_bias, x, dy, lora_b, lora_a, down, up] =
+        [n * k, n, n * k, n, shape.in_rows() * k, m * n, n * r, r * k, k * r, r]
+            .map(|len| values::<T>(len, len));
+    let base = Base { weight: &weight[..], bias: Some(&bias[..]) };
+    // Contents are ignored: what is not written is found.
+    let nan = |len: usize| vec![T::from_real(T::Real::from_f32(f32::NAN)); len];
+    let mut out = Vec::new();
+
+    let layer = NoisyLinear {
+        shape,
+        noise,
+        base: case.base.then_some(base),
+        delta_weight: Some(&delta),
+        delta_bias: Some(&delta_bias),
+        fold,
+    };
+    let (mut y, mut dx, mut dw, mut db) = (nan(m * n), nan(x.len()), nan(n * k), nan(n));
+    layer.forward(&x, &mut y).unwrap();
+    let grads: NoisyLinearGrads<&mut [_]> =
+        NoisyLinearGrads { input: Some(&mut dx), delta_weight: Some(&mut dw), delta_bias: Some(&mut db) };
+    layer.backward(&x, &dy, grads).unwrap();
+    out.extend([("dense y", y), ("dense dx", dx), ("dΔW", dw), ("dΔb", db)]);
+
+    let layer = LowRankLinear {
+        shape,
+        noise,
+        base: case.base.then_some(base),
+        rank: r,
+        lora_b: &lora_b,
+        lora_a: &lora_a,
+        delta_bias: Some(&delta_bias),
+        scale: T::Real::from_f32(0.5),
+    };
+    let (mut y, mut dx, mut db, mut da, mut dbias) =
+        (nan(m * n), nan(x.len()), nan(n * r), nan(r * k), nan(n));
+    layer.forward(&x, &mut y).unwrap();
+    let grads: LowRankGrads<&mut [_]> = LowRankGrads {
+        input: Some(&mut dx),
+        lora_b: Some(&mut db),
+        lora_a: Some(&mut da),
+        delta_bias: Some(&mut dbias),
+    };
+    layer.backward(&x, &dy, grads).unwrap();
+    out.extend([("LoRA add y", y), ("LoRA add dx", dx), ("LoRA add dB", db), ("LoRA add dA", da)]);
+    out.push(("LoRA add dδb", dbias));
+
+    let layer = LoraMulLinear {
+        shape,
+        noise,
+        base,
+        lora: Some(Lora { rank: r, lora_a: &lora_a[..], lora_b: &lora_b[..], scale: T::Real::from_f32(0.5) }),
+        prompt: Some(Prompt { rank: r, down: &down[..], up: &up[..] }),
+        delta_bias: Some(&delta_bias),
+        fold,
+    };
+    let (mut y, mut dx, mut db, mut da) = (nan(m * n), nan(x.len()), nan(n * r), nan(r * k));
+    let (mut dp, mut du, mut dbias) = (nan(k * r), nan(r), nan(n));
+    layer.forward(&x, &mut y).unwrap();
+    let grads: LoraMulLinearGrads<&mut [_]> = LoraMulLinearGrads {
+        input: Some(&mut dx),
+        lora_a: Some(&mut da),
+        lora_b: Some(&mut db),
+        prompt_down: Some(&mut dp),
+        prompt_up: Some(&mut du),
+        delta_bias: Some(&mut dbias),
+    };
+    layer.backward(Some(&x), &dy, grads).unwrap();
+    out.extend([("LoRA mul y", y), ("LoRA mul dx", dx), ("LoRA mul dA", da), ("LoRA mul dB", db)]);
+    out.extend([("dPd", dp), ("dPu", du), ("LoRA mul dδb", dbias)]);
+    out.into_iter().map(|(name, values)| (name, wide(values))).collect()
+}
+
+#[test]
+fn layers_in_bf16_are_those_in_f64_but_for_rounding() {
+    let shape = |batch, tokens, in_features, out_features, shared_input| LinearShape {
+        branches: 2,
+        batch,
+        tokens,
+        in_features,
+        out_features,
+        shared_input,
+    };
+    let (sample, token) = (Some(NoiseShape::PerSample), Some(NoiseShape::PerToken));
+    let many = shape(3, 40, 70, 333, false);
+    let cases = [
+        // Folded, and not: by choice, by few tokens, without noise, by the kind of noise, by a shared input.
+        Case { shape: many, noise: sample, fold: true, base: true },
+        Case { shape: many, noise: sample, fold: false, base: true },
+        Case { shape: shape(2, 1, 33, 50, false), noise: sample, fold: true, base: true },
+        Case { shape: many, noise: None, fold: true, base: true },
+        Case { shape: many, noise: token, fold: true, base: true },
+        Case { shape: shape(2, 40, 64, 96, true), noise: sample, fold: true, base: true },
+        // Without a base; odd sizes; deeper and wider than a block of a GEMM.
+        Case { shape: many, noise: sample, fold: true, base: false },
+        Case { shape: shape(1, 33, 1, 1, false), noise: sample, fold: true, base: true },
+        Case { shape: shape(1, 130, 1101, 67, false), noise: sample, fold: true, base: true },
+        Case { shape: shape(1, 35, 67, 1101, false), noise: sample, fold: true, base: true },
+    ];
+    for case in cases {
+        for ((name, got), (_, want)) in run::<bf16>(case).into_iter().zip(run::<f64>(case)) {
+            let largest = want.iter().fold(0f64, |largest, value| largest.max(value.abs()));
+            for (i, (got, want)) in got.into_iter().zip(want).enumerate() {
+                // A result is rounded once, and what it is made of once or twice before.
+                let error = (got - want).abs();
+                assert!(error <= 2f64.powi(-7) * largest, "{name} [{i}] of {case:?}: {got:e}, not {want:e}");
+            }
+        }
+    }
+}
