@@ -61,6 +61,7 @@
 //! # }
 //! ```
 
+mod adapter_weights;
 mod borrowed;
 mod borrows;
 mod buffer;

@@ -22,13 +22,11 @@ struct Case {
     full: bool,
     /// Elements past an aligned address at which tensors start.
     shift: usize,
-    /// Whether one block does what the blocks below each other do.
-    single: bool,
 }
 
 fn cases() -> Vec<Case> {
-    // Around vectors (4 and 8 elements), strips (128 and 256), rows of warps and blocks (4 and 16), parts of rows (16 and up)
-    // and of columns (64), and chunks of the rank (8, 16, and all 256 threads).
+    // Around vectors (4 and 8 elements), strips (32 and 64 columns), octets of rows, tiles of ΔW (64 rows) and of Δb (16), parts of
+    // rows (64 and up), turns of the rank (16), and what the sums of a block are (128).
     let sizes = [
         (1, 1, 1),
         (3, 5, 2),
@@ -47,12 +45,15 @@ fn cases() -> Vec<Case> {
         (2, 264, 12),
         (24, 520, 10),
         (2, 3, 260),
+        (150, 70, 11),
     ];
-    let variants = [(true, 0, false), (false, 1, true)];
-    let of = |(n, k, r)| variants.map(|(full, shift, single)| Case { n, k, r, full, shift, single });
-    // More parts than a device is kept busy by if they had 16 rows.
-    let long = Case { n: 4240, k: 8, r: 1, full: true, shift: 0, single: false };
-    sizes.into_iter().flat_map(of).chain([long]).collect()
+    let variants = [(true, 0), (false, 1)];
+    let of = |(n, k, r)| variants.map(|(full, shift)| Case { n, k, r, full, shift });
+    // More parts than a device is kept busy by if they had 64 rows.
+    let long = Case { n: 17000, k: 8, r: 1, full: true, shift: 0 };
+    // Strips of which a part takes several turns of all warps.
+    let wide = Case { n: 200, k: 8200, r: 2, full: true, shift: 0 };
+    sizes.into_iter().flat_map(of).chain([long, wide]).collect()
 }
 
 fn round<T: Type>(value: f64) -> f64 {
@@ -138,7 +139,7 @@ fn lora_unfused<T: Type>(case: &Case, data: &[Vec<T>; 4]) -> Results<T> {
 }
 
 fn low_rank_typed<T: Type>(case: &Case, target: &Target<'_>) {
-    let &Case { n, k, r, full, single, .. } = case;
+    let &Case { n, k, r, full, .. } = case;
     let data = lora_data::<T>(case);
     let (exact, unfused) = (lora_exact(case, &data), lora_unfused(case, &data));
     check(case, target, &unfused, &exact, |machine| {
@@ -151,16 +152,8 @@ fn low_rank_typed<T: Type>(case: &Case, target: &Target<'_>) {
         let grads =
             LoraGrads { lora_b: machine.output::<T>("dB", n * r), lora_a: machine.output::<T>("dA", r * k) };
         let workspace = machine.output::<f32>("workspace", lora.workspace_len(T::DTYPE));
-        let mut forward = lora.weight(T::DTYPE, base, weight).unwrap();
-        let mut backward = lora.backward(T::DTYPE, base, grad, grads, workspace).unwrap();
-        if single {
-            // Of the weight, and of the partial sums of its gradients.
-            for plan in [&mut forward, &mut backward] {
-                plan.launches_mut().next().unwrap().grid[1] = 1;
-            }
-        }
-        machine.launch(&forward);
-        machine.launch(&backward);
+        machine.launch(&lora.weight(T::DTYPE, base, weight).unwrap());
+        machine.launch(&lora.backward(T::DTYPE, base, grad, grads, workspace).unwrap());
         vec![weight, grads.lora_b, grads.lora_a]
     });
 }
@@ -219,7 +212,7 @@ fn prompt_unfused<T: Type>(case: &Case, data: &[Vec<T>; 6]) -> Results<T> {
 }
 
 fn prompt_typed<T: Type>(case: &Case, target: &Target<'_>) {
-    let &Case { n, k, r, full, single, .. } = case;
+    let &Case { n, k, r, full, .. } = case;
     let data = prompt_data::<T>(case);
     let (exact, unfused) = (prompt_exact(case, &data), prompt_unfused(case, &data));
     check(case, target, &unfused, &exact, |machine| {
@@ -241,14 +234,9 @@ fn prompt_typed<T: Type>(case: &Case, target: &Target<'_>) {
             prompt_up: machine.output::<T>("dPu", r),
             delta_bias: Some(machine.output::<T>("dδb", n)),
         };
-        let len = prompt.workspace_len(T::DTYPE);
-        let workspaces = [machine.output::<f32>("workspace", len), machine.output::<f32>("another", len)];
-        machine.launch(&prompt.forward(T::DTYPE, out, workspaces[0]).unwrap());
-        let mut backward = prompt.backward(T::DTYPE, grad, grads, workspaces[1]).unwrap();
-        if single {
-            backward.launches_mut().next().unwrap().grid[1] = 1;
-        }
-        machine.launch(&backward);
+        let workspace = machine.output::<f32>("workspace", prompt.workspace_len(T::DTYPE));
+        machine.launch(&prompt.forward(T::DTYPE, out).unwrap());
+        machine.launch(&prompt.backward(T::DTYPE, grad, grads, workspace).unwrap());
         vec![out, grads.prompt_down, grads.prompt_up, grads.delta_bias.unwrap()]
     });
 }
@@ -369,7 +357,7 @@ fn prompt_methods(opened: &Opened, case: &Case) {
     let mut outs = [n, k * r, r, n].map(|len| opened.upload(shift, &vec![f16::NAN; len]));
     {
         let [mut out, mut lora_b, mut lora_a, mut bias] = outs.each_mut().map(|out| out.slice_mut(shift..));
-        device.prompt_bias(&prompt, &mut out, &mut workspace, stream).unwrap();
+        device.prompt_bias(&prompt, &mut out, stream).unwrap();
         let grads = PromptGrads::<&mut dyn DevicePtrMut<f16>> {
             prompt_down: &mut lora_b,
             prompt_up: &mut lora_a,
