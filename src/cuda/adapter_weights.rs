@@ -1,14 +1,18 @@
 //! ΔW and Δb of any number of layers in one launch, and their gradients in two; plans `kernels/weights.cu` and
 //! `kernels/weight_gradients.cu`.
 
-use super::buffer::{Address, Buffer, DType, MAX_ROWS, Named, rows_are_aligned};
+use super::borrows::Borrows;
+use super::buffer::{Address, Buffer, DType, Element, MAX_ROWS, Named, check_disjoint, rows_are_aligned};
+use super::device::Device;
 use super::kernel::{Kernels, WARP, table};
+use super::low_rank_weight::check_workspace;
 use super::partial_sums::SPLIT_BLOCKS;
 use super::plan::{Launch, Plan};
 use super::pointer::{Input, Output, Void};
 use crate::cpu::{LoraFactors, PromptBias};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use bytemuck::{Pod, Zeroable};
+use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
 
 /// Layers of a launch: as many as parameters have room for in 4 KiB.
 pub const WEIGHT_LAYERS: usize = 32;
@@ -133,33 +137,82 @@ pub struct WeightGradientsParams {
     count: u64,
 }
 
-/// ΔW of a layer to build: factors, W0 for LoRA mul, and where it goes.
+/// ΔW of a layer to build: `out [N, K] = scale·B·A`, times W0 for LoRA mul.
+///
+/// `B` are the tensors, all of one type, and `M` those that are written: [`Buffer`] for planning, or `cudarc`'s (see
+/// [`Device::adapter_weights`]).
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct BuildWeight {
-    pub(super) factors: LoraFactors<Buffer>,
-    pub(super) base: Option<Buffer>,
-    pub(super) out: Buffer,
+pub struct LoraWeight<B, M = B> {
+    /// Sizes, factors and scale.
+    pub factors: LoraFactors<B>,
+    /// `W0 [N, K]`: LoRA mul. `None` is LoRA add.
+    pub base_weight: Option<B>,
+    /// `ΔW [N, K]`.
+    pub out: M,
 }
 
-/// Δb of a layer to build.
+/// Δb of a layer to build: `out [N] = W0·(Pd·Pu) + b0⊙δb`. Tensors as in [`LoraWeight`].
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct BuildBias {
-    pub(super) prompt: PromptBias<Buffer>,
-    pub(super) out: Buffer,
+pub struct PromptWeight<B, M = B> {
+    /// Sizes, the frozen layer and the prompt.
+    pub prompt: PromptBias<B>,
+    /// `Δb [N]`.
+    pub out: M,
 }
 
-/// What to build for one layer; if both, with the same W0. All was checked before.
+/// What to build for one layer. If both, of the same sizes and W0.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Build {
-    pub(super) weight: Option<BuildWeight>,
-    pub(super) bias: Option<BuildBias>,
+pub struct AdapterWeight<B, M = B> {
+    /// ΔW.
+    pub lora: Option<LoraWeight<B, M>>,
+    /// Δb.
+    pub prompt: Option<PromptWeight<B, M>>,
 }
 
-impl Build {
+/// Gradients of LoRA's factors. Tensors as in [`LoraWeight`].
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LoraWeightGrads<B, M = B> {
+    /// Sizes, factors and scale.
+    pub factors: LoraFactors<B>,
+    /// `W0 [N, K]`: LoRA mul. `None` is LoRA add.
+    pub base_weight: Option<B>,
+    /// `dΔW [N, K]`.
+    pub delta_weight_grad: B,
+    /// `dB [N, r]`, if it is wanted.
+    pub lora_b: Option<M>,
+    /// `dA [r, K]`, if it is wanted.
+    pub lora_a: Option<M>,
+}
+
+/// Gradients of a prompt. Tensors as in [`LoraWeight`].
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PromptWeightGrads<B, M = B> {
+    /// Sizes, the frozen layer and the prompt.
+    pub prompt: PromptBias<B>,
+    /// `dΔb [N]`.
+    pub delta_bias_grad: B,
+    /// `dPd [K, r]`, if it is wanted.
+    pub prompt_down: Option<M>,
+    /// `dPu [r]`, if it is wanted.
+    pub prompt_up: Option<M>,
+    /// `dδb [N]`, if it is wanted.
+    pub delta_bias: Option<M>,
+}
+
+/// Gradients of one layer's adapter. If both, of the same sizes and W0.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AdapterWeightGrads<B, M = B> {
+    /// Those from dΔW.
+    pub lora: Option<LoraWeightGrads<B, M>>,
+    /// Those from dΔb.
+    pub prompt: Option<PromptWeightGrads<B, M>>,
+}
+
+impl AdapterWeight<Buffer> {
     fn params(&self, dtype: DType) -> WeightLayer {
         let mut layer = WeightLayer::zeroed();
         let mut vectors = [Address::NONE; 3];
-        if let Some(BuildBias { prompt, out }) = self.bias {
+        if let Some(PromptWeight { prompt, out }) = self.prompt {
             vectors[0] = prompt.base_weight.into();
             layer = WeightLayer {
                 base: prompt.base_weight.into(),
@@ -174,7 +227,7 @@ impl Build {
                 ..layer
             };
         }
-        if let Some(BuildWeight { factors, base, out }) = self.weight {
+        if let Some(LoraWeight { factors, base_weight: base, out }) = self.lora {
             vectors = [base.into(), factors.lora_a.into(), out.into()];
             layer = WeightLayer {
                 base: base.into(),
@@ -193,11 +246,11 @@ impl Build {
     }
 
     fn blocks(&self, dtype: DType) -> usize {
-        let weight = self.weight.map_or(0, |weight| {
-            let LoraFactors { out_features: n, in_features: k, .. } = weight.factors;
+        let weight = self.lora.map_or(0, |lora| {
+            let LoraFactors { out_features: n, in_features: k, .. } = lora.factors;
             strips(k, dtype) * n.div_ceil(WEIGHT_ROWS)
         });
-        weight + self.bias.map_or(0, |bias| bias.prompt.out_features.div_ceil(BIAS_TILE_ROWS))
+        weight + self.prompt.map_or(0, |prompt| prompt.prompt.out_features.div_ceil(BIAS_TILE_ROWS))
     }
 }
 
@@ -223,8 +276,8 @@ fn launches<const N: usize>(blocks: &[usize]) -> Vec<(std::ops::Range<usize>, [u
     launches
 }
 
-/// The plan that builds ΔW and Δb of these layers.
-pub(super) fn build(dtype: DType, layers: &[Build]) -> Plan {
+/// The plan that builds ΔW and Δb of these layers, all of which was checked before.
+pub(super) fn build(dtype: DType, layers: &[AdapterWeight<Buffer>]) -> Plan {
     let blocks: Vec<usize> = layers.iter().map(|layer| layer.blocks(dtype)).collect();
     let mut plan = Plan::default();
     for (range, first_block, blocks) in launches::<WEIGHT_LAYERS>(&blocks) {
@@ -237,32 +290,12 @@ pub(super) fn build(dtype: DType, layers: &[Build]) -> Plan {
         for (params, layer) in params.layers.iter_mut().zip(layers) {
             *params = layer.params(dtype);
         }
-        let has_prompt = layers.iter().any(|layer| layer.bias.is_some());
+        let has_prompt = layers.iter().any(|layer| layer.prompt.is_some());
         let shared = if has_prompt { PROMPT_COLUMNS * 4 + PROMPT_BYTES } else { 0 };
         let kernel = table::ADAPTER_WEIGHTS.choose(dtype);
         plan.push(Launch::new(kernel, [blocks, 1, 1], [WEIGHT_THREADS as u32, 1, 1], shared, &params));
     }
     plan
-}
-
-/// Gradients of LoRA's factors: what they come from and where they go, if they are wanted.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct LoraGradients {
-    pub(super) factors: LoraFactors<Buffer>,
-    pub(super) base: Option<Buffer>,
-    pub(super) grad: Buffer,
-    pub(super) lora_b: Option<Buffer>,
-    pub(super) lora_a: Option<Buffer>,
-}
-
-/// Gradients of a prompt.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct PromptGradients {
-    pub(super) prompt: PromptBias<Buffer>,
-    pub(super) grad: Buffer,
-    pub(super) prompt_down: Option<Buffer>,
-    pub(super) prompt_up: Option<Buffer>,
-    pub(super) delta_bias: Option<Buffer>,
 }
 
 /// Checks outputs that are asked for, of these shapes and lengths; gives them with their names.
@@ -280,7 +313,7 @@ fn check_outputs<const N: usize>(
     Ok(checked)
 }
 
-impl LoraGradients {
+impl LoraWeightGrads<Buffer> {
     /// Checks where the gradients of factors go that were checked.
     pub(super) fn check_outputs(&self, dtype: DType) -> Result<Vec<Named>> {
         let LoraFactors { out_features: n, in_features: k, rank: r, .. } = self.factors;
@@ -290,7 +323,7 @@ impl LoraGradients {
     }
 }
 
-impl PromptGradients {
+impl PromptWeightGrads<Buffer> {
     /// Checks where the gradients of a prompt go that was checked.
     pub(super) fn check_outputs(&self, dtype: DType) -> Result<Vec<Named>> {
         let PromptBias { out_features: n, in_features: k, rank: r, .. } = self.prompt;
@@ -301,15 +334,6 @@ impl PromptGradients {
         ];
         check_outputs(dtype, outputs)
     }
-}
-
-/// Gradients of one layer; if of both, with the same W0. All was checked before.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Gradients {
-    pub(super) lora: Option<LoraGradients>,
-    pub(super) prompt: Option<PromptGradients>,
-    /// Of at least as many elements as [`Partial::len`] says.
-    pub(super) workspace: Address,
 }
 
 /// Partial sums of the gradients of a layer.
@@ -363,7 +387,7 @@ impl Partial {
     }
 }
 
-impl Gradients {
+impl<B: Copy, M: Copy> AdapterWeightGrads<B, M> {
     fn partial(&self, dtype: DType) -> Partial {
         let lora = self.lora.map(|lora| lora.factors);
         let prompt = self.prompt.map(|prompt| prompt.prompt);
@@ -374,11 +398,13 @@ impl Gradients {
         let ranks = (lora.map_or(0, |lora| lora.rank), prompt.map_or(0, |prompt| prompt.rank));
         Partial::new(n, k, ranks.0, ranks.1, dtype)
     }
+}
 
-    fn params(&self, dtype: DType) -> WeightGradientLayer {
+impl AdapterWeightGrads<Buffer> {
+    /// `at`: its part of the workspace.
+    fn params(&self, dtype: DType, at: Address) -> WeightGradientLayer {
         let partial = self.partial(dtype);
         let [a, b, q, _] = partial.lens().map(|len| len * 4);
-        let at = self.workspace;
         let mut layer = WeightGradientLayer {
             a_partial: at.into(),
             b_partial: at.offset(a).into(),
@@ -392,11 +418,13 @@ impl Gradients {
             ..WeightGradientLayer::zeroed()
         };
         let mut vectors = [Address::NONE; 4];
-        if let Some(PromptGradients { prompt, grad, prompt_down, prompt_up, delta_bias }) = self.prompt {
+        if let Some(PromptWeightGrads { prompt, delta_bias_grad, prompt_down, prompt_up, delta_bias }) =
+            self.prompt
+        {
             vectors[0] = prompt.base_weight.into();
             layer = WeightGradientLayer {
                 base: prompt.base_weight.into(),
-                bias_grad: grad.into(),
+                bias_grad: delta_bias_grad.into(),
                 prompt_down: prompt.prompt_down.into(),
                 prompt_up: prompt.prompt_up.into(),
                 base_bias: prompt.base_bias.into(),
@@ -406,7 +434,9 @@ impl Gradients {
                 ..layer
             };
         }
-        if let Some(LoraGradients { factors, base, grad, lora_b, lora_a }) = self.lora {
+        if let Some(LoraWeightGrads { factors, base_weight: base, delta_weight_grad: grad, lora_b, lora_a }) =
+            self.lora
+        {
             vectors = [base.into(), grad.into(), factors.lora_a.into(), at];
             layer = WeightGradientLayer {
                 grad: grad.into(),
@@ -424,11 +454,18 @@ impl Gradients {
     }
 }
 
-/// The plan that computes the gradients of these layers: partial sums, and their sums.
-pub(super) fn gradients(dtype: DType, layers: &[Gradients]) -> Plan {
+/// The plan that computes the gradients of these layers, all of which was checked before: partial sums, and their sums.
+/// `workspace` has at least as many elements as [`AdapterWeightGrads::workspace_len`] says.
+pub(super) fn gradients(dtype: DType, layers: &[AdapterWeightGrads<Buffer>], workspace: Address) -> Plan {
     let partials: Vec<Partial> = layers.iter().map(|layer| layer.partial(dtype)).collect();
     let blocks: Vec<usize> = partials.iter().map(|partial| partial.strips * partial.parts).collect();
     let sums: Vec<usize> = partials.iter().map(Partial::sum_blocks).collect();
+    let mut end = workspace;
+    let mut places = Vec::new();
+    for partial in &partials {
+        places.push(end);
+        end = end.offset(partial.len() * 4);
+    }
     let has_lora = layers.iter().any(|layer| layer.lora.is_some());
     // A warp's sums for A, or for q.
     let columns = STRIP_BYTES / dtype.bytes();
@@ -437,14 +474,14 @@ pub(super) fn gradients(dtype: DType, layers: &[Gradients]) -> Plan {
     let mut plan = Plan::default();
     let mut push = |kernels: Kernels, blocks: &[usize], threads: usize, shared: usize| {
         for (range, first_block, blocks) in launches::<WEIGHT_GRADIENT_LAYERS>(blocks) {
-            let layers = &layers[range];
+            let (layers, places) = (&layers[range.clone()], &places[range]);
             let mut params = WeightGradientsParams {
                 layers: [WeightGradientLayer::zeroed(); WEIGHT_GRADIENT_LAYERS],
                 first_block,
                 count: layers.len() as u64,
             };
-            for (params, layer) in params.layers.iter_mut().zip(layers) {
-                *params = layer.params(dtype);
+            for (params, (layer, &place)) in params.layers.iter_mut().zip(layers.iter().zip(places)) {
+                *params = layer.params(dtype, place);
             }
             let (grid, block) = ([blocks, 1, 1], [threads as u32, 1, 1]);
             plan.push(Launch::new(kernels.choose(dtype), grid, block, shared, &params));
@@ -453,4 +490,172 @@ pub(super) fn gradients(dtype: DType, layers: &[Gradients]) -> Plan {
     push(table::WEIGHT_GRADIENTS, &blocks, WEIGHT_GRADIENT_THREADS, shared);
     push(table::WEIGHT_GRADIENT_SUMS, &sums, WEIGHT_SUM_THREADS, WEIGHT_SUM_THREADS * 16);
     plan
+}
+
+/// Checks that a layer's prompt has the sizes and the W0 of its LoRA.
+fn check_layer(
+    lora: Option<(LoraFactors<Buffer>, Option<Buffer>)>,
+    prompt: Option<PromptBias<Buffer>>,
+) -> Result<()> {
+    let (Some((factors, base)), Some(prompt)) = (lora, prompt) else {
+        return Ok(());
+    };
+    let sizes = [factors.out_features, factors.in_features];
+    if base != Some(prompt.base_weight) || sizes != [prompt.out_features, prompt.in_features] {
+        return Err(Error::Argument {
+            argument: "prompt",
+            problem: "has another base weight than its layer's LoRA",
+        });
+    }
+    Ok(())
+}
+
+impl AdapterWeight<Buffer> {
+    /// The plan that builds ΔW and Δb of these layers: a launch for each 32.
+    ///
+    /// # Errors
+    /// As [`LoraFactors::weight`] and [`PromptBias::forward`]; also if a layer's LoRA and prompt have different sizes or base
+    /// weights.
+    pub fn plan(dtype: DType, layers: &[Self]) -> Result<Plan> {
+        let (mut inputs, mut outputs) = (Vec::new(), Vec::new());
+        for layer in layers {
+            check_layer(
+                layer.lora.map(|lora| (lora.factors, lora.base_weight)),
+                layer.prompt.map(|prompt| prompt.prompt),
+            )?;
+            if let Some(LoraWeight { factors, base_weight, out }) = layer.lora {
+                inputs.extend(factors.check(dtype, base_weight)?);
+                out.check("out", "[N, K]", factors.out_features * factors.in_features, dtype.bytes())?;
+                outputs.push(("out", out));
+            }
+            if let Some(PromptWeight { prompt, out }) = layer.prompt {
+                inputs.extend(prompt.check(dtype)?);
+                out.check("out", "[N]", prompt.out_features, dtype.bytes())?;
+                outputs.push(("out", out));
+            }
+        }
+        check_disjoint(&inputs, &outputs, dtype.bytes())?;
+        Ok(build(dtype, layers))
+    }
+}
+
+impl<B: Copy, M: Copy> AdapterWeightGrads<B, M> {
+    /// The `f32` elements of workspace that the gradients of these layers need; saturates for sizes that are refused.
+    pub fn workspace_len(dtype: DType, layers: &[Self]) -> usize {
+        layers.iter().fold(0, |len, layer| len.saturating_add(layer.partial(dtype).len()))
+    }
+}
+
+impl AdapterWeightGrads<Buffer> {
+    /// The plan that computes the gradients of these layers: two launches for each 16.
+    ///
+    /// # Errors
+    /// As [`LoraFactors::backward`] and [`PromptBias::backward`]; also if a layer's LoRA and prompt have different sizes or base
+    /// weights.
+    pub fn plan(dtype: DType, layers: &[Self], workspace: Buffer) -> Result<Plan> {
+        let bytes = dtype.bytes();
+        let (mut inputs, mut outputs) = (Vec::new(), Vec::new());
+        for layer in layers {
+            check_layer(
+                layer.lora.map(|lora| (lora.factors, lora.base_weight)),
+                layer.prompt.map(|prompt| prompt.prompt),
+            )?;
+            if let Some(lora) = layer.lora {
+                let LoraFactors { out_features: n, in_features: k, .. } = lora.factors;
+                inputs.extend(lora.factors.check(dtype, lora.base_weight)?);
+                lora.delta_weight_grad.check("delta_weight_grad", "[N, K]", n * k, bytes)?;
+                inputs.push(("delta_weight_grad", lora.delta_weight_grad));
+                outputs.extend(lora.check_outputs(dtype)?);
+            }
+            if let Some(prompt) = layer.prompt {
+                inputs.extend(prompt.prompt.check(dtype)?);
+                prompt.delta_bias_grad.check("delta_bias_grad", "[N]", prompt.prompt.out_features, bytes)?;
+                inputs.push(("delta_bias_grad", prompt.delta_bias_grad));
+                outputs.extend(prompt.check_outputs(dtype)?);
+            }
+        }
+        let workspace = check_workspace(workspace, Self::workspace_len(dtype, layers))?;
+        outputs.push(("workspace", workspace.in_elements_of(bytes)));
+        check_disjoint(&inputs, &outputs, bytes)?;
+        Ok(gradients(dtype, layers, workspace.into()))
+    }
+}
+
+impl Device {
+    /// Builds ΔW and Δb of many layers in a launch for each 32.
+    ///
+    /// # Errors
+    /// As [`AdapterWeight::plan`]; also if an argument belongs to another device, or a launch fails.
+    pub fn adapter_weights<'a, T: Element>(
+        &'a self,
+        layers: impl IntoIterator<Item = AdapterWeight<&'a dyn DevicePtr<T>, &'a mut dyn DevicePtrMut<T>>>,
+        stream: &'a CudaStream,
+    ) -> Result<()> {
+        let mut borrows = Borrows::new(self, stream);
+        let mut borrowed = Vec::new();
+        for AdapterWeight { lora, prompt } in layers {
+            let lora = match lora {
+                Some(LoraWeight { factors, base_weight, out }) => Some(LoraWeight {
+                    factors: factors.borrow(&mut borrows)?,
+                    base_weight: borrows.optional("base_weight", base_weight)?,
+                    out: borrows.output("out", out)?,
+                }),
+                None => None,
+            };
+            let prompt = match prompt {
+                Some(PromptWeight { prompt, out }) => Some(PromptWeight {
+                    prompt: prompt.borrow(&mut borrows)?,
+                    out: borrows.output("out", out)?,
+                }),
+                None => None,
+            };
+            borrowed.push(AdapterWeight { lora, prompt });
+        }
+        let plan = AdapterWeight::plan(T::DTYPE, &borrowed)?;
+        // SAFETY: the plan's addresses are those of live device tensors of this context, whose guards outlive the launch,
+        // and the plan checked their lengths against what the kernels touch.
+        unsafe { self.launch(&plan, stream) }
+    }
+
+    /// Gradients of the factors of many layers, in two launches for each 16. `workspace` has at least
+    /// [`AdapterWeightGrads::workspace_len`] elements; contents are ignored.
+    ///
+    /// # Errors
+    /// As [`AdapterWeightGrads::plan`]; also if an argument belongs to another device, or a launch fails.
+    pub fn adapter_weight_grads<'a, T: Element>(
+        &'a self,
+        layers: impl IntoIterator<Item = AdapterWeightGrads<&'a dyn DevicePtr<T>, &'a mut dyn DevicePtrMut<T>>>,
+        workspace: &'a mut dyn DevicePtrMut<f32>,
+        stream: &'a CudaStream,
+    ) -> Result<()> {
+        let mut borrows = Borrows::new(self, stream);
+        let mut borrowed = Vec::new();
+        for AdapterWeightGrads { lora, prompt } in layers {
+            let lora = match lora {
+                Some(lora) => Some(LoraWeightGrads {
+                    factors: lora.factors.borrow(&mut borrows)?,
+                    base_weight: borrows.optional("base_weight", lora.base_weight)?,
+                    delta_weight_grad: borrows.input("delta_weight_grad", lora.delta_weight_grad)?,
+                    lora_b: borrows.optional_output("grads.lora_b", lora.lora_b)?,
+                    lora_a: borrows.optional_output("grads.lora_a", lora.lora_a)?,
+                }),
+                None => None,
+            };
+            let prompt = match prompt {
+                Some(prompt) => Some(PromptWeightGrads {
+                    prompt: prompt.prompt.borrow(&mut borrows)?,
+                    delta_bias_grad: borrows.input("delta_bias_grad", prompt.delta_bias_grad)?,
+                    prompt_down: borrows.optional_output("grads.prompt_down", prompt.prompt_down)?,
+                    prompt_up: borrows.optional_output("grads.prompt_up", prompt.prompt_up)?,
+                    delta_bias: borrows.optional_output("grads.delta_bias", prompt.delta_bias)?,
+                }),
+                None => None,
+            };
+            borrowed.push(AdapterWeightGrads { lora, prompt });
+        }
+        let workspace = borrows.output("workspace", workspace)?;
+        let plan = AdapterWeightGrads::plan(T::DTYPE, &borrowed, workspace)?;
+        // SAFETY: as in `adapter_weights`.
+        unsafe { self.launch(&plan, stream) }
+    }
 }

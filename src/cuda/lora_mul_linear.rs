@@ -2,7 +2,8 @@
 //! the dense layer one after the other.
 
 use super::adapter_weights::{
-    Build, BuildBias, BuildWeight, Gradients, LoraGradients, Partial, PromptGradients, build, gradients,
+    AdapterWeight, AdapterWeightGrads, LoraWeight, LoraWeightGrads, Partial, PromptWeight, PromptWeightGrads,
+    build, gradients,
 };
 use super::borrows::{Borrows, Noise};
 use super::buffer::{Buffer, DType, Element, Named, check_disjoint, check_linear_shape};
@@ -135,25 +136,24 @@ impl LoraMulLinear<Buffer, Source> {
         (needs_weight, needs_bias): (bool, bool),
         places: &Places,
     ) -> Result<NoisyLinear<Buffer, Source>> {
-        let weight = match self.lora {
+        let lora = match self.lora {
             Some(lora) => {
-                let factors = lora.factors(&self.shape);
-                factors.check(dtype, Some(self.base.weight))?;
-                let base = Some(self.base.weight);
-                needs_weight.then_some(BuildWeight { factors, base, out: places.weight })
+                let (factors, base_weight) = (lora.factors(&self.shape), Some(self.base.weight));
+                factors.check(dtype, base_weight)?;
+                needs_weight.then_some(LoraWeight { factors, base_weight, out: places.weight })
             }
             None => None,
         };
-        let bias = match self.prompt {
+        let prompt = match self.prompt {
             Some(prompt) => {
                 let prompt = prompt.bias(&self.shape, self.base, self.delta_bias);
                 prompt.check(dtype)?;
-                needs_bias.then_some(BuildBias { prompt, out: places.bias })
+                needs_bias.then_some(PromptWeight { prompt, out: places.bias })
             }
             None => None,
         };
-        if weight.is_some() || bias.is_some() {
-            plan.append(build(dtype, &[Build { weight, bias }]));
+        if lora.is_some() || prompt.is_some() {
+            plan.append(build(dtype, &[AdapterWeight { lora, prompt }]));
         }
         let bias = if needs_bias && self.prompt.is_some() { Some(places.bias) } else { self.delta_bias };
         Ok(self.dense(self.lora.map(|_| places.weight), bias))
@@ -214,16 +214,16 @@ impl LoraMulLinear<Buffer, Source> {
             delta_bias: if with_prompt { Some(places.bias_grad) } else { delta_bias },
         };
         plan.append(layer.backward_from(gpu, dtype, x, dy, dense, places.operators)?);
-        let lora = self.lora.filter(|_| with_lora).map(|lora| LoraGradients {
+        let lora = self.lora.filter(|_| with_lora).map(|lora| LoraWeightGrads {
             factors: lora.factors(&self.shape),
-            base: Some(self.base.weight),
-            grad: places.weight_grad,
+            base_weight: Some(self.base.weight),
+            delta_weight_grad: places.weight_grad,
             lora_b,
             lora_a,
         });
-        let prompt = self.prompt.filter(|_| with_prompt).map(|prompt| PromptGradients {
+        let prompt = self.prompt.filter(|_| with_prompt).map(|prompt| PromptWeightGrads {
             prompt: prompt.bias(&self.shape, self.base, self.delta_bias),
-            grad: places.bias_grad,
+            delta_bias_grad: places.bias_grad,
             prompt_down,
             prompt_up,
             delta_bias,
@@ -231,8 +231,8 @@ impl LoraMulLinear<Buffer, Source> {
         lora.map_or(Ok(Vec::new()), |lora| lora.check_outputs(dtype))?;
         prompt.map_or(Ok(Vec::new()), |prompt| prompt.check_outputs(dtype))?;
         if lora.is_some() || prompt.is_some() {
-            let workspace = places.operators.into();
-            plan.append(gradients(dtype, &[Gradients { lora, prompt, workspace }]));
+            let layers = [AdapterWeightGrads { lora, prompt }];
+            plan.append(gradients(dtype, &layers, places.operators.into()));
         }
         Ok(plan)
     }

@@ -2,7 +2,9 @@
 //!
 //! LoRA add is [`LoraFactors::weight`] without a base weight, LoRA mul with one.
 
-use super::adapter_weights::{Build, BuildWeight, Gradients, LoraGradients, Partial, build, gradients};
+use super::adapter_weights::{
+    AdapterWeight, AdapterWeightGrads, LoraWeight, LoraWeightGrads, Partial, build, gradients,
+};
 use super::borrows::Borrows;
 use super::buffer::{Buffer, DType, Element, MAX_ROWS, Named, check_disjoint};
 use super::device::Device;
@@ -78,8 +80,8 @@ impl LoraFactors<Buffer> {
         let inputs = self.check(dtype, base_weight)?;
         out.check("out", "[N, K]", self.out_features * self.in_features, dtype.bytes())?;
         check_disjoint(&inputs, &[("out", out)], dtype.bytes())?;
-        let weight = Some(BuildWeight { factors: *self, base: base_weight, out });
-        Ok(build(dtype, &[Build { weight, bias: None }]))
+        let lora = Some(LoraWeight { factors: *self, base_weight, out });
+        Ok(build(dtype, &[AdapterWeight { lora, prompt: None }]))
     }
 
     /// The plan that computes `dB = scale·Q·Aᵀ` and `dA = scale·Bᵀ·Q` from the gradient of [`weight`](Self::weight)'s
@@ -104,10 +106,10 @@ impl LoraFactors<Buffer> {
             bytes,
         )?;
         inputs.push(("delta_weight_grad", delta_weight_grad));
-        let lora = LoraGradients {
+        let lora = LoraWeightGrads {
             factors: *self,
-            base: base_weight,
-            grad: delta_weight_grad,
+            base_weight,
+            delta_weight_grad,
             lora_b: Some(grads.lora_b),
             lora_a: Some(grads.lora_a),
         };
@@ -115,12 +117,12 @@ impl LoraFactors<Buffer> {
         let workspace = check_workspace(workspace, self.workspace_len(dtype))?;
         outputs.push(("workspace", workspace.in_elements_of(bytes)));
         check_disjoint(&inputs, &outputs, bytes)?;
-        Ok(gradients(dtype, &[Gradients { lora: Some(lora), prompt: None, workspace: workspace.into() }]))
+        Ok(gradients(dtype, &[AdapterWeightGrads { lora: Some(lora), prompt: None }], workspace.into()))
     }
 }
 
 impl<'a, T> LoraFactors<&'a dyn DevicePtr<T>> {
-    fn borrow(&self, borrows: &mut Borrows<'a>) -> Result<LoraFactors<Buffer>> {
+    pub(super) fn borrow(&self, borrows: &mut Borrows<'a>) -> Result<LoraFactors<Buffer>> {
         let LoraFactors { out_features, in_features, rank, lora_b, lora_a, scale } = *self;
         let (lora_b, lora_a) = (borrows.input("lora_b", lora_b)?, borrows.input("lora_a", lora_a)?);
         Ok(LoraFactors { out_features, in_features, rank, lora_b, lora_a, scale })

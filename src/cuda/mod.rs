@@ -95,6 +95,9 @@ pub use crate::cpu::{
     Base, Lora, LoraFactors, LoraGrads, LoraMulLinearGrads, LowRankGrads, NoisyLinearGrads, Prompt,
     PromptBias, PromptGrads,
 };
+pub use adapter_weights::{
+    AdapterWeight, AdapterWeightGrads, LoraWeight, LoraWeightGrads, PromptWeight, PromptWeightGrads,
+};
 pub use borrowed::BorrowedTensor;
 pub use borrows::Noise;
 pub use buffer::{Address, Buffer, DType, Direction, Element};

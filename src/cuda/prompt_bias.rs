@@ -1,6 +1,8 @@
 //! The prompt adapter's bias (VPT add) and its gradients.
 
-use super::adapter_weights::{Build, BuildBias, Gradients, Partial, PromptGradients, build, gradients};
+use super::adapter_weights::{
+    AdapterWeight, AdapterWeightGrads, Partial, PromptWeight, PromptWeightGrads, build, gradients,
+};
 use super::borrows::Borrows;
 use super::buffer::{Buffer, DType, Element, Named, check_disjoint};
 use super::device::Device;
@@ -48,8 +50,8 @@ impl PromptBias<Buffer> {
         let inputs = self.check(dtype)?;
         out.check("out", "[N]", self.out_features, dtype.bytes())?;
         check_disjoint(&inputs, &[("out", out)], dtype.bytes())?;
-        let bias = Some(BuildBias { prompt: *self, out });
-        Ok(build(dtype, &[Build { weight: None, bias }]))
+        let prompt = Some(PromptWeight { prompt: *self, out });
+        Ok(build(dtype, &[AdapterWeight { lora: None, prompt }]))
     }
 
     /// The plan that computes gradients from `dΔb [N]`.
@@ -66,9 +68,9 @@ impl PromptBias<Buffer> {
         let (mut inputs, bytes) = (self.check(dtype)?, dtype.bytes());
         delta_bias_grad.check("delta_bias_grad", "[N]", self.out_features, bytes)?;
         inputs.push(("delta_bias_grad", delta_bias_grad));
-        let prompt = PromptGradients {
+        let prompt = PromptWeightGrads {
             prompt: *self,
-            grad: delta_bias_grad,
+            delta_bias_grad,
             prompt_down: Some(grads.prompt_down),
             prompt_up: Some(grads.prompt_up),
             delta_bias: grads.delta_bias,
@@ -77,12 +79,12 @@ impl PromptBias<Buffer> {
         let workspace = check_workspace(workspace, self.workspace_len(dtype))?;
         outputs.push(("workspace", workspace.in_elements_of(bytes)));
         check_disjoint(&inputs, &outputs, bytes)?;
-        Ok(gradients(dtype, &[Gradients { lora: None, prompt: Some(prompt), workspace: workspace.into() }]))
+        Ok(gradients(dtype, &[AdapterWeightGrads { lora: None, prompt: Some(prompt) }], workspace.into()))
     }
 }
 
 impl<'a, T> PromptBias<&'a dyn DevicePtr<T>> {
-    fn borrow(&self, borrows: &mut Borrows<'a>) -> Result<PromptBias<Buffer>> {
+    pub(super) fn borrow(&self, borrows: &mut Borrows<'a>) -> Result<PromptBias<Buffer>> {
         let PromptBias { out_features, in_features, rank, .. } = *self;
         Ok(PromptBias {
             out_features,

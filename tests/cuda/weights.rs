@@ -7,7 +7,8 @@ use half::{bf16, f16};
 use pace_kernels::cpu;
 use pace_kernels::cuda::cudarc::driver::{DevicePtr, DevicePtrMut};
 use pace_kernels::cuda::{
-    Buffer, Element, LoraFactors, LoraGrads, Merge, MergeSign, PromptBias, PromptGrads,
+    AdapterWeight, AdapterWeightGrads, Buffer, Element, LoraFactors, LoraGrads, LoraWeight, LoraWeightGrads,
+    Merge, MergeSign, PromptBias, PromptGrads, PromptWeight, PromptWeightGrads,
 };
 use std::cell::OnceCell;
 
@@ -249,6 +250,135 @@ pub fn prompt(target: &Target<'_>) {
     }
 }
 
+/// Tensors of one layer of a group: sizes, inputs, and whether it has LoRA mul, LoRA add or none, and a prompt.
+struct Member {
+    factors: LoraFactors<Buffer>,
+    base_weight: Buffer,
+    delta_weight_grad: Buffer,
+    prompt: PromptBias<Buffer>,
+    delta_bias_grad: Buffer,
+    kind: usize,
+}
+
+impl Member {
+    fn new<T: Type>(i: usize, machine: &mut Machine<'_>) -> Self {
+        let (n, k, r, p) = [(5, 9, 3, 2), (70, 40, 10, 4), (16, 64, 17, 1), (130, 8, 2, 33)][i % 4];
+        let mut input = |seed, len| machine.input("input", &rounded::<T>(8 * i as u32 + seed, len));
+        let base_weight = input(0, n * k);
+        Self {
+            factors: LoraFactors {
+                out_features: n,
+                in_features: k,
+                rank: r,
+                lora_b: input(1, n * r),
+                lora_a: input(2, r * k),
+                scale: SCALE,
+            },
+            base_weight,
+            delta_weight_grad: input(3, n * k),
+            prompt: PromptBias {
+                out_features: n,
+                in_features: k,
+                rank: p,
+                base_weight,
+                base_bias: None,
+                prompt_down: input(4, k * p),
+                prompt_up: input(5, p),
+                delta_bias: None,
+            },
+            delta_bias_grad: input(6, n),
+            kind: i % 3,
+        }
+    }
+
+    fn has_lora(&self) -> bool {
+        self.kind != 1
+    }
+
+    fn base_weight(&self) -> Option<Buffer> {
+        (self.kind == 0).then_some(self.base_weight)
+    }
+
+    fn has_prompt(&self) -> bool {
+        self.kind != 2
+    }
+
+    fn weight<T: Type>(&self, machine: &mut Machine<'_>) -> AdapterWeight<Buffer> {
+        let (factors, base_weight) = (self.factors, self.base_weight());
+        let mut output = |len| machine.output::<T>("output", len);
+        AdapterWeight {
+            lora: self.has_lora().then(|| {
+                let out = output(factors.out_features * factors.in_features);
+                LoraWeight { factors, base_weight, out }
+            }),
+            prompt: self.has_prompt().then(|| {
+                let prompt = self.prompt;
+                PromptWeight { prompt, out: output(prompt.out_features) }
+            }),
+        }
+    }
+
+    fn grads<T: Type>(&self, machine: &mut Machine<'_>) -> AdapterWeightGrads<Buffer> {
+        let (factors, base_weight) = (self.factors, self.base_weight());
+        let mut output = |buffer: Buffer| Some(machine.output::<T>("output", buffer.len));
+        AdapterWeightGrads {
+            lora: self.has_lora().then(|| LoraWeightGrads {
+                factors,
+                base_weight,
+                delta_weight_grad: self.delta_weight_grad,
+                lora_b: output(factors.lora_b),
+                lora_a: output(factors.lora_a),
+            }),
+            prompt: self.has_prompt().then(|| PromptWeightGrads {
+                prompt: self.prompt,
+                delta_bias_grad: self.delta_bias_grad,
+                prompt_down: output(self.prompt.prompt_down),
+                prompt_up: output(self.prompt.prompt_up),
+                delta_bias: None,
+            }),
+        }
+    }
+}
+
+/// What a group wrote: what was built, and gradients.
+fn written<T: Type>(
+    weights: &[AdapterWeight<Buffer>],
+    grads: &[AdapterWeightGrads<Buffer>],
+    machine: &Machine<'_>,
+) -> (Vec<Vec<T>>, Vec<Vec<T>>) {
+    let built = weights.iter().flat_map(|layer| {
+        [layer.lora.map(|lora| lora.out), layer.prompt.map(|prompt| prompt.out)].into_iter().flatten()
+    });
+    let grads = grads.iter().flat_map(|layer| {
+        let lora = layer.lora.map_or([None; 2], |lora| [lora.lora_b, lora.lora_a]);
+        let prompt = layer.prompt.map_or([None; 2], |prompt| [prompt.prompt_down, prompt.prompt_up]);
+        lora.into_iter().chain(prompt).flatten()
+    });
+    (built.map(|buffer| machine.read(buffer)).collect(), grads.map(|buffer| machine.read(buffer)).collect())
+}
+
+/// More layers than a launch takes, each with the bits that it has alone.
+pub fn grouped(target: &Target<'_>) {
+    type T = bf16;
+    target.run(0, |machine| {
+        let members: Vec<Member> = (0..35).map(|i| Member::new::<T>(i, machine)).collect();
+        let mut run = |members: &[Member]| {
+            let weights: Vec<_> = members.iter().map(|member| member.weight::<T>(machine)).collect();
+            let grads: Vec<_> = members.iter().map(|member| member.grads::<T>(machine)).collect();
+            let len = AdapterWeightGrads::workspace_len(T::DTYPE, &grads);
+            let workspace = machine.output::<f32>("workspace", len);
+            machine.launch(&AdapterWeight::plan(T::DTYPE, &weights).unwrap());
+            machine.launch(&AdapterWeightGrads::plan(T::DTYPE, &grads, workspace).unwrap());
+            written::<T>(&weights, &grads, machine)
+        };
+        let alone: Vec<_> = members.chunks(1).map(&mut run).collect();
+        let (built, grads): (Vec<_>, Vec<_>) = alone.into_iter().unzip();
+        let together = run(&members);
+        assert!(built.concat() == together.0, "what was built");
+        assert!(grads.concat() == together.1, "gradients");
+    });
+}
+
 /// What a merge has to leave, bitwise.
 fn merged<T: Type>(sign: MergeSign, target: &[T], delta: &[T]) -> Vec<T> {
     let pairs = target.iter().zip(delta).map(|(w, d)| (w.widen(), d.widen()));
@@ -324,7 +454,11 @@ fn lora_methods(opened: &Opened, case: &Case) {
         let [mut weight, mut lora_b, mut lora_a] = outs.each_mut().map(|out| out.slice_mut(shift..));
         let grads = LoraGrads::<&mut dyn DevicePtrMut<f16>> { lora_b: &mut lora_b, lora_a: &mut lora_a };
         if full {
-            device.lora_mul_weight::<f16>(lora, &base, &mut weight, stream).unwrap();
+            // As a group of one layer.
+            let (base_weight, out): (Option<&dyn DevicePtr<f16>>, &mut dyn DevicePtrMut<f16>) =
+                (Some(&base), &mut weight);
+            let lora_weight = Some(LoraWeight { factors: lora, base_weight, out });
+            device.adapter_weights([AdapterWeight { lora: lora_weight, prompt: None }], stream).unwrap();
             device.lora_mul_weight_backward(lora, &base, &grad, grads, &mut workspace, stream).unwrap();
         } else {
             device.low_rank_weight::<f16>(lora, &mut weight, stream).unwrap();

@@ -3,7 +3,8 @@
 use crate::support::*;
 use pace_kernels::Error;
 use pace_kernels::cuda::{
-    Buffer, DType, LoraFactors, LoraGrads, Merge, MergeSign, Plan, PromptBias, PromptGrads,
+    AdapterWeight, AdapterWeightGrads, Buffer, DType, LoraFactors, LoraGrads, LoraWeight, LoraWeightGrads,
+    Merge, MergeSign, Plan, PromptBias, PromptGrads, PromptWeight,
 };
 
 /// Rank 3 under a weight [40, 520]: nine strips of 64 columns, and one part.
@@ -185,6 +186,62 @@ fn prompt_plans() {
     wrong(out, PromptGrads { delta_bias, ..grads }, length("grads.delta_bias", "[N]", 40, 4));
     let delta_bias = Some(out);
     wrong(out, PromptGrads { delta_bias, ..grads }, argument("delta_bias_grad", "overlaps an output"));
+}
+
+#[test]
+fn groups() {
+    let lora = |i: u64| LoraWeight {
+        factors: LORA,
+        base_weight: Some(WEIGHT),
+        out: buffer((1 << 24) + (i << 20), 40 * 520),
+    };
+    let alone = |i: u64| AdapterWeight { lora: Some(lora(i)), prompt: None };
+    let bias = PromptWeight { prompt: prompt(), out: buffer(1 << 28, 40) };
+    let mut layers: Vec<_> = (0..33).map(alone).collect();
+    layers[32].prompt = Some(bias);
+    let plan = AdapterWeight::plan(DType::F16, &layers).unwrap();
+    let [first, second] = launches(&plan);
+    assert_eq!(
+        (first.kernel.name, first.grid, first.shared_bytes),
+        ("adapter_weights_f16", [32 * 9, 1, 1], 0)
+    );
+    assert_eq!((second.grid, second.shared_bytes), ([9 + 3, 1, 1], 40 << 10));
+    assert_eq!(AdapterWeight::plan(DType::F16, &[]), Ok(Plan::default()));
+    let wrong = |layers: &[AdapterWeight<Buffer>], want| {
+        assert_error(AdapterWeight::plan(DType::F16, layers), &want);
+    };
+    wrong(&[alone(1), alone(1)], argument("out", "overlaps another output"));
+    let other = argument("prompt", "has another base weight than its layer's LoRA");
+    let added = LoraWeight { base_weight: None, ..lora(0) };
+    wrong(&[AdapterWeight { lora: Some(added), prompt: Some(bias) }], other);
+    let out = buffer(1 << 24, 7);
+    let short = LoraWeight { out, ..lora(0) };
+    wrong(&[AdapterWeight { lora: Some(short), prompt: None }], length("out", "[N, K]", 20800, 7));
+    wrong(
+        &[AdapterWeight { lora: None, prompt: Some(PromptWeight { out, ..bias }) }],
+        length("out", "[N]", 40, 7),
+    );
+
+    let grads = |i: u64| AdapterWeightGrads {
+        lora: Some(LoraWeightGrads {
+            factors: LORA,
+            base_weight: Some(WEIGHT),
+            delta_weight_grad: buffer(1 << 24, 40 * 520),
+            lora_b: Some(buffer((1 << 28) + (i << 10), 120)),
+            lora_a: None,
+        }),
+        prompt: None,
+    };
+    let layers: Vec<_> = (0..17).map(grads).collect();
+    let len = AdapterWeightGrads::workspace_len(DType::BF16, &layers);
+    assert_eq!(len, 17 * LORA_WORKSPACE.len);
+    let plan = |workspace| AdapterWeightGrads::plan(DType::BF16, &layers, workspace);
+    let steps = plan(buffer(1 << 30, len)).unwrap();
+    let [partials, last, sums, last_sums] = launches(&steps);
+    assert_eq!((partials.grid, last.grid), ([16 * 9, 1, 1], [9, 1, 1]));
+    assert_eq!((sums.grid, last_sums.grid), ([16 * 14, 1, 1], [14, 1, 1]));
+    assert_error(plan(buffer(1 << 30, len - 1)), &length("workspace", "[workspace_len()]", len, len - 1));
+    assert_error(plan(buffer(1 << 24, len)), &argument("delta_weight_grad", "overlaps an output"));
 }
 
 #[test]
