@@ -808,7 +808,7 @@ PaceStatus pace_prompt_bias_forward(const struct PaceDevice *device, void *strea
 // As `pace_noisy_linear_forward`.
 PaceStatus pace_prompt_bias_backward(const struct PaceDevice *device, void *stream, const struct PacePromptBias *args);
 
-// The bytes of workspace that either pass needs; the tensors of `args` are ignored.
+// The bytes of workspace that the backward pass needs; the tensors of `args` are ignored.
 //
 // # Safety
 // As `pace_noisy_linear_workspace`.

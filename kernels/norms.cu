@@ -15,6 +15,7 @@
 // 16 per chunk. Operations: a conversion and a fused multiply-add in f64 per element.
 // Determinism: gpu-to-gpu bitwise: chunks and the order of their sums depend on the lengths only.
 
+#include "grouped.cuh"
 #include "params.h"
 #include "reduce.cuh"
 
@@ -61,16 +62,7 @@ __device__ __forceinline__ u32 chunk_size(u64 length, u64 first) {
 }
 
 template <class T> __device__ __forceinline__ void grad_norm(const GradNormParams &p) {
-    // The last tensor that starts at this chunk or before it.
-    u32 tensor = 0, end = p.count;
-    while (end - tensor > 1) {
-        const u32 middle = (tensor + end) / 2;
-        if (p.first_chunk[middle] <= blockIdx.x) {
-            tensor = middle;
-        } else {
-            end = middle;
-        }
-    }
+    const u32 tensor = member_of(p.first_chunk, static_cast<u32>(p.count), blockIdx.x);
     const T *values = static_cast<const T *>(p.tensors[tensor]);
     const u64 first = static_cast<u64>(blockIdx.x - p.first_chunk[tensor]) * NORMS_CHUNK;
     const bool aligned = reinterpret_cast<u64>(values) % 16 == 0;

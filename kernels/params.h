@@ -9,6 +9,33 @@
 
 namespace pace {
 
+/// Layers of a launch: as many as parameters have room for in 4 KiB.
+constexpr u32 WEIGHT_LAYERS = 32;
+
+constexpr u32 WEIGHT_GRADIENT_LAYERS = 16;
+
+/// Threads of a block.
+constexpr u32 WEIGHT_THREADS = 256;
+
+constexpr u32 WEIGHT_GRADIENT_THREADS = 256;
+
+constexpr u32 WEIGHT_SUM_THREADS = 256;
+
+/// Rows of ΔW of a block, 8 per warp.
+constexpr u32 WEIGHT_ROWS = 64;
+
+/// Elements of Δb of a block, 2 per warp.
+constexpr u32 BIAS_TILE_ROWS = 16;
+
+/// Columns for which a block makes `Pd·Pu` at a time, and the bytes of `Pd` that it has room for: all columns at once up to 1638 of
+/// rank 10 in 16 bits, in 40 KiB of shared memory.
+constexpr u32 PROMPT_COLUMNS = 2048;
+
+constexpr u32 PROMPT_BYTES = (32 << 10);
+
+/// Elements of a block that adds up partial sums; 8 threads share the parts of one.
+constexpr u32 WEIGHT_SUM_LENGTH = 128;
+
 /// Threads of a block.
 constexpr u32 DROP_PATH_THREADS = 256;
 
@@ -58,16 +85,6 @@ constexpr u32 SM90_GRADIENTS_CHANNELS_16 = 384;
 constexpr u32 SM90_GRADIENTS_CHANNELS_32 = 256;
 
 constexpr u32 SM90_GRADIENTS_STAGES = 3;
-
-/// Warps of a block that shares rows, and the rows of such a block.
-constexpr u32 WEIGHT_WARPS = 4;
-
-constexpr u32 WEIGHT_ROWS = 16;
-
-/// Inner sizes of a chunk, forward and backward.
-constexpr u32 WEIGHT_RANKS = 16;
-
-constexpr u32 WEIGHT_BACKWARD_RANKS = 8;
 
 /// Threads of a block.
 constexpr u32 MERGE_THREADS = 256;
@@ -159,9 +176,6 @@ constexpr u32 NORMS_TENSORS = 128;
 /// Threads of a block.
 constexpr u32 PARTIAL_SUMS_THREADS = 256;
 
-/// Threads of a block.
-constexpr u32 PROMPT_THREADS = 256;
-
 /// Threads of a block: two consumer warpgroups and the producer.
 constexpr u32 SM90_THREADS = 384;
 
@@ -173,6 +187,94 @@ constexpr u32 SM90_TILE_K = 64;
 
 /// Samples whose tokens a tile may have where they share `z`; with 49 tokens per sample there are 4.
 constexpr u32 SM90_TILE_SAMPLES = 4;
+
+/// Parameters of `adapter_weights*` for one layer.
+struct WeightLayer {
+  /// W0 `[N, K]`; null for LoRA add.
+  Input<void> base;
+  Input<void> lora_b;
+  Input<void> lora_a;
+  /// Pd `[K, p]`.
+  Input<void> prompt_down;
+  /// Pu `[p]`.
+  Input<void> prompt_up;
+  /// b0 `[N]`, or null.
+  Input<void> base_bias;
+  /// d `[N]`, or null.
+  Input<void> delta_bias;
+  /// Wd `[N, K]`; null without LoRA.
+  Output<void> weight;
+  /// bd `[N]`; null without a prompt.
+  Output<void> bias;
+  /// Out-features `N`.
+  u32 rows;
+  /// In-features `K`.
+  u32 columns;
+  u32 rank;
+  u32 prompt_rank;
+  float scale;
+  /// Rows of W0, A and Wd start at multiples of 16 bytes and hold whole vectors.
+  u32 aligned;
+};
+
+/// Parameters of the kernels `adapter_weights*`.
+struct AdapterWeightsParams {
+  WeightLayer layers[WEIGHT_LAYERS];
+  /// Of each layer.
+  u32 first_block[WEIGHT_LAYERS];
+  /// Layers that there are.
+  u64 count;
+};
+
+/// Parameters of `weight_gradient*` for one layer.
+struct WeightGradientLayer {
+  /// `grad_Wd`; null without LoRA.
+  Input<void> grad;
+  /// W0; null for LoRA add.
+  Input<void> base;
+  Input<void> lora_b;
+  Input<void> lora_a;
+  /// `grad_bd`.
+  Input<void> bias_grad;
+  Input<void> prompt_down;
+  Input<void> prompt_up;
+  /// b0; null is zero.
+  Input<void> base_bias;
+  /// Partial sums: `[parts, r, K]`, `[strips, N, r]`, `[parts, K]` and `[parts * strips, p]`.
+  Output<float> a_partial;
+  Output<float> b_partial;
+  Output<float> q_partial;
+  Output<float> up_partial;
+  /// Gradients; null are those that nobody asked for.
+  Output<void> grad_lora_a;
+  Output<void> grad_lora_b;
+  Output<void> grad_prompt_down;
+  Output<void> grad_prompt_up;
+  Output<void> grad_delta_bias;
+  /// Out-features `N`.
+  u32 rows;
+  /// In-features `K`.
+  u32 columns;
+  /// 0 without LoRA.
+  u32 rank;
+  /// 0 without a prompt.
+  u32 prompt_rank;
+  /// Rows of a part.
+  u32 part;
+  /// Rows of the gradient, W0, A and `a_partial` start at multiples of 16 bytes and hold whole vectors.
+  u32 aligned;
+  float scale;
+  u32 reserved;
+};
+
+/// Parameters of the kernels `weight_gradients*` and `weight_gradient_sums*`.
+struct WeightGradientsParams {
+  WeightGradientLayer layers[WEIGHT_GRADIENT_LAYERS];
+  /// Of each layer.
+  u32 first_block[WEIGHT_GRADIENT_LAYERS];
+  /// Layers that there are.
+  u64 count;
+};
 
 /// Parameters of the kernels `drop_path*`.
 struct DropPathParams {
@@ -388,47 +490,6 @@ struct Sm90LowRankGradientsParams {
   u32 groups;
   /// Factor on `ds`.
   float scale;
-};
-
-/// Parameters of the kernels `low_rank_weight*`.
-struct LowRankWeightParams {
-  Input<void> lora_b;
-  Input<void> lora_a;
-  /// W0, or null.
-  Input<void> base;
-  Output<void> out;
-  /// Out-features `N`.
-  u32 rows;
-  /// In-features `K`.
-  u32 columns;
-  u32 rank;
-  float scale;
-  /// Rows of A, W0 and the output start at multiples of 16 bytes and hold whole vectors.
-  u64 aligned;
-};
-
-/// Parameters of the kernels `low_rank_weight_backward*` and `prompt_bias_columns*`.
-struct LowRankBackwardParams {
-  /// `grad_Wd`.
-  Input<void> grad;
-  /// W0, or null.
-  Input<void> base;
-  Input<void> lora_b;
-  Input<void> lora_a;
-  /// [parts, r, K].
-  Output<float> a_partial;
-  /// [strips, N, r].
-  Output<float> b_partial;
-  /// Out-features `N`.
-  u32 rows;
-  /// In-features `K`.
-  u32 columns;
-  u32 rank;
-  float scale;
-  /// Rows of a part, at most MAX_PART.
-  u32 part;
-  /// Rows of the gradient, W0, A and `a_partial` start at multiples of 16 bytes and hold whole vectors.
-  u32 aligned;
 };
 
 /// Parameters of the kernels `merge*`.
@@ -685,53 +746,6 @@ struct PartialSumsParams {
   u32 parts;
   /// Threads that share the parts, a power of two.
   u32 groups;
-};
-
-/// Parameters of the kernels `prompt_bias*`.
-struct PromptBiasParams {
-  /// [rows, columns].
-  Input<void> matrix;
-  /// [columns].
-  Input<void> vector;
-  /// [rows], or null.
-  Input<void> base_bias;
-  /// [rows], or null.
-  Input<void> delta_bias;
-  /// [rows].
-  Output<void> out;
-  u32 rows;
-  u32 columns;
-  /// The vector and rows of the matrix start at multiples of 16 bytes, and the rows hold whole vectors.
-  u64 aligned;
-};
-
-/// Parameters of the kernels `prompt_bias_grads*`.
-struct PromptGradsParams {
-  /// `q [K]`.
-  Input<float> q;
-  /// Pd `[K, r]`.
-  Input<void> prompt_down;
-  /// Pu `[r]`.
-  Input<void> prompt_up;
-  /// `grad_bd [N]`.
-  Input<void> grad;
-  /// b0 `[N]`; null is zero.
-  Input<void> base_bias;
-  /// `grad_Pd [K, r]`.
-  Output<void> prompt_down_grad;
-  /// Partial sums of `grad_Pu`, `[parts, r]`.
-  Output<float> prompt_up_partial;
-  /// `grad_delta_bias [N]`, or null.
-  Output<void> delta_bias;
-  /// Out-features `N`.
-  u64 rows;
-  /// In-features `K`.
-  u32 columns;
-  u32 rank;
-  /// In-features of a block.
-  u32 part;
-  /// Threads side by side along r: a power of two, not less than r or the whole block.
-  u32 width;
 };
 
 /// Parameters of the kernels `sm90_low_rank_linear*`, `sm90_low_rank_input*` and `sm90_noisy_linear_exact*`.

@@ -10,43 +10,17 @@
 // Determinism: gpu-to-gpu bitwise.
 
 #include "params.h"
+#include "partial_sums.cuh"
 
 namespace pace {
 
 template <class T> __device__ __forceinline__ void add_up(const PartialSumsParams &p) {
-    PACE_SHARED(Vector<float>, sums); // [groups, columns]
-    const u32 columns = blockDim.x / p.groups, column = threadIdx.x % columns, group = threadIdx.x / columns;
-    const u64 first = 4 * (static_cast<u64>(blockIdx.x) * columns + column);
-    const u32 count = static_cast<u32>(first >= p.length ? 0 : p.length - first < 4 ? p.length - first : 4);
-    const u32 each = (p.parts - 1) / p.groups + 1;
-    const u32 end = count == 0 ? 0u : min((group + 1) * each, p.parts);
-    Vector<float> sum = {};
-#pragma unroll 4
-    for (u32 part = group * each; part < end; ++part) {
-        const Vector<float> four = load_some(p.partial + part * p.length + first, count, p.aligned != 0u);
+    PACE_SHARED(Vector<float>, sums);
+    const SumOfParts part = sum_of_parts(p.partial, p.parts, p.length, blockIdx.x, p.groups, p.aligned != 0u, sums);
 #pragma unroll
-        for (u32 i = 0; i < 4; ++i) {
-            sum.value[i] += four.value[i];
-        }
-    }
-    if (p.groups > 1) {
-        sums[threadIdx.x] = sum;
-        __syncthreads();
-        for (u32 other = 1; other < p.groups && group == 0; ++other) {
-            const Vector<float> four = sums[other * columns + column];
-#pragma unroll
-            for (u32 i = 0; i < 4; ++i) {
-                sum.value[i] += four.value[i];
-            }
-        }
-    }
-    if (group == 0) {
-        T *out = static_cast<T *>(p.out) + first;
-#pragma unroll
-        for (u32 i = 0; i < 4; ++i) {
-            if (i < count) {
-                store(out + i, from_float<T>(sum.value[i]));
-            }
+    for (u32 i = 0; i < 4; ++i) {
+        if (i < part.count) {
+            store(static_cast<T *>(p.out) + part.first + i, from_float<T>(part.sum.value[i]));
         }
     }
 }

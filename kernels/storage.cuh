@@ -175,6 +175,14 @@ template <> __device__ __forceinline__ Vector<float> from_floats<float>(const fl
     return {{value[0], value[1], value[2], value[3]}};
 }
 
+// One element, whose place has to be known when this is compiled.
+template <class T> __device__ __forceinline__ float element(const Vector<T> &vector, unsigned i) {
+    return unpack<T>(vector.word[i / 2]).value[i % 2];
+}
+template <> __device__ __forceinline__ float element(const Vector<float> &vector, unsigned i) {
+    return vector.value[i];
+}
+
 // Bits of an element as the lower ones of a word, and back.
 template <class T> __device__ __forceinline__ u32 to_word(T value) {
     u32 word = 0;

@@ -1,356 +1,193 @@
-// Weight builders: the weight and bias differences of adapters from their trained factors, their gradients, and merging.
+// Weight builders: the weight and bias differences of adapters from their trained factors, and merging.
 //
-//   low_rank_weight           Wd = [W0 *] scale * (B @ A)       LoRA add, or LoRA mul where there is W0
-//   low_rank_weight_backward  grad_B = scale * (Q @ A^T), grad_A = scale * (B^T @ Q), with Q = [W0 *] grad_Wd
-//   prompt_bias               bd = W0 @ (Pd @ Pu) + b0 * d      VPT add; prompt_bias_product is what stands in parentheses
-//   prompt_bias_columns       q = W0^T @ g                      g: grad_bd
-//   prompt_bias_grads         grad_Pd = q @ Pu^T, grad_Pu = Pd^T @ q, grad_d = b0 * g
-//   merge                     target += sign * delta            sign 1 or -1
+//   adapter_weights   Wd = [W0 *] scale * (B @ A)           LoRA add, or LoRA mul where there is W0
+//                     bd = W0 @ (Pd @ Pu) + b0 * d          VPT add
+//   merge             target += sign * delta                sign 1 or -1
 //
-//   B [N, r], A [r, K], W0, Wd, Q [N, K]; Pd [K, r], Pu [r], b0, d, bd, g [N]; all of one type, f32, f16 or bf16.
-//   Arithmetic in f32; every result is rounded once. Pd @ Pu and q stay in f32.
+//   B [N, r], A [r, K]; W0, Wd [N, K]; Pd [K, p], Pu [p], b0, d, bd [N]; all of one type, f32, f16 or bf16.
+//   Arithmetic in f32, results rounded once; Pd @ Pu stays in f32.
 //
-// low_rank_weight: a warp owns a strip of 16 bytes per lane along K and 4 rows; a block has 4 warps below each other and
-// goes through r in chunks of 16, whose parts of A and B it keeps in shared memory, in f32.
-// low_rank_weight_backward: the same strips; a block owns a split of rows, which its warps visit 4 at a time, and goes
-// through r in chunks of 8: a lane holds its columns of the chunk of A in registers and adds up theirs of grad_A. The 32 sums
-// of 4 rows by 8 of grad_B go over the lanes at once. Q is read again for each chunk: a split of it stays in the cache. Sums
-// over the strips (grad_B) and over the splits (grad_A) are left to partial_sums. prompt_bias_columns is the same with one
-// sum, and no grad_B.
-// prompt_bias, prompt_bias_product: a warp per row. merge: 16 bytes per thread and turn, four loads in flight.
+// adapter_weights: a launch takes up to WEIGHT_LAYERS layers, of any sizes, each with Wd, bd or both; a block finds its layer.
+// Wd: a block has a strip of 128 bytes along K and 64 rows, a warp 8 of them. An MMA gives 16 columns by 8 rows from 8 ranks: lane
+// (g, t) = (lane / 4, lane % 4) holds columns g W to g W + W - 1 (a vector) of A's rows t, t + 4, t + 8, t + 12 and, of B, these ranks of
+// row g; it gets the same columns of rows 2 t and 2 t + 1, whose W0 it loads first.
+// bd: a block has 16 rows, a warp 2; Pd @ Pu is made in shared memory by every block, for as many columns as there is room for,
+// from a part of Pd that is loaded as vectors. These blocks come first: they wait for memory twice.
+// merge: 16 bytes per thread and turn, four loads in flight.
 //
-// Bytes: low_rank_weight 1 or 2 (with W0) times N * K * sizeof(T); its gradient as many, and ceil(K / strip) * N * r +
-// splits * r * K floats out and back; prompt_bias and prompt_bias_columns N * K * sizeof(T); merge 3 * length * sizeof(T).
-// In 16-byte accesses where rows are aligned, and otherwise element by element; factors are read element by element.
-// Operations: r fused multiply-adds per element of Wd, 2 r of its gradient, 1 of the others.
-// Determinism: gpu-to-gpu bitwise; nothing depends on the grid.
+// Bytes: Wd 1 or 2 (with W0) times N * K * sizeof(T), and r * K * sizeof(T) for every 64 rows from the L2 cache; bd
+// N * K * sizeof(T), and K * p * sizeof(T) for every 16 rows from there; merge 3 * length * sizeof(T). In 16-byte accesses where
+// rows are aligned, and otherwise element by element; B is read element by element.
+// Operations: r fused multiply-adds per element of Wd, on tensor cores; 1 of bd and of merge.
+// Determinism: gpu-to-gpu bitwise; nothing depends on the grid, nor on which layers share a launch.
 
+#include "grouped.cuh"
+#include "low_rank.cuh"
 #include "params.h"
 #include "reduce.cuh"
 
 namespace pace {
 
-constexpr u32 WARPS = WEIGHT_WARPS; // of a block, where rows are shared by warps
-constexpr u32 TILE = WEIGHT_ROWS;
-constexpr u32 ROWS = TILE / WARPS; // of a warp at a time
+constexpr u32 WARPS = WEIGHT_THREADS / WARP;
+static_assert(WEIGHT_ROWS == WARPS * OCTET, "8 rows of Wd per warp");
+constexpr u32 BIAS_ROWS = BIAS_TILE_ROWS / WARPS; // of bd per warp
 
-// W floats from `address` on, of which `count` exist; the rest is zero.
-template <u32 W, class T>
-__device__ __forceinline__ void load_floats(const T *address, u32 count, bool aligned, float (&value)[W]) {
-    constexpr u32 SIZE = Vector<T>::SIZE;
-#pragma unroll
-    for (u32 i = 0; i < W; i += SIZE) {
-        float floats[SIZE];
-        to_floats(load_some(address + i, count > i ? count - i : 0u, aligned), floats);
-#pragma unroll
-        for (u32 j = 0; j < SIZE; ++j) {
-            value[i + j] = floats[j];
-        }
-    }
-}
-
-// Writes A's rows and B's columns of a chunk of ranks to shared memory, in f32: `lora_a` [WEIGHT_RANKS, FOURS, WARP], `lora_b`
-// [WEIGHT_RANKS, WARPS], ROWS of each warp. Four columns of a lane lie beside those of the next one, so that a warp reads all
-// banks at once.
-template <class T>
-__device__ __forceinline__ void load_factors(const LowRankWeightParams &p, Vector<float> *lora_a, Vector<float> *lora_b,
-                                             u32 chunk, u32 ranks, u32 tile, u32 first, u32 count) {
-    constexpr u32 W = Vector<T>::SIZE, FOURS = W / 4;
-    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    for (u32 i = warp; i < ranks; i += WARPS) {
-        float value[W] = {};
-        if (count > 0u) {
-            const u64 at = static_cast<u64>(chunk + i) * p.columns + first;
-            load_floats(static_cast<const T *>(p.lora_a) + at, count, p.aligned != 0u, value);
-        }
-#pragma unroll
-        for (u32 j = 0; j < W; ++j) {
-            lora_a[(i * FOURS + j / 4) * WARP + lane].value[j % 4] = value[j];
-        }
-    }
-    for (u32 i = threadIdx.x; i < TILE * WEIGHT_RANKS; i += WARPS * WARP) {
-        const u32 r = i % WEIGHT_RANKS, n = i / WEIGHT_RANKS;
-        const u64 at = static_cast<u64>(tile + n) * p.rank + chunk + r;
-        const bool exists = r < ranks && tile + n < p.rows;
-        lora_b[r * WARPS + n / ROWS].value[n % ROWS] =
-            exists ? to_float(load(static_cast<const T *>(p.lora_b) + at)) : 0.0f;
-    }
-}
-
-template <class T> __device__ __forceinline__ void low_rank_weight(const LowRankWeightParams &p) {
-    constexpr u32 W = Vector<T>::SIZE, FOURS = W / 4;
-    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    PACE_SHARED(Vector<float>, lora_a);
-    Vector<float> *lora_b = lora_a + WEIGHT_RANKS * FOURS * WARP;
-    const u32 first = (blockIdx.x * WARP + lane) * W;
-    const u32 count = first < p.columns ? p.columns - first : 0u;
-    const bool aligned = p.aligned != 0u;
-    const T *base = static_cast<const T *>(p.base);
-
-    for (u32 tile = blockIdx.y * TILE; tile < p.rows; tile += gridDim.y * TILE) {
-        const u32 row = tile + warp * ROWS;
-        // W0 is under way during the sums.
-        Vector<T> factor[ROWS] = {};
-        if (base != nullptr && count > 0u) {
-#pragma unroll
-            for (u32 i = 0; i < ROWS; ++i) {
-                if (row + i < p.rows) {
-                    factor[i] = load_some(base + static_cast<u64>(row + i) * p.columns + first, count, aligned);
-                }
-            }
-        }
-
-        // B @ A, chunk by chunk of ranks.
-        float sum[ROWS][W] = {};
-        for (u32 chunk = 0; chunk < p.rank; chunk += WEIGHT_RANKS) {
-            const u32 ranks = min(WEIGHT_RANKS, p.rank - chunk);
-            __syncthreads(); // the previous chunk is free
-            load_factors<T>(p, lora_a, lora_b, chunk, ranks, tile, first, count);
-            __syncthreads();
-#pragma unroll 4
-            for (u32 r = 0; r < ranks; ++r) {
-                const Vector<float> b = lora_b[r * WARPS + warp];
-#pragma unroll
-                for (u32 four = 0; four < FOURS; ++four) {
-                    const Vector<float> a = lora_a[(r * FOURS + four) * WARP + lane];
-#pragma unroll
-                    for (u32 i = 0; i < ROWS; ++i) {
-#pragma unroll
-                        for (u32 j = 0; j < 4; ++j) {
-                            sum[i][four * 4 + j] += b.value[i] * a.value[j];
-                        }
-                    }
-                }
-            }
-        }
-
-        // Wd = [W0 *] scale * sums.
-#pragma unroll
-        for (u32 i = 0; i < ROWS; ++i) {
-            if (row + i < p.rows && count > 0u) {
-                float w0[W], value[W];
-                to_floats(factor[i], w0);
-#pragma unroll
-                for (u32 j = 0; j < W; ++j) {
-                    value[j] = p.scale * sum[i][j];
-                    value[j] = base != nullptr ? w0[j] * value[j] : value[j];
-                }
-                T *to = static_cast<T *>(p.out) + static_cast<u64>(row + i) * p.columns + first;
-                store_some(to, from_floats<T>(value), count, aligned);
-            }
-        }
-    }
-}
-
-// What a lane holds of a chunk of RANKS ranks, in its W columns: A, and the sums for grad_A.
-template <u32 W, u32 RANKS> struct Columns {
-    float lora_a[RANKS][W] = {};
-    float grad_a[RANKS][W] = {};
-};
-
-// Takes 4 rows of Q, from `row` on of the split of `rows` rows that starts at `begin`, into the sums: grad_A += B^T @ Q and, for
-// GRAD_B, the lane's part of Q @ A^T. The lane has `count` columns from `first` on.
-template <class T, u32 RANKS, bool GRAD_B>
-__device__ __forceinline__ void accumulate_rows(const LowRankBackwardParams &p, const float *lora_b, u32 begin, u32 row,
-                                                u32 rows, u32 first, u32 count, Columns<Vector<T>::SIZE, RANKS> &own,
-                                                float (&grad_b)[WARP]) {
+// The block's tile of Wd.
+template <class T> __device__ __forceinline__ void build_weight(const WeightLayer &p, u32 block) {
     constexpr u32 W = Vector<T>::SIZE;
-    const T *grad = static_cast<const T *>(p.grad) + first, *base = static_cast<const T *>(p.base);
+    constexpr bool SPLIT = sizeof(T) == 4;
+    const u32 lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4, strips = strips_of(p.columns, STRIP<T>);
+    const u32 octet = block / strips * WEIGHT_ROWS + threadIdx.x / WARP * OCTET, row = octet + 2 * t;
+    const u32 first = block % strips * STRIP<T> + g * W, count = first < p.columns ? p.columns - first : 0u;
     const bool aligned = p.aligned != 0u;
-    // All loads before the first use.
-    Vector<T> left[ROWS] = {}, right[ROWS] = {};
-#pragma unroll
-    for (u32 i = 0; i < ROWS; ++i) {
-        if (row + i < rows && count > 0u) {
-            const u64 at = static_cast<u64>(begin + row + i) * p.columns;
-            left[i] = load_some(grad + at, count, aligned);
-            if (base != nullptr) {
-                right[i] = load_some(base + at + first, count, aligned);
-            }
-        }
-    }
-#pragma unroll
-    for (u32 i = 0; i < ROWS; ++i) {
-        float q[W], w0[W];
-        to_floats(left[i], q);
-        to_floats(right[i], w0);
-#pragma unroll
-        for (u32 j = 0; j < W; ++j) {
-            q[j] *= base != nullptr ? w0[j] : 1.0f;
-        }
-#pragma unroll
-        for (u32 r = 0; r < RANKS; ++r) {
-            const float b = row + i < rows ? lora_b[(row + i) * RANKS + r] : 0.0f;
-#pragma unroll
-            for (u32 j = 0; j < W; ++j) {
-                own.grad_a[r][j] += b * q[j];
-                if (GRAD_B) {
-                    grad_b[i * RANKS + r] += q[j] * own.lora_a[r][j];
-                }
-            }
-        }
-    }
-}
-
-// Adds up the warps' sums for grad_A, in order, through `sums` [WARPS, RANKS, FOURS, WARP] in shared memory, and writes them to
-// `out` [rank, columns], which begins at the chunk and the lane's first column. Must be called by all threads in the block.
-template <u32 W, u32 RANKS>
-__device__ __forceinline__ void store_grad_a(const float (&grad_a)[RANKS][W], Vector<float> *sums, float *out,
-                                             u32 ranks, u64 columns, u32 count, float scale, bool aligned) {
-    constexpr u32 FOURS = W / 4;
-    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-#pragma unroll
-    for (u32 r = 0; r < RANKS; ++r) {
-#pragma unroll
-        for (u32 j = 0; j < W; ++j) {
-            sums[((warp * RANKS + r) * FOURS + j / 4) * WARP + lane].value[j % 4] = grad_a[r][j];
-        }
-    }
-    __syncthreads();
-    // A row of the chunk per warp.
-    for (u32 r = warp; r < ranks; r += WARPS) {
-#pragma unroll
-        for (u32 four = 0; four < FOURS; ++four) {
-            Vector<float> total = {};
-#pragma unroll
-            for (u32 from = 0; from < WARPS; ++from) {
-                const Vector<float> sum = sums[((from * RANKS + r) * FOURS + four) * WARP + lane];
-#pragma unroll
-                for (u32 j = 0; j < 4; ++j) {
-                    total.value[j] += sum.value[j];
-                }
-            }
-#pragma unroll
-            for (u32 j = 0; j < 4; ++j) {
-                total.value[j] *= scale;
-            }
-            if (count > four * 4) {
-                store_some(out + r * columns + four * 4, total, count - four * 4, aligned);
-            }
-        }
-    }
-}
-
-// RANKS: of a chunk. GRAD_B: whether grad_B is wanted.
-template <class T, u32 RANKS, bool GRAD_B>
-__device__ __forceinline__ void low_rank_backward(const LowRankBackwardParams &p) {
-    constexpr u32 W = Vector<T>::SIZE;
-    static_assert(!GRAD_B || ROWS * RANKS == WARP, "a warp adds up one sum per lane");
-    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    PACE_SHARED(Vector<float>, sums);
-    float *lora_b = reinterpret_cast<float *>(sums + WARPS * RANKS * W / 4 * WARP); // [part, RANKS]
-    const u32 first = (blockIdx.x * WARP + lane) * W;
-    const u32 count = first < p.columns ? p.columns - first : 0u;
-    const bool aligned = p.aligned != 0u;
-
-    for (u32 split = blockIdx.y; static_cast<u64>(split) * p.part < p.rows; split += gridDim.y) {
-        const u32 begin = split * p.part, rows = min(p.part, p.rows - begin);
-        for (u32 chunk = 0; chunk < p.rank; chunk += RANKS) {
-            // The chunk of B to shared memory, that of A to registers.
-            const u32 ranks = min(RANKS, p.rank - chunk);
-            for (u32 i = threadIdx.x; i < rows * RANKS; i += WARPS * WARP) {
-                const u32 r = i % RANKS, n = i / RANKS;
-                const u64 at = static_cast<u64>(begin + n) * p.rank + chunk + r;
-                lora_b[i] = r < ranks ? to_float(load(static_cast<const T *>(p.lora_b) + at)) : 0.0f;
-            }
-            Columns<W, RANKS> own;
-#pragma unroll
-            for (u32 r = 0; r < RANKS; ++r) {
-                if (GRAD_B && r < ranks && count > 0u) {
-                    const u64 at = static_cast<u64>(chunk + r) * p.columns + first;
-                    load_floats(static_cast<const T *>(p.lora_a) + at, count, aligned, own.lora_a[r]);
-                }
-            }
-            __syncthreads();
-
-            // The rows of the split, 4 at a time by each warp.
-            for (u32 row = warp * ROWS; row < rows; row += TILE) {
-                float grad_b[WARP] = {};
-                accumulate_rows<T, RANKS, GRAD_B>(p, lora_b, begin, row, rows, first, count, own, grad_b);
-                if (GRAD_B) {
-                    const float sum = warp_sums(grad_b);
-                    const u32 n = row + lane / RANKS, r = lane % RANKS;
-                    if (n < rows && r < ranks) {
-                        const u64 at = static_cast<u64>(blockIdx.x) * p.rows + begin + n;
-                        store(p.b_partial + at * p.rank + chunk + r, p.scale * sum);
-                    }
-                }
-            }
-
-            // `sums` is not written again before all have passed the next chunk's barrier, and `lora_b` is free by now.
-            const u64 at = (static_cast<u64>(split) * p.rank + chunk) * p.columns + first;
-            store_grad_a(own.grad_a, sums, p.a_partial + at, ranks, p.columns, count, p.scale, aligned);
-        }
-    }
-}
-
-// Matrix and biases are T, the vector V, the output Out.
-template <class T, class V, class Out> __device__ __forceinline__ void prompt_bias(const PromptBiasParams &p) {
-    constexpr u32 W = Vector<T>::SIZE;
-    const u32 lane = threadIdx.x % WARP, row = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
-    if (row >= p.rows) {
+    if (octet >= p.rows) {
         return; // the whole warp
     }
-    const T *matrix = static_cast<const T *>(p.matrix) + static_cast<u64>(row) * p.columns;
-    float sum = 0.0f;
-#pragma unroll 4
-    for (u32 at = lane * W; at < p.columns; at += WARP * W) {
-        float left[W], right[W];
-        load_floats(matrix + at, p.columns - at, p.aligned != 0u, left);
-        load_floats(static_cast<const V *>(p.vector) + at, p.columns - at, p.aligned != 0u, right);
+    const auto at = [&](u32 i) { return static_cast<u64>(row + i) * p.columns + first; };
+    const auto exists = [&](u32 i) { return row + i < p.rows && count > 0u; };
+
+    // W0 is under way during the sums.
+    const T *base = static_cast<const T *>(p.base);
+    Vector<T> factor[2];
 #pragma unroll
-        for (u32 j = 0; j < W; ++j) {
-            sum += left[j] * right[j];
+    for (u32 i = 0; i < 2; ++i) {
+        factor[i] = load_if(base != nullptr && exists(i), base + at(i), count, aligned);
+    }
+
+    // B @ A, 16 ranks at a time.
+    float sum[W / 2][1][4] = {};
+    for (u32 chunk = 0; chunk < p.rank; chunk += RANKS) {
+        Vector<T> a[4];
+        float b[4] = {};
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) {
+            const u32 r = chunk + 4 * i + t;
+            const T *lora_a = static_cast<const T *>(p.lora_a) + static_cast<u64>(r) * p.columns + first;
+            a[i] = load_if(r < p.rank && count > 0u, lora_a, count, aligned);
+            if (r < p.rank && octet + g < p.rows) {
+                b[i] = to_float(load(static_cast<const T *>(p.lora_b) + static_cast<u64>(octet + g) * p.rank + r));
+            }
+        }
+#pragma unroll
+        for (u32 i = 0; i < 4; i += 2) {
+            const float right[1][2] = {{b[i], b[i + 1]}};
+#pragma unroll
+            for (u32 m = 0; m < W / 2; ++m) {
+                const float left[4] = {element(a[i], 2 * m), element(a[i], 2 * m + 1), element(a[i + 1], 2 * m),
+                                       element(a[i + 1], 2 * m + 1)};
+                multiply<SPLIT, SPLIT>(sum[m], left, right);
+            }
         }
     }
-    sum = warp_sum(sum);
-    if (lane == 0u) {
-        if (p.base_bias != nullptr && p.delta_bias != nullptr) {
-            sum += to_float(load(static_cast<const T *>(p.base_bias) + row)) *
-                   to_float(load(static_cast<const T *>(p.delta_bias) + row));
+
+    // Wd = [W0 *] scale * sums.
+#pragma unroll
+    for (u32 i = 0; i < 2; ++i) {
+        float w0[W], value[W];
+        to_floats(factor[i], w0);
+#pragma unroll
+        for (u32 j = 0; j < W; ++j) {
+            value[j] = p.scale * sum[j / 2][0][i + 2 * (j % 2)];
+            value[j] = base != nullptr ? w0[j] * value[j] : value[j];
         }
-        store(static_cast<Out *>(p.out) + row, from_float<Out>(sum));
+        if (exists(i)) {
+            store_some(static_cast<T *>(p.weight) + at(i), from_floats<T>(value), count, aligned);
+        }
     }
 }
 
-template <class T> __device__ __forceinline__ void prompt_grads(const PromptGradsParams &p) {
-    PACE_SHARED(float, sums);
-    const T *down = static_cast<const T *>(p.prompt_down);
-    T *down_grad = static_cast<T *>(p.prompt_down_grad);
-    const u32 x = threadIdx.x % p.width, y = threadIdx.x / p.width, height = blockDim.x / p.width;
-    const u32 begin = blockIdx.x * p.part, end = min(p.columns, begin + p.part);
-    for (u32 chunk = 0; chunk < p.rank; chunk += p.width) {
-        const u32 r = chunk + x;
-        float sum = 0.0f;
-        if (r < p.rank) {
-            const float up = to_float(load(static_cast<const T *>(p.prompt_up) + r));
-            for (u32 k = begin + y; k < end; k += height) {
-                const u64 at = static_cast<u64>(k) * p.rank + r;
-                const float q = load(p.q + k);
-                sum += to_float(load(down + at)) * q;
-                store(down_grad + at, from_float<T>(q * up));
+// Writes Pd @ Pu to `prompt`, `count` columns from `column` on, and zeros up to the next multiple of a vector. Ranks are taken
+// `ranks` at a time: all of them, or where they are so many those of one column. `staged` has room for these. Must be called by all
+// threads in the block, with a barrier between this and the next access to `prompt`.
+template <class T>
+__device__ __forceinline__ void make_prompt(const WeightLayer &p, u32 column, u32 count, u32 ranks, float *prompt,
+                                            Vector<T> *staged) {
+    constexpr u32 W = Vector<T>::SIZE, BATCH = 4;
+    for (u32 rank = 0; rank < p.prompt_rank; rank += ranks) {
+        const u32 r = min(ranks, p.prompt_rank - rank), length = count * r;
+        const T *from = static_cast<const T *>(p.prompt_down) + static_cast<u64>(column) * p.prompt_rank + rank;
+        const bool aligned = reinterpret_cast<u64>(from) % 16 == 0;
+        __syncthreads(); // the previous part is free
+        for (u32 first = threadIdx.x * W; first < length; first += BATCH * WEIGHT_THREADS * W) {
+            Vector<T> batch[BATCH];
+#pragma unroll
+            for (u32 i = 0; i < BATCH; ++i) {
+                const u32 at = first + i * WEIGHT_THREADS * W;
+                batch[i] = load_if(at < length, from + at, length - at, aligned && length - at >= W);
+            }
+#pragma unroll
+            for (u32 i = 0; i < BATCH; ++i) {
+                const u32 at = first + i * WEIGHT_THREADS * W;
+                if (at < length) {
+                    staged[at / W] = batch[i];
+                }
             }
         }
-        sums[threadIdx.x] = sum;
         __syncthreads();
-        if (y == 0u && r < p.rank) {
-            for (u32 other = 1; other < height; ++other) {
-                sum += sums[other * p.width + x];
+        for (u32 c = threadIdx.x; c < (count + W - 1) / W * W; c += WEIGHT_THREADS) {
+            float sum = rank == 0 ? 0.0f : prompt[c];
+#pragma unroll 2
+            for (u32 i = 0; i < r && c < count; ++i) {
+                sum += to_float(reinterpret_cast<const T *>(staged)[c * r + i]) *
+                       to_float(load(static_cast<const T *>(p.prompt_up) + rank + i));
             }
-            store(p.prompt_up_partial + static_cast<u64>(blockIdx.x) * p.rank + r, sum);
+            prompt[c] = sum;
         }
-        // Another chunk follows only where the block is as wide as a chunk, and then threads read only their own sums.
     }
-    if (p.delta_bias != nullptr) {
-        for (u64 n = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x; n < p.rows;
-             n += static_cast<u64>(gridDim.x) * blockDim.x) {
-            float value = 0.0f;
-            if (p.base_bias != nullptr) {
-                value = to_float(load(static_cast<const T *>(p.base_bias) + n)) *
-                        to_float(load(static_cast<const T *>(p.grad) + n));
+}
+
+// The block's rows of bd.
+template <class T> __device__ __forceinline__ void build_bias(const WeightLayer &p, u32 block) {
+    constexpr u32 W = Vector<T>::SIZE, STAGED = PROMPT_BYTES / sizeof(T);
+    PACE_SHARED(float, prompt);
+    Vector<T> *staged = reinterpret_cast<Vector<T> *>(prompt + PROMPT_COLUMNS);
+    const u32 lane = threadIdx.x % WARP, row = block * BIAS_TILE_ROWS + threadIdx.x / WARP * BIAS_ROWS;
+    const u32 ranks = min(p.prompt_rank, STAGED), most = min(PROMPT_COLUMNS, STAGED / ranks);
+    const u32 columns = most < W ? most : most / W * W; // of a turn
+    const bool aligned = p.aligned != 0u && columns % W == 0;
+
+    float sum[BIAS_ROWS] = {};
+    for (u32 column = 0; column < p.columns; column += columns) {
+        const u32 count = min(columns, p.columns - column);
+        make_prompt<T>(p, column, count, ranks, prompt, staged);
+        __syncthreads();
+#pragma unroll 4
+        for (u32 at = lane * W; at < count; at += WARP * W) {
+#pragma unroll
+            for (u32 i = 0; i < BIAS_ROWS; ++i) {
+                const T *base = static_cast<const T *>(p.base) + static_cast<u64>(row + i) * p.columns + column;
+                float w0[W];
+                to_floats(load_if(row + i < p.rows, base + at, count - at, aligned), w0);
+#pragma unroll
+                for (u32 j = 0; j < W; ++j) {
+                    sum[i] += w0[j] * prompt[at + j];
+                }
             }
-            store(static_cast<T *>(p.delta_bias) + n, from_float<T>(value));
         }
+    }
+#pragma unroll
+    for (u32 i = 0; i < BIAS_ROWS; ++i) {
+        float value = warp_sum(sum[i]);
+        const u32 n = row + i;
+        if (lane == 0u && n < p.rows) {
+            if (p.base_bias != nullptr && p.delta_bias != nullptr) {
+                value += to_float(load(static_cast<const T *>(p.base_bias) + n)) *
+                         to_float(load(static_cast<const T *>(p.delta_bias) + n));
+            }
+            store(static_cast<T *>(p.bias) + n, from_float<T>(value));
+        }
+    }
+}
+
+template <class T> __device__ __forceinline__ void adapter_weights(const AdapterWeightsParams &p) {
+    const u32 member = member_of(p.first_block, static_cast<u32>(p.count), blockIdx.x),
+              block = blockIdx.x - p.first_block[member];
+    const WeightLayer &layer = p.layers[member];
+    const u32 bias_blocks = layer.bias == nullptr ? 0u : (layer.rows - 1) / BIAS_TILE_ROWS + 1;
+    if (block < bias_blocks) {
+        build_bias<T>(layer, block);
+    } else {
+        build_weight<T>(layer, block - bias_blocks);
     }
 }
 
@@ -390,13 +227,9 @@ template <class T> __device__ __forceinline__ void merge(const MergeParams &p) {
     }
 }
 
-PACE_KERNELS(low_rank_weight, LowRankWeightParams, (WEIGHT_WARPS * WARP), low_rank_weight<T>(p))
-PACE_KERNELS(low_rank_weight_backward, LowRankBackwardParams, (WEIGHT_WARPS * WARP),
-             low_rank_backward<T, WEIGHT_BACKWARD_RANKS, true>(p))
-PACE_KERNELS(prompt_bias_product, PromptBiasParams, (PROMPT_THREADS), prompt_bias<T, T, float>(p))
-PACE_KERNELS(prompt_bias, PromptBiasParams, (PROMPT_THREADS), prompt_bias<T, float, T>(p))
-PACE_KERNELS(prompt_bias_columns, LowRankBackwardParams, (WEIGHT_WARPS * WARP), low_rank_backward<T, 1, false>(p))
-PACE_KERNELS(prompt_bias_grads, PromptGradsParams, (PROMPT_THREADS), prompt_grads<T>(p))
+// Registers for as many warps as hide the latency of memory.
+PACE_KERNELS_F32(adapter_weights, AdapterWeightsParams, (WEIGHT_THREADS, 3), adapter_weights<T>(p))
+PACE_KERNELS_16(adapter_weights, AdapterWeightsParams, (WEIGHT_THREADS, 4), adapter_weights<T>(p))
 PACE_KERNELS(merge, MergeParams, (MERGE_THREADS), merge<T>(p))
 
 } // namespace pace

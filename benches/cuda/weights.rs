@@ -139,9 +139,8 @@ impl Prompt {
 fn prompt(k: usize, n: usize) -> Set {
     Box::new(move |gpu| {
         let (prompt, mut out) = (Prompt::new(gpu, k, n)?, gpu.zeros::<T>(n)?);
-        let mut workspace = gpu.zeros::<f32>(prompt.adapter().workspace_len(T::DTYPE))?;
         let launch: Launch = Box::new(move |gpu: &Gpu| {
-            Ok(gpu.device.prompt_bias(&prompt.adapter(), &mut out, &mut workspace, &gpu.stream)?)
+            Ok(gpu.device.prompt_bias(&prompt.adapter(), &mut out, &gpu.stream)?)
         });
         Ok(launch)
     })

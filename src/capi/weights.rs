@@ -163,8 +163,7 @@ impl Operator<PacePromptBias> for Forward {
 
     fn plan(args: &PacePromptBias, _: &Gpu, dtype: DType) -> Result<Plan> {
         let prompt = prompt(&mut OnDevice, args)?;
-        let workspace = workspace_buffer(args.workspace, 4, prompt.workspace_len(dtype))?;
-        Ok(prompt.forward(dtype, buffer(args.out), workspace)?)
+        Ok(prompt.forward(dtype, buffer(args.out))?)
     }
 }
 
@@ -210,7 +209,7 @@ pub unsafe extern "C" fn pace_prompt_bias_backward(
     unsafe { call::<Backward, _>(device, stream, args) }
 }
 
-/// The bytes of workspace that either pass needs; the tensors of `args` are ignored.
+/// The bytes of workspace that the backward pass needs; the tensors of `args` are ignored.
 ///
 /// # Safety
 /// As `pace_noisy_linear_workspace`.

@@ -1,8 +1,12 @@
 //! A layer with the paper's main adapter (LoRA mul, VPT add, or both), from the adapter's own parameters: the plans of ΔW, Δb and
 //! the dense layer one after the other.
 
+use super::adapter_weights::{
+    AdapterWeight, AdapterWeightGrads, LoraWeight, LoraWeightGrads, Partial, PromptWeight, PromptWeightGrads,
+    build, gradients,
+};
 use super::borrows::{Borrows, Noise};
-use super::buffer::{Address, Buffer, DType, Element, Named, check_disjoint, check_linear_shape};
+use super::buffer::{Buffer, DType, Element, Named, check_disjoint, check_linear_shape};
 use super::device::Device;
 use super::gemm::Arena;
 use super::gpu::Gpu;
@@ -10,9 +14,7 @@ use super::layer::named_base;
 use super::noise_source::Source;
 use super::noisy_linear::NoisyLinear;
 use super::plan::Plan;
-use crate::cpu::{
-    Base, Lora, LoraGrads, LoraMulLinearGrads, NoisyLinearGrads, Prompt, PromptGrads, check_adapter,
-};
+use crate::cpu::{Base, Lora, LoraMulLinearGrads, NoisyLinearGrads, Prompt, check_adapter};
 use crate::error::Result;
 use crate::noise;
 use crate::shape::LinearShape;
@@ -54,8 +56,6 @@ struct Places {
     /// Their gradients.
     weight_grad: Buffer,
     bias_grad: Buffer,
-    /// Gradients that were not asked for, of the larger and the smaller factor.
-    spare: [Address; 4],
     /// For the operators, one after the other.
     operators: Buffer,
 }
@@ -82,25 +82,13 @@ impl<B: Copy, Z: Copy, K: Copy> LoraMulLinear<B, noise::Noise<Z, K>> {
         let weight_len = if self.lora.is_some() { n.saturating_mul(k) } else { 0 };
         let [weight, weight_grad] = [weight_len; 2].map(|len| take(len, bytes));
         let [bias, bias_grad] = [n; 2].map(|len| take(len, bytes));
-        let [lora_rank, prompt_rank] =
-            [self.lora.map(|lora| lora.rank), self.prompt.map(|prompt| prompt.rank)]
-                .map(Option::unwrap_or_default);
-        let spare = [
-            k.saturating_mul(lora_rank),
-            n.saturating_mul(lora_rank),
-            k.saturating_mul(prompt_rank),
-            prompt_rank,
-        ]
-        .map(|len| take(len, bytes).into());
         // Of ΔW only whether there is one counts here.
         let stand_in = self.lora.map(|lora| lora.lora_b);
         let dense = self.dense(stand_in, None).workspace_len(gpu, dtype);
-        let lora = self.lora.map_or(0, |lora| lora.factors(&self.shape).workspace_len(dtype));
-        let prompt = self
-            .prompt
-            .map_or(0, |prompt| prompt.bias(&self.shape, self.base, self.delta_bias).workspace_len(dtype));
-        let operators = take(dense.max(lora).max(prompt), 4);
-        Places { weight, bias, weight_grad, bias_grad, spare, operators }
+        let ranks = (self.lora.map_or(0, |lora| lora.rank), self.prompt.map_or(0, |prompt| prompt.rank));
+        let gradients = Partial::new(n, k, ranks.0, ranks.1, dtype).len();
+        let operators = take(dense.max(gradients), 4);
+        Places { weight, bias, weight_grad, bias_grad, operators }
     }
 
     /// The `f32` elements of workspace that either pass needs on a device, whichever gradients are asked for; 0 for sizes that are
@@ -140,25 +128,34 @@ impl LoraMulLinear<Buffer, Source> {
         Ok(self.places(&mut Arena::new(workspace.into()), gpu, dtype))
     }
 
-    /// Builds ΔW, if it is needed, and Δb; gives the layer that has them.
+    /// Builds ΔW and Δb as far as they are needed; gives the layer that has them.
     fn build(
         &self,
         plan: &mut Plan,
         dtype: DType,
-        needs_weight: bool,
+        (needs_weight, needs_bias): (bool, bool),
         places: &Places,
     ) -> Result<NoisyLinear<Buffer, Source>> {
-        if let Some(lora) = self.lora.filter(|_| needs_weight) {
-            plan.append(lora.factors(&self.shape).weight(dtype, Some(self.base.weight), places.weight)?);
+        let lora = match self.lora {
+            Some(lora) => {
+                let (factors, base_weight) = (lora.factors(&self.shape), Some(self.base.weight));
+                factors.check(dtype, base_weight)?;
+                needs_weight.then_some(LoraWeight { factors, base_weight, out: places.weight })
+            }
+            None => None,
+        };
+        let prompt = match self.prompt {
+            Some(prompt) => {
+                let prompt = prompt.bias(&self.shape, self.base, self.delta_bias);
+                prompt.check(dtype)?;
+                needs_bias.then_some(PromptWeight { prompt, out: places.bias })
+            }
+            None => None,
+        };
+        if lora.is_some() || prompt.is_some() {
+            plan.append(build(dtype, &[AdapterWeight { lora, prompt }]));
         }
-        if let Some(prompt) = self.prompt {
-            plan.append(prompt.bias(&self.shape, self.base, self.delta_bias).forward(
-                dtype,
-                places.bias,
-                places.operators,
-            )?);
-        }
-        let bias = if self.prompt.is_some() { Some(places.bias) } else { self.delta_bias };
+        let bias = if needs_bias && self.prompt.is_some() { Some(places.bias) } else { self.delta_bias };
         Ok(self.dense(self.lora.map(|_| places.weight), bias))
     }
 
@@ -171,7 +168,7 @@ impl LoraMulLinear<Buffer, Source> {
     pub fn forward(&self, gpu: &Gpu, dtype: DType, x: Buffer, y: Buffer, workspace: Buffer) -> Result<Plan> {
         let places = self.check(gpu, dtype, &[("x", x)], &[("y", y)], workspace)?;
         let mut plan = Plan::default();
-        let layer = self.build(&mut plan, dtype, true, &places)?;
+        let layer = self.build(&mut plan, dtype, (true, true), &places)?;
         plan.append(layer.forward(gpu, dtype, x, y, places.operators)?);
         Ok(plan)
     }
@@ -210,32 +207,32 @@ impl LoraMulLinear<Buffer, Source> {
 
         let mut plan = Plan::default();
         // Δb has no part in any gradient.
-        let layer =
-            LoraMulLinear { prompt: None, ..*self }.build(&mut plan, dtype, input.is_some(), &places)?;
+        let layer = self.build(&mut plan, dtype, (input.is_some(), false), &places)?;
         let dense = NoisyLinearGrads {
             input,
             delta_weight: with_lora.then_some(places.weight_grad),
             delta_bias: if with_prompt { Some(places.bias_grad) } else { delta_bias },
         };
         plan.append(layer.backward_from(gpu, dtype, x, dy, dense, places.operators)?);
-        let spare = |i: usize, len: usize| Buffer { address: places.spare[i].0, len };
-        if let Some(lora) = self.lora.filter(|_| with_lora) {
-            let grads = LoraGrads {
-                lora_b: lora_b.unwrap_or(spare(1, lora.lora_b.len)),
-                lora_a: lora_a.unwrap_or(spare(0, lora.lora_a.len)),
-            };
-            let factors = lora.factors(&self.shape);
-            let (base, grad) = (Some(self.base.weight), places.weight_grad);
-            plan.append(factors.backward(dtype, base, grad, grads, places.operators)?);
-        }
-        if let Some(prompt) = self.prompt.filter(|_| with_prompt) {
-            let grads = PromptGrads {
-                prompt_down: prompt_down.unwrap_or(spare(2, prompt.down.len)),
-                prompt_up: prompt_up.unwrap_or(spare(3, prompt.up.len)),
-                delta_bias,
-            };
-            let bias = prompt.bias(&self.shape, self.base, self.delta_bias);
-            plan.append(bias.backward(dtype, places.bias_grad, grads, places.operators)?);
+        let lora = self.lora.filter(|_| with_lora).map(|lora| LoraWeightGrads {
+            factors: lora.factors(&self.shape),
+            base_weight: Some(self.base.weight),
+            delta_weight_grad: places.weight_grad,
+            lora_b,
+            lora_a,
+        });
+        let prompt = self.prompt.filter(|_| with_prompt).map(|prompt| PromptWeightGrads {
+            prompt: prompt.bias(&self.shape, self.base, self.delta_bias),
+            delta_bias_grad: places.bias_grad,
+            prompt_down,
+            prompt_up,
+            delta_bias,
+        });
+        lora.map_or(Ok(Vec::new()), |lora| lora.check_outputs(dtype))?;
+        prompt.map_or(Ok(Vec::new()), |prompt| prompt.check_outputs(dtype))?;
+        if lora.is_some() || prompt.is_some() {
+            let layers = [AdapterWeightGrads { lora, prompt }];
+            plan.append(gradients(dtype, &layers, places.operators.into()));
         }
         Ok(plan)
     }

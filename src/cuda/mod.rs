@@ -61,6 +61,7 @@
 //! # }
 //! ```
 
+mod adapter_weights;
 mod borrowed;
 mod borrows;
 mod buffer;
@@ -94,6 +95,9 @@ mod units;
 pub use crate::cpu::{
     Base, Lora, LoraFactors, LoraGrads, LoraMulLinearGrads, LowRankGrads, NoisyLinearGrads, Prompt,
     PromptBias, PromptGrads,
+};
+pub use adapter_weights::{
+    AdapterWeight, AdapterWeightGrads, LoraWeight, LoraWeightGrads, PromptWeight, PromptWeightGrads,
 };
 pub use borrowed::BorrowedTensor;
 pub use borrows::Noise;

@@ -1,86 +1,27 @@
-//! The prompt adapter's bias (VPT add) and its gradients; plans `kernels/weights.cu`.
+//! The prompt adapter's bias (VPT add) and its gradients.
 
+use super::adapter_weights::{
+    AdapterWeight, AdapterWeightGrads, Partial, PromptWeight, PromptWeightGrads, build, gradients,
+};
 use super::borrows::Borrows;
-use super::buffer::{Address, Buffer, DType, Element, Named, check_disjoint, rows_are_aligned};
+use super::buffer::{Buffer, DType, Element, Named, check_disjoint};
 use super::device::Device;
-use super::kernel::{Kernels, WARP, table};
-use super::low_rank_weight::{LowRankBackwardParams, Parts, check_sizes, check_workspace, factor};
-use super::partial_sums::partial_sums;
-use super::plan::{Launch, Plan};
-use super::pointer::{Input, Output, Void};
+use super::low_rank_weight::{check_sizes, check_workspace, factor};
+use super::plan::Plan;
 use crate::cpu::{PromptBias, PromptGrads};
 use crate::error::Result;
-use bytemuck::{Pod, Zeroable};
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
 
-/// Threads of a block.
-pub const PROMPT_THREADS: usize = 256;
-/// In-features of a partial sum of `dPu`.
-const PROMPT_PART: usize = 64;
-
-/// Parameters of the kernels `prompt_bias*`.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
-pub struct PromptBiasParams {
-    /// [rows, columns].
-    matrix: Input<Void>,
-    /// [columns].
-    vector: Input<Void>,
-    /// [rows], or null.
-    base_bias: Input<Void>,
-    /// [rows], or null.
-    delta_bias: Input<Void>,
-    /// [rows].
-    out: Output<Void>,
-    rows: u32,
-    columns: u32,
-    /// The vector and rows of the matrix start at multiples of 16 bytes, and the rows hold whole vectors.
-    aligned: u64,
-}
-
-/// Parameters of the kernels `prompt_bias_grads*`.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
-pub struct PromptGradsParams {
-    /// `q [K]`.
-    q: Input<f32>,
-    /// Pd `[K, r]`.
-    prompt_down: Input<Void>,
-    /// Pu `[r]`.
-    prompt_up: Input<Void>,
-    /// `grad_bd [N]`.
-    grad: Input<Void>,
-    /// b0 `[N]`; null is zero.
-    base_bias: Input<Void>,
-    /// `grad_Pd [K, r]`.
-    prompt_down_grad: Output<Void>,
-    /// Partial sums of `grad_Pu`, `[parts, r]`.
-    prompt_up_partial: Output<f32>,
-    /// `grad_delta_bias [N]`, or null.
-    delta_bias: Output<Void>,
-    /// Out-features `N`.
-    rows: u64,
-    /// In-features `K`.
-    columns: u32,
-    rank: u32,
-    /// In-features of a block.
-    part: u32,
-    /// Threads side by side along r: a power of two, not less than r or the whole block.
-    width: u32,
-}
-
 impl<B> PromptBias<B> {
-    /// The `f32` elements of workspace that [`forward`](Self::forward) and [`backward`](Self::backward) need; saturates for
-    /// sizes that are refused.
+    /// The `f32` elements of workspace that [`backward`](Self::backward) needs; saturates for sizes that are refused.
     pub fn workspace_len(&self, dtype: DType) -> usize {
         let &Self { out_features: n, in_features: k, rank: r, .. } = self;
-        let columns = Parts::new(n, k, dtype).parts.saturating_add(1).saturating_mul(k);
-        columns.saturating_add(k.div_ceil(PROMPT_PART).saturating_mul(r))
+        Partial::new(n, k, 0, r, dtype).len()
     }
 }
 
 impl PromptBias<Buffer> {
-    fn check(&self, dtype: DType) -> Result<Vec<Named>> {
+    pub(super) fn check(&self, dtype: DType) -> Result<Vec<Named>> {
         let &Self { out_features: n, in_features: k, rank: r, .. } = self;
         check_sizes(n, k, r)?;
         let prompt = factor("prompt_down", "[K, r]", [k, r])?;
@@ -104,55 +45,19 @@ impl PromptBias<Buffer> {
     /// The plan that computes `Δb [N]`.
     ///
     /// # Errors
-    /// If a size is zero or too large, a buffer has the wrong length, is not aligned to its element or overlaps an output,
-    /// or the workspace is too small.
-    pub fn forward(&self, dtype: DType, out: Buffer, workspace: Buffer) -> Result<Plan> {
+    /// If a size is zero or too large, or a buffer has the wrong length, is not aligned to its element or overlaps an output.
+    pub fn forward(&self, dtype: DType, out: Buffer) -> Result<Plan> {
         let inputs = self.check(dtype)?;
-        let (&Self { out_features: n, in_features: k, rank: r, .. }, bytes) = (self, dtype.bytes());
-        out.check("out", "[N]", n, bytes)?;
-        let workspace = check_workspace(workspace, self.workspace_len(dtype))?;
-        let outputs = [("out", out), ("workspace", workspace.in_elements_of(bytes))];
-        check_disjoint(&inputs, &outputs, bytes)?;
-        // `matrix @ vector`, into `out`.
-        let launch = |kernels: Kernels,
-                      matrix: Buffer,
-                      (rows, columns): (usize, usize),
-                      vector: Address,
-                      out: Address,
-                      biases| {
-            let [base_bias, delta_bias]: [Option<Buffer>; 2] = biases;
-            let params = PromptBiasParams {
-                matrix: matrix.into(),
-                vector: vector.into(),
-                base_bias: base_bias.into(),
-                delta_bias: delta_bias.into(),
-                out: out.into(),
-                rows: rows as u32,
-                columns: columns as u32,
-                aligned: u64::from(rows_are_aligned(dtype, columns, &[matrix.into(), vector])),
-            };
-            let grid = [rows.div_ceil(PROMPT_THREADS / WARP) as u32, 1, 1];
-            Launch::new(kernels.choose(dtype), grid, [PROMPT_THREADS as u32, 1, 1], 0, &params)
-        };
-        let prompt = Address::from(workspace);
-        let biases = [self.base_bias, self.delta_bias];
-        let vector = self.prompt_up.into();
-        let mut plan = Plan::from(launch(
-            table::PROMPT_BIAS_PRODUCT,
-            self.prompt_down,
-            (k, r),
-            vector,
-            prompt,
-            [None; 2],
-        ));
-        plan.push(launch(table::PROMPT_BIAS, self.base_weight, (n, k), prompt, out.into(), biases));
-        Ok(plan)
+        out.check("out", "[N]", self.out_features, dtype.bytes())?;
+        check_disjoint(&inputs, &[("out", out)], dtype.bytes())?;
+        let prompt = Some(PromptWeight { prompt: *self, out });
+        Ok(build(dtype, &[AdapterWeight { lora: None, prompt }]))
     }
 
     /// The plan that computes gradients from `dΔb [N]`.
     ///
     /// # Errors
-    /// As [`forward`](Self::forward).
+    /// As [`forward`](Self::forward); also if the workspace is too small.
     pub fn backward(
         &self,
         dtype: DType,
@@ -160,72 +65,26 @@ impl PromptBias<Buffer> {
         grads: PromptGrads<Buffer>,
         workspace: Buffer,
     ) -> Result<Plan> {
-        let mut inputs = self.check(dtype)?;
-        let (&Self { out_features: n, in_features: k, rank: r, .. }, bytes) = (self, dtype.bytes());
-        delta_bias_grad.check("delta_bias_grad", "[N]", n, bytes)?;
+        let (mut inputs, bytes) = (self.check(dtype)?, dtype.bytes());
+        delta_bias_grad.check("delta_bias_grad", "[N]", self.out_features, bytes)?;
         inputs.push(("delta_bias_grad", delta_bias_grad));
-        grads.prompt_down.check("grads.prompt_down", "[K, r]", k * r, bytes)?;
-        grads.prompt_up.check("grads.prompt_up", "[r]", r, bytes)?;
+        let prompt = PromptWeightGrads {
+            prompt: *self,
+            delta_bias_grad,
+            prompt_down: Some(grads.prompt_down),
+            prompt_up: Some(grads.prompt_up),
+            delta_bias: grads.delta_bias,
+        };
+        let mut outputs = prompt.check_outputs(dtype)?;
         let workspace = check_workspace(workspace, self.workspace_len(dtype))?;
-        let mut outputs = vec![
-            ("grads.prompt_down", grads.prompt_down),
-            ("grads.prompt_up", grads.prompt_up),
-            ("workspace", workspace.in_elements_of(bytes)),
-        ];
-        if let Some(bias) = grads.delta_bias {
-            bias.check("grads.delta_bias", "[N]", n, bytes)?;
-            outputs.push(("grads.delta_bias", bias));
-        }
+        outputs.push(("workspace", workspace.in_elements_of(bytes)));
         check_disjoint(&inputs, &outputs, bytes)?;
-
-        let parts = Parts::new(n, k, dtype);
-        let partial = Address::from(workspace);
-        let q = Buffer { address: partial.offset(parts.parts * k * 4).0, len: k };
-        let prompt_up_partial = Address::from(q).offset(k * 4);
-        let (weight, blocks) = (Address::from(self.base_weight), k.div_ceil(PROMPT_PART));
-        let columns = LowRankBackwardParams {
-            grad: weight.into(),
-            lora_b: delta_bias_grad.into(),
-            a_partial: partial.into(),
-            rows: n as u32,
-            columns: k as u32,
-            rank: 1,
-            scale: 1.0,
-            aligned: u32::from(rows_are_aligned(dtype, k, &[weight, partial])),
-            ..LowRankBackwardParams::zeroed()
-        };
-        let params = PromptGradsParams {
-            q: q.into(),
-            prompt_down: self.prompt_down.into(),
-            prompt_up: self.prompt_up.into(),
-            grad: delta_bias_grad.into(),
-            base_bias: self.base_bias.into(),
-            prompt_down_grad: grads.prompt_down.into(),
-            prompt_up_partial: prompt_up_partial.into(),
-            delta_bias: grads.delta_bias.into(),
-            columns: k as u32,
-            rank: r as u32,
-            rows: n as u64,
-            part: PROMPT_PART as u32,
-            width: r.next_power_of_two().min(PROMPT_THREADS) as u32,
-        };
-        let (grid, block) = ([blocks as u32, 1, 1], [PROMPT_THREADS as u32, 1, 1]);
-        let mut plan = Plan::from(parts.launch(table::PROMPT_BIAS_COLUMNS.choose(dtype), dtype, 1, columns));
-        plan.push(partial_sums(partial, parts.parts, q, DType::F32));
-        plan.push(Launch::new(
-            table::PROMPT_BIAS_GRADS.choose(dtype),
-            grid,
-            block,
-            PROMPT_THREADS * 4,
-            &params,
-        ));
-        plan.push(partial_sums(prompt_up_partial, blocks, grads.prompt_up, dtype));
-        Ok(plan)
+        Ok(gradients(dtype, &[AdapterWeightGrads { lora: None, prompt: Some(prompt) }], workspace.into()))
     }
 }
 
 impl<'a, T> PromptBias<&'a dyn DevicePtr<T>> {
-    fn borrow(&self, borrows: &mut Borrows<'a>) -> Result<PromptBias<Buffer>> {
+    pub(super) fn borrow(&self, borrows: &mut Borrows<'a>) -> Result<PromptBias<Buffer>> {
         let PromptBias { out_features, in_features, rank, .. } = *self;
         Ok(PromptBias {
             out_features,
@@ -241,8 +100,7 @@ impl<'a, T> PromptBias<&'a dyn DevicePtr<T>> {
 }
 
 impl Device {
-    /// `out [N] = W0·(Pd·Pu) + b0⊙δb`. `workspace` has at least [`PromptBias::workspace_len`] elements; contents are
-    /// ignored.
+    /// `out [N] = W0·(Pd·Pu) + b0⊙δb`.
     ///
     /// # Errors
     /// As [`PromptBias::forward`]; also if an argument belongs to another device, or a launch fails.
@@ -250,19 +108,18 @@ impl Device {
         &'a self,
         prompt: &PromptBias<&'a dyn DevicePtr<T>>,
         out: &'a mut dyn DevicePtrMut<T>,
-        workspace: &'a mut dyn DevicePtrMut<f32>,
         stream: &'a CudaStream,
     ) -> Result<()> {
         let mut borrows = Borrows::new(self, stream);
         let prompt = prompt.borrow(&mut borrows)?;
-        let (out, workspace) = (borrows.output("out", out)?, borrows.output("workspace", workspace)?);
-        let plan = prompt.forward(T::DTYPE, out, workspace)?;
+        let plan = prompt.forward(T::DTYPE, borrows.output("out", out)?)?;
         // SAFETY: the plan's addresses are those of live device tensors of this context, whose guards outlive the launch,
         // and the plan checked their lengths against what the kernels touch.
         unsafe { self.launch(&plan, stream) }
     }
 
-    /// Gradients of [`Device::prompt_bias`] from `delta_bias_grad`, `dΔb [N]`; `workspace` as there.
+    /// Gradients of [`Device::prompt_bias`] from `delta_bias_grad`, `dΔb [N]`. `workspace` has at least
+    /// [`PromptBias::workspace_len`] elements; contents are ignored.
     ///
     /// # Errors
     /// As [`PromptBias::backward`]; also if an argument belongs to another device, or a launch fails.

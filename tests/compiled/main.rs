@@ -77,12 +77,10 @@ const INSTRUCTIONS: &[(&str, &str, &[&str])] = &[
     // Reads partial sums only.
     ("norms", "norm_total", &[]),
     ("partial_sums", "partial_sums_", LOADS),
-    ("weights", "low_rank_weight_", VECTORS),
-    ("weights", "prompt_bias_columns_", VECTORS),
-    // Reads and writes factors only.
-    ("weights", "prompt_bias_grads_", &[]),
-    ("weights", "prompt_bias_", LOADS),
+    ("weights", "adapter_weights_", &["HMMA", "LDG.128", "STG.128"]),
     ("weights", "merge_", VECTORS),
+    ("weight_gradients", "weight_gradients_", &["HMMA", "LDG.128", "STG.128"]),
+    ("weight_gradients", "weight_gradient_sums_", LOADS),
 ];
 
 const DOCS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/kernels.md");

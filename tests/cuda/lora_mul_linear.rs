@@ -244,15 +244,13 @@ fn one_by_one(case: &Case, data: &Data<bf16>, machine: &mut Machine<'_>) -> Resu
         prompt_up: prompt.up,
         delta_bias: layer.delta_bias,
     });
-    let prompt_workspace =
-        prompt.map(|prompt| machine.output::<f32>("workspace of Δb", prompt.workspace_len(TYPE)));
-    let delta_bias = match (prompt, prompt_workspace) {
-        (Some(prompt), Some(workspace)) => {
+    let delta_bias = match prompt {
+        Some(prompt) => {
             let out = machine.output::<bf16>("Δb", n);
-            machine.launch(&prompt.forward(TYPE, out, workspace).unwrap());
+            machine.launch(&prompt.forward(TYPE, out).unwrap());
             Some(out)
         }
-        _ => layer.delta_bias,
+        None => layer.delta_bias,
     };
     let dense = cuda::NoisyLinear {
         shape: layer.shape,
@@ -285,7 +283,8 @@ fn one_by_one(case: &Case, data: &Data<bf16>, machine: &mut Machine<'_>) -> Resu
         results[3] = machine.read(lora_b);
     }
     results[6] = if case.biases { machine.read(db) } else { Vec::new() };
-    if let (Some(prompt), Some(workspace)) = (prompt, prompt_workspace) {
+    if let Some(prompt) = prompt {
+        let workspace = machine.output::<f32>("workspace of dPd", prompt.workspace_len(TYPE));
         let prompt_down = machine.output::<bf16>("dPd", data.prompt_down.len());
         let prompt_up = machine.output::<bf16>("dPu", data.prompt_up.len());
         let delta_bias = case.biases.then(|| machine.output::<bf16>("dδb", n));

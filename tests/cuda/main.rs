@@ -67,6 +67,7 @@ const TESTS: &[(&str, Test)] = &[
     ("norms::grad_norm", norms::grad_norm),
     ("weights::low_rank", weights::low_rank),
     ("weights::prompt", weights::prompt),
+    ("weights::grouped", weights::grouped),
     ("weights::merge", weights::merge),
 ];
 

@@ -7,7 +7,8 @@ use half::{bf16, f16};
 use pace_kernels::cpu;
 use pace_kernels::cuda::cudarc::driver::{DevicePtr, DevicePtrMut};
 use pace_kernels::cuda::{
-    Buffer, Element, LoraFactors, LoraGrads, Merge, MergeSign, PromptBias, PromptGrads,
+    AdapterWeight, AdapterWeightGrads, Buffer, Element, LoraFactors, LoraGrads, LoraWeight, LoraWeightGrads,
+    Merge, MergeSign, PromptBias, PromptGrads, PromptWeight, PromptWeightGrads,
 };
 use std::cell::OnceCell;
 
@@ -22,13 +23,11 @@ struct Case {
     full: bool,
     /// Elements past an aligned address at which tensors start.
     shift: usize,
-    /// Whether one block does what the blocks below each other do.
-    single: bool,
 }
 
 fn cases() -> Vec<Case> {
-    // Around vectors (4 and 8 elements), strips (128 and 256), rows of warps and blocks (4 and 16), parts of rows (16 and up)
-    // and of columns (64), and chunks of the rank (8, 16, and all 256 threads).
+    // Around vectors (4 and 8 elements), strips (32 and 64 columns), octets of rows, tiles of ΔW (64 rows) and of Δb (16), parts of
+    // rows (64 and up), turns of the rank (16), and what the sums of a block are (128).
     let sizes = [
         (1, 1, 1),
         (3, 5, 2),
@@ -47,12 +46,15 @@ fn cases() -> Vec<Case> {
         (2, 264, 12),
         (24, 520, 10),
         (2, 3, 260),
+        (150, 70, 11),
     ];
-    let variants = [(true, 0, false), (false, 1, true)];
-    let of = |(n, k, r)| variants.map(|(full, shift, single)| Case { n, k, r, full, shift, single });
-    // More parts than a device is kept busy by if they had 16 rows.
-    let long = Case { n: 4240, k: 8, r: 1, full: true, shift: 0, single: false };
-    sizes.into_iter().flat_map(of).chain([long]).collect()
+    let variants = [(true, 0), (false, 1)];
+    let of = |(n, k, r)| variants.map(|(full, shift)| Case { n, k, r, full, shift });
+    // More parts than a device is kept busy by if they had 64 rows.
+    let long = Case { n: 17000, k: 8, r: 1, full: true, shift: 0 };
+    // Strips of which a part takes several turns of all warps.
+    let wide = Case { n: 200, k: 8200, r: 2, full: true, shift: 0 };
+    sizes.into_iter().flat_map(of).chain([long, wide]).collect()
 }
 
 fn round<T: Type>(value: f64) -> f64 {
@@ -138,7 +140,7 @@ fn lora_unfused<T: Type>(case: &Case, data: &[Vec<T>; 4]) -> Results<T> {
 }
 
 fn low_rank_typed<T: Type>(case: &Case, target: &Target<'_>) {
-    let &Case { n, k, r, full, single, .. } = case;
+    let &Case { n, k, r, full, .. } = case;
     let data = lora_data::<T>(case);
     let (exact, unfused) = (lora_exact(case, &data), lora_unfused(case, &data));
     check(case, target, &unfused, &exact, |machine| {
@@ -151,16 +153,8 @@ fn low_rank_typed<T: Type>(case: &Case, target: &Target<'_>) {
         let grads =
             LoraGrads { lora_b: machine.output::<T>("dB", n * r), lora_a: machine.output::<T>("dA", r * k) };
         let workspace = machine.output::<f32>("workspace", lora.workspace_len(T::DTYPE));
-        let mut forward = lora.weight(T::DTYPE, base, weight).unwrap();
-        let mut backward = lora.backward(T::DTYPE, base, grad, grads, workspace).unwrap();
-        if single {
-            // Of the weight, and of the partial sums of its gradients.
-            for plan in [&mut forward, &mut backward] {
-                plan.launches_mut().next().unwrap().grid[1] = 1;
-            }
-        }
-        machine.launch(&forward);
-        machine.launch(&backward);
+        machine.launch(&lora.weight(T::DTYPE, base, weight).unwrap());
+        machine.launch(&lora.backward(T::DTYPE, base, grad, grads, workspace).unwrap());
         vec![weight, grads.lora_b, grads.lora_a]
     });
 }
@@ -219,7 +213,7 @@ fn prompt_unfused<T: Type>(case: &Case, data: &[Vec<T>; 6]) -> Results<T> {
 }
 
 fn prompt_typed<T: Type>(case: &Case, target: &Target<'_>) {
-    let &Case { n, k, r, full, single, .. } = case;
+    let &Case { n, k, r, full, .. } = case;
     let data = prompt_data::<T>(case);
     let (exact, unfused) = (prompt_exact(case, &data), prompt_unfused(case, &data));
     check(case, target, &unfused, &exact, |machine| {
@@ -241,14 +235,9 @@ fn prompt_typed<T: Type>(case: &Case, target: &Target<'_>) {
             prompt_up: machine.output::<T>("dPu", r),
             delta_bias: Some(machine.output::<T>("dδb", n)),
         };
-        let len = prompt.workspace_len(T::DTYPE);
-        let workspaces = [machine.output::<f32>("workspace", len), machine.output::<f32>("another", len)];
-        machine.launch(&prompt.forward(T::DTYPE, out, workspaces[0]).unwrap());
-        let mut backward = prompt.backward(T::DTYPE, grad, grads, workspaces[1]).unwrap();
-        if single {
-            backward.launches_mut().next().unwrap().grid[1] = 1;
-        }
-        machine.launch(&backward);
+        let workspace = machine.output::<f32>("workspace", prompt.workspace_len(T::DTYPE));
+        machine.launch(&prompt.forward(T::DTYPE, out).unwrap());
+        machine.launch(&prompt.backward(T::DTYPE, grad, grads, workspace).unwrap());
         vec![out, grads.prompt_down, grads.prompt_up, grads.delta_bias.unwrap()]
     });
 }
@@ -259,6 +248,135 @@ pub fn prompt(target: &Target<'_>) {
         prompt_typed::<f16>(&case, target);
         prompt_typed::<bf16>(&case, target);
     }
+}
+
+/// Tensors of one layer of a group: sizes, inputs, and whether it has LoRA mul, LoRA add or none, and a prompt.
+struct Member {
+    factors: LoraFactors<Buffer>,
+    base_weight: Buffer,
+    delta_weight_grad: Buffer,
+    prompt: PromptBias<Buffer>,
+    delta_bias_grad: Buffer,
+    kind: usize,
+}
+
+impl Member {
+    fn new<T: Type>(i: usize, machine: &mut Machine<'_>) -> Self {
+        let (n, k, r, p) = [(5, 9, 3, 2), (70, 40, 10, 4), (16, 64, 17, 1), (130, 8, 2, 33)][i % 4];
+        let mut input = |seed, len| machine.input("input", &rounded::<T>(8 * i as u32 + seed, len));
+        let base_weight = input(0, n * k);
+        Self {
+            factors: LoraFactors {
+                out_features: n,
+                in_features: k,
+                rank: r,
+                lora_b: input(1, n * r),
+                lora_a: input(2, r * k),
+                scale: SCALE,
+            },
+            base_weight,
+            delta_weight_grad: input(3, n * k),
+            prompt: PromptBias {
+                out_features: n,
+                in_features: k,
+                rank: p,
+                base_weight,
+                base_bias: None,
+                prompt_down: input(4, k * p),
+                prompt_up: input(5, p),
+                delta_bias: None,
+            },
+            delta_bias_grad: input(6, n),
+            kind: i % 3,
+        }
+    }
+
+    fn has_lora(&self) -> bool {
+        self.kind != 1
+    }
+
+    fn base_weight(&self) -> Option<Buffer> {
+        (self.kind == 0).then_some(self.base_weight)
+    }
+
+    fn has_prompt(&self) -> bool {
+        self.kind != 2
+    }
+
+    fn weight<T: Type>(&self, machine: &mut Machine<'_>) -> AdapterWeight<Buffer> {
+        let (factors, base_weight) = (self.factors, self.base_weight());
+        let mut output = |len| machine.output::<T>("output", len);
+        AdapterWeight {
+            lora: self.has_lora().then(|| {
+                let out = output(factors.out_features * factors.in_features);
+                LoraWeight { factors, base_weight, out }
+            }),
+            prompt: self.has_prompt().then(|| {
+                let prompt = self.prompt;
+                PromptWeight { prompt, out: output(prompt.out_features) }
+            }),
+        }
+    }
+
+    fn grads<T: Type>(&self, machine: &mut Machine<'_>) -> AdapterWeightGrads<Buffer> {
+        let (factors, base_weight) = (self.factors, self.base_weight());
+        let mut output = |buffer: Buffer| Some(machine.output::<T>("output", buffer.len));
+        AdapterWeightGrads {
+            lora: self.has_lora().then(|| LoraWeightGrads {
+                factors,
+                base_weight,
+                delta_weight_grad: self.delta_weight_grad,
+                lora_b: output(factors.lora_b),
+                lora_a: output(factors.lora_a),
+            }),
+            prompt: self.has_prompt().then(|| PromptWeightGrads {
+                prompt: self.prompt,
+                delta_bias_grad: self.delta_bias_grad,
+                prompt_down: output(self.prompt.prompt_down),
+                prompt_up: output(self.prompt.prompt_up),
+                delta_bias: None,
+            }),
+        }
+    }
+}
+
+/// What a group wrote: what was built, and gradients.
+fn written<T: Type>(
+    weights: &[AdapterWeight<Buffer>],
+    grads: &[AdapterWeightGrads<Buffer>],
+    machine: &Machine<'_>,
+) -> (Vec<Vec<T>>, Vec<Vec<T>>) {
+    let built = weights.iter().flat_map(|layer| {
+        [layer.lora.map(|lora| lora.out), layer.prompt.map(|prompt| prompt.out)].into_iter().flatten()
+    });
+    let grads = grads.iter().flat_map(|layer| {
+        let lora = layer.lora.map_or([None; 2], |lora| [lora.lora_b, lora.lora_a]);
+        let prompt = layer.prompt.map_or([None; 2], |prompt| [prompt.prompt_down, prompt.prompt_up]);
+        lora.into_iter().chain(prompt).flatten()
+    });
+    (built.map(|buffer| machine.read(buffer)).collect(), grads.map(|buffer| machine.read(buffer)).collect())
+}
+
+/// More layers than a launch takes, each with the bits that it has alone.
+pub fn grouped(target: &Target<'_>) {
+    type T = bf16;
+    target.run(0, |machine| {
+        let members: Vec<Member> = (0..35).map(|i| Member::new::<T>(i, machine)).collect();
+        let mut run = |members: &[Member]| {
+            let weights: Vec<_> = members.iter().map(|member| member.weight::<T>(machine)).collect();
+            let grads: Vec<_> = members.iter().map(|member| member.grads::<T>(machine)).collect();
+            let len = AdapterWeightGrads::workspace_len(T::DTYPE, &grads);
+            let workspace = machine.output::<f32>("workspace", len);
+            machine.launch(&AdapterWeight::plan(T::DTYPE, &weights).unwrap());
+            machine.launch(&AdapterWeightGrads::plan(T::DTYPE, &grads, workspace).unwrap());
+            written::<T>(&weights, &grads, machine)
+        };
+        let alone: Vec<_> = members.chunks(1).map(&mut run).collect();
+        let (built, grads): (Vec<_>, Vec<_>) = alone.into_iter().unzip();
+        let together = run(&members);
+        assert!(built.concat() == together.0, "what was built");
+        assert!(grads.concat() == together.1, "gradients");
+    });
 }
 
 /// What a merge has to leave, bitwise.
@@ -336,7 +454,11 @@ fn lora_methods(opened: &Opened, case: &Case) {
         let [mut weight, mut lora_b, mut lora_a] = outs.each_mut().map(|out| out.slice_mut(shift..));
         let grads = LoraGrads::<&mut dyn DevicePtrMut<f16>> { lora_b: &mut lora_b, lora_a: &mut lora_a };
         if full {
-            device.lora_mul_weight::<f16>(lora, &base, &mut weight, stream).unwrap();
+            // As a group of one layer.
+            let (base_weight, out): (Option<&dyn DevicePtr<f16>>, &mut dyn DevicePtrMut<f16>) =
+                (Some(&base), &mut weight);
+            let lora_weight = Some(LoraWeight { factors: lora, base_weight, out });
+            device.adapter_weights([AdapterWeight { lora: lora_weight, prompt: None }], stream).unwrap();
             device.lora_mul_weight_backward(lora, &base, &grad, grads, &mut workspace, stream).unwrap();
         } else {
             device.low_rank_weight::<f16>(lora, &mut weight, stream).unwrap();
@@ -369,7 +491,7 @@ fn prompt_methods(opened: &Opened, case: &Case) {
     let mut outs = [n, k * r, r, n].map(|len| opened.upload(shift, &vec![f16::NAN; len]));
     {
         let [mut out, mut lora_b, mut lora_a, mut bias] = outs.each_mut().map(|out| out.slice_mut(shift..));
-        device.prompt_bias(&prompt, &mut out, &mut workspace, stream).unwrap();
+        device.prompt_bias(&prompt, &mut out, stream).unwrap();
         let grads = PromptGrads::<&mut dyn DevicePtrMut<f16>> {
             prompt_down: &mut lora_b,
             prompt_up: &mut lora_a,

@@ -3,10 +3,11 @@
 use crate::support::*;
 use pace_kernels::Error;
 use pace_kernels::cuda::{
-    Buffer, DType, LoraFactors, LoraGrads, Merge, MergeSign, Plan, PromptBias, PromptGrads,
+    AdapterWeight, AdapterWeightGrads, Buffer, DType, LoraFactors, LoraGrads, LoraWeight, LoraWeightGrads,
+    Merge, MergeSign, Plan, PromptBias, PromptGrads, PromptWeight,
 };
 
-/// Rank 3 under a weight [40, 520]: three strips of 256 columns and three parts of 16 rows.
+/// Rank 3 under a weight [40, 520]: nine strips of 64 columns, and one part.
 const LORA: LoraFactors<Buffer> = LoraFactors {
     out_features: 40,
     in_features: 520,
@@ -21,7 +22,7 @@ const LORA_GRADS: LoraGrads<Buffer> = LoraGrads {
     lora_a: Buffer { address: 1 << 22, len: 1560 },
 };
 /// Of `LORA`'s gradients, in the 16-bit types.
-const LORA_WORKSPACE: Buffer = Buffer { address: 1 << 23, len: 3 * 1560 + 3 * 120 };
+const LORA_WORKSPACE: Buffer = Buffer { address: 1 << 23, len: 1560 + 9 * 120 };
 
 #[test]
 fn low_rank_plans() {
@@ -29,18 +30,19 @@ fn low_rank_plans() {
     let plan = LORA.weight(DType::F16, None, out).unwrap();
     let launch = only(&plan);
     assert_eq!(
-        (launch.kernel.name, launch.grid, launch.block),
-        ("low_rank_weight_f16", [3, 3, 1], [128, 1, 1])
+        (launch.kernel.name, launch.grid, launch.block, launch.shared_bytes),
+        ("adapter_weights_f16", [9, 1, 1], [256, 1, 1], 0)
     );
-    assert_eq!(only(&LORA.weight(DType::F32, Some(WEIGHT), out).unwrap()).grid, [5, 3, 1]);
+    assert_eq!(only(&LORA.weight(DType::F32, Some(WEIGHT), out).unwrap()).grid, [17, 1, 1]);
     let workspace = buffer(1 << 23, LORA.workspace_len(DType::BF16));
     assert_eq!(workspace, LORA_WORKSPACE);
     let plan = LORA.backward(DType::BF16, Some(WEIGHT), out, LORA_GRADS, workspace).unwrap();
-    let [partials, lora_b, lora_a] = launches(&plan);
-    assert_eq!((partials.kernel.name, partials.grid), ("low_rank_weight_backward_bf16", [3, 3, 1]));
-    assert_eq!((lora_b.kernel.name, lora_b.grid, lora_a.grid), ("partial_sums_bf16", [1, 1, 1], [2, 1, 1]));
-    // Parts have at most 128 rows; grids at most 65535.
-    for (out_features, grid) in [(1 << 20, 8192), (1 << 24, 65535)] {
+    let [partials, sums] = launches(&plan);
+    assert_eq!((partials.kernel.name, partials.grid), ("weight_gradients_bf16", [9, 1, 1]));
+    // 128 sums of dA and of dB per block.
+    assert_eq!((sums.kernel.name, sums.grid), ("weight_gradient_sums_bf16", [13 + 1, 1, 1]));
+    // As many parts as keep a large device busy, and tiles of 64 rows.
+    for (out_features, parts, tiles) in [(200, 4, 4), (1 << 20, 264, 1 << 14), (1 << 24, 264, 1 << 18)] {
         let lora_b = buffer(1 << 40, 3 * out_features);
         let lora_a = buffer(1 << 50, 3);
         let lora = LoraFactors { out_features, in_features: 1, lora_b, lora_a, ..LORA };
@@ -48,9 +50,9 @@ fn low_rank_plans() {
         let workspace = buffer(1 << 42, lora.workspace_len(DType::F16));
         let grad = buffer(1 << 43, out_features);
         let plan = lora.backward(DType::F16, None, grad, grads, workspace).unwrap();
-        let [partials, ..] = launches::<3>(&plan);
-        assert_eq!(partials.grid, [1, grid, 1]);
-        assert_eq!(only(&lora.weight(DType::F16, None, grad).unwrap()).grid, [1, 65535, 1]);
+        let [partials, _] = launches(&plan);
+        assert_eq!(partials.grid, [parts, 1, 1]);
+        assert_eq!(only(&lora.weight(DType::F16, None, grad).unwrap()).grid, [tiles, 1, 1]);
     }
 
     let zero = |argument| Error::Size { argument, expected: "at least 1", got: 0 };
@@ -63,6 +65,11 @@ fn low_rank_plans() {
         (LoraFactors { rank: (1 << 31) + 1, ..LORA }, large("rank")),
         (
             LoraFactors { out_features: 1 << 31, in_features: 1 << 31, ..LORA },
+            Error::Overflow { argument: "weight", shape: "[N, K]" },
+        ),
+        // More than any device has memory for, or a grid can count.
+        (
+            LoraFactors { out_features: 1 << 21, in_features: 1 << 20, ..LORA },
             Error::Overflow { argument: "weight", shape: "[N, K]" },
         ),
         (
@@ -102,12 +109,12 @@ fn low_rank_plans() {
     wrong(out, grads, LORA_WORKSPACE, argument("grads.lora_a", MISALIGNED));
     let grads = LoraGrads { lora_b: buffer(1 << 22, 120), ..LORA_GRADS };
     wrong(out, grads, LORA_WORKSPACE, argument("grads.lora_a", "overlaps another output"));
-    wrong(out, LORA_GRADS, buffer(1 << 23, 5039), length("workspace", "[workspace_len()]", 5040, 5039));
-    wrong(out, LORA_GRADS, buffer((1 << 24) - 4, 5040), argument("delta_weight_grad", "overlaps an output"));
-    wrong(out, LORA_GRADS, buffer((1 << 22) - 4, 5040), argument("workspace", "overlaps another output"));
+    wrong(out, LORA_GRADS, buffer(1 << 23, 2639), length("workspace", "[workspace_len()]", 2640, 2639));
+    wrong(out, LORA_GRADS, buffer((1 << 24) - 4, 2640), argument("delta_weight_grad", "overlaps an output"));
+    wrong(out, LORA_GRADS, buffer((1 << 22) - 4, 2640), argument("workspace", "overlaps another output"));
     // Partial sums of a weight that can be addressed need not be.
     let lora = LoraFactors { out_features: 1 << 31, in_features: 1 << 28, rank: 1 << 9, ..LORA };
-    assert_eq!(lora.workspace_len(DType::F16), (1 << 24 << 28 << 9) + (1 << 20 << 31 << 9));
+    assert_eq!(lora.workspace_len(DType::F16), (1 << 28 << 9) + (1 << 22 << 31 << 9));
 }
 
 fn prompt() -> PromptBias<Buffer> {
@@ -131,20 +138,21 @@ fn prompt_plans() {
         delta_bias: Some(buffer(1 << 25, 40)),
     };
     let out = buffer(1 << 24, 40);
-    // Three parts of q and q itself, and nine parts of dPu.
-    let len = 4 * 520 + 9 * 3;
+    // One part of q, and nine of dPu, up to a whole vector.
+    let len = 520 + 28;
     assert_eq!(prompt().workspace_len(DType::F16), len);
     let workspace = buffer(1 << 23, len);
-    let plan = prompt().forward(DType::F16, out, workspace).unwrap();
-    let [product, bias] = launches(&plan);
-    assert_eq!((product.kernel.name, product.grid), ("prompt_bias_product_f16", [65, 1, 1]));
-    assert_eq!((bias.kernel.name, bias.grid), ("prompt_bias_f16", [5, 1, 1]));
+    let plan = prompt().forward(DType::F16, out).unwrap();
+    let bias = only(&plan);
+    assert_eq!(
+        (bias.kernel.name, bias.grid, bias.shared_bytes),
+        ("adapter_weights_f16", [3, 1, 1], 40 << 10)
+    );
     let plan = prompt().backward(DType::F16, out, grads, workspace).unwrap();
-    let [columns, column_sums, partials, up_sums] = launches(&plan);
-    assert_eq!((columns.kernel.name, columns.grid), ("prompt_bias_columns_f16", [3, 3, 1]));
-    assert_eq!((partials.kernel.name, partials.grid), ("prompt_bias_grads_f16", [9, 1, 1]));
-    let names = [column_sums, up_sums].map(|sums| sums.kernel.name);
-    assert_eq!(names, ["partial_sums_f32", "partial_sums_f16"]);
+    let [partials, sums] = launches(&plan);
+    assert_eq!((partials.kernel.name, partials.grid), ("weight_gradients_f16", [9, 1, 1]));
+    // 128 sums of q per block, and one for dPu.
+    assert_eq!((sums.kernel.name, sums.grid), ("weight_gradient_sums_f16", [5 + 1, 1, 1]));
 
     let zero = |argument| Error::Size { argument, expected: "at least 1", got: 0 };
     for (prompt, want) in [
@@ -155,20 +163,18 @@ fn prompt_plans() {
         (PromptBias { prompt_down: buffer(256, 3), ..prompt() }, length("prompt_down", "[K, r]", 1560, 3)),
         (PromptBias { prompt_up: buffer(0, 3), ..prompt() }, argument("prompt_up", NULL)),
         (PromptBias { delta_bias: Some(buffer(257, 40)), ..prompt() }, argument("delta_bias", MISALIGNED)),
-        (
-            PromptBias { prompt_up: buffer((1 << 23) + 8, 3), ..prompt() },
-            argument("prompt_up", "overlaps an output"),
-        ),
     ] {
-        assert_error(prompt.forward(DType::F16, out, workspace), &want);
+        assert_error(prompt.forward(DType::F16, out), &want);
         assert_error(prompt.backward(DType::F16, out, grads, workspace), &want);
     }
-    let wrong = |out, workspace, want| assert_error(prompt().forward(DType::F16, out, workspace), &want);
-    wrong(buffer(1 << 24, 39), workspace, length("out", "[N]", 40, 39));
-    wrong(buffer(1 << 13, 40), workspace, argument("delta_bias", "overlaps an output"));
-    wrong(out, buffer(1 << 23, len - 1), length("workspace", "[workspace_len()]", len, len - 1));
-    wrong(out, buffer((1 << 23) + 2, len), argument("workspace", MISALIGNED));
-    wrong(out, buffer((1 << 24) - 4, len), argument("workspace", "overlaps another output"));
+    let wrong = |out, want| assert_error(prompt().forward(DType::F16, out), &want);
+    wrong(buffer(1 << 24, 39), length("out", "[N]", 40, 39));
+    wrong(buffer(1 << 13, 40), argument("delta_bias", "overlaps an output"));
+    let wrong = |workspace, want| assert_error(prompt().backward(DType::F16, out, grads, workspace), &want);
+    wrong(buffer(1 << 23, len - 1), length("workspace", "[workspace_len()]", len, len - 1));
+    wrong(buffer((1 << 23) + 2, len), argument("workspace", MISALIGNED));
+    wrong(buffer((1 << 22) - 4, len), argument("workspace", "overlaps another output"));
+    wrong(buffer((1 << 16) - 4, len), argument("prompt_down", "overlaps an output"));
     let wrong =
         |grad, grads, want| assert_error(prompt().backward(DType::F16, grad, grads, workspace), &want);
     wrong(buffer(1 << 24, 1), grads, length("delta_bias_grad", "[N]", 40, 1));
@@ -180,6 +186,62 @@ fn prompt_plans() {
     wrong(out, PromptGrads { delta_bias, ..grads }, length("grads.delta_bias", "[N]", 40, 4));
     let delta_bias = Some(out);
     wrong(out, PromptGrads { delta_bias, ..grads }, argument("delta_bias_grad", "overlaps an output"));
+}
+
+#[test]
+fn groups() {
+    let lora = |i: u64| LoraWeight {
+        factors: LORA,
+        base_weight: Some(WEIGHT),
+        out: buffer((1 << 24) + (i << 20), 40 * 520),
+    };
+    let alone = |i: u64| AdapterWeight { lora: Some(lora(i)), prompt: None };
+    let bias = PromptWeight { prompt: prompt(), out: buffer(1 << 28, 40) };
+    let mut layers: Vec<_> = (0..33).map(alone).collect();
+    layers[32].prompt = Some(bias);
+    let plan = AdapterWeight::plan(DType::F16, &layers).unwrap();
+    let [first, second] = launches(&plan);
+    assert_eq!(
+        (first.kernel.name, first.grid, first.shared_bytes),
+        ("adapter_weights_f16", [32 * 9, 1, 1], 0)
+    );
+    assert_eq!((second.grid, second.shared_bytes), ([9 + 3, 1, 1], 40 << 10));
+    assert_eq!(AdapterWeight::plan(DType::F16, &[]), Ok(Plan::default()));
+    let wrong = |layers: &[AdapterWeight<Buffer>], want| {
+        assert_error(AdapterWeight::plan(DType::F16, layers), &want);
+    };
+    wrong(&[alone(1), alone(1)], argument("out", "overlaps another output"));
+    let other = argument("prompt", "has another base weight than its layer's LoRA");
+    let added = LoraWeight { base_weight: None, ..lora(0) };
+    wrong(&[AdapterWeight { lora: Some(added), prompt: Some(bias) }], other);
+    let out = buffer(1 << 24, 7);
+    let short = LoraWeight { out, ..lora(0) };
+    wrong(&[AdapterWeight { lora: Some(short), prompt: None }], length("out", "[N, K]", 20800, 7));
+    wrong(
+        &[AdapterWeight { lora: None, prompt: Some(PromptWeight { out, ..bias }) }],
+        length("out", "[N]", 40, 7),
+    );
+
+    let grads = |i: u64| AdapterWeightGrads {
+        lora: Some(LoraWeightGrads {
+            factors: LORA,
+            base_weight: Some(WEIGHT),
+            delta_weight_grad: buffer(1 << 24, 40 * 520),
+            lora_b: Some(buffer((1 << 28) + (i << 10), 120)),
+            lora_a: None,
+        }),
+        prompt: None,
+    };
+    let layers: Vec<_> = (0..17).map(grads).collect();
+    let len = AdapterWeightGrads::workspace_len(DType::BF16, &layers);
+    assert_eq!(len, 17 * LORA_WORKSPACE.len);
+    let plan = |workspace| AdapterWeightGrads::plan(DType::BF16, &layers, workspace);
+    let steps = plan(buffer(1 << 30, len)).unwrap();
+    let [partials, last, sums, last_sums] = launches(&steps);
+    assert_eq!((partials.grid, last.grid), ([16 * 9, 1, 1], [9, 1, 1]));
+    assert_eq!((sums.grid, last_sums.grid), ([16 * 14, 1, 1], [14, 1, 1]));
+    assert_error(plan(buffer(1 << 30, len - 1)), &length("workspace", "[workspace_len()]", len, len - 1));
+    assert_error(plan(buffer(1 << 24, len)), &argument("delta_weight_grad", "overlaps an output"));
 }
 
 #[test]

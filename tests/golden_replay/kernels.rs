@@ -146,8 +146,7 @@ fn dense(
     };
     let delta_bias = bench.output("Δb", n);
     if let Some(prompt) = prompt {
-        let workspace = bench.output("workspace of Δb", prompt.workspace_len(TYPE));
-        bench.machine.launch(&prompt.forward(TYPE, delta_bias, workspace)?);
+        bench.machine.launch(&prompt.forward(TYPE, delta_bias)?);
     }
 
     let layer = NoisyLinear {

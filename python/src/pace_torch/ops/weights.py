@@ -138,7 +138,6 @@ _prompt_bias = Operator(
         outputs="out",
         fields=_prompt_fields,
         shapes=_prompt_shapes,
-        workspace="prompt_bias",
     ),
     _prompt_shapes,
     save=_save_prompt,
