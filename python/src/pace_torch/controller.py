@@ -67,6 +67,20 @@ class Pace(nn.Module):
         self.register_buffer("keys", torch.zeros(layers, dtype=torch.int64, device=device), persistent=False)
         self.register_buffer("history", None, persistent=False)
 
+    def state_dict(self, *args, destination: Optional[dict] = None, **kwargs) -> dict:
+        """Where training is: `step`, `iteration` and `history`. Not part of the model's state dict."""
+        if destination is not None or args:
+            return destination if destination is not None else args[0]
+        return {"step": self.step, "iteration": self.iteration, "history": self.history}
+
+    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False) -> None:
+        """Goes on where `state_dict()` was taken."""
+        if state_dict.keys() != {"step", "iteration", "history"}:
+            raise PaceError(f"`state_dict` has {', '.join(map(str, state_dict))}, expected step, iteration and history")
+        self.step, self.iteration = state_dict["step"], state_dict["iteration"]
+        history = state_dict["history"]
+        self.history = None if history is None else history.to(self.keys.device, copy=True)
+
     def extra_repr(self) -> str:
         return f"variant={self.variant}, lambda_={self.lambda_:g}, seed={self.seed}, step={self.step}"
 
@@ -104,14 +118,15 @@ class Pace(nn.Module):
         elif not self.drawn:
             raise PaceError("`manual_steps` is on: call `model.pace.advance()` before each step")
         if self.doubles_input:
-            self._probe(module, args, kwargs)
+            # Drawing by hand is for graphs without a break, in which a model cannot be looked at.
+            if not self.probed and not self.manual_steps:
+                self._probe(module, args, kwargs)
             return self.double_rows(module, args, kwargs)
         return None
 
+    @torch.compiler.disable
     def _probe(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Before the first step: counts the rows that each layer has for one sample, in evaluation."""
-        if self.probed or torch.compiler.is_compiling():
-            return
         self.probed = True
         rows: dict[nn.Module, set[int]] = {}
 

@@ -1,4 +1,4 @@
-"""Turning a model into a PACE model, and back into a plain one."""
+"""Turning a model into a PACE model, and back into a plain one; what of it is saved and shown."""
 
 from typing import Optional
 
@@ -256,6 +256,41 @@ def trainable_state_dict(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
             trained.update({f"{prefix}.{name}": buffer for name, buffer in module.named_buffers()})
     return trained
+
+
+def load_trainable_state_dict(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
+    """Loads what `trainable_state_dict` gave.
+
+    Raises `PaceError`, and loads nothing, unless it is of a model with the same adapters around the same layers.
+    """
+    model = unwrapped(model)
+    own = trainable_state_dict(model)
+    for kind, names in (("is not in the model", state_dict.keys() - own.keys()), ("is missing", own.keys() - state_dict.keys())):
+        if names:
+            raise PaceError(f"`state_dict` is of other adapters: `{min(names)}` {kind} ({len(names)} such names)")
+    for name, tensor in state_dict.items():
+        if tensor.shape != own[name].shape:
+            raise PaceError(f"`state_dict` has `{name}` of {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
+    model.load_state_dict(state_dict, strict=False)
+
+
+def describe(model: nn.Module) -> str:
+    """A table of the layers with adapters, for people to read: adapter, standard deviation of the noise, trained numbers."""
+    model = unwrapped(model)
+    rows = [("layer", "adapter", "sigma", "trained")]
+    for name, module in model.named_modules():
+        adapter = module.adapter if isinstance(module, NoisyLinear) else module
+        if isinstance(adapter, Adapter) and not name.endswith(".adapter"):
+            trained = sum(parameter.numel() for parameter in adapter.parameters() if parameter.requires_grad)
+            sigma = f"{module.sigma:.3g}" if isinstance(module, NoisyLinear) else "–"
+            if getattr(module, "rows", None) == 0:
+                sigma = "0 (rows are no samples)"
+            rows.append((name, type(adapter).__name__, sigma, f"{trained:,}"))
+    numbers = [parameter.numel() for parameter in model.parameters()]
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    return "\n".join([*lines, f"{trained:,} of {sum(numbers):,} numbers are trained"])
 
 
 @torch.no_grad()

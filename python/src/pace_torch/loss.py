@@ -62,7 +62,8 @@ def pace_loss(
     `Losses.check`.
     """
     for name, tensor in (("logits", logits), ("labels", labels), ("history", history), ("index", index)):
-        if tensor is not None and not isinstance(tensor, Tensor):
+        may_be_absent = name in ("history", "index")
+        if not isinstance(tensor, Tensor) and not (tensor is None and may_be_absent):
             raise PaceError(f"`{name}` is {type(tensor).__name__}, expected a tensor")
     if logits.dim() != 2:
         raise PaceError(f"`logits` has shape {tuple(logits.shape)}, expected [rows, classes]")

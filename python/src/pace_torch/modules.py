@@ -115,9 +115,28 @@ class _CallsItsLayers(nn.Module):
         return _linear(self).out_features
 
 
+def _is_traced(x: Tensor) -> bool:
+    """Whether a graph is being made by `torch.jit.trace`, the ONNX exporter built on it, or `torch.fx`."""
+    return isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing()
+
+
+@contextlib.contextmanager
+def _fetched(layer: nn.Module, x: Tensor):
+    """A context in which a layer's weights are there, where Accelerate's hooks fetch them when the layer is called."""
+    hook = getattr(layer, "_hf_hook", None)
+    if hook is None:
+        yield x
+        return
+    (x,), _ = hook.pre_forward(layer, x)
+    try:
+        yield x
+    finally:
+        hook.post_forward(layer, x)
+
+
 def _frozen(tensor: Optional[Tensor]) -> Optional[Tensor]:
     """A frozen weight or bias, which in FullyShardedDataParallel is part of a parameter that requires a gradient."""
-    return tensor if tensor is None or tensor.is_leaf else tensor.detach()
+    return tensor if tensor is None or isinstance(tensor, nn.Parameter) else tensor.detach()
 
 
 def _linear(layer: nn.Module) -> nn.Linear:
@@ -152,6 +171,15 @@ class Adapter(_CallsItsLayers):
     def merged(self) -> tuple[Tensor, Optional[Tensor]]:
         """Weight and bias of the plain layer that computes the same without noise."""
         raise NotImplementedError
+
+    def traced(self, x: Tensor) -> Tensor:
+        """What the layer computes without noise, by PyTorch's own operators only: for graphs that go elsewhere."""
+        weight, bias = self.traced_parameters()
+        return torch.nn.functional.linear(x, weight, bias)
+
+    def traced_parameters(self) -> tuple[Tensor, Optional[Tensor]]:
+        """As `merged`, by PyTorch's own operators only."""
+        return self.merged()
 
     def plain(self) -> nn.Module:
         """The plain layer: the one that was there, with other weights."""
@@ -218,6 +246,14 @@ class LoraMulVptAdd(Adapter):
         delta = ops.prompt_bias(weight, bias, prompt_down, prompt_up, delta_b)
         return merged, delta if bias is None else bias + delta
 
+    def traced_parameters(self):
+        weight, bias, lora_a, lora_b, delta_b, prompt_down, prompt_up = self._tensors()
+        merged = weight + weight * (self.scale * (lora_b @ lora_a))
+        if not self.has_bias:
+            return merged, None
+        delta = (weight @ (prompt_down @ prompt_up)).squeeze(1)
+        return merged, delta if bias is None else bias + delta + bias * delta_b
+
 
 class LoraAdd(Adapter):
     """`ΔW = scale·B·A`, `Δb = δb`: `LoRAadd_Linear`. Without a bias in the base layer and `new_bias`, `delta_b` is neither used
@@ -245,6 +281,11 @@ class LoraAdd(Adapter):
             return weight, None
         return weight, self.delta_b if bias is None else bias + self.delta_b
 
+    def traced_parameters(self):
+        weight, bias = self.base_module.weight, self.base_module.bias
+        weight = weight + self.scale * (self.delta_W_down @ self.delta_W_up)
+        return weight, bias if not self.has_bias else self.delta_b if bias is None else bias + self.delta_b
+
 
 class VptAdd(Adapter):
     """`ΔW = 0`, `Δb = W0·(Pd·Pu)`: `VPTadd_Linear`. Without a bias in the base layer and `new_bias` it does nothing."""
@@ -270,6 +311,11 @@ class VptAdd(Adapter):
             return weight, None
         delta = ops.prompt_bias(weight, None, self.delta_prompt_down, self.delta_prompt_up)
         return weight, delta if bias is None else bias + delta
+
+    def traced_parameters(self):
+        weight, bias = self.base_module.weight, self.base_module.bias
+        delta = (weight @ (self.delta_prompt_down @ self.delta_prompt_up)).squeeze(1)
+        return weight, bias if not self.has_bias else delta if bias is None else bias + delta
 
 
 class Head(Adapter):
@@ -300,6 +346,8 @@ class RecomputedGELU(nn.GELU):
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
+        if _is_traced(x):
+            return y
         if torch.is_grad_enabled() and not torch.compiler.is_compiling() and _recomputes(y):
             self.__dict__["last"] = x.detach(), x._version, y, y._version
         return y
@@ -354,12 +402,15 @@ class NoisyLinear(_CallsItsLayers):
         self.__dict__.update(pace=pace, gelu=None)
 
     def forward(self, x: Tensor) -> Tensor:
+        if _is_traced(x):
+            return self.adapter.traced(x)
         is_noisy = self.training and self.sigma != 0 and self.pace.is_on_samples(self, x)
         noise = self.pace.noise(self.layer, self.sigma, x.shape[0], self.z) if is_noisy else NO_NOISE
-        if self.gelu is None:
+        if self.gelu is None and not hasattr(self.adapter.base_module, "_hf_hook"):
             return self.adapter(x, noise)
-        with self.gelu.behind(x):
-            return self.adapter(x, noise)
+        with _fetched(self.adapter.base_module, x) as x:
+            with contextlib.nullcontext() if self.gelu is None else self.gelu.behind(x):
+                return self.adapter(x, noise)
 
     def extra_repr(self) -> str:
         return f"sigma={self.sigma:g}, layer={self.layer}"
