@@ -84,7 +84,9 @@ def test_recorded_training(case):
 def side_by_side(make, first_noisy, adapter, noise_shape="BC", drop_path_rate=0.0, image=16):
     """One of our models with generated noise, and the official one with that noise and those masks given."""
     ours = make(drop_path_rate=drop_path_rate)
-    perturb(pace_torch.inject(ours, adapter, 4, sigma=0.8, noise_shape=noise_shape, seed=9)).train()
+    perturb(
+        pace_torch.inject(ours, adapter, 4, sigma=0.8, noise_shape=noise_shape, seed=9, new_biases=True)
+    ).train()
     theirs = official.inject(
         make(drop_path_rate=drop_path_rate), ADAPTERS[adapter], 4, 0.8, first_noisy=first_noisy, shape=noise_shape
     )
@@ -296,8 +298,10 @@ def test_checkpoints_with_and_without_noise_and_plain_ones_load():
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("variant", ["pace", "baseline"])
-def test_merging(adapter, variant):
-    model = perturb(pace_torch.inject(swin(drop_path_rate=0.1), adapter, 4, variant=variant)).eval()
+@pytest.mark.parametrize("new_biases", [True, False])
+def test_merging(adapter, variant, new_biases):
+    model = pace_torch.inject(swin(drop_path_rate=0.1), adapter, 4, variant=variant, new_biases=new_biases)
+    model = perturb(model).eval()
     x, _ = batch(image=32)
     before = model(x)
     linears = sum(isinstance(module, nn.Linear) for module in swin().modules())
@@ -308,8 +312,9 @@ def test_merging(adapter, variant):
     merged.train()
     assert len(merged(x)) == 4
     names = set(merged.state_dict()) - set(swin().state_dict())
-    # The adapter gives the downsampling layer a bias.
-    assert names == {"layers.1.downsample.reduction.bias"}
+    # The adapter gives the downsampling layer a bias, if it may.
+    assert names == ({"layers.1.downsample.reduction.bias"} if new_biases else set())
+    assert new_biases or not swin().load_state_dict(merged.state_dict()).missing_keys
 
 
 def test_copies():
@@ -544,7 +549,7 @@ def test_wrong_use_is_named():
             return nn.functional.linear(x, self.linear.weight)
 
     for variant in ("pace", "baseline"):
-        with pytest.raises(AttributeError, match="VisionTransformer"):
+        with pytest.raises(PaceError, match="linear.*bias.*exclude_modules"):
             pace_torch.inject(ReadsWeights(), variant=variant)(torch.ones(2, 4))
     lazy = pace_torch.inject(vit(), rank=2, variant="lazy").train()
     with pytest.raises(PaceError, match="half|halves"):

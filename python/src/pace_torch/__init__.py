@@ -8,7 +8,7 @@ from . import ops
 from ._library import PaceError, sigma_by_block
 from .captured import CapturedStep
 from .controller import Pace
-from .inject import inject, merge, trainable_state_dict
+from .inject import describe, inject, load_trainable_state_dict, merge, trainable_state_dict
 from .loss import Losses, pace_loss
 from .modules import Adapter, Head, LoraAdd, LoraMulVptAdd, NoisyLinear, SharedDropPath, VptAdd
 from .ops import (
@@ -39,11 +39,13 @@ __all__ = [
     "PaceError",
     "SharedDropPath",
     "VptAdd",
+    "describe",
     "drop_path",
     "fp_distance",
     "grad_norm",
     "inject",
     "keys",
+    "load_trainable_state_dict",
     "lora_linear",
     "lora_mul_linear",
     "low_rank_weight",

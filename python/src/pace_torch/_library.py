@@ -308,6 +308,8 @@ def sigma_by_block(blocks: int, sigma: float, first_noisy: int) -> list[float]:
     Raises `PaceError` if `blocks` is zero, `first_noisy` is not below it, or `sigma` is
     negative or not finite.
     """
+    if isinstance(sigma, bool) or not isinstance(sigma, (int, float)):
+        raise PaceError(f"`sigma` is {type(sigma).__name__}, expected a number")
     for name, number in (("blocks", blocks), ("first_noisy", first_noisy)):
         if number < 0:
             raise PaceError(f"`{name}` is {number}, expected at least 0")

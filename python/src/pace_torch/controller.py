@@ -1,12 +1,14 @@
 """What the layers of a model have in common: noise keys, branches, the variant of the loss."""
 
-from typing import Optional
+import warnings
+from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import ops
+from ._batch import batch_size, call, doubled, logits_of, map_tensors
 from ._library import PaceError, device_handle
 from .loss import Losses, pace_loss
 from .ops import Noise
@@ -27,6 +29,7 @@ class Pace(nn.Module):
       place, so that captured CUDA graphs and `fullgraph` compilation see them. Otherwise each training forward pass
       draws.
     * `shard`: (rank, number) of the processes that share a batch, if torch.distributed is not what knows.
+    * `batch_of`: the keyword whose rows are the batch, where that is not the first tensor of a call.
     * `history`: PACE-fast's table of logits `[samples, classes]`, a buffer that is not saved.
     """
 
@@ -41,6 +44,7 @@ class Pace(nn.Module):
         seed: int,
         samples: Optional[int],
         label_smoothing: float,
+        batch_of: Optional[str],
         device: torch.device,
     ):
         super().__init__()
@@ -56,10 +60,26 @@ class Pace(nn.Module):
         self.branches = 2 if variant in ("pace", "lazy") else 1
         self.manual_steps = self.drawn = False
         self.shard: Optional[tuple[int, int]] = None
+        self.batch_of, self.doubles_input = batch_of, False
+        self.probed, self.not_on_samples = False, []
         self.batch = self.first_sample = self.global_batch = 0
         self.handles: list = []
         self.register_buffer("keys", torch.zeros(layers, dtype=torch.int64, device=device), persistent=False)
         self.register_buffer("history", None, persistent=False)
+
+    def state_dict(self, *args, destination: Optional[dict] = None, **kwargs) -> dict:
+        """Where training is: `step`, `iteration` and `history`. Not part of the model's state dict."""
+        if destination is not None or args:
+            return destination if destination is not None else args[0]
+        return {"step": self.step, "iteration": self.iteration, "history": self.history}
+
+    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False) -> None:
+        """Goes on where `state_dict()` was taken."""
+        if state_dict.keys() != {"step", "iteration", "history"}:
+            raise PaceError(f"`state_dict` has {', '.join(map(str, state_dict))}, expected step, iteration and history")
+        self.step, self.iteration = state_dict["step"], state_dict["iteration"]
+        history = state_dict["history"]
+        self.history = None if history is None else history.to(self.keys.device, copy=True)
 
     def extra_repr(self) -> str:
         return f"variant={self.variant}, lambda_={self.lambda_:g}, seed={self.seed}, step={self.step}"
@@ -85,24 +105,83 @@ class Pace(nn.Module):
         self.step += 1
         self.drawn = True
 
-    def before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Forward pre-hook of the model: fresh noise, and which samples of the global batch these are."""
+    def before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> Optional[tuple]:
+        """Forward pre-hook of the model: fresh noise, which samples of the global batch these are, and two branches of each if
+        they start at the input."""
         if not module.training:
-            return
-        x = args[0] if args else kwargs["x"]
+            return None
         rank, world_size = self._shard()
-        self.batch = x.shape[0]
+        self.batch = batch_size(args, kwargs, self.batch_of)
         self.first_sample, self.global_batch = rank * self.batch, world_size * self.batch
         if not self.manual_steps:
             self.advance()
         elif not self.drawn:
             raise PaceError("`manual_steps` is on: call `model.pace.advance()` before each step")
+        if self.doubles_input:
+            # Drawing by hand is for graphs without a break, in which a model cannot be looked at.
+            if not self.probed and not self.manual_steps:
+                self._probe(module, args, kwargs)
+            return self.double_rows(module, args, kwargs)
+        return None
 
-    def double_rows(self, module: nn.Module, args: tuple) -> Optional[tuple]:
-        """Forward pre-hook of the first block with noise: from here on each sample has two branches."""
+    @torch.compiler.disable
+    def _probe(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Before the first step: counts the rows that each layer has for one sample, in evaluation."""
+        self.probed = True
+        rows: dict[nn.Module, set[int]] = {}
+
+        def count(layer: nn.Module, inputs: tuple) -> None:
+            rows.setdefault(layer, set()).add(inputs[0].shape[0])
+
+        def one(tensor: Tensor) -> Tensor:
+            return tensor[:1] if tensor.shape[:1] == (self.batch,) else tensor
+
+        layers = [layer for layer in module.modules() if hasattr(layer, "rows") and hasattr(layer, "sigma")]
+        handles = [layer.register_forward_pre_hook(count) for layer in layers]
+        training = {submodule: submodule.training for submodule in module.modules()}
+        try:
+            with torch.no_grad():
+                module.eval().forward(*map_tensors(one, args), **map_tensors(one, kwargs))
+        except Exception:
+            # A model that cannot take one sample: rows are then taken for samples if their numbers fit.
+            rows.clear()
+        finally:
+            for handle in handles:
+                handle.remove()
+            for submodule, was_training in training.items():
+                submodule.training = was_training
+        for layer, numbers in rows.items():
+            layer.rows = numbers.pop() if len(numbers) == 1 else None
+
+    def is_on_samples(self, layer: nn.Module, x: Tensor) -> bool:
+        """Whether the rows of a layer's input belong to samples; a layer with others, such as one of a table of positions, gets no
+        noise."""
+        samples = self.branches * self.batch
+        if layer.rows == x.shape[0] and samples > 1:
+            self.not_on_samples.append(layer.path)
+            layer.rows = 0
+        return layer.rows != 0
+
+    def double_rows(self, module: nn.Module, args: tuple, kwargs: dict) -> Optional[tuple]:
+        """Forward pre-hook of where the branches start: from here on each sample has two, in every tensor with a row per sample."""
         if not module.training or self.branches == 1:
             return None
-        return torch.cat([args[0], args[0]]), *args[1:]
+        return doubled(args, self.batch), doubled(kwargs, self.batch)
+
+    def after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Forward hook of the model: whether it kept the branches apart."""
+        if not module.training:
+            return
+        if self.not_on_samples:
+            layers, self.not_on_samples = self.not_on_samples, []
+            some = ", ".join(layers[:3]) + (", …" if len(layers) > 3 else "")
+            warnings.warn(f"{len(layers)} layers work on rows that are not those of samples, and get no noise: {some}", stacklevel=1)
+        if self.branches == 1:
+            return
+        rows = logits_of(output).shape[0]
+        if rows % (2 * self.batch):
+            raise PaceError(f"the model made {rows} rows of logits out of two branches of {self.batch} samples, expected a multiple "
+                            f"of {2 * self.batch}: where its branches start (`branches_at`), rows are not samples")
 
     def _shard(self) -> tuple[int, int]:
         if self.shard is not None:
@@ -145,8 +224,8 @@ class Pace(nn.Module):
 
     # ------------------------------------------------------------------------------------------ training step
 
-    def select(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The samples of a batch that the next step uses; sets `branches`.
+    def select(self, x: Any, labels: Tensor) -> tuple[Any, Tensor]:
+        """The samples of a batch that the next step uses; sets `branches`. `x` is a tensor, or a tuple, list or mapping of some.
 
         The lazy variant uses half of the batch with two branches at every `lazy_interval`-th call, the whole batch with
         one branch at the others. Every other variant uses the batch as it is. With several processes each halves its
@@ -157,15 +236,19 @@ class Pace(nn.Module):
         if self.variant == "lazy":
             self.branches = 2 if self.iteration % self.lazy_interval == 0 else 1
             if self.branches == 2:
-                half = x.shape[0] // 2
+                batch = batch_size((x,), {}, None)
+                half = batch // 2
                 if half == 0:
                     raise PaceError("`x` has one sample, expected at least 2 (the lazy variant halves the batch)")
-                x, labels = x[:half], labels[:half]
+                x = map_tensors(lambda tensor: tensor[:half] if tensor.shape[:1] == (batch,) else tensor, x)
+                labels = labels[:half]
         self.iteration += 1
         return x, labels
 
-    def loss(self, logits: Tensor, labels: Tensor, index: Optional[Tensor] = None) -> Losses:
-        """The variant's loss of the logits of a training forward pass, or cross-entropy in evaluation.
+    def loss(self, output: Any, labels: Tensor, index: Optional[Tensor] = None) -> Losses:
+        """The variant's loss of what a training forward pass returned, or cross-entropy in evaluation.
+
+        `output`: the logits, an object or mapping that has them as `logits`, or a tuple that begins with them.
 
         `index`, int64 `[B]`, numbers the samples in the training set; the variant `fast` needs it. Its table is the
         same in every process: after the loss each process sends its rows to all others (`B·C` numbers), so that any
@@ -173,6 +256,9 @@ class Pace(nn.Module):
         give `samples` and `index` as numbers within the process, and set `shard` to (rank, number of processes).
         """
         settings = {"label_smoothing": self.label_smoothing}
+        logits = logits_of(output)
+        if not isinstance(labels, Tensor):
+            raise PaceError(f"`labels` is {type(labels).__name__}, expected a tensor")
         if not self.training:
             return pace_loss(logits, labels, self.lambda_, **settings)
         if self.variant != "fast":
@@ -204,7 +290,10 @@ class Pace(nn.Module):
         for rows, values in zip(all_index, all_logits):
             self.history[rows] = values.to(self.history.dtype)
 
-    def training_step(self, model: nn.Module, x: Tensor, labels: Tensor, index: Optional[Tensor] = None) -> Losses:
-        """Forward pass and loss of a batch; call `backward()` on `total`. `model` is the model, or what wraps it."""
+    def training_step(self, model: nn.Module, x: Any, labels: Tensor, index: Optional[Tensor] = None) -> Losses:
+        """Forward pass and loss of a batch; call `backward()` on `total`. `model` is the model, or what wraps it.
+
+        `x` is what the model takes: a tensor; a mapping, whose items are its keywords; or a tuple or list of its arguments.
+        """
         x, labels = self.select(x, labels)
-        return self.loss(model(x), labels, index)
+        return self.loss(call(model, x), labels, index)

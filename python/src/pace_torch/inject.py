@@ -1,29 +1,35 @@
-"""Turning a timm model into a PACE model, and back into a plain one."""
+"""Turning a model into a PACE model, and back into a plain one; what of it is saved and shown."""
 
 from typing import Optional
 
 import torch
 from timm.layers import DropPath, Mlp
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ._layers import Names, choose
 from ._library import PaceError, sigma_by_block
 from .controller import Pace
 from .modules import Adapter, Head, LoraAdd, LoraMulVptAdd, NoisyLinear, RecomputedGELU, SharedDropPath, VptAdd
 
 ADAPTERS = ("LoRAmul_VPTadd", "LoRAadd", "VPTadd")
+INPUT, FIRST_NOISY_BLOCK = "input", "first noisy block"
+# Models whose blocks take the rows of all samples and keep them apart, so that branches may start at any.
+_DOUBLE_WITHIN = (VisionTransformer, SwinTransformer)
 
 
-def block_ids(names: list[str]) -> tuple[list[int], int]:
-    """The block of each layer by the numbers in its path, with the head as the last block; and the levels of numbers.
+def block_ids(names: list[str], heads: set[str]) -> tuple[list[int], int]:
+    """The block of each layer by the numbers in its path, with the heads as the last block; and the levels of numbers.
 
     `blocks.3.mlp.fc1` has one level (a ViT), `layers.1.blocks.0.attn.qkv` two (a Swin); layers with fewer count as the
     first of their group.
     """
     paths = [tuple(int(part) for part in name.split(".")[:-1] if part.isnumeric()) for name in names]
-    body = [path for name, path in zip(names, paths) if "head" not in name]
+    body = [path for name, path in zip(names, paths) if name not in heads]
     levels = max(map(len, body), default=1)
     padded = [
-        (float("inf"),) * max(levels, 1) if "head" in name else path + (0,) * (levels - len(path))
+        (float("inf"),) * max(levels, 1) if name in heads else path + (0,) * (levels - len(path))
         for name, path in zip(names, paths)
     ]
     order = {path: i for i, path in enumerate(sorted(set(padded)))}
@@ -49,6 +55,9 @@ def inject(
     *,
     sigma: float = 1.0,
     lambda_: float = 1.0,
+    target_modules: Optional[Names] = None,
+    exclude_modules: Optional[Names] = None,
+    head: Optional[Names] = None,
     variant: str = "pace",
     lazy_interval: int = 2,
     noise_shape: str = "BC",
@@ -58,22 +67,35 @@ def inject(
     label_smoothing: float = 0.0,
     scale: float = 1.0,
     exact: bool = False,
+    new_biases: bool = False,
+    branches_at: Optional[str] = None,
+    batch_of: Optional[str] = None,
 ) -> nn.Module:
-    """Turns a timm vision transformer or Swin into a PACE model, in place, and returns it.
+    """Turns a model into a PACE model, in place, and returns it.
 
-    `VisionTransformer` and `SwinTransformer` are tested; any model will do that calls its linear layers. Some read their
-    weights instead (Swin V2, BEiT, EVA): those fail with an error that says so.
+    timm's `VisionTransformer` and `SwinTransformer` and Hugging Face's `ViTForImageClassification` and
+    `BertForSequenceClassification` are tested; any model will do that calls its linear layers. Some read their weights
+    instead (Swin V2, BEiT, EVA): those fail with an error that says so.
 
-    Every `nn.Linear` gets an adapter of the given kind and rank; those with `head` in their path become the noisy head.
-    The adapters and the head train, everything else is frozen. timm's DropPath becomes one that both branches share;
+    Every `nn.Linear` gets an adapter of the given kind and rank, and the classifier becomes the noisy head. The adapters and
+    the head train, everything else is frozen. timm's DropPath becomes one that both branches share;
     other random layers (Dropout) draw for each branch by themselves. The standard deviation of the noise falls linearly
     with the block, from `sigma` at block `first_noisy` on (by default 1 for a ViT, 0 for a Swin) to the head. The
     controller is `model.pace`.
 
-    In training, `model(x)` draws fresh noise at each call and, with two branches, maps `[B, ...]` to logits `[2B, C]`,
-    branch 0 first; what comes before the first noisy block is computed once. In evaluation there is no noise and one
-    branch. What does not go through `model(x)` (`forward_features` by itself) does not get fresh noise.
+    In training, each call of the model, by any arguments, draws fresh noise and, with two branches, maps `[B, ...]` to
+    logits `[2B, C]`, branch 0 first. In evaluation there is no noise and one branch. What does not go through the model
+    (`forward_features` by itself) does not get fresh noise.
 
+    * `target_modules`, `exclude_modules`: layers with adapters and without, as PEFT has it: names or their ends at a dot, or
+      one pattern for whole names. `head`: the same for the classifier, which is always among them; by default what has `head`
+      in its path or is called `head_dist`, `classifier`, `score` or, at the top, `fc`.
+    * `new_biases`: whether adapters add a bias to layers that have none, as the official code does. `merge` then leaves it there,
+      so that the merged weights do not fit into a fresh model.
+    * `branches_at`: where a sample's rows become two. "input": every tensor among the arguments, also within tuples, lists and
+      mappings, whose rows are those of the batch. "first noisy block": the same of that block's arguments, so that what comes
+      before is computed once; the default for timm's `VisionTransformer` and `SwinTransformer`, which are known to keep rows
+      apart. `batch_of`: the keyword of a call whose rows are the batch; by default the first tensor's.
     * `variant`: `pace` (two branches at each step), `lazy` (at every `lazy_interval`-th, with half of the batch),
       `fast` (one branch, consistent with its logits of the last epoch; needs `samples`, the size of the training set),
       `noise` (one branch, no consistency), `baseline` (adapters without noise; no `.adapter` in the names).
@@ -87,10 +109,8 @@ def inject(
 
     Raises `PaceError` for an unknown name, a model without linear layers, or one that is injected already.
     """
-    _check_arguments(model, adapter, rank, noise_shape)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    if not linears:
-        raise PaceError("`model` has no linear layers")
+    _check_arguments(model, adapter, rank, noise_shape, branches_at)
+    linears, heads = choose(model, target_modules, exclude_modules, head)
     drop_paths = {name: module for name, module in model.named_modules() if isinstance(module, DropPath)}
     noisy = variant != "baseline"
 
@@ -103,50 +123,65 @@ def inject(
         seed=seed,
         samples=samples,
         label_smoothing=label_smoothing,
-        device=next(iter(linears.values())).weight.device,
+        batch_of=batch_of,
+        device=next(iter(linears)).weight.device,
     )
-    ids, levels = block_ids(list(linears))
+    ids, levels = block_ids([names[0] for names in linears.values()], {linears[linear][0] for linear in heads})
     blocks = max(ids) + 1
     if first_noisy is None:
         first_noisy = min(1 if levels == 1 else 0, blocks - 1)
     sigmas = sigma_by_block(blocks, sigma, first_noisy)
 
     first_noisy_layer = None
-    for layer, (name, block) in enumerate(zip(linears, ids)):
-        module = _adapter_around(linears[name], name, adapter, rank, scale, exact)
+    for layer, ((linear, names), block) in enumerate(zip(linears.items(), ids)):
+        module = Head(linear) if linear in heads else _adapter_around(linear, adapter, rank, scale, exact, new_biases)
         if noisy:
             module = NoisyLinear(module, sigmas[block], pace, layer)
+            module.path = names[0]
             if first_noisy_layer is None and sigmas[block] > 0:
-                first_noisy_layer = name
-        _replace(model, name, module)
+                first_noisy_layer = names[0]
+        move_hooks(linear, module)
+        for name in names:
+            _replace(model, name, module)
     if noisy:
         for layer, (name, module) in enumerate(drop_paths.items(), start=len(linears)):
             _replace(model, name, SharedDropPath(module.drop_prob, pace, layer))
     _recompute_gelus(model)
+    trained = _adapter_parameters(model)
     for name, parameter in model.named_parameters():
-        if not _is_trained(name):
+        if name not in trained:
             parameter.requires_grad_(False)
-    _attach(model, pace, first_noisy_layer or next(reversed(linears)), noisy)
+    if noisy:
+        pace.doubles_input = branches_at == INPUT or branches_at is None and not isinstance(model, _DOUBLE_WITHIN)
+        _attach(model, pace, _block(first_noisy_layer or next(reversed(linears.values()))[0]))
+    else:
+        model.pace = pace
     return model.train(model.training)
 
 
-def _check_arguments(model: nn.Module, adapter: str, rank: int, noise_shape: str) -> None:
+def _check_arguments(
+    model: nn.Module, adapter: str, rank: int, noise_shape: str, branches_at: Optional[str]
+) -> None:
     if adapter not in ADAPTERS:
         raise PaceError(f"`adapter` is {adapter!r}, expected one of {', '.join(ADAPTERS)}")
     if noise_shape not in ("BC", "BTC"):
         raise PaceError(f"`noise_shape` is {noise_shape!r}, expected BC or BTC")
+    if branches_at not in (None, INPUT, FIRST_NOISY_BLOCK):
+        raise PaceError(f"`branches_at` is {branches_at!r}, expected {INPUT!r} or {FIRST_NOISY_BLOCK!r}")
     if rank < 1:
         raise PaceError(f"`rank` is {rank}, expected at least 1")
     if any(isinstance(module, (Adapter, Pace)) for module in model.modules()):
         raise PaceError("`model` has adapters already")
 
 
-def _adapter_around(linear: nn.Linear, name: str, adapter: str, rank: int, scale: float, exact: bool) -> Adapter:
-    if "head" in name.split("."):
-        return Head(linear)
+def _adapter_around(
+    linear: nn.Module, adapter: str, rank: int, scale: float, exact: bool, new_biases: bool
+) -> Adapter:
     if adapter == "LoRAmul_VPTadd":
-        return LoraMulVptAdd(linear, rank, scale, exact)
-    return LoraAdd(linear, rank, scale) if adapter == "LoRAadd" else VptAdd(linear, rank)
+        return LoraMulVptAdd(linear, rank, scale, exact, new_biases)
+    if adapter == "LoRAadd":
+        return LoraAdd(linear, rank, scale, new_biases)
+    return VptAdd(linear, rank, new_biases)
 
 
 def _recompute_gelus(model: nn.Module) -> None:
@@ -157,39 +192,123 @@ def _recompute_gelus(model: nn.Module) -> None:
             module.fc2.__dict__["gelu"] = module.act
 
 
-def _attach(model: nn.Module, pace: Pace, first_noisy_layer: str, noisy: bool) -> None:
+def _attach(model: nn.Module, pace: Pace, first_noisy_block: str) -> None:
     """Makes `pace` the model's controller."""
     model.pace = pace
     # Processes that share a model derive the same keys; DistributedDataParallel need not send them around.
     model._ddp_params_and_buffers_to_ignore = ["pace.keys", "pace.history"]
-    if noisy:
-        pace.handles.append(model.register_forward_pre_hook(pace.before_forward, with_kwargs=True))
-        doubled = model.get_submodule(_block(first_noisy_layer))
-        pace.handles.append(doubled.register_forward_pre_hook(pace.double_rows))
+    pace.handles.append(model.register_forward_pre_hook(pace.before_forward, with_kwargs=True))
+    if not pace.doubles_input:
+        block = model.get_submodule(first_noisy_block)
+        pace.handles.append(block.register_forward_pre_hook(pace.double_rows, with_kwargs=True))
+    pace.handles.append(model.register_forward_hook(pace.after_forward))
 
 
-def _is_trained(name: str) -> bool:
-    return "delta" in name or "head" in name
+_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+          "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks")
+
+
+def move_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Gives the forward and backward hooks of one module to another that takes its place; their handles stay valid."""
+    for hooks in _HOOKS:
+        source.__dict__[hooks], target.__dict__[hooks] = target.__dict__[hooks], source.__dict__[hooks]
+    source._is_full_backward_hook, target._is_full_backward_hook = (
+        target._is_full_backward_hook, source._is_full_backward_hook
+    )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model in DistributedDataParallel, DataParallel, FullyShardedDataParallel or what `torch.compile` returns."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif "pace" not in model._modules and isinstance(getattr(model, "module", None), nn.Module):
+            model = model.module
+        else:
+            return model
+
+
+def _adapter_parameters(model: nn.Module) -> set[str]:
+    """The names of what an adapter or the head trains."""
+    return {
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, Adapter)
+        for name, _ in module.named_parameters()
+        if isinstance(module, Head) or not name.startswith("base_module.")
+    }
 
 
 def trainable_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes, by the names under which the official script saves it; load it with `strict=False`."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters() if _is_trained(name)}
+    """What training changes, by the names under which the official script saves it; load it with `strict=False`.
+
+    The adapters and the head, what else has been unfrozen, and the running statistics of normalisation layers. Of a wrapped
+    model the names are those of the model inside.
+    """
+    model = unwrapped(model)
+    names = _adapter_parameters(model)
+    trained = {
+        name: parameter.detach()
+        for name, parameter in model.named_parameters()
+        if name in names or parameter.requires_grad
+    }
+    for prefix, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
+            trained.update({f"{prefix}.{name}": buffer for name, buffer in module.named_buffers()})
+    return trained
+
+
+def load_trainable_state_dict(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
+    """Loads what `trainable_state_dict` gave.
+
+    Raises `PaceError`, and loads nothing, unless it is of a model with the same adapters around the same layers.
+    """
+    model = unwrapped(model)
+    own = trainable_state_dict(model)
+    for kind, names in (("is not in the model", state_dict.keys() - own.keys()), ("is missing", own.keys() - state_dict.keys())):
+        if names:
+            raise PaceError(f"`state_dict` is of other adapters: `{min(names)}` {kind} ({len(names)} such names)")
+    for name, tensor in state_dict.items():
+        if tensor.shape != own[name].shape:
+            raise PaceError(f"`state_dict` has `{name}` of {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
+    model.load_state_dict(state_dict, strict=False)
+
+
+def describe(model: nn.Module) -> str:
+    """A table of the layers with adapters, for people to read: adapter, standard deviation of the noise, trained numbers."""
+    model = unwrapped(model)
+    rows = [("layer", "adapter", "sigma", "trained")]
+    for name, module in model.named_modules():
+        adapter = module.adapter if isinstance(module, NoisyLinear) else module
+        if isinstance(adapter, Adapter) and not name.endswith(".adapter"):
+            trained = sum(parameter.numel() for parameter in adapter.parameters() if parameter.requires_grad)
+            sigma = f"{module.sigma:.3g}" if isinstance(module, NoisyLinear) else "–"
+            if getattr(module, "rows", None) == 0:
+                sigma = "0 (rows are no samples)"
+            rows.append((name, type(adapter).__name__, sigma, f"{trained:,}"))
+    numbers = [parameter.numel() for parameter in model.parameters()]
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    return "\n".join([*lines, f"{trained:,} of {sum(numbers):,} numbers are trained"])
 
 
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
     """Turns a PACE model back into a plain one that computes the same in evaluation: in place, and returns it.
 
-    The adapters go into the weights of plain `nn.Linear` (with a bias, where the adapter adds one).
+    The adapters go into the weights of the layers that were there (with a new bias, where `new_biases` asked for one). Of a wrapped model it is the
+    model inside.
     """
-    for name, module in list(model.named_modules()):
-        if isinstance(module, NoisyLinear) or (isinstance(module, Adapter) and not name.endswith(".adapter")):
-            adapter = module.adapter if isinstance(module, NoisyLinear) else module
-            linear = adapter.base_module
-            weight, bias = adapter.merged()
-            linear.weight = nn.Parameter(weight.clone())
-            linear.bias = None if bias is None else nn.Parameter(bias.clone())
+    model = unwrapped(model)
+    plain: dict[nn.Module, nn.Module] = {}  # by what it replaces
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in plain:
+            _replace(model, name, plain[module])
+        elif isinstance(module, NoisyLinear) or (isinstance(module, Adapter) and not name.endswith(".adapter")):
+            linear = (module.adapter if isinstance(module, NoisyLinear) else module).plain()
+            move_hooks(module, linear)
+            plain[module] = linear
             _replace(model, name, linear)
         elif isinstance(module, SharedDropPath):
             _replace(model, name, DropPath(module.drop_prob))
@@ -198,5 +317,6 @@ def merge(model: nn.Module) -> nn.Module:
     if hasattr(model, "pace"):
         for handle in model.pace.handles:
             handle.remove()
-        del model.pace, model._ddp_params_and_buffers_to_ignore
+        del model.pace
+        model.__dict__.pop("_ddp_params_and_buffers_to_ignore", None)
     return model.train(model.training)

@@ -55,11 +55,20 @@ def pace_loss(
     `label_smoothing` is as in `torch.nn.functional.cross_entropy`. Samples labelled `ignore_index` take no part in the
     cross-entropy, but do in the consistency; a batch of only such has cross-entropy zero. Differentiable once.
 
+    `labels` may also be probabilities, floating `[B, C]` (mixup, CutMix), except with a history; these go through PyTorch's
+    own operators.
+
     Raises `PaceError` for wrong shapes and types and, on the CPU, wrong labels and indices; for those on CUDA see
     `Losses.check`.
     """
+    for name, tensor in (("logits", logits), ("labels", labels), ("history", history), ("index", index)):
+        may_be_absent = name in ("history", "index")
+        if not isinstance(tensor, Tensor) and not (tensor is None and may_be_absent):
+            raise PaceError(f"`{name}` is {type(tensor).__name__}, expected a tensor")
     if logits.dim() != 2:
         raise PaceError(f"`logits` has shape {tuple(logits.shape)}, expected [rows, classes]")
+    if labels.is_floating_point():
+        return _soft_loss(logits, labels, lambda_, history, label_smoothing)
     for name, integers in (("labels", labels), ("index", index)):
         if integers is not None and (integers.dtype != torch.int64 or integers.dim() != 1):
             raise PaceError(f"`{name}` is {tuple(integers.shape)} of {integers.dtype}, expected one dimension of int64")
@@ -82,3 +91,24 @@ def pace_loss(
     values, gradient, status = loss_and_gradient(logits.detach(), labels, history, index, settings)
     total = loss_total(logits, values, gradient)
     return Losses(total, values[1], values[2], status, classes, 0 if history is None else history.shape[0])
+
+
+def _soft_loss(
+    logits: Tensor, labels: Tensor, lambda_: float, history: Optional[Tensor], label_smoothing: float
+) -> Losses:
+    if history is not None:
+        raise PaceError("`labels` are probabilities, which do not go together with a `history`")
+    batch, classes = labels.shape[0], logits.shape[1]
+    if labels.shape[1:] != (classes,) or logits.shape[0] not in (batch, 2 * batch):
+        raise PaceError(f"`labels` is {tuple(labels.shape)}, expected [B, {classes}] for {logits.shape[0]} rows of logits: B or 2·B")
+    if not 0 <= lambda_ < float("inf"):
+        raise PaceError(f"`lambda_` is {lambda_}, expected at least 0 and finite")
+    logits = logits.to(real(logits.dtype))
+    classification = torch.nn.functional.cross_entropy(
+        logits[:batch], labels.to(logits.dtype), label_smoothing=label_smoothing
+    )
+    consistency = logits.new_zeros(())
+    if logits.shape[0] == 2 * batch:
+        consistency = (logits[:batch] - logits[batch:]).square().sum(1).mean()
+    total = classification + lambda_ * consistency
+    return Losses(total, classification.detach(), consistency.detach(), torch.empty(0), classes, 0)

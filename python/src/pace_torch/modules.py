@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from ._layers import is_conv1d
+from ._library import PaceError
 from .controller import Pace
 from .ops import NO_NOISE, Noise
 
@@ -28,16 +30,118 @@ def _rename(state_dict: dict, prefix: str, new_name) -> None:
             state_dict[renamed] = state_dict.pop(name)
 
 
+class _ReadParameter(Tensor):
+    """The weight or bias of a layer with an adapter, for models that read it and multiply by themselves.
+
+    Whoever gives it to a linear function gets what the layer computes, with its adapter and noise; any other use of a weight is an
+    error that names the layer.
+    """
+
+    @classmethod
+    def of(cls, layer: "_CallsItsLayers", name: str) -> "_ReadParameter":
+        parameter = torch.Tensor._make_subclass(cls, getattr(_linear(layer), name).detach())
+        parameter.layer, parameter.parameter = layer, name
+        return parameter
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.nn.functional.linear:
+            return _call_layer(*args, **kwargs)
+        if function is torch.nn.functional.multi_head_attention_forward:
+            return _attention_before(*args, **kwargs)
+        # Sizes, types and copies are what they look like.
+        with torch._C.DisableTorchFunctionSubclass():
+            if function in _HARMLESS:
+                return function(*args, **kwargs)
+        read = next(value for value in (*args, *kwargs.values()) if isinstance(value, _ReadParameter))
+        raise PaceError(
+            f"the model reads the {read.parameter} of {_name(read.layer)} and gives it to {getattr(function, '__name__', function)}, "
+            "where an adapter around the layer has no effect: name the layer in `exclude_modules`"
+        )
+
+
+_HARMLESS = {
+    Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.ndim.__get__, Tensor.is_cuda.__get__,
+    Tensor.requires_grad.__get__, Tensor.is_nested.__get__, Tensor.layout.__get__, Tensor.dim, Tensor.size, Tensor.numel,
+    Tensor.__repr__, Tensor.__format__, Tensor.element_size, Tensor.is_floating_point, torch.is_floating_point,
+}
+
+
+def _name(layer: nn.Module) -> str:
+    return f"`{layer.path}`" if getattr(layer, "path", None) else "a linear layer"
+
+
+def _call_layer(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+    """`F.linear` with a parameter that was read from a layer with an adapter: the layer itself."""
+    if not isinstance(weight, _ReadParameter):
+        raise PaceError(f"the model uses the bias of {_name(bias.layer)} with another weight: name the layer in `exclude_modules`")
+    layer = weight.layer
+    own = getattr(_linear(layer), "bias", None)
+    if isinstance(bias, _ReadParameter) and bias.layer is layer or bias is None and own is None:
+        return layer(x)
+    if own is None and not isinstance(bias, _ReadParameter):
+        return layer(x) + bias
+    raise PaceError(f"the model uses the weight of {_name(layer)} with another bias: name the layer in `exclude_modules`")
+
+
+def _attention_before(query, key, value, size, heads, in_weight, in_bias, bias_k, bias_v, zeros, dropout, weight, bias, **kwargs):
+    """`F.multi_head_attention_forward` up to its output projection, which the layer computes."""
+    layer = weight.layer if isinstance(weight, _ReadParameter) else bias.layer
+    identity = torch.eye(size, dtype=query.dtype, device=query.device)
+    y, attention = torch.nn.functional.multi_head_attention_forward(
+        query, key, value, size, heads, in_weight, in_bias, bias_k, bias_v, zeros, dropout, identity, None, **kwargs
+    )
+    # `[tokens, samples, channels]`: layers want the samples first.
+    return (layer(y.transpose(0, 1)).transpose(0, 1) if y.dim() == 3 else layer(y)), attention
+
+
 class _CallsItsLayers(nn.Module):
-    """Explains to a model that reads the weights of its linear layers, rather than calling them, why it cannot."""
+    """Stands for the linear layer within, for those who ask for its sizes, or read its weight and bias."""
 
     def __getattr__(self, name: str):
         if name in ("weight", "bias"):
-            raise AttributeError(
-                f"the model reads the {name} of one of its linear layers itself, so that an adapter around the layer has no "
-                "effect: PACE needs models that call them, such as timm's VisionTransformer and SwinTransformer"
-            )
+            return None if getattr(_linear(self), name) is None else _ReadParameter.of(self, name)
         return super().__getattr__(name)
+
+    @property
+    def in_features(self) -> int:
+        """`K`, as of the linear layer."""
+        return _linear(self).in_features
+
+    @property
+    def out_features(self) -> int:
+        """`N`, as of the linear layer."""
+        return _linear(self).out_features
+
+
+def _is_traced(x: Tensor) -> bool:
+    """Whether a graph is being made by `torch.jit.trace`, the ONNX exporter built on it, or `torch.fx`."""
+    return isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing()
+
+
+@contextlib.contextmanager
+def _fetched(layer: nn.Module, x: Tensor):
+    """A context in which a layer's weights are there, where Accelerate's hooks fetch them when the layer is called."""
+    hook = getattr(layer, "_hf_hook", None)
+    if hook is None:
+        yield x
+        return
+    (x,), _ = hook.pre_forward(layer, x)
+    try:
+        yield x
+    finally:
+        hook.post_forward(layer, x)
+
+
+def _frozen(tensor: Optional[Tensor]) -> Optional[Tensor]:
+    """A frozen weight or bias, which in FullyShardedDataParallel is part of a parameter that requires a gradient."""
+    return tensor if tensor is None or isinstance(tensor, nn.Parameter) else tensor.detach()
+
+
+def _linear(layer: nn.Module) -> nn.Linear:
+    """The linear layer in a layer with an adapter."""
+    return (layer.adapter if isinstance(layer, NoisyLinear) else layer).base_module
 
 
 class Adapter(_CallsItsLayers):
@@ -46,8 +150,17 @@ class Adapter(_CallsItsLayers):
     Loads its own names, those of a noisy checkpoint (`adapter.…`) and those of a plain linear layer.
     """
 
-    def __init__(self, base_module: nn.Linear):
+    def __init__(self, base_module: nn.Module, new_bias: bool = True):
         super().__init__()
+        # Whether the layer has a bias, or may get one.
+        self.has_bias = base_module.bias is not None or new_bias
+        # The weights of Hugging Face's Conv1D are `[K, N]`; this is the same layer as a linear one.
+        self.conv1d = type(base_module) if is_conv1d(base_module) else None
+        if self.conv1d:
+            weight, linear = base_module.weight, nn.Linear(1, 1)
+            linear.weight, linear.bias = nn.Parameter(weight.detach().t().contiguous()), base_module.bias
+            linear.out_features, linear.in_features = linear.weight.shape
+            base_module = linear
         self.base_module = base_module.requires_grad_(False)
 
     def _parameter(self, *shape: int, init=nn.init.zeros_) -> nn.Parameter:
@@ -59,10 +172,35 @@ class Adapter(_CallsItsLayers):
         """Weight and bias of the plain layer that computes the same without noise."""
         raise NotImplementedError
 
+    def traced(self, x: Tensor) -> Tensor:
+        """What the layer computes without noise, by PyTorch's own operators only: for graphs that go elsewhere."""
+        weight, bias = self.traced_parameters()
+        return torch.nn.functional.linear(x, weight, bias)
+
+    def traced_parameters(self) -> tuple[Tensor, Optional[Tensor]]:
+        """As `merged`, by PyTorch's own operators only."""
+        return self.merged()
+
+    def plain(self) -> nn.Module:
+        """The plain layer: the one that was there, with other weights."""
+        weight, bias = self.merged()
+        if self.conv1d:
+            layer = self.conv1d(*weight.shape)
+            weight = weight.t()
+        else:
+            layer = self.base_module
+        layer.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
+        layer.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        return layer.train(self.training)
+
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         def new_name(name: str) -> str:
             name = name.removeprefix("adapter.")
             return f"base_module.{name}" if name in ("weight", "bias") else name
+
+        for name in (f"{prefix}weight", f"{prefix}adapter.weight"):
+            if self.conv1d and name in state_dict:
+                state_dict[name] = state_dict[name].t()
 
         _rename(state_dict, prefix, new_name)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -71,25 +209,28 @@ class Adapter(_CallsItsLayers):
 class LoraMulVptAdd(Adapter):
     """`ΔW = W0 ⊙ (scale·B·A)`, `Δb = W0·(Pd·Pu) + b0⊙δb`: the paper's main adapter, `LoRAmul_VPTadd_Linear`.
 
-    Without a bias in the base layer `delta_b` exists but is neither used nor trained. `scale` and `exact` are those of
-    `ops.lora_mul_linear`.
+    Without a bias in the base layer `delta_b` exists but is neither used nor trained; the same holds for the prompts without
+    `new_bias`. `scale` and `exact` are those of `ops.lora_mul_linear`.
     """
 
-    def __init__(self, base_module: nn.Linear, rank: int, scale: float = 1.0, exact: bool = False):
-        super().__init__(base_module)
+    def __init__(
+        self, base_module: nn.Module, rank: int, scale: float = 1.0, exact: bool = False, new_bias: bool = True
+    ):
+        super().__init__(base_module, new_bias)
+        base_module = self.base_module
         n, k = base_module.weight.shape
         self.scale, self.exact = scale, exact
         self.delta_W_down = self._parameter(n, rank)
         self.delta_W_up = self._parameter(rank, k, init=nn.init.xavier_uniform_)
         self.delta_b = self._parameter(n).requires_grad_(base_module.bias is not None)
-        self.delta_prompt_down = self._parameter(k, rank)
-        self.delta_prompt_up = self._parameter(rank, 1, init=nn.init.xavier_uniform_)
+        self.delta_prompt_down = self._parameter(k, rank).requires_grad_(self.has_bias)
+        self.delta_prompt_up = self._parameter(rank, 1, init=nn.init.xavier_uniform_).requires_grad_(self.has_bias)
 
     def _tensors(self):
         base = self.base_module
+        prompt = (self.delta_prompt_down, self.delta_prompt_up) if self.has_bias else (None, None)
         delta_b = None if base.bias is None else self.delta_b
-        return (base.weight, base.bias, self.delta_W_up, self.delta_W_down, delta_b, self.delta_prompt_down,
-                self.delta_prompt_up)
+        return _frozen(base.weight), _frozen(base.bias), self.delta_W_up, self.delta_W_down, delta_b, *prompt
 
     def forward(self, x: Tensor, noise: Noise = NO_NOISE) -> Tensor:
         x, *tensors, prompt_down, prompt_up = _autocast(x, *self._tensors())
@@ -99,53 +240,82 @@ class LoraMulVptAdd(Adapter):
 
     def merged(self):
         weight, bias, lora_a, lora_b, delta_b, prompt_down, prompt_up = self._tensors()
+        merged = weight + ops.low_rank_weight(lora_a, lora_b, weight, scale=self.scale)
+        if not self.has_bias:
+            return merged, None
         delta = ops.prompt_bias(weight, bias, prompt_down, prompt_up, delta_b)
-        weight = weight + ops.low_rank_weight(lora_a, lora_b, weight, scale=self.scale)
-        return weight, delta if bias is None else bias + delta
+        return merged, delta if bias is None else bias + delta
+
+    def traced_parameters(self):
+        weight, bias, lora_a, lora_b, delta_b, prompt_down, prompt_up = self._tensors()
+        merged = weight + weight * (self.scale * (lora_b @ lora_a))
+        if not self.has_bias:
+            return merged, None
+        delta = (weight @ (prompt_down @ prompt_up)).squeeze(1)
+        return merged, delta if bias is None else bias + delta + bias * delta_b
 
 
 class LoraAdd(Adapter):
-    """`ΔW = scale·B·A`, `Δb = δb`: `LoRAadd_Linear`."""
+    """`ΔW = scale·B·A`, `Δb = δb`: `LoRAadd_Linear`. Without a bias in the base layer and `new_bias`, `delta_b` is neither used
+    nor trained."""
 
-    def __init__(self, base_module: nn.Linear, rank: int, scale: float = 1.0):
-        super().__init__(base_module)
+    def __init__(self, base_module: nn.Module, rank: int, scale: float = 1.0, new_bias: bool = True):
+        super().__init__(base_module, new_bias)
+        base_module = self.base_module
         n, k = base_module.weight.shape
         self.scale = scale
         self.delta_W_down = self._parameter(n, rank)
         self.delta_W_up = self._parameter(rank, k, init=nn.init.xavier_uniform_)
-        self.delta_b = self._parameter(n)
+        self.delta_b = self._parameter(n).requires_grad_(self.has_bias)
 
     def forward(self, x: Tensor, noise: Noise = NO_NOISE) -> Tensor:
-        base = self.base_module
-        x, *tensors = _autocast(x, base.weight, base.bias, self.delta_W_up, self.delta_W_down, self.delta_b)
+        base, delta_b = self.base_module, self.delta_b if self.has_bias else None
+        weight, bias = _frozen(base.weight), _frozen(base.bias)
+        x, *tensors = _autocast(x, weight, bias, self.delta_W_up, self.delta_W_down, delta_b)
         return ops.lora_linear(x, *tensors, noise, scale=self.scale)
 
     def merged(self):
         weight, bias = self.base_module.weight, self.base_module.bias
         weight = weight + ops.low_rank_weight(self.delta_W_up, self.delta_W_down, scale=self.scale)
+        if not self.has_bias:
+            return weight, None
         return weight, self.delta_b if bias is None else bias + self.delta_b
+
+    def traced_parameters(self):
+        weight, bias = self.base_module.weight, self.base_module.bias
+        weight = weight + self.scale * (self.delta_W_down @ self.delta_W_up)
+        return weight, bias if not self.has_bias else self.delta_b if bias is None else bias + self.delta_b
 
 
 class VptAdd(Adapter):
-    """`ΔW = 0`, `Δb = W0·(Pd·Pu)`: `VPTadd_Linear`."""
+    """`ΔW = 0`, `Δb = W0·(Pd·Pu)`: `VPTadd_Linear`. Without a bias in the base layer and `new_bias` it does nothing."""
 
-    def __init__(self, base_module: nn.Linear, rank: int):
-        super().__init__(base_module)
-        k = base_module.weight.shape[1]
-        self.delta_prompt_down = self._parameter(k, rank)
-        self.delta_prompt_up = self._parameter(rank, 1, init=nn.init.xavier_uniform_)
+    def __init__(self, base_module: nn.Module, rank: int, new_bias: bool = True):
+        super().__init__(base_module, new_bias)
+        k = self.base_module.weight.shape[1]
+        self.delta_prompt_down = self._parameter(k, rank).requires_grad_(self.has_bias)
+        self.delta_prompt_up = self._parameter(rank, 1, init=nn.init.xavier_uniform_).requires_grad_(self.has_bias)
 
     def forward(self, x: Tensor, noise: Noise = NO_NOISE) -> Tensor:
         base = self.base_module
+        if not self.has_bias:
+            return ops.noisy_linear(*_autocast(x, _frozen(base.weight)), None, None, None)
         x, weight, bias, down, up = _autocast(
-            x, base.weight, base.bias, self.delta_prompt_down, self.delta_prompt_up
+            x, _frozen(base.weight), _frozen(base.bias), self.delta_prompt_down, self.delta_prompt_up
         )
         return ops.lora_mul_linear(x, weight, bias, None, None, None, noise, prompt_down=down, prompt_up=up)
 
     def merged(self):
         weight, bias = self.base_module.weight, self.base_module.bias
+        if not self.has_bias:
+            return weight, None
         delta = ops.prompt_bias(weight, None, self.delta_prompt_down, self.delta_prompt_up)
         return weight, delta if bias is None else bias + delta
+
+    def traced_parameters(self):
+        weight, bias = self.base_module.weight, self.base_module.bias
+        delta = (weight @ (self.delta_prompt_down @ self.delta_prompt_up)).squeeze(1)
+        return weight, bias if not self.has_bias else delta if bias is None else bias + delta
 
 
 class Head(Adapter):
@@ -176,6 +346,8 @@ class RecomputedGELU(nn.GELU):
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
+        if _is_traced(x):
+            return y
         if torch.is_grad_enabled() and not torch.compiler.is_compiling() and _recomputes(y):
             self.__dict__["last"] = x.detach(), x._version, y, y._version
         return y
@@ -223,16 +395,22 @@ class NoisyLinear(_CallsItsLayers):
         self.adapter = adapter
         self.sigma, self.layer = float(sigma), layer
         self.z: Optional[Tensor] = None
+        # Rows of a sample among the leading ones of the input; 0 where it has none, None as long as that is not known.
+        self.rows: Optional[int] = None
+        self.path: Optional[str] = None
         # The controller is a submodule of the model, once; so is the GELU in front of this layer, if there is one.
         self.__dict__.update(pace=pace, gelu=None)
 
     def forward(self, x: Tensor) -> Tensor:
-        is_noisy = self.training and self.sigma != 0
+        if _is_traced(x):
+            return self.adapter.traced(x)
+        is_noisy = self.training and self.sigma != 0 and self.pace.is_on_samples(self, x)
         noise = self.pace.noise(self.layer, self.sigma, x.shape[0], self.z) if is_noisy else NO_NOISE
-        if self.gelu is None:
+        if self.gelu is None and not hasattr(self.adapter.base_module, "_hf_hook"):
             return self.adapter(x, noise)
-        with self.gelu.behind(x):
-            return self.adapter(x, noise)
+        with _fetched(self.adapter.base_module, x) as x:
+            with contextlib.nullcontext() if self.gelu is None else self.gelu.behind(x):
+                return self.adapter(x, noise)
 
     def extra_repr(self) -> str:
         return f"sigma={self.sigma:g}, layer={self.layer}"

@@ -1,0 +1,84 @@
+"""Which layers of a model get adapters, and which is its classifier."""
+
+import re
+from collections.abc import Iterable
+from typing import Optional, Union
+
+from torch import nn
+
+from ._library import PaceError
+
+Names = Union[str, Iterable[str]]
+# Names of classifiers: of timm's and torchvision's models, and of Hugging Face's.
+CLASSIFIERS = ("head", "head_dist", "fc", "classifier", "score")
+
+
+def is_named(name: str, names: Names) -> bool:
+    """Whether a layer's name is among `names`, as PEFT has it: the whole name or its end at a dot; a string is a pattern of the
+    whole name."""
+    if isinstance(names, str):
+        return re.fullmatch(names, name) is not None
+    return any(name == other or name.endswith(f".{other}") for other in names)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is a linear layer of Hugging Face's GPT-2, whose weight is `[K, N]`."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def linears_of(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Every linear layer, with all its names. None whose weight is that of another kind of layer too, such as an embedding: it
+    would change with it."""
+    linears: dict[nn.Module, list[str]] = {}
+    others: set[nn.Parameter] = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear) or is_conv1d(module):
+            linears.setdefault(module, []).append(name)
+        else:
+            others.update(module.parameters(recurse=False))
+    return {linear: names for linear, names in linears.items() if linear.weight not in others}
+
+
+def choose(
+    model: nn.Module, target_modules: Optional[Names], exclude_modules: Optional[Names], head: Optional[Names]
+) -> tuple[dict[nn.Module, list[str]], set[nn.Module]]:
+    """The linear layers that get adapters, with all names of each, and those among them that are the classifier.
+
+    The classifier is there whatever `target_modules` says, as in PEFT's `modules_to_save`.
+    """
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("peft.tuners."):
+            raise PaceError(f"`{name}` is a layer of PEFT's, around which another adapter would not do what either says: "
+                            "`merge_and_unload` it first")
+    linears = linears_of(model)
+    if not linears:
+        raise PaceError("`model` has no linear layers")
+    heads = {linear for linear, names in linears.items() if _is_head(model, names, head)}
+    if head is not None and not heads:
+        raise PaceError(f"`head` is {head!r}: no linear layer has such a name")
+    if target_modules is not None and not any(
+        is_named(name, target_modules) for names in linears.values() for name in names
+    ):
+        raise PaceError(f"`target_modules` is {target_modules!r}: no linear layer has such a name")
+
+    def wanted(linear: nn.Module, names: list[str]) -> bool:
+        if exclude_modules is not None and any(is_named(name, exclude_modules) for name in names):
+            return False
+        return linear in heads or target_modules is None or any(is_named(name, target_modules) for name in names)
+
+    chosen = {linear: names for linear, names in linears.items() if wanted(linear, names)}
+    if not chosen:
+        raise PaceError("`exclude_modules` leaves no linear layer")
+    for linear, names in chosen.items():
+        if not is_conv1d(linear) and type(linear).forward is not nn.Linear.forward:
+            raise PaceError(f"`{names[0]}` is a {type(linear).__name__}, whose own forward pass an adapter would replace: name it in "
+                            "`exclude_modules`")
+    return chosen, heads & chosen.keys()
+
+
+def _is_head(model: nn.Module, names: list[str], head: Optional[Names]) -> bool:
+    if head is not None:
+        return any(is_named(name, head) for name in names)
+    # `fc` by itself: in a block it is a layer like others.
+    paths = [name.split(".") for name in names]
+    return any("head" in path or path[-1] in CLASSIFIERS and (path[-1] != "fc" or len(path) == 1) for path in paths)
