@@ -140,6 +140,7 @@ fn on_cpu<T: Type, R: pace_kernels::Real + 'static>(case: &Case, data: &Data<T>)
         }),
         prompt: case.prompt_rank.map(|rank| Prompt { rank, down: &down[..], up: &up[..] }),
         delta_bias: case.biases.then_some(delta_bias),
+        fold: false,
     };
     let mut y = vec![R::from_f64(0.0); dy.len()];
     layer.forward(x, &mut y).unwrap();

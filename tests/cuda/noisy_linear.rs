@@ -136,6 +136,7 @@ fn exact<T: Type>(case: &Case, data: &Data<T>) -> Results<f64> {
         base: base.then_some(cpu::Base { weight: &weight, bias: biases.then_some(&bias) }),
         delta_weight: delta.then_some(&delta_weight),
         delta_bias: biases.then_some(&delta_bias),
+        fold: false,
     };
     let mut results =
         [vec![0.0; dy.len()], vec![0.0; x.len()], vec![0.0; weight.len()], vec![0.0; bias.len()]];
