@@ -147,3 +147,26 @@ fn layers_in_bf16_are_those_in_f64_but_for_rounding() {
         }
     }
 }
+
+/// Two branches that share their input and are alike but for the noise: what is left of their sum is not lost.
+#[test]
+fn branches_that_cancel_are_rounded_once() {
+    let shape =
+        LinearShape { branches: 2, batch: 1, tokens: 1, in_features: 1, out_features: 1, shared_input: true };
+    // Half of bf16's last place above 1.
+    let z = [1.00390625, 1.0];
+    let one = [bf16::ONE];
+    let layer = NoisyLinear {
+        shape,
+        noise: Noise::Given { z: &z[..], shape: NoiseShape::PerSample },
+        base: None,
+        delta_weight: Some(&one),
+        delta_bias: None,
+        fold: false,
+    };
+    let (mut dx, mut dw) = ([bf16::NAN], [bf16::NAN]);
+    let grads: NoisyLinearGrads<&mut [_]> =
+        NoisyLinearGrads { input: Some(&mut dx), delta_weight: Some(&mut dw), delta_bias: None };
+    layer.backward(&one, &[bf16::ONE, bf16::NEG_ONE], grads).unwrap();
+    assert_eq!((dx[0].to_f32(), dw[0].to_f32()), (0.00390625, 0.00390625));
+}

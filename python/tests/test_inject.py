@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pace_torch
 import pytest
+import timm
 import torch
 from conftest import close, perturb, vit
 from pace_torch import NoisyLinear, PaceError
@@ -161,6 +162,32 @@ def test_layers_without_samples_get_no_noise():
         assert model.position.adapter.delta_W_down.grad is not None
 
 
+def test_a_later_batch_with_as_many_rows_as_a_sample_had():
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = linear(6, 8), linear(8, 5)
+
+        def forward(self, x):
+            return self.head(self.body(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1))
+
+    model = injected(Flat())
+    for samples, tokens in ((2, 16), (2, 4)):
+        x = torch.randn(samples, tokens, 6, dtype=torch.float64)
+        logits = model(x)
+        assert not torch.equal(logits[:samples], logits[samples:])
+        assert all(layer.rows is None for layer in (model.body, model.head))
+
+
+@pytest.mark.filterwarnings("ignore:1 layers work on rows")
+def test_layers_that_are_not_called():
+    model = Tokens()
+    model.spare = linear(8, 8)
+    x, mask, _ = batch()
+    with pytest.warns(UserWarning, match="1 layers have an adapter, but the model does not call them: spare"):
+        injected(model)(x, mask)
+
+
 def test_where_branches_start():
     x, mask, _ = batch()
     with pytest.raises(PaceError, match="branches_at"):
@@ -286,6 +313,44 @@ def test_models_that_read_weights():
     for use, message in (("sum", "weight of `first`"), ("bias", "bias of `first`")):
         with pytest.raises(PaceError, match=message):
             injected(ReadsWeights(use))(x)
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "eva02_tiny_patch14_224", "beit_base_patch16_224",
+                                  "swinv2_tiny_window8_256", "convit_tiny", "deit_tiny_distilled_patch16_224"])
+@pytest.mark.filterwarnings("ignore:.*layers work on rows")
+def test_timm_models(name):
+    """Families that read weights, have tables of positions, or two classifiers."""
+    size = dict(img_size=64 if "v2" in name else 32, num_classes=5)
+    size["embed_dim"] = 24
+    size.update(depths=(1, 1), num_heads=(2, 2), window_size=4) if "v2" in name else size.update(depth=2, num_heads=2)
+    if "convit" in name:
+        size.update(local_up_to_layer=1)
+
+    def make():
+        torch.manual_seed(0)
+        return timm.create_model(name, **size).double()
+
+    x, labels = torch.randn(2, 3, size["img_size"], size["img_size"], dtype=torch.float64), torch.arange(2)
+    before = make().eval()(x)
+    model = pace_torch.inject(make(), **SETTINGS)
+    close(model.eval()(x), before, 1e-9)
+    perturb(model).train()
+    losses = model.pace.training_step(model, x, labels)
+    losses.total.backward()
+    assert losses.consistency > 0
+    missing = [path for path, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
+    # The second classifier of a distilled model has no part in the loss of the first.
+    assert all(path.startswith("head_dist") for path in missing), missing
+    for layer in model.modules():
+        if isinstance(layer, NoisyLinear):
+            layer.sigma = 0.0
+    assert model.pace.training_step(model, x, labels).consistency == 0
+    want = model.eval()(x)
+    merged = pace_torch.merge(model).eval()
+    close(merged(x), want, 1e-9)
+    again = make().eval()
+    again.load_state_dict(merged.state_dict())
+    close(again(x), want, 1e-9)
 
 
 class Shares(nn.Module):

@@ -1,4 +1,4 @@
-//! The operators on the CPU: native, multi-threaded, generic over `f32` and `f64`.
+//! The operators on the CPU: native, multi-threaded, generic over `f32` and `f64`, layers over `bf16` too.
 //!
 //! Every forward comes with its backward. Operands are row-major slices; outputs are the caller's. All operators
 //! are deterministic run to run. In `f64` they are the oracle that other back ends are tested against.

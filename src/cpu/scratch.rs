@@ -4,6 +4,9 @@
 use half::bf16;
 use std::cell::RefCell;
 
+/// Bytes that a thread keeps of each type, at most.
+const MOST_KEPT: usize = 64 << 20;
+
 /// A type that threads keep memory of.
 pub trait Scratched: Copy + Default + 'static {
     /// Exchanges a thread's memory of this type with another; a call within a call finds it empty.
@@ -47,6 +50,8 @@ impl<T: Scratched> Scratch<T> {
 
 impl<T: Scratched> Drop for Scratch<T> {
     fn drop(&mut self) {
-        T::exchange(&mut self.0);
+        if self.0.capacity() * size_of::<T>() <= MOST_KEPT {
+            T::exchange(&mut self.0);
+        }
     }
 }

@@ -25,7 +25,7 @@ pub const WEIGHT_SUM_THREADS: usize = 256;
 pub const WEIGHT_ROWS: usize = 64;
 /// Elements of Δb of a block, 2 per warp.
 pub const BIAS_TILE_ROWS: usize = 16;
-/// Columns for which a block makes `Pd·Pu` at a time, and the bytes of `Pd` that it has room for: all columns at once up to 1638 of
+/// Columns for which a block makes `Pd·Pu` at a time, and the bytes of `Pd` that it has room for: all columns at once up to 1632 of
 /// rank 10 in 16 bits, in 40 KiB of shared memory.
 pub const PROMPT_COLUMNS: usize = 2048;
 pub const PROMPT_BYTES: usize = 32 << 10;
@@ -270,6 +270,8 @@ fn launches<const N: usize>(blocks: &[usize]) -> Vec<(std::ops::Range<usize>, [u
                 *all += blocks as u32;
                 range.end += 1;
             }
+            // A layer that asks for nothing begins no launch.
+            _ if blocks == 0 => {}
             _ => launches.push((i..i + 1, [0; N], blocks as u32)),
         }
     }

@@ -43,7 +43,7 @@ fn norm_plans() {
         fine_tuned: buffer(1 << 20, 20_000),
         pre_trained: buffer(1 << 21, 20_000),
         distance: norm,
-        workspace,
+        workspace: buffer(1 << 10, 5),
     };
     assert_eq!(FpDistance::workspace_len(10, 2000), 5);
     let plan = operator.plan().unwrap();

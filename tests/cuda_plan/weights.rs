@@ -207,6 +207,13 @@ fn groups() {
     );
     assert_eq!((second.grid, second.shared_bytes), ([9 + 3, 1, 1], 40 << 10));
     assert_eq!(AdapterWeight::plan(DType::F16, &[]), Ok(Plan::default()));
+    // Layers that ask for nothing, alone, before others and behind a full launch.
+    let nothing = AdapterWeight { lora: None, prompt: None };
+    assert_eq!(AdapterWeight::plan(DType::F16, &[nothing]), Ok(Plan::default()));
+    let mut some: Vec<_> = (0..32).map(alone).collect();
+    some.insert(0, nothing);
+    some.push(nothing);
+    assert_eq!(only(&AdapterWeight::plan(DType::F16, &some).unwrap()).grid, [32 * 9, 1, 1]);
     let wrong = |layers: &[AdapterWeight<Buffer>], want| {
         assert_error(AdapterWeight::plan(DType::F16, layers), &want);
     };

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 from typing import Optional, Union
 
+import timm.layers
 from torch import nn
 
 from ._library import PaceError
@@ -53,7 +54,7 @@ def choose(
     linears = linears_of(model)
     if not linears:
         raise PaceError("`model` has no linear layers")
-    heads = {linear for linear, names in linears.items() if _is_head(model, names, head)}
+    heads = _heads(linears, head)
     if head is not None and not heads:
         raise PaceError(f"`head` is {head!r}: no linear layer has such a name")
     if target_modules is not None and not any(
@@ -70,15 +71,21 @@ def choose(
     if not chosen:
         raise PaceError("`exclude_modules` leaves no linear layer")
     for linear, names in chosen.items():
-        if not is_conv1d(linear) and type(linear).forward is not nn.Linear.forward:
+        # timm's own multiplies in the type of its input, as adapters do.
+        if not is_conv1d(linear) and type(linear).forward not in (nn.Linear.forward, timm.layers.Linear.forward):
             raise PaceError(f"`{names[0]}` is a {type(linear).__name__}, whose own forward pass an adapter would replace: name it in "
                             "`exclude_modules`")
     return chosen, heads & chosen.keys()
 
 
-def _is_head(model: nn.Module, names: list[str], head: Optional[Names]) -> bool:
+def _heads(linears: dict[nn.Module, list[str]], head: Optional[Names]) -> set[nn.Module]:
     if head is not None:
-        return any(is_named(name, head) for name in names)
-    # `fc` by itself: in a block it is a layer like others.
-    paths = [name.split(".") for name in names]
-    return any("head" in path or path[-1] in CLASSIFIERS and (path[-1] != "fc" or len(path) == 1) for path in paths)
+        return {linear for linear, names in linears.items() if any(is_named(name, head) for name in names)}
+    # Of all that is called so, what lies nearest to the top: a block may have heads, or a `fc`, of its own.
+    depths: dict[nn.Module, int] = {}
+    for linear, names in linears.items():
+        paths = [name.split(".") for name in names]
+        found = [depth for path in paths for depth, part in enumerate(path) if part in CLASSIFIERS and (part != "fc" or depth == 0)]
+        if found:
+            depths[linear] = min(found)
+    return {linear for linear, depth in depths.items() if depth == min(depths.values())}

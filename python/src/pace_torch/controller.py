@@ -13,6 +13,11 @@ from ._library import PaceError, device_handle
 from .loss import Losses, pace_loss
 from .ops import Noise
 
+def _warn(layers: list[str], what: str) -> None:
+    some = ", ".join(layers[:3]) + (", …" if len(layers) > 3 else "")
+    warnings.warn(f"{len(layers)} layers {what}: {some}", stacklevel=2)
+
+
 VARIANTS = ("pace", "lazy", "fast", "noise", "baseline")
 
 
@@ -61,7 +66,7 @@ class Pace(nn.Module):
         self.manual_steps = self.drawn = False
         self.shard: Optional[tuple[int, int]] = None
         self.batch_of, self.doubles_input = batch_of, False
-        self.probed, self.not_on_samples = False, []
+        self.probed, self.counted, self.not_on_samples = False, [], []
         self.batch = self.first_sample = self.global_batch = 0
         self.handles: list = []
         self.register_buffer("keys", torch.zeros(layers, dtype=torch.int64, device=device), persistent=False)
@@ -150,8 +155,12 @@ class Pace(nn.Module):
                 handle.remove()
             for submodule, was_training in training.items():
                 submodule.training = was_training
+        unreached = [layer.path for layer in layers if layer not in rows]
+        if rows and unreached:
+            _warn(unreached, "have an adapter, but the model does not call them")
         for layer, numbers in rows.items():
             layer.rows = numbers.pop() if len(numbers) == 1 else None
+        self.counted = list(rows)
 
     def is_on_samples(self, layer: nn.Module, x: Tensor) -> bool:
         """Whether the rows of a layer's input belong to samples; a layer with others, such as one of a table of positions, gets no
@@ -173,9 +182,12 @@ class Pace(nn.Module):
         if not module.training:
             return
         if self.not_on_samples:
-            layers, self.not_on_samples = self.not_on_samples, []
-            some = ", ".join(layers[:3]) + (", …" if len(layers) > 3 else "")
-            warnings.warn(f"{len(layers)} layers work on rows that are not those of samples, and get no noise: {some}", stacklevel=1)
+            _warn(self.not_on_samples, "work on rows that are not those of samples, and get no noise")
+            self.not_on_samples = []
+        # Another batch may have as many rows as one sample had.
+        for layer in self.counted:
+            layer.rows = layer.rows and None
+        self.counted = []
         if self.branches == 1:
             return
         rows = logits_of(output).shape[0]

@@ -73,9 +73,8 @@ def inject(
 ) -> nn.Module:
     """Turns a model into a PACE model, in place, and returns it.
 
-    timm's `VisionTransformer` and `SwinTransformer` and Hugging Face's `ViTForImageClassification` and
-    `BertForSequenceClassification` are tested; any model will do that calls its linear layers. Some read their weights
-    instead (Swin V2, BEiT, EVA): those fail with an error that says so.
+    Models of timm and of Hugging Face are tested (docs/models.md); any model will do that calls its linear layers, or gives their
+    weights to a linear function itself (Swin V2, BEiT, EVA).
 
     Every `nn.Linear` gets an adapter of the given kind and rank, and the classifier becomes the noisy head. The adapters and
     the head train, everything else is frozen. timm's DropPath becomes one that both branches share;
@@ -88,8 +87,8 @@ def inject(
     (`forward_features` by itself) does not get fresh noise.
 
     * `target_modules`, `exclude_modules`: layers with adapters and without, as PEFT has it: names or their ends at a dot, or
-      one pattern for whole names. `head`: the same for the classifier, which is always among them; by default what has `head`
-      in its path or is called `head_dist`, `classifier`, `score` or, at the top, `fc`.
+      one pattern for whole names. `head`: the same for the classifier, which is always among them; by default what is in the
+      module nearest to the top that is called `head`, `head_dist`, `classifier`, `score` or, at the top itself, `fc`.
     * `new_biases`: whether adapters add a bias to layers that have none, as the official code does. `merge` then leaves it there,
       so that the merged weights do not fit into a fresh model.
     * `branches_at`: where a sample's rows become two. "input": every tensor among the arguments, also within tuples, lists and
@@ -101,7 +100,7 @@ def inject(
       `noise` (one branch, no consistency), `baseline` (adapters without noise; no `.adapter` in the names).
     * `lambda_`: strength of the consistency. `noise_shape`: `BC` draws per sample and channel, `BTC` per token too.
     * `scale`: factor on LoRA's `B·A`, 1 in the paper.
-    * `exact`: for 16-bit types on CUDA. Layers under noise per sample (`BC`) may otherwise multiply by `W0 + z⊙ΔW`, made in
+    * `exact`: for 16-bit types. Layers under noise per sample (`BC`) may otherwise multiply by `W0 + z⊙ΔW`, made in
       float32 and rounded once. In bfloat16, LoRAmul whose rms(ΔW/W0) stays below about 1e-3 over a whole training (a
       learning rate of 1e-4 or less, and few steps) is then attenuated in the forward pass of training; float16 keeps three
       bits more, and in float32 nothing is lost. The other adapters have no dense ΔW; without noise, as in evaluation,
