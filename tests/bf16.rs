@@ -154,7 +154,7 @@ fn branches_that_cancel_are_rounded_once() {
     let shape =
         LinearShape { branches: 2, batch: 1, tokens: 1, in_features: 1, out_features: 1, shared_input: true };
     // Half of bf16's last place above 1.
-    let z = [1.00390625, 1.0];
+    let z = [1.0 + 1.0 / 256.0, 1.0];
     let one = [bf16::ONE];
     let layer = NoisyLinear {
         shape,
@@ -168,5 +168,5 @@ fn branches_that_cancel_are_rounded_once() {
     let grads: NoisyLinearGrads<&mut [_]> =
         NoisyLinearGrads { input: Some(&mut dx), delta_weight: Some(&mut dw), delta_bias: None };
     layer.backward(&one, &[bf16::ONE, bf16::NEG_ONE], grads).unwrap();
-    assert_eq!((dx[0].to_f32(), dw[0].to_f32()), (0.00390625, 0.00390625));
+    assert_eq!((dx[0].to_f32(), dw[0].to_f32()), (1.0 / 256.0, 1.0 / 256.0));
 }
