@@ -11,6 +11,7 @@ import torch
 from conftest import close, perturb, vit
 from pace_torch import NoisyLinear, PaceError
 from torch import nn
+from torch.nn.utils import prune
 
 SETTINGS = dict(rank=2, sigma=0.5, lambda_=0.1)
 
@@ -176,7 +177,7 @@ def test_a_later_batch_with_as_many_rows_as_a_sample_had():
         x = torch.randn(samples, tokens, 6, dtype=torch.float64)
         logits = model(x)
         assert not torch.equal(logits[:samples], logits[samples:])
-        assert all(layer.rows is None for layer in (model.body, model.head))
+        assert not model.body.fixed_rows | model.head.fixed_rows
 
 
 @pytest.mark.filterwarnings("ignore:1 layers work on rows")
@@ -471,7 +472,7 @@ def test_soft_labels():
         close(getattr(soft, name).detach(), getattr(hard, name).detach(), 1e-12)
     gradients = [torch.autograd.grad(losses.total, logits)[0] for losses in (hard, soft)]
     close(gradients[1], gradients[0], 1e-12)
-    for wrong in (torch.ones(3, 4), torch.ones(2, 5)):
+    for wrong in (torch.ones(3, 4), torch.ones(2, 5), torch.ones(3, 5), -torch.eye(3, 5)):
         with pytest.raises(PaceError, match="labels"):
             pace_torch.pace_loss(logits, wrong)
     for labels in ([0, 1, 2], None):
@@ -487,3 +488,125 @@ def test_tracing():
             model = injected(adapter=adapter, variant=variant).eval()
             want = model(x, mask)
             close(torch.jit.trace(model, (x, mask))(x, mask), want, 1e-12)
+
+
+class Mixed(nn.Module):
+    """One layer for samples and for a table; and rows with tokens first."""
+
+    def __init__(self, tokens_first=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.both, self.late, self.head = linear(8, 8), linear(8, 8), linear(8, 5)
+        self.register_buffer("table", torch.randn(4, 8, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.tokens_first = tokens_first
+
+    def forward(self, x):
+        self.count += 1
+        x = torch.tanh(self.both(x)) + torch.tanh(self.both(self.table))[: x.shape[1]]
+        if self.tokens_first:
+            rows = x.transpose(0, 1)
+            x = self.late(rows.reshape(-1, 8)).view(rows.shape).transpose(0, 1)
+        else:
+            x = self.late(x)
+        return self.head(torch.tanh(x).mean(1))
+
+
+def test_layers_with_several_kinds_of_rows():
+    for samples, variant in ((3, "pace"), (1, "pace"), (1, "noise"), (3, "noise")):
+        x = torch.randn(1, 4, 8, dtype=torch.float64).expand(samples, 4, 8)
+        model = injected(Mixed(), variant=variant)
+        for layer in (model.late, model.head):
+            layer.sigma = 0.0
+        steps = [model(x).detach() for _ in range(2)]
+        # Noise of the samples in each step, and of nothing else: without it the table is what it was.
+        assert not torch.equal(*steps) and model.count == 2
+        assert model.both.sample_rows == 1 and model.both.fixed_rows == {4}
+        model.both.sigma = 0.0
+        close(model(x), model.eval()(x).repeat(len(steps[0]) // samples, 1), 1e-12)
+    model = Mixed(tokens_first=True)
+    with pytest.warns(UserWarning, match="1 layers work on rows.*late"):
+        injected(model)(torch.randn(3, 4, 8, dtype=torch.float64))
+
+
+def test_the_look_at_the_model_leaves_no_trace():
+    class Splits(nn.Module):
+        """Does something when it is told that training ends."""
+
+        told = 0
+
+        def train(self, mode=True):
+            self.told += 1
+            return super().train(mode)
+
+        def forward(self, x):
+            return x
+
+    model = Tokens()
+    model.returns = Splits()
+    injected(model)
+    told = model.returns.told
+    x, mask, _ = batch()
+    with pytest.warns(UserWarning):
+        model(x, mask)
+    assert model.returns.told == told and model.training
+
+    class OneOnly(Tokens):
+        def forward(self, x, mask=None):
+            if len(x) == 2:
+                raise ValueError("not two")
+            return super().forward(x, mask)
+
+    model = injected(OneOnly(), exclude_modules=["position"])
+    with pytest.warns(UserWarning, match="not two.*taken for granted"):
+        close(model(x, mask), explicit(model, x, mask), 1e-12)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_rows_by_chance():
+    class Prototypes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = linear(6, 8), linear(8, 8)
+
+        def forward(self, x, prototypes):
+            return self.head(torch.tanh(self.body(x))) @ prototypes.T
+
+    x, prototypes = torch.randn(3, 6, dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64)
+    with pytest.raises(PaceError, match="6 logits of a sample, and 2.*batch_of"):
+        injected(Prototypes())(x=x, prototypes=prototypes)
+    assert injected(Prototypes(), batch_of=["x"])(x=x, prototypes=prototypes).shape == (6, 3)
+    lazy = injected(Prototypes(), batch_of=["x"], variant="lazy", lazy_interval=1)
+    halved, labels = lazy.pace.select({"prototypes": prototypes, "x": x[:2]}, torch.arange(2))
+    assert [len(halved["x"]), len(halved["prototypes"]), len(labels)] == [1, 3, 1]
+
+
+def test_layers_that_no_adapter_suits():
+    def with_layers(**layers):
+        model = Tokens()
+        for name, layer in layers.items():
+            setattr(model, name, layer)
+        return model
+
+    tied = linear(8, 5)
+    tied.weight = (model := Tokens()).classifier.weight
+    model.aux = tied
+    for model, message in (
+        (model, "one weight"),
+        (with_layers(normed=nn.utils.parametrizations.weight_norm(linear(8, 8))), "normed"),
+        (with_layers(pruned=prune.l1_unstructured(linear(8, 8), "weight", 2)), "pruned"),
+        (with_layers(lazy=nn.LazyLinear(3)), "lazy"),
+        (linear(8, 8), "itself"),
+    ):
+        with pytest.raises(PaceError, match=message):
+            pace_torch.inject(model)
+    with pytest.warns(UserWarning, match="no classifier"):
+        pace_torch.inject(nn.Sequential(linear(8, 8), nn.Tanh(), linear(8, 3)))
+    x, _, _ = batch()
+    with pytest.raises(PaceError, match="bias of its own.*new_biases"):
+        injected(ReadsWeights(), new_biases=True)(x)
+    for use in (lambda layer: torch.cat([layer.bias, layer.bias]), lambda layer: layer.weight @ layer.weight.T):
+        with pytest.raises(PaceError, match="of `first` and uses it otherwise"):
+            use(injected(ReadsWeights()).first)
+    layer = injected(ReadsWeights()).first
+    assert layer.weight.stride() == (6, 1) and layer.weight.new_zeros(2).shape == (2,) and x.to(layer.weight) is x

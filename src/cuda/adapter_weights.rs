@@ -552,7 +552,7 @@ impl AdapterWeightGrads<Buffer> {
     /// The plan that computes the gradients of these layers: two launches for each 16.
     ///
     /// # Errors
-    /// As [`LoraFactors::backward`] and [`PromptBias::backward`]; also if a layer's LoRA and prompt have different sizes or base
+    /// As [`Device::low_rank_weight_backward`] and [`PromptBias::backward`]; also if a layer's LoRA and prompt have different sizes or base
     /// weights.
     pub fn plan(dtype: DType, layers: &[Self], workspace: Buffer) -> Result<Plan> {
         let bytes = dtype.bytes();

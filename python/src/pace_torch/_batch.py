@@ -1,8 +1,9 @@
 """What goes into a model and comes out of it: tensors in tuples, lists and mappings, their rows, and logits."""
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from ._library import PaceError
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """`value` with each tensor in it replaced; tuples, lists and mappings are copied, all else is what it was."""
+    """`value` with each tensor in it replaced; tuples, lists, mappings and dataclasses are copied, all else is what it was."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, tuple):
@@ -24,13 +25,18 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
         for key, item in value.items():
             new[key] = map_tensors(function, item)
         return new
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
+        return dataclasses.replace(value, **map_tensors(function, fields))
     return value
 
 
 def first_tensor(value: Any) -> Optional[Tensor]:
-    """The first tensor with rows in tuples, lists and mappings."""
+    """The first tensor with rows in tuples, lists, mappings and dataclasses."""
     if isinstance(value, Tensor):
         return value if value.dim() > 0 else None
+    if dataclasses.is_dataclass(value) and not isinstance(value, (type, Mapping)):
+        value = vars(value)
     items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
     for item in items:
         tensor = first_tensor(item)
@@ -39,24 +45,38 @@ def first_tensor(value: Any) -> Optional[Tensor]:
     return None
 
 
-def batch_size(args: tuple, kwargs: dict, batch_of: Optional[str]) -> int:
-    """The rows of a model's batch: those of the argument `batch_of`, or of the first tensor that has any."""
-    if batch_of is not None and batch_of not in kwargs:
-        raise PaceError(f"`batch_of` names `{batch_of}`, which the model was not called with as a keyword")
-    tensor = first_tensor((args, kwargs) if batch_of is None else kwargs[batch_of])
+# The keyword whose rows are the batch; or all whose rows are its, of which the first tells how many.
+BatchOf = Union[None, str, tuple[str, ...], list[str]]
+
+
+def batch_size(args: tuple, kwargs: Mapping, batch_of: BatchOf) -> int:
+    """The rows of a model's batch: those of the argument that `batch_of` names, or of the first tensor that has any."""
+    name = batch_of if batch_of is None or isinstance(batch_of, str) else batch_of[0]
+    if name is not None and name not in kwargs:
+        raise PaceError(f"`batch_of` names `{name}`, which the model was not called with as a keyword")
+    tensor = first_tensor((args, kwargs) if name is None else kwargs[name])
     if tensor is None:
         raise PaceError("the batch size cannot be told: none of the model's arguments is a tensor with rows, or a tuple, list or "
                         "mapping with one in it")
     return tensor.shape[0]
 
 
-def doubled(value: Any, batch: int) -> Any:
-    """`value` with the rows of each tensor that has `batch` of them twice, the second copy behind the first."""
+def with_rows(
+    function: Callable[[Tensor], Tensor], args: tuple, kwargs: dict, batch: int, batch_of: BatchOf = None
+) -> tuple[tuple, dict]:
+    """A call's arguments with each tensor of `batch` rows replaced; if `batch_of` is a list of keywords, only theirs."""
 
-    def double(tensor: Tensor) -> Tensor:
-        return torch.cat([tensor, tensor]) if tensor.dim() > 0 and tensor.shape[0] == batch else tensor
+    def replace(tensor: Tensor) -> Tensor:
+        return function(tensor) if tensor.dim() > 0 and tensor.shape[0] == batch else tensor
 
-    return map_tensors(double, value)
+    if batch_of is None or isinstance(batch_of, str):
+        return map_tensors(replace, args), map_tensors(replace, kwargs)
+    return args, {name: map_tensors(replace, value) if name in batch_of else value for name, value in kwargs.items()}
+
+
+def twice(tensor: Tensor) -> Tensor:
+    """The rows twice, the second copy behind the first."""
+    return torch.cat([tensor, tensor])
 
 
 def call(model: Callable, batch: Any) -> Any:

@@ -1,6 +1,7 @@
 """Which layers of a model get adapters, and which is its classifier."""
 
 import re
+import warnings
 from collections.abc import Iterable
 from typing import Optional, Union
 
@@ -11,7 +12,7 @@ from ._library import PaceError
 
 Names = Union[str, Iterable[str]]
 # Names of classifiers: of timm's and torchvision's models, and of Hugging Face's.
-CLASSIFIERS = ("head", "head_dist", "fc", "classifier", "score")
+CLASSIFIERS = ("head", "head_dist", "fc", "classifier", "classification_head", "logits_proj", "score")
 
 
 def is_named(name: str, names: Names) -> bool:
@@ -55,6 +56,9 @@ def choose(
     if not linears:
         raise PaceError("`model` has no linear layers")
     heads = _heads(linears, head)
+    if head is None and not heads:
+        warnings.warn("no classifier is found by its name: if the model has one, name it by `head`, or it stays frozen as it is",
+                      stacklevel=3)
     if head is not None and not heads:
         raise PaceError(f"`head` is {head!r}: no linear layer has such a name")
     if target_modules is not None and not any(
@@ -70,7 +74,17 @@ def choose(
     chosen = {linear: names for linear, names in linears.items() if wanted(linear, names)}
     if not chosen:
         raise PaceError("`exclude_modules` leaves no linear layer")
+    weights: dict[nn.Parameter, str] = {}
     for linear, names in chosen.items():
+        if names[0] == "":
+            raise PaceError("`model` is a linear layer itself: put it into a module")
+        if "weight" not in linear._parameters or isinstance(linear.weight, nn.UninitializedParameter):
+            raise PaceError(f"the weight of `{names[0]}` is made anew at each step, or not made yet: remove its parametrization (weight or "
+                            "spectral norm, pruning) or run it once first, or name it in `exclude_modules`")
+        other = weights.setdefault(linear.weight, names[0])
+        if other != names[0]:
+            raise PaceError(f"`{other}` and `{names[0]}` are two layers with one weight, which adapters would tear apart: name them in "
+                            "`exclude_modules`")
         # timm's own multiplies in the type of its input, as adapters do.
         if not is_conv1d(linear) and type(linear).forward not in (nn.Linear.forward, timm.layers.Linear.forward):
             raise PaceError(f"`{names[0]}` is a {type(linear).__name__}, whose own forward pass an adapter would replace: name it in "
@@ -81,11 +95,11 @@ def choose(
 def _heads(linears: dict[nn.Module, list[str]], head: Optional[Names]) -> set[nn.Module]:
     if head is not None:
         return {linear for linear, names in linears.items() if any(is_named(name, head) for name in names)}
-    # Of all that is called so, what lies nearest to the top: a block may have heads, or a `fc`, of its own.
+    # Of all that is called so, what lies nearest to the top: a block may have heads of its own, and a `fc` in one is none.
     depths: dict[nn.Module, int] = {}
     for linear, names in linears.items():
         paths = [name.split(".") for name in names]
-        found = [depth for path in paths for depth, part in enumerate(path) if part in CLASSIFIERS and (part != "fc" or depth == 0)]
+        found = [depth for path in paths for depth, part in enumerate(path) if part in CLASSIFIERS and (part != "fc" or not any(map(str.isnumeric, path)))]
         if found:
             depths[linear] = min(found)
     return {linear for linear, depth in depths.items() if depth == min(depths.values())}

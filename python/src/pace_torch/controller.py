@@ -1,6 +1,7 @@
 """What the layers of a model have in common: noise keys, branches, the variant of the loss."""
 
 import warnings
+from collections.abc import Mapping
 from typing import Any, Optional
 
 import torch
@@ -8,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import ops
-from ._batch import batch_size, call, doubled, logits_of, map_tensors
+from ._batch import BatchOf, batch_size, call, logits_of, twice, with_rows
 from ._library import PaceError, device_handle
 from .loss import Losses, pace_loss
 from .ops import Noise
@@ -34,7 +35,8 @@ class Pace(nn.Module):
       place, so that captured CUDA graphs and `fullgraph` compilation see them. Otherwise each training forward pass
       draws.
     * `shard`: (rank, number) of the processes that share a batch, if torch.distributed is not what knows.
-    * `batch_of`: the keyword whose rows are the batch, where that is not the first tensor of a call.
+    * `batch_of`: the keyword whose rows are the batch, where that is not the first tensor of a call; or a list of all that have
+      these rows.
     * `history`: PACE-fast's table of logits `[samples, classes]`, a buffer that is not saved.
     """
 
@@ -49,7 +51,7 @@ class Pace(nn.Module):
         seed: int,
         samples: Optional[int],
         label_smoothing: float,
-        batch_of: Optional[str],
+        batch_of: BatchOf,
         device: torch.device,
     ):
         super().__init__()
@@ -66,7 +68,7 @@ class Pace(nn.Module):
         self.manual_steps = self.drawn = False
         self.shard: Optional[tuple[int, int]] = None
         self.batch_of, self.doubles_input = batch_of, False
-        self.probed, self.counted, self.not_on_samples = False, [], []
+        self.probed, self.classes = False, None
         self.batch = self.first_sample = self.global_batch = 0
         self.handles: list = []
         self.register_buffer("keys", torch.zeros(layers, dtype=torch.int64, device=device), persistent=False)
@@ -123,77 +125,98 @@ class Pace(nn.Module):
         elif not self.drawn:
             raise PaceError("`manual_steps` is on: call `model.pace.advance()` before each step")
         if self.doubles_input:
-            # Drawing by hand is for graphs without a break, in which a model cannot be looked at.
-            if not self.probed and not self.manual_steps:
+            # A graph that must not break cannot be left to look at the model.
+            if not self.probed and not (self.manual_steps and torch.compiler.is_compiling()):
                 self._probe(module, args, kwargs)
             return self.double_rows(module, args, kwargs)
         return None
 
     @torch.compiler.disable
     def _probe(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Before the first step: counts the rows that each layer has for one sample, in evaluation."""
+        """Before the first step: runs the model on one sample, once and twice over, without noise, and finds the layers whose rows
+        are not those of samples: they have as many for two samples as for one, or others for the second sample than for the first.
+        """
         self.probed = True
-        rows: dict[nn.Module, set[int]] = {}
-
-        def count(layer: nn.Module, inputs: tuple) -> None:
-            rows.setdefault(layer, set()).add(inputs[0].shape[0])
-
-        def one(tensor: Tensor) -> Tensor:
-            return tensor[:1] if tensor.shape[:1] == (self.batch,) else tensor
-
-        layers = [layer for layer in module.modules() if hasattr(layer, "rows") and hasattr(layer, "sigma")]
-        handles = [layer.register_forward_pre_hook(count) for layer in layers]
+        layers = [layer for layer in module.modules() if hasattr(layer, "fixed_rows")]
+        calls: dict[nn.Module, list[Tensor]] = {}
+        handles = [
+            layer.register_forward_pre_hook(lambda layer, inputs: calls.setdefault(layer, []).append(inputs[0].detach()))
+            for layer in layers
+        ]
+        # Not `eval()`, which some modules take for a sign to change.
         training = {submodule: submodule.training for submodule in module.modules()}
+        buffers = [(buffer, buffer.clone()) for buffer in module.buffers() if not buffer.is_meta]
+        seen = []
         try:
-            with torch.no_grad():
-                module.eval().forward(*map_tensors(one, args), **map_tensors(one, kwargs))
-        except Exception:
-            # A model that cannot take one sample: rows are then taken for samples if their numbers fit.
-            rows.clear()
+            for submodule in training:
+                submodule.training = False
+            for copies in (2, 1):
+                calls.clear()
+                sample = lambda rows: torch.cat([rows[:1]] * copies)  # noqa: B023, E731
+                with torch.no_grad():
+                    one, named = with_rows(sample, args, kwargs, self.batch, self.batch_of)
+                    output = module.forward(*one, **named)
+                seen.append(dict(calls))
+                if copies == 2 and (logits := logits_of(output)).dim() == 2:
+                    self.classes = logits.shape[1]
+        except Exception as error:
+            if not seen:
+                warnings.warn(f"the model cannot be run on one sample twice over ({error}), which would tell whether the rows of all "
+                              "its layers are those of samples: it is taken for granted", stacklevel=2)
         finally:
             for handle in handles:
                 handle.remove()
             for submodule, was_training in training.items():
                 submodule.training = was_training
-        unreached = [layer.path for layer in layers if layer not in rows]
-        if rows and unreached:
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+        if not seen:
+            return
+        once = seen[1] if len(seen) > 1 else {}
+        for layer, inputs in seen[0].items():
+            alone = [x.shape[0] for x in once.get(layer, [])]
+            for i, x in enumerate(inputs):
+                n = x.shape[0] // 2
+                doubles = len(alone) != len(inputs) or x.shape[0] == 2 * alone[i]
+                if doubles and x.shape[0] % 2 == 0 and torch.allclose(x[:n], x[n:], rtol=1e-2, atol=1e-3 * float(x.abs().max())):
+                    layer.sample_rows = n
+                else:
+                    layer.fixed_rows = layer.fixed_rows | {x.shape[0]}
+        tables = [layer.path for layer in seen[0] if layer.fixed_rows and layer.sample_rows is None]
+        if tables:
+            _warn(tables, "work on rows that are not those of samples, and get no noise")
+        unreached = [layer.path for layer in layers if layer not in seen[0]]
+        if unreached:
             _warn(unreached, "have an adapter, but the model does not call them")
-        for layer, numbers in rows.items():
-            layer.rows = numbers.pop() if len(numbers) == 1 else None
-        self.counted = list(rows)
 
     def is_on_samples(self, layer: nn.Module, x: Tensor) -> bool:
-        """Whether the rows of a layer's input belong to samples; a layer with others, such as one of a table of positions, gets no
-        noise."""
-        samples = self.branches * self.batch
-        if layer.rows == x.shape[0] and samples > 1:
-            self.not_on_samples.append(layer.path)
-            layer.rows = 0
-        return layer.rows != 0
+        """Whether the rows of a layer's input belong to samples; others, such as those of a table of positions, get no noise."""
+        if not layer.fixed_rows:
+            return True
+        if layer.sample_rows is None:
+            return False
+        return x.shape[0] not in layer.fixed_rows or x.shape[0] == layer.sample_rows * self.branches * self.batch
 
     def double_rows(self, module: nn.Module, args: tuple, kwargs: dict) -> Optional[tuple]:
         """Forward pre-hook of where the branches start: from here on each sample has two, in every tensor with a row per sample."""
         if not module.training or self.branches == 1:
             return None
-        return doubled(args, self.batch), doubled(kwargs, self.batch)
+        only = self.batch_of if module.training and self.doubles_input else None
+        return with_rows(twice, args, kwargs, self.batch, only)
 
     def after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Forward hook of the model: whether it kept the branches apart."""
-        if not module.training:
+        if not module.training or self.branches == 1:
             return
-        if self.not_on_samples:
-            _warn(self.not_on_samples, "work on rows that are not those of samples, and get no noise")
-            self.not_on_samples = []
-        # Another batch may have as many rows as one sample had.
-        for layer in self.counted:
-            layer.rows = layer.rows and None
-        self.counted = []
-        if self.branches == 1:
-            return
-        rows = logits_of(output).shape[0]
+        logits = logits_of(output)
+        rows = logits.shape[0]
         if rows % (2 * self.batch):
             raise PaceError(f"the model made {rows} rows of logits out of two branches of {self.batch} samples, expected a multiple "
                             f"of {2 * self.batch}: where its branches start (`branches_at`), rows are not samples")
+        if self.classes is not None and logits.dim() == 2 and logits.shape[1] != self.classes:
+            raise PaceError(f"the model made {logits.shape[1]} logits of a sample, and {self.classes} of one by itself: an argument has as "
+                            "many rows as the batch by chance; give `batch_of` a list of those whose rows are samples")
 
     def _shard(self) -> tuple[int, int]:
         if self.shard is not None:
@@ -248,11 +271,15 @@ class Pace(nn.Module):
         if self.variant == "lazy":
             self.branches = 2 if self.iteration % self.lazy_interval == 0 else 1
             if self.branches == 2:
-                batch = batch_size((x,), {}, None)
+                mapping = isinstance(x, Mapping)
+                batch = batch_size(() if mapping else (x,), x if mapping else {}, self.batch_of if mapping else None)
                 half = batch // 2
                 if half == 0:
                     raise PaceError("`x` has one sample, expected at least 2 (the lazy variant halves the batch)")
-                x = map_tensors(lambda tensor: tensor[:half] if tensor.shape[:1] == (batch,) else tensor, x)
+                if mapping:
+                    x = with_rows(lambda tensor: tensor[:half], (), dict(x), batch, self.batch_of)[1]
+                else:
+                    (x,), _ = with_rows(lambda tensor: tensor[:half], (x,), {}, batch)
                 labels = labels[:half]
         self.iteration += 1
         return x, labels

@@ -8,6 +8,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ._batch import BatchOf
 from ._layers import Names, choose
 from ._library import PaceError, sigma_by_block
 from .controller import Pace
@@ -69,7 +70,7 @@ def inject(
     exact: bool = False,
     new_biases: bool = False,
     branches_at: Optional[str] = None,
-    batch_of: Optional[str] = None,
+    batch_of: BatchOf = None,
 ) -> nn.Module:
     """Turns a model into a PACE model, in place, and returns it.
 
@@ -88,13 +89,15 @@ def inject(
 
     * `target_modules`, `exclude_modules`: layers with adapters and without, as PEFT has it: names or their ends at a dot, or
       one pattern for whole names. `head`: the same for the classifier, which is always among them; by default what is in the
-      module nearest to the top that is called `head`, `head_dist`, `classifier`, `score` or, at the top itself, `fc`.
+      module nearest to the top that is called `head`, `head_dist`, `classifier`, `classification_head`, `logits_proj`, `score` or,
+      outside of blocks, `fc`.
     * `new_biases`: whether adapters add a bias to layers that have none, as the official code does. `merge` then leaves it there,
       so that the merged weights do not fit into a fresh model.
     * `branches_at`: where a sample's rows become two. "input": every tensor among the arguments, also within tuples, lists and
       mappings, whose rows are those of the batch. "first noisy block": the same of that block's arguments, so that what comes
       before is computed once; the default for timm's `VisionTransformer` and `SwinTransformer`, which are known to keep rows
-      apart. `batch_of`: the keyword of a call whose rows are the batch; by default the first tensor's.
+      apart. `batch_of`: the keyword of a call whose rows are the batch, by default the first tensor's; or a list of keywords, and
+      no other arguments are doubled.
     * `variant`: `pace` (two branches at each step), `lazy` (at every `lazy_interval`-th, with half of the batch),
       `fast` (one branch, consistent with its logits of the last epoch; needs `samples`, the size of the training set),
       `noise` (one branch, no consistency), `baseline` (adapters without noise; no `.adapter` in the names).
@@ -282,7 +285,7 @@ def describe(model: nn.Module) -> str:
         if isinstance(adapter, Adapter) and not name.endswith(".adapter"):
             trained = sum(parameter.numel() for parameter in adapter.parameters() if parameter.requires_grad)
             sigma = f"{module.sigma:.3g}" if isinstance(module, NoisyLinear) else "–"
-            if getattr(module, "rows", None) == 0:
+            if getattr(module, "fixed_rows", None) and module.sample_rows is None:
                 sigma = "0 (rows are no samples)"
             rows.append((name, type(adapter).__name__, sigma, f"{trained:,}"))
     numbers = [parameter.numel() for parameter in model.parameters()]

@@ -103,6 +103,8 @@ def _soft_loss(
         raise PaceError(f"`labels` is {tuple(labels.shape)}, expected [B, {classes}] for {logits.shape[0]} rows of logits: B or 2·B")
     if not 0 <= lambda_ < float("inf"):
         raise PaceError(f"`lambda_` is {lambda_}, expected at least 0 and finite")
+    if labels.device.type == "cpu" and ((labels < 0).any() or ((labels.sum(1) - 1).abs() > 1e-3).any()):
+        raise PaceError("`labels` are no probabilities: each row has to be at least 0 and add up to 1")
     logits = logits.to(real(logits.dtype))
     classification = torch.nn.functional.cross_entropy(
         logits[:batch], labels.to(logits.dtype), label_smoothing=label_smoothing

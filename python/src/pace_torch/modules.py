@@ -1,6 +1,7 @@
 """Adapters around linear layers, and the noise around adapters; names and structure are those of the official code."""
 
 import contextlib
+import inspect
 from typing import Optional
 
 import torch
@@ -52,19 +53,32 @@ class _ReadParameter(Tensor):
             return _attention_before(*args, **kwargs)
         # Sizes, types and copies are what they look like.
         with torch._C.DisableTorchFunctionSubclass():
-            if function in _HARMLESS:
+            if function in _HARMLESS or function is Tensor.to and not isinstance(args[0], _ReadParameter):
                 return function(*args, **kwargs)
-        read = next(value for value in (*args, *kwargs.values()) if isinstance(value, _ReadParameter))
+        read = _read_parameter((args, kwargs))
         raise PaceError(
-            f"the model reads the {read.parameter} of {_name(read.layer)} and gives it to {getattr(function, '__name__', function)}, "
-            "where an adapter around the layer has no effect: name the layer in `exclude_modules`"
+            f"the model reads the {read.parameter} of {_name(read.layer)} and uses it otherwise than in a linear function "
+            f"({getattr(function, '__qualname__', function)}), where an adapter around the layer has no effect: name the layer in "
+            "`exclude_modules`"
         )
+
+
+def _read_parameter(value) -> "Optional[_ReadParameter]":
+    """The first one in tuples, lists and mappings."""
+    if isinstance(value, _ReadParameter):
+        return value
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+    return next((read for item in items if (read := _read_parameter(item)) is not None), None)
 
 
 _HARMLESS = {
     Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.ndim.__get__, Tensor.is_cuda.__get__,
     Tensor.requires_grad.__get__, Tensor.is_nested.__get__, Tensor.layout.__get__, Tensor.dim, Tensor.size, Tensor.numel,
     Tensor.__repr__, Tensor.__format__, Tensor.element_size, Tensor.is_floating_point, torch.is_floating_point,
+    Tensor.is_meta.__get__, Tensor.is_leaf.__get__, Tensor.grad.__get__, Tensor.itemsize.__get__, Tensor.is_sparse.__get__,
+    Tensor.is_quantized.__get__, Tensor.is_contiguous, Tensor.stride, Tensor.__len__, Tensor.get_device, Tensor.type_as,
+    Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full, Tensor.new_tensor, torch.zeros_like, torch.ones_like,
+    torch.empty_like,
 }
 
 
@@ -72,26 +86,40 @@ def _name(layer: nn.Module) -> str:
     return f"`{layer.path}`" if getattr(layer, "path", None) else "a linear layer"
 
 
-def _call_layer(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+def _call_layer(input: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
     """`F.linear` with a parameter that was read from a layer with an adapter: the layer itself."""
     if not isinstance(weight, _ReadParameter):
         raise PaceError(f"the model uses the bias of {_name(bias.layer)} with another weight: name the layer in `exclude_modules`")
     layer = weight.layer
     own = getattr(_linear(layer), "bias", None)
     if isinstance(bias, _ReadParameter) and bias.layer is layer or bias is None and own is None:
-        return layer(x)
+        return layer(input)
     if own is None and not isinstance(bias, _ReadParameter):
-        return layer(x) + bias
+        adapter = layer.adapter if isinstance(layer, NoisyLinear) else layer
+        if adapter.has_bias:
+            raise PaceError(f"the model gives {_name(layer)} a bias of its own: there is no place for one of `new_biases`")
+        return layer(input) + bias
     raise PaceError(f"the model uses the weight of {_name(layer)} with another bias: name the layer in `exclude_modules`")
 
 
-def _attention_before(query, key, value, size, heads, in_weight, in_bias, bias_k, bias_v, zeros, dropout, weight, bias, **kwargs):
+_ATTENTION = inspect.signature(torch.nn.functional.multi_head_attention_forward)
+
+
+def _attention_before(*args, **kwargs):
     """`F.multi_head_attention_forward` up to its output projection, which the layer computes."""
-    layer = weight.layer if isinstance(weight, _ReadParameter) else bias.layer
-    identity = torch.eye(size, dtype=query.dtype, device=query.device)
-    y, attention = torch.nn.functional.multi_head_attention_forward(
-        query, key, value, size, heads, in_weight, in_bias, bias_k, bias_v, zeros, dropout, identity, None, **kwargs
-    )
+    bound = _ATTENTION.bind(*args, **kwargs)
+    given = bound.arguments
+    weight, bias = given["out_proj_weight"], given["out_proj_bias"]
+    others = [value for name, value in given.items() if name not in ("out_proj_weight", "out_proj_bias")]
+    read = _read_parameter(others)
+    if read is not None or not isinstance(weight, _ReadParameter):
+        read = read or _read_parameter([weight, bias])
+        raise PaceError(f"the model uses the {read.parameter} of {_name(read.layer)} within attention, where an adapter around the layer "
+                        "has no effect: name the layer in `exclude_modules`")
+    layer, query = weight.layer, given["query"]
+    given["out_proj_weight"] = torch.eye(weight.layer.in_features, dtype=query.dtype, device=query.device)
+    given["out_proj_bias"] = None
+    y, attention = torch.nn.functional.multi_head_attention_forward(*bound.args, **bound.kwargs)
     # `[tokens, samples, channels]`: layers want the samples first.
     return (layer(y.transpose(0, 1)).transpose(0, 1) if y.dim() == 3 else layer(y)), attention
 
@@ -395,8 +423,9 @@ class NoisyLinear(_CallsItsLayers):
         self.adapter = adapter
         self.sigma, self.layer = float(sigma), layer
         self.z: Optional[Tensor] = None
-        # Rows of a sample among the leading ones of the input; 0 where it has none, None as long as that is not known.
-        self.rows: Optional[int] = None
+        # Numbers of leading rows of inputs that are not those of samples, and how many a sample has in the other inputs.
+        self.fixed_rows: frozenset[int] = frozenset()
+        self.sample_rows: Optional[int] = None
         self.path: Optional[str] = None
         # The controller is a submodule of the model, once; so is the GELU in front of this layer, if there is one.
         self.__dict__.update(pace=pace, gelu=None)
