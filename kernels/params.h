@@ -27,7 +27,7 @@ constexpr u32 WEIGHT_ROWS = 64;
 /// Elements of Δb of a block, 2 per warp.
 constexpr u32 BIAS_TILE_ROWS = 16;
 
-/// Columns for which a block makes `Pd·Pu` at a time, and the bytes of `Pd` that it has room for: all columns at once up to 1638 of
+/// Columns for which a block makes `Pd·Pu` at a time, and the bytes of `Pd` that it has room for: all columns at once up to 1632 of
 /// rank 10 in 16 bits, in 40 KiB of shared memory.
 constexpr u32 PROMPT_COLUMNS = 2048;
 
