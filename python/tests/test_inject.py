@@ -118,6 +118,16 @@ def test_batches_and_outputs():
     assert [len(halved["x"]), len(halved["mask"]), halved["name"], len(rest)] == [1, 1, "b", 1]
 
 
+@pytest.mark.filterwarnings("ignore:1 layers work on rows")
+def test_outputs_without_logits_are_the_callers():
+    x, mask, labels = batch()
+    model = injected(Tokens(lambda logits: {"boxes": logits}))
+    want = explicit(injected(), x, mask)
+    close(model(x, mask)["boxes"], want, 1e-12)
+    with pytest.raises(PaceError, match="no logits"):
+        model.pace.training_step(model, (x, mask), labels)
+
+
 class Nested(nn.Module):
     """Takes a dict as its only argument."""
 

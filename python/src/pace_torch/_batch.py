@@ -86,7 +86,7 @@ def call(model: Callable, batch: Any) -> Any:
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 
-def logits_of(output: Any) -> Tensor:
+def find_logits(output: Any) -> Optional[Tensor]:
     """The logits in what a model returned: a tensor, an object or mapping with `logits`, or the first tensor of a tuple."""
     logits = output
     if isinstance(output, Mapping):
@@ -95,7 +95,13 @@ def logits_of(output: Any) -> Tensor:
         logits = output.logits
     elif isinstance(output, (tuple, list)):
         logits = next((item for item in output if isinstance(item, Tensor) and item.dim() > 1), None)
-    if not isinstance(logits, Tensor):
+    return logits if isinstance(logits, Tensor) and logits.dim() > 0 else None
+
+
+def logits_of(output: Any) -> Tensor:
+    """The same; raises `PaceError` if there are none."""
+    logits = find_logits(output)
+    if logits is None:
         raise PaceError(f"there are no logits in what the model returned, {type(output).__name__}: expected a tensor, an object or "
                         "mapping with `logits`, or a tuple with a tensor of two dimensions")
     return logits

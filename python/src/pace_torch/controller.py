@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import ops
-from ._batch import BatchOf, batch_size, call, logits_of, twice, with_rows
+from ._batch import BatchOf, batch_size, call, find_logits, logits_of, twice, with_rows
 from ._library import PaceError, device_handle
 from .loss import Losses, pace_loss
 from .ops import Noise
@@ -157,7 +157,8 @@ class Pace(nn.Module):
                     one, named = with_rows(sample, args, kwargs, self.batch, self.batch_of)
                     output = module.forward(*one, **named)
                 seen.append(dict(calls))
-                if copies == 2 and (logits := logits_of(output)).dim() == 2:
+                logits = find_logits(output)
+                if copies == 2 and logits is not None and logits.dim() == 2:
                     self.classes = logits.shape[1]
         except Exception as error:
             if not seen:
@@ -202,14 +203,15 @@ class Pace(nn.Module):
         """Forward pre-hook of where the branches start: from here on each sample has two, in every tensor with a row per sample."""
         if not module.training or self.branches == 1:
             return None
-        only = self.batch_of if module.training and self.doubles_input else None
-        return with_rows(twice, args, kwargs, self.batch, only)
+        return with_rows(twice, args, kwargs, self.batch, self.batch_of if self.doubles_input else None)
 
     def after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Forward hook of the model: whether it kept the branches apart."""
         if not module.training or self.branches == 1:
             return
-        logits = logits_of(output)
+        logits = find_logits(output)
+        if logits is None:
+            return  # whoever computes a loss of such an output knows what it is
         rows = logits.shape[0]
         if rows % (2 * self.batch):
             raise PaceError(f"the model made {rows} rows of logits out of two branches of {self.batch} samples, expected a multiple "
@@ -271,15 +273,14 @@ class Pace(nn.Module):
         if self.variant == "lazy":
             self.branches = 2 if self.iteration % self.lazy_interval == 0 else 1
             if self.branches == 2:
-                mapping = isinstance(x, Mapping)
-                batch = batch_size(() if mapping else (x,), x if mapping else {}, self.batch_of if mapping else None)
+                args, kwargs = ((), dict(x)) if isinstance(x, Mapping) else ((x,), {})
+                batch_of = self.batch_of if kwargs else None
+                batch = batch_size(args, kwargs, batch_of)
                 half = batch // 2
                 if half == 0:
                     raise PaceError("`x` has one sample, expected at least 2 (the lazy variant halves the batch)")
-                if mapping:
-                    x = with_rows(lambda tensor: tensor[:half], (), dict(x), batch, self.batch_of)[1]
-                else:
-                    (x,), _ = with_rows(lambda tensor: tensor[:half], (x,), {}, batch)
+                args, kwargs = with_rows(lambda tensor: tensor[:half], args, kwargs, batch, batch_of)
+                x = kwargs or args[0]
                 labels = labels[:half]
         self.iteration += 1
         return x, labels
