@@ -6,6 +6,8 @@ step, `merge` gives a plain model back. `ops` has the operators, for models of y
 
 from . import ops
 from ._library import PaceError, sigma_by_block
+from .attach import attach
+from .attached import AttachedNoise
 from .captured import CapturedStep
 from .controller import Pace
 from .inject import describe, inject, load_trainable_state_dict, merge, trainable_state_dict
@@ -28,6 +30,7 @@ from .ops import (
 
 __all__ = [
     "Adapter",
+    "AttachedNoise",
     "CapturedStep",
     "Head",
     "LoraAdd",
@@ -39,6 +42,7 @@ __all__ = [
     "PaceError",
     "SharedDropPath",
     "VptAdd",
+    "attach",
     "describe",
     "drop_path",
     "fp_distance",

@@ -28,6 +28,16 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
+def is_peft(module: nn.Module) -> bool:
+    """Whether it is a layer that PEFT has put around another."""
+    return type(module).__module__.startswith("peft.tuners.")
+
+
+def is_classifier(name: str) -> bool:
+    """Whether a layer's name says that it is a classifier, or part of one."""
+    return any(part in CLASSIFIERS for part in name.split("."))
+
+
 def linears_of(model: nn.Module) -> dict[nn.Module, list[str]]:
     """Every linear layer, with all its names. None whose weight is that of another kind of layer too, such as an embedding: it
     would change with it."""
@@ -49,9 +59,9 @@ def choose(
     The classifier is there whatever `target_modules` says, as in PEFT's `modules_to_save`.
     """
     for name, module in model.named_modules():
-        if type(module).__module__.startswith("peft.tuners."):
-            raise PaceError(f"`{name}` is a layer of PEFT's, around which another adapter would not do what either says: "
-                            "`merge_and_unload` it first")
+        if is_peft(module):
+            raise PaceError(f"`{name}` is a layer of PEFT's, around which another adapter would not do what either says: `attach` puts "
+                            "PACE on PEFT's LoRA")
     linears = linears_of(model)
     if not linears:
         raise PaceError("`model` has no linear layers")

@@ -140,7 +140,9 @@ class Pace(nn.Module):
         layers = [layer for layer in module.modules() if hasattr(layer, "fixed_rows")]
         calls: dict[nn.Module, list[Tensor]] = {}
         handles = [
-            layer.register_forward_pre_hook(lambda layer, inputs: calls.setdefault(layer, []).append(inputs[0].detach()))
+            layer.watched.register_forward_pre_hook(
+                lambda _, inputs, layer=layer: calls.setdefault(layer, []).append(inputs[0].detach())
+            )
             for layer in layers
         ]
         # Not `eval()`, which some modules take for a sign to change.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ._batch import BatchOf
 from ._layers import Names, choose
 from ._library import PaceError, sigma_by_block
+from .attached import AttachedNoise
 from .controller import Pace
 from .modules import Adapter, Head, LoraAdd, LoraMulVptAdd, NoisyLinear, RecomputedGELU, SharedDropPath, VptAdd
 
@@ -37,12 +38,22 @@ def block_ids(names: list[str], heads: set[str]) -> tuple[list[int], int]:
     return [order[path] for path in padded], levels
 
 
+def sigmas_of(names: list[str], heads: set[str], sigma: float, first_noisy: Optional[int]) -> list[float]:
+    """The standard deviation of each layer's noise."""
+    ids, levels = block_ids(names, heads)
+    blocks = max(ids) + 1
+    if first_noisy is None:
+        first_noisy = min(1 if levels == 1 else 0, blocks - 1)
+    by_block = sigma_by_block(blocks, sigma, first_noisy)
+    return [by_block[block] for block in ids]
+
+
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
 
-def _block(name: str) -> str:
+def block_of(name: str) -> str:
     """The path of the block that a layer is in; the layer itself if it is in none."""
     parts = name.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isnumeric()]
@@ -111,7 +122,11 @@ def inject(
 
     Raises `PaceError` for an unknown name, a model without linear layers, or one that is injected already.
     """
-    _check_arguments(model, adapter, rank, noise_shape, branches_at)
+    check_model(model, noise_shape, branches_at)
+    if adapter not in ADAPTERS:
+        raise PaceError(f"`adapter` is {adapter!r}, expected one of {', '.join(ADAPTERS)}")
+    if rank < 1:
+        raise PaceError(f"`rank` is {rank}, expected at least 1")
     linears, heads = choose(model, target_modules, exclude_modules, head)
     drop_paths = {name: module for name, module in model.named_modules() if isinstance(module, DropPath)}
     noisy = variant != "baseline"
@@ -128,19 +143,15 @@ def inject(
         batch_of=batch_of,
         device=next(iter(linears)).weight.device,
     )
-    ids, levels = block_ids([names[0] for names in linears.values()], {linears[linear][0] for linear in heads})
-    blocks = max(ids) + 1
-    if first_noisy is None:
-        first_noisy = min(1 if levels == 1 else 0, blocks - 1)
-    sigmas = sigma_by_block(blocks, sigma, first_noisy)
+    sigmas = sigmas_of([names[0] for names in linears.values()], {linears[linear][0] for linear in heads}, sigma, first_noisy)
 
     first_noisy_layer = None
-    for layer, ((linear, names), block) in enumerate(zip(linears.items(), ids)):
+    for layer, ((linear, names), layer_sigma) in enumerate(zip(linears.items(), sigmas)):
         module = Head(linear) if linear in heads else _adapter_around(linear, adapter, rank, scale, exact, new_biases)
         if noisy:
-            module = NoisyLinear(module, sigmas[block], pace, layer)
+            module = NoisyLinear(module, layer_sigma, pace, layer)
             module.path = names[0]
-            if first_noisy_layer is None and sigmas[block] > 0:
+            if first_noisy_layer is None and layer_sigma > 0:
                 first_noisy_layer = names[0]
         move_hooks(linear, module)
         for name in names:
@@ -155,23 +166,17 @@ def inject(
             parameter.requires_grad_(False)
     if noisy:
         pace.doubles_input = branches_at == INPUT or branches_at is None and not isinstance(model, _DOUBLE_WITHIN)
-        _attach(model, pace, _block(first_noisy_layer or next(reversed(linears.values()))[0]))
+        control(model, pace, block_of(first_noisy_layer or next(reversed(linears.values()))[0]))
     else:
         model.pace = pace
     return model.train(model.training)
 
 
-def _check_arguments(
-    model: nn.Module, adapter: str, rank: int, noise_shape: str, branches_at: Optional[str]
-) -> None:
-    if adapter not in ADAPTERS:
-        raise PaceError(f"`adapter` is {adapter!r}, expected one of {', '.join(ADAPTERS)}")
+def check_model(model: nn.Module, noise_shape: str, branches_at: Optional[str]) -> None:
     if noise_shape not in ("BC", "BTC"):
         raise PaceError(f"`noise_shape` is {noise_shape!r}, expected BC or BTC")
     if branches_at not in (None, INPUT, FIRST_NOISY_BLOCK):
         raise PaceError(f"`branches_at` is {branches_at!r}, expected {INPUT!r} or {FIRST_NOISY_BLOCK!r}")
-    if rank < 1:
-        raise PaceError(f"`rank` is {rank}, expected at least 1")
     if any(isinstance(module, (Adapter, Pace)) for module in model.modules()):
         raise PaceError("`model` has adapters already")
 
@@ -194,7 +199,7 @@ def _recompute_gelus(model: nn.Module) -> None:
             module.fc2.__dict__["gelu"] = module.act
 
 
-def _attach(model: nn.Module, pace: Pace, first_noisy_block: str) -> None:
+def control(model: nn.Module, pace: Pace, first_noisy_block: str) -> None:
     """Makes `pace` the model's controller."""
     model.pace = pace
     # Processes that share a model derive the same keys; DistributedDataParallel need not send them around.
@@ -281,13 +286,16 @@ def describe(model: nn.Module) -> str:
     model = unwrapped(model)
     rows = [("layer", "adapter", "sigma", "trained")]
     for name, module in model.named_modules():
-        adapter = module.adapter if isinstance(module, NoisyLinear) else module
-        if isinstance(adapter, Adapter) and not name.endswith(".adapter"):
-            trained = sum(parameter.numel() for parameter in adapter.parameters() if parameter.requires_grad)
-            sigma = f"{module.sigma:.3g}" if isinstance(module, NoisyLinear) else "–"
-            if getattr(module, "fixed_rows", None) and module.sample_rows is None:
-                sigma = "0 (rows are no samples)"
-            rows.append((name, type(adapter).__name__, sigma, f"{trained:,}"))
+        adapter, kind = module.adapter if isinstance(module, NoisyLinear) else module, ""
+        if isinstance(module, AttachedNoise):
+            name, adapter, kind = module.path, module.watched, "PEFT "
+        elif not isinstance(adapter, Adapter) or name.endswith(".adapter"):
+            continue
+        trained = sum(parameter.numel() for parameter in adapter.parameters() if parameter.requires_grad)
+        sigma = f"{module.sigma:.3g}" if hasattr(module, "sigma") else "–"
+        if getattr(module, "fixed_rows", None) and module.sample_rows is None:
+            sigma = "0 (rows are no samples)"
+        rows.append((name, kind + type(adapter).__name__, sigma, f"{trained:,}"))
     numbers = [parameter.numel() for parameter in model.parameters()]
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -303,6 +311,8 @@ def merge(model: nn.Module) -> nn.Module:
     model inside.
     """
     model = unwrapped(model)
+    if any(isinstance(module, AttachedNoise) for module in model.modules()):
+        raise PaceError("`model` is PEFT's, with PACE attached: its own `merge_and_unload` merges it")
     plain: dict[nn.Module, nn.Module] = {}  # by what it replaces
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in plain:

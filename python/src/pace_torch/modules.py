@@ -441,6 +441,11 @@ class NoisyLinear(_CallsItsLayers):
             with contextlib.nullcontext() if self.gelu is None else self.gelu.behind(x):
                 return self.adapter(x, noise)
 
+    @property
+    def watched(self) -> nn.Module:
+        """The module whose input tells which of its rows are samples."""
+        return self
+
     def extra_repr(self) -> str:
         return f"sigma={self.sigma:g}, layer={self.layer}"
 
