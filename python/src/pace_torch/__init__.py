@@ -27,6 +27,7 @@ from .ops import (
     noisy_linear,
     prompt_bias,
 )
+from .peft_files import load_peft, save_peft
 
 __all__ = [
     "Adapter",
@@ -49,6 +50,7 @@ __all__ = [
     "grad_norm",
     "inject",
     "keys",
+    "load_peft",
     "load_trainable_state_dict",
     "lora_linear",
     "lora_mul_linear",
@@ -60,6 +62,7 @@ __all__ = [
     "ops",
     "pace_loss",
     "prompt_bias",
+    "save_peft",
     "sigma_by_block",
     "trainable_state_dict",
 ]
