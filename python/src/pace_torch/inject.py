@@ -127,7 +127,7 @@ def inject(
         raise PaceError(f"`adapter` is {adapter!r}, expected one of {', '.join(ADAPTERS)}")
     if rank < 1:
         raise PaceError(f"`rank` is {rank}, expected at least 1")
-    linears, heads = choose(model, target_modules, exclude_modules, head)
+    linears, heads = choose(model, target_modules, exclude_modules, head, adapter != "LoRAadd")
     drop_paths = {name: module for name, module in model.named_modules() if isinstance(module, DropPath)}
     noisy = variant != "baseline"
 
@@ -313,6 +313,10 @@ def merge(model: nn.Module) -> nn.Module:
     model = unwrapped(model)
     if any(isinstance(module, AttachedNoise) for module in model.modules()):
         raise PaceError("`model` is PEFT's, with PACE attached: its own `merge_and_unload` merges it")
+    for name, module in model.named_modules():
+        if isinstance(module, Adapter) and module.is_opaque and not isinstance(module, Head):
+            raise PaceError(f"`{name.removesuffix('.adapter')}` is a {type(module.base_module).__name__}, which computes by itself: what an adapter "
+                            "adds to that does not go into its weight. Keep the adapters (`trainable_state_dict`), and evaluate with them")
     plain: dict[nn.Module, nn.Module] = {}  # by what it replaces
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in plain:

@@ -6,6 +6,7 @@ from typing import Union
 import torch
 from torch import Tensor, nn
 
+from ._layers import is_conv1d
 from ._library import PaceError
 from .inject import trainable_state_dict, unwrapped
 from .modules import Adapter, Head, LoraAdd, NoisyLinear
@@ -64,7 +65,7 @@ def save_peft(model: nn.Module, folder: Union[str, os.PathLike], base_model_name
         target_modules=_targets(model, list(loras)),
         modules_to_save=heads or None,
         lora_bias=has_bias,
-        fan_in_fan_out=any(adapter.conv1d for adapter in loras.values()),
+        fan_in_fan_out=any(is_conv1d(adapter.replaced) for adapter in loras.values()),
         base_model_name_or_path=base_model_name_or_path or None,
         inference_mode=True,
     )
