@@ -5,7 +5,7 @@ import copy
 import pace_torch
 import pytest
 import torch
-from conftest import close, perturb, vit
+from conftest import check_layers, close, perturb, vit
 from pace_torch import AttachedNoise, PaceError
 from torch import nn
 
@@ -41,36 +41,6 @@ def with_lora(model=None, **settings):
 
 def noises(model):
     return [module for module in model.modules() if isinstance(module, AttachedNoise)]
-
-
-def check_layers(model, run, heads=1):
-    """That each layer's output in a step is `base + z⊙(what PEFT adds in evaluation)`, from its own input."""
-    model.train()
-    seen, checked = {}, 0
-    handles = [
-        noise.watched.register_forward_hook(lambda layer, args, y, noise=noise: seen.update({noise: (args[0], y)}))
-        for noise in noises(model)
-    ]
-    run()
-    for handle in handles:
-        handle.remove()
-    pace = model.pace
-    for noise in noises(model):
-        (x, y), layer = seen[noise], noise.watched
-        with torch.no_grad():
-            plain = layer.eval()(x)
-            base = layer.base_layer(x) if hasattr(layer, "base_layer") else torch.zeros_like(plain)
-        layer.train()
-        features, dim = (y.shape[1], 1) if y.dim() == 4 else (y.shape[-1], -1)
-        z = torch.ones(len(y), features, dtype=y.dtype)
-        if noise.sigma:
-            z = pace_torch.noise(pace.noise(noise.layer, noise.sigma, len(y)), pace.batch, features).to(y.dtype)
-            checked += 1
-            assert not torch.allclose(z[: pace.batch], z[pace.batch :])
-        z = z.view(len(y), *(features if i == dim % y.dim() else 1 for i in range(1, y.dim())))
-        assert (plain - base).abs().max() > 1e-3
-        close(y, base + z * (plain - base), 1e-10)
-    assert checked >= heads + 1
 
 
 KINDS = {
@@ -228,7 +198,7 @@ def test_variants_and_settings():
     model.add_adapter("other", peft.LoraConfig(r=3, target_modules=["q_proj"]))
     perturb(model).double().base_model.set_adapter(["default", "other"])
     model = pace_torch.attach(model, **SETTINGS, noise_head=False)
-    check_layers(model, lambda: model(**texts()), heads=0)
+    check_layers(model, lambda: model(**texts()))
     # PEFT's own switch: nothing of LoRA, nothing of noise.
     with model.train().disable_adapter():
         logits = model(**texts()).logits
