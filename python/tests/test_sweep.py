@@ -37,7 +37,7 @@ FAMILIES = {
     "gcvit": ("gcvit_tiny", dict()),
     "gemma4_vit": ("gemma4_vit_167m", dict(depth=2, embed_dim=64, num_heads=2)),
     "hiera": ("hiera_tiny_224", dict(stages=(1, 1, 2, 1))),
-    "hieradet_sam2": ("sam2_hiera_tiny", dict(img_size=224)),
+    "hieradet_sam2": ("sam2_hiera_tiny", dict(image=224)),
     "iformer": ("iformer_s", dict()),
     "inception_next": ("inception_next_atto", dict()),
     "levit": ("levit_384_s8", dict()),
@@ -85,13 +85,16 @@ TOLERANCE = 1e-3
 def check(name, settings):
     """What works, as a row of the table; raises what a user would see."""
     torch.manual_seed(0)
+    # The size of its images, where the model does not want to be told.
+    image = settings.get("image")
+    settings = {key: value for key, value in settings.items() if key != "image"}
 
     def make():
         return timm.create_model(name, num_classes=5, **settings)
 
     model = make()
     plain = {**make().state_dict()}
-    size = settings.get("img_size", model.default_cfg["input_size"][1])
+    size = image or settings.get("img_size", model.default_cfg["input_size"][1])
     x, labels = torch.randn(2, 3, size, size), torch.arange(2)
     before = logits_of(model.eval()(x)).detach()
     with warnings.catch_warnings(record=True) as caught:
