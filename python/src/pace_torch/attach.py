@@ -7,7 +7,7 @@ from torch import nn
 
 from ._batch import BatchOf
 from ._layers import is_classifier, is_peft
-from ._library import PaceError
+from ._errors import PaceError
 from .attached import AttachedNoise
 from .controller import Pace
 from .inject import INPUT, block_of, check_model, control, sigmas_of

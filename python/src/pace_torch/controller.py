@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from . import ops
 from ._batch import BatchOf, batch_size, call, find_logits, logits_of, twice, with_rows
-from ._library import PaceError, device_handle
+from ._errors import PaceError, check_choice, check_integer, check_number
+from ._library import device_handle
 from .loss import Losses, pace_loss
 from .ops import Noise
 
@@ -55,14 +56,16 @@ class Pace(nn.Module):
         device: torch.device,
     ):
         super().__init__()
-        if variant not in VARIANTS:
-            raise PaceError(f"`variant` is {variant!r}, expected one of {', '.join(VARIANTS)}")
-        if variant == "fast" and not samples:
+        self.layers, self.per_token = layers, per_token
+        self.variant = check_choice("variant", variant, VARIANTS)
+        if variant == "fast" and samples is None:
             raise PaceError("`samples`, the number of training samples, is required by the variant `fast`")
-        if lazy_interval < 1:
-            raise PaceError(f"`lazy_interval` is {lazy_interval}, expected at least 1")
-        self.layers, self.variant, self.lambda_, self.lazy_interval = layers, variant, lambda_, lazy_interval
-        self.per_token, self.seed, self.samples, self.label_smoothing = per_token, seed, samples, label_smoothing
+        self.samples = None if samples is None else check_integer("samples", samples, 1)
+        self.lambda_ = check_number("lambda_", lambda_, 0)
+        self.label_smoothing = check_number("label_smoothing", label_smoothing, 0, 1)
+        self.lazy_interval = check_integer("lazy_interval", lazy_interval, 1)
+        # As of `torch.manual_seed`.
+        self.seed = check_integer("seed", seed, -(2**63), 2**64 - 1)
         self.step = self.iteration = 0
         self.branches = 2 if variant in ("pace", "lazy") else 1
         self.manual_steps = self.drawn = False
@@ -299,8 +302,8 @@ class Pace(nn.Module):
         """
         settings = {"label_smoothing": self.label_smoothing}
         logits = logits_of(output)
-        if not isinstance(labels, Tensor):
-            raise PaceError(f"`labels` is {type(labels).__name__}, expected a tensor")
+        if not isinstance(labels, Tensor) or labels.dim() == 0:
+            raise PaceError(f"`labels` is {type(labels).__name__}, expected a tensor with a row for each sample")
         if not self.training:
             return pace_loss(logits, labels, self.lambda_, **settings)
         if self.variant != "fast":
