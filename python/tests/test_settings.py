@@ -28,6 +28,7 @@ WRONG = {
     "adapter": (("LoRA", ["LoRAadd"], None), "expected one of LoRAmul_VPTadd, LoRAadd, VPTadd"),
     "variant": (("slow", None), "expected one of pace, lazy, fast, noise, baseline"),
     "noise_shape": (("CB", None), "expected one of BC, BTC"),
+    "criterion": ((3,), "expected a function of logits and labels, or None"),
 }
 
 
@@ -48,6 +49,7 @@ def test_more_settings():
         ({"scale": 0}, "`scale` is 0"),
         ({"target_modules": "*.qkv"}, "`target_modules` is '[*].qkv', which is no regular expression.*give a list"),
         ({"variant": "fast"}, "`samples`, the number of training samples, is required"),
+        ({"label_smoothing": 0.1, "criterion": nn.MSELoss()}, "`label_smoothing` is 0.1 beside a `criterion`"),
     ):
         with pytest.raises(PaceError, match=message):
             pace_torch.inject(vit(), **settings)

@@ -14,6 +14,7 @@ from ._layers import Names, choose
 from ._library import sigma_by_block
 from .attached import AttachedNoise
 from .controller import Pace
+from .loss import Criterion
 from .modules import Adapter, Head, LoraAdd, LoraMulVptAdd, NoisyLinear, RecomputedGELU, SharedDropPath, VptAdd
 
 ADAPTERS = ("LoRAmul_VPTadd", "LoRAadd", "VPTadd")
@@ -83,6 +84,7 @@ def inject(
     new_biases: bool = False,
     branches_at: Optional[str] = None,
     batch_of: BatchOf = None,
+    criterion: Optional[Criterion] = None,
 ) -> nn.Module:
     """Turns a model into a PACE model, in place, and returns it.
 
@@ -113,7 +115,8 @@ def inject(
     * `variant`: `pace` (two branches at each step), `lazy` (at every `lazy_interval`-th, with half of the batch),
       `fast` (one branch, consistent with its logits of the last epoch; needs `samples`, the size of the training set),
       `noise` (one branch, no consistency), `baseline` (adapters without noise; no `.adapter` in the names).
-    * `lambda_`: strength of the consistency. `noise_shape`: `BC` draws per sample and channel, `BTC` per token too.
+    * `lambda_`: strength of the consistency. `criterion`: what of the logits is trained, by default the cross-entropy; see
+      `pace_loss`. `noise_shape`: `BC` draws per sample and channel, `BTC` per token too.
     * `scale`: factor on LoRA's `B·A`, 1 in the paper.
     * `exact`: for 16-bit types. Layers under noise per sample (`BC`) may otherwise multiply by `W0 + z⊙ΔW`, made in
       float32 and rounded once. In bfloat16, LoRAmul whose rms(ΔW/W0) stays below about 1e-3 over a whole training (a
@@ -143,6 +146,7 @@ def inject(
         samples=samples,
         label_smoothing=label_smoothing,
         batch_of=batch_of,
+        criterion=criterion,
         device=next(iter(linears)).weight.device,
     )
     sigmas = sigmas_of([names[0] for names in linears.values()], {linears[linear][0] for linear in heads}, sigma, first_noisy)
