@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from . import ops
 from ._errors import PaceError
+from ._in_step import check_in_step
 from .controller import Pace
 from .loss import Losses
 
@@ -98,6 +99,7 @@ class CapturedStep:
         self.keys.copy_(ops.keys(pace.seed, pace.step, pace.layers, self.keys.device))
         pace.step += 1
         pace.iteration += 1
+        check_in_step(pace)
         self.graph.replay()
         for parameter, grad in zip(self.parameters, self.grads):
             parameter.grad = grad

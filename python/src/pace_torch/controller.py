@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from . import ops
 from ._batch import BatchOf, batch_size, call, find_logits, logits_of, twice, with_rows
 from ._errors import PaceError, check_choice, check_integer, check_number
+from ._in_step import check_in_step
 from ._library import device_handle
 from .loss import Criterion, Losses, check_criterion, pace_loss
 from .ops import Noise
@@ -318,6 +319,7 @@ class Pace(nn.Module):
             raise PaceError(f"`labels` is {type(labels).__name__}, expected a tensor with a row for each sample")
         if not self.training:
             return pace_loss(logits, labels, self.lambda_, **settings)
+        check_in_step(self)
         if self.variant != "fast":
             rows = self.branches * labels.shape[0]
             if logits.shape[0] != rows:
