@@ -190,6 +190,9 @@ def test_variants_and_settings():
     for _ in range(2):
         losses = model.pace.training_step(model, texts(), LABELS, torch.arange(4))
     assert losses.consistency > 0
+    model = pace_torch.attach(with_lora(), **SETTINGS, criterion=nn.MSELoss()).train()
+    losses = model.pace.training_step(model, texts(), torch.ones(4, 3))
+    close(losses.total, (losses.logits - 1).square().mean() + SETTINGS["lambda_"] * losses.consistency, 1e-12)
     model = pace_torch.attach(with_lora(), **SETTINGS, noise_head=False)
     assert [noise.path for noise in noises(model) if "score" in noise.path] == []
     assert "layers.1.self_attn.v_proj" in pace_torch.describe(model) and "0.5" in pace_torch.describe(model)
@@ -234,7 +237,8 @@ def test_what_pace_cannot_be_attached_to():
     for config in (peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]), peft.LoHaConfig(target_modules=["q_proj"])):
         with pytest.raises(PaceError, match="q_proj.*PEFT's LoRA"):
             pace_torch.attach(peft.get_peft_model(llama(), config))
-    for setting in (dict(noise_shape="CB"), dict(branches_at="end"), dict(variant="slow"), dict(sigma=-1.0)):
+    for setting in (dict(noise_shape="CB"), dict(branches_at="end"), dict(variant="slow"), dict(sigma=-1.0), dict(lambda_=-1),
+                    dict(seed=0.5), dict(first_noisy=-1), dict(criterion=3)):
         with pytest.raises(PaceError, match=next(iter(setting))):
             pace_torch.attach(with_lora(), **setting)
     with pytest.warns(UserWarning, match="1 layers have LoRA that gets no noise.*embed_tokens"):

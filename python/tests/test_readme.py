@@ -6,7 +6,12 @@ import pytest
 import torch
 from conftest import ROOT
 
-PROGRAMS = re.findall(r"```python\n(.*?)```", (ROOT / "python" / "README.md").read_text(), flags=re.S)
+
+def programs(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.S)
+
+
+PROGRAMS = programs("python/README.md")
 
 
 @pytest.mark.parametrize("number", range(len(PROGRAMS)))
@@ -25,3 +30,16 @@ def test_programs_run_as_they_are(number, tmp_path, monkeypatch):
         assert not hasattr(scope["plain"], "pace")
     else:
         assert "bert.encoder.layer.1.attention.self.value" in printed.getvalue()
+
+
+def test_the_page_on_training_is_one_program():
+    torch.manual_seed(0)
+    scope, totals = {}, []
+    for program in programs("docs/training.md"):
+        exec(program, scope)
+        totals.append(scope["losses"].total.item())
+    assert totals[1] < totals[0] and 0 < scope["accuracy"] < 1
+    # The optimizer had what is trained, and the second rate is the head's.
+    groups = scope["optimizer"].param_groups
+    assert [len(group["params"]) for group in groups] == [8 * 5, 2]
+    assert not hasattr(scope["plain"], "pace")

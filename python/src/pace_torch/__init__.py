@@ -5,7 +5,8 @@ step, `merge` gives a plain model back. `ops` has the operators, for models of y
 """
 
 from . import ops
-from ._library import PaceError, sigma_by_block
+from ._errors import PaceError
+from ._library import sigma_by_block
 from .attach import attach
 from .attached import AttachedNoise
 from .captured import CapturedStep

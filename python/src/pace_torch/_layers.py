@@ -2,15 +2,15 @@
 
 import re
 import warnings
-from collections.abc import Iterable
-from typing import Optional, Union
+from collections import Counter
+from typing import Optional
 
 import timm.layers
 from torch import nn
 
-from ._library import DTYPES, PaceError
+from ._errors import Names, PaceError, check_names
+from ._library import DTYPES
 
-Names = Union[str, Iterable[str]]
 # Names of classifiers: of timm's and torchvision's models, and of Hugging Face's.
 CLASSIFIERS = ("head", "head_dist", "fc", "classifier", "classification_head", "logits_proj", "score")
 
@@ -91,6 +91,8 @@ def choose(
         if is_peft(module):
             raise PaceError(f"`{name}` is a layer of PEFT's, around which another adapter would not do what either says: `attach` puts "
                             "PACE on PEFT's LoRA")
+    target_modules = check_names("target_modules", target_modules)
+    exclude_modules, head = check_names("exclude_modules", exclude_modules), check_names("head", head)
     linears = linears_of(model, target_modules, head)
     heads = _heads(linears, head)
     if head is None and not heads:
@@ -98,8 +100,11 @@ def choose(
         every = linears_of(model, ".*")
         heads = _heads({layer: names for layer, names in every.items() if layer not in linears}, None)
         linears = {layer: names for layer, names in every.items() if layer in linears or layer in heads}
+    others = _other_weights(model, linears)
+    kinds = ", ".join(kind for kind, _ in others.most_common(3))
     if not linears:
-        raise PaceError("`model` has no linear layers")
+        raise PaceError(f"`model`, {type(model).__name__}, has no linear layers, which adapters are for: its weights are in "
+                        f"{kinds or 'no layer'}")
     if target_modules is not None and not isinstance(target_modules, str):
         for name, module in model.named_modules():
             weight = getattr(module, "weight", None)
@@ -138,7 +143,27 @@ def choose(
         if needs_weight and linear not in heads and is_opaque(linear) and not is_plain(linear.weight):
             raise PaceError(f"`{names[0]}` is a {type(linear).__name__} whose weight is quantised, which LoRAmul and prompts multiply by: "
                             "choose LoRAadd, or name the layer in `exclude_modules`")
+    reached = sum(_weights_of(linear) for linear in linears if linear not in heads)
+    if others.total() > reached:
+        warnings.warn(f"adapters are for linear layers, which have {reached / (reached + others.total()):.0%} of the weights of "
+                      f"{type(model).__name__} before its classifier: the others, in {kinds}, stay frozen as they are", stacklevel=3)
     return chosen, heads & chosen.keys()
+
+
+def _weights_of(module: nn.Module, but: frozenset[nn.Parameter] = frozenset()) -> int:
+    """How many weights a layer has itself, biases and the like apart."""
+    parameters = [parameter for parameter in module.parameters(recurse=False) if parameter not in but]
+    return sum(p.numel() for p in parameters if not isinstance(p, nn.UninitializedParameter) and p.dim() > 1)
+
+
+def _other_weights(model: nn.Module, linears: dict[nn.Module, list[str]]) -> Counter[str]:
+    """How many weights are in which kind of layer that gets no adapter; not in embeddings, which nobody expects to."""
+    embeddings = frozenset(p for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters())
+    weights: Counter[str] = Counter()
+    for module in model.modules():
+        if module not in linears:
+            weights[type(module).__name__] += _weights_of(module, embeddings)
+    return +weights
 
 
 def _heads(linears: dict[nn.Module, list[str]], head: Optional[Names]) -> set[nn.Module]:

@@ -7,10 +7,11 @@ from torch import nn
 
 from ._batch import BatchOf
 from ._layers import is_classifier, is_peft
-from ._library import PaceError
+from ._errors import PaceError
 from .attached import AttachedNoise
 from .controller import Pace
 from .inject import INPUT, block_of, check_model, control, sigmas_of
+from .loss import Criterion
 
 # Kinds of LoRA that PEFT computes otherwise than by adding `B(A(x))·scaling`, and whose sum is known to be right all the same.
 _VARIANTS = ("DoraLinearVariant", "DoraConv1dVariant", "DoraConv2dVariant", "DoraConv3dVariant", "ALoraLinearVariant")
@@ -31,6 +32,7 @@ def attach(
     noise_head: bool = True,
     branches_at: str = INPUT,
     batch_of: BatchOf = None,
+    criterion: Optional[Criterion] = None,
 ) -> nn.Module:
     """Puts PACE on the LoRA that PEFT has put into a model (`peft.get_peft_model`), in place, and returns it.
 
@@ -64,6 +66,7 @@ def attach(
         samples=samples,
         label_smoothing=label_smoothing,
         batch_of=batch_of,
+        criterion=criterion,
         device=next(model.parameters()).device,
     )
     sigmas = sigmas_of(names, set(heads), sigma, first_noisy)

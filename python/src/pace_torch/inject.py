@@ -9,10 +9,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ._batch import BatchOf
+from ._errors import PaceError, check_choice, check_integer, check_number
 from ._layers import Names, choose
-from ._library import PaceError, sigma_by_block
+from ._library import sigma_by_block
 from .attached import AttachedNoise
 from .controller import Pace
+from .loss import Criterion
 from .modules import Adapter, Head, LoraAdd, LoraMulVptAdd, NoisyLinear, RecomputedGELU, SharedDropPath, VptAdd
 
 ADAPTERS = ("LoRAmul_VPTadd", "LoRAadd", "VPTadd")
@@ -82,6 +84,7 @@ def inject(
     new_biases: bool = False,
     branches_at: Optional[str] = None,
     batch_of: BatchOf = None,
+    criterion: Optional[Criterion] = None,
 ) -> nn.Module:
     """Turns a model into a PACE model, in place, and returns it.
 
@@ -112,7 +115,8 @@ def inject(
     * `variant`: `pace` (two branches at each step), `lazy` (at every `lazy_interval`-th, with half of the batch),
       `fast` (one branch, consistent with its logits of the last epoch; needs `samples`, the size of the training set),
       `noise` (one branch, no consistency), `baseline` (adapters without noise; no `.adapter` in the names).
-    * `lambda_`: strength of the consistency. `noise_shape`: `BC` draws per sample and channel, `BTC` per token too.
+    * `lambda_`: strength of the consistency. `criterion`: what of the logits is trained, by default the cross-entropy; see
+      `pace_loss`. `noise_shape`: `BC` draws per sample and channel, `BTC` per token too.
     * `scale`: factor on LoRA's `B·A`, 1 in the paper.
     * `exact`: for 16-bit types. Layers under noise per sample (`BC`) may otherwise multiply by `W0 + z⊙ΔW`, made in
       float32 and rounded once. In bfloat16, LoRAmul whose rms(ΔW/W0) stays below about 1e-3 over a whole training (a
@@ -120,13 +124,14 @@ def inject(
       bits more, and in float32 nothing is lost. The other adapters have no dense ΔW; without noise, as in evaluation,
       16-bit weights are never added.
 
-    Raises `PaceError` for an unknown name, a model without linear layers, or one that is injected already.
+    Raises `PaceError` for an unknown name, a setting out of range, a model without linear layers, or one that is injected already.
+    Warns of a model most of whose weights are in other layers (convolutions, an LSTM), which stay frozen.
     """
     check_model(model, noise_shape, branches_at)
-    if adapter not in ADAPTERS:
-        raise PaceError(f"`adapter` is {adapter!r}, expected one of {', '.join(ADAPTERS)}")
-    if rank < 1:
-        raise PaceError(f"`rank` is {rank}, expected at least 1")
+    check_choice("adapter", adapter, ADAPTERS)
+    check_integer("rank", rank, 1)
+    if check_number("scale", scale) == 0:
+        raise PaceError("`scale` is 0, with which no adapter would learn")
     linears, heads = choose(model, target_modules, exclude_modules, head, adapter != "LoRAadd")
     drop_paths = {name: module for name, module in model.named_modules() if isinstance(module, DropPath)}
     noisy = variant != "baseline"
@@ -141,6 +146,7 @@ def inject(
         samples=samples,
         label_smoothing=label_smoothing,
         batch_of=batch_of,
+        criterion=criterion,
         device=next(iter(linears)).weight.device,
     )
     sigmas = sigmas_of([names[0] for names in linears.values()], {linears[linear][0] for linear in heads}, sigma, first_noisy)
@@ -173,10 +179,10 @@ def inject(
 
 
 def check_model(model: nn.Module, noise_shape: str, branches_at: Optional[str]) -> None:
-    if noise_shape not in ("BC", "BTC"):
-        raise PaceError(f"`noise_shape` is {noise_shape!r}, expected BC or BTC")
-    if branches_at not in (None, INPUT, FIRST_NOISY_BLOCK):
-        raise PaceError(f"`branches_at` is {branches_at!r}, expected {INPUT!r} or {FIRST_NOISY_BLOCK!r}")
+    if not isinstance(model, nn.Module):
+        raise PaceError(f"`model` is {type(model).__name__}, expected a torch.nn.Module")
+    check_choice("noise_shape", noise_shape, ("BC", "BTC"))
+    check_choice("branches_at", branches_at, (None, INPUT, FIRST_NOISY_BLOCK))
     if any(isinstance(module, (Adapter, Pace)) for module in model.modules()):
         raise PaceError("`model` has adapters already")
 
@@ -307,8 +313,8 @@ def describe(model: nn.Module) -> str:
 def merge(model: nn.Module) -> nn.Module:
     """Turns a PACE model back into a plain one that computes the same in evaluation: in place, and returns it.
 
-    The adapters go into the weights of the layers that were there (with a new bias, where `new_biases` asked for one). Of a wrapped model it is the
-    model inside.
+    The adapters go into the weights of the layers that were there (with a new bias, where `new_biases` asked for one). These weights
+    and the head require gradients, what was frozen besides them stays so. Of a wrapped model it is the model inside.
     """
     model = unwrapped(model)
     if any(isinstance(module, AttachedNoise) for module in model.modules()):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from ._errors import PaceError
 from ._layers import is_conv1d, is_opaque, is_plain, is_pointwise
-from ._library import PaceError
 from .controller import Pace
 from .ops import NO_NOISE, Noise
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ._layers import is_conv1d
-from ._library import PaceError
+from ._errors import PaceError
 from .inject import trainable_state_dict, unwrapped
 from .modules import Adapter, Head, LoraAdd, NoisyLinear
 
