@@ -35,7 +35,7 @@ def test_programs_run_as_they_are(number, tmp_path, monkeypatch):
 def test_the_page_on_training_is_one_program():
     torch.manual_seed(0)
     scope, totals = {}, []
-    for program in programs("docs/training.md"):
+    for program in programs("docs/pytorch/training.md"):
         exec(program, scope)
         totals.append(scope["losses"].total.item())
     assert totals[1] < totals[0] and 0 < scope["accuracy"] < 1
