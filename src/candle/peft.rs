@@ -74,6 +74,8 @@ pub struct PeftAdapter {
     /// Linear layers that were trained as a whole (`modules_to_save`), such as the classifier, by module path: `W [N, K]`,
     /// `b [N]`.
     pub heads: BTreeMap<String, Linear>,
+    /// Whether files hold α = scale·√r (`use_rslora`) in place of α = scale·r.
+    pub use_rslora: bool,
     /// The model that the adapter belongs to, as on the Hub (`base_model_name_or_path`). Nothing here depends on it.
     pub base_model: Option<String>,
 }
@@ -87,7 +89,7 @@ pub struct PeftLayer {
     pub lora_b: Tensor,
     /// `lora_B.bias [N]`. Unlike `δb` of LoRA add, it is still to be multiplied by the scale.
     pub bias: Option<Tensor>,
-    /// α/r, or α/√r in a file with `use_rslora`.
+    /// α/r or α/√r of a file.
     pub scale: f64,
 }
 
@@ -147,7 +149,8 @@ impl PeftAdapter {
             }
         }
         let missing = |path: &str, name: &str| format!("there is no tensor `{PREFIX}{path}.{name}`");
-        let mut adapter = Self { base_model: config.base_model.clone(), ..Self::default() };
+        let mut adapter =
+            Self { base_model: config.base_model.clone(), use_rslora: config.use_rslora, ..Self::default() };
         for (path, [lora_a, lora_b, bias]) in files {
             let (rank, scale) = config.rank_and_scale(&path);
             let layer = PeftLayer {
@@ -159,8 +162,8 @@ impl PeftAdapter {
             if config.lora_bias && layer.bias.is_none() {
                 return Err(missing(&path, LORA_BIAS));
             }
-            let got = layer.check(&path)?;
-            if got != rank {
+            layer.check(&path)?;
+            if layer.rank() != rank {
                 return Err(format!(
                     "`{PREFIX}{path}.{LORA_A}` is {:?}, but the rank by {CONFIG} is {rank}",
                     layer.lora_a.dims()
@@ -178,7 +181,7 @@ impl PeftAdapter {
 
     /// The adapters and heads of a model as they are now, copied to the CPU. Frozen layers are left out.
     ///
-    /// Values are those of the layers, but for δb: a file holds δb/scale, so that it comes back within a rounding, and exactly if
+    /// Values are those of the layers, to the last bit, but for δb: a file holds δb/scale, so that it comes back within a rounding, and exactly if
     /// the scale is a power of two. Where all δb are zero, the file has none.
     ///
     /// # Errors
@@ -214,7 +217,7 @@ impl PeftAdapter {
     }
 
     /// Writes the folder, which is made if it is not there. Each file is replaced as a whole: a reader sees the old one or the
-    /// new one.
+    /// new one. Tensors come back to the last bit, a scale that is no α/r (or α/√r) of `f64` within a rounding.
     ///
     /// # Errors
     /// [`Error::Weights`] if a tensor has another shape than it should, there is no LoRA, a scale is not finite, or a layer has a
@@ -294,8 +297,13 @@ impl PeftAdapter {
 }
 
 impl PeftLayer {
-    /// Checks the shapes and the scale; returns the rank.
-    fn check(&self, path: &str) -> crate::Result<usize, String> {
+    /// Of a layer that has been checked.
+    fn rank(&self) -> usize {
+        self.lora_a.dims().first().copied().unwrap_or_default()
+    }
+
+    /// Checks the shapes and the scale.
+    fn check(&self, path: &str) -> crate::Result<(), String> {
         let name = |name| format!("{PREFIX}{path}.{name}");
         let [rank, _] = sizes(&name(LORA_A), &self.lora_a, "[r, K]")?;
         let [out, got] = sizes(&name(LORA_B), &self.lora_b, "[N, r]")?;
@@ -311,7 +319,7 @@ impl PeftLayer {
         if !self.scale.is_finite() {
             return Err(format!("the scale of `{path}` is {}, expected finite", self.scale));
         }
-        Ok(rank)
+        Ok(())
     }
 }
 
@@ -355,7 +363,7 @@ impl<'a> Injector<'a> {
             put(path, DOWN, &layer.lora_b)?;
             put(path, UP, &layer.lora_a)?;
             put(path, DELTA_BIAS, &delta_bias)?;
-            changes.push((path.clone(), Change::Lora { rank: layer.lora_a.dim(0)?, scale: layer.scale }));
+            changes.push((path.clone(), Change::Lora { rank: layer.rank(), scale: layer.scale }));
         }
         for (path, head) in &adapter.heads {
             put(path, "weight", head.weight())?;

@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 pub(super) struct Config {
     rank: usize,
     alpha: f64,
-    use_rslora: bool,
+    pub(super) use_rslora: bool,
     rank_pattern: Patterns<usize>,
     alpha_pattern: Patterns<f64>,
     modules_to_save: Vec<String>,
@@ -114,8 +114,7 @@ impl Config {
     pub(super) fn rank_and_scale(&self, path: &str) -> (usize, f64) {
         let rank = self.rank_pattern.get(path).unwrap_or(self.rank);
         let alpha = self.alpha_pattern.get(path).unwrap_or(self.alpha);
-        let divisor = if self.use_rslora { (rank as f64).sqrt() } else { rank as f64 };
-        (rank, alpha / divisor)
+        (rank, alpha / divisor(rank, self.use_rslora))
     }
 
     /// Whether a module is one of `modules_to_save`, or is in one. PEFT compares the ends of paths, without regard to dots.
@@ -197,8 +196,8 @@ pub(super) fn text(adapter: &PeftAdapter) -> Result<String, String> {
     let mut first = None;
     let (mut ranks, mut alphas) = (Map::new(), Map::new());
     for (path, layer) in &adapter.layers {
-        let rank = layer.check(path)?;
-        let alpha = number(path, alpha_of(layer.scale, rank))?;
+        let rank = layer.rank();
+        let alpha = number(path, alpha_of(layer.scale, divisor(rank, adapter.use_rslora)))?;
         let (r, lora_alpha) = first.get_or_insert((rank, alpha.clone()));
         // Without the anchor a pattern is for all modules whose path ends so.
         let pattern = format!("^{}", escape(path));
@@ -228,6 +227,7 @@ pub(super) fn text(adapter: &PeftAdapter) -> Result<String, String> {
         "rank_pattern": ranks,
         "target_modules": targets.join("|"),
         "task_type": null,
+        "use_rslora": adapter.use_rslora,
     });
     // PEFT before 0.14 does not know the setting.
     if adapter.has_biases() {
@@ -236,12 +236,16 @@ pub(super) fn text(adapter: &PeftAdapter) -> Result<String, String> {
     serde_json::to_string_pretty(&fields).map(|text| text + "\n").map_err(|error| error.to_string())
 }
 
+/// What α is divided by.
+fn divisor(rank: usize, use_rslora: bool) -> f64 {
+    if use_rslora { (rank as f64).sqrt() } else { rank as f64 }
+}
+
 /// The α that gives the scale, as exactly as it can be given: a whole number where there is one.
-fn alpha_of(scale: f64, rank: usize) -> f64 {
-    let rank = rank as f64;
-    let alpha = scale * rank;
+fn alpha_of(scale: f64, divisor: f64) -> f64 {
+    let alpha = scale * divisor;
     let candidates = [alpha.round(), alpha, alpha.next_up(), alpha.next_down()];
-    candidates.into_iter().find(|alpha| alpha / rank == scale).unwrap_or(alpha)
+    candidates.into_iter().find(|alpha| alpha / divisor == scale).unwrap_or(alpha)
 }
 
 /// Whole numbers without a point, as PEFT writes them.
