@@ -15,7 +15,7 @@ use std::sync::LazyLock;
 
 /// The Python to use, or why there is none.
 static PYTHON: LazyLock<Result<String, String>> = LazyLock::new(|| {
-    let python = python::with("torch, timm, pytest, safetensors");
+    let python = python::with(&["torch", "timm", "pytest", "safetensors"]);
     // One that was named is meant to be used.
     assert!(python.is_ok() || std::env::var_os("PACE_PYTHON").is_none(), "PACE_PYTHON={python:?}");
     python

@@ -68,7 +68,7 @@ fn main() {
         trials.push(on_cuda(name, dtype, layers::layers_are_those_of_the_cpu));
     }
     trials.push(Trial::ignorable_test("peft_loads_what_is_written", || {
-        match python::with("torch, timm, peft, safetensors") {
+        match python::with(&["torch", "timm", "peft", "safetensors"]) {
             Ok(python) => Ok(peft::peft_loads_what_is_written(&python).map(|()| Completion::Completed)?),
             Err(why) => Ok(Completion::ignored_with(why)),
         }

@@ -472,6 +472,11 @@ pub fn bad_tensors_are_errors_that_name_the_tensor() -> Result<()> {
 
 pub fn damaged_files_are_errors() -> Result<()> {
     let folder = folder("damaged");
+    // A file that is truncated and written again is flushed by some file systems; a new one is not.
+    let put = |path: &Path, bytes: &[u8]| {
+        let _ = std::fs::remove_file(path);
+        std::fs::write(path, bytes)
+    };
     assert!(PeftAdapter::read(folder.join("not there")).unwrap_err().to_string().contains(CONFIG_FILE));
     write(&folder, &json!({}), &good_tensors());
     let path = folder.join(WEIGHTS_FILE);
@@ -479,7 +484,7 @@ pub fn damaged_files_are_errors() -> Result<()> {
     std::fs::remove_file(&path)?;
     assert!(PeftAdapter::read(&folder).unwrap_err().to_string().contains(WEIGHTS_FILE));
     for length in 0..bytes.len() {
-        std::fs::write(&path, &bytes[..length])?;
+        put(&path, &bytes[..length])?;
         assert!(PeftAdapter::read(&folder).is_err(), "{length} bytes");
     }
     // A flipped bit in the header is an error, or another name for the same tensor, or other bounds; it never panics.
@@ -488,17 +493,17 @@ pub fn damaged_files_are_errors() -> Result<()> {
     for bit in 0..8 * header {
         let mut bytes = bytes.clone();
         bytes[bit / 8] ^= 1 << (bit % 8);
-        std::fs::write(&path, &bytes)?;
+        put(&path, &bytes)?;
         errors += usize::from(PeftAdapter::read(&folder).is_err());
     }
     assert!(errors > 7 * header, "{errors} of {}", 8 * header);
 
-    std::fs::write(&path, &bytes)?;
+    put(&path, &bytes)?;
     let config = std::fs::read(folder.join(CONFIG_FILE))?;
     for bit in 0..8 * config.len() {
         let mut config = config.clone();
         config[bit / 8] ^= 1 << (bit % 8);
-        std::fs::write(folder.join(CONFIG_FILE), &config)?;
+        put(&folder.join(CONFIG_FILE), &config)?;
         // `r` may become another number, which the tensors do not have.
         if let Ok(adapter) = PeftAdapter::read(&folder) {
             assert_eq!(adapter.layers["l"].lora_a.dims(), [2, 4]);
