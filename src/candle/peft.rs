@@ -24,6 +24,10 @@ const PREFIX: &str = "base_model.model.";
 const LORA_A: &str = "lora_A.weight";
 const LORA_B: &str = "lora_B.weight";
 const LORA_BIAS: &str = "lora_B.bias";
+const WEIGHT: &str = "weight";
+const BIAS: &str = "bias";
+/// What a file can hold of a module; `lora_B.bias` before the `bias` that it ends with.
+const PARTS: [&str; 5] = [LORA_A, LORA_B, LORA_BIAS, WEIGHT, BIAS];
 
 /// A LoRA adapter as Hugging Face's [PEFT](https://huggingface.co/docs/peft) keeps it: a folder with `adapter_config.json` and
 /// `adapter_model.safetensors`.
@@ -110,58 +114,39 @@ impl PeftAdapter {
 
     /// Puts the tensors of a file in their places.
     fn collect(config: &Config, tensors: HashMap<String, Tensor>) -> crate::Result<Self, String> {
-        let mut files: BTreeMap<String, [Option<Tensor>; 3]> = BTreeMap::new();
-        let mut heads: BTreeMap<String, [Option<Tensor>; 2]> = BTreeMap::new();
+        let mut modules: BTreeMap<String, [Option<Tensor>; PARTS.len()]> = BTreeMap::new();
         let tensors: BTreeMap<_, _> = tensors.into_iter().collect();
         for (key, tensor) in tensors {
-            let place = |name: &str| {
-                key.strip_prefix(PREFIX)?
-                    .strip_suffix(name)?
-                    .strip_suffix('.')
-                    .filter(|path| !path.is_empty())
-            };
-            if !is_float(tensor.dtype()) || tensor.elem_count() == 0 {
-                return Err(format!("`{key}` is {:?} of {:?}", tensor.dims(), tensor.dtype()));
+            let (path, part) = place(&key).ok_or_else(|| {
+                format!(
+                    "there is no place for tensor `{key}`: only LoRA on linear layers (`{PREFIX}<layer>.{LORA_A}`, \
+                     `.{LORA_B}`, `.{LORA_BIAS}`) and whole linear layers (`.{WEIGHT}`, `.{BIAS}`) are supported"
+                )
+            })?;
+            if PARTS[part] == LORA_BIAS && !config.lora_bias {
+                return Err(format!("`{key}` is there, but `lora_bias` is false in {CONFIG}"));
             }
-            let lora = [LORA_A, LORA_B, LORA_BIAS].into_iter().position(|name| place(name).is_some());
-            let whole = ["weight", "bias"].into_iter().position(|name| place(name).is_some());
-            match (lora, whole) {
-                (Some(2), _) if !config.lora_bias => {
-                    return Err(format!("`{key}` is there, but `lora_bias` is false in {CONFIG}"));
-                }
-                (Some(i), _) => {
-                    let path = place([LORA_A, LORA_B, LORA_BIAS][i]).unwrap_or_default();
-                    files.entry(path.to_owned()).or_default()[i] = Some(tensor);
-                }
-                (None, Some(i)) if !key.contains(".lora_") => {
-                    let path = place(["weight", "bias"][i]).unwrap_or_default();
-                    if !config.saves(path) {
-                        return Err(format!("`{key}` belongs to no module in `modules_to_save` of {CONFIG}"));
-                    }
-                    heads.entry(path.to_owned()).or_default()[i] = Some(tensor);
-                }
-                _ => {
-                    return Err(format!(
-                        "there is no place for tensor `{key}`: only LoRA on linear layers (`{PREFIX}<layer>.{LORA_A}`, \
-                         `.{LORA_B}`, `.{LORA_BIAS}`) and whole linear layers (`.weight`, `.bias`) are supported"
-                    ));
-                }
+            if [WEIGHT, BIAS].contains(&PARTS[part]) && !config.saves(path) {
+                return Err(format!("`{key}` belongs to no module in `modules_to_save` of {CONFIG}"));
             }
+            modules.entry(path.to_owned()).or_default()[part] = Some(tensor);
         }
-        let missing = |path: &str, name: &str| format!("there is no tensor `{PREFIX}{path}.{name}`");
         let mut adapter =
             Self { base_model: config.base_model.clone(), use_rslora: config.use_rslora, ..Self::default() };
-        for (path, [lora_a, lora_b, bias]) in files {
-            let (rank, scale) = config.rank_and_scale(&path);
-            let layer = PeftLayer {
-                lora_a: lora_a.ok_or_else(|| missing(&path, LORA_A))?,
-                lora_b: lora_b.ok_or_else(|| missing(&path, LORA_B))?,
-                bias,
-                scale,
+        for (path, [lora_a, lora_b, lora_bias, weight, bias]) in modules {
+            let need = |part: Option<Tensor>, name| {
+                part.ok_or_else(|| format!("there is no tensor `{PREFIX}{path}.{name}`"))
             };
-            if config.lora_bias && layer.bias.is_none() {
-                return Err(missing(&path, LORA_BIAS));
+            if weight.is_some() || bias.is_some() {
+                adapter.heads.insert(path.clone(), Linear::new(need(weight, WEIGHT)?, bias));
             }
+            if lora_a.is_none() && lora_b.is_none() && lora_bias.is_none() {
+                continue;
+            }
+            let (lora_a, lora_b) = (need(lora_a, LORA_A)?, need(lora_b, LORA_B)?);
+            let bias = config.lora_bias.then(|| need(lora_bias, LORA_BIAS)).transpose()?;
+            let (rank, scale) = config.rank_and_scale(&path);
+            let layer = PeftLayer { lora_a, lora_b, bias, scale };
             layer.check(&path)?;
             if layer.rank() != rank {
                 return Err(format!(
@@ -171,18 +156,14 @@ impl PeftAdapter {
             }
             adapter.layers.insert(path, layer);
         }
-        for (path, [weight, bias]) in heads {
-            let weight = weight.ok_or_else(|| missing(&path, "weight"))?;
-            adapter.heads.insert(path, Linear::new(weight, bias));
-        }
         adapter.check()?;
         Ok(adapter)
     }
 
     /// The adapters and heads of a model as they are now, copied to the CPU. Frozen layers are left out.
     ///
-    /// Values are those of the layers, to the last bit, but for δb: a file holds δb/scale, so that it comes back within a rounding, and exactly if
-    /// the scale is a power of two. Where all δb are zero, the file has none.
+    /// Values are those of the layers to the last bit, but for δb: a file holds δb/scale, so that it comes back within a rounding,
+    /// and exactly if the scale is a power of two. Where all δb are zero, the file has none.
     ///
     /// # Errors
     /// If two layers have one name, a layer's adapter is not LoRA add, or there is no LoRA at all; if a scale is not finite, or a δb
@@ -256,9 +237,9 @@ impl PeftAdapter {
             }
         }
         for (path, head) in &self.heads {
-            put(path, "weight", head.weight())?;
+            put(path, WEIGHT, head.weight())?;
             if let Some(bias) = head.bias() {
-                put(path, "bias", bias)?;
+                put(path, BIAS, bias)?;
             }
         }
         Ok(tensors)
@@ -284,11 +265,11 @@ impl PeftAdapter {
         }
         for (path, head) in &self.heads {
             let name = |name| format!("{PREFIX}{path}.{name}");
-            let [out, _] = sizes(&name("weight"), head.weight(), "[N, K]")?;
+            let [out, _] = sizes(&name(WEIGHT), head.weight(), "[N, K]")?;
             if let Some(bias) = head.bias() {
-                let [got] = sizes(&name("bias"), bias, "[N]")?;
+                let [got] = sizes(&name(BIAS), bias, "[N]")?;
                 if got != out {
-                    return Err(format!("`{}` is [{got}], expected [{out}]", name("bias")));
+                    return Err(format!("`{}` is [{got}], expected [{out}]", name(BIAS)));
                 }
             }
         }
@@ -366,15 +347,25 @@ impl<'a> Injector<'a> {
             changes.push((path.clone(), Change::Lora { rank: layer.rank(), scale: layer.scale }));
         }
         for (path, head) in &adapter.heads {
-            put(path, "weight", head.weight())?;
+            put(path, WEIGHT, head.weight())?;
             if let Some(bias) = head.bias() {
-                put(path, "bias", bias)?;
+                put(path, BIAS, bias)?;
             }
             changes.push((path.clone(), Change::Head { has_bias: head.bias().is_some() }));
         }
         // Every layer has a rank of its own.
         Ok(Self::new(context, Adapter::LoraAdd, 1, sigma_by_block, builder).with_changes(changes))
     }
+}
+
+/// The module path of a tensor, and which of the parts it is.
+fn place(key: &str) -> Option<(&str, usize)> {
+    let name = key.strip_prefix(PREFIX)?;
+    let strip = |part| name.strip_suffix(part)?.strip_suffix('.');
+    let (part, path) = PARTS.iter().enumerate().find_map(|(i, part)| Some((i, strip(part)?)))?;
+    // In a path it is a part of a variant: `lora_magnitude_vector` of DoRA, for one.
+    let variant = path.split('.').any(|module| module.is_empty() || module.starts_with("lora_"));
+    (!variant).then_some((path, part))
 }
 
 /// The sizes of a tensor that has as many as `shape` says, none of them zero.
