@@ -202,10 +202,38 @@ def test_variants_and_settings():
     perturb(model).double().base_model.set_adapter(["default", "other"])
     model = pace_torch.attach(model, **SETTINGS, noise_head=False)
     check_layers(model, lambda: model(**texts()))
+    # One that comes later, by itself and computed by PEFT.
+    model.add_adapter("third", peft.LoraConfig(r=2, target_modules=["v_proj", "down_proj"], lora_alpha=9, lora_bias=True))
+    model.set_adapter("third")
+    perturb(model).double()
+    model(**texts())
+    for noise in noises(model):
+        if "third" not in noise.watched.lora_A:
+            noise.sigma = 0.0
+        noise.watched.base_layer.register_forward_hook(lambda *_: None)
+    check_layers(model, lambda: model(**texts()))
+    model.add_adapter("fourth", peft.LoraConfig(target_modules=["k_proj"]))
+    with pytest.raises(PaceError, match="k_proj.*since `attach`"):
+        model(**texts())
+    model.delete_adapter("fourth")
     # PEFT's own switch: nothing of LoRA, nothing of noise.
+    model = pace_torch.attach(with_lora(), **SETTINGS)
     with model.train().disable_adapter():
         logits = model(**texts()).logits
     close(logits[:4], logits[4:], 1e-15)
+
+
+def test_without_a_model_of_pefts():
+    """PEFT puts LoRA into any model; so does transformers, by the same."""
+    model = peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]), llama())
+    perturb(model).double()
+    before = model.eval()(**texts()).logits
+    model = pace_torch.attach(model, **SETTINGS)
+    assert torch.equal(model.eval()(**texts()).logits, before)
+    check_layers(model, lambda: model.pace.training_step(model, texts(), LABELS))
+    model = perturb(peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["qkv"]), vit()).double())
+    images = torch.randn(3, 3, 16, 16, dtype=torch.float64)
+    check_layers(model := pace_torch.attach(model, **SETTINGS), lambda: model.pace.training_step(model, images, torch.arange(3)))
 
 
 def test_copies_have_noise_of_their_own(tmp_path):

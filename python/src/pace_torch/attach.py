@@ -79,16 +79,27 @@ def attach(
         if path in heads:
             layer.register_forward_hook(noise.after)
             continue
-        for name, up in layer.lora_B.items():
-            # DoRA's magnitudes compute all that it adds, for which they call `up` with things that are no samples.
-            magnitudes = getattr(layer, "lora_magnitude_vector", {})
-            (magnitudes[name] if name in magnitudes else up).register_forward_hook(noise.after)
+        noise.follow()
+        layer.register_forward_pre_hook(noise.follow)
         if type(layer) is _lora_linear():
             layer.forward = noise.compute
     pace.doubles_input = branches_at == INPUT
     first = next((name for name, layer_sigma in zip(names, sigmas) if layer_sigma > 0), names[-1])
     control(model, pace, block_of(first))
+    pace.adapters = tuple(getattr(model, "peft_config", ()))
+    model.register_forward_pre_hook(_check_adapters)
     return model
+
+
+def _check_adapters(model: nn.Module, args: tuple) -> None:
+    """Forward pre-hook of the model: adapters that came after `attach` may be around layers that had none."""
+    adapters = tuple(getattr(model, "peft_config", ()))
+    if adapters != model.pace.adapters:
+        layers, _ = _layers(model, False)
+        new = [path for path, layer in layers.items() if not hasattr(layer, "pace_noise")]
+        if new:
+            raise PaceError(f"`{new[0]}` has had LoRA since `attach`, without noise ({len(new)} such layers): add all adapters first")
+        model.pace.adapters = adapters
 
 
 def _lora_linear() -> type:

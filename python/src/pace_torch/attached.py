@@ -36,6 +36,17 @@ class AttachedNoise(nn.Module):
         y = ops.noisy_epilogue(torch.zeros_like(a), a.contiguous(), noise)
         return y.movedim(-1, 1) if of_convolution else y
 
+    def follow(self, *_) -> None:
+        """Forward pre-hook of the layer: sees to it that the part of each of its adapters passes here, of those that came later too."""
+        if torch.compiler.is_compiling():
+            return
+        magnitudes = getattr(self.watched, "lora_magnitude_vector", {})
+        for name, up in self.watched.lora_B.items():
+            # DoRA's magnitudes compute all that it adds, for which they call `up` with things that are no samples.
+            part = magnitudes[name] if name in magnitudes else up
+            if not any(getattr(hook, "__self__", None) is self for hook in part._forward_hooks.values()):
+                part.register_forward_hook(self.after)
+
     def after(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         """Forward hook of what computes the adapter's part."""
         return self(output)
@@ -50,7 +61,8 @@ class AttachedNoise(nn.Module):
         return ops.lora_linear(*tensors, noise, scale=scaling)
 
     def _is_on(self, x: Tensor) -> bool:
-        return self.training and self.sigma != 0 and self.pace.is_on_samples(self, x)
+        is_used = not getattr(self.watched, "disable_adapters", False)
+        return is_used and self.training and self.sigma != 0 and self.pace.is_on_samples(self, x)
 
     def _plain_lora(self, x: Tensor) -> Optional[list]:
         """Input, W0, b0, A, B, δb and the scaling of a layer in training that computes `W0·x + b0 + B(A(x))·scaling` and nothing
