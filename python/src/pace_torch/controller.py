@@ -201,7 +201,8 @@ class Pace(nn.Module):
 
     def double_rows(self, module: nn.Module, args: tuple, kwargs: dict) -> Optional[tuple]:
         """Forward pre-hook of where the branches start: from here on each sample has two, in every tensor with a row per sample."""
-        if not module.training or self.branches == 1:
+        # `module` may be a block in evaluation within a model in training, which has two branches all the same.
+        if not self.training or self.branches == 1:
             return None
         return with_rows(twice, args, kwargs, self.batch, self.batch_of if self.doubles_input else None)
 

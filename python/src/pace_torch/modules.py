@@ -433,7 +433,8 @@ class NoisyLinear(_CallsItsLayers):
     def forward(self, x: Tensor) -> Tensor:
         if _is_traced(x):
             return self.adapter.traced(x)
-        is_noisy = self.training and self.sigma != 0 and self.pace.is_on_samples(self, x)
+        # A part that trains within a model in evaluation has no noise of its own.
+        is_noisy = self.training and self.pace.training and self.sigma != 0 and self.pace.is_on_samples(self, x)
         noise = self.pace.noise(self.layer, self.sigma, x.shape[0], self.z) if is_noisy else NO_NOISE
         if self.gelu is None and not hasattr(self.adapter.base_module, "_hf_hook"):
             return self.adapter(x, noise)
@@ -458,7 +459,7 @@ class SharedDropPath(nn.Module):
         self.__dict__["pace"] = pace
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.drop_prob == 0:
+        if not self.training or not self.pace.training or self.drop_prob == 0:
             return x
         return self.pace.drop_path(self.layer, self.drop_prob, x)
 
