@@ -68,3 +68,53 @@ def test_parts_in_another_mode(plain, evaluated):
     assert model.pace.training_step(model, X, LABELS).consistency > 0
     model.blocks[1].eval()
     assert model.pace.training_step(model, X, LABELS).consistency == 0
+
+
+# -------------------------------------------------------------------------------------------------------------- graphs
+
+
+class Small(nn.Module):
+    """Without control flow, as `torch.fx` wants it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(6, 8, dtype=torch.float64), nn.Linear(8, 5, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.body(x)))
+
+
+ROWS = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+GRAPHS = {
+    "export": lambda model: torch.export.export(model, (ROWS,)).module(),
+    "strict export": lambda model: torch.export.export(model, (ROWS,), strict=True).module(),
+    "fx": torch.fx.symbolic_trace,
+    "jit": lambda model: torch.jit.trace(model, (ROWS,), check_trace=False),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("made_by", GRAPHS)
+def test_graphs(made_by):
+    model = injected(Small())
+    want, make = copy.deepcopy(model).eval()(ROWS), GRAPHS[made_by]
+    with pytest.raises(Exception, match=r"call `eval\(\)` first"):
+        make(model)
+    for evaluating in (model.eval(), pace_torch.merge(copy.deepcopy(model))):
+        graph = make(evaluating)
+        close(graph(ROWS), want, 1e-12)
+        # By PyTorch's own operators, so that it runs where this package is not.
+        assert "ops.pace." not in str(graph.graph) and "pace::" not in str(graph.graph)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_onnx(capfd):
+    pytest.importorskip("onnxscript", reason="the ONNX exporter of torch.export needs onnxscript")
+    reference = pytest.importorskip("onnx.reference")
+    model = injected(Small()).eval()
+    want = model(ROWS)
+    for evaluating in (model, pace_torch.merge(copy.deepcopy(model))):
+        program = torch.onnx.export(evaluating, (ROWS,), dynamo=True)
+        evaluator = reference.ReferenceEvaluator(program.model_proto)
+        close(torch.tensor(evaluator.run(None, {evaluator.input_names[0]: ROWS.numpy()})[0]), want, 1e-12)

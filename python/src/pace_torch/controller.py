@@ -19,6 +19,7 @@ def _warn(layers: list[str], what: str) -> None:
     warnings.warn(f"{len(layers)} layers {what}: {some}", stacklevel=2)
 
 
+TRACED_IN_TRAINING = "the model is in training, whose noise a traced or exported graph would repeat: call `eval()` first"
 VARIANTS = ("pace", "lazy", "fast", "noise", "baseline")
 
 
@@ -117,6 +118,8 @@ class Pace(nn.Module):
         they start at the input."""
         if not module.training:
             return None
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            raise PaceError(TRACED_IN_TRAINING)
         rank, world_size = self._shard()
         self.batch = batch_size(args, kwargs, self.batch_of)
         self.first_sample, self.global_batch = rank * self.batch, world_size * self.batch

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import ops
 from ._layers import is_conv1d
 from ._library import PaceError
-from .controller import Pace
+from .controller import TRACED_IN_TRAINING, Pace
 from .ops import NO_NOISE, Noise
 
 
@@ -144,8 +144,8 @@ class _CallsItsLayers(nn.Module):
 
 
 def _is_traced(x: Tensor) -> bool:
-    """Whether a graph is being made by `torch.jit.trace`, the ONNX exporter built on it, or `torch.fx`."""
-    return isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing()
+    """Whether a graph is being made by `torch.export`, `torch.jit.trace`, the ONNX exporters built on them, or `torch.fx`."""
+    return isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
 @contextlib.contextmanager
@@ -432,6 +432,8 @@ class NoisyLinear(_CallsItsLayers):
 
     def forward(self, x: Tensor) -> Tensor:
         if _is_traced(x):
+            if self.training and self.pace.training:
+                raise PaceError(TRACED_IN_TRAINING)
             return self.adapter.traced(x)
         # A part that trains within a model in evaluation has no noise of its own.
         is_noisy = self.training and self.pace.training and self.sigma != 0 and self.pace.is_on_samples(self, x)
