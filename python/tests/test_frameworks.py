@@ -118,3 +118,59 @@ def test_onnx(capfd):
         program = torch.onnx.export(evaluating, (ROWS,), dynamo=True)
         evaluator = reference.ReferenceEvaluator(program.model_proto)
         close(torch.tensor(evaluator.run(None, {evaluator.input_names[0]: ROWS.numpy()})[0]), want, 1e-12)
+
+
+# --------------------------------------------------------------------------------------------- changes behind its back
+
+
+class Around(nn.Module):
+    """A module with a model in it, as Lightning's."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def test_changed_classifiers():
+    model = injected()
+    model(X)
+    for classes in (9, 0):
+        model.reset_classifier(classes)
+        with pytest.raises(PaceError, match="`head` is no longer the classifier"):
+            model.double()(X)
+    model = injected()
+    model.head = torch.compile(model.head, backend="eager")
+    step(model)
+    # A parameter beside the layer would have no effect.
+    model = injected(Small())
+    for name in ("weight", "bias"):
+        with pytest.raises(PaceError, match=f"the {name} of `head`.*before `inject`"):
+            setattr(model.head, name, nn.Parameter(torch.zeros(5)))
+
+
+def test_wrapped_models(plain, evaluated):
+    for wrap in (nn.DataParallel, lambda model: torch.compile(model, backend="eager")):
+        with pytest.raises(PaceError, match=r"wrapped.*\((DataParallel|OptimizedModule)\).*`inject` first"):
+            pace_torch.inject(wrap(vit()))
+    # On the CPU DataParallel calls the model itself; on several devices these are what it calls.
+    same(step(model := injected(), nn.DataParallel(model)), plain)
+    with pytest.raises(PaceError, match="DataParallel.*torchrun"):
+        model._replicate_for_data_parallel()(X)
+    around = Around(injected())
+    close(step(around.net, around)[0], plain[0], 1e-12)
+    assert {f"net.{name}" for name in pace_torch.trainable_state_dict(around.net)} == pace_torch.trainable_state_dict(around).keys()
+    pace_torch.merge(around).train()
+    assert not hasattr(around.net, "pace") and len(around(X)) == 4
+    close(around.eval()(X), evaluated, 1e-12)
+
+
+def test_a_sequential_model():
+    torch.manual_seed(0)
+    layers = nn.Linear(6, 8, dtype=torch.float64), nn.Tanh(), nn.Linear(8, 5, dtype=torch.float64)
+    model = injected(nn.Sequential(*layers), head="2")
+    assert model.pace.training_step(model, ROWS, LABELS).consistency > 0
+    want = model.eval()(ROWS)
+    close(pace_torch.merge(model)(ROWS), want, 1e-12)

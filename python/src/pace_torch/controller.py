@@ -72,6 +72,7 @@ class Pace(nn.Module):
         self.probed, self.classes = False, None
         self.batch = self.first_sample = self.global_batch = 0
         self.handles: list = []
+        self.heads: dict[str, nn.Module] = {}
         self.register_buffer("keys", torch.zeros(layers, dtype=torch.int64, device=device), persistent=False)
         self.register_buffer("history", None, persistent=False)
 
@@ -91,6 +92,10 @@ class Pace(nn.Module):
 
     def extra_repr(self) -> str:
         return f"variant={self.variant}, lambda_={self.lambda_:g}, seed={self.seed}, step={self.step}"
+
+    def forward(self, x: Any) -> Any:
+        """Nothing: `nn.Sequential` calls all of its children."""
+        return x
 
     # ------------------------------------------------------------------------------------------ noise
 
@@ -120,6 +125,8 @@ class Pace(nn.Module):
             return None
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
             raise PaceError(TRACED_IN_TRAINING)
+        if not torch.compiler.is_compiling():
+            self._check_model(module)
         rank, world_size = self._shard()
         self.batch = batch_size(args, kwargs, self.batch_of)
         self.first_sample, self.global_batch = rank * self.batch, world_size * self.batch
@@ -133,6 +140,19 @@ class Pace(nn.Module):
                 self._probe(module, args, kwargs)
             return self.double_rows(module, args, kwargs)
         return None
+
+    def _check_model(self, module: nn.Module) -> None:
+        """Whether the model is still the one that was injected."""
+        if getattr(module, "_is_replica", False):
+            raise PaceError("the model is trained by DataParallel, whose threads would share its noise: train with one process for each "
+                            "device, by DistributedDataParallel (torchrun), or on one device (CUDA_VISIBLE_DEVICES=0)")
+        for name, head in self.heads.items():
+            found = module
+            for part in name.split("."):
+                found = getattr(found, part, None)
+            # What wraps a layer has it among its modules.
+            if found is not head and not (isinstance(found, nn.Module) and head in found.modules()):
+                raise PaceError(f"`{name}` is no longer the classifier that `inject` found: change it before `inject`, or after `merge`")
 
     @torch.compiler.disable
     def _probe(self, module: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -20,6 +20,10 @@ INPUT, FIRST_NOISY_BLOCK = "input", "first noisy block"
 _DOUBLE_WITHIN = (VisionTransformer, SwinTransformer)
 
 
+# What keeps a list of a model's parameters, or a graph.
+_WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule")
+
+
 def block_ids(names: list[str], heads: set[str]) -> tuple[list[int], int]:
     """The block of each layer by the numbers in its path, with the heads as the last block; and the levels of numbers.
 
@@ -145,6 +149,8 @@ def inject(
         move_hooks(linear, module)
         for name in names:
             _replace(model, name, module)
+        if linear in heads:
+            pace.heads[names[0]] = module
     if noisy:
         for layer, (name, module) in enumerate(drop_paths.items(), start=len(linears)):
             _replace(model, name, SharedDropPath(module.drop_prob, pace, layer))
@@ -174,6 +180,10 @@ def _check_arguments(
         raise PaceError(f"`rank` is {rank}, expected at least 1")
     if any(isinstance(module, (Adapter, Pace)) for module in model.modules()):
         raise PaceError("`model` has adapters already")
+    wrappers = [type(module).__name__ for module in model.modules() if type(module).__name__ in _WRAPPERS]
+    if wrappers or any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        raise PaceError(f"`model` is wrapped or sharded ({wrappers[0] if wrappers else 'DTensor'}), which would not know of its adapters: "
+                        "`inject` first, then wrap")
 
 
 def _adapter_around(
@@ -316,9 +326,11 @@ def merge(model: nn.Module) -> nn.Module:
             _replace(model, name, DropPath(module.drop_prob))
         elif isinstance(module, RecomputedGELU):
             _replace(model, name, nn.GELU(module.approximate))
-    if hasattr(model, "pace"):
-        for handle in model.pace.handles:
-            handle.remove()
-        del model.pace
-        model.__dict__.pop("_ddp_params_and_buffers_to_ignore", None)
+    # Of a module around the model it is the model inside that has a controller.
+    for module in list(model.modules()):
+        if isinstance(module._modules.get("pace"), Pace):
+            for handle in module.pace.handles:
+                handle.remove()
+            del module.pace
+            module.__dict__.pop("_ddp_params_and_buffers_to_ignore", None)
     return model.train(model.training)

@@ -132,6 +132,12 @@ class _CallsItsLayers(nn.Module):
             return None if getattr(_linear(self), name) is None else _ReadParameter.of(self, name)
         return super().__getattr__(name)
 
+    def __setattr__(self, name: str, value):
+        if name in ("weight", "bias"):
+            raise PaceError(f"the {name} of {_name(self)} is that of the linear layer in its adapter: set it, or tie it to another, "
+                            "before `inject`")
+        super().__setattr__(name, value)
+
     @property
     def in_features(self) -> int:
         """`K`, as of the linear layer."""
