@@ -9,6 +9,8 @@ import torch
 from conftest import close, perturb, vit
 from pace_torch import NoisyLinear, PaceError
 from torch import nn
+from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
+from torch.nn.utils import prune
 
 SETTINGS = dict(rank=2, sigma=0.5, lambda_=0.1, seed=3)
 X, LABELS = torch.randn(4, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.arange(4)
@@ -174,3 +176,146 @@ def test_a_sequential_model():
     assert model.pace.training_step(model, ROWS, LABELS).consistency > 0
     want = model.eval()(ROWS)
     close(pace_torch.merge(model)(ROWS), want, 1e-12)
+
+
+# --------------------------------------------------------------------------------------------- how weights come about
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_meta_device(plain, evaluated):
+    with torch.device("meta"):
+        models = [pace_torch.inject(vit(drop_path_rate=0.3), **SETTINGS) for _ in range(2)]
+    weights = injected().state_dict()
+    models[0].load_state_dict(weights, assign=True)
+    models[1].to_empty(device="cpu").load_state_dict(weights)
+    for model in models:
+        same(step(model.train()), plain)
+        close(model.eval()(X), evaluated, 1e-12)
+    # Adapters that no checkpoint has start as they always do: with no effect.
+    with torch.device("meta"):
+        model = pace_torch.inject(vit(), **SETTINGS)
+    model.to_empty(device="cpu").load_state_dict(vit().state_dict(), strict=False)
+    close(model.eval()(X), vit().eval()(X), 1e-12)
+    assert model.blocks[0].attn.qkv.adapter.delta_W_up.abs().min() > 0
+
+
+def test_weights_that_hooks_make():
+    # The hooks would run when the linear layer is called, which it is not.
+    for make in (lambda layer: prune.l1_unstructured(layer, "weight", 0.3), torch.nn.utils.spectral_norm):
+        model = injected()
+        make(model.head.adapter.base_module)
+        for use in (lambda: model(X), lambda: pace_torch.merge(model)):
+            with pytest.raises(PaceError, match="`head.*pruning"):
+                use()
+        assert isinstance(model.head, NoisyLinear)
+    # An adapter is called, so that it can be pruned.
+    model = injected()
+    layer = model.blocks[1].mlp.fc1
+    prune.l1_unstructured(layer.adapter, "delta_W_down", 0.5)
+    step(model)
+    with pytest.raises(PaceError, match=r"`blocks.1.mlp.fc1.adapter`.*prune.remove"):
+        pace_torch.merge(model)
+    prune.remove(layer.adapter, "delta_W_down")
+    assert (layer.adapter.delta_W_down == 0).double().mean() == 0.5
+    y = model.eval()(X)
+    close(pace_torch.merge(model)(X), y, 1e-12)
+    with pytest.raises(PaceError, match="head"):
+        prune.l1_unstructured(injected().head, "weight", 0.3)
+
+
+def test_parametrizations():
+    class Twice(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    model = injected()
+    parametrize = torch.nn.utils.parametrize.register_parametrization
+    parametrize(model.blocks[1].mlp.fc1.adapter, "delta_W_down", Twice())
+    parametrize(model.blocks[1].mlp.fc2.adapter.base_module, "weight", Twice())
+    torch.nn.utils.parametrizations.weight_norm(model.head.adapter.base_module)
+    by_hand = injected()
+    with torch.no_grad():
+        by_hand.blocks[1].mlp.fc1.adapter.delta_W_down *= 2
+        by_hand.blocks[1].mlp.fc2.adapter.base_module.weight *= 2
+    got, expected = step(model), step(by_hand)
+    close(got[0], expected[0], 1e-12)
+    name = "blocks.1.mlp.fc1.adapter.{}delta_W_down{}"
+    close(got[1][name.format("parametrizations.", ".original")], 2 * expected[1][name.format("", "")], 1e-10)
+    assert "head.adapter.base_module.parametrizations.weight.original0" in got[1].keys() & pace_torch.trainable_state_dict(model).keys()
+    want = by_hand.eval()(X)
+    close(model.eval()(X), want, 1e-12)
+    merged = pace_torch.merge(model)
+    close(merged(X), want, 1e-12)
+    assert merged.state_dict().keys() == vit().state_dict().keys()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantised_layers():
+    engines = torch.backends.quantized.supported_engines
+    torch.backends.quantized.engine = "fbgemm" if "fbgemm" in engines else engines[-1]
+    model = injected().float().eval()
+    want, quantise = model(X.float()), torch.ao.quantization.quantize_dynamic
+    with pytest.raises(PaceError, match="quantised.*`merge` first"):
+        quantise(model, {nn.Linear})(X.float())
+    close(quantise(pace_torch.merge(model), {nn.Linear})(X.float()), want, 0.05)
+
+
+def test_functional_calls(plain):
+    model = injected()
+    trained = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters() if p.requires_grad}
+    total = model.pace.loss(torch.func.functional_call(model, trained, (X,)), LABELS).total
+    total.backward()
+    same((total, {name: p.grad for name, p in trained.items() if p.grad is not None}), plain)
+    # Frozen weights have no gradient, and a request for one is not passed over.
+    everything = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    with pytest.raises(PaceError, match="must not require one"):
+        torch.func.functional_call(model, everything, (X,))
+    with pytest.raises(PaceError, match="must not require one"):
+        model.requires_grad_(True)(X)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_wrappers_within_the_model(plain, evaluated):
+
+    def compiled(model):
+        for i, block in enumerate(model.blocks):
+            model.blocks[i] = torch.compile(block, backend="eager")
+
+    for wrap in (compiled, lambda m: checkpoint_wrapper.apply_activation_checkpointing(m, check_fn=lambda x: type(x).__name__ == "Block")):
+        model, fresh = injected(), injected(seed=5)
+        saved = {name: tensor.clone() for name, tensor in pace_torch.trainable_state_dict(model).items()}
+        wrap(fresh)
+        perturb(fresh, seed=7)
+        pace_torch.load_trainable_state_dict(fresh, saved)
+        close(fresh.eval()(X), evaluated, 1e-12)
+        again = pace_torch.trainable_state_dict(fresh)
+        assert again.keys() == saved.keys() and all(torch.equal(again[name], saved[name]) for name in saved)
+        close(pace_torch.merge(fresh)(X), evaluated, 1e-12)
+
+
+# ----------------------------------------------------------------------------------------------------------- offloading
+
+
+def test_offloading(plain, evaluated, tmp_path):
+    accelerate = pytest.importorskip("accelerate", reason="Accelerate comes with peft")
+    offloads = (
+        accelerate.cpu_offload,
+        lambda model, **where: accelerate.cpu_offload(model, offload_buffers=True, **where),
+        lambda model, **where: accelerate.disk_offload(model, str(tmp_path), **where),
+    )
+    for offload in offloads:
+        model = injected(variant="fast", samples=4)
+        offload(model, execution_device=torch.device("cpu"))
+        close(model.eval()(X), evaluated, 1e-12)
+        # Gradients would go to copies that are thrown away.
+        with pytest.raises(PaceError, match="offloads for evaluation only"):
+            model.train()(X)
+        with pytest.raises(PaceError, match="remove_hook_from_submodules"):
+            pace_torch.merge(model)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    close(pace_torch.merge(model.eval())(X), evaluated, 1e-12)
+    # A device map that offloads nothing is no hindrance, before `inject` or after.
+    for model in (injected(accelerate.dispatch_model(vit(drop_path_rate=0.3), {"": "cpu"}, force_hooks=True)),
+                  accelerate.dispatch_model(injected(), {"": "cpu"}, force_hooks=True)):
+        same(step(model), plain)
+        close(pace_torch.merge(model.eval())(X), evaluated, 1e-12)

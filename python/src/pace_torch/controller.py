@@ -38,7 +38,7 @@ class Pace(nn.Module):
     * `shard`: (rank, number) of the processes that share a batch, if torch.distributed is not what knows.
     * `batch_of`: the keyword whose rows are the batch, where that is not the first tensor of a call; or a list of all that have
       these rows.
-    * `history`: PACE-fast's table of logits `[samples, classes]`, a buffer that is not saved.
+    * `history`: PACE-fast's table of logits `[samples, classes]`, which `state_dict` has.
     """
 
     def __init__(
@@ -74,7 +74,8 @@ class Pace(nn.Module):
         self.handles: list = []
         self.heads: dict[str, nn.Module] = {}
         self.register_buffer("keys", torch.zeros(layers, dtype=torch.int64, device=device), persistent=False)
-        self.register_buffer("history", None, persistent=False)
+        # No buffer: it would lose digits with the model in half precision, and `loss` puts it beside the logits.
+        self.history: Optional[Tensor] = None
 
     def state_dict(self, *args, destination: Optional[dict] = None, **kwargs) -> dict:
         """Where training is: `step`, `iteration` and `history`. Not part of the model's state dict."""

@@ -255,8 +255,19 @@ def trainable_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """What training changes, by the names under which the official script saves it; load it with `strict=False`.
 
     The adapters and the head, what else has been unfrozen, and the running statistics of normalisation layers. Of a wrapped
-    model the names are those of the model inside.
+    model the names are those of the model inside. Of a model under `fully_shard` it is all of each tensor, in every process;
+    all processes have to call it.
     """
+    return {
+        name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for name, tensor in _trained(model).items()
+    }
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of `trainable_state_dict`, as the model has them."""
+    if any(getattr(parameter, "_fsdp_flattened", False) for parameter in model.parameters()):
+        raise PaceError("`model` is in FullyShardedDataParallel: save and load by `get_model_state_dict` and `set_model_state_dict` of "
+                        "torch.distributed.checkpoint.state_dict, with StateDictOptions(full_state_dict=True)")
     model = unwrapped(model)
     names = _adapter_parameters(model)
     trained = {
@@ -267,23 +278,28 @@ def trainable_state_dict(model: nn.Module) -> dict[str, Tensor]:
     for prefix, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
             trained.update({f"{prefix}.{name}": buffer for name, buffer in module.named_buffers()})
-    return trained
+    # Of what is around a block, activation checkpointing or a compiled graph, the block's names know nothing.
+    return {name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""): tensor for name, tensor in trained.items()}
 
 
+@torch.no_grad()
 def load_trainable_state_dict(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     """Loads what `trainable_state_dict` gave.
 
     Raises `PaceError`, and loads nothing, unless it is of a model with the same adapters around the same layers.
     """
-    model = unwrapped(model)
-    own = trainable_state_dict(model)
+    own = _trained(model)
     for kind, names in (("is not in the model", state_dict.keys() - own.keys()), ("is missing", own.keys() - state_dict.keys())):
         if names:
             raise PaceError(f"`state_dict` is of other adapters: `{min(names)}` {kind} ({len(names)} such names)")
     for name, tensor in state_dict.items():
         if tensor.shape != own[name].shape:
             raise PaceError(f"`state_dict` has `{name}` of {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
-    model.load_state_dict(state_dict, strict=False)
+    for name, tensor in state_dict.items():
+        target = own[name]
+        if hasattr(target, "full_tensor"):
+            tensor = torch.distributed.tensor.distribute_tensor(tensor.to(target.device), target.device_mesh, target.placements)
+        target.copy_(tensor)
 
 
 def describe(model: nn.Module) -> str:
@@ -305,13 +321,29 @@ def describe(model: nn.Module) -> str:
     return "\n".join([*lines, f"{trained:,} of {sum(numbers):,} numbers are trained"])
 
 
+def _check_whole(model: nn.Module) -> None:
+    """Raises `PaceError` unless all weights of adapters and their layers are here."""
+    if any(hasattr(parameter, "full_tensor") or getattr(parameter, "_fsdp_flattened", False) for parameter in model.parameters()):
+        raise PaceError("`model` is sharded (FSDP): load its `torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+                        "options=StateDictOptions(full_state_dict=True))` into a model that is injected alike and not sharded, and merge that")
+    for name, module in model.named_modules():
+        if isinstance(module, Adapter) and any(parameter.is_meta for parameter in module.parameters()):
+            raise PaceError(f"weights of `{name}` are on the meta device: load them, or, where Accelerate offloads them, call "
+                            "`accelerate.hooks.remove_hook_from_submodules(model)` first")
+        if isinstance(module, Adapter) and any(isinstance(t, Tensor) for t in (vars(module) | vars(module.base_module)).values()):
+            raise PaceError(f"`{name}` has tensors that hooks make (pruning, old weight_norm): make them permanent first (`prune.remove`)")
+
+
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
     """Turns a PACE model back into a plain one that computes the same in evaluation: in place, and returns it.
 
     The adapters go into the weights of the layers that were there (with a new bias, where `new_biases` asked for one). Of a wrapped model it is the
     model inside.
+
+    Raises `PaceError`, and changes nothing, for a model whose weights are sharded, offloaded or made by hooks.
     """
+    _check_whole(model)
     model = unwrapped(model)
     plain: dict[nn.Module, nn.Module] = {}  # by what it replaces
     for name, module in list(model.named_modules(remove_duplicate=False)):

@@ -168,9 +168,25 @@ def _fetched(layer: nn.Module, x: Tensor):
         hook.post_forward(layer, x)
 
 
+def _check_hooks(layer: "NoisyLinear") -> None:
+    """Raises `PaceError` where hooks would have to run that do not, or what they fetch would not be trained."""
+    if _linear(layer)._forward_pre_hooks:
+        raise PaceError(f"the linear layer in the adapter of {_name(layer)} has a hook that makes its weight when it is called (pruning, "
+                        "old weight_norm, fully_shard of single layers), but the adapter reads the weight: do so before `inject` and "
+                        "make it permanent, after `merge`, or for the block around it")
+    if layer.training and torch.is_grad_enabled() and any(p.is_meta and p.requires_grad for p in layer.adapter.parameters()):
+        raise PaceError(f"what {_name(layer)} trains is offloaded by Accelerate, which offloads for evaluation only: use FSDP to train, or "
+                        "call `eval()`")
+
+
 def _frozen(tensor: Optional[Tensor]) -> Optional[Tensor]:
     """A frozen weight or bias, which in FullyShardedDataParallel is part of a parameter that requires a gradient."""
-    return tensor if tensor is None or isinstance(tensor, nn.Parameter) else tensor.detach()
+    if tensor is None or isinstance(tensor, nn.Parameter):
+        return tensor
+    if inspect.ismethod(tensor):
+        raise PaceError("the linear layer in an adapter was replaced by one whose weight is no tensor (quantised): `merge` first")
+    # A leaf that requires one was asked to (`functional_call`), which is an error.
+    return tensor if isinstance(tensor, Tensor) and tensor.is_leaf else tensor.detach()
 
 
 def _linear(layer: nn.Module) -> nn.Linear:
@@ -202,6 +218,15 @@ class Adapter(_CallsItsLayers):
         init(parameter)
         return parameter
 
+    def _apply(self, *args, **kwargs):
+        """Also gives parameters that leave the meta device (`to_empty`) the values that they start with."""
+        meta = [name for name, parameter in self._parameters.items() if parameter.is_meta]
+        super()._apply(*args, **kwargs)
+        for name in meta:
+            if not (parameter := self._parameters[name]).is_meta:
+                (nn.init.xavier_uniform_ if name.endswith("_up") else nn.init.zeros_)(parameter)
+        return self
+
     def merged(self) -> tuple[Tensor, Optional[Tensor]]:
         """Weight and bias of the plain layer that computes the same without noise."""
         raise NotImplementedError
@@ -223,6 +248,8 @@ class Adapter(_CallsItsLayers):
             weight = weight.t()
         else:
             layer = self.base_module
+            for name in list(getattr(layer, "parametrizations", ())):
+                nn.utils.parametrize.remove_parametrizations(layer, name)
         layer.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
         layer.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         return layer.train(self.training)
@@ -444,9 +471,11 @@ class NoisyLinear(_CallsItsLayers):
         # A part that trains within a model in evaluation has no noise of its own.
         is_noisy = self.training and self.pace.training and self.sigma != 0 and self.pace.is_on_samples(self, x)
         noise = self.pace.noise(self.layer, self.sigma, x.shape[0], self.z) if is_noisy else NO_NOISE
-        if self.gelu is None and not hasattr(self.adapter.base_module, "_hf_hook"):
+        base = self.adapter.base_module
+        if self.gelu is None and not base._forward_pre_hooks and not hasattr(base, "_hf_hook"):
             return self.adapter(x, noise)
-        with _fetched(self.adapter.base_module, x) as x:
+        _check_hooks(self)
+        with _fetched(base, x) as x:
             with contextlib.nullcontext() if self.gelu is None else self.gelu.behind(x):
                 return self.adapter(x, noise)
 
