@@ -1,7 +1,7 @@
 """What training frameworks, and people, do to a model between `inject` and `merge`: the same numbers, or an error that says so."""
 
 import copy
-import io
+import functools
 
 import pace_torch
 import pytest
@@ -11,6 +11,7 @@ from pace_torch import NoisyLinear, PaceError
 from torch import nn
 from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
 from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
 
 SETTINGS = dict(rank=2, sigma=0.5, lambda_=0.1, seed=3)
 X, LABELS = torch.randn(4, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.arange(4)
@@ -291,6 +292,44 @@ def test_wrappers_within_the_model(plain, evaluated):
         again = pace_torch.trainable_state_dict(fresh)
         assert again.keys() == saved.keys() and all(torch.equal(again[name], saved[name]) for name in saved)
         close(pace_torch.merge(fresh)(X), evaluated, 1e-12)
+
+
+def checkpointed(model, **settings):
+    """Each block in gradient checkpointing."""
+    for block in model.blocks:
+        block.forward = functools.partial(checkpoint, block.forward, **settings)
+    return model
+
+
+def test_reentrant_checkpointing(plain):
+    torch.manual_seed(0)
+    model = checkpointed(injected(), use_reentrant=True)
+    # What `enable_input_require_grads` does for Hugging Face's models.
+    handle = model.patch_embed.register_forward_hook(lambda module, args, y: y.requires_grad_())
+    for _ in range(2):
+        same(step(model), plain)
+        model.pace.step = 0
+    logits = model(X)
+    with pytest.raises(PaceError, match=r"8 layers .*blocks.1.attn.qkv.*`backward\(\)` was not called"):
+        model(X)
+    logits.sum().backward()
+    with torch.no_grad():
+        model(X), model(X)
+    # Without a gradient of the input the adapters would stay as they are.
+    handle.remove()
+    with pytest.warns(UserWarning, match="None of the inputs"):
+        step(model)
+    with pytest.raises(PaceError, match="enable_input_require_grads"):
+        step(model)
+
+
+def test_keys_follow_the_layers():
+    pace, meta = injected().pace, torch.device("meta")
+    assert pace.key(2, pace.keys.device).data_ptr() == pace.keys[2:].data_ptr()
+    moved = pace.key(2, meta)
+    assert moved.device == meta and pace.key(0, meta)._base is moved._base
+    pace.advance()
+    assert pace.key(0, meta)._base is not moved._base
 
 
 # ----------------------------------------------------------------------------------------------------------- offloading

@@ -71,6 +71,9 @@ class Pace(nn.Module):
         self.batch_of, self.doubles_input = batch_of, False
         self.probed, self.classes = False, None
         self.batch = self.first_sample = self.global_batch = 0
+        self.keys_elsewhere: dict[torch.device, Tensor] = {}
+        # Whether the model runs with gradients, and the layers that have run without since.
+        self.with_gradient, self.to_run_again = False, set()
         self.handles: list = []
         self.heads: dict[str, nn.Module] = {}
         self.register_buffer("keys", torch.zeros(layers, dtype=torch.int64, device=device), persistent=False)
@@ -116,6 +119,7 @@ class Pace(nn.Module):
         else:
             # A new tensor: an earlier forward pass may still have its backward pass before it.
             self.keys = keys
+        self.keys_elsewhere.clear()
         self.step += 1
         self.drawn = True
 
@@ -128,6 +132,13 @@ class Pace(nn.Module):
             raise PaceError(TRACED_IN_TRAINING)
         if not torch.compiler.is_compiling():
             self._check_model(module)
+        if self.to_run_again:
+            names = [layer.path for layer in module.modules() if getattr(layer, "layer", None) in self.to_run_again]
+            self.to_run_again.clear()
+            raise PaceError(f"{len(names)} layers with adapters ran without gradients in the last step, and not again with them ({names[0]}): "
+                            "they are within `torch.no_grad()`, in reentrant checkpointing whose input requires no gradient (use_reentrant="
+                            "False, or `model.enable_input_require_grads()`), or `backward()` was not called before the next forward pass")
+        self.with_gradient = torch.is_grad_enabled()
         rank, world_size = self._shard()
         self.batch = batch_size(args, kwargs, self.batch_of)
         self.first_sample, self.global_batch = rank * self.batch, world_size * self.batch
@@ -261,23 +272,36 @@ class Pace(nn.Module):
             raise PaceError(f"a layer has {rows} leading rows, expected a multiple of the model's {samples}")
         return rows // samples
 
-    def key(self, layer: int) -> Tensor:
+    def key(self, layer: int, device: Optional[torch.device] = None) -> Tensor:
         """The key of a layer in this step."""
-        return self.keys[layer : layer + 1]
+        keys = self.keys
+        if device is not None and device != keys.device:
+            # Models may be spread over devices, or be loaded to another one (`assign=True`).
+            keys = self.keys_elsewhere.get(device)
+            if keys is None:
+                keys = self.keys_elsewhere[device] = self.keys.to(device)
+        return keys[layer : layer + 1]
 
-    def noise(self, layer: int, sigma: float, rows: int, z: Optional[Tensor] = None) -> Noise:
-        """The noise of a layer whose input has `rows` leading rows.
+    def noise(
+        self, layer: int, sigma: float, rows: int, z: Optional[Tensor] = None, device: Optional[torch.device] = None
+    ) -> Noise:
+        """The noise of a layer whose input has `rows` leading rows, on `device`.
 
-        Where samples are cut into windows (Swin), the windows are numbered one after the other.
+        In a model that runs with gradients, a layer that runs without is one in reentrant checkpointing, which runs it again in the
+        backward pass; until then the noise must stay what it is. Where samples are cut into windows (Swin), the windows are numbered one after the other.
         """
         first_sample = self.first_sample * self._rows_per_sample(rows, self.branches)
-        return Noise(None if z is not None else self.key(layer), sigma, self.per_token, first_sample, self.branches, z)
+        if self.with_gradient and not torch.is_grad_enabled():
+            self.to_run_again.add(layer)
+        elif self.to_run_again:
+            self.to_run_again.discard(layer)
+        return Noise(None if z is not None else self.key(layer, device), sigma, self.per_token, first_sample, self.branches, z)
 
     def drop_path(self, layer: int, drop_prob: float, x: Tensor) -> Tensor:
         """Shared DropPath of the residual branch `x`, `[rows, ...]` with one row per sample and branch."""
         return ops.drop_path(
             x,
-            self.key(layer),
+            self.key(layer, x.device),
             drop_prob,
             first_sample=self.first_sample,
             branches=self._rows_per_sample(x.shape[0], 1),

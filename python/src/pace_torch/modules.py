@@ -470,7 +470,7 @@ class NoisyLinear(_CallsItsLayers):
             return self.adapter.traced(x)
         # A part that trains within a model in evaluation has no noise of its own.
         is_noisy = self.training and self.pace.training and self.sigma != 0 and self.pace.is_on_samples(self, x)
-        noise = self.pace.noise(self.layer, self.sigma, x.shape[0], self.z) if is_noisy else NO_NOISE
+        noise = self.pace.noise(self.layer, self.sigma, x.shape[0], self.z, x.device) if is_noisy else NO_NOISE
         base = self.adapter.base_module
         if self.gelu is None and not base._forward_pre_hooks and not hasattr(base, "_hf_hook"):
             return self.adapter(x, noise)
