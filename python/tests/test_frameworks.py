@@ -358,3 +358,143 @@ def test_offloading(plain, evaluated, tmp_path):
                   accelerate.dispatch_model(injected(), {"": "cpu"}, force_hooks=True)):
         same(step(model), plain)
         close(pace_torch.merge(model.eval())(X), evaluated, 1e-12)
+
+
+# -------------------------------------------------------------------------------------------- transformers, Accelerate
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    return pytest.importorskip("transformers", reason="transformers comes with peft")
+
+
+def hugging_face(transformers, **settings):
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(image_size=16, patch_size=8, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                                    num_attention_heads=2, num_labels=5, hidden_dropout_prob=0.0)
+    return injected(transformers.ViTForImageClassification(config).double(), **settings)
+
+
+IMAGES = torch.randn(12, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+# One label that does not count.
+DATA = [{"pixel_values": image, "labels": -100 if i == 1 else i % 5} for i, image in enumerate(IMAGES)]
+
+
+def trainer_of(transformers, model, folder, trainer=None, **settings):
+    arguments = transformers.TrainingArguments(
+        str(folder), per_device_train_batch_size=2, train_sampling_strategy="sequential", num_train_epochs=1, max_grad_norm=0.0,
+        lr_scheduler_type="constant", use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, logging_strategy="no",
+        seed=0, **settings,
+    )
+    sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    how = {} if trainer else {"compute_loss_func": model.pace.compute_loss}
+    return (trainer or transformers.Trainer)(model, arguments, train_dataset=DATA, eval_dataset=DATA[2:6], optimizers=(sgd, None), **how)
+
+
+def assert_equal_weights(model, other, tolerance=1e-10):
+    for name, weight in pace_torch.trainable_state_dict(other).items():
+        close(pace_torch.trainable_state_dict(model)[name], weight, tolerance)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_trainer(transformers, accumulation, tmp_path):
+    model, by_hand = hugging_face(transformers), hugging_face(transformers)
+    trainer = trainer_of(transformers, model, tmp_path, gradient_accumulation_steps=accumulation)
+    trainer.train()
+    sgd = torch.optim.SGD([p for p in by_hand.parameters() if p.requires_grad], lr=0.1)
+    batches = [[(row["pixel_values"], row["labels"]) for row in DATA[i : i + 2]] for i in range(0, len(DATA), 2)]
+    for i in range(0, len(batches), accumulation):
+        large = batches[i : i + accumulation]
+        items = sum(label != -100 for rows in large for _, label in rows)
+        sgd.zero_grad()
+        for rows in large:
+            x, labels = torch.stack([x for x, _ in rows]), torch.tensor([label for _, label in rows])
+            losses = by_hand.pace.training_step(by_hand, {"pixel_values": x}, labels)
+            (losses.total * (labels != -100).sum().item() / items).backward()
+        sgd.step()
+    assert_equal_weights(model, by_hand)
+    assert model.pace.step == 6
+    # Evaluation and prediction have one branch, and their loss is cross-entropy.
+    with torch.no_grad():
+        logits = by_hand.eval()(IMAGES[2:6]).logits
+    predicted = trainer.predict(DATA[2:6])
+    close(torch.from_numpy(predicted.predictions), logits, 1e-10)
+    want = nn.functional.cross_entropy(logits, torch.tensor([2, 3, 4, 0])).item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(want, rel=1e-6) == predicted.metrics["test_loss"]
+
+
+def test_trainer_resumes(transformers, tmp_path):
+    from pace_torch.trainer import PaceCallback
+
+    def trained(resume=None, callback=PaceCallback, folder=tmp_path, **settings):
+        model = hugging_face(transformers)
+        trainer = trainer_of(transformers, model, folder, gradient_accumulation_steps=4)
+        for name, value in {"save_strategy": "steps", "save_steps": 1, **settings}.items():
+            setattr(trainer.args, name, value)
+        trainer.add_callback(callback)
+        trainer.train(resume_from_checkpoint=resume)
+        assert model.pace.step == 6
+        return model
+
+    first, other = str(tmp_path / "checkpoint-1"), tmp_path / "other"
+    whole = trained()
+    assert_equal_weights(trained(first), whole, 0)
+    assert_equal_weights(trained(first, PaceCallback(first), other), whole, 0)
+    with pytest.raises(PaceError, match=r"no .*pace.pt.*`PaceCallback\(folder\)`"):
+        trained(first, folder=tmp_path / "another")
+    # By this measure the first model is the best one.
+    best = trained(eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, metric_for_best_model="eval_loss",
+                   greater_is_better=True)
+    saved = [torch.load(tmp_path / f"checkpoint-{i}" / "pace.pt")["trained"] for i in (1, 2)]
+    name = "vit.layers.0.attention.q_proj.adapter.delta_W_down"  # one that transformers renames
+    assert torch.equal(pace_torch.trainable_state_dict(best)[name], saved[0][name]) and not torch.equal(saved[0][name], saved[1][name])
+
+
+def test_trainer_without_its_loss(transformers, tmp_path):
+    class Lazy(transformers.Trainer):
+        """As in docs/frameworks.md."""
+
+        loss_is_scaled_for_ga = False
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            labels = inputs.pop("labels")
+            pace = self.accelerator.unwrap_model(model).pace
+            if model.training:
+                return pace.training_step(model, inputs, labels).total
+            outputs = model(**inputs)
+            loss = pace.loss(outputs, labels).total
+            return (loss, outputs) if return_outputs else loss
+
+    for variant in ("pace", "lazy", "fast"):
+        model = hugging_face(transformers, variant=variant, samples=12)
+        # The model's own loss has no consistency.
+        with pytest.raises(PaceError, match="`labels`.*compute_loss_func=model.pace.compute_loss"):
+            trainer_of(transformers, model, tmp_path, transformers.Trainer).train()
+        if variant != "pace":
+            with pytest.raises(PaceError, match=f"`{variant}` needs more.*frameworks.md"):
+                trainer_of(transformers, model, tmp_path).train()
+    model, by_hand = (hugging_face(transformers, variant="lazy") for _ in range(2))
+    trainer = trainer_of(transformers, model, tmp_path, Lazy, gradient_accumulation_steps=2)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 0
+    sgd = torch.optim.SGD([p for p in by_hand.parameters() if p.requires_grad], lr=0.1)
+    for i in range(6):
+        x, labels = IMAGES[2 * i : 2 * i + 2], torch.tensor([row["labels"] for row in DATA[2 * i : 2 * i + 2]])
+        # Labels among the inputs do no harm here: the model's own loss is not used.
+        (by_hand.pace.training_step(by_hand, {"pixel_values": x}, labels).total / 2).backward()
+        if i % 2:
+            sgd.step()
+            sgd.zero_grad()
+    assert_equal_weights(model, by_hand)
+
+
+def test_a_batch_with_labels(transformers):
+    model = hugging_face(transformers)
+    labels = torch.tensor([0, 1, 2, 0])
+    losses = model.pace.training_step(model, {"pixel_values": IMAGES[:4], "labels": labels}, labels)
+    model.pace.step = 0
+    assert torch.equal(losses.total, model.pace.training_step(model, {"pixel_values": IMAGES[:4]}, labels).total)
+    # Without consistency the model's own loss is right.
+    model = hugging_face(transformers, variant="noise")
+    close(model(pixel_values=IMAGES[:4], labels=labels).loss.double(), nn.functional.cross_entropy(
+        (setattr(model.pace, "step", 0), model(pixel_values=IMAGES[:4]).logits)[1], labels), 1e-6)

@@ -2,14 +2,14 @@
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import ops
-from ._batch import BatchOf, batch_size, call, find_logits, logits_of, twice, with_rows
+from ._batch import BatchOf, batch_size, call, find_logits, find_loss, logits_of, twice, with_rows
 from ._library import PaceError, device_handle
 from .loss import Losses, pace_loss
 from .ops import Noise
@@ -71,6 +71,7 @@ class Pace(nn.Module):
         self.batch_of, self.doubles_input = batch_of, False
         self.probed, self.classes = False, None
         self.batch = self.first_sample = self.global_batch = 0
+        self.in_training_step = self.is_labelled = False
         self.keys_elsewhere: dict[torch.device, Tensor] = {}
         # Whether the model runs with gradients, and the layers that have run without since.
         self.with_gradient, self.to_run_again = False, set()
@@ -139,6 +140,7 @@ class Pace(nn.Module):
                             "they are within `torch.no_grad()`, in reentrant checkpointing whose input requires no gradient (use_reentrant="
                             "False, or `model.enable_input_require_grads()`), or `backward()` was not called before the next forward pass")
         self.with_gradient = torch.is_grad_enabled()
+        self.is_labelled = kwargs.get("labels") is not None and not self.in_training_step
         rank, world_size = self._shard()
         self.batch = batch_size(args, kwargs, self.batch_of)
         self.first_sample, self.global_batch = rank * self.batch, world_size * self.batch
@@ -243,7 +245,12 @@ class Pace(nn.Module):
 
     def after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Forward hook of the model: whether it kept the branches apart."""
-        if not module.training or self.branches == 1:
+        if not module.training:
+            return
+        if self.is_labelled and self.variant in ("pace", "lazy", "fast") and find_loss(output) is not None:
+            raise PaceError("the model was called with `labels` and computed a loss of its own, which has no consistency: leave them out, "
+                            "and give them to `pace.loss` (in transformers' Trainer: `compute_loss_func=model.pace.compute_loss`)")
+        if self.branches == 1:
             return
         logits = find_logits(output)
         if logits is None:
@@ -368,6 +375,23 @@ class Pace(nn.Module):
             self._exchange(index, logits.detach())
         return losses
 
+    def compute_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Union[None, int, Tensor] = None) -> Tensor:
+        """The total loss, as transformers' `Trainer` wants it: `Trainer(model, args, compute_loss_func=model.pace.compute_loss, ...)`.
+
+        `num_items_in_batch` counts the labels, but for those of -100, in all batches of which gradients are accumulated, in all
+        processes. This batch's mean then counts by its share of them, so that the gradients add up to those of one large batch.
+
+        Raises `PaceError` in training for the variants `lazy` and `fast`: they halve the batch before the forward pass and need
+        `index`. In evaluation it is cross-entropy.
+        """
+        if self.training and self.variant in ("lazy", "fast"):
+            raise PaceError(f"the variant `{self.variant}` needs more than outputs and labels: give Trainer a `compute_loss` that calls "
+                            "`pace.training_step` (docs/frameworks.md)")
+        total = self.loss(outputs, labels).total
+        if num_items_in_batch is None:
+            return total
+        return total * labels.ne(-100).sum() / num_items_in_batch
+
     @torch.no_grad()
     def _exchange(self, index: Tensor, logits: Tensor) -> None:
         """Writes the rows of every process to the history, in the order of the processes: the last of a row stays."""
@@ -385,4 +409,9 @@ class Pace(nn.Module):
         `x` is what the model takes: a tensor; a mapping, whose items are its keywords; or a tuple or list of its arguments.
         """
         x, labels = self.select(x, labels)
-        return self.loss(call(model, x), labels, index)
+        self.in_training_step = True
+        try:
+            output = call(model, x)
+        finally:
+            self.in_training_step = False
+        return self.loss(output, labels, index)
