@@ -2,9 +2,12 @@
 
 import copy
 import functools
+import io
 
 import pace_torch
 import pytest
+import timm.optim
+import timm.utils
 import torch
 from conftest import close, perturb, vit
 from pace_torch import NoisyLinear, PaceError
@@ -498,3 +501,228 @@ def test_a_batch_with_labels(transformers):
     model = hugging_face(transformers, variant="noise")
     close(model(pixel_values=IMAGES[:4], labels=labels).loss.double(), nn.functional.cross_entropy(
         (setattr(model.pace, "step", 0), model(pixel_values=IMAGES[:4]).logits)[1], labels), 1e-6)
+
+
+def test_language_models_have_no_loss_yet(transformers):
+    """As TRL's SFTTrainer calls the model: with labels, or with `compute_loss_func`."""
+    def gpt2(**settings):
+        torch.manual_seed(0)
+        config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=7, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+        return pace_torch.inject(transformers.GPT2LMHeadModel(config).double(), "LoRAadd", rank=2, **settings).train()
+
+    tokens = torch.tensor([[0, 1, 2, 3], [4, 5, 6, 0]])
+    with pytest.warns(UserWarning, match="no classifier"):
+        model = gpt2()
+    with pytest.raises(PaceError, match="computed a loss of its own, which has no consistency"):
+        model(input_ids=tokens, labels=tokens)
+    with pytest.raises(PaceError, match=r"`logits` has shape \(4, 4, 7\), expected \[rows, classes\]"):
+        model.pace.compute_loss(model(input_ids=tokens), tokens, num_items_in_batch=6)
+    with pytest.warns(UserWarning, match="no classifier"):
+        model = gpt2(variant="noise")
+    outputs = model(input_ids=tokens, labels=tokens)
+    logits = outputs.logits[:, :-1].flatten(0, 1)
+    close(outputs.loss.double(), nn.functional.cross_entropy(logits, tokens[:, 1:].flatten()), 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_of_hugging_face(transformers, reentrant):
+    plain, saving = hugging_face(transformers), hugging_face(transformers)
+    saving.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    saving.enable_input_require_grads()
+    batch = {"pixel_values": IMAGES[:4]}
+    same(step(saving, None, batch), step(plain, None, batch))
+
+
+def by_hand(batches, divide=1):
+    """A plain loop of SGD over batches, which accumulates `divide` of them."""
+    model = injected()
+    sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for i, (x, labels) in enumerate(batches, 1):
+        (model.pace.training_step(model, x, labels).total / divide).backward()
+        if i % divide == 0:
+            sgd.step()
+            sgd.zero_grad()
+    return model
+
+
+BATCHES = [(X[:2], LABELS[:2]), (X[2:], LABELS[2:])]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_accelerate(accumulation, tmp_path):
+    accelerate = pytest.importorskip("accelerate", reason="Accelerate comes with peft")
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    model = injected()
+    sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    loader = torch.utils.data.DataLoader(list(zip(X, LABELS)), batch_size=2)
+    engine, sgd, loader = accelerator.prepare(model, sgd, loader)
+    accelerator.register_for_checkpointing(model.pace)
+    for x, labels in loader:
+        with accelerator.accumulate(engine):
+            accelerator.backward(model.pace.training_step(engine, x, labels).total)
+            sgd.step()
+            sgd.zero_grad()
+    assert_equal_weights(model, by_hand(BATCHES, accumulation))
+    accelerator.save_state(str(tmp_path))
+    saved = {name: tensor.clone() for name, tensor in pace_torch.trainable_state_dict(engine).items()}
+    perturb(model)
+    model.pace.step = 0
+    accelerator.load_state(str(tmp_path))
+    assert model.pace.step == 2 and all(torch.equal(t, saved[name]) for name, t in pace_torch.trainable_state_dict(model).items())
+    assert pace_torch.merge(accelerator.unwrap_model(engine)) is model
+    accelerate.state.AcceleratorState._reset_state(True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning(tmp_path):
+    lightning = pytest.importorskip("lightning", reason="Lightning is not installed")
+
+    class Module(lightning.LightningModule):
+        """As in docs/frameworks.md."""
+
+        def __init__(self):
+            super().__init__()
+            self.net = injected()
+
+        def training_step(self, batch, _):
+            x, labels = batch
+            return self.net.pace.training_step(self.net, x, labels).total
+
+        def validation_step(self, batch, _):
+            x, labels = batch
+            self.log("loss", self.net.pace.loss(self.net(x), labels).total)
+
+        def on_save_checkpoint(self, checkpoint):
+            checkpoint["pace"] = self.net.pace.state_dict()
+
+        def on_load_checkpoint(self, checkpoint):
+            self.net.pace.load_state_dict(checkpoint["pace"])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+    def fit(epochs, **how):
+        module = Module()
+        trainer = lightning.Trainer(max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, num_sanity_val_steps=0,
+                                    enable_progress_bar=False, enable_model_summary=False, accumulate_grad_batches=2)
+        loader = torch.utils.data.DataLoader(list(zip(X, LABELS)), batch_size=2)
+        trainer.fit(module, loader, loader, **how)
+        return module, trainer
+
+    module, trainer = fit(1)
+    assert_equal_weights(module.net, by_hand(BATCHES, 2))
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    resumed, _ = fit(2, ckpt_path=tmp_path / "one.ckpt", weights_only=False)
+    assert_equal_weights(resumed.net, by_hand(BATCHES * 2, 2))
+    want = resumed.net.eval()(X)
+    close(pace_torch.merge(resumed).net(X), want, 1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------- plain PyTorch
+
+
+def test_copies(plain, evaluated):
+    buffer = io.BytesIO()
+    torch.save(injected(), buffer)
+    buffer.seek(0)
+    for model in (copy.deepcopy(injected()), torch.load(buffer, weights_only=False)):
+        same(step(model), plain)
+        close(pace_torch.merge(model.eval())(X), evaluated, 1e-12)
+        assert not model._forward_hooks and not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_moving_averages():
+    swa = torch.optim.swa_utils
+    averages = {
+        "mean": lambda model: swa.AveragedModel(model),
+        "mean, buffers": lambda model: swa.AveragedModel(model, use_buffers=True),
+        "ema": lambda model: swa.AveragedModel(model, multi_avg_fn=swa.get_ema_multi_avg_fn(0.5)),
+        "timm": lambda model: timm.utils.ModelEmaV3(model, decay=0.5),
+    }
+    for variant in ("pace", "fast"):
+        for kind, average in averages.items():
+            model = injected(variant=variant, samples=4)
+            ema, seen = average(model), []
+            for _ in range(2):
+                with torch.no_grad():
+                    for p in model.parameters():
+                        if p.requires_grad:
+                            p.add_(1.0)
+                model.pace.training_step(model, X, LABELS, LABELS).total.backward()
+                seen.append(model.head.adapter.base_module.bias.detach().clone())
+                (ema.update if kind == "timm" else ema.update_parameters)(model)
+            # timm's begins with the model of before, PyTorch's with the first that it is given.
+            want = (seen[0] - 1) / 4 + seen[0] / 4 + seen[1] / 2 if kind == "timm" else (seen[0] + seen[1]) / 2
+            close(ema.module.head.adapter.base_module.bias, want, 1e-12)
+            want = ema.eval()(X)
+            close(pace_torch.merge(ema).eval()(X), want, 1e-12)
+            assert isinstance(model.head, NoisyLinear)
+
+
+def test_loss_scaling_and_optimizers(plain):
+    results = []
+    for foreach in (False, True):
+        model = injected()
+        groups = timm.optim.param_groups_weight_decay(model, 0.1)
+        assert sum(len(group["params"]) for group in groups) == len(plain[1])
+        adam = torch.optim.AdamW(groups, lr=0.1, foreach=foreach)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        total = model.pace.training_step(model, X, LABELS).total
+        scaler.scale(total).backward()
+        scaler.unscale_(adam)
+        same((total, gradients(model)), plain)
+        scaler.step(adam)
+        results.append(model)
+    assert_equal_weights(*results)
+    model.zero_grad(set_to_none=False)
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_other_types(dtype, evaluated):
+    model = injected(vit(), variant="fast", samples=4)
+    model.pace.training_step(model, X, LABELS, LABELS)
+    model.to(dtype)
+    assert model.pace.history.dtype == torch.float64
+    for _ in range(2):
+        losses = model.pace.training_step(model, X.to(dtype), LABELS, LABELS)
+        losses.total.backward()
+    assert losses.consistency > 0 and model.pace.history.dtype == torch.float32
+    close(pace_torch.merge(model.eval())(X.to(dtype)), evaluated, 0.05)
+
+
+def test_inference_mode_and_freezing(plain, evaluated):
+    model = injected()
+    with torch.inference_mode():
+        model(X)
+        close(model.eval()(X), evaluated, 1e-12)
+    model.train().pace.step = 0
+    same(step(model), plain)
+    # Only the head: the others have no gradients, but are saved.
+    model.zero_grad()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("head."))
+    model.pace.step = 0
+    total, frozen = step(model)
+    assert frozen.keys() == {"head.adapter.base_module.weight", "head.adapter.base_module.bias"} < plain[1].keys()
+    for name, gradient in frozen.items():
+        close(gradient, plain[1][name], 1e-9)
+    assert pace_torch.trainable_state_dict(model).keys() == pace_torch.trainable_state_dict(injected()).keys()
+
+
+def test_initialisation_after_inject():
+    def zero(module):
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.weight)
+
+    def every_weight(module):
+        if getattr(module, "weight", None) is not None:
+            nn.init.zeros_(module.weight)
+
+    # `apply` reaches the linear layers as in the plain model.
+    model, plain = pace_torch.inject(vit(), **SETTINGS).eval(), vit().eval()
+    close(model.apply(zero)(X), plain.apply(zero)(X), 1e-12)
+    with pytest.raises(PaceError, match="reads the weight of `blocks.0.attn.qkv`"):
+        model.apply(every_weight)

@@ -141,6 +141,7 @@ def inject(
     first_noisy_layer = None
     for layer, ((linear, names), block) in enumerate(zip(linears.items(), ids)):
         module = Head(linear) if linear in heads else _adapter_around(linear, adapter, rank, scale, exact, new_biases)
+        module.path = names[0]
         if noisy:
             module = NoisyLinear(module, sigmas[block], pace, layer)
             module.path = names[0]
