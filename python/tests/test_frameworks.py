@@ -76,6 +76,18 @@ def test_parts_in_another_mode(plain, evaluated):
     assert model.pace.training_step(model, X, LABELS).consistency == 0
 
 
+def test_modes_survive():
+    model = vit(drop_path_rate=0.3).train()
+    for part in (model.blocks[1], model.head):
+        part.eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    for change in (pace_torch.inject, pace_torch.merge):
+        change(model)
+        assert all(module.training == modes[name] for name, module in model.named_modules() if name in modes)
+    assert modes.keys() == {name for name, _ in model.named_modules()}
+    assert all(not module.training for module in pace_torch.inject(vit().eval()).modules())
+
+
 # -------------------------------------------------------------------------------------------------------------- graphs
 
 
@@ -616,7 +628,7 @@ def test_lightning(tmp_path):
     trainer.save_checkpoint(tmp_path / "one.ckpt")
     resumed, _ = fit(2, ckpt_path=tmp_path / "one.ckpt", weights_only=False)
     assert_equal_weights(resumed.net, by_hand(BATCHES * 2, 2))
-    want = resumed.net.eval()(X)
+    want = resumed.eval().net(X)
     close(pace_torch.merge(resumed).net(X), want, 1e-12)
 
 

@@ -42,8 +42,9 @@ def block_ids(names: list[str], heads: set[str]) -> tuple[list[int], int]:
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts a module in the place of another, whose mode, training or evaluation, it takes over."""
     parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    setattr(model.get_submodule(parent), child, module.train(model.get_submodule(name).training))
 
 
 def _block(name: str) -> str:
@@ -164,8 +165,8 @@ def inject(
         pace.doubles_input = branches_at == INPUT or branches_at is None and not isinstance(model, _DOUBLE_WITHIN)
         _attach(model, pace, _block(first_noisy_layer or next(reversed(linears.values()))[0]))
     else:
-        model.pace = pace
-    return model.train(model.training)
+        model.pace = pace.train(model.training)
+    return model
 
 
 def _check_arguments(
@@ -201,13 +202,13 @@ def _recompute_gelus(model: nn.Module) -> None:
     """Puts a GELU that need not be kept before each layer that can do without."""
     for module in model.modules():
         if isinstance(module, Mlp) and type(module.act) is nn.GELU and isinstance(module.fc2, NoisyLinear):
-            module.act = RecomputedGELU(module.act.approximate)
+            module.act = RecomputedGELU(module.act.approximate).train(module.act.training)
             module.fc2.__dict__["gelu"] = module.act
 
 
 def _attach(model: nn.Module, pace: Pace, first_noisy_block: str) -> None:
     """Makes `pace` the model's controller."""
-    model.pace = pace
+    model.pace = pace.train(model.training)
     # Processes that share a model derive the same keys; DistributedDataParallel need not send them around.
     model._ddp_params_and_buffers_to_ignore = ["pace.keys", "pace.history"]
     pace.handles.append(model.register_forward_pre_hook(pace.before_forward, with_kwargs=True))
@@ -366,4 +367,4 @@ def merge(model: nn.Module) -> nn.Module:
                 handle.remove()
             del module.pace
             module.__dict__.pop("_ddp_params_and_buffers_to_ignore", None)
-    return model.train(model.training)
+    return model
