@@ -738,3 +738,61 @@ def test_initialisation_after_inject():
     close(model.apply(zero)(X), plain.apply(zero)(X), 1e-12)
     with pytest.raises(PaceError, match="reads the weight of `blocks.0.attn.qkv`"):
         model.apply(every_weight)
+
+
+# ------------------------------------------------------------------------------------------------------------ DropPath
+
+
+class OwnDropPath(nn.Module):
+    """As each project has it."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x):
+        if not self.training:
+            return x
+        return x * torch.bernoulli(torch.full_like(x[:, :1], 1 - self.rate)) / (1 - self.rate)
+
+
+class Residual(nn.Module):
+    def __init__(self, drop):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.drop, self.head = nn.Linear(6, 6, dtype=torch.float64), drop, nn.Linear(6, 5, dtype=torch.float64)
+
+    def forward(self, x):
+        x = x + self.drop(self.body(x))
+        return self.head(x + self.drop(torch.tanh(x)))
+
+
+def test_other_drop_paths(transformers):
+    torchvision = pytest.importorskip("torchvision", reason="torchvision comes with timm")
+    swin = transformers.models.swin.modeling_swin
+    kinds = [OwnDropPath(0.5), torchvision.ops.StochasticDepth(0.5, "row"), torchvision.ops.StochasticDepth(0.5, "batch"),
+             swin.SwinDropPath(0.5)]
+    rows = torch.ones(64, 6, dtype=torch.float64)
+    for drop in kinds:
+        model = injected(Residual(drop), exclude_modules=["body"])
+        model.head.sigma = 0.0
+        torch.manual_seed(1)
+        logits = model(rows)
+        # The same samples are dropped in both branches, by what the module draws for one of them, anew at each call.
+        assert torch.equal(logits[:64], logits[64:])
+        assert len(logits.unique(dim=0)) == (1 if getattr(drop, "mode", "row") == "batch" else 4)
+        assert pace_torch.merge(model).drop is drop
+        torch.manual_seed(1)
+        close(model(rows), logits[:64], 1e-12)
+
+
+def test_swin_of_hugging_face_drops_paths(transformers):
+    torch.manual_seed(0)
+    config = transformers.SwinConfig(image_size=16, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=2,
+                                     drop_path_rate=0.5, num_labels=5)
+    model = injected(transformers.SwinForImageClassification(config).double())
+    for layer in model.modules():
+        if isinstance(layer, NoisyLinear):
+            layer.sigma = 0.0
+    for _ in range(4):
+        assert model.pace.training_step(model, {"pixel_values": IMAGES[:4]}, LABELS).consistency == 0

@@ -304,6 +304,11 @@ class Pace(nn.Module):
             self.to_run_again.discard(layer)
         return Noise(None if z is not None else self.key(layer, device), sigma, self.per_token, first_sample, self.branches, z)
 
+    def ones_of_a_branch(self, x: Tensor) -> Tensor:
+        """`[rows, 1, ...]` with the rows of one of the branches of `x`."""
+        rows = self._rows_per_sample(x.shape[0], self.branches) * self.batch
+        return x.new_ones(rows, *[1] * (x.dim() - 1))
+
     def drop_path(self, layer: int, drop_prob: float, x: Tensor) -> Tensor:
         """Shared DropPath of the residual branch `x`, `[rows, ...]` with one row per sample and branch."""
         return ops.drop_path(

@@ -9,10 +9,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ._batch import BatchOf
-from ._layers import Names, choose
+from ._layers import Names, choose, other_drop_paths
 from ._library import PaceError, sigma_by_block
 from .controller import Pace
-from .modules import Adapter, Head, LoraAdd, LoraMulVptAdd, NoisyLinear, RecomputedGELU, SharedDropPath, VptAdd
+from .modules import Adapter, Head, LoraAdd, LoraMulVptAdd, NoisyLinear, RecomputedGELU, SameInBranches, SharedDropPath, VptAdd
 
 ADAPTERS = ("LoRAmul_VPTadd", "LoRAadd", "VPTadd")
 INPUT, FIRST_NOISY_BLOCK = "input", "first noisy block"
@@ -83,10 +83,10 @@ def inject(
     weights to a linear function itself (Swin V2, BEiT, EVA).
 
     Every `nn.Linear` gets an adapter of the given kind and rank, and the classifier becomes the noisy head. The adapters and
-    the head train, everything else is frozen. timm's DropPath becomes one that both branches share;
-    other random layers (Dropout) draw for each branch by themselves. The standard deviation of the noise falls linearly
-    with the block, from `sigma` at block `first_noisy` on (by default 1 for a ViT, 0 for a Swin) to the head. The
-    controller is `model.pace`.
+    the head train, everything else is frozen. DropPath, timm's and those of other libraries (told by their names), becomes one
+    that both branches share; other random layers (Dropout) draw for each branch by themselves. The standard deviation of the
+    noise falls linearly with the block, from `sigma` at block `first_noisy` on (by default 1 for a ViT, 0 for a Swin) to the
+    head. The controller is `model.pace`.
 
     In training, each call of the model, by any arguments, draws fresh noise and, with two branches, maps `[B, ...]` to
     logits `[2B, C]`, branch 0 first. In evaluation there is no noise and one branch. What does not go through the model
@@ -156,6 +156,8 @@ def inject(
     if noisy:
         for layer, (name, module) in enumerate(drop_paths.items(), start=len(linears)):
             _replace(model, name, SharedDropPath(module.drop_prob, pace, layer))
+        for name, module in other_drop_paths(model):
+            _replace(model, name, SameInBranches(module, pace))
     _recompute_gelus(model)
     trained = _adapter_parameters(model)
     for name, parameter in model.named_parameters():
@@ -358,6 +360,8 @@ def merge(model: nn.Module) -> nn.Module:
             _replace(model, name, linear)
         elif isinstance(module, SharedDropPath):
             _replace(model, name, DropPath(module.drop_prob))
+        elif isinstance(module, SameInBranches):
+            _replace(model, name, module.drop_path)
         elif isinstance(module, RecomputedGELU):
             _replace(model, name, nn.GELU(module.approximate))
     # Of a module around the model it is the model inside that has a controller.

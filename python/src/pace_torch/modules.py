@@ -502,3 +502,18 @@ class SharedDropPath(nn.Module):
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob:0.3f}, layer={self.layer}"
+
+
+class SameInBranches(nn.Module):
+    """A DropPath of another library (torchvision's `StochasticDepth`, Hugging Face's `SwinDropPath`): what it draws for a sample holds in
+    both branches. It draws, and scales, as it always does."""
+
+    def __init__(self, drop_path: nn.Module, pace: Pace):
+        super().__init__()
+        self.drop_path = drop_path
+        self.__dict__["pace"] = pace
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.pace.training or self.pace.branches == 1:
+            return self.drop_path(x)
+        return x * self.drop_path(self.pace.ones_of_a_branch(x)).repeat(self.pace.branches, *[1] * (x.dim() - 1))
