@@ -1,7 +1,8 @@
-"""DistributedDataParallel: 1, 2 and 4 processes that share a global batch do the same, up to the order of sums."""
+"""Several processes: 1, 2 and 4 that share a global batch do the same, up to the order of sums, in each of PyTorch's engines."""
 
 import os
 import socket
+import warnings
 
 import pace_torch
 import pytest
@@ -9,6 +10,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import close, perturb, vit
+from pace_torch import PaceError
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 GLOBAL_BATCH, STEPS, SAMPLES = 8, 4, 12
@@ -22,13 +28,13 @@ def data(step):
     return x, labels, torch.randperm(SAMPLES, generator=generator)[:GLOBAL_BATCH]
 
 
-def train(variant, rank, world_size):
+def train(variant, rank, world_size, wrap=DistributedDataParallel):
     """Trains on a process's part of each batch; what it saw and where it ended."""
     model = pace_torch.inject(
         vit(drop_path_rate=0.5), "LoRAmul_VPTadd", 2, sigma=0.7, variant=variant, samples=SAMPLES, seed=11
     )
     perturb(model, 0.05).train()
-    engine = DistributedDataParallel(model) if world_size > 1 else model
+    engine = wrap(model) if world_size > 1 else model
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     part = slice(rank * GLOBAL_BATCH // world_size, (rank + 1) * GLOBAL_BATCH // world_size)
     local = GLOBAL_BATCH // world_size
@@ -46,17 +52,86 @@ def train(variant, rank, world_size):
         out["noise"].append(z.view(pace.branches, local, 72))
         drop = model.blocks[2].drop_path1
         out["scale"].append(pace.drop_path(drop.layer, drop.drop_prob, torch.ones(local, 1, dtype=torch.float64)))
-    out["weights"] = pace_torch.trainable_state_dict(model)
+    out["weights"] = saved(engine)
     out["history"] = model.pace.history
     return out
 
 
-def worker(rank, world_size, port, folder):
+def fully_sharded(model):
+    """FSDP2."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def fsdp1(model):
+    blocks = ModuleWrapPolicy({type(model.blocks[0])})
+    return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"), auto_wrap_policy=blocks)
+
+
+class Around(torch.nn.Module):
+    """A module with a model in it, as Lightning's, and a parameter that the loss does not use."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.unused = net, torch.nn.Parameter(torch.zeros(3))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+ENGINES = {
+    "fully_shard": fully_sharded,
+    "FSDP1": fsdp1,
+    "a module around it": lambda model: DistributedDataParallel(Around(model), find_unused_parameters=True),
+}
+
+
+def saved(engine):
+    """What is trained, whole, by the names that the model has alone; in FSDP1 all of it."""
+    if isinstance(engine, FullyShardedDataParallel):
+        return get_model_state_dict(engine, options=StateDictOptions(full_state_dict=True))
+    if isinstance(engine, FSDPModule):
+        # There and back.
+        weights = {name: weight.clone() for name, weight in pace_torch.trainable_state_dict(engine).items()}
+        with torch.no_grad():
+            for parameter in engine.parameters():
+                parameter.mul_(2.0)
+        pace_torch.load_trainable_state_dict(engine, weights)
+    return {name.removeprefix("net."): weight for name, weight in pace_torch.trainable_state_dict(engine).items()}
+
+
+def check_errors():
+    """Of what is in pieces nothing is merged or saved as if it were whole."""
+    for wrap in (fully_sharded, fsdp1):
+        model = pace_torch.inject(vit(), rank=2)
+        for part in (wrap(model), model):
+            with pytest.raises(PaceError, match="sharded.*get_model_state_dict"):
+                pace_torch.merge(part)
+            if wrap is fsdp1:
+                with pytest.raises(PaceError, match="FullyShardedDataParallel.*get_model_state_dict"):
+                    pace_torch.trainable_state_dict(part)
+        with pytest.raises(PaceError, match="wrapped or sharded"):
+            pace_torch.inject(wrap(vit()))
+    # The linear layer within an adapter is not called: what would gather its weight does not run.
+    model = pace_torch.inject(vit(), rank=2).train()
+    fully_shard(model.blocks[1].attn.qkv.adapter.base_module, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    with pytest.raises(PaceError, match="`blocks.1.attn.qkv`.*fully_shard"):
+        model(data(0)[0])
+
+
+def worker(rank, world_size, port, folder, engines=False):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
-    results = {variant: train(variant, rank, world_size) for variant in VARIANTS}
-    results["complaints"] = fall_out_of_step(rank)
+    if engines:
+        results = {name: train("pace", rank, world_size, wrap) for name, wrap in ENGINES.items()}
+        check_errors()
+    else:
+        results = {variant: train(variant, rank, world_size) for variant in VARIANTS}
+        results["complaints"] = fall_out_of_step(rank)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -90,6 +165,15 @@ def fall_out_of_step(rank):
     return complaints
 
 
+def run(world_size, folder, *more):
+    """What the processes saw."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(worker, (world_size, port, str(folder), *more), nprocs=world_size)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
+
+
 @pytest.fixture(scope="module")
 def alone():
     return {variant: train(variant, 0, 1) for variant in VARIANTS}
@@ -98,12 +182,7 @@ def alone():
 @pytest.fixture(scope="module", params=[2, 4])
 def together(request, tmp_path_factory):
     """What each of so many processes has seen."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    folder = tmp_path_factory.mktemp("processes")
-    mp.spawn(worker, (request.param, port, str(folder)), nprocs=request.param)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+    return run(request.param, tmp_path_factory.mktemp("processes"))
 
 
 def test_processes_together_do_what_one_does(alone, together):
@@ -132,6 +211,20 @@ def test_processes_that_fall_out_of_step_are_found_out(together):
         for number, message in found:
             assert "process 1 is at step" in message or "process 1 at step" in message
             assert f"after {number} losses" in message
+
+
+def test_other_engines_do_what_one_process_does(alone, tmp_path):
+    together, expected = run(2, tmp_path, True), alone["pace"]
+    for name in ENGINES:
+        parts = [results[name] for results in together]
+        for step in range(STEPS):
+            assert torch.equal(torch.cat([part["noise"][step] for part in parts], dim=1), expected["noise"][step])
+            close(torch.stack([part["losses"][step] for part in parts]).mean(0), expected["losses"][step], 1e-10)
+        for part in parts:
+            assert name == "FSDP1" or part["weights"].keys() - {"unused"} == expected["weights"].keys()
+            for weight, tensor in expected["weights"].items():
+                assert type(part["weights"][weight]) is torch.Tensor
+                close(part["weights"][weight], tensor, 1e-10)
 
 
 def test_a_sharded_history_needs_no_exchange():

@@ -105,3 +105,14 @@ def logits_of(output: Any) -> Tensor:
         raise PaceError(f"there are no logits in what the model returned, {type(output).__name__}: expected a tensor, an object or "
                         "mapping with `logits`, or a tuple with a tensor of two dimensions")
     return logits
+
+
+def find_loss(output: Any) -> Optional[Tensor]:
+    """The loss that a model computed itself: `loss` of an object or mapping, or what a tuple begins with, if it has a gradient."""
+    if isinstance(output, Mapping):
+        loss = output.get("loss")
+    elif isinstance(output, (tuple, list)) and not hasattr(output, "_fields"):
+        loss = output[0] if output else None
+    else:
+        loss = getattr(output, "loss", None)
+    return loss if isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad else None

@@ -30,7 +30,7 @@ class AttachedNoise(nn.Module):
     def forward(self, a: Tensor) -> Tensor:
         if _is_traced(a) or not self._is_on(a):
             return a
-        noise = self.pace.noise(self.layer, self.sigma, a.shape[0], self.z)
+        noise = self.pace.noise(self.layer, self.sigma, a.shape[0], self.z, a.device)
         of_convolution = hasattr(self.watched, "conv_fn")
         a = a.movedim(1, -1) if of_convolution else a
         y = ops.noisy_epilogue(torch.zeros_like(a), a.contiguous(), noise)
@@ -57,12 +57,12 @@ class AttachedNoise(nn.Module):
         if tensors is None:
             return type(self.watched).forward(self.watched, x, *args, **kwargs)
         *tensors, scaling = tensors
-        noise = self.pace.noise(self.layer, self.sigma, x.shape[0], self.z) if self._is_on(x) else NO_NOISE
+        noise = self.pace.noise(self.layer, self.sigma, x.shape[0], self.z, x.device) if self._is_on(x) else NO_NOISE
         return ops.lora_linear(*tensors, noise, scale=scaling)
 
     def _is_on(self, x: Tensor) -> bool:
         is_used = not getattr(self.watched, "disable_adapters", False)
-        return is_used and self.training and self.sigma != 0 and self.pace.is_on_samples(self, x)
+        return is_used and self.training and self.pace.training and self.sigma != 0 and self.pace.is_on_samples(self, x)
 
     def _plain_lora(self, x: Tensor) -> Optional[list]:
         """Input, W0, b0, A, B, δb and the scaling of a layer in training that computes `W0·x + b0 + B(A(x))·scaling` and nothing

@@ -2,14 +2,14 @@
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import ops
-from ._batch import BatchOf, batch_size, call, find_logits, logits_of, twice, with_rows
+from ._batch import BatchOf, batch_size, call, find_logits, find_loss, logits_of, twice, with_rows
 from ._errors import PaceError, check_choice, check_integer, check_number
 from ._in_step import check_in_step
 from ._library import device_handle
@@ -21,6 +21,7 @@ def _warn(layers: list[str], what: str) -> None:
     warnings.warn(f"{len(layers)} layers {what}: {some}", stacklevel=2)
 
 
+TRACED_IN_TRAINING = "the model is in training, whose noise a traced or exported graph would repeat: call `eval()` first"
 VARIANTS = ("pace", "lazy", "fast", "noise", "baseline")
 
 
@@ -41,7 +42,7 @@ class Pace(nn.Module):
       these rows.
     * `criterion`: what of the logits is trained, None for the cross-entropy (see `pace_loss`). It is no submodule: put what weights
       it has on the device yourself.
-    * `history`: PACE-fast's table of logits `[samples, classes]`, a buffer that is not saved.
+    * `history`: PACE-fast's table of logits `[samples, classes]`, which `state_dict` has.
     """
 
     def __init__(
@@ -78,9 +79,15 @@ class Pace(nn.Module):
         self.batch_of, self.doubles_input = batch_of, False
         self.probed, self.classes = False, None
         self.batch = self.first_sample = self.global_batch = 0
+        self.in_training_step = self.is_labelled = False
+        self.keys_elsewhere: dict[torch.device, Tensor] = {}
+        # Whether the model runs with gradients, and the layers that have run without since.
+        self.with_gradient, self.to_run_again = False, set()
         self.handles: list = []
+        self.heads: dict[str, nn.Module] = {}
         self.register_buffer("keys", torch.zeros(layers, dtype=torch.int64, device=device), persistent=False)
-        self.register_buffer("history", None, persistent=False)
+        # No buffer: it would lose digits with the model in half precision, and `loss` puts it beside the logits.
+        self.history: Optional[Tensor] = None
 
     def state_dict(self, *args, destination: Optional[dict] = None, **kwargs) -> dict:
         """Where training is: `step`, `iteration` and `history`. Not part of the model's state dict."""
@@ -107,6 +114,10 @@ class Pace(nn.Module):
     def extra_repr(self) -> str:
         return f"variant={self.variant}, lambda_={self.lambda_:g}, seed={self.seed}, step={self.step}"
 
+    def forward(self, x: Any) -> Any:
+        """Nothing: `nn.Sequential` calls all of its children."""
+        return x
+
     # ------------------------------------------------------------------------------------------ noise
 
     @torch.compiler.disable
@@ -125,6 +136,7 @@ class Pace(nn.Module):
         else:
             # A new tensor: an earlier forward pass may still have its backward pass before it.
             self.keys = keys
+        self.keys_elsewhere.clear()
         self.step += 1
         self.drawn = True
 
@@ -133,6 +145,18 @@ class Pace(nn.Module):
         they start at the input."""
         if not module.training:
             return None
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            raise PaceError(TRACED_IN_TRAINING)
+        if not torch.compiler.is_compiling():
+            self._check_model(module)
+        if self.to_run_again:
+            names = [layer.path for layer in module.modules() if getattr(layer, "layer", None) in self.to_run_again]
+            self.to_run_again.clear()
+            raise PaceError(f"{len(names)} layers with adapters ran without gradients in the last step, and not again with them ({names[0]}): "
+                            "they are within `torch.no_grad()`, in reentrant checkpointing whose input requires no gradient (use_reentrant="
+                            "False, or `model.enable_input_require_grads()`), or `backward()` was not called before the next forward pass")
+        self.with_gradient = torch.is_grad_enabled()
+        self.is_labelled = kwargs.get("labels") is not None and not self.in_training_step
         rank, world_size = self._shard()
         self.batch = batch_size(args, kwargs, self.batch_of)
         self.first_sample, self.global_batch = rank * self.batch, world_size * self.batch
@@ -146,6 +170,19 @@ class Pace(nn.Module):
                 self._probe(module, args, kwargs)
             return self.double_rows(module, args, kwargs)
         return None
+
+    def _check_model(self, module: nn.Module) -> None:
+        """Whether the model is still the one that was injected."""
+        if getattr(module, "_is_replica", False):
+            raise PaceError("the model is trained by DataParallel, whose threads would share its noise: train with one process for each "
+                            "device, by DistributedDataParallel (torchrun), or on one device (CUDA_VISIBLE_DEVICES=0)")
+        for name, head in self.heads.items():
+            found = module
+            for part in name.split("."):
+                found = getattr(found, part, None)
+            # What wraps a layer has it among its modules.
+            if found is not head and not (isinstance(found, nn.Module) and head in found.modules()):
+                raise PaceError(f"`{name}` is no longer the classifier that `inject` found: change it before `inject`, or after `merge`")
 
     @torch.compiler.disable
     def _probe(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -219,13 +256,19 @@ class Pace(nn.Module):
 
     def double_rows(self, module: nn.Module, args: tuple, kwargs: dict) -> Optional[tuple]:
         """Forward pre-hook of where the branches start: from here on each sample has two, in every tensor with a row per sample."""
-        if not module.training or self.branches == 1:
+        # `module` may be a block in evaluation within a model in training, which has two branches all the same.
+        if not self.training or self.branches == 1:
             return None
         return with_rows(twice, args, kwargs, self.batch, self.batch_of if self.doubles_input else None)
 
     def after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Forward hook of the model: whether it kept the branches apart."""
-        if not module.training or self.branches == 1:
+        if not module.training:
+            return
+        if self.is_labelled and self.variant in ("pace", "lazy", "fast") and find_loss(output) is not None:
+            raise PaceError("the model was called with `labels` and computed a loss of its own, which has no consistency: leave them out, "
+                            "and give them to `pace.loss` (in transformers' Trainer: `compute_loss_func=model.pace.compute_loss`)")
+        if self.branches == 1:
             return
         logits = find_logits(output)
         if logits is None:
@@ -254,23 +297,41 @@ class Pace(nn.Module):
             raise PaceError(f"a layer has {rows} leading rows, expected a multiple of the model's {samples}")
         return rows // samples
 
-    def key(self, layer: int) -> Tensor:
+    def key(self, layer: int, device: Optional[torch.device] = None) -> Tensor:
         """The key of a layer in this step."""
-        return self.keys[layer : layer + 1]
+        keys = self.keys
+        if device is not None and device != keys.device:
+            # Models may be spread over devices, or be loaded to another one (`assign=True`).
+            keys = self.keys_elsewhere.get(device)
+            if keys is None:
+                keys = self.keys_elsewhere[device] = self.keys.to(device)
+        return keys[layer : layer + 1]
 
-    def noise(self, layer: int, sigma: float, rows: int, z: Optional[Tensor] = None) -> Noise:
-        """The noise of a layer whose input has `rows` leading rows.
+    def noise(
+        self, layer: int, sigma: float, rows: int, z: Optional[Tensor] = None, device: Optional[torch.device] = None
+    ) -> Noise:
+        """The noise of a layer whose input has `rows` leading rows, on `device`.
 
-        Where samples are cut into windows (Swin), the windows are numbered one after the other.
+        In a model that runs with gradients, a layer that runs without is one in reentrant checkpointing, which runs it again in the
+        backward pass; until then the noise must stay what it is. Where samples are cut into windows (Swin), the windows are numbered one after the other.
         """
         first_sample = self.first_sample * self._rows_per_sample(rows, self.branches)
-        return Noise(None if z is not None else self.key(layer), sigma, self.per_token, first_sample, self.branches, z)
+        if self.with_gradient and not torch.is_grad_enabled():
+            self.to_run_again.add(layer)
+        elif self.to_run_again:
+            self.to_run_again.discard(layer)
+        return Noise(None if z is not None else self.key(layer, device), sigma, self.per_token, first_sample, self.branches, z)
+
+    def ones_of_a_branch(self, x: Tensor) -> Tensor:
+        """`[rows, 1, ...]` with the rows of one of the branches of `x`."""
+        rows = self._rows_per_sample(x.shape[0], self.branches) * self.batch
+        return x.new_ones(rows, *[1] * (x.dim() - 1))
 
     def drop_path(self, layer: int, drop_prob: float, x: Tensor) -> Tensor:
         """Shared DropPath of the residual branch `x`, `[rows, ...]` with one row per sample and branch."""
         return ops.drop_path(
             x,
-            self.key(layer),
+            self.key(layer, x.device),
             drop_prob,
             first_sample=self.first_sample,
             branches=self._rows_per_sample(x.shape[0], 1),
@@ -338,6 +399,23 @@ class Pace(nn.Module):
             self._exchange(index, logits.detach())
         return losses
 
+    def compute_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Union[None, int, Tensor] = None) -> Tensor:
+        """The total loss, as transformers' `Trainer` wants it: `Trainer(model, args, compute_loss_func=model.pace.compute_loss, ...)`.
+
+        `num_items_in_batch` counts the labels, but for those of -100, in all batches of which gradients are accumulated, in all
+        processes. This batch's mean then counts by its share of them, so that the gradients add up to those of one large batch.
+
+        Raises `PaceError` in training for the variants `lazy` and `fast`: they halve the batch before the forward pass and need
+        `index`. In evaluation it is cross-entropy.
+        """
+        if self.training and self.variant in ("lazy", "fast"):
+            raise PaceError(f"the variant `{self.variant}` needs more than outputs and labels: give Trainer a `compute_loss` that calls "
+                            "`pace.training_step` (docs/frameworks.md)")
+        total = self.loss(outputs, labels).total
+        if num_items_in_batch is None:
+            return total
+        return total * labels.ne(-100).sum() / num_items_in_batch
+
     @torch.no_grad()
     def _exchange(self, index: Tensor, logits: Tensor) -> None:
         """Writes the rows of every process to the history, in the order of the processes: the last of a row stays."""
@@ -355,4 +433,9 @@ class Pace(nn.Module):
         `x` is what the model takes: a tensor; a mapping, whose items are its keywords; or a tuple or list of its arguments.
         """
         x, labels = self.select(x, labels)
-        return self.loss(call(model, x), labels, index)
+        self.in_training_step = True
+        try:
+            output = call(model, x)
+        finally:
+            self.in_training_step = False
+        return self.loss(output, labels, index)

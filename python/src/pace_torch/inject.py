@@ -10,17 +10,21 @@ from torch import Tensor, nn
 
 from ._batch import BatchOf
 from ._errors import PaceError, check_choice, check_integer, check_number
-from ._layers import Names, choose
+from ._layers import Names, choose, other_drop_paths
 from ._library import sigma_by_block
 from .attached import AttachedNoise
 from .controller import Pace
 from .loss import Criterion
-from .modules import Adapter, Head, LoraAdd, LoraMulVptAdd, NoisyLinear, RecomputedGELU, SharedDropPath, VptAdd
+from .modules import Adapter, Head, LoraAdd, LoraMulVptAdd, NoisyLinear, RecomputedGELU, SameInBranches, SharedDropPath, VptAdd
 
 ADAPTERS = ("LoRAmul_VPTadd", "LoRAadd", "VPTadd")
 INPUT, FIRST_NOISY_BLOCK = "input", "first noisy block"
 # Models whose blocks take the rows of all samples and keep them apart, so that branches may start at any.
 _DOUBLE_WITHIN = (VisionTransformer, SwinTransformer)
+
+
+# What keeps a list of a model's parameters, or a graph.
+_WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule")
 
 
 def block_ids(names: list[str], heads: set[str]) -> tuple[list[int], int]:
@@ -51,8 +55,9 @@ def sigmas_of(names: list[str], heads: set[str], sigma: float, first_noisy: Opti
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts a module in the place of another, whose mode, training or evaluation, it takes over."""
     parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    setattr(model.get_submodule(parent), child, module.train(model.get_submodule(name).training))
 
 
 def block_of(name: str) -> str:
@@ -92,10 +97,10 @@ def inject(
     weights to a linear function itself (Swin V2, BEiT, EVA).
 
     Every `nn.Linear` gets an adapter of the given kind and rank, and the classifier becomes the noisy head. The adapters and
-    the head train, everything else is frozen. timm's DropPath becomes one that both branches share;
-    other random layers (Dropout) draw for each branch by themselves. The standard deviation of the noise falls linearly
-    with the block, from `sigma` at block `first_noisy` on (by default 1 for a ViT, 0 for a Swin) to the head. The
-    controller is `model.pace`.
+    the head train, everything else is frozen. DropPath, timm's and those of other libraries (told by their names), becomes one
+    that both branches share; other random layers (Dropout) draw for each branch by themselves. The standard deviation of the
+    noise falls linearly with the block, from `sigma` at block `first_noisy` on (by default 1 for a ViT, 0 for a Swin) to the
+    head. The controller is `model.pace`.
 
     In training, each call of the model, by any arguments, draws fresh noise and, with two branches, maps `[B, ...]` to
     logits `[2B, C]`, branch 0 first. In evaluation there is no noise and one branch. What does not go through the model
@@ -154,6 +159,7 @@ def inject(
     first_noisy_layer = None
     for layer, ((linear, names), layer_sigma) in enumerate(zip(linears.items(), sigmas)):
         module = Head(linear) if linear in heads else _adapter_around(linear, adapter, rank, scale, exact, new_biases)
+        module.path = names[0]
         if noisy:
             module = NoisyLinear(module, layer_sigma, pace, layer)
             module.path = names[0]
@@ -162,9 +168,13 @@ def inject(
         move_hooks(linear, module)
         for name in names:
             _replace(model, name, module)
+        if linear in heads:
+            pace.heads[names[0]] = module
     if noisy:
         for layer, (name, module) in enumerate(drop_paths.items(), start=len(linears)):
             _replace(model, name, SharedDropPath(module.drop_prob, pace, layer))
+        for name, module in other_drop_paths(model):
+            _replace(model, name, SameInBranches(module, pace))
     _recompute_gelus(model)
     trained = _adapter_parameters(model)
     for name, parameter in model.named_parameters():
@@ -174,8 +184,8 @@ def inject(
         pace.doubles_input = branches_at == INPUT or branches_at is None and not isinstance(model, _DOUBLE_WITHIN)
         control(model, pace, block_of(first_noisy_layer or next(reversed(linears.values()))[0]))
     else:
-        model.pace = pace
-    return model.train(model.training)
+        model.pace = pace.train(model.training)
+    return model
 
 
 def check_model(model: nn.Module, noise_shape: str, branches_at: Optional[str]) -> None:
@@ -185,6 +195,10 @@ def check_model(model: nn.Module, noise_shape: str, branches_at: Optional[str]) 
     check_choice("branches_at", branches_at, (None, INPUT, FIRST_NOISY_BLOCK))
     if any(isinstance(module, (Adapter, Pace)) for module in model.modules()):
         raise PaceError("`model` has adapters already")
+    wrappers = [type(module).__name__ for module in model.modules() if type(module).__name__ in _WRAPPERS]
+    if wrappers or any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        raise PaceError(f"`model` is wrapped or sharded ({wrappers[0] if wrappers else 'DTensor'}), which would not know of its adapters: "
+                        "`inject` first, then wrap")
 
 
 def _adapter_around(
@@ -201,13 +215,13 @@ def _recompute_gelus(model: nn.Module) -> None:
     """Puts a GELU that need not be kept before each layer that can do without."""
     for module in model.modules():
         if isinstance(module, Mlp) and type(module.act) is nn.GELU and isinstance(module.fc2, NoisyLinear):
-            module.act = RecomputedGELU(module.act.approximate)
+            module.act = RecomputedGELU(module.act.approximate).train(module.act.training)
             module.fc2.__dict__["gelu"] = module.act
 
 
 def control(model: nn.Module, pace: Pace, first_noisy_block: str) -> None:
     """Makes `pace` the model's controller."""
-    model.pace = pace
+    model.pace = pace.train(model.training)
     # Processes that share a model derive the same keys; DistributedDataParallel need not send them around.
     model._ddp_params_and_buffers_to_ignore = ["pace.keys", "pace.history"]
     pace.handles.append(model.register_forward_pre_hook(pace.before_forward, with_kwargs=True))
@@ -256,8 +270,19 @@ def trainable_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """What training changes, by the names under which the official script saves it; load it with `strict=False`.
 
     The adapters and the head, what else has been unfrozen, and the running statistics of normalisation layers. Of a wrapped
-    model the names are those of the model inside.
+    model the names are those of the model inside. Of a model under `fully_shard` it is all of each tensor, in every process;
+    all processes have to call it.
     """
+    return {
+        name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for name, tensor in _trained(model).items()
+    }
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of `trainable_state_dict`, as the model has them."""
+    if any(getattr(parameter, "_fsdp_flattened", False) for parameter in model.parameters()):
+        raise PaceError("`model` is in FullyShardedDataParallel: save and load by `get_model_state_dict` and `set_model_state_dict` of "
+                        "torch.distributed.checkpoint.state_dict, with StateDictOptions(full_state_dict=True)")
     model = unwrapped(model)
     names = _adapter_parameters(model)
     trained = {
@@ -268,23 +293,28 @@ def trainable_state_dict(model: nn.Module) -> dict[str, Tensor]:
     for prefix, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
             trained.update({f"{prefix}.{name}": buffer for name, buffer in module.named_buffers()})
-    return trained
+    # Of what is around a block, activation checkpointing or a compiled graph, the block's names know nothing.
+    return {name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""): tensor for name, tensor in trained.items()}
 
 
+@torch.no_grad()
 def load_trainable_state_dict(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     """Loads what `trainable_state_dict` gave.
 
     Raises `PaceError`, and loads nothing, unless it is of a model with the same adapters around the same layers.
     """
-    model = unwrapped(model)
-    own = trainable_state_dict(model)
+    own = _trained(model)
     for kind, names in (("is not in the model", state_dict.keys() - own.keys()), ("is missing", own.keys() - state_dict.keys())):
         if names:
             raise PaceError(f"`state_dict` is of other adapters: `{min(names)}` {kind} ({len(names)} such names)")
     for name, tensor in state_dict.items():
         if tensor.shape != own[name].shape:
             raise PaceError(f"`state_dict` has `{name}` of {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
-    model.load_state_dict(state_dict, strict=False)
+    for name, tensor in state_dict.items():
+        target = own[name]
+        if hasattr(target, "full_tensor"):
+            tensor = torch.distributed.tensor.distribute_tensor(tensor.to(target.device), target.device_mesh, target.placements)
+        target.copy_(tensor)
 
 
 def describe(model: nn.Module) -> str:
@@ -309,13 +339,29 @@ def describe(model: nn.Module) -> str:
     return "\n".join([*lines, f"{trained:,} of {sum(numbers):,} numbers are trained"])
 
 
+def _check_whole(model: nn.Module) -> None:
+    """Raises `PaceError` unless all weights of adapters and their layers are here."""
+    if any(hasattr(parameter, "full_tensor") or getattr(parameter, "_fsdp_flattened", False) for parameter in model.parameters()):
+        raise PaceError("`model` is sharded (FSDP): load its `torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+                        "options=StateDictOptions(full_state_dict=True))` into a model that is injected alike and not sharded, and merge that")
+    for name, module in model.named_modules():
+        if isinstance(module, Adapter) and any(parameter.is_meta for parameter in module.parameters()):
+            raise PaceError(f"weights of `{name}` are on the meta device: load them, or, where Accelerate offloads them, call "
+                            "`accelerate.hooks.remove_hook_from_submodules(model)` first")
+        if isinstance(module, Adapter) and any(isinstance(t, Tensor) for t in (vars(module) | vars(module.base_module)).values()):
+            raise PaceError(f"`{name}` has tensors that hooks make (pruning, old weight_norm): make them permanent first (`prune.remove`)")
+
+
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
     """Turns a PACE model back into a plain one that computes the same in evaluation: in place, and returns it.
 
     The adapters go into the weights of the layers that were there (with a new bias, where `new_biases` asked for one). These weights
     and the head require gradients, what was frozen besides them stays so. Of a wrapped model it is the model inside.
+
+    Raises `PaceError`, and changes nothing, for a model whose weights are sharded, offloaded, quantised or made by hooks.
     """
+    _check_whole(model)
     model = unwrapped(model)
     if any(isinstance(module, AttachedNoise) for module in model.modules()):
         raise PaceError("`model` is PEFT's, with PACE attached: its own `merge_and_unload` merges it")
@@ -334,11 +380,15 @@ def merge(model: nn.Module) -> nn.Module:
             _replace(model, name, linear)
         elif isinstance(module, SharedDropPath):
             _replace(model, name, DropPath(module.drop_prob))
+        elif isinstance(module, SameInBranches):
+            _replace(model, name, module.drop_path)
         elif isinstance(module, RecomputedGELU):
             _replace(model, name, nn.GELU(module.approximate))
-    if hasattr(model, "pace"):
-        for handle in model.pace.handles:
-            handle.remove()
-        del model.pace
-        model.__dict__.pop("_ddp_params_and_buffers_to_ignore", None)
-    return model.train(model.training)
+    # Of a module around the model it is the model inside that has a controller.
+    for module in list(model.modules()):
+        if isinstance(module._modules.get("pace"), Pace):
+            for handle in module.pace.handles:
+                handle.remove()
+            del module.pace
+            module.__dict__.pop("_ddp_params_and_buffers_to_ignore", None)
+    return model

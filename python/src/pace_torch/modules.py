@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import ops
 from ._errors import PaceError
 from ._layers import is_conv1d, is_opaque, is_plain, is_pointwise
-from .controller import Pace
+from .controller import TRACED_IN_TRAINING, Pace
 from .ops import NO_NOISE, Noise
 
 
@@ -140,6 +140,12 @@ class _CallsItsLayers(nn.Module):
                 raise
             return value
 
+    def __setattr__(self, name: str, value):
+        if name in ("weight", "bias"):
+            raise PaceError(f"the {name} of {_name(self)} is that of the linear layer in its adapter: set it, or tie it to another, "
+                            "before `inject`")
+        super().__setattr__(name, value)
+
     @property
     def in_features(self) -> int:
         """`K`, as of the linear layer."""
@@ -152,8 +158,8 @@ class _CallsItsLayers(nn.Module):
 
 
 def _is_traced(x: Tensor) -> bool:
-    """Whether a graph is being made by `torch.jit.trace`, the ONNX exporter built on it, or `torch.fx`."""
-    return isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing()
+    """Whether a graph is being made by `torch.export`, `torch.jit.trace`, the ONNX exporters built on them, or `torch.fx`."""
+    return isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
 @contextlib.contextmanager
@@ -170,9 +176,25 @@ def _fetched(layer: nn.Module, x: Tensor):
         hook.post_forward(layer, x)
 
 
+def _check_hooks(layer: "NoisyLinear") -> None:
+    """Raises `PaceError` where hooks would have to run that do not, or what they fetch would not be trained."""
+    if _linear(layer)._forward_pre_hooks:
+        raise PaceError(f"the linear layer in the adapter of {_name(layer)} has a hook that makes its weight when it is called (pruning, "
+                        "old weight_norm, fully_shard of single layers), but the adapter reads the weight: do so before `inject` and "
+                        "make it permanent, after `merge`, or for the block around it")
+    if layer.training and torch.is_grad_enabled() and any(p.is_meta and p.requires_grad for p in layer.adapter.parameters()):
+        raise PaceError(f"what {_name(layer)} trains is offloaded by Accelerate, which offloads for evaluation only: use FSDP to train, or "
+                        "call `eval()`")
+
+
 def _frozen(tensor: Optional[Tensor]) -> Optional[Tensor]:
     """A frozen weight or bias, which in FullyShardedDataParallel is part of a parameter that requires a gradient."""
-    return tensor if tensor is None or isinstance(tensor, nn.Parameter) else tensor.detach()
+    if tensor is None or isinstance(tensor, nn.Parameter):
+        return tensor
+    if inspect.ismethod(tensor):
+        raise PaceError("the linear layer in an adapter was replaced by one whose weight is no tensor (quantised): `merge` first")
+    # A leaf that requires one was asked to (`functional_call`), which is an error.
+    return tensor if isinstance(tensor, Tensor) and tensor.is_leaf else tensor.detach()
 
 
 def _linear(layer: nn.Module) -> nn.Linear:
@@ -221,12 +243,11 @@ class Adapter(_CallsItsLayers):
         if _is_traced(x):
             return self.traced(x)
         if self.is_convolution:
-            return self._forward(x.movedim(1, -1), noise).movedim(-1, 1)
-        return self._forward(x, noise)
+            return self.compute(x.movedim(1, -1), noise).movedim(-1, 1)
+        return self.around_base(x, noise) if self.is_opaque else self.compute(x, noise)
 
-    def _forward(self, x: Tensor, noise: Noise) -> Tensor:
-        if not self.is_opaque or isinstance(self, Head):
-            return self.compute(x, noise)
+    def around_base(self, x: Tensor, noise: Noise) -> Tensor:
+        """As `compute`, with whatever the base layer makes of `x`."""
         base = self.base_module(x)
         if not isinstance(base, Tensor) or base.shape != (*x.shape[:-1], self.out_features):
             raise PaceError(f"a {type(self.base_module).__name__} does not map [..., {self.in_features}] to [..., {self.out_features}]: "
@@ -248,6 +269,15 @@ class Adapter(_CallsItsLayers):
             return torch.nn.functional.linear(x.to(weight.dtype), weight, bias)
         shape = (*x.shape[:-1], self.out_features)
         return x.new_zeros(shape) if bias is None else bias.expand(shape)
+
+    def _apply(self, *args, **kwargs):
+        """Also gives parameters that leave the meta device (`to_empty`) the values that they start with."""
+        meta = [name for name, parameter in self._parameters.items() if parameter.is_meta]
+        super()._apply(*args, **kwargs)
+        for name in meta:
+            if not (parameter := self._parameters[name]).is_meta:
+                (nn.init.xavier_uniform_ if name.endswith("_up") else nn.init.zeros_)(parameter)
+        return self
 
     def merged(self) -> tuple[Tensor, Optional[Tensor]]:
         """Weight and bias of the plain layer that computes the same without noise."""
@@ -273,6 +303,8 @@ class Adapter(_CallsItsLayers):
             weight = weight.view(*weight.shape, *(1 for _ in layer.kernel_size))
         elif self.replaced is not None:
             weight = weight.t()
+        for name in list(getattr(layer, "parametrizations", ())):
+            nn.utils.parametrize.remove_parametrizations(layer, name)
         layer.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
         layer.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         return layer.train(self.training)
@@ -411,10 +443,11 @@ class Head(Adapter):
         super().__init__(base_module)
         self.base_module.requires_grad_(True)
 
+    def around_base(self, x, noise):
+        y = self.base_module(x)
+        return ops.noisy_epilogue(torch.zeros_like(y), y, noise)
+
     def compute(self, x, noise):
-        if self.is_opaque:
-            y = self.base_module(x)
-            return ops.noisy_epilogue(torch.zeros_like(y), y, noise)
         x, weight, bias = _autocast(x, self.base_module.weight, self.base_module.bias)
         return ops.noisy_linear(x, None, None, weight, bias, noise)
 
@@ -496,12 +529,17 @@ class NoisyLinear(_CallsItsLayers):
 
     def forward(self, x: Tensor) -> Tensor:
         if _is_traced(x):
+            if self.training and self.pace.training:
+                raise PaceError(TRACED_IN_TRAINING)
             return self.adapter(x)
-        is_noisy = self.training and self.sigma != 0 and self.pace.is_on_samples(self, x)
-        noise = self.pace.noise(self.layer, self.sigma, x.shape[0], self.z) if is_noisy else NO_NOISE
-        if self.gelu is None and not hasattr(self.adapter.base_module, "_hf_hook"):
+        # A part that trains within a model in evaluation has no noise of its own.
+        is_noisy = self.training and self.pace.training and self.sigma != 0 and self.pace.is_on_samples(self, x)
+        noise = self.pace.noise(self.layer, self.sigma, x.shape[0], self.z, x.device) if is_noisy else NO_NOISE
+        base = self.adapter.base_module
+        if self.gelu is None and not base._forward_pre_hooks and not hasattr(base, "_hf_hook"):
             return self.adapter(x, noise)
-        with _fetched(self.adapter.base_module, x) as x:
+        _check_hooks(self)
+        with _fetched(base, x) as x:
             with contextlib.nullcontext() if self.gelu is None else self.gelu.behind(x):
                 return self.adapter(x, noise)
 
@@ -527,9 +565,24 @@ class SharedDropPath(nn.Module):
         self.__dict__["pace"] = pace
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.drop_prob == 0:
+        if not self.training or not self.pace.training or self.drop_prob == 0:
             return x
         return self.pace.drop_path(self.layer, self.drop_prob, x)
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob:0.3f}, layer={self.layer}"
+
+
+class SameInBranches(nn.Module):
+    """A DropPath of another library (torchvision's `StochasticDepth`, Hugging Face's `SwinDropPath`): what it draws for a sample holds in
+    both branches. It draws, and scales, as it always does."""
+
+    def __init__(self, drop_path: nn.Module, pace: Pace):
+        super().__init__()
+        self.drop_path = drop_path
+        self.__dict__["pace"] = pace
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.pace.training or self.pace.branches == 1:
+            return self.drop_path(x)
+        return x * self.drop_path(self.pace.ones_of_a_branch(x)).repeat(self.pace.branches, *[1] * (x.dim() - 1))

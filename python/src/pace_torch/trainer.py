@@ -1,0 +1,47 @@
+"""PACE in transformers' `Trainer`. The loss is `compute_loss_func=model.pace.compute_loss`; this is for what Trainer saves."""
+
+from pathlib import Path
+from typing import Optional
+
+import torch
+from transformers import TrainerCallback
+
+from ._library import PaceError
+from .inject import load_trainable_state_dict, trainable_state_dict, unwrapped
+
+
+class PaceCallback(TrainerCallback):
+    """Keeps what a run needs to be resumed, and its best model, in `pace.pt` of each of Trainer's checkpoints.
+
+    These are where the noise and the variants are (`Pace.state_dict`), which Trainer does not know of, and, but for FSDP, what is
+    trained: transformers 5 renames the weights of some models when it saves them, and does not find them when it resumes.
+
+    `folder` is the checkpoint that is resumed from, if it is not in `output_dir`.
+    """
+
+    def __init__(self, folder: Optional[str] = None):
+        self.folder = folder
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        saved = {"controller": unwrapped(model).pace.state_dict(), "trained": None if args.fsdp else trainable_state_dict(model)}
+        if state.is_world_process_zero:
+            torch.save(saved, Path(args.output_dir, f"checkpoint-{state.global_step}", "pace.pt"))
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step > 0:
+            saved = self._load(model, self.folder or Path(args.output_dir, f"checkpoint-{state.global_step}"))
+            unwrapped(model).pace.load_state_dict(saved["controller"])
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load(model, state.best_model_checkpoint)
+
+    def _load(self, model, folder) -> dict:
+        path = Path(folder, "pace.pt")
+        if not path.exists():
+            raise PaceError(f"there is no {path}: resume from a checkpoint that was written with `PaceCallback`, and name it "
+                            "(`PaceCallback(folder)`) if it is not in `output_dir`")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved["trained"] is not None:
+            load_trainable_state_dict(model, saved["trained"])
+        return saved
