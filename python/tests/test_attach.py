@@ -236,6 +236,11 @@ def test_without_a_model_of_pefts():
     check_layers(model := pace_torch.attach(model, **SETTINGS), lambda: model.pace.training_step(model, images, torch.arange(3)))
 
 
+def test_a_drop_path_is_not_shared():
+    with pytest.warns(UserWarning, match="4 layers drop residual branches.*probability"):
+        pace_torch.attach(with_lora(vit(drop_path_rate=0.2), target_modules=["qkv"], task_type=None), **SETTINGS)
+
+
 def test_copies_have_noise_of_their_own(tmp_path):
     model = pace_torch.attach(with_lora(), **SETTINGS).train()
     model.pace.training_step(model, texts(), LABELS)

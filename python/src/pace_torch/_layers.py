@@ -78,12 +78,12 @@ def linears_of(model: nn.Module, *convolutions: Optional[Names]) -> dict[nn.Modu
     return {linear: names for linear, names in linears.items() if linear.weight not in others}
 
 
-def other_drop_paths(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Modules that drop a residual branch of whole samples and are not timm's: told by their class's name, as each library has its own."""
+def drop_paths_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules that drop a residual branch of whole samples: told by their class's name, as each library has its own."""
     return [
         (name, module)
         for name, module in model.named_modules()
-        if re.search("DropPath|DropConnect|StochasticDepth", type(module).__name__) and not isinstance(module, timm.layers.DropPath)
+        if (isinstance(module, timm.layers.DropPath) or re.search("DropPath|DropConnect|StochasticDepth", type(module).__name__))
         and type(module).__module__ != __package__ + ".modules" and not [*module.children(), *module.parameters()]
     ]
 

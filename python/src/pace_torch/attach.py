@@ -6,7 +6,7 @@ from typing import Optional
 from torch import nn
 
 from ._batch import BatchOf
-from ._layers import is_classifier, is_peft
+from ._layers import drop_paths_of, is_classifier, is_peft
 from ._errors import PaceError
 from .attached import AttachedNoise
 from .controller import Pace
@@ -83,6 +83,10 @@ def attach(
         layer.register_forward_pre_hook(noise.follow)
         if type(layer) is _lora_linear():
             layer.forward = noise.compute
+    drawing = [name for name, module in drop_paths_of(model) if getattr(module, "drop_prob", getattr(module, "p", 0))]
+    if drawing:
+        warnings.warn(f"{len(drawing)} layers drop residual branches ({drawing[0]}), for each branch of PACE by itself, which their "
+                      "consistency punishes: set their probability to 0", stacklevel=2)
     pace.doubles_input = branches_at == INPUT
     first = next((name for name, layer_sigma in zip(names, sigmas) if layer_sigma > 0), names[-1])
     control(model, pace, block_of(first))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ._batch import BatchOf
 from ._errors import PaceError, check_choice, check_integer, check_number
-from ._layers import Names, choose, other_drop_paths
+from ._layers import Names, choose, drop_paths_of
 from ._library import sigma_by_block
 from .attached import AttachedNoise
 from .controller import Pace
@@ -138,11 +138,13 @@ def inject(
     if check_number("scale", scale) == 0:
         raise PaceError("`scale` is 0, with which no adapter would learn")
     linears, heads = choose(model, target_modules, exclude_modules, head, adapter != "LoRAadd")
-    drop_paths = {name: module for name, module in model.named_modules() if isinstance(module, DropPath)}
+    drop_paths = drop_paths_of(model)
+    # Those of timm draw as the official code's do, with a key of their own.
+    timms = [(name, module) for name, module in drop_paths if isinstance(module, DropPath)]
     noisy = variant != "baseline"
 
     pace = Pace(
-        len(linears) + len(drop_paths) if noisy else 0,
+        len(linears) + len(timms) if noisy else 0,
         variant=variant,
         lambda_=lambda_,
         lazy_interval=lazy_interval,
@@ -171,10 +173,11 @@ def inject(
         if linear in heads:
             pace.heads[names[0]] = module
     if noisy:
-        for layer, (name, module) in enumerate(drop_paths.items(), start=len(linears)):
+        for layer, (name, module) in enumerate(timms, start=len(linears)):
             _replace(model, name, SharedDropPath(module.drop_prob, pace, layer))
-        for name, module in other_drop_paths(model):
-            _replace(model, name, SameInBranches(module, pace))
+        for name, module in drop_paths:
+            if not isinstance(module, DropPath):
+                _replace(model, name, SameInBranches(module, pace))
     _recompute_gelus(model)
     trained = _adapter_parameters(model)
     for name, parameter in model.named_parameters():
