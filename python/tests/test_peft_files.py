@@ -131,6 +131,8 @@ def test_refusals(tmp_path):
         (weights, {}, dict(target_modules=["qkv"]), "has no adapter there"),
         (weights, {}, dict(target_modules=["qkv", "fc1", "fc2"]), "has an adapter around `blocks.0.mlp.fc1`"),
         (weights, {"use_dora": True}, {}, "use_dora"),
+        (weights, {"init_lora_weights": "pissa_niter_4"}, {}, "pissa_niter_4"),
+        (weights, {"bias": "all"}, {}, "`bias` is 'all'"),
         (weights, {"peft_type": "IA3"}, {}, "IA3"),
     ):
         save_file(tensors, tmp_path / "adapter_model.safetensors")

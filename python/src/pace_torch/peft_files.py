@@ -12,6 +12,8 @@ from .inject import trainable_state_dict, unwrapped
 from .modules import Adapter, Head, LoraAdd, NoisyLinear
 
 PREFIX = "base_model.model."
+# Ways to start that leave the model's own weights as they are.
+_STARTS = ("gaussian", "eva", "orthogonal", "mica")
 
 
 def _adapters(model: nn.Module) -> dict[str, Adapter]:
@@ -109,6 +111,11 @@ def load_peft(model: nn.Module, folder: Union[str, os.PathLike]) -> None:
     wrong = next((name for name in {"use_dora", *kinds} if getattr(config, name, None)), None)
     if wrong:
         raise PaceError(f"`{folder}` has LoRA with `{wrong}`, which LoRAadd does not have")
+    start = config.init_lora_weights
+    if not isinstance(start, bool) and str(start).lower() not in _STARTS:
+        raise PaceError(f"`{folder}` has LoRA that started as {start!r}, which takes a part of the model's own weights away")
+    if config.bias != "none":
+        raise PaceError(f"`{folder}` has biases of the model trained too (`bias` is {config.bias!r}), expected 'none'")
     tensors = peft.load_peft_weights(folder, device="cpu")
     new: list[tuple[Tensor, Tensor]] = []
 
