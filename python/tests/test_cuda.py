@@ -264,3 +264,38 @@ def test_the_hidden_tensor_of_an_mlp_is_not_kept():
     assert held[True] - held[False] >= 0.9 * hidden * (2 * len(model.blocks) - 1)
     for a, b in zip(grads[True], grads[False]):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_pefts_lora_agrees_with_the_cpu(fused, autocast):
+    attach = pytest.importorskip("test_attach", reason="PEFT or transformers is missing")
+    here = pace_torch.attach(attach.with_lora(), **attach.SETTINGS).train()
+    there = pace_torch.attach(attach.with_lora().float(), **attach.SETTINGS).to(DEVICE).train()
+    if not fused:
+        for noise in attach.noises(there)[:-1]:
+            noise.watched.base_layer.register_forward_hook(lambda *_: None)
+    expected = here.pace.training_step(here, attach.texts(), attach.LABELS)
+    batch = {name: tensor.to(DEVICE) for name, tensor in attach.texts().items()}
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+        losses = there.pace.training_step(there, batch, attach.LABELS.to(DEVICE))
+    losses.total.backward()
+    expected.total.backward()
+    for name in ("total", "consistency"):
+        close(getattr(losses, name).cpu(), getattr(expected, name), 0.1 if autocast else 1e-4)
+    if not autocast:
+        for parameter, other in zip(there.parameters(), here.parameters()):
+            if other.grad is not None:
+                close(parameter.grad.cpu(), other.grad, 1e-3)
+
+
+def test_layers_of_other_kinds_agree_with_the_cpu():
+    inject = pytest.importorskip("test_inject")
+    for make, settings in ((inject.Pixels, dict(target_modules=r"narrow\.\d")), (inject.Scalings, dict())):
+        here = inject.injected(make(), adapter="LoRAadd", **settings)
+        there = copy.deepcopy(here).float().to(DEVICE)
+        x, labels = here.batch(), torch.arange(2)
+        expected = here.pace.training_step(here, x, labels)
+        losses = there.pace.training_step(there, x.float().to(DEVICE), labels.to(DEVICE))
+        close(losses.total.cpu(), expected.total, 1e-4)
+        close(losses.consistency.cpu(), expected.consistency, 1e-4)

@@ -309,6 +309,22 @@ def test_layers_with_a_forward_of_their_own(adapter, variant):
     close(model(x, mask), want, 1e-15)
 
 
+class Scalings(nn.Module):
+    """Layers with a forward pass of their own, the classifier among them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.classifier = Scaled(6, 8, dtype=torch.float64), Scaled(8, 5, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.classifier(torch.tanh(self.body(x)).mean(1))
+
+    @staticmethod
+    def batch():
+        return torch.randn(2, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
 class Quantised(nn.Linear):
     """A weight in int8, as bitsandbytes and others have it."""
 
@@ -366,10 +382,14 @@ class Pixels(nn.Module):
         pooled = x.mean((2, 3) if self.convolutions else (1, 2), keepdim=True)
         return self.head(pooled).flatten(1)
 
+    @staticmethod
+    def batch():
+        return torch.randn(2, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
 
 @pytest.mark.parametrize("adapter", ["LoRAmul_VPTadd", "LoRAadd", "VPTadd"])
 def test_pointwise_convolutions(adapter):
-    x, labels = torch.randn(2, 3, 6, 6, dtype=torch.float64), torch.arange(2)
+    x, labels = Pixels.batch(), torch.arange(2)
     settings = dict(target_modules=r"narrow\.\d", **SETTINGS)
     model, same = pace_torch.inject(Pixels(), adapter, **settings), Pixels(convolutions=False)
     same.load_state_dict({name: value.flatten(1) if value.dim() > 1 and "stem" not in name else value for name, value in Pixels().state_dict().items()})
