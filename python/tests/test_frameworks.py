@@ -31,7 +31,7 @@ def gradients(model):
 def step(model, engine=None, x=X, labels=LABELS):
     """The loss of a training step, and its gradients."""
     model.zero_grad()
-    total = model.pace.training_step(engine or model, x, labels).total
+    total = model.pace.training_step(model if engine is None else engine, x, labels).total
     total.backward()
     return total.detach(), gradients(model)
 
@@ -271,9 +271,38 @@ def test_quantised_layers():
     torch.backends.quantized.engine = "fbgemm" if "fbgemm" in engines else engines[-1]
     model = injected().float().eval()
     want, quantise = model(X.float()), torch.ao.quantization.quantize_dynamic
-    with pytest.raises(PaceError, match="quantised.*`merge` first"):
+    with pytest.raises(PaceError, match=r"`blocks.0.attn.qkv` was replaced by a Linear.*quantise.*after `merge`"):
         quantise(model, {nn.Linear})(X.float())
     close(quantise(pace_torch.merge(model), {nn.Linear})(X.float()), want, 0.05)
+
+
+def test_adapters_of_peft_within():
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    for name, message in (("qkv", "Target module NoisyLinear"), ("qkv.adapter.base_module", "`blocks.0.attn.qkv` was replaced.*PEFT")):
+        with pytest.raises((PaceError, ValueError), match=message):
+            peft.get_peft_model(injected(), peft.LoraConfig(target_modules=[name]))(X)
+
+
+class Encoder(nn.Module):
+    """Which PyTorch computes in evaluation by one operator from the weights, if its layers are its own."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0, dtype=torch.float64)
+        self.body, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(16, 5, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.head(self.body(x).mean(1))
+
+
+def test_the_fast_path_of_an_encoder():
+    model, x = injected(Encoder()), torch.randn(4, 3, 16, dtype=torch.float64)
+    step(model, None, x)
+    want = model.eval()(x)
+    for evaluating in (model, pace_torch.merge(copy.deepcopy(model))):
+        with torch.inference_mode():
+            close(evaluating(x), want, 1e-12)
 
 
 def test_functional_calls(plain):
@@ -513,6 +542,14 @@ def test_a_batch_with_labels(transformers):
     model = hugging_face(transformers, variant="noise")
     close(model(pixel_values=IMAGES[:4], labels=labels).loss.double(), nn.functional.cross_entropy(
         (setattr(model.pace, "step", 0), model(pixel_values=IMAGES[:4]).logits)[1], labels), 1e-6)
+
+
+def test_save_pretrained(transformers, tmp_path):
+    model = hugging_face(transformers)
+    want = model.eval()(IMAGES).logits
+    pace_torch.merge(model).save_pretrained(tmp_path)
+    again = transformers.ViTForImageClassification.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    close(again(IMAGES).logits, want, 1e-10)
 
 
 def test_language_models_have_no_loss_yet(transformers):
