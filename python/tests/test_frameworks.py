@@ -3,6 +3,7 @@
 import copy
 import functools
 import io
+import warnings
 
 import pace_torch
 import pytest
@@ -183,6 +184,30 @@ def test_wrapped_models(plain, evaluated):
     pace_torch.merge(around).train()
     assert not hasattr(around.net, "pace") and len(around(X)) == 4
     close(around.eval()(X), evaluated, 1e-12)
+
+
+def test_an_optimizer_of_before():
+    x = torch.randn(4, 6, dtype=torch.float64)
+
+    def train(model, sgd, steps=5):
+        for _ in range(steps):
+            step(model, None, x)
+            sgd.step()
+
+    plain = Small()
+    sgd = torch.optim.SGD(plain.parameters(), lr=0.1)
+    model = injected(plain)
+    with pytest.warns(UserWarning, match="optimizer after `inject`") as seen:
+        train(model, sgd)
+    assert len(seen) == 1
+    for model, trained in ((injected(Small()), None), (injected(Small()), "head.")):
+        # Everything, or the classifier alone as one wants it.
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and name.startswith(trained or ""))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            train(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
+            train(model, torch.optim.SGD(model.head.parameters(), lr=0.1))
 
 
 def test_a_sequential_model():

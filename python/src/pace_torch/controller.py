@@ -75,6 +75,9 @@ class Pace(nn.Module):
         self.keys_elsewhere: dict[torch.device, Tensor] = {}
         # Whether the model runs with gradients, and the layers that have run without since.
         self.with_gradient, self.to_run_again = False, set()
+        # Steps of the optimizer that changed the classifier alone, None once that is settled; what counts changes, of both.
+        self.lone_steps: Optional[int] = 0
+        self.versions: Optional[list[int]] = None
         self.handles: list = []
         self.heads: dict[str, nn.Module] = {}
         self.register_buffer("keys", torch.zeros(layers, dtype=torch.int64, device=device), persistent=False)
@@ -167,6 +170,22 @@ class Pace(nn.Module):
             # What wraps a layer has it among its modules.
             if found is not head and not (isinstance(found, nn.Module) and head in found.modules()):
                 raise PaceError(f"`{name}` is no longer the classifier that `inject` found: change it before `inject`, or after `merge`")
+        if self.lone_steps is not None:
+            self._watch_optimizer(module)
+
+    def _watch_optimizer(self, module: nn.Module) -> None:
+        """Warns if the first steps of an optimizer change the classifier alone: it was made before `inject`."""
+        heads = {id(parameter) for head in self.heads.values() for parameter in head.parameters()}
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad and not parameter.is_inference()]
+        versions = [sum(p._version for p in trained if (id(p) in heads) == of_head) for of_head in (True, False)]
+        before, self.versions = self.versions, versions
+        if before is None or versions[0] == before[0]:
+            return
+        self.lone_steps = self.lone_steps + 1 if versions[1] == before[1] and not all(id(p) in heads for p in trained) else None
+        if self.lone_steps == 3:
+            self.lone_steps = None
+            warnings.warn("three steps have changed the classifier, and no adapter: make the optimizer after `inject`, from the "
+                          "parameters that require a gradient then", stacklevel=2)
 
     @torch.compiler.disable
     def _probe(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
