@@ -3,6 +3,7 @@
 //! * [`PaceContext`] is what all noisy layers of a model share: seed, step, branches, training or evaluation.
 //! * [`PaceLinear`] is a frozen linear layer with a noisy adapter; [`Injector`] wraps every linear layer of a model.
 //! * [`Objective`] evaluates one training step: plain, PACE, PACE-lazy or PACE-fast.
+//! * [`PeftAdapter`] reads and writes the adapter files of Hugging Face's PEFT.
 //! * [`vit`] is a vision transformer in timm's layout, to fine-tune or to copy from.
 //!
 //! Layers work on any number of token dimensions, `[rows, …, features]`, of CPU tensors of `f32` and `f64`, and with the
@@ -49,10 +50,12 @@ mod cuda;
 mod layers;
 mod loss;
 mod ops;
+mod peft;
 mod vars;
 pub mod vit;
 
 pub use layers::{Injector, PaceContext, PaceLinear, SharedDropPath};
 pub use loss::{Batch, Objective, Step, Variant};
 pub use ops::noisy_add;
+pub use peft::{PeftAdapter, PeftLayer};
 pub use vars::{grad_norm, seeded_builder};

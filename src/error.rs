@@ -47,7 +47,7 @@ pub enum Error {
         got: f64,
     },
     /// A class label is neither in `0..classes` nor the ignored label.
-    #[error("`labels[{position}]` is {label}, expected 0..{classes} or the ignored label")]
+    #[error("`labels[{position}]` is {label}, expected 0 to {} or the ignored label", .classes.saturating_sub(1))]
     Label {
         /// Position in `labels`.
         position: usize,
@@ -57,7 +57,7 @@ pub enum Error {
         classes: usize,
     },
     /// A history index is out of range.
-    #[error("`index[{position}]` is {index}, expected 0..{rows} (the rows of `history`)")]
+    #[error("`index[{position}]` is {index}, expected 0 to {} (the rows of `history`)", .rows.saturating_sub(1))]
     Index {
         /// Position in `index`.
         position: usize,

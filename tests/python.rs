@@ -5,6 +5,8 @@
 
 #[path = "common/installed.rs"]
 mod installed;
+#[path = "common/python.rs"]
+mod python;
 
 use installed::{prefix, root, run, say};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
@@ -13,21 +15,10 @@ use std::sync::LazyLock;
 
 /// The Python to use, or why there is none.
 static PYTHON: LazyLock<Result<String, String>> = LazyLock::new(|| {
-    let named = std::env::var("PACE_PYTHON").ok();
-    // Trials run elsewhere, and a name alone is looked for in PATH.
-    let absolute = |path: String| match path.contains(std::path::MAIN_SEPARATOR) {
-        true => std::path::absolute(&path).map_or(path, |path| path.display().to_string()),
-        false => path,
-    };
-    let python = named.clone().map_or_else(|| "python3".into(), absolute);
-    let output = Command::new(&python).args(["-c", "import torch, timm, pytest, safetensors"]).output();
-    let problem = match output {
-        Ok(output) if output.status.success() => return Ok(python),
-        Ok(output) => String::from_utf8_lossy(&output.stderr).lines().last().unwrap_or_default().to_owned(),
-        Err(error) => error.to_string(),
-    };
-    assert!(named.is_none(), "PACE_PYTHON={python}: {problem}");
-    Err(format!("{python}: {problem}; PACE_PYTHON names another Python"))
+    let python = python::with(&["torch", "timm", "pytest", "safetensors"]);
+    // One that was named is meant to be used.
+    assert!(python.is_ok() || std::env::var_os("PACE_PYTHON").is_none(), "PACE_PYTHON={python:?}");
+    python
 });
 
 fn test(file: &str) -> Result<Completion, Failed> {

@@ -4,9 +4,11 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import pace_torch
 import pytest
 import timm
 import torch
+from pace_torch import AttachedNoise, Head, NoisyLinear
 from pace_torch.ops import _arguments
 from safetensors.torch import load_file
 from timm.models.swin_transformer import SwinTransformer
@@ -74,6 +76,56 @@ def perturb(model, scale=0.1, seed=1):
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.add_((scale * noise).to(parameter.dtype))
     return model
+
+
+def check_layers(model, run, tolerance=1e-10):
+    """That in a step each layer with noise gives `base + z⊙(what its adapter adds)` of its own input; what `run` returns."""
+    calls = []
+
+    def note(site, args, y):
+        # Not in the look at the model before its first step; what comes behind may change `y` in place.
+        if site.training:
+            calls.append((site, args[0].detach().clone(), y.detach().clone()))
+
+    sites = [module for module in model.train().modules() if isinstance(module, (NoisyLinear, AttachedNoise))]
+    handles = [site.watched.register_forward_hook(lambda _, args, y, site=site: note(site, args, y)) for site in sites]
+    result = run()
+    for handle in handles:
+        handle.remove()
+    noisy = {site: 0 for site in sites if site.sigma and (site.sample_rows is not None or not site.fixed_rows)}
+    added = torch.zeros(())
+    for site, x, y in calls:
+        layer, convolution = site.watched, getattr(site, "adapter", site.watched)
+        dim = 1 if getattr(convolution, "is_convolution", hasattr(convolution, "conv_fn")) else y.dim() - 1
+        layer.eval()
+        with torch.no_grad():
+            plain = layer(x)
+            if isinstance(site, AttachedNoise):
+                base = layer.base_layer(x) if hasattr(layer, "base_layer") else torch.zeros_like(plain)
+            else:
+                base = torch.zeros_like(plain) if isinstance(site.adapter, Head) else base_of(site.adapter, x)
+        layer.train()
+        z = torch.ones((), dtype=y.dtype)
+        if site in noisy and model.pace.is_on_samples(site, x):
+            noise = model.pace.noise(site.layer, site.sigma, len(y))
+            z = pace_torch.noise(noise, len(y) // noise.branches, y.shape[dim]).to(y.dtype)
+            z = z.view(len(y), *(y.shape[dim] if i == dim else 1 for i in range(1, y.dim())))
+            noisy[site] += 1
+            if noise.branches == 2:
+                assert not torch.allclose(*z.chunk(2))
+        added = max(added, (plain - base).abs().max())
+        close(y, base + z * (plain - base), tolerance)
+    assert added > 0 and noisy and min(noisy.values()) > 0, [site.path for site, count in noisy.items() if not count]
+    return result
+
+
+def base_of(adapter, x):
+    """What the layer within an adapter gives."""
+    if adapter.is_opaque:
+        return adapter.base_module(x)
+    x = x.movedim(1, -1) if adapter.is_convolution else x
+    y = torch.nn.functional.linear(x, adapter.base_module.weight, adapter.base_module.bias)
+    return y.movedim(-1, 1) if adapter.is_convolution else y
 
 
 @pytest.fixture

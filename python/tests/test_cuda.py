@@ -95,6 +95,15 @@ def test_loss_and_status():
     index = torch.tensor([1, 3, 1], device=DEVICE)
     with pytest.raises(PaceError, match=r"index\[2\]"):
         pace_torch.pace_loss(there[:3], labels.to(DEVICE), history=history, index=index).check()
+    # Beside a criterion too, and without an assertion on the device, after which it could not be used.
+    index = torch.tensor([1, 3, 4], device=DEVICE)
+    mse = torch.nn.functional.mse_loss
+    with pytest.raises(PaceError, match=r"index\[2\]"):
+        pace_torch.pace_loss(there[:3], there[3:].detach(), history=history, index=index, criterion=mse).check()
+    expected = pace_torch.pace_loss(here, here[:3].detach() ** 2, 0.5, criterion=mse)
+    losses = pace_torch.pace_loss(there, there[:3].detach() ** 2, 0.5, criterion=mse)
+    losses.check()
+    close(losses.total.cpu(), expected.total, 1e-5)
 
 
 def test_tf32_is_taken_where_pytorch_takes_it(monkeypatch):
@@ -227,6 +236,7 @@ def test_a_captured_step_trains_as_any_other(variant, autocast):
         losses = step(x, labels, index)
         losses.check()
         close(losses.total, expected.total, 1e-5 if autocast is None else 1e-2)
+        close(losses.logits, expected.logits, 1e-4 if autocast is None else 2e-2)
         for optimizer in optimizers:
             optimizer.step()
     assert captured.pace.step == eager.pace.step == 3

@@ -159,8 +159,38 @@ def worker(rank, world_size, port, folder, engines=False):
         check_errors()
     else:
         results = {variant: train(variant, rank, world_size) for variant in VARIANTS}
+        results["complaints"] = fall_out_of_step(rank)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def fall_out_of_step(rank):
+    """The losses, by number, at which each process found that the others are at another step. Nobody waits for a complaint."""
+    x, labels, _ = data(0)
+    complaints = {}
+    for extra in (1, 2, 50):
+        model = pace_torch.inject(vit(), rank=2).train()
+        for number in range(1, 51):
+            if number in (1, 2, 50):
+                dist.barrier()
+                logits = model(x[:2])
+            if number == extra and rank == 1:
+                model(x[:2])
+            try:
+                model.pace.loss(logits, labels[:2])
+            except pace_torch.PaceError as error:
+                complaints.setdefault(extra, []).append((number, str(error)))
+    # Whoever numbers the processes himself is left alone.
+    model.pace.shard, model.pace.step = (rank, 2), rank
+    for _ in range(50):
+        model.pace.loss(logits, labels[:2])
+    # So is one model after another.
+    for step in (10, 20):
+        model = pace_torch.inject(vit(), rank=2).train()
+        model.pace.step = step
+        dist.barrier()
+        model.pace.loss(logits, labels[:2])
+    return complaints
 
 
 def run(world_size, folder, *more):
@@ -177,9 +207,13 @@ def alone():
     return {variant: train(variant, 0, 1) for variant in VARIANTS}
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_processes_together_do_what_one_does(world_size, alone, tmp_path):
-    together = run(world_size, tmp_path)
+@pytest.fixture(scope="module", params=[2, 4])
+def together(request, tmp_path_factory):
+    """What each of so many processes has seen."""
+    return run(request.param, tmp_path_factory.mktemp("processes"))
+
+
+def test_processes_together_do_what_one_does(alone, together):
     for variant, expected in alone.items():
         parts = [results[variant] for results in together]
         for step in range(STEPS):
@@ -195,6 +229,16 @@ def test_processes_together_do_what_one_does(world_size, alone, tmp_path):
             if variant == "fast":
                 assert torch.equal(part["history"], parts[0]["history"])
                 close(part["history"], expected["history"], 1e-10)
+
+
+def test_processes_that_fall_out_of_step_are_found_out(together):
+    for extra in (1, 2, 50):
+        found = [complaint for results in together for complaint in results["complaints"].get(extra, [])]
+        # One process has run its model once more, and is found out by a neighbour or finds it out at the next look.
+        assert {number for number, _ in found} == {number for number in (1, 2, 50) if number >= extra}
+        for number, message in found:
+            assert "process 1 is at step" in message or "process 1 at step" in message
+            assert f"after {number} losses" in message
 
 
 def test_other_engines_do_what_one_process_does(alone, tmp_path):

@@ -521,7 +521,7 @@ def test_trainer_resumes(transformers, tmp_path):
 
 def test_trainer_without_its_loss(transformers, tmp_path):
     class Lazy(transformers.Trainer):
-        """As in docs/frameworks.md."""
+        """As in docs/pytorch/frameworks.md."""
 
         loss_is_scaled_for_ga = False
 
@@ -654,7 +654,7 @@ def test_lightning(tmp_path):
     lightning = pytest.importorskip("lightning", reason="Lightning is not installed")
 
     class Module(lightning.LightningModule):
-        """As in docs/frameworks.md."""
+        """As in docs/pytorch/frameworks.md."""
 
         def __init__(self):
             super().__init__()

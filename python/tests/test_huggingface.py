@@ -3,7 +3,7 @@
 import pace_torch
 import pytest
 import torch
-from conftest import close, perturb
+from conftest import check_layers, close, perturb
 from pace_torch import NoisyLinear
 from torch import nn
 
@@ -25,10 +25,23 @@ def texts(rows=4):
     return {"input_ids": torch.randint(3, 30, (rows, 6)) * mask, "attention_mask": mask}
 
 
+class DINOv3ForImageClassification(nn.Module):
+    """Hugging Face has the backbone only."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.backbone = transformers.DINOv3ViTModel(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+
+    def forward(self, pixel_values):
+        logits = self.classifier(self.backbone(pixel_values).pooler_output)
+        return transformers.modeling_outputs.ImageClassifierOutput(logits=logits)
+
+
 def model_of(kind, config, settings, **more):
     names = dict(SiglipForImageClassification="vision_config")
     settings = {names[kind]: settings} if kind in names else settings
-    return getattr(transformers, kind)(getattr(transformers, config)(**settings, **more))
+    return (globals().get(kind) or getattr(transformers, kind))(getattr(transformers, config)(**settings, **more))
 
 
 # Class, configuration and its settings, and what it takes.
@@ -36,6 +49,7 @@ MODELS = {
     "ViT": ("ViTForImageClassification", "ViTConfig", IMAGE, images),
     "DeiT": ("DeiTForImageClassification", "DeiTConfig", IMAGE, images),
     "DINOv2": ("Dinov2ForImageClassification", "Dinov2Config", IMAGE, images),
+    "DINOv3": ("DINOv3ForImageClassification", "DINOv3ViTConfig", IMAGE, images),
     "CLIP": ("CLIPForImageClassification", "CLIPConfig", dict(vision_config=IMAGE), images),
     "SigLIP": ("SiglipForImageClassification", "SiglipConfig", IMAGE, images),
     "Swin": ("SwinForImageClassification", "SwinConfig",
@@ -53,8 +67,8 @@ MODELS = {
 @pytest.mark.parametrize("adapter", ["LoRAmul_VPTadd", "LoRAadd"])
 def test_models(name, adapter):
     kind, config, sizes, inputs = MODELS[name]
-    if not hasattr(transformers, kind):
-        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
+    if not hasattr(transformers, config):
+        pytest.skip(f"transformers {transformers.__version__} has no {config}")
 
     def make():
         torch.manual_seed(0)
@@ -79,7 +93,7 @@ def test_models(name, adapter):
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    losses = model.pace.training_step(model, batch, labels)
+    losses = check_layers(model, lambda: model.pace.training_step(model, batch, labels))
     losses.total.backward()
     assert losses.consistency > 0
     missing = [path for path, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]

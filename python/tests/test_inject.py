@@ -256,19 +256,151 @@ def test_which_layers():
             injected(**settings)
 
 
-def test_layers_with_a_forward_of_their_own():
-    class Scaled(nn.Linear):
+class Scaled(nn.Linear):
+    """A forward pass of its own; stands for a quantised layer too."""
+
+    def forward(self, x):
+        return 0.5 * super().forward(x)
+
+
+@pytest.mark.parametrize("adapter", ["LoRAmul_VPTadd", "LoRAadd", "VPTadd"])
+@pytest.mark.parametrize("variant", ["pace", "baseline"])
+@pytest.mark.filterwarnings("ignore:1 layers work on rows")
+def test_layers_with_a_forward_of_their_own(adapter, variant):
+    def make():
+        model = Tokens()
+        model.body[1], model.classifier = Scaled(8, 8, dtype=torch.float64), Scaled(8, 5, dtype=torch.float64)
+        return model
+
+    x, mask, labels = batch()
+    before = make()
+    torch.manual_seed(1)
+    want = before(x, mask)
+    model = pace_torch.inject(before, adapter, scale=1.5, variant=variant, **SETTINGS)
+    close(model.eval()(x, mask), want, 1e-12)
+    perturb(model).train()
+    seen = {}
+    for layer in (model.body[1], model.classifier):
+        layer.register_forward_hook(lambda layer, args, y: seen.update({layer: (args[0], y)}))
+    model.pace.training_step(model, (x, mask), labels).total.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    for layer, (x1, y) in seen.items():
+        lora = layer.adapter if variant == "pace" else layer
+        base, z = lora.base_module, torch.ones(len(y), *(1,) * (y.dim() - 2), y.shape[-1], dtype=y.dtype)
+        if variant == "pace":
+            noise = model.pace.noise(layer.layer, layer.sigma, len(y))
+            z = pace_torch.noise(noise, 3, y.shape[-1]).double().view_as(z)
+        if layer is model.classifier:
+            close(y, z * base(x1), 1e-12)
+            continue
+        weight, added = base.weight, 0
+        if adapter != "VPTadd":
+            delta = 1.5 * lora.delta_W_down @ lora.delta_W_up
+            added = x1 @ (delta * weight if "mul" in adapter else delta).T
+            added = added + lora.delta_b * (base.bias if "mul" in adapter else 1)
+        if "VPT" in adapter:
+            added = added + weight @ (lora.delta_prompt_down @ lora.delta_prompt_up).squeeze(1)
+        assert added.abs().max() > 1e-2
+        close(y, base(x1) + z * added, 1e-12)
+    want = model.eval()(x, mask)
+    close(torch.jit.trace(model, (x, mask))(x, mask), want, 1e-12)
+    with pytest.raises(PaceError, match=r"body\.1.*Scaled.*computes by itself"):
+        pace_torch.merge(model)
+    close(model(x, mask), want, 1e-15)
+
+
+class Quantised(nn.Linear):
+    """A weight in int8, as bitsandbytes and others have it."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, dtype=torch.float64)
+        self.scale = linear.weight.detach().abs().max() / 127
+        self.weight = nn.Parameter((linear.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+
+@pytest.mark.filterwarnings("ignore:1 layers work on rows")
+def test_quantised_layers():
+    x, mask, labels = batch()
+    model = Tokens()
+    model.body[1] = Quantised(model.body[1])
+    before = model(x, mask)
+    with pytest.raises(PaceError, match=r"body\.1.*Quantised.*LoRAadd"):
+        pace_torch.inject(model, **SETTINGS)
+    model = pace_torch.inject(model, "LoRAadd", **SETTINGS)
+    close(model.eval()(x, mask), before, 1e-6)
+    losses = model.double().train().pace.training_step(model, (x, mask), labels)
+    losses.total.backward()
+    assert model.body[1].adapter.delta_W_down.grad.abs().max() > 0 and model.body[1].adapter.base_module.weight.dtype == torch.int8
+
+    class Sums(nn.Linear):
         def forward(self, x):
-            return 0.5 * super().forward(x)
+            return super().forward(x).sum(1)
 
     model = Tokens()
-    model.body[1] = Scaled(8, 8, dtype=torch.float64)
-    x, mask, _ = batch()
-    before = model(x, mask)
-    with pytest.raises(PaceError, match=r"body\.1.*Scaled"):
-        injected(model)
-    model = pace_torch.inject(model, exclude_modules=["body.1"], **SETTINGS).eval()
-    close(model(x, mask), before, 1e-12)
+    model.body[1] = Sums(8, 8, dtype=torch.float64)
+    with pytest.raises(PaceError, match=r"Sums does not map \[..., 8\] to \[..., 8\]"):
+        pace_torch.inject(model, "LoRAadd", exclude_modules=["position"], **SETTINGS).eval()(x, mask)
+
+
+class Pixels(nn.Module):
+    """Pointwise convolutions between others, the classifier among them."""
+
+    def __init__(self, convolutions=True):
+        super().__init__()
+        torch.manual_seed(0)
+        make = (lambda k, n: nn.Conv2d(k, n, 1, dtype=torch.float64)) if convolutions else linear
+        self.stem = nn.Conv2d(3, 6, 3, dtype=torch.float64)
+        self.narrow = nn.ModuleList([make(6, 8), make(8, 8)])
+        self.head = make(8, 5)
+        self.convolutions = convolutions
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x if self.convolutions else x.movedim(1, -1)
+        for layer in self.narrow:
+            x = torch.tanh(layer(x))
+        pooled = x.mean((2, 3) if self.convolutions else (1, 2), keepdim=True)
+        return self.head(pooled).flatten(1)
+
+
+@pytest.mark.parametrize("adapter", ["LoRAmul_VPTadd", "LoRAadd", "VPTadd"])
+def test_pointwise_convolutions(adapter):
+    x, labels = torch.randn(2, 3, 6, 6, dtype=torch.float64), torch.arange(2)
+    settings = dict(target_modules=r"narrow\.\d", **SETTINGS)
+    model, same = pace_torch.inject(Pixels(), adapter, **settings), Pixels(convolutions=False)
+    same.load_state_dict({name: value.flatten(1) if value.dim() > 1 and "stem" not in name else value for name, value in Pixels().state_dict().items()})
+    same = pace_torch.inject(same, adapter, **settings)
+    close(model.eval()(x), Pixels()(x), 1e-12)
+    assert model.narrow[0].in_channels == 6 and model.narrow[0].in_features == 6 and model.narrow[1].kernel_size == (1, 1)
+    same.load_state_dict(perturb(model).state_dict())
+    losses = [one.train().pace.training_step(one, x, labels) for one in (model, same)]
+    assert losses[0].consistency > 0
+    for one in losses:
+        one.total.backward()
+    close(losses[0].total, losses[1].total, 1e-12)
+    for (name, a), b in zip(model.named_parameters(), same.parameters()):
+        if a.requires_grad and a.grad is not None:
+            close(a.grad, b.grad, 1e-10)
+    want = model.eval()(x)
+    close(torch.jit.trace(model, x)(x), want, 1e-12)
+    fresh = pace_torch.inject(Pixels(), adapter, **settings)
+    fresh.load_state_dict(Pixels().state_dict(), strict=False)
+    pace_torch.load_trainable_state_dict(fresh, pace_torch.trainable_state_dict(model))
+    close(fresh.eval()(x), want, 1e-12)
+    merged = pace_torch.merge(model)
+    close(merged(x), want, 1e-12)
+    assert isinstance(merged.narrow[0], nn.Conv2d) and merged.narrow[0].weight.shape == (8, 6, 1, 1)
+    again = Pixels()
+    again.load_state_dict(merged.state_dict())
+    close(again(x), want, 1e-12)
+    # Others are found by name only, and are no linear layers.
+    assert names_of(pace_torch.inject(Pixels(), adapter, **SETTINGS)) == {"head"}
+    with pytest.raises(PaceError, match=r"`stem`.*Conv2d of \(6, 3, 3, 3\)"):
+        pace_torch.inject(Pixels(), adapter, target_modules=["stem", "0"])
 
 
 class ReadsWeights(nn.Module):

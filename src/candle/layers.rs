@@ -10,7 +10,7 @@ use crate::noise::{Generator, Key, NoiseShape};
 use crate::shape::LinearShape;
 use candle_core::{Module, Result, Tensor};
 use candle_nn::{Linear, VarBuilder};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, PoisonError, RwLock};
 
 /// What all noisy layers of one model share; clones are handles to the same state.
@@ -137,6 +137,38 @@ enum Parameters {
     },
     /// The base itself, under noise: its weight and bias take gradients.
     Head,
+    /// Nothing, and no noise: a layer that a PEFT adapter leaves as it is.
+    Frozen,
+}
+
+/// What an adapter file holds of a layer.
+pub(super) enum Saved<'a> {
+    Lora {
+        lora_b: &'a Tensor,
+        lora_a: &'a Tensor,
+        delta_bias: &'a Tensor,
+        scale: f64,
+    },
+    Head {
+        weight: &'a Tensor,
+        bias: Option<&'a Tensor>,
+    },
+    Nothing,
+    /// It has parameters that are not those of LoRA add.
+    Other(&'static str),
+}
+
+/// How a PEFT adapter changes one layer.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Change {
+    Lora {
+        rank: usize,
+        scale: f64,
+    },
+    /// The whole layer was trained.
+    Head {
+        has_bias: bool,
+    },
 }
 
 impl PaceLinear {
@@ -182,7 +214,7 @@ impl PaceLinear {
             }
             Parameters::VptAdd { prompt_down, prompt_up } => (None, Some(prompted(prompt_down, prompt_up)?)),
             Parameters::Dense { weight, bias } => (Some(weight.clone()), bias.clone()),
-            Parameters::Head => (None, None),
+            Parameters::Head | Parameters::Frozen => (None, None),
         };
         let weight = delta_weight.map_or(Ok(weight.clone()), |delta| weight + delta)?;
         let bias = match (bias, delta_bias) {
@@ -190,6 +222,20 @@ impl PaceLinear {
             (bias, delta) => delta.or_else(|| bias.clone()),
         };
         Ok(Linear::new(weight.detach(), bias.map(|bias| bias.detach())))
+    }
+
+    /// What an adapter file holds of this layer.
+    pub(super) fn saved(&self) -> Saved<'_> {
+        match &self.parameters {
+            Parameters::LoraAdd { lora_b, lora_a, delta_bias } => {
+                Saved::Lora { lora_b, lora_a, delta_bias, scale: self.scale }
+            }
+            Parameters::LoraMulVptAdd { .. } => Saved::Other(Adapter::LoraMulVptAdd.name()),
+            Parameters::VptAdd { .. } => Saved::Other(Adapter::VptAdd.name()),
+            Parameters::Dense { .. } => Saved::Other("a dense ΔW"),
+            Parameters::Head => Saved::Head { weight: &self.base.weight, bias: self.base.bias.as_ref() },
+            Parameters::Frozen => Saved::Nothing,
+        }
     }
 
     /// Sizes and noise of one call.
@@ -240,7 +286,7 @@ impl PaceLinear {
     fn run(&self, x: &Tensor, branching: bool) -> Result<Tensor> {
         let (shape, noise) = self.plan(x, branching)?;
         let base = match self.parameters {
-            Parameters::Head => None,
+            Parameters::Head | Parameters::Frozen => None,
             _ => Some(self.base.clone()),
         };
         let layer = Layer { shape, noise, base, exact: self.exact };
@@ -257,7 +303,9 @@ impl PaceLinear {
                 lora_mul_linear(layer, x, None, Some(Prompt { rank: down.dim(1)?, down, up }), None)
             }
             Parameters::Dense { weight, bias } => noisy_linear(layer, x, weight, bias.as_ref()),
-            Parameters::Head => noisy_linear(layer, x, &self.base.weight, self.base.bias.as_ref()),
+            Parameters::Head | Parameters::Frozen => {
+                noisy_linear(layer, x, &self.base.weight, self.base.bias.as_ref())
+            }
         }
     }
 }
@@ -311,6 +359,8 @@ pub struct Injector<'a> {
     exact: bool,
     vars: VarBuilder<'a>,
     layers: u32,
+    /// Of a PEFT adapter, in place of one rank and scale for all: by layer, and whether the layer was met.
+    changes: Option<BTreeMap<String, (Change, bool)>>,
 }
 
 impl<'a> Injector<'a> {
@@ -333,7 +383,14 @@ impl<'a> Injector<'a> {
             exact: false,
             vars,
             layers: 0,
+            changes: None,
         }
+    }
+
+    /// The same with the layers that `changes` has, each in its way, and all others as they are.
+    pub(super) fn with_changes(mut self, changes: impl IntoIterator<Item = (String, Change)>) -> Self {
+        self.changes = Some(changes.into_iter().map(|(name, change)| (name, (change, false))).collect());
+        self
     }
 
     /// The same with noise per token (`BTC`) or per sample (`BC`, the default).
@@ -342,7 +399,8 @@ impl<'a> Injector<'a> {
         self
     }
 
-    /// The same with a factor on `B·A` (the α/r of common LoRA code) other than the 1 of the official code.
+    /// The same with a factor on `B·A` (the α/r of common LoRA code) other than the 1 of the official code. Layers of a PEFT
+    /// adapter keep theirs.
     pub fn with_scale(mut self, scale: f64) -> Self {
         self.scale = scale;
         self
@@ -371,13 +429,34 @@ impl<'a> Injector<'a> {
 
     /// Wraps the frozen layer `name` of block `block` with the adapter.
     ///
+    /// From a PEFT adapter, it is what the file says of `name`, its module path: LoRA, or a module that was trained as a whole,
+    /// with its weight and bias in place of those of `linear`. A layer that the file does not have stays frozen and without
+    /// noise.
+    ///
     /// # Errors
     /// If the block has no σ, the rank is zero, or a parameter in `vars` has another shape.
     pub fn wrap(&mut self, name: &str, block: usize, linear: Linear) -> Result<PaceLinear> {
+        match self.change(name) {
+            Some(Change::Lora { rank, scale }) => self.adapted(name, block, &linear, rank, scale),
+            Some(Change::Head { .. }) => self.trained(name, block, linear),
+            None if self.has_changes() => self.layer(name, block, &linear, Parameters::Frozen, true),
+            None => self.adapted(name, block, &linear, self.rank, self.scale),
+        }
+    }
+
+    /// [`wrap`](Self::wrap), with an adapter.
+    fn adapted(
+        &mut self,
+        name: &str,
+        block: usize,
+        linear: &Linear,
+        rank: usize,
+        scale: f64,
+    ) -> Result<PaceLinear> {
         let (out_features, in_features) = linear.weight().dims2()?;
         let vars = self.vars.pp(name);
         let mut made = HashMap::new();
-        for parameter in wrap(self.adapter.parameters(out_features, in_features, self.rank))? {
+        for parameter in wrap(self.adapter.parameters(out_features, in_features, rank))? {
             made.insert(parameter.name, variable(&vars, &parameter)?);
         }
         let mut take = |name: &str| {
@@ -401,15 +480,72 @@ impl<'a> Injector<'a> {
                 prompt_up: take(adapter::PROMPT_UP)?,
             },
         };
-        self.layer(name, block, &linear, parameters, true)
+        Ok(PaceLinear { scale, ..self.layer(name, block, linear, parameters, true)? })
     }
 
     /// Wraps the head: no adapter, but its whole output `x·Wᵀ + b` is perturbed, and its weight and bias are trained.
     ///
+    /// From a PEFT adapter that has `name`, it is what [`wrap`](Self::wrap) makes of it.
+    ///
     /// # Errors
     /// If the block has no σ.
     pub fn wrap_head(&mut self, name: &str, block: usize, linear: Linear) -> Result<PaceLinear> {
-        self.layer(name, block, &linear, Parameters::Head, false)
+        match self.change(name) {
+            Some(Change::Lora { rank, scale }) => self.adapted(name, block, &linear, rank, scale),
+            Some(Change::Head { .. }) => self.trained(name, block, linear),
+            None => self.layer(name, block, &linear, Parameters::Head, false),
+        }
+    }
+
+    /// A layer that a PEFT adapter holds as a whole, in place of `linear`.
+    fn trained(&mut self, name: &str, block: usize, linear: Linear) -> Result<PaceLinear> {
+        let (out_features, in_features) = linear.weight().dims2()?;
+        let Some(trained) = self.trained_linear(name, out_features, in_features)? else {
+            candle_core::bail!("`{name}` is not in the PEFT adapter");
+        };
+        if trained.bias().is_some() != linear.bias().is_some() {
+            let (adapter, model) = match trained.bias() {
+                Some(_) => ("has a bias", "none"),
+                None => ("has no bias", "one"),
+            };
+            candle_core::bail!("`{name}` {adapter} in the PEFT adapter, but {model} in the model");
+        }
+        self.layer(name, block, &trained, Parameters::Head, false)
+    }
+
+    /// The layer `name`, if a PEFT adapter holds it as a whole.
+    pub(super) fn trained_linear(&self, name: &str, out: usize, inp: usize) -> Result<Option<Linear>> {
+        let change = self.changes.as_ref().and_then(|changes| changes.get(name));
+        let Some((Change::Head { has_bias }, _)) = change else { return Ok(None) };
+        let vars = self.vars.pp(name);
+        let bias = has_bias.then(|| vars.get(out, "bias")).transpose()?;
+        Ok(Some(Linear::new(vars.get((out, inp), "weight")?, bias)))
+    }
+
+    /// Whether a PEFT adapter decides what becomes of each layer.
+    pub(super) fn has_changes(&self) -> bool {
+        self.changes.is_some()
+    }
+
+    /// What a PEFT adapter says of the layer `name`, which was met with this.
+    fn change(&mut self, name: &str) -> Option<Change> {
+        let (change, met) = self.changes.as_mut()?.get_mut(name)?;
+        *met = true;
+        Some(*change)
+    }
+
+    /// Checks, when the model has been built, that it has every layer of the PEFT adapter. The models of this crate do so.
+    ///
+    /// # Errors
+    /// If a layer of the adapter was not wrapped; without a PEFT adapter, never.
+    pub fn finish(&self) -> Result<()> {
+        let mut changes = self.changes.iter().flatten();
+        match changes.find(|(_, (_, met))| !met) {
+            Some((name, _)) => {
+                candle_core::bail!("the PEFT adapter has `{name}`, but the model has no such layer")
+            }
+            None => Ok(()),
+        }
     }
 
     /// Wraps the frozen layer `name` with a ΔW `[N, K]` and Δb `[N]` of the caller's making (GLoRA, HiRA, BOFT, …).
@@ -466,6 +602,8 @@ impl<'a> Injector<'a> {
             );
         };
         wrap(crate::noise::check_sigma(sigma))?;
+        // Noise is on what is trained.
+        let sigma = if matches!(parameters, Parameters::Frozen) { 0.0 } else { sigma };
         let hold = |tensor: &Tensor| {
             let tensor = tensor.contiguous()?;
             Ok::<_, candle_core::Error>(if frozen { tensor.detach() } else { tensor })

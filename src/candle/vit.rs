@@ -210,6 +210,15 @@ struct Block {
 }
 
 impl Block {
+    /// The linear layers, in the order of the forward pass.
+    fn layers(&self) -> [&PaceLinear; 4] {
+        [&self.qkv, &self.proj, &self.fc1, &self.fc2]
+    }
+
+    fn is_noisy(&self) -> bool {
+        self.layers().into_iter().any(PaceLinear::is_noisy)
+    }
+
     /// `x` holds `branches` copies of the batch; with `part`, it holds one and the branches part in this block.
     fn forward(&self, x: &Tensor, branches: usize, part: Option<&PaceContext>) -> Result<(Tensor, usize)> {
         let hidden = self.norm1.forward(x)?;
@@ -279,7 +288,8 @@ impl Vit {
     /// block, and the head (the last block), which is trained, from the injector's own variables.
     ///
     /// # Errors
-    /// As [`new`](Self::new), or if the injector does not know σ for `depth + 1` blocks.
+    /// As [`new`](Self::new), or if the injector does not know σ for `depth + 1` blocks, or comes from a PEFT adapter that has
+    /// a layer which this model lacks.
     pub fn with_adapters(
         config: &VitConfig,
         vars: VarBuilder<'_>,
@@ -322,7 +332,14 @@ impl Vit {
                 (layer_norm(config, vars.pp("norm1"))?, layer_norm(config, vars.pp("norm2"))?);
             blocks.push(Block { norm1, qkv, proj, norm2, fc1, fc2, drop_path, heads });
         }
-        let head = linear(embed_dim, config.classes, injector.vars().pp("head"))?;
+        let head = match injector.trained_linear("head", config.classes, embed_dim)? {
+            Some(head) => head,
+            // A PEFT adapter without a head was trained on that of the model.
+            None if injector.has_changes() => linear(embed_dim, config.classes, vars.pp("head"))?,
+            None => linear(embed_dim, config.classes, injector.vars().pp("head"))?,
+        };
+        let head = injector.wrap_head("head", depth, head)?;
+        injector.finish()?;
         Ok(Self {
             config: *config,
             patch,
@@ -330,7 +347,7 @@ impl Vit {
             pos_embed: vars.get_with_hints((1, config.tokens(), embed_dim), "pos_embed", SMALL)?,
             blocks,
             norm: layer_norm(config, vars.pp("norm"))?,
-            head: injector.wrap_head("head", depth, head)?,
+            head,
             context: injector.context().clone(),
         })
     }
@@ -338,6 +355,11 @@ impl Vit {
     /// Whether rows that hold `branches` copies of the batch still have to part.
     fn parts(&self, branches: usize) -> bool {
         branches < self.context.branches()
+    }
+
+    /// The linear layers, block by block in the order of the forward pass, and the head.
+    pub fn layers(&self) -> impl Iterator<Item = &PaceLinear> {
+        self.blocks.iter().flat_map(Block::layers).chain([&self.head])
     }
 
     /// The sizes.
@@ -368,7 +390,7 @@ impl Vit {
             Tensor::cat(&[&cls, &self.patch.forward(&patches)?], 1)?.broadcast_add(&self.pos_embed)?;
         let mut branches = 1;
         for block in &self.blocks {
-            let part = (self.parts(branches) && block.qkv.is_noisy()).then_some(&self.context);
+            let part = (self.parts(branches) && block.is_noisy()).then_some(&self.context);
             (x, branches) = block.forward(&x, branches, part)?;
         }
         // The norm is per token: only the class token's is needed.

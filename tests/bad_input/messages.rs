@@ -22,11 +22,11 @@ fn messages() {
         ),
         (
             Error::Label { position: 4, label: -7, classes: 10 },
-            "`labels[4]` is -7, expected 0..10 or the ignored label",
+            "`labels[4]` is -7, expected 0 to 9 or the ignored label",
         ),
         (
             Error::Index { position: 1, index: 9, rows: 5 },
-            "`index[1]` is 9, expected 0..5 (the rows of `history`)",
+            "`index[1]` is 9, expected 0 to 4 (the rows of `history`)",
         ),
         (
             Error::DuplicateIndex { position: 1, index: 9 },

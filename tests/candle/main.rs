@@ -4,6 +4,9 @@
 mod layers;
 #[path = "../common/on.rs"]
 mod on;
+mod peft;
+#[path = "../common/python.rs"]
+mod python;
 mod support;
 mod training;
 mod weights;
@@ -26,6 +29,11 @@ const TESTS: &[(&str, Test)] = &[
     ("drop_path_is_shared_by_the_branches", layers::drop_path_is_shared_by_the_branches),
     ("variants_use_the_rows_they_should", training::variants_use_the_rows_they_should),
     ("noisy_add_is_the_layers_epilogue", layers::noisy_add_is_the_layers_epilogue),
+    ("recorded_peft_adapters_compute_the_same", peft::recorded_adapters_compute_the_same),
+    (
+        "layers_that_a_peft_adapter_lacks_stay_as_they_are",
+        peft::layers_that_an_adapter_lacks_stay_as_they_are,
+    ),
     ("wrong_use_is_an_error", wrong_use::wrong_use_is_an_error),
 ];
 
@@ -34,6 +42,13 @@ const CPU_TESTS: &[(&str, CpuTest)] = &[
     ("layer_gradients_match_finite_differences", layers::layer_gradients_match_finite_differences),
     ("weights_round_trip_through_a_file", weights::weights_round_trip_through_a_file),
     ("bad_weight_files_are_errors", weights::bad_weight_files_are_errors_that_say_what_is_missing),
+    ("peft_adapters_round_trip_through_a_folder", peft::adapters_round_trip_through_a_folder),
+    ("peft_adapters_of_layers_are_those_layers", peft::adapters_of_layers_are_those_layers),
+    ("patterns_of_a_peft_adapter_are_pefts", peft::patterns_are_those_of_peft),
+    ("bad_peft_configurations_are_errors", peft::bad_configurations_are_errors_that_name_the_setting),
+    ("bad_peft_tensors_are_errors", peft::bad_tensors_are_errors_that_name_the_tensor),
+    ("damaged_peft_files_are_errors", peft::damaged_files_are_errors),
+    ("what_peft_cannot_hold_is_an_error", peft::what_peft_cannot_hold_is_an_error),
     ("wrong_sizes_are_errors", wrong_use::wrong_sizes_are_errors),
 ];
 
@@ -52,6 +67,12 @@ fn main() {
         let name = format!("cuda_{name}::layers_are_those_of_the_cpu");
         trials.push(on_cuda(name, dtype, layers::layers_are_those_of_the_cpu));
     }
+    trials.push(Trial::ignorable_test("peft_loads_what_is_written", || {
+        match python::with(&["torch", "timm", "peft", "safetensors"]) {
+            Ok(python) => Ok(peft::peft_loads_what_is_written(&python).map(|()| Completion::Completed)?),
+            Err(why) => Ok(Completion::ignored_with(why)),
+        }
+    }));
     libtest_mimic::run(&arguments, trials).exit();
 }
 

@@ -109,7 +109,7 @@ fn small_functions() {
         assert_eq!(pace_drop_path_mask(PACE_F16, 5, 0.4, 7, tensor(&mut mask)), PACE_ERROR_DTYPE);
         assert_eq!(pace_loss_status([0; 9].as_ptr(), 3, 0), PACE_OK);
         assert_eq!(pace_loss_status([1, 2, 9, 0, 0, 0, 0, 0, 0].as_ptr(), 3, 0), PACE_ERROR_LABEL);
-        assert_eq!(message(), "`labels[2]` is 9, expected 0..3 or the ignored label");
+        assert_eq!(message(), "`labels[2]` is 9, expected 0 to 2 or the ignored label");
         assert_eq!(pace_loss_status(null(), 3, 0), PACE_ERROR_ARGUMENT);
     }
 }

@@ -5,7 +5,10 @@ step, `merge` gives a plain model back. `ops` has the operators, for models of y
 """
 
 from . import ops
-from ._library import PaceError, sigma_by_block
+from ._errors import PaceError
+from ._library import sigma_by_block
+from .attach import attach
+from .attached import AttachedNoise
 from .captured import CapturedStep
 from .controller import Pace
 from .inject import describe, inject, load_trainable_state_dict, merge, trainable_state_dict
@@ -25,9 +28,11 @@ from .ops import (
     noisy_linear,
     prompt_bias,
 )
+from .peft_files import load_peft, save_peft
 
 __all__ = [
     "Adapter",
+    "AttachedNoise",
     "CapturedStep",
     "Head",
     "LoraAdd",
@@ -39,12 +44,14 @@ __all__ = [
     "PaceError",
     "SharedDropPath",
     "VptAdd",
+    "attach",
     "describe",
     "drop_path",
     "fp_distance",
     "grad_norm",
     "inject",
     "keys",
+    "load_peft",
     "load_trainable_state_dict",
     "lora_linear",
     "lora_mul_linear",
@@ -56,6 +63,7 @@ __all__ = [
     "ops",
     "pace_loss",
     "prompt_bias",
+    "save_peft",
     "sigma_by_block",
     "trainable_state_dict",
 ]

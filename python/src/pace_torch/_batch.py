@@ -8,7 +8,7 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor
 
-from ._library import PaceError
+from ._errors import PaceError
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from ._errors import PaceError, check_integer, check_number
+
 ABI_VERSION = 3
 
 F32, F64, F16, BF16 = range(4)
@@ -16,17 +18,6 @@ NOISE_OFF, NOISE_GENERATED, NOISE_GIVEN = range(3)
 PER_SAMPLE, PER_TOKEN = range(2)
 EXACT, ALLOW_TF32 = 1, 2
 CONSISTENCY_NONE, CONSISTENCY_TWO_BRANCH, CONSISTENCY_HISTORY = range(3)
-
-
-class PaceError(ValueError):
-    """A wrong argument, or a device that cannot be used. `status` is the library's name of the error."""
-
-    def __init__(self, message: str, status: str = "PACE_ERROR_ARGUMENT"):
-        super().__init__(message)
-        self.status = status
-
-    def __reduce__(self):
-        return PaceError, (str(self), self.status)
 
 
 class PaceTensor(ctypes.Structure):
@@ -308,11 +299,8 @@ def sigma_by_block(blocks: int, sigma: float, first_noisy: int) -> list[float]:
     Raises `PaceError` if `blocks` is zero, `first_noisy` is not below it, or `sigma` is
     negative or not finite.
     """
-    if isinstance(sigma, bool) or not isinstance(sigma, (int, float)):
-        raise PaceError(f"`sigma` is {type(sigma).__name__}, expected a number")
-    for name, number in (("blocks", blocks), ("first_noisy", first_noisy)):
-        if number < 0:
-            raise PaceError(f"`{name}` is {number}, expected at least 0")
+    blocks, sigma = check_integer("blocks", blocks, 1), check_number("sigma", sigma)
+    first_noisy = check_integer("first_noisy", first_noisy, 0, blocks - 1)
     out = (c_double * blocks)()
     check(library.pace_sigma_by_block(blocks, sigma, first_noisy, ctypes.cast(out, c_void_p)))
     return list(out)

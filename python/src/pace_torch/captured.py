@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from ._library import PaceError
+from ._errors import PaceError
+from ._in_step import check_in_step
 from .controller import Pace
 from .loss import Losses
 
@@ -18,8 +19,8 @@ class CapturedStep:
     A step launches more than a thousand kernels, and on a fast GPU Python may take longer over that than they take to run. A
     graph is launched once. It is made for batches of one shape, from `x [B, ...]`, `labels [B]` and, for the variant
     `fast`, `index [B]`; nothing is trained while it is made. A call takes such a batch, puts the gradients into `grad` of
-    the parameters (it does not add to them), and returns the losses, which the next call overwrites. The optimizer stays
-    outside. `autocast` is the type of autocast (bfloat16), or None for the model's own.
+    the parameters (it does not add to them), and returns the losses and logits, static tensors that the next call
+    overwrites. The optimizer stays outside. `autocast` is the type of autocast (bfloat16), or None for the model's own.
 
     With several processes the replay averages nothing: do that with `parameter.grad` before the optimizer's step.
 
@@ -98,6 +99,7 @@ class CapturedStep:
         self.keys.copy_(ops.keys(pace.seed, pace.step, pace.layers, self.keys.device))
         pace.step += 1
         pace.iteration += 1
+        check_in_step(pace)
         self.graph.replay()
         for parameter, grad in zip(self.parameters, self.grads):
             parameter.grad = grad

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from . import ops
 from ._batch import BatchOf, batch_size, call, find_logits, find_loss, logits_of, twice, with_rows
-from ._library import PaceError, device_handle
-from .loss import Losses, pace_loss
+from ._errors import PaceError, check_choice, check_integer, check_number
+from ._in_step import check_in_step
+from ._library import device_handle
+from .loss import Criterion, Losses, check_criterion, pace_loss
 from .ops import Noise
 
 def _warn(layers: list[str], what: str) -> None:
@@ -38,6 +40,8 @@ class Pace(nn.Module):
     * `shard`: (rank, number) of the processes that share a batch, if torch.distributed is not what knows.
     * `batch_of`: the keyword whose rows are the batch, where that is not the first tensor of a call; or a list of all that have
       these rows.
+    * `criterion`: what of the logits is trained, None for the cross-entropy (see `pace_loss`). It is no submodule: put what weights
+      it has on the device yourself.
     * `history`: PACE-fast's table of logits `[samples, classes]`, which `state_dict` has.
     """
 
@@ -53,17 +57,21 @@ class Pace(nn.Module):
         samples: Optional[int],
         label_smoothing: float,
         batch_of: BatchOf,
+        criterion: Optional[Criterion] = None,
         device: torch.device,
     ):
         super().__init__()
-        if variant not in VARIANTS:
-            raise PaceError(f"`variant` is {variant!r}, expected one of {', '.join(VARIANTS)}")
-        if variant == "fast" and not samples:
+        self.layers, self.per_token = layers, per_token
+        self.variant = check_choice("variant", variant, VARIANTS)
+        if variant == "fast" and samples is None:
             raise PaceError("`samples`, the number of training samples, is required by the variant `fast`")
-        if lazy_interval < 1:
-            raise PaceError(f"`lazy_interval` is {lazy_interval}, expected at least 1")
-        self.layers, self.variant, self.lambda_, self.lazy_interval = layers, variant, lambda_, lazy_interval
-        self.per_token, self.seed, self.samples, self.label_smoothing = per_token, seed, samples, label_smoothing
+        self.samples = None if samples is None else check_integer("samples", samples, 1)
+        self.lambda_ = check_number("lambda_", lambda_, 0)
+        self.label_smoothing = check_number("label_smoothing", label_smoothing, 0, 1)
+        self.lazy_interval = check_integer("lazy_interval", lazy_interval, 1)
+        # As of `torch.manual_seed`.
+        self.seed = check_integer("seed", seed, -(2**63), 2**64 - 1)
+        self.criterion = criterion
         self.step = self.iteration = 0
         self.branches = 2 if variant in ("pace", "lazy") else 1
         self.manual_steps = self.drawn = False
@@ -97,6 +105,14 @@ class Pace(nn.Module):
         self.step, self.iteration = state_dict["step"], state_dict["iteration"]
         history = state_dict["history"]
         self.history = None if history is None else history.to(self.keys.device, copy=True)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "criterion":
+            check_criterion(value, self.label_smoothing)
+            # Not a submodule, even if it is a module: it is no part of the model.
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         return f"variant={self.variant}, lambda_={self.lambda_:g}, seed={self.seed}, step={self.step}"
@@ -196,7 +212,9 @@ class Pace(nn.Module):
         layers = [layer for layer in module.modules() if hasattr(layer, "fixed_rows")]
         calls: dict[nn.Module, list[Tensor]] = {}
         handles = [
-            layer.register_forward_pre_hook(lambda layer, inputs: calls.setdefault(layer, []).append(inputs[0].detach()))
+            layer.watched.register_forward_pre_hook(
+                lambda _, inputs, layer=layer: calls.setdefault(layer, []).append(inputs[0].detach())
+            )
             for layer in layers
         ]
         # Not `eval()`, which some modules take for a sign to change.
@@ -366,7 +384,7 @@ class Pace(nn.Module):
         return x, labels
 
     def loss(self, output: Any, labels: Tensor, index: Optional[Tensor] = None) -> Losses:
-        """The variant's loss of what a training forward pass returned, or cross-entropy in evaluation.
+        """The variant's loss of what a training forward pass returned; in evaluation without the consistency.
 
         `output`: the logits, an object or mapping that has them as `logits`, or a tuple that begins with them.
 
@@ -375,12 +393,13 @@ class Pace(nn.Module):
         sampler will do. With a sampler that gives each sample to the same process in every epoch nothing need be sent:
         give `samples` and `index` as numbers within the process, and set `shard` to (rank, number of processes).
         """
-        settings = {"label_smoothing": self.label_smoothing}
+        settings = {"label_smoothing": self.label_smoothing, "criterion": self.criterion}
         logits = logits_of(output)
-        if not isinstance(labels, Tensor):
-            raise PaceError(f"`labels` is {type(labels).__name__}, expected a tensor")
+        if not isinstance(labels, Tensor) or labels.dim() == 0:
+            raise PaceError(f"`labels` is {type(labels).__name__}, expected a tensor with a row for each sample")
         if not self.training:
             return pace_loss(logits, labels, self.lambda_, **settings)
+        check_in_step(self)
         if self.variant != "fast":
             rows = self.branches * labels.shape[0]
             if logits.shape[0] != rows:
@@ -410,7 +429,7 @@ class Pace(nn.Module):
         """
         if self.training and self.variant in ("lazy", "fast"):
             raise PaceError(f"the variant `{self.variant}` needs more than outputs and labels: give Trainer a `compute_loss` that calls "
-                            "`pace.training_step` (docs/frameworks.md)")
+                            "`pace.training_step` (docs/pytorch/frameworks.md)")
         total = self.loss(outputs, labels).total
         if num_items_in_batch is None:
             return total

@@ -9,9 +9,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ._batch import BatchOf
-from ._layers import Names, choose, other_drop_paths
-from ._library import PaceError, sigma_by_block
+from ._errors import PaceError, check_choice, check_integer, check_number
+from ._layers import Names, choose, drop_paths_of
+from ._library import sigma_by_block
+from .attached import AttachedNoise
 from .controller import Pace
+from .loss import Criterion
 from .modules import Adapter, Head, LoraAdd, LoraMulVptAdd, NoisyLinear, RecomputedGELU, SameInBranches, SharedDropPath, VptAdd
 
 ADAPTERS = ("LoRAmul_VPTadd", "LoRAadd", "VPTadd")
@@ -41,13 +44,23 @@ def block_ids(names: list[str], heads: set[str]) -> tuple[list[int], int]:
     return [order[path] for path in padded], levels
 
 
+def sigmas_of(names: list[str], heads: set[str], sigma: float, first_noisy: Optional[int]) -> list[float]:
+    """The standard deviation of each layer's noise."""
+    ids, levels = block_ids(names, heads)
+    blocks = max(ids) + 1
+    if first_noisy is None:
+        first_noisy = min(1 if levels == 1 else 0, blocks - 1)
+    by_block = sigma_by_block(blocks, sigma, first_noisy)
+    return [by_block[block] for block in ids]
+
+
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     """Puts a module in the place of another, whose mode, training or evaluation, it takes over."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module.train(model.get_submodule(name).training))
 
 
-def _block(name: str) -> str:
+def block_of(name: str) -> str:
     """The path of the block that a layer is in; the layer itself if it is in none."""
     parts = name.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isnumeric()]
@@ -76,6 +89,7 @@ def inject(
     new_biases: bool = False,
     branches_at: Optional[str] = None,
     batch_of: BatchOf = None,
+    criterion: Optional[Criterion] = None,
 ) -> nn.Module:
     """Turns a model into a PACE model, in place, and returns it.
 
@@ -106,7 +120,8 @@ def inject(
     * `variant`: `pace` (two branches at each step), `lazy` (at every `lazy_interval`-th, with half of the batch),
       `fast` (one branch, consistent with its logits of the last epoch; needs `samples`, the size of the training set),
       `noise` (one branch, no consistency), `baseline` (adapters without noise; no `.adapter` in the names).
-    * `lambda_`: strength of the consistency. `noise_shape`: `BC` draws per sample and channel, `BTC` per token too.
+    * `lambda_`: strength of the consistency. `criterion`: what of the logits is trained, by default the cross-entropy; see
+      `pace_loss`. `noise_shape`: `BC` draws per sample and channel, `BTC` per token too.
     * `scale`: factor on LoRA's `B·A`, 1 in the paper.
     * `exact`: for 16-bit types. Layers under noise per sample (`BC`) may otherwise multiply by `W0 + z⊙ΔW`, made in
       float32 and rounded once. In bfloat16, LoRAmul whose rms(ΔW/W0) stays below about 1e-3 over a whole training (a
@@ -114,15 +129,22 @@ def inject(
       bits more, and in float32 nothing is lost. The other adapters have no dense ΔW; without noise, as in evaluation,
       16-bit weights are never added.
 
-    Raises `PaceError` for an unknown name, a model without linear layers, or one that is injected already.
+    Raises `PaceError` for an unknown name, a setting out of range, a model without linear layers, or one that is injected already.
+    Warns of a model most of whose weights are in other layers (convolutions, an LSTM), which stay frozen.
     """
-    _check_arguments(model, adapter, rank, noise_shape, branches_at)
-    linears, heads = choose(model, target_modules, exclude_modules, head)
-    drop_paths = {name: module for name, module in model.named_modules() if isinstance(module, DropPath)}
+    check_model(model, noise_shape, branches_at)
+    check_choice("adapter", adapter, ADAPTERS)
+    check_integer("rank", rank, 1)
+    if check_number("scale", scale) == 0:
+        raise PaceError("`scale` is 0, with which no adapter would learn")
+    linears, heads = choose(model, target_modules, exclude_modules, head, adapter != "LoRAadd")
+    drop_paths = drop_paths_of(model)
+    # Those of timm draw as the official code's do, with a key of their own.
+    timms = [(name, module) for name, module in drop_paths if isinstance(module, DropPath)]
     noisy = variant != "baseline"
 
     pace = Pace(
-        len(linears) + len(drop_paths) if noisy else 0,
+        len(linears) + len(timms) if noisy else 0,
         variant=variant,
         lambda_=lambda_,
         lazy_interval=lazy_interval,
@@ -131,22 +153,19 @@ def inject(
         samples=samples,
         label_smoothing=label_smoothing,
         batch_of=batch_of,
+        criterion=criterion,
         device=next(iter(linears)).weight.device,
     )
-    ids, levels = block_ids([names[0] for names in linears.values()], {linears[linear][0] for linear in heads})
-    blocks = max(ids) + 1
-    if first_noisy is None:
-        first_noisy = min(1 if levels == 1 else 0, blocks - 1)
-    sigmas = sigma_by_block(blocks, sigma, first_noisy)
+    sigmas = sigmas_of([names[0] for names in linears.values()], {linears[linear][0] for linear in heads}, sigma, first_noisy)
 
     first_noisy_layer = None
-    for layer, ((linear, names), block) in enumerate(zip(linears.items(), ids)):
+    for layer, ((linear, names), layer_sigma) in enumerate(zip(linears.items(), sigmas)):
         module = Head(linear) if linear in heads else _adapter_around(linear, adapter, rank, scale, exact, new_biases)
         module.path = names[0]
         if noisy:
-            module = NoisyLinear(module, sigmas[block], pace, layer)
+            module = NoisyLinear(module, layer_sigma, pace, layer)
             module.path = names[0]
-            if first_noisy_layer is None and sigmas[block] > 0:
+            if first_noisy_layer is None and layer_sigma > 0:
                 first_noisy_layer = names[0]
         move_hooks(linear, module)
         for name in names:
@@ -154,10 +173,11 @@ def inject(
         if linear in heads:
             pace.heads[names[0]] = module
     if noisy:
-        for layer, (name, module) in enumerate(drop_paths.items(), start=len(linears)):
+        for layer, (name, module) in enumerate(timms, start=len(linears)):
             _replace(model, name, SharedDropPath(module.drop_prob, pace, layer))
-        for name, module in other_drop_paths(model):
-            _replace(model, name, SameInBranches(module, pace))
+        for name, module in drop_paths:
+            if not isinstance(module, DropPath):
+                _replace(model, name, SameInBranches(module, pace))
     _recompute_gelus(model)
     trained = _adapter_parameters(model)
     for name, parameter in model.named_parameters():
@@ -165,23 +185,17 @@ def inject(
             parameter.requires_grad_(False)
     if noisy:
         pace.doubles_input = branches_at == INPUT or branches_at is None and not isinstance(model, _DOUBLE_WITHIN)
-        _attach(model, pace, _block(first_noisy_layer or next(reversed(linears.values()))[0]))
+        control(model, pace, block_of(first_noisy_layer or next(reversed(linears.values()))[0]))
     else:
         model.pace = pace.train(model.training)
     return model
 
 
-def _check_arguments(
-    model: nn.Module, adapter: str, rank: int, noise_shape: str, branches_at: Optional[str]
-) -> None:
-    if adapter not in ADAPTERS:
-        raise PaceError(f"`adapter` is {adapter!r}, expected one of {', '.join(ADAPTERS)}")
-    if noise_shape not in ("BC", "BTC"):
-        raise PaceError(f"`noise_shape` is {noise_shape!r}, expected BC or BTC")
-    if branches_at not in (None, INPUT, FIRST_NOISY_BLOCK):
-        raise PaceError(f"`branches_at` is {branches_at!r}, expected {INPUT!r} or {FIRST_NOISY_BLOCK!r}")
-    if rank < 1:
-        raise PaceError(f"`rank` is {rank}, expected at least 1")
+def check_model(model: nn.Module, noise_shape: str, branches_at: Optional[str]) -> None:
+    if not isinstance(model, nn.Module):
+        raise PaceError(f"`model` is {type(model).__name__}, expected a torch.nn.Module")
+    check_choice("noise_shape", noise_shape, ("BC", "BTC"))
+    check_choice("branches_at", branches_at, (None, INPUT, FIRST_NOISY_BLOCK))
     if any(isinstance(module, (Adapter, Pace)) for module in model.modules()):
         raise PaceError("`model` has adapters already")
     wrappers = [type(module).__name__ for module in model.modules() if type(module).__name__ in _WRAPPERS]
@@ -208,7 +222,7 @@ def _recompute_gelus(model: nn.Module) -> None:
             module.fc2.__dict__["gelu"] = module.act
 
 
-def _attach(model: nn.Module, pace: Pace, first_noisy_block: str) -> None:
+def control(model: nn.Module, pace: Pace, first_noisy_block: str) -> None:
     """Makes `pace` the model's controller."""
     model.pace = pace.train(model.training)
     # Processes that share a model derive the same keys; DistributedDataParallel need not send them around.
@@ -311,13 +325,16 @@ def describe(model: nn.Module) -> str:
     model = unwrapped(model)
     rows = [("layer", "adapter", "sigma", "trained")]
     for name, module in model.named_modules():
-        adapter = module.adapter if isinstance(module, NoisyLinear) else module
-        if isinstance(adapter, Adapter) and not name.endswith(".adapter"):
-            trained = sum(parameter.numel() for parameter in adapter.parameters() if parameter.requires_grad)
-            sigma = f"{module.sigma:.3g}" if isinstance(module, NoisyLinear) else "–"
-            if getattr(module, "fixed_rows", None) and module.sample_rows is None:
-                sigma = "0 (rows are no samples)"
-            rows.append((name, type(adapter).__name__, sigma, f"{trained:,}"))
+        adapter, kind = module.adapter if isinstance(module, NoisyLinear) else module, ""
+        if isinstance(module, AttachedNoise):
+            name, adapter, kind = module.path, module.watched, "PEFT "
+        elif not isinstance(adapter, Adapter) or name.endswith(".adapter"):
+            continue
+        trained = sum(parameter.numel() for parameter in adapter.parameters() if parameter.requires_grad)
+        sigma = f"{module.sigma:.3g}" if hasattr(module, "sigma") else "–"
+        if getattr(module, "fixed_rows", None) and module.sample_rows is None:
+            sigma = "0 (rows are no samples)"
+        rows.append((name, kind + type(adapter).__name__, sigma, f"{trained:,}"))
     numbers = [parameter.numel() for parameter in model.parameters()]
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -342,13 +359,19 @@ def _check_whole(model: nn.Module) -> None:
 def merge(model: nn.Module) -> nn.Module:
     """Turns a PACE model back into a plain one that computes the same in evaluation: in place, and returns it.
 
-    The adapters go into the weights of the layers that were there (with a new bias, where `new_biases` asked for one). Of a wrapped model it is the
-    model inside.
+    The adapters go into the weights of the layers that were there (with a new bias, where `new_biases` asked for one). These weights
+    and the head require gradients, what was frozen besides them stays so. Of a wrapped model it is the model inside.
 
-    Raises `PaceError`, and changes nothing, for a model whose weights are sharded, offloaded or made by hooks.
+    Raises `PaceError`, and changes nothing, for a model whose weights are sharded, offloaded, quantised or made by hooks.
     """
     _check_whole(model)
     model = unwrapped(model)
+    if any(isinstance(module, AttachedNoise) for module in model.modules()):
+        raise PaceError("`model` is PEFT's, with PACE attached: its own `merge_and_unload` merges it")
+    for name, module in model.named_modules():
+        if isinstance(module, Adapter) and module.is_opaque and not isinstance(module, Head):
+            raise PaceError(f"`{name.removesuffix('.adapter')}` is a {type(module.base_module).__name__}, which computes by itself: what an adapter "
+                            "adds to that does not go into its weight. Keep the adapters (`trainable_state_dict`), and evaluate with them")
     plain: dict[nn.Module, nn.Module] = {}  # by what it replaces
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in plain:

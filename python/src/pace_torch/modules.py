@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from ._layers import is_conv1d
-from ._library import PaceError
+from ._errors import PaceError
+from ._layers import is_conv1d, is_opaque, is_plain, is_pointwise
 from .controller import TRACED_IN_TRAINING, Pace
 from .ops import NO_NOISE, Noise
 
@@ -130,7 +130,15 @@ class _CallsItsLayers(nn.Module):
     def __getattr__(self, name: str):
         if name in ("weight", "bias"):
             return None if getattr(_linear(self), name) is None else _ReadParameter.of(self, name)
-        return super().__getattr__(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Sizes of what is no linear layer: `in_channels`, `nf`.
+            adapter = self.__dict__.get("_modules", {}).get("adapter", self)
+            value = vars(adapter.__dict__.get("replaced") or object).get(name)
+            if value is None or name.startswith("_"):
+                raise
+            return value
 
     def __setattr__(self, name: str, value):
         if name in ("weight", "bias"):
@@ -198,28 +206,72 @@ def _linear(layer: nn.Module) -> nn.Linear:
 
 
 class Adapter(_CallsItsLayers):
-    """A frozen linear layer and what is trained beside it. `forward(x, noise)` maps `[R, ..., K]` to `[R, ..., N]`.
+    """A frozen layer and what is trained beside it. `forward(x, noise)` maps `[R, ..., K]` to `[R, ..., N]`, and `[R, K, ...]` to
+    `[R, N, ...]` around a convolution.
 
-    Loads its own names, those of a noisy checkpoint (`adapter.…`) and those of a plain linear layer.
+    Loads its own names, those of a noisy checkpoint (`adapter.…`) and those of the plain layer.
     """
 
     def __init__(self, base_module: nn.Module, new_bias: bool = True):
         super().__init__()
         # Whether the layer has a bias, or may get one.
         self.has_bias = base_module.bias is not None or new_bias
-        # The weights of Hugging Face's Conv1D are `[K, N]`; this is the same layer as a linear one.
-        self.conv1d = type(base_module) if is_conv1d(base_module) else None
-        if self.conv1d:
-            weight, linear = base_module.weight, nn.Linear(1, 1)
-            linear.weight, linear.bias = nn.Parameter(weight.detach().t().contiguous()), base_module.bias
+        # Whether the layer computes by itself, so that the adapter's part is added to what it gives (quantised and scaled layers).
+        self.is_opaque = is_opaque(base_module)
+        self.is_convolution = is_pointwise(base_module)
+        # What was there, without its parameters, if that is no linear layer: the same as one is the base.
+        self.__dict__["replaced"] = None
+        if self.is_convolution or is_conv1d(base_module):
+            self.__dict__["replaced"] = base_module
+            linear = nn.Linear(1, 1)
+            linear.weight, linear.bias = nn.Parameter(self._as_linear(base_module.weight.detach())), base_module.bias
             linear.out_features, linear.in_features = linear.weight.shape
+            base_module.weight = base_module.bias = None
             base_module = linear
         self.base_module = base_module.requires_grad_(False)
 
+    def _as_linear(self, weight: Tensor) -> Tensor:
+        """The weight `[N, K]` of a linear layer that does what this one does: of a convolution's `[N, K, 1, ...]`, or of the `[K, N]`
+        of Hugging Face's Conv1D."""
+        return weight.flatten(1) if self.is_convolution else weight.t().contiguous()
+
     def _parameter(self, *shape: int, init=nn.init.zeros_) -> nn.Parameter:
-        parameter = nn.Parameter(self.base_module.weight.new_empty(shape))
+        weight = self.base_module.weight
+        # What is quantised has another type than what is computed.
+        parameter = nn.Parameter(torch.empty(shape, dtype=weight.dtype if is_plain(weight) else None, device=weight.device))
         init(parameter)
         return parameter
+
+    def forward(self, x: Tensor, noise: Noise = NO_NOISE) -> Tensor:
+        if _is_traced(x):
+            return self.traced(x)
+        if self.is_convolution:
+            return self.compute(x.movedim(1, -1), noise).movedim(-1, 1)
+        return self.around_base(x, noise) if self.is_opaque else self.compute(x, noise)
+
+    def around_base(self, x: Tensor, noise: Noise) -> Tensor:
+        """As `compute`, with whatever the base layer makes of `x`."""
+        base = self.base_module(x)
+        if not isinstance(base, Tensor) or base.shape != (*x.shape[:-1], self.out_features):
+            raise PaceError(f"a {type(self.base_module).__name__} does not map [..., {self.in_features}] to [..., {self.out_features}]: "
+                            "name the layer in `exclude_modules`")
+        return ops.noisy_epilogue(base, self.added(x).to(base.dtype), noise)
+
+    def compute(self, x: Tensor, noise: Noise) -> Tensor:
+        """The base layer, the adapter and the noise on it, `[R, ..., K]` to `[R, ..., N]`."""
+        raise NotImplementedError
+
+    def difference(self) -> tuple[Optional[Tensor], Optional[Tensor]]:
+        """ΔW and Δb, by PyTorch's own operators only; None for zero."""
+        raise NotImplementedError
+
+    def added(self, x: Tensor) -> Tensor:
+        """What the adapter adds without noise, by PyTorch's own operators only."""
+        weight, bias = self.difference()
+        if weight is not None:
+            return torch.nn.functional.linear(x.to(weight.dtype), weight, bias)
+        shape = (*x.shape[:-1], self.out_features)
+        return x.new_zeros(shape) if bias is None else bias.expand(shape)
 
     def _apply(self, *args, **kwargs):
         """Also gives parameters that leave the meta device (`to_empty`) the values that they start with."""
@@ -236,23 +288,26 @@ class Adapter(_CallsItsLayers):
 
     def traced(self, x: Tensor) -> Tensor:
         """What the layer computes without noise, by PyTorch's own operators only: for graphs that go elsewhere."""
-        weight, bias = self.traced_parameters()
+        if self.is_opaque:
+            return self.base_module(x) + self.added(x)
+        weight, bias = (
+            base if delta is None else delta if base is None else base + delta
+            for base, delta in zip((self.base_module.weight, self.base_module.bias), self.difference())
+        )
+        if self.is_convolution:
+            return torch.nn.functional.linear(x.movedim(1, -1), weight, bias).movedim(-1, 1)
         return torch.nn.functional.linear(x, weight, bias)
-
-    def traced_parameters(self) -> tuple[Tensor, Optional[Tensor]]:
-        """As `merged`, by PyTorch's own operators only."""
-        return self.merged()
 
     def plain(self) -> nn.Module:
         """The plain layer: the one that was there, with other weights."""
         weight, bias = self.merged()
-        if self.conv1d:
-            layer = self.conv1d(*weight.shape)
+        layer = self.base_module if self.replaced is None else self.replaced
+        if self.is_convolution:
+            weight = weight.view(*weight.shape, *(1 for _ in layer.kernel_size))
+        elif self.replaced is not None:
             weight = weight.t()
-        else:
-            layer = self.base_module
-            for name in list(getattr(layer, "parametrizations", ())):
-                nn.utils.parametrize.remove_parametrizations(layer, name)
+        for name in list(getattr(layer, "parametrizations", ())):
+            nn.utils.parametrize.remove_parametrizations(layer, name)
         layer.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
         layer.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         return layer.train(self.training)
@@ -263,8 +318,8 @@ class Adapter(_CallsItsLayers):
             return f"base_module.{name}" if name in ("weight", "bias") else name
 
         for name in (f"{prefix}weight", f"{prefix}adapter.weight"):
-            if self.conv1d and name in state_dict:
-                state_dict[name] = state_dict[name].t()
+            if self.replaced is not None and name in state_dict:
+                state_dict[name] = self._as_linear(state_dict[name])
 
         _rename(state_dict, prefix, new_name)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -282,7 +337,7 @@ class LoraMulVptAdd(Adapter):
     ):
         super().__init__(base_module, new_bias)
         base_module = self.base_module
-        n, k = base_module.weight.shape
+        n, k = base_module.out_features, base_module.in_features
         self.scale, self.exact = scale, exact
         self.delta_W_down = self._parameter(n, rank)
         self.delta_W_up = self._parameter(rank, k, init=nn.init.xavier_uniform_)
@@ -296,7 +351,7 @@ class LoraMulVptAdd(Adapter):
         delta_b = None if base.bias is None else self.delta_b
         return _frozen(base.weight), _frozen(base.bias), self.delta_W_up, self.delta_W_down, delta_b, *prompt
 
-    def forward(self, x: Tensor, noise: Noise = NO_NOISE) -> Tensor:
+    def compute(self, x, noise):
         x, *tensors, prompt_down, prompt_up = _autocast(x, *self._tensors())
         return ops.lora_mul_linear(
             x, *tensors, noise, prompt_down=prompt_down, prompt_up=prompt_up, scale=self.scale, exact=self.exact
@@ -310,13 +365,13 @@ class LoraMulVptAdd(Adapter):
         delta = ops.prompt_bias(weight, bias, prompt_down, prompt_up, delta_b)
         return merged, delta if bias is None else bias + delta
 
-    def traced_parameters(self):
+    def difference(self):
         weight, bias, lora_a, lora_b, delta_b, prompt_down, prompt_up = self._tensors()
-        merged = weight + weight * (self.scale * (lora_b @ lora_a))
+        delta = weight * (self.scale * (lora_b @ lora_a))
         if not self.has_bias:
-            return merged, None
-        delta = (weight @ (prompt_down @ prompt_up)).squeeze(1)
-        return merged, delta if bias is None else bias + delta + bias * delta_b
+            return delta, None
+        prompt = (weight @ (prompt_down @ prompt_up)).squeeze(1)
+        return delta, prompt if bias is None else prompt + bias * delta_b
 
 
 class LoraAdd(Adapter):
@@ -325,14 +380,13 @@ class LoraAdd(Adapter):
 
     def __init__(self, base_module: nn.Module, rank: int, scale: float = 1.0, new_bias: bool = True):
         super().__init__(base_module, new_bias)
-        base_module = self.base_module
-        n, k = base_module.weight.shape
+        n, k = self.base_module.out_features, self.base_module.in_features
         self.scale = scale
         self.delta_W_down = self._parameter(n, rank)
         self.delta_W_up = self._parameter(rank, k, init=nn.init.xavier_uniform_)
         self.delta_b = self._parameter(n).requires_grad_(self.has_bias)
 
-    def forward(self, x: Tensor, noise: Noise = NO_NOISE) -> Tensor:
+    def compute(self, x, noise):
         base, delta_b = self.base_module, self.delta_b if self.has_bias else None
         weight, bias = _frozen(base.weight), _frozen(base.bias)
         x, *tensors = _autocast(x, weight, bias, self.delta_W_up, self.delta_W_down, delta_b)
@@ -345,10 +399,13 @@ class LoraAdd(Adapter):
             return weight, None
         return weight, self.delta_b if bias is None else bias + self.delta_b
 
-    def traced_parameters(self):
-        weight, bias = self.base_module.weight, self.base_module.bias
-        weight = weight + self.scale * (self.delta_W_down @ self.delta_W_up)
-        return weight, bias if not self.has_bias else self.delta_b if bias is None else bias + self.delta_b
+    def difference(self):
+        return self.scale * (self.delta_W_down @ self.delta_W_up), self.delta_b if self.has_bias else None
+
+    def added(self, x):
+        s = torch.nn.functional.linear(x.to(self.delta_W_up.dtype), self.delta_W_up)
+        a = torch.nn.functional.linear(s, self.delta_W_down) * self.scale
+        return a + self.delta_b if self.has_bias else a
 
 
 class VptAdd(Adapter):
@@ -356,11 +413,11 @@ class VptAdd(Adapter):
 
     def __init__(self, base_module: nn.Module, rank: int, new_bias: bool = True):
         super().__init__(base_module, new_bias)
-        k = self.base_module.weight.shape[1]
+        k = self.base_module.in_features
         self.delta_prompt_down = self._parameter(k, rank).requires_grad_(self.has_bias)
         self.delta_prompt_up = self._parameter(rank, 1, init=nn.init.xavier_uniform_).requires_grad_(self.has_bias)
 
-    def forward(self, x: Tensor, noise: Noise = NO_NOISE) -> Tensor:
+    def compute(self, x, noise):
         base = self.base_module
         if not self.has_bias:
             return ops.noisy_linear(*_autocast(x, _frozen(base.weight)), None, None, None)
@@ -376,22 +433,29 @@ class VptAdd(Adapter):
         delta = ops.prompt_bias(weight, None, self.delta_prompt_down, self.delta_prompt_up)
         return weight, delta if bias is None else bias + delta
 
-    def traced_parameters(self):
-        weight, bias = self.base_module.weight, self.base_module.bias
-        delta = (weight @ (self.delta_prompt_down @ self.delta_prompt_up)).squeeze(1)
-        return weight, bias if not self.has_bias else delta if bias is None else bias + delta
+    def difference(self):
+        if not self.has_bias:
+            return None, None
+        return None, (self.base_module.weight @ (self.delta_prompt_down @ self.delta_prompt_up)).squeeze(1)
 
 
 class Head(Adapter):
     """The classification head, trained itself: under noise `y = z⊙(x·Wᵀ + b)`. `HeadLinear`."""
 
-    def __init__(self, base_module: nn.Linear):
+    def __init__(self, base_module: nn.Module):
         super().__init__(base_module)
-        base_module.requires_grad_(True)
+        self.base_module.requires_grad_(True)
 
-    def forward(self, x: Tensor, noise: Noise = NO_NOISE) -> Tensor:
+    def around_base(self, x, noise):
+        y = self.base_module(x)
+        return ops.noisy_epilogue(torch.zeros_like(y), y, noise)
+
+    def compute(self, x, noise):
         x, weight, bias = _autocast(x, self.base_module.weight, self.base_module.bias)
         return ops.noisy_linear(x, None, None, weight, bias, noise)
+
+    def difference(self):
+        return None, None
 
     def merged(self):
         return self.base_module.weight, self.base_module.bias
@@ -471,7 +535,7 @@ class NoisyLinear(_CallsItsLayers):
         if _is_traced(x):
             if self.training and self.pace.training:
                 raise PaceError(TRACED_IN_TRAINING)
-            return self.adapter.traced(x)
+            return self.adapter(x)
         # A part that trains within a model in evaluation has no noise of its own.
         is_noisy = self.training and self.pace.training and self.sigma != 0 and self.pace.is_on_samples(self, x)
         noise = self.pace.noise(self.layer, self.sigma, x.shape[0], self.z, x.device) if is_noisy else NO_NOISE
@@ -482,6 +546,11 @@ class NoisyLinear(_CallsItsLayers):
         with _fetched(base, x) as x:
             with contextlib.nullcontext() if self.gelu is None else self.gelu.behind(x):
                 return self.adapter(x, noise)
+
+    @property
+    def watched(self) -> nn.Module:
+        """The module whose input tells which of its rows are samples."""
+        return self
 
     def extra_repr(self) -> str:
         return f"sigma={self.sigma:g}, layer={self.layer}"

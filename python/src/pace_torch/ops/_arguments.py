@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _library as lib
-from .._library import PaceError
+from .._errors import PaceError
 
 # Structs that a function keeps; a program whose shapes never repeat must not fill the memory with them.
 MOST_PREPARED = 4096

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _library as lib
-from .._library import PaceError
+from .._errors import PaceError
 from ._arguments import Function, batch_of, check_shape
 from ._operator import Derivative, Operator
 from .noise import Noise, noise_fields

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _library as lib
-from .._library import PaceError
+from .._errors import PaceError
 from ._arguments import Function, batch_of, not_negative, real, working_dtype
 from ._layer import keep_key, same_key
 from ._operator import Operator

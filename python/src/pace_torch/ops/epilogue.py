@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .. import _library as lib
-from .._library import PaceError
+from .._errors import PaceError
 from ._arguments import Function
 from ._layer import frozen, keep_key, rows_fields, same_key
 from ._operator import Derivative, Operator

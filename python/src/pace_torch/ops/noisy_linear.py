@@ -5,7 +5,7 @@ from typing import Optional
 from torch import Tensor
 
 from .. import _library as lib
-from .._library import PaceError
+from .._errors import PaceError
 from ._arguments import check_shape
 from ._layer import Layer, LayerSettings, layer_flags, settings_of
 from .noise import NO_NOISE, Noise

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import _library as lib
-from .._library import PaceError
+from .._errors import PaceError
 from ._arguments import Function, working_dtype
 
 

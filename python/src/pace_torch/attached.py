@@ -1,0 +1,91 @@
+"""Noise on what one of PEFT's layers adds."""
+
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .controller import Pace
+from .modules import _autocast, _frozen, _is_traced
+from .ops import NO_NOISE
+
+
+class AttachedNoise(nn.Module):
+    """The noise of one of PEFT's layers: a submodule of it, `pace_noise`, without parameters.
+
+    `forward` maps what the layer's adapter adds, `[R, ..., N]` (`[R, N, ...]` for a convolution), to its product with z. `sigma`
+    may be set, and `z` as in `NoisyLinear`.
+    """
+
+    def __init__(self, layer: nn.Module, sigma: float, pace: Pace, number: int, path: str):
+        super().__init__()
+        self.sigma, self.layer, self.path = float(sigma), number, path
+        self.z: Optional[Tensor] = None
+        self.fixed_rows: frozenset[int] = frozenset()
+        self.sample_rows: Optional[int] = None
+        # Not submodules: the controller is one of the model, and the layer has this as one.
+        self.__dict__.update(pace=pace, watched=layer)
+
+    def forward(self, a: Tensor) -> Tensor:
+        if _is_traced(a) or not self._is_on(a):
+            return a
+        noise = self.pace.noise(self.layer, self.sigma, a.shape[0], self.z, a.device)
+        of_convolution = hasattr(self.watched, "conv_fn")
+        a = a.movedim(1, -1) if of_convolution else a
+        y = ops.noisy_epilogue(torch.zeros_like(a), a.contiguous(), noise)
+        return y.movedim(-1, 1) if of_convolution else y
+
+    def follow(self, *_) -> None:
+        """Forward pre-hook of the layer: sees to it that the part of each of its adapters passes here, of those that came later too."""
+        if torch.compiler.is_compiling():
+            return
+        magnitudes = getattr(self.watched, "lora_magnitude_vector", {})
+        for name, up in self.watched.lora_B.items():
+            # DoRA's magnitudes compute all that it adds, for which they call `up` with things that are no samples.
+            part = magnitudes[name] if name in magnitudes else up
+            if not any(getattr(hook, "__self__", None) is self for hook in part._forward_hooks.values()):
+                part.register_forward_hook(self.after)
+
+    def after(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        """Forward hook of what computes the adapter's part."""
+        return self(output)
+
+    def compute(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """The layer's forward pass: fused where the layer is LoRA around a plain linear layer, PEFT's own otherwise."""
+        tensors = None if args or kwargs or _is_traced(x) else self._plain_lora(x)
+        if tensors is None:
+            return type(self.watched).forward(self.watched, x, *args, **kwargs)
+        *tensors, scaling = tensors
+        noise = self.pace.noise(self.layer, self.sigma, x.shape[0], self.z, x.device) if self._is_on(x) else NO_NOISE
+        return ops.lora_linear(*tensors, noise, scale=scaling)
+
+    def _is_on(self, x: Tensor) -> bool:
+        is_used = not getattr(self.watched, "disable_adapters", False)
+        return is_used and self.training and self.pace.training and self.sigma != 0 and self.pace.is_on_samples(self, x)
+
+    def _plain_lora(self, x: Tensor) -> Optional[list]:
+        """Input, W0, b0, A, B, δb and the scaling of a layer in training that computes `W0·x + b0 + B(A(x))·scaling` and nothing
+        else, all of one type."""
+        layer = self.watched
+        names = [name for name in layer.active_adapters if name in layer.lora_A]
+        if not self.training or layer.disable_adapters or layer.merged or len(names) != 1:
+            return None
+        name, base = names[0], layer.base_layer
+        down, up, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+        hooks = [module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook") for module in (base, down)]
+        if type(base).forward is not nn.Linear.forward or any(hooks) or len(up._forward_hooks) > 1 or up._forward_pre_hooks:
+            return None
+        if name in getattr(layer, "lora_variant", {}) or getattr(dropout, "p", 0) != 0 or layer.scaling[name] == 0:
+            return None
+        weight, bias = _frozen(base.weight), _frozen(base.bias)
+        if weight.requires_grad or bias is not None and bias.requires_grad:
+            return None
+        delta_b = None if up.bias is None else layer.scaling[name] * up.bias
+        tensors = _autocast(x, weight, bias, down.weight, up.weight, delta_b)
+        if len({tensor.dtype for tensor in tensors if tensor is not None}) > 1:
+            return None
+        return [*tensors, layer.scaling[name]]
+
+    def extra_repr(self) -> str:
+        return f"sigma={self.sigma:g}, layer={self.layer}"

@@ -1,0 +1,142 @@
+"""PEFT's adapter files: written for PEFT, read from it, refused where they say something that LoRAadd cannot."""
+
+import json
+
+import pace_torch
+import pytest
+import torch
+from conftest import close, perturb, vit
+from pace_torch import PaceError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+peft = pytest.importorskip("peft")
+IMAGES = torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+def ours(model=None, rank=3, **settings):
+    settings = {"target_modules": ["qkv", "fc2"], "scale": 1.5, **settings}
+    return pace_torch.inject(model or vit(), "LoRAadd", rank, sigma=0.5, lambda_=0.1, **settings)
+
+
+def theirs(model=None, **settings):
+    settings = {"r": 3, "target_modules": ["qkv", "fc2"], "modules_to_save": ["head"], **settings}
+    return perturb(peft.get_peft_model(model or vit(), peft.LoraConfig(**settings)).double()).eval()
+
+
+def test_written_for_peft(tmp_path):
+    model = perturb(ours()).eval()
+    pace_torch.save_peft(model, tmp_path)
+    loaded = peft.PeftModel.from_pretrained(vit(), tmp_path).eval()
+    close(loaded(IMAGES), model(IMAGES), 1e-12)
+    assert not torch.allclose(loaded(IMAGES), vit().eval()(IMAGES))
+    merged = loaded.merge_and_unload()
+    close(merged(IMAGES), model(IMAGES), 1e-12)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    # And back.
+    fresh = ours(scale=2.0)
+    pace_torch.load_peft(fresh, tmp_path)
+    close(fresh.eval()(IMAGES), model(IMAGES), 1e-12)
+
+
+class Mixes(nn.Module):
+    """Two layers called `mix`, one within `body`, and one without a bias."""
+
+    def __init__(self, bias=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential()
+        self.body.add_module("mix", nn.Linear(6, 6))
+        self.body.add_module("narrow", nn.Linear(6, 4, bias=False))
+        self.mix, self.classifier = nn.Linear(4, 4, bias=bias), nn.Linear(4, 3)
+        self.double()
+
+    def forward(self, x):
+        return self.classifier(torch.tanh(self.mix(torch.tanh(self.body(x)))))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("classifier", [True, False])
+def test_layers_are_told_apart(bias, classifier, tmp_path):
+    settings = dict(target_modules=r"mix|body\.narrow", exclude_modules=None if classifier else ["classifier"])
+    x = torch.randn(3, 6, dtype=torch.float64)
+    adapted = perturb(ours(Mixes(bias), **settings)).eval()
+    pace_torch.save_peft(adapted, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_modules"] == r"body\.narrow|mix" and config["lora_bias"] == bias
+    loaded = peft.PeftModel.from_pretrained(Mixes(bias), tmp_path).eval()
+    close(loaded(x), adapted(x), 1e-12)
+    fresh = ours(Mixes(bias), **settings)
+    pace_torch.load_peft(fresh, tmp_path)
+    close(fresh.eval()(x), adapted(x), 1e-12)
+
+
+KINDS = {
+    "plain": dict(lora_alpha=8),
+    "rslora": dict(lora_alpha=8, use_rslora=True),
+    "patterns": dict(rank_pattern={"blocks.1.attn.qkv": 2, "fc2": 1}, alpha_pattern={r"blocks\.[02].*": 5}),
+    "bias": dict(lora_bias=True),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_read_from_peft(kind, tmp_path):
+    model = theirs(**KINDS[kind])
+    model.save_pretrained(tmp_path)
+    loaded = perturb(ours(), seed=5)
+    pace_torch.load_peft(loaded, tmp_path)
+    close(loaded.eval()(IMAGES), model(IMAGES), 1e-12)
+    # It goes on from there, also where the file has a smaller rank.
+    loaded.train().pace.training_step(loaded, IMAGES, torch.arange(2)).total.backward()
+    assert all((layer.adapter.delta_W_down.grad != 0).any(0).all() for layer in loaded.modules()
+               if isinstance(layer, pace_torch.NoisyLinear) and isinstance(layer.adapter, pace_torch.LoraAdd))
+
+
+def test_conv1d(tmp_path):
+    transformers = pytest.importorskip("transformers")
+
+    def make():
+        torch.manual_seed(0)
+        return transformers.GPT2ForSequenceClassification(transformers.GPT2Config(
+            n_layer=2, n_head=2, n_embd=16, vocab_size=30, pad_token_id=0, num_labels=3)).double()
+
+    batch = {"input_ids": torch.randint(1, 30, (2, 5))}
+    model = perturb(ours(make(), target_modules=["c_attn"])).eval()
+    pace_torch.save_peft(model, tmp_path)
+    loaded = peft.PeftModel.from_pretrained(make(), tmp_path).eval()
+    close(loaded(**batch).logits, model(**batch).logits, 1e-12)
+
+
+def test_refusals(tmp_path):
+    for adapter, message in (("LoRAmul_VPTadd", "LoraMulVptAdd.*LoRAadd"), ("VPTadd", "VptAdd")):
+        with pytest.raises(PaceError, match=message):
+            pace_torch.save_peft(pace_torch.inject(vit(), adapter), tmp_path)
+    unfrozen = ours()
+    unfrozen.pos_embed.requires_grad_(True)
+    with pytest.raises(PaceError, match="pos_embed"):
+        pace_torch.save_peft(unfrozen, tmp_path)
+    with pytest.raises(PaceError, match="inject"):
+        pace_torch.save_peft(vit(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+    theirs().save_pretrained(tmp_path)
+    weights, config = load_file(tmp_path / "adapter_model.safetensors"), json.loads((tmp_path / "adapter_config.json").read_text())
+    name = "base_model.model.blocks.1.attn.qkv.lora_A.weight"
+    without = {key: value for key, value in weights.items() if key != name}
+    for tensors, changes, settings, message in (
+        (without, {}, {}, "has no `base_model.model.blocks.1.attn.qkv.lora_A.weight`"),
+        ({**weights, "base_model.model.blocks.7.lora_A.weight": torch.ones(3, 3)}, {}, {}, "blocks.7.lora_A"),
+        ({**weights, name: torch.ones(3, 7)}, {}, {}, r"lora_A.weight` of \(3, 7\), expected \(3, 24\)"),
+        (weights, {}, dict(rank=2), "rank 3 around .* the model of 2"),
+        (weights, {}, dict(target_modules=["qkv"]), "has no adapter there"),
+        (weights, {}, dict(target_modules=["qkv", "fc1", "fc2"]), "has an adapter around `blocks.0.mlp.fc1`"),
+        (weights, {"use_dora": True}, {}, "use_dora"),
+        (weights, {"peft_type": "IA3"}, {}, "IA3"),
+    ):
+        save_file(tensors, tmp_path / "adapter_model.safetensors")
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+        model = ours(**settings)
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        with pytest.raises(PaceError, match=message):
+            pace_torch.load_peft(model, tmp_path)
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
