@@ -181,8 +181,8 @@ def _check_base(layer: "NoisyLinear") -> None:
     be trained."""
     # Parametrizations and FSDP derive a class.
     if not isinstance(_linear(layer), layer.base_type):
-        raise PaceError(f"the linear layer in the adapter of {_name(layer)} was replaced by a {type(_linear(layer)).__name__}, whose forward "
-                        "pass does not run: quantise, or add adapters of PEFT, before `inject` or after `merge`")
+        raise PaceError(f"the linear layer in the adapter of {_name(layer)} was replaced by a {type(_linear(layer)).__name__}, whose "
+                        "forward pass does not run: quantise, or add adapters of PEFT, before `inject` or after `merge`")
     if _linear(layer)._forward_pre_hooks:
         raise PaceError(f"the linear layer in the adapter of {_name(layer)} has a hook that makes its weight when it is called (pruning, "
                         "old weight_norm, fully_shard of single layers), but the adapter reads the weight: do so before `inject` and "
