@@ -1,5 +1,6 @@
 """Several processes: 1, 2 and 4 that share a global batch do the same, up to the order of sums, in each of PyTorch's engines."""
 
+import importlib.util
 import os
 import socket
 import warnings
@@ -102,6 +103,31 @@ def saved(engine):
     return {name.removeprefix("net."): weight for name, weight in pace_torch.trainable_state_dict(engine).items()}
 
 
+def trainer(rank, world_size, folder):
+    """What transformers' Trainer trains with a batch of four, accumulated twice, and what it evaluates and predicts."""
+    import transformers
+    from pace_torch.trainer import PaceCallback
+
+    if world_size > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    torch.manual_seed(0)
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(
+        image_size=16, patch_size=8, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_labels=5))
+    model = perturb(pace_torch.inject(model.double(), rank=2, sigma=0.5, lambda_=0.1)).train()
+    rows = [{"pixel_values": x, "labels": label} for step in range(2) for x, label in zip(*data(step)[:2])]
+    arguments = transformers.TrainingArguments(
+        str(folder), per_device_train_batch_size=4 // world_size, gradient_accumulation_steps=2, num_train_epochs=1, max_grad_norm=0.0,
+        train_sampling_strategy="sequential", lr_scheduler_type="constant", use_cpu=True, report_to="none", save_strategy="epoch",
+        disable_tqdm=True, logging_strategy="no")
+    sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    trainer = transformers.Trainer(model, arguments, compute_loss_func=model.pace.compute_loss, train_dataset=rows, eval_dataset=rows[:3],
+                                   optimizers=(sgd, None), callbacks=[PaceCallback])
+    trainer.train()
+    assert isinstance(trainer.model_wrapped, DistributedDataParallel) == (world_size > 1)
+    predictions = trainer.predict(rows[:3]).predictions
+    return {"predictions": torch.from_numpy(predictions), **pace_torch.trainable_state_dict(trainer.model_wrapped)}
+
+
 def check_errors():
     """Of what is in pieces nothing is merged or saved as if it were whole."""
     for wrap in (fully_sharded, fsdp1):
@@ -128,6 +154,8 @@ def worker(rank, world_size, port, folder, engines=False):
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
     if engines:
         results = {name: train("pace", rank, world_size, wrap) for name, wrap in ENGINES.items()}
+        if importlib.util.find_spec("transformers"):
+            results["Trainer"] = trainer(rank, world_size, folder)
         check_errors()
     else:
         results = {variant: train(variant, rank, world_size) for variant in VARIANTS}
@@ -225,6 +253,14 @@ def test_other_engines_do_what_one_process_does(alone, tmp_path):
             for weight, tensor in expected["weights"].items():
                 assert type(part["weights"][weight]) is torch.Tensor
                 close(part["weights"][weight], tensor, 1e-10)
+
+
+    if "Trainer" not in together[0]:
+        pytest.skip("transformers, which comes with peft, is not installed: Trainer is not tested")
+    expected = trainer(0, 1, tmp_path)
+    for results in together:
+        for name, tensor in expected.items():
+            close(results["Trainer"][name], tensor, 1e-8)
 
 
 def test_a_sharded_history_needs_no_exchange():

@@ -3,6 +3,7 @@
 import copy
 import functools
 import io
+import warnings
 
 import pace_torch
 import pytest
@@ -31,7 +32,7 @@ def gradients(model):
 def step(model, engine=None, x=X, labels=LABELS):
     """The loss of a training step, and its gradients."""
     model.zero_grad()
-    total = model.pace.training_step(engine or model, x, labels).total
+    total = model.pace.training_step(model if engine is None else engine, x, labels).total
     total.backward()
     return total.detach(), gradients(model)
 
@@ -185,6 +186,30 @@ def test_wrapped_models(plain, evaluated):
     close(around.eval()(X), evaluated, 1e-12)
 
 
+def test_an_optimizer_of_before():
+    x = torch.randn(4, 6, dtype=torch.float64)
+
+    def train(model, sgd, steps=5):
+        for _ in range(steps):
+            step(model, None, x)
+            sgd.step()
+
+    plain = Small()
+    sgd = torch.optim.SGD(plain.parameters(), lr=0.1)
+    model = injected(plain)
+    with pytest.warns(UserWarning, match="optimizer after `inject`") as seen:
+        train(model, sgd)
+    assert len(seen) == 1
+    for model, trained in ((injected(Small()), None), (injected(Small()), "head.")):
+        # Everything, or the classifier alone as one wants it.
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and name.startswith(trained or ""))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            train(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
+            train(model, torch.optim.SGD(model.head.parameters(), lr=0.1))
+
+
 def test_a_sequential_model():
     torch.manual_seed(0)
     layers = nn.Linear(6, 8, dtype=torch.float64), nn.Tanh(), nn.Linear(8, 5, dtype=torch.float64)
@@ -271,9 +296,38 @@ def test_quantised_layers():
     torch.backends.quantized.engine = "fbgemm" if "fbgemm" in engines else engines[-1]
     model = injected().float().eval()
     want, quantise = model(X.float()), torch.ao.quantization.quantize_dynamic
-    with pytest.raises(PaceError, match="quantised.*`merge` first"):
+    with pytest.raises(PaceError, match=r"`blocks.0.attn.qkv` was replaced by a Linear.*quantise.*after `merge`"):
         quantise(model, {nn.Linear})(X.float())
     close(quantise(pace_torch.merge(model), {nn.Linear})(X.float()), want, 0.05)
+
+
+def test_adapters_of_peft_within():
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    for name, message in (("qkv", "Target module NoisyLinear"), ("qkv.adapter.base_module", "`blocks.0.attn.qkv` was replaced.*PEFT")):
+        with pytest.raises((PaceError, ValueError), match=message):
+            peft.get_peft_model(injected(), peft.LoraConfig(target_modules=[name]))(X)
+
+
+class Encoder(nn.Module):
+    """Which PyTorch computes in evaluation by one operator from the weights, if its layers are its own."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0, dtype=torch.float64)
+        self.body, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(16, 5, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.head(self.body(x).mean(1))
+
+
+def test_the_fast_path_of_an_encoder():
+    model, x = injected(Encoder()), torch.randn(4, 3, 16, dtype=torch.float64)
+    step(model, None, x)
+    want = model.eval()(x)
+    for evaluating in (model, pace_torch.merge(copy.deepcopy(model))):
+        with torch.inference_mode():
+            close(evaluating(x), want, 1e-12)
 
 
 def test_functional_calls(plain):
@@ -467,7 +521,7 @@ def test_trainer_resumes(transformers, tmp_path):
 
 def test_trainer_without_its_loss(transformers, tmp_path):
     class Lazy(transformers.Trainer):
-        """As in docs/frameworks.md."""
+        """As in docs/pytorch/frameworks.md."""
 
         loss_is_scaled_for_ga = False
 
@@ -513,6 +567,14 @@ def test_a_batch_with_labels(transformers):
     model = hugging_face(transformers, variant="noise")
     close(model(pixel_values=IMAGES[:4], labels=labels).loss.double(), nn.functional.cross_entropy(
         (setattr(model.pace, "step", 0), model(pixel_values=IMAGES[:4]).logits)[1], labels), 1e-6)
+
+
+def test_save_pretrained(transformers, tmp_path):
+    model = hugging_face(transformers)
+    want = model.eval()(IMAGES).logits
+    pace_torch.merge(model).save_pretrained(tmp_path)
+    again = transformers.ViTForImageClassification.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    close(again(IMAGES).logits, want, 1e-10)
 
 
 def test_language_models_have_no_loss_yet(transformers):
@@ -592,7 +654,7 @@ def test_lightning(tmp_path):
     lightning = pytest.importorskip("lightning", reason="Lightning is not installed")
 
     class Module(lightning.LightningModule):
-        """As in docs/frameworks.md."""
+        """As in docs/pytorch/frameworks.md."""
 
         def __init__(self):
             super().__init__()

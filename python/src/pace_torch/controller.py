@@ -83,6 +83,9 @@ class Pace(nn.Module):
         self.keys_elsewhere: dict[torch.device, Tensor] = {}
         # Whether the model runs with gradients, and the layers that have run without since.
         self.with_gradient, self.to_run_again = False, set()
+        # Steps of the optimizer that changed the classifier alone, None once that is settled; what counts changes, of both.
+        self.lone_steps: Optional[int] = 0
+        self.versions: Optional[list[int]] = None
         self.handles: list = []
         self.heads: dict[str, nn.Module] = {}
         self.register_buffer("keys", torch.zeros(layers, dtype=torch.int64, device=device), persistent=False)
@@ -152,9 +155,10 @@ class Pace(nn.Module):
         if self.to_run_again:
             names = [layer.path for layer in module.modules() if getattr(layer, "layer", None) in self.to_run_again]
             self.to_run_again.clear()
-            raise PaceError(f"{len(names)} layers with adapters ran without gradients in the last step, and not again with them ({names[0]}): "
-                            "they are within `torch.no_grad()`, in reentrant checkpointing whose input requires no gradient (use_reentrant="
-                            "False, or `model.enable_input_require_grads()`), or `backward()` was not called before the next forward pass")
+            raise PaceError(f"{len(names)} layers with adapters ran without gradients in the last step, and not again with them "
+                            f"({names[0]}): they are within `torch.no_grad()`, in reentrant checkpointing whose input requires no gradient "
+                            "(use_reentrant=False, or `model.enable_input_require_grads()`), or `backward()` was not called before the next "
+                            "forward pass")
         self.with_gradient = torch.is_grad_enabled()
         self.is_labelled = kwargs.get("labels") is not None and not self.in_training_step
         rank, world_size = self._shard()
@@ -183,6 +187,23 @@ class Pace(nn.Module):
             # What wraps a layer has it among its modules.
             if found is not head and not (isinstance(found, nn.Module) and head in found.modules()):
                 raise PaceError(f"`{name}` is no longer the classifier that `inject` found: change it before `inject`, or after `merge`")
+        if self.lone_steps is not None:
+            self._watch_optimizer(module)
+
+    def _watch_optimizer(self, module: nn.Module) -> None:
+        """Warns if the first steps of an optimizer change the classifier alone: it was made before `inject`."""
+        heads = {id(parameter) for head in self.heads.values() for parameter in head.parameters()}
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad and not parameter.is_inference()]
+        versions = [sum(p._version for p in trained if (id(p) in heads) == of_head) for of_head in (True, False)]
+        before, self.versions = self.versions or versions, versions
+        if versions[1] != before[1] or all(id(p) in heads for p in trained) or not heads:
+            self.lone_steps = None
+        elif versions[0] != before[0]:
+            self.lone_steps += 1
+        if self.lone_steps == 3:
+            self.lone_steps = None
+            warnings.warn("three steps have changed the classifier, and no adapter: make the optimizer after `inject`, from the "
+                          "parameters that require a gradient then", stacklevel=2)
 
     @torch.compiler.disable
     def _probe(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -313,7 +334,8 @@ class Pace(nn.Module):
         """The noise of a layer whose input has `rows` leading rows, on `device`.
 
         In a model that runs with gradients, a layer that runs without is one in reentrant checkpointing, which runs it again in the
-        backward pass; until then the noise must stay what it is. Where samples are cut into windows (Swin), the windows are numbered one after the other.
+        backward pass; until then the noise must stay what it is. Where samples are cut into windows (Swin), the windows are numbered
+        one after the other.
         """
         first_sample = self.first_sample * self._rows_per_sample(rows, self.branches)
         if self.with_gradient and not torch.is_grad_enabled():
@@ -410,7 +432,7 @@ class Pace(nn.Module):
         """
         if self.training and self.variant in ("lazy", "fast"):
             raise PaceError(f"the variant `{self.variant}` needs more than outputs and labels: give Trainer a `compute_loss` that calls "
-                            "`pace.training_step` (docs/frameworks.md)")
+                            "`pace.training_step` (docs/pytorch/frameworks.md)")
         total = self.loss(outputs, labels).total
         if num_items_in_batch is None:
             return total

@@ -346,7 +346,8 @@ def _check_whole(model: nn.Module) -> None:
     """Raises `PaceError` unless all weights of adapters and their layers are here."""
     if any(hasattr(parameter, "full_tensor") or getattr(parameter, "_fsdp_flattened", False) for parameter in model.parameters()):
         raise PaceError("`model` is sharded (FSDP): load its `torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
-                        "options=StateDictOptions(full_state_dict=True))` into a model that is injected alike and not sharded, and merge that")
+                        "options=StateDictOptions(full_state_dict=True))` into a model that is injected alike and not sharded, and merge "
+                        "that")
     for name, module in model.named_modules():
         if isinstance(module, Adapter) and any(parameter.is_meta for parameter in module.parameters()):
             raise PaceError(f"weights of `{name}` are on the meta device: load them, or, where Accelerate offloads them, call "

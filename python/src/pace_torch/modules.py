@@ -176,8 +176,13 @@ def _fetched(layer: nn.Module, x: Tensor):
         hook.post_forward(layer, x)
 
 
-def _check_hooks(layer: "NoisyLinear") -> None:
-    """Raises `PaceError` where hooks would have to run that do not, or what they fetch would not be trained."""
+def _check_base(layer: "NoisyLinear") -> None:
+    """Raises `PaceError` if the linear layer in an adapter is another, has hooks that would have to run, or if what they fetch would not
+    be trained."""
+    # Parametrizations and FSDP derive a class.
+    if not isinstance(_linear(layer), layer.base_type):
+        raise PaceError(f"the linear layer in the adapter of {_name(layer)} was replaced by a {type(_linear(layer)).__name__}, whose "
+                        "forward pass does not run: quantise, or add adapters of PEFT, before `inject` or after `merge`")
     if _linear(layer)._forward_pre_hooks:
         raise PaceError(f"the linear layer in the adapter of {_name(layer)} has a hook that makes its weight when it is called (pruning, "
                         "old weight_norm, fully_shard of single layers), but the adapter reads the weight: do so before `inject` and "
@@ -191,8 +196,6 @@ def _frozen(tensor: Optional[Tensor]) -> Optional[Tensor]:
     """A frozen weight or bias, which in FullyShardedDataParallel is part of a parameter that requires a gradient."""
     if tensor is None or isinstance(tensor, nn.Parameter):
         return tensor
-    if inspect.ismethod(tensor):
-        raise PaceError("the linear layer in an adapter was replaced by one whose weight is no tensor (quantised): `merge` first")
     # A leaf that requires one was asked to (`functional_call`), which is an error.
     return tensor if isinstance(tensor, Tensor) and tensor.is_leaf else tensor.detach()
 
@@ -524,6 +527,7 @@ class NoisyLinear(_CallsItsLayers):
         self.fixed_rows: frozenset[int] = frozenset()
         self.sample_rows: Optional[int] = None
         self.path: Optional[str] = None
+        self.base_type = type(adapter.base_module)
         # The controller is a submodule of the model, once; so is the GELU in front of this layer, if there is one.
         self.__dict__.update(pace=pace, gelu=None)
 
@@ -536,9 +540,9 @@ class NoisyLinear(_CallsItsLayers):
         is_noisy = self.training and self.pace.training and self.sigma != 0 and self.pace.is_on_samples(self, x)
         noise = self.pace.noise(self.layer, self.sigma, x.shape[0], self.z, x.device) if is_noisy else NO_NOISE
         base = self.adapter.base_module
-        if self.gelu is None and not base._forward_pre_hooks and not hasattr(base, "_hf_hook"):
+        if self.gelu is None and type(base) is self.base_type and not base._forward_pre_hooks and not hasattr(base, "_hf_hook"):
             return self.adapter(x, noise)
-        _check_hooks(self)
+        _check_base(self)
         with _fetched(base, x) as x:
             with contextlib.nullcontext() if self.gelu is None else self.gelu.behind(x):
                 return self.adapter(x, noise)
