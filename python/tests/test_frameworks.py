@@ -577,27 +577,6 @@ def test_save_pretrained(transformers, tmp_path):
     close(again(IMAGES).logits, want, 1e-10)
 
 
-def test_language_models_have_no_loss_yet(transformers):
-    """As TRL's SFTTrainer calls the model: with labels, or with `compute_loss_func`."""
-    def gpt2(**settings):
-        torch.manual_seed(0)
-        config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=7, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
-        return pace_torch.inject(transformers.GPT2LMHeadModel(config).double(), "LoRAadd", rank=2, **settings).train()
-
-    tokens = torch.tensor([[0, 1, 2, 3], [4, 5, 6, 0]])
-    with pytest.warns(UserWarning, match="no classifier"):
-        model = gpt2()
-    with pytest.raises(PaceError, match="computed a loss of its own, which has no consistency"):
-        model(input_ids=tokens, labels=tokens)
-    with pytest.raises(PaceError, match=r"`logits` has shape \(4, 4, 7\), expected \[rows, classes\]"):
-        model.pace.compute_loss(model(input_ids=tokens), tokens, num_items_in_batch=6)
-    with pytest.warns(UserWarning, match="no classifier"):
-        model = gpt2(variant="noise")
-    outputs = model(input_ids=tokens, labels=tokens)
-    logits = outputs.logits[:, :-1].flatten(0, 1)
-    close(outputs.loss.double(), nn.functional.cross_entropy(logits, tokens[:, 1:].flatten()), 1e-6)
-
-
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_of_hugging_face(transformers, reentrant):

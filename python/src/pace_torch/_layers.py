@@ -23,6 +23,11 @@ def is_named(name: str, names: Names) -> bool:
     return any(name == other or name.endswith(f".{other}") for other in names)
 
 
+def is_any_named(names: list[str], chosen: Optional[Names]) -> bool:
+    """Whether one of a layer's names is; None chooses none."""
+    return chosen is not None and any(is_named(name, chosen) for name in names)
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether it is a linear layer of Hugging Face's GPT-2, whose weight is `[K, N]`."""
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
@@ -68,7 +73,7 @@ def linears_of(model: nn.Module, *convolutions: Optional[Names]) -> dict[nn.Modu
     others: set[nn.Parameter] = set()
     for name, module in model.named_modules(remove_duplicate=False):
         if is_pointwise(module):
-            is_linear = any(names is not None and is_named(name, names) for names in convolutions)
+            is_linear = any(is_any_named([name], names) for names in convolutions)
         else:
             is_linear = isinstance(module, nn.Linear) or is_conv1d(module)
         if is_linear:
@@ -110,6 +115,10 @@ def choose(
         every = linears_of(model, ".*")
         heads = _heads({layer: names for layer, names in every.items() if layer not in linears}, None)
         linears = {layer: names for layer, names in every.items() if layer in linears or layer in heads}
+    # What maps to a vocabulary is no classifier that is trained, and gets an adapter if it is named.
+    vocabulary = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if vocabulary in linears and vocabulary not in heads and not is_any_named(linears[vocabulary], target_modules):
+        del linears[vocabulary]
     others = _other_weights(model, linears)
     kinds = ", ".join(kind for kind, _ in others.most_common(3))
     if not linears:
@@ -121,20 +130,20 @@ def choose(
             if is_named(name, target_modules) and module not in linears and isinstance(weight, nn.Parameter) and weight.dim() > 1:
                 raise PaceError(f"`target_modules` names `{name}`, which is a {type(module).__name__} of {tuple(weight.shape)}: no linear layer, or "
                                 "one that shares its weight with a layer of another kind")
-    if head is None and not heads:
+    if head is None and not heads and vocabulary is None:
         warnings.warn("no classifier is found by its name: if the model has one, name it by `head`, or it stays frozen as it is",
                       stacklevel=3)
     if head is not None and not heads:
         raise PaceError(f"`head` is {head!r}: no linear layer has such a name")
     if target_modules is not None and not any(
-        is_named(name, target_modules) for names in linears.values() for name in names
+        is_any_named(names, target_modules) for names in linears.values()
     ):
         raise PaceError(f"`target_modules` is {target_modules!r}: no linear layer has such a name")
 
     def wanted(linear: nn.Module, names: list[str]) -> bool:
-        if exclude_modules is not None and any(is_named(name, exclude_modules) for name in names):
+        if is_any_named(names, exclude_modules):
             return False
-        return linear in heads or target_modules is None or any(is_named(name, target_modules) for name in names)
+        return linear in heads or target_modules is None or is_any_named(names, target_modules)
 
     chosen = {linear: names for linear, names in linears.items() if wanted(linear, names)}
     if not chosen:
@@ -178,7 +187,7 @@ def _other_weights(model: nn.Module, linears: dict[nn.Module, list[str]]) -> Cou
 
 def _heads(linears: dict[nn.Module, list[str]], head: Optional[Names]) -> set[nn.Module]:
     if head is not None:
-        return {linear for linear, names in linears.items() if any(is_named(name, head) for name in names)}
+        return {linear for linear, names in linears.items() if is_any_named(names, head)}
     # Of all that is called so, what lies nearest to the top: a block may have heads of its own, and a `fc` in one is none.
     depths: dict[nn.Module, int] = {}
     for linear, names in linears.items():

@@ -10,7 +10,7 @@ from ._layers import drop_paths_of, is_classifier, is_peft
 from ._errors import PaceError
 from .attached import AttachedNoise
 from .controller import Pace
-from .inject import INPUT, block_of, check_model, control, sigmas_of
+from .inject import INPUT, block_of, check_model, control, put_into, sigmas_of
 from .loss import Criterion
 
 # Kinds of LoRA that PEFT computes otherwise than by adding `B(A(x))·scaling`, and whose sum is known to be right all the same.
@@ -71,7 +71,7 @@ def attach(
     )
     sigmas = sigmas_of(names, set(heads), sigma, first_noisy)
     if variant == "baseline":
-        model.pace = pace
+        put_into(model, pace)
         return model
     for number, ((path, layer), layer_sigma) in enumerate(zip([*layers.items(), *heads.items()], sigmas)):
         layer.pace_noise = noise = AttachedNoise(layer, layer_sigma, pace, number, path)

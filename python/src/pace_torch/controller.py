@@ -40,6 +40,8 @@ class Pace(nn.Module):
     * `shard`: (rank, number) of the processes that share a batch, if torch.distributed is not what knows.
     * `batch_of`: the keyword whose rows are the batch, where that is not the first tensor of a call; or a list of all that have
       these rows.
+    * `causal`: for logits of tokens, whether a token's label is the next one's (causal language models) or its own; `inject` and
+      `attach` know it of Hugging Face's models.
     * `criterion`: what of the logits is trained, None for the cross-entropy (see `pace_loss`). It is no submodule: put what weights
       it has on the device yourself.
     * `history`: PACE-fast's table of logits `[samples, classes]`, which `state_dict` has.
@@ -77,6 +79,7 @@ class Pace(nn.Module):
         self.manual_steps = self.drawn = False
         self.shard: Optional[tuple[int, int]] = None
         self.batch_of, self.doubles_input = batch_of, False
+        self.causal: Optional[bool] = None
         self.probed, self.classes = False, None
         self.batch = self.first_sample = self.global_batch = 0
         self.in_training_step = self.is_labelled = False
@@ -160,7 +163,7 @@ class Pace(nn.Module):
                             "(use_reentrant=False, or `model.enable_input_require_grads()`), or `backward()` was not called before the next "
                             "forward pass")
         self.with_gradient = torch.is_grad_enabled()
-        self.is_labelled = kwargs.get("labels") is not None and not self.in_training_step
+        self.is_labelled = self.with_gradient and kwargs.get("labels") is not None and not self.in_training_step
         rank, world_size = self._shard()
         self.batch = batch_size(args, kwargs, self.batch_of)
         self.first_sample, self.global_batch = rank * self.batch, world_size * self.batch
@@ -391,6 +394,9 @@ class Pace(nn.Module):
 
         `output`: the logits, an object or mapping that has them as `logits`, or a tuple that begins with them.
 
+        Logits of tokens, `[R, T, C]` for labels `[B, T]`, are taken at the tokens that have a label other than -100: both terms are
+        means over these, as if each were a sample (see `causal`).
+
         `index`, int64 `[B]`, numbers the samples in the training set; the variant `fast` needs it. Its table is the
         same in every process: after the loss each process sends its rows to all others (`B·C` numbers), so that any
         sampler will do. With a sampler that gives each sample to the same process in every epoch nothing need be sent:
@@ -400,6 +406,10 @@ class Pace(nn.Module):
         logits = logits_of(output)
         if not isinstance(labels, Tensor) or labels.dim() == 0:
             raise PaceError(f"`labels` is {type(labels).__name__}, expected a tensor with a row for each sample")
+        if logits.dim() == 3 and labels.dim() == 2:
+            logits, labels = self._of_tokens(logits, labels)
+            if labels.shape[0] == 0:
+                return Losses(logits.sum(), *(logits.new_zeros(()) for _ in range(2)), torch.empty(0), logits.shape[1], 0, logits.detach())
         if not self.training:
             return pace_loss(logits, labels, self.lambda_, **settings)
         check_in_step(self)
@@ -421,6 +431,21 @@ class Pace(nn.Module):
             self._exchange(index, logits.detach())
         return losses
 
+    def _of_tokens(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of the tokens that have labels, `[branches·n, C]`, and these, `[n]`."""
+        branches = self.branches if self.training else 1
+        if logits.shape[:2] != (branches * labels.shape[0], labels.shape[1]):
+            raise PaceError(f"`logits` is {tuple(logits.shape)} and `labels` {tuple(labels.shape)}, expected [{branches}·B, T, C] and [B, T]")
+        if self.variant == "fast":
+            raise PaceError("the variant `fast` keeps a row of logits for each sample, which those of tokens are not: choose another")
+        if self.causal is None:
+            raise PaceError("are the labels of tokens their own or those of the next one? Set `model.pace.causal` to False or True")
+        if self.causal:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        taken = labels != -100
+        rows = logits.unflatten(0, (branches, -1))[:, taken]
+        return rows.flatten(0, 1), labels[taken]
+
     def compute_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Union[None, int, Tensor] = None) -> Tensor:
         """The total loss, as transformers' `Trainer` wants it: `Trainer(model, args, compute_loss_func=model.pace.compute_loss, ...)`.
 
@@ -436,6 +461,7 @@ class Pace(nn.Module):
         total = self.loss(outputs, labels).total
         if num_items_in_batch is None:
             return total
+        labels = labels[:, 1:] if labels.dim() == 2 and self.causal else labels
         return total * labels.ne(-100).sum() / num_items_in_batch
 
     @torch.no_grad()

@@ -187,7 +187,7 @@ def inject(
         pace.doubles_input = branches_at == INPUT or branches_at is None and not isinstance(model, _DOUBLE_WITHIN)
         control(model, pace, block_of(first_noisy_layer or next(reversed(linears.values()))[0]))
     else:
-        model.pace = pace.train(model.training)
+        put_into(model, pace)
     return model
 
 
@@ -222,9 +222,28 @@ def _recompute_gelus(model: nn.Module) -> None:
             module.fc2.__dict__["gelu"] = module.act
 
 
+def put_into(model: nn.Module, pace: Pace) -> None:
+    """Makes `pace` the model's controller, which has nothing to do in its forward passes."""
+    model.pace = pace.train(model.training)
+    pace.causal = _is_causal(model)
+
+
+def _is_causal(model: nn.Module) -> Optional[bool]:
+    """Whether the labels of tokens are those of the next one, as far as Hugging Face tells."""
+    known = {"ForCausalLM": True, "ForTokenClassification": False, "ForMaskedLM": False}
+    if (kind := getattr(model, "loss_type", None)) in known:
+        return known[kind]
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not type(inner).__module__.startswith("transformers."):
+        return None
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return type(inner).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or None
+
+
 def control(model: nn.Module, pace: Pace, first_noisy_block: str) -> None:
     """Makes `pace` the model's controller."""
-    model.pace = pace.train(model.training)
+    put_into(model, pace)
     # Processes that share a model derive the same keys; DistributedDataParallel need not send them around.
     model._ddp_params_and_buffers_to_ignore = ["pace.keys", "pace.history"]
     pace.handles.append(model.register_forward_pre_hook(pace.before_forward, with_kwargs=True))
