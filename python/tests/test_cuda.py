@@ -6,6 +6,7 @@ import pace_torch
 import pytest
 import torch
 from conftest import close, error, perturb, swin, vit
+from models import Pixels, Scalings, injected
 from pace_torch import Noise, PaceError
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -290,9 +291,8 @@ def test_pefts_lora_agrees_with_the_cpu(fused, autocast):
 
 
 def test_layers_of_other_kinds_agree_with_the_cpu():
-    inject = pytest.importorskip("test_inject")
-    for make, settings in ((inject.Pixels, dict(target_modules=r"narrow\.\d")), (inject.Scalings, dict())):
-        here = inject.injected(make(), adapter="LoRAadd", **settings)
+    for make, settings in ((Pixels, dict(target_modules=r"narrow\.\d")), (Scalings, dict())):
+        here = injected(make(), adapter="LoRAadd", **settings)
         there = copy.deepcopy(here).float().to(DEVICE)
         x, labels = here.batch(), torch.arange(2)
         expected = here.pace.training_step(here, x, labels)
