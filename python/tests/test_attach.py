@@ -241,6 +241,121 @@ def test_a_drop_path_is_not_shared():
         pace_torch.attach(with_lora(vit(drop_path_rate=0.2), target_modules=["qkv"], task_type=None), **SETTINGS)
 
 
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.head = (nn.Linear(8, 8) for _ in range(3))
+        self.double()
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+
+class Around(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x)
+
+
+X, NET = torch.randn(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(5)), dict(sigma=0.5, first_noisy=0)
+
+
+def small(target="a", around=lambda net: net, **settings):
+    config = peft.LoraConfig(r=2, target_modules=[target], init_lora_weights=False, **settings)
+    return around(peft.get_peft_model(Net().float(), config).double())
+
+
+def test_adapters_that_come_later():
+    def again(model):
+        model.delete_adapter("default")
+        model.add_adapter("default", peft.LoraConfig(r=2, target_modules=["b"]))
+        model.set_adapter("default")
+
+    def head(model):
+        model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["a"], modules_to_save=["head"]))
+        model.set_adapter("other")
+
+    for around, change, name in (
+        (lambda net: net, again, "b"),
+        (Around, lambda model: model.net.add_adapter("other", peft.LoraConfig(r=2, target_modules=["b"])), "b"),
+        (lambda net: net, head, "head"),
+    ):
+        model = pace_torch.attach(small(around=around), **NET)
+        change(model)
+        model.eval()(X)  # PEFT's own business
+        with pytest.raises(PaceError, match=f"{name}` has had an adapter of PEFT's since `attach`"):
+            model.train()(X)
+
+
+def test_lora_that_is_computed_by_merging(monkeypatch):
+    """Of parameters and within attention: PEFT does not call what adds to them."""
+    for settings in (dict(target_parameters=["q_proj.weight"]), dict(target_modules=["k_proj"], target_parameters=["q_proj.weight"])):
+        model = peft.get_peft_model(llama().float(), peft.LoraConfig(**{"r": 2, "target_modules": [], **settings})).double()
+        if settings.get("target_modules"):
+            with pytest.warns(UserWarning, match="2 layers have LoRA that gets no noise.*q_proj"):
+                pace_torch.attach(model, **SETTINGS)
+        else:
+            with pytest.raises(PaceError, match="no LoRA of PEFT's"):
+                pace_torch.attach(model, **SETTINGS)
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = peft.get_peft_model(nn.Sequential(encoder, nn.Flatten()), peft.LoraConfig(r=2, target_modules=["self_attn", "linear1"]))
+    with pytest.warns(UserWarning, match="2 layers have LoRA that gets no noise.*self_attn"):
+        model = pace_torch.attach(model, **SETTINGS)
+    assert [noise.path.split(".")[-1] for noise in noises(model)] == ["linear1"]
+
+
+def test_blocks_are_those_of_the_model():
+    model = vit(depth=5)
+    config = peft.LoraConfig(r=2, target_modules=["qkv"], layers_to_transform=[3], layers_pattern="blocks", modules_to_save=["head", "fc1"])
+    model = pace_torch.attach(peft.get_peft_model(model, config), sigma=0.6)
+    sigmas = {noise.path.removeprefix("base_model.model."): noise.sigma for noise in noises(model)}
+    assert sigmas.keys() == {"blocks.3.attn.qkv", "head"}
+    assert sigmas["blocks.3.attn.qkv"] == pytest.approx(0.6 * 3 / 5) and sigmas["head"] == pytest.approx(0.6 / 5)
+    other = pace_torch.inject(vit(depth=5), "LoRAadd", 2, sigma=0.6, target_modules=r"blocks\.3\.attn\.qkv")
+    assert other.blocks[3].attn.qkv.sigma == pytest.approx(0.6 * 3 / 5) and other.head.sigma == pytest.approx(0.6 / 5)
+
+
+def test_dora_behind_another_adapter():
+    model = small()
+    model.add_adapter("dora", peft.LoraConfig(r=2, target_modules=["a"], init_lora_weights=False, use_dora=True))
+    for active, fails in ((["default", "dora"], True), (["dora", "default"], False), (["dora"], False)):
+        one = copy.deepcopy(model).double()
+        one.base_model.set_adapter(active)
+        one = perturb(one)
+        if fails:
+            with pytest.raises(PaceError, match="DoRA behind another"):
+                pace_torch.attach(one, **NET)
+        else:
+            check_layers(pace_torch.attach(one, **NET), lambda: one(X))  # noqa: B023
+
+
+def test_calls_past_the_model():
+    model = pace_torch.attach(small(), **NET).train()
+    model.pace.training_step(model, X, torch.arange(4))
+    for rows in (4, 8):
+        with pytest.raises(PaceError, match="outside of its model"):
+            model.base_model.model(torch.cat([X, X])[:rows])
+    assert model.eval().base_model.model(X).shape == (4, 8)
+    # A part that runs again in the backward pass is none.
+    model = pace_torch.attach(with_lora(), **SETTINGS).train()
+    model.gradient_checkpointing_enable()
+    model.pace.training_step(model, texts(), LABELS).total.backward()
+
+
+def test_hooks_on_parts_are_run():
+    for part in ("lora_A", "lora_B", "lora_dropout", "base_layer"):
+        model = pace_torch.attach(small(), **NET).train()
+        layer, called = model.base_model.model.a, []
+        module = getattr(layer, part) if part == "base_layer" else getattr(layer, part)["default"]
+        module.register_full_backward_hook(lambda *_: called.append(1))
+        model.pace.training_step(model, X.clone().requires_grad_(), torch.arange(4)).total.backward()
+        assert called, part
+
+
 def test_copies_have_noise_of_their_own(tmp_path):
     model = pace_torch.attach(with_lora(), **SETTINGS).train()
     model.pace.training_step(model, texts(), LABELS)
@@ -263,14 +378,28 @@ def test_what_pace_cannot_be_attached_to():
         pace_torch.inject(with_lora())
     with pytest.raises(PaceError, match="already"):
         pace_torch.attach(pace_torch.attach(with_lora()))
-    with pytest.raises(PaceError, match="no layers with LoRA"):
+    with pytest.raises(PaceError, match="no LoRA of PEFT's"):
         pace_torch.attach(llama())
     with pytest.raises(PaceError, match="merge_and_unload"):
         pace_torch.merge(pace_torch.attach(with_lora()))
     for config in (peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]), peft.LoHaConfig(target_modules=["q_proj"])):
         with pytest.raises(PaceError, match="q_proj.*PEFT's LoRA"):
             pace_torch.attach(peft.get_peft_model(llama(), config))
-    for setting in (dict(noise_shape="CB"), dict(branches_at="end"), dict(variant="slow"), dict(sigma=-1.0), dict(lambda_=-1),
+    model = small()
+    model.merge_adapter()
+    with pytest.raises(PaceError, match="merged"):
+        pace_torch.attach(model)
+    with pytest.raises(PaceError, match="frozen.*is_trainable"):
+        pace_torch.attach(small().requires_grad_(False))
+    with pytest.raises(PaceError, match="merge_and_unload"):
+        pace_torch.merge(pace_torch.attach(small(), variant="baseline"))
+    with pytest.raises(PaceError, match="ALoraLinearVariant"):
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], alora_invocation_tokens=[1], task_type="CAUSAL_LM")
+        pace_torch.attach(peft.get_peft_model(transformers.LlamaForCausalLM(LLAMA), config))
+    for function in (pace_torch.describe, pace_torch.merge, pace_torch.trainable_state_dict):
+        with pytest.raises(PaceError, match="NoneType, expected a torch.nn.Module"):
+            function(None)
+    for setting in (dict(batch_of=3), dict(batch_of=[]), dict(noise_head="no"), dict(branches_at=None), dict(noise_shape="CB"), dict(branches_at="end"), dict(variant="slow"), dict(sigma=-1.0), dict(lambda_=-1),
                     dict(seed=0.5), dict(first_noisy=-1), dict(criterion=3)):
         with pytest.raises(PaceError, match=next(iter(setting))):
             pace_torch.attach(with_lora(), **setting)

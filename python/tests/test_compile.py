@@ -110,3 +110,16 @@ def test_a_traced_layer_reads_its_input(with_gradients):
     with torch.set_grad_enabled(with_gradients):
         traced = torch.jit.trace(adapter, (x,), check_trace=False)
         close(traced(other), adapter(other), 1e-12)
+
+
+def test_settings_that_differ_from_graph_to_graph():
+    """After a first other value the compiler takes a number for a variable."""
+    adapter = perturb(pace_torch.LoraAdd(torch.nn.Linear(8, 6, dtype=torch.float64), 2))
+    x, keys = torch.randn(4, 3, 8, dtype=torch.float64), pace_torch.keys(1, 2, 1, "cpu")
+
+    def run(sigma, first_sample):
+        return adapter(x, pace_torch.Noise(keys, sigma, first_sample=first_sample, branches=2))
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for sigma, first_sample in ((0.3, 0), (0.5, 4), (0.7, 8), (0.9, 12)):
+        close(compiled(sigma, first_sample), run(sigma, first_sample), 1e-12)

@@ -172,7 +172,7 @@ def test_changed_classifiers():
 
 def test_wrapped_models(plain, evaluated):
     for wrap in (nn.DataParallel, lambda model: torch.compile(model, backend="eager")):
-        with pytest.raises(PaceError, match=r"wrapped.*\((DataParallel|OptimizedModule)\).*`inject` first"):
+        with pytest.raises(PaceError, match=r"wrapped.*\((DataParallel|OptimizedModule)\).*`inject` or `attach` first"):
             pace_torch.inject(wrap(vit()))
     # On the CPU DataParallel calls the model itself; on several devices these are what it calls.
     same(step(model := injected(), nn.DataParallel(model)), plain)

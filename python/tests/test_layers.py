@@ -128,7 +128,7 @@ def test_quantised_layers():
 
     model = Tokens()
     model.body[1] = Sums(8, 8, dtype=torch.float64)
-    with pytest.raises(PaceError, match=r"Sums does not map \[..., 8\] to \[..., 8\]"):
+    with pytest.raises(PaceError, match=r"Sums, does not map \[..., 8\] to \[..., 8\]"):
         pace_torch.inject(model, "LoRAadd", exclude_modules=["position"], **SETTINGS).eval()(x, mask)
 
 
@@ -336,3 +336,59 @@ def test_layers_that_no_adapter_suits():
             use(injected(ReadsWeights()).first)
     layer = injected(ReadsWeights()).first
     assert layer.weight.stride() == (6, 1) and layer.weight.new_zeros(2).shape == (2,) and x.to(layer.weight) is x
+
+
+class Experts(nn.Module):
+    """Each expert works on the tokens that are sent to it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts, self.router, self.head = nn.ModuleList(linear(8, 8) for _ in range(2)), linear(8, 2), linear(8, 3)
+
+    def forward(self, x):
+        tokens = x.flatten(0, 1)
+        chosen, y = self.router(tokens).argmax(-1), torch.zeros_like(tokens)
+        for i, expert in enumerate(self.experts):
+            rows = (chosen == i).nonzero()[:, 0]
+            y = y.index_add(0, rows, expert(tokens[rows]))
+        return self.head(y.view_as(x).mean(1))
+
+
+def test_layers_whose_rows_depend_on_what_they_are():
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model = injected(Experts(), adapter="LoRAadd", exclude_modules=["router"], first_noisy=0)
+        with pytest.warns(UserWarning, match="2 layers work on rows.*experts.0, experts.1"):
+            losses = model.pace.training_step(model, torch.randn(4, 8, 8, dtype=torch.float64), torch.arange(4) % 3)
+        assert losses.consistency > 0  # of the head
+
+
+def test_more_arguments_than_the_input():
+    class Shifted(nn.Linear):
+        def forward(self, x, scale, *, shift=0.0):
+            return scale * super().forward(x) + shift
+
+    class Calls(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.body, self.head = layer(8, 8).double(), linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.body(x, 2.0, shift=1.0))
+
+    x = torch.randn(2, 8, dtype=torch.float64)
+    for variant in ("pace", "baseline"):
+        model = Calls(Shifted)
+        before = model(x)
+        close(pace_torch.inject(model, "LoRAadd", variant=variant, **SETTINGS).eval()(x), before, 1e-12)
+    with pytest.raises(PaceError, match="`body` is called with more than its input"):
+        pace_torch.inject(Calls(nn.Linear), **SETTINGS).eval()(x)
+    # The name that nn.Linear gives to its input.
+    model = pace_torch.inject(Tokens(), **SETTINGS).eval()
+    assert torch.equal(model.body[0](input=batch()[0]), model.body[0](batch()[0]))
+
+
+def test_a_convolution_that_pads_nothing_whatever_it_says():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1, padding="same"), nn.Flatten(), nn.Linear(128, 5))
+    assert names_of(pace_torch.inject(model, "LoRAadd", 2, target_modules=["1"], head=["3"])) == {"1", "3"}

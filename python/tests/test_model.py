@@ -459,7 +459,7 @@ def test_a_layer_is_few_calls_away_from_the_library(kind, forward, both):
     model = pace_torch.inject(vit(dtype=torch.float32), rank=4).train()
     adapter = getattr(pace_torch, kind)(nn.Linear(24, 48), 4)
     layer = NoisyLinear(adapter, 0.5, model.pace, 1).train()
-    model.pace.batch = 2
+    model.pace.batch, model.pace.running = 2, True
     x, dy = torch.randn(4, 17, 24, requires_grad=True), torch.randn(4, 17, 48)
     prepared = pace_torch.ops._arguments._Prepared.__call__.__code__
 

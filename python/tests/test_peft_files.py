@@ -107,6 +107,50 @@ def test_conv1d(tmp_path):
     close(loaded(**batch).logits, model(**batch).logits, 1e-12)
 
 
+class Kinds(nn.Module):
+    """A layer `a` and a classifier `fc` of other kinds than nn.Linear, and names that are hard to tell apart."""
+
+    def __init__(self, kind):
+        super().__init__()
+        transformers = pytest.importorskip("transformers")
+        torch.manual_seed(0)
+        self.a = nn.Conv1d(8, 8, 1) if kind == "convolution" else nn.Linear(8, 8)
+        self.b = self.a if kind == "shared" else nn.Linear(8, 8)
+        self.fc = (transformers.pytorch_utils.Conv1D(8, 8) if kind == "Conv1D head" else nn.Conv1d(8, 8, 1) if kind == "convolution head"
+                   else nn.Linear(8, 8))
+        self.mlp = nn.ModuleDict({"fc" if kind == "same end" else "c+d": nn.Linear(8, 8), "ccd": nn.Linear(8, 8)})
+        self.double()
+
+    def forward(self, x):
+        for layer in (self.a, self.b, *self.mlp.values(), self.fc):
+            x = torch.tanh(layer(x.unsqueeze(-1)).squeeze(-1) if isinstance(getattr(layer, "adapter", layer), nn.Conv1d) or
+                           getattr(getattr(layer, "adapter", None), "is_convolution", False) else layer(x))
+        return x
+
+
+@pytest.mark.parametrize("kind", ["plain", "convolution", "convolution head", "Conv1D head", "shared", "same end"])
+def test_layers_of_other_kinds(kind, tmp_path):
+    settings = dict(target_modules=["a", "c+d"] if kind != "same end" else ["a"], head="fc")
+    x = torch.randn(4, 8, dtype=torch.float64)
+    model = perturb(ours(Kinds(kind), **settings)).eval()
+    if kind in ("shared", "same end"):
+        with pytest.raises(PaceError, match="other names too" if kind == "shared" else "`mlp.fc` for the classifier `fc`"):
+            pace_torch.save_peft(model, tmp_path)
+        assert not list(tmp_path.iterdir())
+        return
+    pace_torch.save_peft(model, tmp_path)
+    loaded = peft.PeftModel.from_pretrained(Kinds(kind), tmp_path).eval()
+    fresh = ours(Kinds(kind), **settings)
+    pace_torch.load_peft(fresh, tmp_path)
+    close(fresh.eval()(x), model(x), 1e-12)
+    if "convolution" not in kind:
+        close(loaded(x), model(x), 1e-12)
+        return
+    # PEFT's layers are no nn.Conv1d, which this model asks for.
+    merged = loaded.merge_and_unload()
+    close(merged(x), model(x), 1e-12)
+
+
 def test_refusals(tmp_path):
     for adapter, message in (("LoRAmul_VPTadd", "LoraMulVptAdd.*LoRAadd"), ("VPTadd", "VptAdd")):
         with pytest.raises(PaceError, match=message):
@@ -119,7 +163,17 @@ def test_refusals(tmp_path):
         pace_torch.save_peft(vit(), tmp_path)
     assert not list(tmp_path.iterdir())
 
+    with torch.device("meta"):
+        empty = ours(vit())
+    with pytest.raises(PaceError, match="meta device"):
+        pace_torch.save_peft(empty, tmp_path)
+    assert not list(tmp_path.iterdir())
+
     theirs().save_pretrained(tmp_path)
+    with pytest.raises(PaceError, match="meta device"):
+        pace_torch.load_peft(empty, tmp_path)
+    with pytest.raises(PaceError, match="str, expected a torch.nn.Module"):
+        pace_torch.load_peft("model", tmp_path)
     weights, config = load_file(tmp_path / "adapter_model.safetensors"), json.loads((tmp_path / "adapter_config.json").read_text())
     name = "base_model.model.blocks.1.attn.qkv.lora_A.weight"
     without = {key: value for key, value in weights.items() if key != name}
@@ -131,6 +185,7 @@ def test_refusals(tmp_path):
         (weights, {}, dict(target_modules=["qkv"]), "has no adapter there"),
         (weights, {}, dict(target_modules=["qkv", "fc1", "fc2"]), "has an adapter around `blocks.0.mlp.fc1`"),
         (weights, {"use_dora": True}, {}, "use_dora"),
+        (weights, {"lora_alpha": None}, {}, "lora_alpha"),
         (weights, {"init_lora_weights": "pissa_niter_4"}, {}, "pissa_niter_4"),
         (weights, {"bias": "all"}, {}, "`bias` is 'all'"),
         (weights, {"peft_type": "IA3"}, {}, "IA3"),

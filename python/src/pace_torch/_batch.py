@@ -49,6 +49,14 @@ def first_tensor(value: Any) -> Optional[Tensor]:
 BatchOf = Union[None, str, tuple[str, ...], list[str]]
 
 
+def check_batch_of(batch_of: Any) -> BatchOf:
+    """The setting; raises `PaceError` unless it is one."""
+    names = batch_of if isinstance(batch_of, (tuple, list)) else [batch_of or ""]
+    if not names or not all(isinstance(name, str) for name in names):
+        raise PaceError(f"`batch_of` is {batch_of!r}, expected a keyword or a list of keywords")
+    return batch_of
+
+
 def batch_size(args: tuple, kwargs: Mapping, batch_of: BatchOf) -> int:
     """The rows of a model's batch: those of the argument that `batch_of` names, or of the first tensor that has any."""
     name = batch_of if batch_of is None or isinstance(batch_of, str) else batch_of[0]

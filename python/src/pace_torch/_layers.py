@@ -51,7 +51,8 @@ def is_pointwise(module: nn.Module) -> bool:
     return (
         isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
         and {*module.kernel_size, *module.stride, module.groups} == {1}
-        and (module.padding == "valid" or not any(map(int, module.padding)))
+        # With a kernel of one, "same" is "valid".
+        and (isinstance(module.padding, str) or not any(module.padding))
         and type(module).forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
     )
 
@@ -59,11 +60,6 @@ def is_pointwise(module: nn.Module) -> bool:
 def is_peft(module: nn.Module) -> bool:
     """Whether it is a layer that PEFT has put around another."""
     return type(module).__module__.startswith("peft.tuners.")
-
-
-def is_classifier(name: str) -> bool:
-    """Whether a layer's name says that it is a classifier, or part of one."""
-    return any(part in CLASSIFIERS for part in name.split("."))
 
 
 def linears_of(model: nn.Module, *convolutions: Optional[Names]) -> dict[nn.Module, list[str]]:
@@ -109,11 +105,11 @@ def choose(
     target_modules = check_names("target_modules", target_modules)
     exclude_modules, head = check_names("exclude_modules", exclude_modules), check_names("head", head)
     linears = linears_of(model, target_modules, head)
-    heads = _heads(linears, head)
+    heads = nearest_classifiers(linears, head)
     if head is None and not heads:
         # Some classifiers are convolutions.
         every = linears_of(model, ".*")
-        heads = _heads({layer: names for layer, names in every.items() if layer not in linears}, None)
+        heads = nearest_classifiers({layer: names for layer, names in every.items() if layer not in linears}, None)
         linears = {layer: names for layer, names in every.items() if layer in linears or layer in heads}
     # What maps to a vocabulary is no classifier that is trained, and gets an adapter if it is named.
     vocabulary = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -185,7 +181,8 @@ def _other_weights(model: nn.Module, linears: dict[nn.Module, list[str]]) -> Cou
     return +weights
 
 
-def _heads(linears: dict[nn.Module, list[str]], head: Optional[Names]) -> set[nn.Module]:
+def nearest_classifiers(linears: dict[nn.Module, list[str]], head: Optional[Names] = None) -> set[nn.Module]:
+    """Which of some layers, by all their names, are the classifier: those that `head` names, or that are called so."""
     if head is not None:
         return {linear for linear, names in linears.items() if is_any_named(names, head)}
     # Of all that is called so, what lies nearest to the top: a block may have heads of its own, and a `fc` in one is none.

@@ -6,15 +6,17 @@ from typing import Optional
 from torch import nn
 
 from ._batch import BatchOf
-from ._layers import drop_paths_of, is_classifier, is_peft
-from ._errors import PaceError
+from ._errors import PaceError, check_choice
+from ._layers import drop_paths_of, is_peft, nearest_classifiers
 from .attached import AttachedNoise
 from .controller import Pace
-from .inject import INPUT, block_of, check_model, control, put_into, sigmas_of
+from .inject import FIRST_NOISY_BLOCK, INPUT, block_of, check_model, control, put_into, sigmas_of
 from .loss import Criterion
 
 # Kinds of LoRA that PEFT computes otherwise than by adding `B(A(x))·scaling`, and whose sum is known to be right all the same.
-_VARIANTS = ("DoraLinearVariant", "DoraConv1dVariant", "DoraConv2dVariant", "DoraConv3dVariant", "ALoraLinearVariant")
+_VARIANTS = ("DoraLinearVariant", "DoraConv1dVariant", "DoraConv2dVariant", "DoraConv3dVariant")
+# Layers that PEFT computes by merging, without calling what adds to them.
+_MERGED = ("ParamWrapper", "MultiheadAttention")
 
 
 def attach(
@@ -54,7 +56,14 @@ def attach(
     LoRA that is not computed by linear layers or convolutions (embeddings, parameters) are trained without noise, which a warning says.
     """
     check_model(model, noise_shape, branches_at)
+    check_choice("branches_at", branches_at, (INPUT, FIRST_NOISY_BLOCK))
+    check_choice("noise_head", noise_head, (True, False))
     layers, heads = _layers(model, noise_head)
+    if not any(parameter.requires_grad for layer in layers.values() for name, parameter in layer.named_parameters() if "lora_" in name):
+        raise PaceError("the LoRA of `model` is frozen: load it with `is_trainable=True`")
+    merged = next((path for path, layer in layers.items() if layer.merged), None)
+    if merged:
+        raise PaceError(f"the LoRA of `{merged}` is merged into its weight: `unmerge_adapter` first")
     names = [*layers, *heads]
     pace = Pace(
         len(names) if variant != "baseline" else 0,
@@ -69,7 +78,9 @@ def attach(
         criterion=criterion,
         device=next(model.parameters()).device,
     )
-    sigmas = sigmas_of(names, set(heads), sigma, first_noisy)
+    within = tuple(f"{path}." for path in layers)
+    every = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and not path.startswith(within)]
+    sigmas = sigmas_of(names, set(heads), every, sigma, first_noisy)
     if variant == "baseline":
         put_into(model, pace)
         return model
@@ -90,20 +101,28 @@ def attach(
     pace.doubles_input = branches_at == INPUT
     first = next((name for name, layer_sigma in zip(names, sigmas) if layer_sigma > 0), names[-1])
     control(model, pace, block_of(first))
-    pace.adapters = tuple(getattr(model, "peft_config", ()))
-    model.register_forward_pre_hook(_check_adapters)
+    # Not submodules.
+    pace.owners = [module for module in model.modules() if "peft_config" in vars(module)]
+    pace.noise_head, pace.adapters = noise_head, _adapters(pace)
+    pace.handles.append(model.register_forward_pre_hook(_check_adapters))
     return model
+
+
+def _adapters(pace: Pace) -> list[tuple[str, int]]:
+    """What tells whether adapters have come or gone: PEFT's configurations."""
+    return [(name, id(config)) for owner in pace.owners for name, config in owner.peft_config.items()]
 
 
 def _check_adapters(model: nn.Module, args: tuple) -> None:
     """Forward pre-hook of the model: adapters that came after `attach` may be around layers that had none."""
-    adapters = tuple(getattr(model, "peft_config", ()))
-    if adapters != model.pace.adapters:
-        layers, _ = _layers(model, False)
-        new = [path for path, layer in layers.items() if not hasattr(layer, "pace_noise")]
-        if new:
-            raise PaceError(f"`{new[0]}` has had LoRA since `attach`, without noise ({len(new)} such layers): add all adapters first")
-        model.pace.adapters = adapters
+    if not model.training or (adapters := _adapters(model.pace)) == model.pace.adapters:
+        return
+    layers, heads = _layers(model, model.pace.noise_head)
+    new = [path for path, layer in {**layers, **heads}.items() if not hasattr(layer, "pace_noise")]
+    if new:
+        raise PaceError(f"`{new[0]}` has had an adapter of PEFT's since `attach`, without noise ({len(new)} such layers): add all adapters "
+                        "first")
+    model.pace.adapters = adapters
 
 
 def _lora_linear() -> type:
@@ -115,29 +134,28 @@ def _lora_linear() -> type:
 
 def _layers(model: nn.Module, noise_head: bool) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
     """The layers with LoRA, and the classifiers that PEFT trains in full, by their paths."""
-    layers, heads, others = {}, {}, []
+    layers, wrappers, others, merged = {}, {}, [], ()
     for path, module in model.named_modules():
-        if not is_peft(module):
-            if noise_head and type(module).__name__ == "ModulesToSaveWrapper" and is_classifier(path):
-                heads[path] = module
-            continue
-        if not hasattr(module, "base_layer") or not hasattr(module, "active_adapters"):
+        if type(module).__name__ == "ModulesToSaveWrapper":
+            wrappers[module] = [path]
+        if not is_peft(module) or not hasattr(module, "base_layer") or "TrainableTokens" in type(module).__name__:
             continue
         if not hasattr(module, "lora_A"):
-            if hasattr(module, "token_adapter") or "TrainableTokens" in type(module).__name__:
-                continue
             raise PaceError(f"`{path}` is a {type(module).__module__}.{type(module).__name__}, and PACE can be attached to PEFT's LoRA: "
                             "`inject` puts its own adapters into a model")
         for name, variant in getattr(module, "lora_variant", {}).items():
             if type(variant).__name__ not in _VARIANTS:
                 raise PaceError(f"adapter {name!r} of `{path}` is LoRA of the kind {type(variant).__name__}, expected LoRA, rsLoRA or DoRA")
-        if len(module.lora_B) and all(isinstance(up, nn.Module) for up in module.lora_B.values()):
+        if type(module).__name__ in _MERGED:
+            merged = (*merged, f"{path}.")
+        if len(module.lora_B) and all(isinstance(up, nn.Module) for up in module.lora_B.values()) and not f"{path}.".startswith(merged):
             layers[path] = module
         else:
             others.append(path)
     if not layers:
-        raise PaceError("`model` has no layers with LoRA of PEFT's: `peft.get_peft_model` first, or `inject` PACE's own adapters")
+        raise PaceError("`model` has no LoRA of PEFT's on linear layers or convolutions that are called: `peft.get_peft_model` first, or "
+                        "`inject` PACE's own adapters")
     if others:
-        warnings.warn(f"{len(others)} layers have LoRA that gets no noise, not being that of linear layers or convolutions: "
+        warnings.warn(f"{len(others)} layers have LoRA that gets no noise, not being that of linear layers or convolutions that are called: "
                       f"{', '.join(others[:3])}", stacklevel=3)
-    return layers, heads
+    return layers, {wrappers[head][0]: head for head in nearest_classifiers(wrappers)} if noise_head else {}

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from ._errors import PaceError
 from .controller import Pace
 from .modules import _autocast, _frozen, _is_traced
 from .ops import NO_NOISE
@@ -41,6 +42,9 @@ class AttachedNoise(nn.Module):
         if torch.compiler.is_compiling():
             return
         magnitudes = getattr(self.watched, "lora_magnitude_vector", {})
+        if any(name in magnitudes for name in self.watched.active_adapters[1:]):
+            raise PaceError(f"`{self.path}` has DoRA behind another active adapter, to whose noise it would add its own: activate it first, or "
+                            "by itself")
         for name, up in self.watched.lora_B.items():
             # DoRA's magnitudes compute all that it adds, for which they call `up` with things that are no samples.
             part = magnitudes[name] if name in magnitudes else up
@@ -49,6 +53,8 @@ class AttachedNoise(nn.Module):
 
     def after(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         """Forward hook of what computes the adapter's part."""
+        if not isinstance(output, Tensor):
+            raise PaceError(f"`{self.path}` returns {type(output).__name__}, expected a tensor, on which there is noise: `noise_head=False`")
         return self(output)
 
     def compute(self, x: Tensor, *args, **kwargs) -> Tensor:
@@ -62,7 +68,10 @@ class AttachedNoise(nn.Module):
 
     def _is_on(self, x: Tensor) -> bool:
         is_used = not getattr(self.watched, "disable_adapters", False)
-        return is_used and self.training and self.pace.training and self.sigma != 0 and self.pace.is_on_samples(self, x)
+        is_on = is_used and self.training and self.pace.training and self.sigma != 0 and self.pace.is_on_samples(self, x)
+        if is_on and not self.pace.running:
+            self.pace.check_running()
+        return is_on
 
     def _plain_lora(self, x: Tensor) -> Optional[list]:
         """Input, W0, b0, A, B, δb and the scaling of a layer in training that computes `W0·x + b0 + B(A(x))·scaling` and nothing
@@ -73,8 +82,8 @@ class AttachedNoise(nn.Module):
             return None
         name, base = names[0], layer.base_layer
         down, up, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
-        hooks = [module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook") for module in (base, down)]
-        if type(base).forward is not nn.Linear.forward or any(hooks) or len(up._forward_hooks) > 1 or up._forward_pre_hooks:
+        # Ours is one.
+        if type(base).forward is not nn.Linear.forward or _hooks(base) + _hooks(down) + _hooks(up) + _hooks(dropout) > 1:
             return None
         if name in getattr(layer, "lora_variant", {}) or getattr(dropout, "p", 0) != 0 or layer.scaling[name] == 0:
             return None
@@ -89,3 +98,10 @@ class AttachedNoise(nn.Module):
 
     def extra_repr(self) -> str:
         return f"sigma={self.sigma:g}, layer={self.layer}"
+
+
+def _hooks(module: nn.Module) -> int:
+    """How many hooks wait for a call of a module."""
+    return sum(len(hooks) for hooks in (
+        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    )) + 2 * hasattr(module, "_hf_hook")

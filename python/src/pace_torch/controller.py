@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import ops
-from ._batch import BatchOf, batch_size, call, find_logits, find_loss, logits_of, twice, with_rows
+from ._batch import BatchOf, batch_size, call, check_batch_of, find_logits, find_loss, logits_of, twice, with_rows
 from ._errors import PaceError, check_choice, check_integer, check_number
 from ._in_step import check_in_step
 from ._library import device_handle
@@ -22,6 +22,7 @@ def _warn(layers: list[str], what: str) -> None:
 
 
 TRACED_IN_TRAINING = "the model is in training, whose noise a traced or exported graph would repeat: call `eval()` first"
+OUTSIDE = "a layer with noise ran outside of its model: call the model itself, or `eval()` first"
 VARIANTS = ("pace", "lazy", "fast", "noise", "baseline")
 
 
@@ -78,10 +79,11 @@ class Pace(nn.Module):
         self.branches = 2 if variant in ("pace", "lazy") else 1
         self.manual_steps = self.drawn = False
         self.shard: Optional[tuple[int, int]] = None
-        self.batch_of, self.doubles_input = batch_of, False
+        self.batch_of, self.doubles_input = check_batch_of(batch_of), False
         self.causal: Optional[bool] = None
         self.probed, self.classes = False, None
         self.batch = self.first_sample = self.global_batch = 0
+        self.running = False
         self.in_training_step = self.is_labelled = False
         self.keys_elsewhere: dict[torch.device, Tensor] = {}
         # Whether the model runs with gradients, and the layers that have run without since.
@@ -167,6 +169,7 @@ class Pace(nn.Module):
         rank, world_size = self._shard()
         self.batch = batch_size(args, kwargs, self.batch_of)
         self.first_sample, self.global_batch = rank * self.batch, world_size * self.batch
+        self.running = True
         if not self.manual_steps:
             self.advance()
         elif not self.drawn:
@@ -210,15 +213,17 @@ class Pace(nn.Module):
 
     @torch.compiler.disable
     def _probe(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Before the first step: runs the model on one sample, once and twice over, without noise, and finds the layers whose rows
-        are not those of samples: they have as many for two samples as for one, or others for the second sample than for the first.
+        """Before the first step: runs the model on one sample, once and twice over, and on all, without noise, and finds the layers whose
+        rows are not those of samples: they have as many for two samples as for one, or others for the second sample than for the first,
+        or their number depends on what the samples are (experts).
         """
         self.probed = True
         layers = [layer for layer in module.modules() if hasattr(layer, "fixed_rows")]
         calls: dict[nn.Module, list[Tensor]] = {}
         handles = [
             layer.watched.register_forward_pre_hook(
-                lambda _, inputs, layer=layer: calls.setdefault(layer, []).append(inputs[0].detach())
+                lambda _, args, kwargs, layer=layer: calls.setdefault(layer, []).append((*args, *kwargs.values())[0].detach()),
+                with_kwargs=True,
             )
             for layer in layers
         ]
@@ -229,15 +234,14 @@ class Pace(nn.Module):
         try:
             for submodule in training:
                 submodule.training = False
-            for copies in (2, 1):
+            for rows in ([0, 0], [0], slice(None)):
                 calls.clear()
-                sample = lambda rows: torch.cat([rows[:1]] * copies)  # noqa: B023, E731
                 with torch.no_grad():
-                    one, named = with_rows(sample, args, kwargs, self.batch, self.batch_of)
+                    one, named = with_rows(lambda tensor: tensor[rows], args, kwargs, self.batch, self.batch_of)  # noqa: B023
                     output = module.forward(*one, **named)
                 seen.append(dict(calls))
                 logits = find_logits(output)
-                if copies == 2 and logits is not None and logits.dim() == 2:
+                if len(seen) == 1 and logits is not None and logits.dim() == 2:
                     self.classes = logits.shape[1]
         except Exception as error:
             if not seen:
@@ -254,11 +258,13 @@ class Pace(nn.Module):
         if not seen:
             return
         once = seen[1] if len(seen) > 1 else {}
+        every = seen[2] if len(seen) > 2 else {}
         for layer, inputs in seen[0].items():
             alone = [x.shape[0] for x in once.get(layer, [])]
             for i, x in enumerate(inputs):
                 n = x.shape[0] // 2
                 doubles = len(alone) != len(inputs) or x.shape[0] == 2 * alone[i]
+                doubles = doubles and (len(every.get(layer, [])) <= i or every[layer][i].shape[0] == n * self.batch)
                 if doubles and x.shape[0] % 2 == 0 and torch.allclose(x[:n], x[n:], rtol=1e-2, atol=1e-3 * float(x.abs().max())):
                     layer.sample_rows = n
                 else:
@@ -287,6 +293,7 @@ class Pace(nn.Module):
 
     def after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Forward hook of the model: whether it kept the branches apart."""
+        self.running = False
         if not module.training:
             return
         if self.is_labelled and self.variant in ("pace", "lazy", "fast") and find_loss(output) is not None:
@@ -315,7 +322,7 @@ class Pace(nn.Module):
     def _rows_per_sample(self, rows: int, branches: int) -> int:
         """How many of a layer's leading rows belong to a sample and branch."""
         if self.batch == 0:
-            raise PaceError("a layer with noise ran outside of its model: call the model itself")
+            raise PaceError(OUTSIDE)
         samples = branches * self.batch
         if rows == 0 or rows % samples:
             raise PaceError(f"a layer has {rows} leading rows, expected a multiple of the model's {samples}")
@@ -330,6 +337,11 @@ class Pace(nn.Module):
             if keys is None:
                 keys = self.keys_elsewhere[device] = self.keys.to(device)
         return keys[layer : layer + 1]
+
+    def check_running(self) -> None:
+        """Raises `PaceError` unless the model runs, or a part of it once more in its backward pass: noise would be that of another batch."""
+        if not self.running and torch._C._current_graph_task_id() == -1:
+            raise PaceError(OUTSIDE)
 
     def noise(
         self, layer: int, sigma: float, rows: int, z: Optional[Tensor] = None, device: Optional[torch.device] = None

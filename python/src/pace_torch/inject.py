@@ -1,5 +1,6 @@
 """Turning a model into a PACE model, and back into a plain one; what of it is saved and shown."""
 
+from collections.abc import Mapping
 from typing import Optional
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ._batch import BatchOf
 from ._errors import PaceError, check_choice, check_integer, check_number
-from ._layers import Names, choose, drop_paths_of
+from ._layers import Names, choose, drop_paths_of, is_peft, linears_of
 from ._library import sigma_by_block
 from .attached import AttachedNoise
 from .controller import Pace
@@ -44,14 +45,16 @@ def block_ids(names: list[str], heads: set[str]) -> tuple[list[int], int]:
     return [order[path] for path in padded], levels
 
 
-def sigmas_of(names: list[str], heads: set[str], sigma: float, first_noisy: Optional[int]) -> list[float]:
-    """The standard deviation of each layer's noise."""
-    ids, levels = block_ids(names, heads)
+def sigmas_of(
+    names: list[str], heads: set[str], every: list[str], sigma: float, first_noisy: Optional[int]
+) -> list[float]:
+    """The standard deviation of each layer's noise: blocks are those of `every` linear layer, also where few have adapters."""
+    ids, levels = block_ids([*names, *every], heads)
     blocks = max(ids) + 1
     if first_noisy is None:
         first_noisy = min(1 if levels == 1 else 0, blocks - 1)
     by_block = sigma_by_block(blocks, sigma, first_noisy)
-    return [by_block[block] for block in ids]
+    return [by_block[block] for block in ids[: len(names)]]
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -138,6 +141,7 @@ def inject(
     if check_number("scale", scale) == 0:
         raise PaceError("`scale` is 0, with which no adapter would learn")
     linears, heads = choose(model, target_modules, exclude_modules, head, adapter != "LoRAadd")
+    every = [name for names in linears_of(model).values() for name in names]
     drop_paths = drop_paths_of(model)
     # Those of timm draw as the official code's do, with a key of their own.
     timms = [(name, module) for name, module in drop_paths if isinstance(module, DropPath)]
@@ -156,7 +160,8 @@ def inject(
         criterion=criterion,
         device=next(iter(linears)).weight.device,
     )
-    sigmas = sigmas_of([names[0] for names in linears.values()], {linears[linear][0] for linear in heads}, sigma, first_noisy)
+    head_names = {name for linear in heads for name in linears[linear]}
+    sigmas = sigmas_of([names[0] for names in linears.values()], head_names, every, sigma, first_noisy)
 
     first_noisy_layer = None
     for layer, ((linear, names), layer_sigma) in enumerate(zip(linears.items(), sigmas)):
@@ -191,9 +196,15 @@ def inject(
     return model
 
 
-def check_model(model: nn.Module, noise_shape: str, branches_at: Optional[str]) -> None:
+def check_module(model: nn.Module) -> nn.Module:
+    """The model, if it is one."""
     if not isinstance(model, nn.Module):
         raise PaceError(f"`model` is {type(model).__name__}, expected a torch.nn.Module")
+    return model
+
+
+def check_model(model: nn.Module, noise_shape: str, branches_at: Optional[str]) -> None:
+    check_module(model)
     check_choice("noise_shape", noise_shape, ("BC", "BTC"))
     check_choice("branches_at", branches_at, (None, INPUT, FIRST_NOISY_BLOCK))
     if any(isinstance(module, (Adapter, Pace)) for module in model.modules()):
@@ -201,7 +212,7 @@ def check_model(model: nn.Module, noise_shape: str, branches_at: Optional[str]) 
     wrappers = [type(module).__name__ for module in model.modules() if type(module).__name__ in _WRAPPERS]
     if wrappers or any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
         raise PaceError(f"`model` is wrapped or sharded ({wrappers[0] if wrappers else 'DTensor'}), which would not know of its adapters: "
-                        "`inject` first, then wrap")
+                        "`inject` or `attach` first, then wrap")
 
 
 def _adapter_around(
@@ -268,6 +279,7 @@ def move_hooks(source: nn.Module, target: nn.Module) -> None:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model in DistributedDataParallel, DataParallel, FullyShardedDataParallel or what `torch.compile` returns."""
+    check_module(model)
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
@@ -302,7 +314,7 @@ def trainable_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of `trainable_state_dict`, as the model has them."""
-    if any(getattr(parameter, "_fsdp_flattened", False) for parameter in model.parameters()):
+    if any(getattr(parameter, "_fsdp_flattened", False) for parameter in check_module(model).parameters()):
         raise PaceError("`model` is in FullyShardedDataParallel: save and load by `get_model_state_dict` and `set_model_state_dict` of "
                         "torch.distributed.checkpoint.state_dict, with StateDictOptions(full_state_dict=True)")
     model = unwrapped(model)
@@ -326,12 +338,16 @@ def load_trainable_state_dict(model: nn.Module, state_dict: dict[str, Tensor]) -
     Raises `PaceError`, and loads nothing, unless it is of a model with the same adapters around the same layers.
     """
     own = _trained(model)
+    if not isinstance(state_dict, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state_dict.values()):
+        raise PaceError("`state_dict` is no mapping of names to tensors")
     for kind, names in (("is not in the model", state_dict.keys() - own.keys()), ("is missing", own.keys() - state_dict.keys())):
         if names:
             raise PaceError(f"`state_dict` is of other adapters: `{min(names)}` {kind} ({len(names)} such names)")
     for name, tensor in state_dict.items():
         if tensor.shape != own[name].shape:
             raise PaceError(f"`state_dict` has `{name}` of {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
+        if own[name].is_meta:
+            raise PaceError(f"`{name}` is on the meta device, where nothing can be loaded: `to_empty` first")
     for name, tensor in state_dict.items():
         target = own[name]
         if hasattr(target, "full_tensor"):
@@ -384,10 +400,10 @@ def merge(model: nn.Module) -> nn.Module:
 
     Raises `PaceError`, and changes nothing, for a model whose weights are sharded, offloaded, quantised or made by hooks.
     """
-    _check_whole(model)
+    _check_whole(check_module(model))
     model = unwrapped(model)
-    if any(isinstance(module, AttachedNoise) for module in model.modules()):
-        raise PaceError("`model` is PEFT's, with PACE attached: its own `merge_and_unload` merges it")
+    if any(is_peft(module) for module in model.modules()):
+        raise PaceError("`model` has layers of PEFT's: its own `merge_and_unload` merges it")
     for name, module in model.named_modules():
         if isinstance(module, Adapter) and module.is_opaque and not isinstance(module, Head):
             raise PaceError(f"`{name.removesuffix('.adapter')}` is a {type(module.base_module).__name__}, which computes by itself: what an adapter "

@@ -91,6 +91,8 @@ def _call_layer(input: Tensor, weight: Tensor, bias: Optional[Tensor] = None) ->
     if not isinstance(weight, _ReadParameter):
         raise PaceError(f"the model uses the bias of {_name(bias.layer)} with another weight: name the layer in `exclude_modules`")
     layer = weight.layer
+    if (layer.adapter if isinstance(layer, NoisyLinear) else layer).is_opaque:
+        raise PaceError(f"the model reads the weight of {_name(layer)}, which computes by itself: name the layer in `exclude_modules`")
     own = getattr(_linear(layer), "bias", None)
     if isinstance(bias, _ReadParameter) and bias.layer is layer or bias is None and own is None:
         return layer(input)
@@ -235,6 +237,12 @@ class Adapter(_CallsItsLayers):
         of Hugging Face's Conv1D."""
         return weight.flatten(1) if self.is_convolution else weight.t().contiguous()
 
+    def as_replaced(self, weight: Tensor, is_weight: bool = False) -> Tensor:
+        """A matrix as a convolution would have it, `[.., .., 1, ...]`; if `is_weight`, `[N, K]`, also `[K, N]` for a Conv1D."""
+        if self.is_convolution:
+            return weight.view(*weight.shape, *(1 for _ in self.replaced.kernel_size))
+        return weight.t() if is_weight and self.replaced is not None else weight
+
     def _parameter(self, *shape: int, init=nn.init.zeros_) -> nn.Parameter:
         weight = self.base_module.weight
         # What is quantised has another type than what is computed.
@@ -242,19 +250,26 @@ class Adapter(_CallsItsLayers):
         init(parameter)
         return parameter
 
-    def forward(self, x: Tensor, noise: Noise = NO_NOISE) -> Tensor:
-        if _is_traced(x):
-            return self.traced(x)
+    def forward(self, input: Tensor, noise: Noise = NO_NOISE, *args, **kwargs) -> Tensor:
+        if _is_traced(input):
+            return self.traced(input)
         if self.is_convolution:
-            return self.compute(x.movedim(1, -1), noise).movedim(-1, 1)
-        return self.around_base(x, noise) if self.is_opaque else self.compute(x, noise)
+            return self.compute(input.movedim(1, -1), noise).movedim(-1, 1)
+        if self.is_opaque:
+            return self.around_base(input, noise, *args, **kwargs)
+        if args or kwargs:
+            raise PaceError(f"{_name(self)} is called with more than its input, which a linear layer does not take")
+        return self.compute(input, noise)
 
-    def around_base(self, x: Tensor, noise: Noise) -> Tensor:
+    def around_base(self, x: Tensor, noise: Noise, *args, **kwargs) -> Tensor:
         """As `compute`, with whatever the base layer makes of `x`."""
-        base = self.base_module(x)
+        if not isinstance(noise, Noise):
+            # An argument of the layer, from a model without noise.
+            args, noise = (noise, *args), NO_NOISE
+        base = self.base_module(x, *args, **kwargs)
         if not isinstance(base, Tensor) or base.shape != (*x.shape[:-1], self.out_features):
-            raise PaceError(f"a {type(self.base_module).__name__} does not map [..., {self.in_features}] to [..., {self.out_features}]: "
-                            "name the layer in `exclude_modules`")
+            raise PaceError(f"{_name(self)}, a {type(self.base_module).__name__}, does not map [..., {self.in_features}] to "
+                            f"[..., {self.out_features}]: name it in `exclude_modules`")
         return ops.noisy_epilogue(base, self.added(x).to(base.dtype), noise)
 
     def compute(self, x: Tensor, noise: Noise) -> Tensor:
@@ -302,10 +317,7 @@ class Adapter(_CallsItsLayers):
         """The plain layer: the one that was there, with other weights."""
         weight, bias = self.merged()
         layer = self.base_module if self.replaced is None else self.replaced
-        if self.is_convolution:
-            weight = weight.view(*weight.shape, *(1 for _ in layer.kernel_size))
-        elif self.replaced is not None:
-            weight = weight.t()
+        weight = self.as_replaced(weight, is_weight=True)
         for name in list(getattr(layer, "parametrizations", ())):
             nn.utils.parametrize.remove_parametrizations(layer, name)
         layer.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
@@ -446,8 +458,10 @@ class Head(Adapter):
         super().__init__(base_module)
         self.base_module.requires_grad_(True)
 
-    def around_base(self, x, noise):
-        y = self.base_module(x)
+    def around_base(self, x, noise, *args, **kwargs):
+        if not isinstance(noise, Noise):
+            args, noise = (noise, *args), NO_NOISE
+        y = self.base_module(x, *args, **kwargs)
         return ops.noisy_epilogue(torch.zeros_like(y), y, noise)
 
     def compute(self, x, noise):
@@ -531,21 +545,23 @@ class NoisyLinear(_CallsItsLayers):
         # The controller is a submodule of the model, once; so is the GELU in front of this layer, if there is one.
         self.__dict__.update(pace=pace, gelu=None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if _is_traced(x):
+    def forward(self, input: Tensor, *args, **kwargs) -> Tensor:
+        if _is_traced(input):
             if self.training and self.pace.training:
                 raise PaceError(TRACED_IN_TRAINING)
-            return self.adapter(x)
+            return self.adapter(input)
         # A part that trains within a model in evaluation has no noise of its own.
-        is_noisy = self.training and self.pace.training and self.sigma != 0 and self.pace.is_on_samples(self, x)
-        noise = self.pace.noise(self.layer, self.sigma, x.shape[0], self.z, x.device) if is_noisy else NO_NOISE
+        is_noisy = self.training and self.pace.training and self.sigma != 0 and self.pace.is_on_samples(self, input)
+        if is_noisy and not self.pace.running:
+            self.pace.check_running()
+        noise = self.pace.noise(self.layer, self.sigma, input.shape[0], self.z, input.device) if is_noisy else NO_NOISE
         base = self.adapter.base_module
         if self.gelu is None and type(base) is self.base_type and not base._forward_pre_hooks and not hasattr(base, "_hf_hook"):
-            return self.adapter(x, noise)
+            return self.adapter(input, noise, *args, **kwargs)
         _check_base(self)
-        with _fetched(base, x) as x:
-            with contextlib.nullcontext() if self.gelu is None else self.gelu.behind(x):
-                return self.adapter(x, noise)
+        with _fetched(base, input) as input:
+            with contextlib.nullcontext() if self.gelu is None else self.gelu.behind(input):
+                return self.adapter(input, noise, *args, **kwargs)
 
     @property
     def watched(self) -> nn.Module:
@@ -571,6 +587,7 @@ class SharedDropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not self.pace.training or self.drop_prob == 0:
             return x
+        self.pace.check_running()
         return self.pace.drop_path(self.layer, self.drop_prob, x)
 
     def extra_repr(self) -> str:
@@ -589,4 +606,5 @@ class SameInBranches(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not self.pace.training or self.pace.branches == 1:
             return self.drop_path(x)
+        self.pace.check_running()
         return x * self.drop_path(self.pace.ones_of_a_branch(x)).repeat(self.pace.branches, *[1] * (x.dim() - 1))

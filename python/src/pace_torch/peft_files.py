@@ -1,13 +1,14 @@
 """PEFT's adapter files (`adapter_config.json`, `adapter_model.safetensors`) of models with PACE's own LoRA."""
 
 import os
+import re
 from typing import Union
 
 import torch
 from torch import Tensor, nn
 
 from ._layers import is_conv1d
-from ._errors import PaceError
+from ._errors import PaceError, check_number
 from .inject import trainable_state_dict, unwrapped
 from .modules import Adapter, Head, LoraAdd, NoisyLinear
 
@@ -18,11 +19,15 @@ _STARTS = ("gaussian", "eva", "orthogonal", "mica")
 
 def _adapters(model: nn.Module) -> dict[str, Adapter]:
     """The adapters by the names of the layers they are around."""
-    adapters = {}
-    for name, module in model.named_modules():
+    adapters: dict[str, Adapter] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
         adapter = module.adapter if isinstance(module, NoisyLinear) else module
         if not isinstance(adapter, Adapter) or name.endswith(".adapter"):
             continue
+        if adapter in adapters.values():
+            raise PaceError(f"`{name}` is a layer with other names too, of which PEFT knows one only")
+        if any(parameter.is_meta for parameter in adapter.parameters()):
+            raise PaceError(f"the adapter of `{name}` is on the meta device, and has no numbers: `to_empty` first")
         if not isinstance(adapter, (LoraAdd, Head)):
             raise PaceError(f"the adapter of `{name}` is {type(adapter).__name__}, which PEFT's LoRA does not have: expected LoRAadd")
         adapters[name] = adapter
@@ -49,13 +54,20 @@ def save_peft(model: nn.Module, folder: Union[str, os.PathLike], base_model_name
     loras = {name: adapter for name, adapter in adapters.items() if isinstance(adapter, LoraAdd)}
     has_bias = any(adapter.has_bias and bool((adapter.delta_b != 0).any()) for adapter in loras.values())
     for name, adapter in loras.items():
-        parts = {"lora_A.weight": adapter.delta_W_up, "lora_B.weight": adapter.delta_W_down}
+        parts = {"lora_A.weight": adapter.as_replaced(adapter.delta_W_up), "lora_B.weight": adapter.as_replaced(adapter.delta_W_down)}
         if has_bias:
             parts["lora_B.bias"] = adapter.delta_b / adapter.scale
         tensors.update({f"{PREFIX}{name}.{part}": tensor for part, tensor in parts.items()})
     heads = [name for name, adapter in adapters.items() if isinstance(adapter, Head)]
     for name in heads:
-        tensors.update({f"{PREFIX}{name}.{part}": tensor for part, tensor in adapters[name].base_module.named_parameters()})
+        # PEFT takes what ends like it for the same.
+        other = next((other for other, _ in model.named_modules() if other.endswith(name) and not f"{other}.".startswith(f"{name}.")), None)
+        if other:
+            raise PaceError(f"PEFT would take `{other}` for the classifier `{name}`, as its name ends alike: keep the adapters by "
+                            "`trainable_state_dict`")
+        weights = dict(zip(("weight", "bias"), adapters[name].merged()))
+        weights["weight"] = adapters[name].as_replaced(weights["weight"], is_weight=True)
+        tensors.update({f"{PREFIX}{name}.{part}": tensor for part, tensor in weights.items() if tensor is not None})
     others = [name for name in trainable_state_dict(model) if not any(name.startswith(f"{adapter}.") for adapter in adapters)]
     if others:
         raise PaceError(f"`{others[0]}` is trained too, for which PEFT's files have no place")
@@ -84,7 +96,7 @@ def _targets(model: nn.Module, names: list[str]) -> Union[str, list[str]]:
     """What tells PEFT these layers and no others: their names, which PEFT also finds at the end of longer ones."""
     others = {name for name, _ in model.named_modules()} - set(names)
     if any(other.endswith(f".{name}") for name in names for other in others):
-        return "|".join(name.replace(".", r"\.") for name in names)
+        return "|".join(map(re.escape, names))
     return names
 
 
@@ -123,19 +135,24 @@ def load_peft(model: nn.Module, folder: Union[str, os.PathLike]) -> None:
         tensor = tensors.pop(f"{PREFIX}{name}.{part}", None)
         if tensor is None:
             raise PaceError(f"`{folder}` has no `{PREFIX}{name}.{part}`, but the model has an adapter around `{name}`")
+        tensor = tensor.flatten(1) if adapters[name].is_convolution and tensor.dim() > 2 else tensor
         if tensor.shape[1:] != own.shape[1:] and part != "lora_B.weight" or part != "lora_A.weight" and len(tensor) != len(own):
             raise PaceError(f"`{folder}` has `{name}.{part}` of {tuple(tensor.shape)}, expected {tuple(own.shape)}")
         return tensor.to(own.device, own.dtype)
 
     for name, adapter in adapters.items():
         if isinstance(adapter, Head):
-            new += [(own, take(name, part, own)) for part, own in adapter.base_module.named_parameters()]
+            for part, own in adapter.base_module.named_parameters():
+                transposed = part == "weight" and is_conv1d(adapter.replaced)
+                tensor = take(name, part, own.t() if transposed else own)
+                new.append((own, tensor.t() if transposed else tensor))
             continue
         down, up = take(name, "lora_A.weight", adapter.delta_W_up), take(name, "lora_B.weight", adapter.delta_W_down)
         rank = len(down)
         if rank > len(adapter.delta_W_up) or up.shape[1:] != (rank,):
             raise PaceError(f"`{folder}` has LoRA of rank {rank} around `{name}`, and the model of {len(adapter.delta_W_up)}")
-        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
+        patterns = config.alpha_pattern or {}
+        alpha = check_number("lora_alpha", patterns.get(get_pattern_key(patterns.keys(), name), config.lora_alpha))
         scaling = alpha / (rank**0.5 if config.use_rslora else rank)
         zeros = torch.zeros_like(adapter.delta_W_down)
         zeros[:, :rank] = up * (scaling / adapter.scale)

@@ -144,7 +144,8 @@ def _schema(settings: type[NamedTuple]) -> list[str]:
 def _flattened(settings: NamedTuple) -> list:
     values = []
     for value in settings:
-        values += _flattened(value) if hasattr(value, "_fields") else [value]
+        # In this order: a number that differs from graph to graph is no object for the compiler to look into.
+        values += _flattened(value) if isinstance(value, tuple) and hasattr(value, "_fields") else [value]
     return values
 
 
