@@ -119,12 +119,27 @@ def test_graphs(made_by):
     model = injected(Small())
     want, make = copy.deepcopy(model).eval()(ROWS), GRAPHS[made_by]
     with pytest.raises(Exception, match=r"call `eval\(\)` first"):
-        make(model)
+        make(model)(ROWS)
     for evaluating in (model.eval(), pace_torch.merge(copy.deepcopy(model))):
         graph = make(evaluating)
         close(graph(ROWS), want, 1e-12)
         # By PyTorch's own operators, so that it runs where this package is not.
         assert "ops.pace." not in str(graph.graph) and "pace::" not in str(graph.graph)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_feature_extractors():
+    """They make a graph of each mode, whatever the model's is."""
+    model = injected(vit(drop_path_rate=0.2))
+    for mode in (True, False):
+        extractor = timm.models.create_feature_extractor(model.train(mode), ["blocks.1"])
+        images, seen = torch.randn(2, 3, 16, 16, dtype=torch.float64), []
+        handle = model.blocks[1].register_forward_hook(lambda module, args, y: seen.append(y))
+        model.eval()(images)
+        handle.remove()
+        close(extractor.eval()(images)["blocks.1"], seen[0], 1e-12)
+        with pytest.raises(PaceError, match=r"call `eval\(\)` first"):
+            extractor.train()(images)
 
 
 @pytest.mark.filterwarnings("ignore")

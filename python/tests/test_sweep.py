@@ -164,16 +164,27 @@ def test_the_table():
             what = f"**no**: {error}"
         rows.append(f"| {family} | `{name}` | {what} |")
         print(rows[-1], f"{time.time() - start:.0f} s")
+    transformers = pytest.importorskip("transformers")
+    import test_huggingface
+
+    others = [
+        f"| {name} | `{kind}` | {test_huggingface.check(name, 'LoRAmul_VPTadd')} |"
+        for name, (kind, *_) in test_huggingface.MODELS.items()
+    ]
     text = (
         "# Models\n\n"
         "What `pace_torch.inject` does with the families of timm "
-        f"{timm.__version__}, PyTorch {torch.__version__.split('+')[0]}: LoRAmul_VPTadd around every linear layer, random weights, one small\n"
-        "model of each. It works if evaluation is what it was, a step with two branches gives every adapter a gradient, and what is saved,\n"
-        "loaded or merged computes the same. Hugging Face's ViT, DeiT, DINOv2, CLIP, SigLIP, Swin, BERT, RoBERTa, GPT-2, Llama and Phi-3 are\n"
-        "tested in `python/tests/test_huggingface.py`.\n\n"
+        f"{timm.__version__} and models of transformers {transformers.__version__}, PyTorch {torch.__version__.split('+')[0]}:\n"
+        "LoRAmul_VPTadd around every linear layer, random weights, one small model of each. It works if evaluation is what it was, every\n"
+        "layer of a step with two branches is `base + z⊙(what its adapter adds)`, every adapter gets a gradient, and what is saved, loaded or\n"
+        "merged computes the same.\n\n"
         "Written by `PACE_ALL_MODELS=1 PACE_UPDATE_DOCS=1 pytest python/tests/test_sweep.py`.\n\n"
+        "## timm\n\n"
         f"{works} of {len(FAMILIES)} families with linear layers besides the classifier work.\n\n"
         "| family | model | |\n|---|---|---|\n" + "\n".join(rows) + "\n\n"
-        f"Families whose small models have no such layers, so that only the classifier would get an adapter: {' '.join(WITHOUT_LINEAR_LAYERS.split())}.\n"
+        f"Families whose small models have no such layers, so that only the classifier would get an adapter: {' '.join(WITHOUT_LINEAR_LAYERS.split())}.\n\n"
+        "## Hugging Face\n\n"
+        "From tiny configurations (`python/tests/test_huggingface.py`); language models are in `python/tests/test_language.py`.\n\n"
+        "| | model | |\n|---|---|---|\n" + "\n".join(others) + "\n"
     )
     (ROOT / "docs" / "models.md").write_text(text)

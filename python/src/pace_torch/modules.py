@@ -164,6 +164,14 @@ def _is_traced(x: Tensor) -> bool:
     return isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
+def _refused(y: Tensor) -> Tensor:
+    """Raises `PaceError` where a graph is made of a model in training; if by `torch.fx`, which may never run it (feature extractors make
+    one of each mode), when it runs."""
+    if isinstance(y, torch.fx.Proxy):
+        return y.tracer.create_proxy("call_function", _refused, (y,), {})
+    raise PaceError(TRACED_IN_TRAINING)
+
+
 @contextlib.contextmanager
 def _fetched(layer: nn.Module, x: Tensor):
     """A context in which a layer's weights are there, where Accelerate's hooks fetch them when the layer is called."""
@@ -547,9 +555,8 @@ class NoisyLinear(_CallsItsLayers):
 
     def forward(self, input: Tensor, *args, **kwargs) -> Tensor:
         if _is_traced(input):
-            if self.training and self.pace.training:
-                raise PaceError(TRACED_IN_TRAINING)
-            return self.adapter(input)
+            y = self.adapter(input)
+            return _refused(y) if self.training and self.pace.training else y
         # A part that trains within a model in evaluation has no noise of its own.
         is_noisy = self.training and self.pace.training and self.sigma != 0 and self.pace.is_on_samples(self, input)
         if is_noisy and not self.pace.running:
@@ -587,6 +594,8 @@ class SharedDropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not self.pace.training or self.drop_prob == 0:
             return x
+        if _is_traced(x):
+            return _refused(x)
         self.pace.check_running()
         return self.pace.drop_path(self.layer, self.drop_prob, x)
 
@@ -606,5 +615,7 @@ class SameInBranches(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not self.pace.training or self.pace.branches == 1:
             return self.drop_path(x)
+        if _is_traced(x):
+            return _refused(x)
         self.pace.check_running()
         return x * self.drop_path(self.pace.ones_of_a_branch(x)).repeat(self.pace.branches, *[1] * (x.dim() - 1))
