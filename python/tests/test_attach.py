@@ -356,6 +356,35 @@ def test_hooks_on_parts_are_run():
         assert called, part
 
 
+@pytest.mark.parametrize("variant", ["pace", "baseline"])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_detach(kind, variant):
+    plain = with_lora(**KINDS[kind])
+    model = pace_torch.attach(copy.deepcopy(plain), variant=variant, **SETTINGS).train()
+    model.pace.training_step(model, texts(), LABELS).total.backward()
+    other = copy.deepcopy(model)
+    pace_torch.detach(model)
+    for one in (model.train(), plain.train()):
+        one.zero_grad()
+        one.logits = one(**texts()).logits
+        one.logits.square().sum().backward()
+    assert torch.equal(model.logits, plain.logits)
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), plain.parameters()) if b.grad is not None)
+    for name, module in model.named_modules():
+        assert not type(module).__module__.startswith("pace_torch") and "forward" not in vars(module), name
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        assert not any("pace_torch" in getattr(hook, "__module__", "") for hook in hooks), name
+    with pytest.raises(PaceError, match="no PACE attached"):
+        pace_torch.detach(model)
+    # A copy keeps its own, and PACE can come back.
+    assert other.pace.training_step(other, texts(), LABELS).total.isfinite()
+    assert pace_torch.detach(other) is other
+    model = pace_torch.attach(model, **SETTINGS)
+    check_layers(model, lambda: model.pace.training_step(model, texts(), LABELS))
+    with pytest.raises(PaceError, match="`merge`"):
+        pace_torch.detach(pace_torch.inject(vit()))
+
+
 def test_copies_have_noise_of_their_own(tmp_path):
     model = pace_torch.attach(with_lora(), **SETTINGS).train()
     model.pace.training_step(model, texts(), LABELS)

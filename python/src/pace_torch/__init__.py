@@ -7,7 +7,7 @@ step, `merge` gives a plain model back. `ops` has the operators, for models of y
 from . import ops
 from ._errors import PaceError
 from ._library import sigma_by_block
-from .attach import attach
+from .attach import attach, detach
 from .attached import AttachedNoise
 from .captured import CapturedStep
 from .controller import Pace
@@ -46,6 +46,7 @@ __all__ = [
     "VptAdd",
     "attach",
     "describe",
+    "detach",
     "drop_path",
     "fp_distance",
     "grad_norm",

@@ -1,5 +1,6 @@
 """PACE on the LoRA that PEFT has put into a model: noise on what it adds, and consistency between two branches."""
 
+import operator
 import warnings
 from typing import Optional
 
@@ -10,7 +11,7 @@ from ._errors import PaceError, check_choice
 from ._layers import drop_paths_of, is_peft, nearest_classifiers
 from .attached import AttachedNoise
 from .controller import Pace
-from .inject import FIRST_NOISY_BLOCK, INPUT, block_of, check_model, control, put_into, sigmas_of
+from .inject import FIRST_NOISY_BLOCK, INPUT, block_of, check_model, control, put_into, sigmas_of, take_out, unwrapped
 from .loss import Criterion
 
 # Kinds of LoRA that PEFT computes otherwise than by adding `B(A(x))·scaling`, and whose sum is known to be right all the same.
@@ -40,7 +41,7 @@ def attach(
 
     What LoRA adds to a layer, `B(A(x))·scaling`, is multiplied by noise in training, also where the layer is quantised or
     LoRA is rsLoRA, and all that DoRA adds. What PEFT trains, saves, loads, merges and computes in evaluation is
-    as it was: `save_pretrained`, `from_pretrained`, `merge_and_unload`. The controller is `model.pace`; train by
+    as it was: `save_pretrained`, `from_pretrained`, `merge_and_unload`. `detach` takes PACE off again. The controller is `model.pace`; train by
     `model.pace.training_step(model, batch, labels)`.
 
     Layers around a plain `nn.Linear`, with no dropout before A and all in one type (which autocast sees to), are computed by the
@@ -81,6 +82,8 @@ def attach(
     within = tuple(f"{path}." for path in layers)
     every = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and not path.startswith(within)]
     sigmas = sigmas_of(names, set(heads), every, sigma, first_noisy)
+    # Not submodules.
+    pace.owners = [module for module in model.modules() if "peft_config" in vars(module)]
     if variant == "baseline":
         put_into(model, pace)
         return model
@@ -101,21 +104,41 @@ def attach(
     pace.doubles_input = branches_at == INPUT
     first = next((name for name, layer_sigma in zip(names, sigmas) if layer_sigma > 0), names[-1])
     control(model, pace, block_of(first))
-    # Not submodules.
-    pace.owners = [module for module in model.modules() if "peft_config" in vars(module)]
     pace.noise_head, pace.adapters = noise_head, _adapters(pace)
     pace.handles.append(model.register_forward_pre_hook(_check_adapters))
     return model
 
 
-def _adapters(pace: Pace) -> list[tuple[str, int]]:
-    """What tells whether adapters have come or gone: PEFT's configurations."""
-    return [(name, id(config)) for owner in pace.owners for name, config in owner.peft_config.items()]
+def detach(model: nn.Module) -> nn.Module:
+    """Takes PACE off a model again, in place, and returns it: PEFT's, with what was trained, as if `attach` had never been.
+
+    Raises `PaceError` for a model that it is not on.
+    """
+    model = unwrapped(model)
+    pace = getattr(model, "pace", None)
+    if not isinstance(pace, Pace) or not hasattr(pace, "owners"):
+        raise PaceError("`model` has no PACE attached: `merge` is for what `inject` made")
+    for noise in [module for module in model.modules() if isinstance(module, AttachedNoise)]:
+        layer = noise.watched
+        for module in layer.modules():
+            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is noise]:
+                    del hooks[key]
+        vars(layer).pop("forward", None)
+        del layer.pace_noise
+    take_out(model)
+    return model
+
+
+def _adapters(pace: Pace) -> list:
+    """What tells whether adapters have come or gone: PEFT's configurations, each the object that it is."""
+    return [config for owner in pace.owners for config in owner.peft_config.values()]
 
 
 def _check_adapters(model: nn.Module, args: tuple) -> None:
     """Forward pre-hook of the model: adapters that came after `attach` may be around layers that had none."""
-    if not model.training or (adapters := _adapters(model.pace)) == model.pace.adapters:
+    adapters, before = _adapters(model.pace), model.pace.adapters
+    if not model.training or len(adapters) == len(before) and all(map(operator.is_, adapters, before)):
         return
     layers, heads = _layers(model, model.pace.noise_head)
     new = [path for path, layer in {**layers, **heads}.items() if not hasattr(layer, "pace_noise")]

@@ -423,11 +423,16 @@ def merge(model: nn.Module) -> nn.Module:
             _replace(model, name, module.drop_path)
         elif isinstance(module, RecomputedGELU):
             _replace(model, name, nn.GELU(module.approximate))
-    # Of a module around the model it is the model inside that has a controller.
+    take_out(model)
+    return model
+
+
+def take_out(model: nn.Module) -> None:
+    """Takes the controller out of a model again, with its hooks."""
+    # Of a module around the model it is the model inside that has one.
     for module in list(model.modules()):
         if isinstance(module._modules.get("pace"), Pace):
             for handle in module.pace.handles:
                 handle.remove()
             del module.pace
             module.__dict__.pop("_ddp_params_and_buffers_to_ignore", None)
-    return model
