@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import gzip
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -542,6 +543,16 @@ def print_table(variant: str, log: Path) -> None:
     )
 
 
+def end_workers() -> None:
+    """Ends workers that load images, which the traceback of an error holds: they would live on for a minute when Python ends them."""
+    if workers := multiprocessing.active_children():
+        # PyTorch takes their end for an error.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for worker in workers:
+            worker.kill()
+            worker.join()
+
+
 def main(arguments: list[str] | None = None) -> None:
     try:
         train(parse(arguments))
@@ -550,6 +561,7 @@ def main(arguments: list[str] | None = None) -> None:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+        end_workers()
 
 
 if __name__ == "__main__":

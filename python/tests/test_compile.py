@@ -17,8 +17,9 @@ def inputs(image=16):
     return torch.randn(4, 3, image, image, dtype=torch.float64), torch.randint(5, (4,))
 
 
-@pytest.mark.parametrize(("make", "image"), [(vit, 16), (swin, 32)], ids=["vit", "swin"])
-@pytest.mark.parametrize("adapter", ["LoRAmul_VPTadd", "LoRAadd", "VPTadd"])
+@pytest.mark.parametrize(("make", "image", "adapter"), [
+    (vit, 16, "LoRAmul_VPTadd"), (vit, 16, "LoRAadd"), (vit, 16, "VPTadd"), (swin, 32, "LoRAmul_VPTadd"),
+])
 def test_one_graph_for_all_steps(make, image, adapter):
     eager = model_of(make, adapter)
     model = copy.deepcopy(eager)
