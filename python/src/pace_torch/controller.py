@@ -13,13 +13,9 @@ from ._batch import BatchOf, batch_size, call, check_batch_of, find_logits, find
 from ._errors import PaceError, check_choice, check_integer, check_number
 from ._in_step import check_in_step
 from ._library import device_handle
+from ._look import look_at
 from .loss import Criterion, Losses, check_criterion, pace_loss
 from .ops import Noise
-
-def _warn(layers: list[str], what: str) -> None:
-    some = ", ".join(layers[:3]) + (", …" if len(layers) > 3 else "")
-    warnings.warn(f"{len(layers)} layers {what}: {some}", stacklevel=2)
-
 
 TRACED_IN_TRAINING = "the model is in training, whose noise a traced or exported graph would repeat: call `eval()` first"
 OUTSIDE = "a layer with noise ran outside of its model: call the model itself, or `eval()` first"
@@ -177,7 +173,7 @@ class Pace(nn.Module):
         if self.doubles_input:
             # A graph that must not break cannot be left to look at the model.
             if not self.probed and not (self.manual_steps and torch.compiler.is_compiling()):
-                self._probe(module, args, kwargs)
+                look_at(module, self, args, kwargs)
             return self.double_rows(module, args, kwargs)
         return None
 
@@ -210,71 +206,6 @@ class Pace(nn.Module):
             self.lone_steps = None
             warnings.warn("three steps have changed the classifier, and no adapter: make the optimizer after `inject`, from the "
                           "parameters that require a gradient then", stacklevel=2)
-
-    @torch.compiler.disable
-    def _probe(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Before the first step: runs the model on one sample, once and twice over, and on all, without noise, and finds the layers whose
-        rows are not those of samples: they have as many for two samples as for one, or others for the second sample than for the first,
-        or their number depends on what the samples are (experts).
-        """
-        self.probed = True
-        layers = [layer for layer in module.modules() if hasattr(layer, "fixed_rows")]
-        calls: dict[nn.Module, list[Tensor]] = {}
-        handles = [
-            layer.watched.register_forward_pre_hook(
-                lambda _, args, kwargs, layer=layer: calls.setdefault(layer, []).append((*args, *kwargs.values())[0].detach()),
-                with_kwargs=True,
-            )
-            for layer in layers
-        ]
-        # Not `eval()`, which some modules take for a sign to change.
-        training = {submodule: submodule.training for submodule in module.modules()}
-        buffers = [(buffer, buffer.clone()) for buffer in module.buffers() if not buffer.is_meta]
-        seen = []
-        try:
-            for submodule in training:
-                submodule.training = False
-            for rows in ([0, 0], [0], slice(None)):
-                calls.clear()
-                with torch.no_grad():
-                    one, named = with_rows(lambda tensor: tensor[rows], args, kwargs, self.batch, self.batch_of)  # noqa: B023
-                    output = module.forward(*one, **named)
-                seen.append(dict(calls))
-                logits = find_logits(output)
-                if len(seen) == 1 and logits is not None and logits.dim() == 2:
-                    self.classes = logits.shape[1]
-        except Exception as error:
-            if not seen:
-                warnings.warn(f"the model cannot be run on one sample twice over ({error}), which would tell whether the rows of all "
-                              "its layers are those of samples: it is taken for granted", stacklevel=2)
-        finally:
-            for handle in handles:
-                handle.remove()
-            for submodule, was_training in training.items():
-                submodule.training = was_training
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
-        if not seen:
-            return
-        once = seen[1] if len(seen) > 1 else {}
-        every = seen[2] if len(seen) > 2 else {}
-        for layer, inputs in seen[0].items():
-            alone = [x.shape[0] for x in once.get(layer, [])]
-            for i, x in enumerate(inputs):
-                n = x.shape[0] // 2
-                doubles = len(alone) != len(inputs) or x.shape[0] == 2 * alone[i]
-                doubles = doubles and (len(every.get(layer, [])) <= i or every[layer][i].shape[0] == n * self.batch)
-                if doubles and x.shape[0] % 2 == 0 and torch.allclose(x[:n], x[n:], rtol=1e-2, atol=1e-3 * float(x.abs().max())):
-                    layer.sample_rows = n
-                else:
-                    layer.fixed_rows = layer.fixed_rows | {x.shape[0]}
-        tables = [layer.path for layer in seen[0] if layer.fixed_rows and layer.sample_rows is None]
-        if tables:
-            _warn(tables, "work on rows that are not those of samples, and get no noise")
-        unreached = [layer.path for layer in layers if layer not in seen[0]]
-        if unreached:
-            _warn(unreached, "have an adapter, but the model does not call them")
 
     def is_on_samples(self, layer: nn.Module, x: Tensor) -> bool:
         """Whether the rows of a layer's input belong to samples; others, such as those of a table of positions, get no noise."""
