@@ -346,6 +346,16 @@ def test_calls_past_the_model():
     model.pace.training_step(model, texts(), LABELS).total.backward()
 
 
+def test_merged_and_trained_on():
+    model = pace_torch.attach(small(), **NET).train()
+    model.merge_adapter()
+    model.eval()(X)
+    with pytest.raises(PaceError, match="`base_model.model.a` is merged"):
+        model.train()(X)
+    model.unmerge_adapter()
+    check_layers(model, lambda: model(X))
+
+
 def test_hooks_on_parts_are_run():
     for part in ("lora_A", "lora_B", "lora_dropout", "base_layer"):
         model = pace_torch.attach(small(), **NET).train()

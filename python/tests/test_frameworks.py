@@ -524,6 +524,8 @@ def test_trainer_resumes(transformers, tmp_path):
     whole = trained()
     assert_equal_weights(trained(first), whole, 0)
     assert_equal_weights(trained(first, PaceCallback(first), other), whole, 0)
+    with pytest.raises(PaceError, match="label_smoothing_factor"):
+        trained(label_smoothing_factor=0.1)
     with pytest.raises(PaceError, match=r"no .*pace.pt.*`PaceCallback\(folder\)`"):
         trained(first, folder=tmp_path / "another")
     # By this measure the first model is the best one.
@@ -536,7 +538,7 @@ def test_trainer_resumes(transformers, tmp_path):
 
 def test_trainer_without_its_loss(transformers, tmp_path):
     class Lazy(transformers.Trainer):
-        """As in docs/pytorch/frameworks.md."""
+        """As in docs/pytorch/hugging_face.md."""
 
         loss_is_scaled_for_ga = False
 
@@ -555,7 +557,7 @@ def test_trainer_without_its_loss(transformers, tmp_path):
         with pytest.raises(PaceError, match="`labels`.*compute_loss_func=model.pace.compute_loss"):
             trainer_of(transformers, model, tmp_path, transformers.Trainer).train()
         if variant != "pace":
-            with pytest.raises(PaceError, match=f"`{variant}` needs more.*frameworks.md"):
+            with pytest.raises(PaceError, match=f"`{variant}` needs more.*hugging_face.md"):
                 trainer_of(transformers, model, tmp_path).train()
     model, by_hand = (hugging_face(transformers, variant="lazy") for _ in range(2))
     trainer = trainer_of(transformers, model, tmp_path, Lazy, gradient_accumulation_steps=2)
@@ -648,7 +650,7 @@ def test_lightning(tmp_path):
     lightning = pytest.importorskip("lightning", reason="Lightning is not installed")
 
     class Module(lightning.LightningModule):
-        """As in docs/pytorch/frameworks.md."""
+        """As in docs/pytorch/hugging_face.md."""
 
         def __init__(self):
             super().__init__()

@@ -140,6 +140,11 @@ def test_which_layers():
         assert all("base_module" in name or name.split(".")[0] in ("position", "body", "classifier") for name in frozen)
     model = injected(head=["body.1"])
     assert isinstance(model.body[1].adapter, pace_torch.Head) and not isinstance(model.classifier.adapter, pace_torch.Head)
+    for excluded in (["position", "bodi"], "bodi"):
+        with pytest.warns(UserWarning, match="`exclude_modules` has 'bodi': no linear layer"):
+            injected(exclude_modules=excluded)
+    with pytest.raises(PaceError, match="merged already"):
+        pace_torch.merge(pace_torch.merge(injected()))
     for settings, message in (
         (dict(target_modules=["bodi"]), "target_modules"),
         (dict(head="clas"), "head"),

@@ -141,6 +141,11 @@ def choose(
             return False
         return linear in heads or target_modules is None or is_any_named(names, target_modules)
 
+    # Each by itself: of several names one may be mistaken.
+    excluded = [exclude_modules] if isinstance(exclude_modules, str) else exclude_modules or []
+    for one in excluded:
+        if not any(is_any_named(names, one if one is exclude_modules else [one]) for names in linears.values()):
+            warnings.warn(f"`exclude_modules` has {one!r}: no linear layer has such a name", stacklevel=3)
     chosen = {linear: names for linear, names in linears.items() if wanted(linear, names)}
     if not chosen:
         raise PaceError("`exclude_modules` leaves no linear layer")

@@ -41,6 +41,8 @@ class AttachedNoise(nn.Module):
         """Forward pre-hook of the layer: sees to it that the part of each of its adapters passes here, of those that came later too."""
         if torch.compiler.is_compiling():
             return
+        if self.training and self.watched.merged:
+            raise PaceError(f"the LoRA of `{self.path}` is merged into its weight, where it is not trained: `unmerge_adapter` first")
         magnitudes = getattr(self.watched, "lora_magnitude_vector", {})
         if any(name in magnitudes for name in self.watched.active_adapters[1:]):
             raise PaceError(f"`{self.path}` has DoRA behind another active adapter, to whose noise it would add its own: activate it first, or "

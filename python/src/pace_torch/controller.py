@@ -400,7 +400,7 @@ class Pace(nn.Module):
         """
         if self.training and self.variant in ("lazy", "fast"):
             raise PaceError(f"the variant `{self.variant}` needs more than outputs and labels: give Trainer a `compute_loss` that calls "
-                            "`pace.training_step` (docs/pytorch/frameworks.md)")
+                            "`pace.training_step` (docs/pytorch/hugging_face.md)")
         total = self.loss(outputs, labels).total
         if num_items_in_batch is None:
             return total

@@ -398,7 +398,8 @@ def merge(model: nn.Module) -> nn.Module:
     The adapters go into the weights of the layers that were there (with a new bias, where `new_biases` asked for one). These weights
     and the head require gradients, what was frozen besides them stays so. Of a wrapped model it is the model inside.
 
-    Raises `PaceError`, and changes nothing, for a model whose weights are sharded, offloaded, quantised or made by hooks.
+    Raises `PaceError`, and changes nothing, for a model without adapters, or whose weights are sharded, offloaded, quantised or made by
+    hooks.
     """
     _check_whole(check_module(model))
     model = unwrapped(model)
@@ -408,6 +409,8 @@ def merge(model: nn.Module) -> nn.Module:
         if isinstance(module, Adapter) and module.is_opaque and not isinstance(module, Head):
             raise PaceError(f"`{name.removesuffix('.adapter')}` is a {type(module.base_module).__name__}, which computes by itself: what an adapter "
                             "adds to that does not go into its weight. Keep the adapters (`trainable_state_dict`), and evaluate with them")
+    if not any(isinstance(module, Adapter) for module in model.modules()):
+        raise PaceError("`model` has no adapters: it is merged already, or was never injected")
     plain: dict[nn.Module, nn.Module] = {}  # by what it replaces
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in plain:

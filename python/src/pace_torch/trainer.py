@@ -28,6 +28,8 @@ class PaceCallback(TrainerCallback):
             torch.save(saved, Path(args.output_dir, f"checkpoint-{state.global_step}", "pace.pt"))
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if args.label_smoothing_factor != 0:
+            raise PaceError("`label_smoothing_factor` has no effect beside `compute_loss_func`: give `label_smoothing` to `inject`")
         if state.global_step > 0:
             saved = self._load(model, self.folder or Path(args.output_dir, f"checkpoint-{state.global_step}"))
             unwrapped(model).pace.load_state_dict(saved["controller"])
