@@ -122,3 +122,14 @@ def explicit(model, x, mask, step=0):
         x = torch.tanh(layer(copied.body[0], x)) + position[: x.shape[1]]
         x = torch.tanh(layer(copied.body[1], x)) * mask.unsqueeze(-1)
         return layer(copied.classifier, x.mean(1))
+
+
+class Around(nn.Module):
+    """A module with a model in it, as Lightning's."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x)

@@ -6,6 +6,7 @@ import pace_torch
 import pytest
 import torch
 from conftest import check_layers, close, perturb, vit
+from models import Around
 from pace_torch import AttachedNoise, PaceError
 from torch import nn
 
@@ -250,15 +251,6 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.head(torch.tanh(self.b(torch.tanh(self.a(x)))))
-
-
-class Around(nn.Module):
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x):
-        return self.net(x)
 
 
 X, NET = torch.randn(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(5)), dict(sigma=0.5, first_noisy=0)

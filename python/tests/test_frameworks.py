@@ -11,6 +11,7 @@ import timm.optim
 import timm.utils
 import torch
 from conftest import close, perturb, vit
+from models import Around
 from pace_torch import NoisyLinear, PaceError
 from torch import nn
 from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
@@ -155,17 +156,6 @@ def test_onnx(capfd):
 
 
 # --------------------------------------------------------------------------------------------- changes behind its back
-
-
-class Around(nn.Module):
-    """A module with a model in it, as Lightning's."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x):
-        return self.net(x)
 
 
 def test_changed_classifiers():

@@ -11,9 +11,10 @@ from .attach import attach, detach
 from .attached import AttachedNoise
 from .captured import CapturedStep
 from .controller import Pace
+from .drop_paths import SharedDropPath
 from .inject import describe, inject, load_trainable_state_dict, merge, trainable_state_dict
 from .loss import Losses, pace_loss
-from .modules import Adapter, Head, LoraAdd, LoraMulVptAdd, NoisyLinear, SharedDropPath, VptAdd
+from .modules import Adapter, Head, LoraAdd, LoraMulVptAdd, NoisyLinear, VptAdd
 from .ops import (
     Noise,
     drop_path,

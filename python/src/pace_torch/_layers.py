@@ -85,7 +85,7 @@ def drop_paths_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
         (name, module)
         for name, module in model.named_modules()
         if (isinstance(module, timm.layers.DropPath) or re.search("DropPath|DropConnect|StochasticDepth", type(module).__name__))
-        and type(module).__module__ != __package__ + ".modules" and not [*module.children(), *module.parameters()]
+        and not type(module).__module__.startswith(f"{__package__}.") and not [*module.children(), *module.parameters()]
     ]
 
 

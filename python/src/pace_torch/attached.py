@@ -9,7 +9,7 @@ from . import ops
 from ._errors import PaceError
 from .controller import Pace
 from .modules import _autocast, _frozen, _is_traced
-from .ops import NO_NOISE
+from .ops import NO_NOISE, Noise
 
 
 class AttachedNoise(nn.Module):
@@ -29,9 +29,9 @@ class AttachedNoise(nn.Module):
         self.__dict__.update(pace=pace, watched=layer)
 
     def forward(self, a: Tensor) -> Tensor:
-        if _is_traced(a) or not self._is_on(a):
+        noise = NO_NOISE if _is_traced(a) else self._noise(a)
+        if noise is NO_NOISE:
             return a
-        noise = self.pace.noise(self.layer, self.sigma, a.shape[0], self.z, a.device)
         of_convolution = hasattr(self.watched, "conv_fn")
         a = a.movedim(1, -1) if of_convolution else a
         y = ops.noisy_epilogue(torch.zeros_like(a), a.contiguous(), noise)
@@ -65,15 +65,15 @@ class AttachedNoise(nn.Module):
         if tensors is None:
             return type(self.watched).forward(self.watched, x, *args, **kwargs)
         *tensors, scaling = tensors
-        noise = self.pace.noise(self.layer, self.sigma, x.shape[0], self.z, x.device) if self._is_on(x) else NO_NOISE
-        return ops.lora_linear(*tensors, noise, scale=scaling)
+        return ops.lora_linear(*tensors, self._noise(x), scale=scaling)
 
-    def _is_on(self, x: Tensor) -> bool:
+    def _noise(self, x: Tensor) -> Noise:
+        """The noise of rows like those of `x`, in training."""
         is_used = not getattr(self.watched, "disable_adapters", False)
-        is_on = is_used and self.training and self.pace.training and self.sigma != 0 and self.pace.is_on_samples(self, x)
-        if is_on and not self.pace.running:
-            self.pace.check_running()
-        return is_on
+        if not (is_used and self.training and self.pace.training and self.sigma != 0 and self.pace.is_on_samples(self, x)):
+            return NO_NOISE
+        self.pace.check_running()
+        return self.pace.noise(self.layer, self.sigma, x.shape[0], self.z, x.device)
 
     def _plain_lora(self, x: Tensor) -> Optional[list]:
         """Input, W0, b0, A, B, δb and the scaling of a layer in training that computes `W0·x + b0 + B(A(x))·scaling` and nothing

@@ -15,8 +15,9 @@ from ._layers import Names, choose, drop_paths_of, is_peft, linears_of
 from ._library import sigma_by_block
 from .attached import AttachedNoise
 from .controller import Pace
+from .drop_paths import SameInBranches, SharedDropPath
 from .loss import Criterion
-from .modules import Adapter, Head, LoraAdd, LoraMulVptAdd, NoisyLinear, RecomputedGELU, SameInBranches, SharedDropPath, VptAdd
+from .modules import Adapter, Head, LoraAdd, LoraMulVptAdd, NoisyLinear, RecomputedGELU, VptAdd
 
 ADAPTERS = ("LoRAmul_VPTadd", "LoRAadd", "VPTadd")
 INPUT, FIRST_NOISY_BLOCK = "input", "first noisy block"

@@ -264,6 +264,9 @@ class Adapter(_CallsItsLayers):
         if self.is_convolution:
             return self.compute(input.movedim(1, -1), noise).movedim(-1, 1)
         if self.is_opaque:
+            if not isinstance(noise, Noise):
+                # An argument of the layer, from a model without noise.
+                args, noise = (noise, *args), NO_NOISE
             return self.around_base(input, noise, *args, **kwargs)
         if args or kwargs:
             raise PaceError(f"{_name(self)} is called with more than its input, which a linear layer does not take")
@@ -271,9 +274,6 @@ class Adapter(_CallsItsLayers):
 
     def around_base(self, x: Tensor, noise: Noise, *args, **kwargs) -> Tensor:
         """As `compute`, with whatever the base layer makes of `x`."""
-        if not isinstance(noise, Noise):
-            # An argument of the layer, from a model without noise.
-            args, noise = (noise, *args), NO_NOISE
         base = self.base_module(x, *args, **kwargs)
         if not isinstance(base, Tensor) or base.shape != (*x.shape[:-1], self.out_features):
             raise PaceError(f"{_name(self)}, a {type(self.base_module).__name__}, does not map [..., {self.in_features}] to "
@@ -467,8 +467,6 @@ class Head(Adapter):
         self.base_module.requires_grad_(True)
 
     def around_base(self, x, noise, *args, **kwargs):
-        if not isinstance(noise, Noise):
-            args, noise = (noise, *args), NO_NOISE
         y = self.base_module(x, *args, **kwargs)
         return ops.noisy_epilogue(torch.zeros_like(y), y, noise)
 
@@ -581,41 +579,3 @@ class NoisyLinear(_CallsItsLayers):
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         _rename(state_dict, prefix, lambda name: name if name.startswith("adapter.") else f"adapter.{name}")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-class SharedDropPath(nn.Module):
-    """DropPath that drops the same samples in both branches, and divides its mask by the mean over the global batch."""
-
-    def __init__(self, drop_prob: float, pace: Pace, layer: int):
-        super().__init__()
-        self.drop_prob, self.layer = drop_prob, layer
-        self.__dict__["pace"] = pace
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not self.pace.training or self.drop_prob == 0:
-            return x
-        if _is_traced(x):
-            return _refused(x)
-        self.pace.check_running()
-        return self.pace.drop_path(self.layer, self.drop_prob, x)
-
-    def extra_repr(self) -> str:
-        return f"drop_prob={self.drop_prob:0.3f}, layer={self.layer}"
-
-
-class SameInBranches(nn.Module):
-    """A DropPath of another library (torchvision's `StochasticDepth`, Hugging Face's `SwinDropPath`): what it draws for a sample holds in
-    both branches. It draws, and scales, as it always does."""
-
-    def __init__(self, drop_path: nn.Module, pace: Pace):
-        super().__init__()
-        self.drop_path = drop_path
-        self.__dict__["pace"] = pace
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not self.pace.training or self.pace.branches == 1:
-            return self.drop_path(x)
-        if _is_traced(x):
-            return _refused(x)
-        self.pace.check_running()
-        return x * self.drop_path(self.pace.ones_of_a_branch(x)).repeat(self.pace.branches, *[1] * (x.dim() - 1))
