@@ -65,6 +65,45 @@
 // PACE-fast: consistency with the logits that the same samples had last time; logits `[B, C]`.
 #define PACE_CONSISTENCY_HISTORY 2
 
+// Consistency with the other branch; logits `[2B, C]`, of which the second half is branch 0 minus branch 1. The gradient is to both.
+#define PACE_CONSISTENCY_DIFFERENCE 3
+
+// Sum over classes of the squared difference (the paper's).
+#define PACE_DIVERGENCE_SQUARED_DIFFERENCE 0
+
+// The same, divided by the number of classes.
+#define PACE_DIVERGENCE_MEAN_SQUARED_DIFFERENCE 1
+
+// Sum of the squared difference less its mean over the classes.
+#define PACE_DIVERGENCE_CENTERED_SQUARED_DIFFERENCE 2
+
+// `½ (KL(p‖q) + KL(q‖p))`: R-Drop.
+#define PACE_DIVERGENCE_SYMMETRIC_KL 3
+
+// `T²·KL(q_T‖p_T)`: branch 1 is the target.
+#define PACE_DIVERGENCE_KL 4
+
+// `½ (KL(p‖m) + KL(q‖m))`, `m` the mean of both.
+#define PACE_DIVERGENCE_JENSEN_SHANNON 5
+
+// Labels `[B]`: cross-entropy.
+#define PACE_TARGETS_LABELS 0
+
+// Probabilities `[B, C]`: cross-entropy.
+#define PACE_TARGETS_PROBABILITIES 1
+
+// Numbers `[B, C]`: mean squared error.
+#define PACE_TARGETS_VALUES 2
+
+// The criterion is the mean of that of both branches rather than that of branch 0.
+#define PACE_LOSS_BOTH_BRANCHES 1
+
+// Samples with the ignored label take no part in the consistency either.
+#define PACE_LOSS_LABELLED_ONLY 2
+
+// `PACE_DIVERGENCE_KL`: branch 1 gets no gradient of the consistency.
+#define PACE_LOSS_DETACH_TARGET 4
+
 typedef struct Option_PaceDgemm Option_PaceDgemm;
 
 typedef struct Option_PaceSetNumThreads Option_PaceSetNumThreads;
@@ -285,13 +324,13 @@ typedef struct PaceLoraMulLinear {
   struct PaceTensor workspace;
 } PaceLoraMulLinear;
 
-// Arguments of `pace_loss`: `total = cls + lambda·pace` (paper equation 11).
+// Arguments of `pace_loss`: `total = cls + lambda·pace`; with zeros in the fields behind `workspace`, paper equation 11.
 typedef struct PaceLoss {
   // `sizeof(PaceLoss)`.
   uint64_t size;
   // Type of the logits and of their gradient.
   uint32_t dtype;
-  // `PACE_CONSISTENCY_NONE`, `PACE_CONSISTENCY_TWO_BRANCH` or `PACE_CONSISTENCY_HISTORY`.
+  // `PACE_CONSISTENCY_NONE`, `PACE_CONSISTENCY_TWO_BRANCH`, `PACE_CONSISTENCY_HISTORY` or `PACE_CONSISTENCY_DIFFERENCE`.
   uint32_t consistency;
   // `C`.
   uint64_t classes;
@@ -305,7 +344,7 @@ typedef struct PaceLoss {
   int64_t ignore_label;
   // `[B, C]` or `[2B, C]`, by `consistency`.
   struct PaceTensor logits;
-  // `int64_t [B]`.
+  // `int64_t [B]`, with `PACE_TARGETS_LABELS`.
   struct PaceTensor labels;
   // History: `H [n, C]`, zeros at the start, read and then overwritten; `double` with `PACE_F64`, otherwise `float`.
   struct PaceTensor history;
@@ -319,6 +358,22 @@ typedef struct PaceLoss {
   struct PaceTensor status;
   // CUDA: at least `pace_loss_workspace` bytes. The first four must be zero before the first call, and are again after each.
   struct PaceTensor workspace;
+  // What the consistency term measures: `PACE_DIVERGENCE_*`.
+  uint32_t divergence;
+  // What branch 0 is trained on: `PACE_TARGETS_LABELS`, `PACE_TARGETS_PROBABILITIES` or `PACE_TARGETS_VALUES`.
+  uint32_t targets_kind;
+  // `PACE_LOSS_*`, added up.
+  uint32_t flags;
+  // Zero.
+  uint32_t reserved;
+  // `PACE_DIVERGENCE_KL`: `T`, more than 0.
+  double temperature;
+  // Divides both sums in place of what is counted; 0: count.
+  double denominator;
+  // Probabilities or values `[B, C]`; `double` with `PACE_F64`, otherwise `float`.
+  struct PaceTensor targets;
+  // Weights of the classes in the cross-entropy `[C]`, of the same type; absent: all 1.
+  struct PaceTensor class_weights;
 } PaceLoss;
 
 // Arguments of `pace_noise_fill`.

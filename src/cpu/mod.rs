@@ -26,11 +26,9 @@ pub use drop_path::{shared_drop_path, shared_drop_path_backward};
 #[cfg(feature = "cuda")]
 pub(crate) use lora_mul_linear::check_adapter;
 pub use lora_mul_linear::{Lora, LoraMulLinear, LoraMulLinearGrads, Prompt};
-#[cfg(any(feature = "candle", feature = "cuda"))]
-pub(crate) use loss::check_lambda;
-pub use loss::{Consistency, Loss, LossValues};
 #[cfg(feature = "cuda")]
-pub(crate) use loss::{check_label_smoothing, history_rows};
+pub(crate) use loss::rows;
+pub use loss::{Consistency, Loss, LossValues};
 #[cfg(feature = "cuda")]
 pub(crate) use low_rank_linear::check_scale;
 pub use low_rank_linear::{LowRankGrads, LowRankLinear};

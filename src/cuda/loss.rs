@@ -6,8 +6,9 @@ use super::device::Device;
 use super::kernel::{Kernels, WARP, table};
 use super::plan::{Launch, Plan};
 use super::pointer::{Input, Output, Void};
-use crate::cpu::{check_label_smoothing, check_lambda, history_rows};
+use crate::cpu::rows as rows_of;
 use crate::error::{Error, Result};
+use crate::loss::{LossSettings, Targets, check_lambda};
 use crate::shape::{nonzero, product};
 use bytemuck::{Pod, Zeroable};
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
@@ -33,19 +34,6 @@ const MAX_CLASSES: usize = 1 << 30;
 const TICKET_WORDS: usize = 1;
 const RECORD_WORDS: usize = 3;
 const SUMMARY_WORDS: usize = 4;
-
-/// What a loss is made of (paper equation 11); [`cpu::Loss`](crate::cpu::Loss) has the formula.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct LossSettings {
-    /// Number of classes `C`.
-    pub classes: usize,
-    /// Strength λ of the consistency term: finite, not negative.
-    pub lambda: f64,
-    /// Share of the target spread evenly over all classes, in `[0, 1]`.
-    pub label_smoothing: f64,
-    /// Samples with this label take no part in the cross-entropy (unlabelled data); they do in the consistency.
-    pub ignore_label: Option<i64>,
-}
 
 impl LossSettings {
     /// Words of workspace for a batch of that many samples.
@@ -78,6 +66,8 @@ pub enum Partner {
     None,
     /// The other branch: logits `[2B, C]`; the gradient flows into both.
     OtherBranch,
+    /// The other branch, given as the difference `l0 − l1` in the second half of the logits `[2B, C]`. The gradient is to both.
+    Difference,
     /// PACE-fast: the logits `[B, C]` that the same training samples had last time. Read, then overwritten.
     History {
         /// `H [n, C]`, `f32`.
@@ -96,8 +86,10 @@ pub struct Loss {
     pub dtype: DType,
     /// `[2B, C]` for [`Partner::OtherBranch`], otherwise `[B, C]`.
     pub logits: Buffer,
-    /// `[B]`, `i64`.
-    pub labels: Buffer,
+    /// What branch 0 is trained on: labels `i64`; probabilities and values `f32`.
+    pub targets: Targets<Buffer, Buffer>,
+    /// `[C]`, `f32`: weights of the classes in the cross-entropy; `None`: all 1.
+    pub class_weights: Option<Buffer>,
     /// What branch 0 is kept consistent with.
     pub partner: Partner,
     /// Output: the gradient of the total, of the logits' shape and type.
@@ -110,6 +102,9 @@ pub struct Loss {
     /// contents of the others are ignored.
     pub workspace: Buffer,
 }
+
+const NOT_YET: Error =
+    Error::Argument { argument: "settings", problem: "ask for a loss that CUDA does not have yet" };
 
 /// Parameters of the kernels `loss*`.
 #[repr(C)]
@@ -157,12 +152,22 @@ impl Loss {
     /// If a size is zero or too large, λ or the smoothing is out of range, or a buffer has the wrong length, is not aligned
     /// to its element or overlaps an output.
     pub fn plan(&self) -> Result<Plan> {
-        let LossSettings { classes, lambda, label_smoothing, ignore_label } = self.settings;
-        let (batch, bytes) = (self.labels.len, self.dtype.bytes());
+        let LossSettings { classes, lambda, label_smoothing, ignore_label, .. } = self.settings;
+        let Targets::Labels(labels) = self.targets else {
+            return Err(NOT_YET);
+        };
+        if self.settings
+            != (LossSettings { label_smoothing, ignore_label, ..LossSettings::new(classes, lambda) })
+            || self.class_weights.is_some()
+            || self.partner == Partner::Difference
+        {
+            return Err(NOT_YET);
+        }
+        let (batch, bytes) = (labels.len, self.dtype.bytes());
         let history_rows = self.check()?;
         let (history, index) = match self.partner {
             Partner::History { table, index } => (Some(table), Some(index)),
-            Partner::None | Partner::OtherBranch => (None, None),
+            _ => (None, None),
         };
 
         let (slice, slices) = (self.settings.slice(), self.settings.slices());
@@ -176,7 +181,7 @@ impl Loss {
             && [Some(self.logits), self.gradient, history].iter().flatten().all(Buffer::is_vector_aligned);
         let params = LossParams {
             logits: self.logits.into(),
-            labels: self.labels.into(),
+            labels: labels.into(),
             history: history.into(),
             index: index.into(),
             gradient: self.gradient.into(),
@@ -216,9 +221,10 @@ impl Loss {
 
     /// Checks everything and gives the rows of the history table, 0 without one.
     fn check(&self) -> Result<usize> {
-        let LossSettings { classes, lambda, label_smoothing, .. } = self.settings;
-        let batch = self.labels.len;
-        nonzero("classes", classes)?;
+        let LossSettings { classes, lambda, .. } = self.settings;
+        self.settings.check(&self.targets, self.class_weights.is_some())?;
+        let Targets::Labels(labels) = self.targets else { return Err(NOT_YET) };
+        let batch = labels.len;
         nonzero("labels.len()", batch)?;
         if classes > MAX_CLASSES {
             return Err(Error::Size { argument: "classes", expected: "at most 2^30", got: classes });
@@ -226,19 +232,17 @@ impl Loss {
         if batch > MAX_BATCH {
             return Err(Error::Size { argument: "labels.len()", expected: "at most 2^24", got: batch });
         }
-        check_lambda(lambda)?;
         // As the kernels have it.
         check_lambda(f64::from((2.0 * lambda) as f32))?;
-        check_label_smoothing(label_smoothing)?;
 
         let bytes = self.dtype.bytes();
         let (shape, rows) = match self.partner {
-            Partner::OtherBranch => ("[2B, C]", 2 * batch),
+            Partner::OtherBranch | Partner::Difference => ("[2B, C]", 2 * batch),
             Partner::None | Partner::History { .. } => ("[B, C]", batch),
         };
         let len = product("logits", shape, &[rows, classes])?;
         self.logits.check("logits", shape, len, bytes)?;
-        self.labels.check("labels", "[B]", batch, 8)?;
+        labels.check("labels", "[B]", batch, 8)?;
         if let Some(gradient) = self.gradient {
             gradient.check("gradient", shape, len, bytes)?;
         }
@@ -247,14 +251,14 @@ impl Loss {
         let workspace = self.workspace.check_workspace(self.settings.workspace_len(batch))?;
         let (table, index) = match self.partner {
             Partner::History { table, index } => (Some(table), Some(index)),
-            Partner::None | Partner::OtherBranch => (None, None),
+            _ => (None, None),
         };
         let mut history = 0;
         if let Some(index) = index {
             index.check("index", "[B]", batch, 8)?;
         }
         if let Some(table) = table {
-            history = history_rows(product("history", "[n, C]", &[table.len])?, classes)?;
+            history = rows_of("history.len()", product("history", "[n, C]", &[table.len])?, classes)?;
             table.check("history", "[n, C]", table.len, 4)?;
         }
         let outputs = [
@@ -266,7 +270,7 @@ impl Loss {
         ];
         let inputs = [
             Some(in_bytes("logits", self.logits, bytes)),
-            Some(in_bytes("labels", self.labels, 8)),
+            Some(in_bytes("labels", labels, 8)),
             index.map(|index| in_bytes("index", index, 8)),
         ];
         let [inputs, outputs] =
@@ -379,7 +383,7 @@ impl Device {
         &'a self,
         settings: &LossSettings,
         logits: &'a dyn DevicePtr<T>,
-        labels: &'a dyn DevicePtr<i64>,
+        targets: Targets<&'a dyn DevicePtr<i64>, &'a dyn DevicePtr<f32>>,
         consistency: Consistency<'a>,
         outputs: LossOutputs<'a, T>,
         stream: &'a CudaStream,
@@ -389,7 +393,12 @@ impl Device {
             settings: *settings,
             dtype: T::DTYPE,
             logits: borrows.input("logits", logits)?,
-            labels: borrows.input("labels", labels)?,
+            targets: match targets {
+                Targets::Labels(labels) => Targets::Labels(borrows.input("labels", labels)?),
+                Targets::Probabilities(all) => Targets::Probabilities(borrows.input("probabilities", all)?),
+                Targets::Values(all) => Targets::Values(borrows.input("values", all)?),
+            },
+            class_weights: None,
             partner: match consistency {
                 Consistency::None => Partner::None,
                 Consistency::TwoBranch => Partner::OtherBranch,

@@ -7,9 +7,8 @@ use libtest_mimic::Failed;
 use pace_kernels::LinearShape;
 use pace_kernels::adapter::{self, Adapter};
 use pace_kernels::cuda::{
-    Base, Buffer, DType, Direction, DropPath, LoraFactors, LoraGrads, Loss, LossSettings, LossStatus,
-    LowRankGrads, LowRankLinear, MaskSource, NoisyLinear, NoisyLinearGrads, Partner, PromptBias, PromptGrads,
-    Source,
+    Base, Buffer, DType, Direction, DropPath, LoraFactors, LoraGrads, Loss, LossStatus, LowRankGrads,
+    LowRankLinear, MaskSource, NoisyLinear, NoisyLinearGrads, Partner, PromptBias, PromptGrads, Source,
 };
 use pace_kernels::schedule::LazySchedule;
 use std::cell::RefCell;
@@ -227,19 +226,15 @@ pub fn loss(case: &Case, target: &Target<'_>) -> Result<(), Failed> {
             },
             other => return Err(format!("unknown mode `{other}`").into()),
         };
-        let settings = LossSettings {
-            classes,
-            lambda: case.number("lambda_")?,
-            label_smoothing: 0.0,
-            ignore_label: None,
-        };
+        let settings = LossSettings::new(classes, case.number("lambda_")?);
         let logits = machine.input("logits", &case.get::<f32>("logits")?);
         let gradient = machine.output::<f32>("gradient", logits.len);
         let loss = Loss {
             settings,
             dtype: TYPE,
             logits,
-            labels: machine.input("labels", labels),
+            targets: Targets::Labels(machine.input("labels", labels)),
+            class_weights: None,
             partner,
             gradient: Some(gradient),
             values: machine.output::<f32>("values", 3),
