@@ -4,7 +4,7 @@ use super::case::Case;
 use super::machine::{Machine, Target};
 use super::operators::{adapter_kind, noise_shape, shape};
 use libtest_mimic::Failed;
-use pace_kernels::LinearShape;
+use pace_kernels::{LinearShape, LossSettings, Targets};
 use pace_kernels::adapter::{self, Adapter};
 use pace_kernels::cuda::{
     Base, Buffer, DType, Direction, DropPath, LoraFactors, LoraGrads, Loss, LossStatus, LowRankGrads,
