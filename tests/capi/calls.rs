@@ -121,6 +121,8 @@ impl Arena {
     }
 }
 
+const ABSENT: PaceTensor = PaceTensor { data: std::ptr::null_mut(), len: 0 };
+
 pub fn cases(arena: &mut Arena) -> Vec<Case> {
     let (n, k, r, m) = (4, 5, 2, 12);
     // Zeros, for a list of tensors that may get longer.
@@ -255,11 +257,11 @@ pub fn cases(arena: &mut Arena) -> Vec<Case> {
         temperature: 2.0,
         denominator: 5.0,
         logits: arena.tensor(6 * 7),
-        labels: zeroed(),
+        labels: ABSENT,
         targets: arena.probabilities(3 * 7),
         class_weights: arena.probabilities(7),
-        history: zeroed(),
-        index: zeroed(),
+        history: ABSENT,
+        index: ABSENT,
         gradient: arena.tensor(6 * 7),
         ..loss
     };
