@@ -315,7 +315,8 @@ pub fn cases(arena: &mut Arena) -> Vec<Case> {
             offset_of!(PaceLoss, history),
             offset_of!(PaceLoss, index),
         ]),
-        words("pace_loss", loss).absent(&[offset_of!(PaceLoss, targets), offset_of!(PaceLoss, class_weights)]),
+        words("pace_loss", loss)
+            .absent(&[offset_of!(PaceLoss, targets), offset_of!(PaceLoss, class_weights)]),
         words("pace_drop_path_forward", drop_path).absent(&[offset_of!(PaceDropPath, mask)]),
         words("pace_drop_path_backward", drop_path).absent(&[offset_of!(PaceDropPath, mask)]),
         words("pace_grad_norm", norm),

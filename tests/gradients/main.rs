@@ -1,6 +1,7 @@
 //! Every CPU operator against plain loops, against finite differences, and against what its documentation promises.
 
 mod data;
+mod divergences;
 mod formulas;
 mod loss;
 mod norms;
