@@ -3,6 +3,7 @@
 mod data;
 mod divergences;
 mod formulas;
+mod lm_head;
 mod loss;
 mod norms;
 mod operators;
