@@ -23,7 +23,8 @@ const CHUNK: usize = 1 << 22;
 /// Σ_c (l0_c − l1_c)² = a² Δh·G·Δhᵀ      dh0 += 2λ/D' a² Δh·G      dh1 = −2λ/D' a² Δh·G      dW += 2λ/D' a² W·(ΔhᵀΔh)
 /// ```
 ///
-/// so the second branch costs `2MH²` operations where its logits would cost `4MHV`. Divergences of probabilities, the criterion of
+/// so the second branch costs `2MH²` operations where its logits would cost `4MHV`. (For few tokens computing `G` costs more than it
+/// saves, and is left.) Divergences of probabilities, the criterion of
 /// both branches and soft-capped logits take the logits of both; uncapped differences are computed as `Δh·Wᵀ`, which keeps the digits
 /// that a difference of two logits loses.
 #[derive(Debug, Clone, Copy)]
@@ -151,9 +152,14 @@ impl<T: Real> LmHead<'_, T> {
         Loss { settings: self.settings, targets: Targets::Labels(labels), class_weights: None }
     }
 
-    /// Whether the Gram matrix stands for the logits of branch 1.
-    fn has_gram(&self) -> bool {
-        self.branches == 2
+    /// Whether the Gram matrix stands for the logits of branch 1; `trains`: whether there are gradients to the weight.
+    fn has_gram(&self, trains: bool) -> bool {
+        // As GEMMs over the logits of a branch: `G` takes H/M unless it is given, and the gradient to the weight as much again;
+        // differences of logits take 2, and one more for the weight.
+        let of_gram = self.hidden_size * (usize::from(self.gram.is_none()) + usize::from(trains));
+        let of_differences = self.labels.len() * (2 + usize::from(trains));
+        of_gram < of_differences
+            && self.branches == 2
             && self.soft_cap.is_none()
             && !self.settings.both_branches
             && !self.settings.divergence.is_of_probabilities()
@@ -222,10 +228,8 @@ fn zeros<T: Real>(len: usize) -> Vec<T> {
 
 impl<'a, T: Real> Pass<'a, T> {
     fn new(head: &'a LmHead<'a, T>, grads: LmHeadGrads<&'a mut [T]>, denominators: (f64, f64)) -> Self {
-        let gram = head.has_gram().then(|| {
-            let of_weight = grads.weight.is_some() || grads.lora_a.is_some() || grads.lora_b.is_some();
-            Gram::new(head, of_weight)
-        });
+        let trains = grads.weight.is_some() || grads.lora_a.is_some() || grads.lora_b.is_some();
+        let gram = head.has_gram(trains).then(|| Gram::new(head, trains));
         let mut pass = Self {
             head,
             grads,

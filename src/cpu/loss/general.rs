@@ -1,11 +1,18 @@
-//! One sample of any loss, in `f64`.
+//! One sample of any loss, in `f64`. Rows are read in blocks that stay in the first cache: once for the maxima, once for the sums,
+//! once more for sums that need those, and once for the gradient. Exponentials wait in the gradient, as in `plain`.
 
-use super::plain::{difference, fold, greater, reduce, total};
+use super::plain::{LANES, difference, greater, reduce, total};
 use super::{Loss, Partner, Target, Weights};
 use crate::cpu::exp::exp;
-use crate::loss::Divergence;
+use crate::loss::{Divergence, LossSettings};
 use crate::real::Real;
 use crate::vector::{Loop, widest};
+use std::f64::consts::LN_2;
+
+/// Elements of a block.
+const BLOCK: usize = 256;
+type Block = [f64; BLOCK];
+type Lanes = [f64; LANES];
 
 /// What all samples of a batch have in common.
 pub(super) struct General<'a, T> {
@@ -15,19 +22,6 @@ pub(super) struct General<'a, T> {
     share: f64,
     /// `Σ_c w_c / C`.
     mean_weight: f64,
-}
-
-/// Rows of `f64` that are used for one sample after the other.
-#[derive(Default)]
-pub(super) struct Scratch {
-    rows: Vec<f64>,
-}
-
-/// A softmax: `p_c = e_c / sum`, `log p_c = (l_c − max)·scale − log sum`, with `e_c = exp((l_c − max)·scale)` in the row beside it.
-#[derive(Clone, Copy)]
-struct Softmax {
-    max: f64,
-    sum: f64,
 }
 
 impl<'a, T: Real> General<'a, T> {
@@ -43,7 +37,6 @@ impl<'a, T: Real> General<'a, T> {
     /// Criterion and divergence of a sample.
     pub(super) fn evaluate(
         &self,
-        scratch: &mut Scratch,
         logits: &[T],
         partner: Partner<'_, T>,
         target: Target<'_, T>,
@@ -51,25 +44,41 @@ impl<'a, T: Real> General<'a, T> {
         g1: Option<&mut [T]>,
     ) -> (f64, f64) {
         let mut found = (0.0, 0.0);
-        let classes = logits.len();
-        scratch.rows.resize(8 * classes, 0.0);
-        widest(Sample {
-            general: self,
-            rows: &mut scratch.rows,
-            logits,
-            partner,
-            target,
-            g0,
-            g1,
-            found: &mut found,
-        });
+        widest(Sample { general: self, logits, partner, target, g0, g1, found: &mut found });
         found
+    }
+
+    /// What the target gives to class `c`, and all classes together.
+    #[inline(always)]
+    fn targets(&self, target: Target<'_, T>, start: usize, block: &mut Block) {
+        let LossSettings { classes, label_smoothing: smoothing, .. } = self.loss.settings;
+        let len = BLOCK.min(classes - start);
+        let spread = if smoothing == 0.0 { 0.0 } else { smoothing / classes as f64 };
+        block.fill(0.0);
+        match target {
+            Target::None | Target::Values(_) => return,
+            Target::Label(label) => {
+                block[..len].fill(spread);
+                if let Some(t) = block[..len].get_mut(label.wrapping_sub(start)) {
+                    *t += 1.0 - smoothing;
+                }
+            }
+            Target::Probabilities(all) => {
+                for (t, p) in block.iter_mut().zip(&all[start..][..len]) {
+                    *t = (1.0 - smoothing) * p.to_f64() + spread;
+                }
+            }
+        }
+        if let Some(all) = self.loss.class_weights {
+            for (t, weight) in block.iter_mut().zip(&all[start..][..len]) {
+                *t *= weight.to_f64();
+            }
+        }
     }
 }
 
 struct Sample<'a, T> {
     general: &'a General<'a, T>,
-    rows: &'a mut [f64],
     logits: &'a [T],
     partner: Partner<'a, T>,
     target: Target<'a, T>,
@@ -78,123 +87,37 @@ struct Sample<'a, T> {
     found: &'a mut (f64, f64),
 }
 
-impl<T: Real> Loop for Sample<'_, T> {
-    #[inline(always)]
-    fn run(self) {
-        let Self { general, rows, logits, partner, target, g0, g1, found } = self;
-        let mut rows = rows.chunks_exact_mut(logits.len());
-        let mut row = || rows.next().expect("there are eight rows");
-        let (l0, l1, delta) = (row(), row(), row());
-        let (e0, e1, of_target) = (row(), row(), row());
-        let mut gradients = [row(), row()];
-        gradients.iter_mut().for_each(|row| row.fill(0.0));
-
-        for (l0, l) in l0.iter_mut().zip(logits) {
-            *l0 = l.to_f64();
-        }
-        let has_partner = !matches!(partner, Partner::None);
-        match partner {
-            Partner::None => {}
-            Partner::Logits(other) => {
-                for (((l1, delta), &l0), m) in l1.iter_mut().zip(&mut *delta).zip(&*l0).zip(other) {
-                    *l1 = m.to_f64();
-                    *delta = difference(l0, *l1);
-                }
-            }
-            Partner::Difference(less) => {
-                for (((l1, delta), &l0), d) in l1.iter_mut().zip(&mut *delta).zip(&*l0).zip(less) {
-                    *delta = d.to_f64();
-                    *l1 = l0 - *delta;
-                }
-            }
-        }
-
-        // The criterion of each branch that takes part in it.
-        let both = general.share < 1.0 && has_partner;
-        let share = if both { general.share } else { 1.0 };
-        let Weights { criterion, consistency } = general.weights;
-        for (i, logits) in [&*l0, &*l1].into_iter().enumerate().take(if both { 2 } else { 1 }) {
-            found.0 +=
-                share * general.criterion(logits, target, e0, of_target, share * criterion, gradients[i]);
-        }
-        if has_partner {
-            let divergence = general.loss.settings.divergence;
-            found.1 = diverge(divergence, l0, l1, delta, [e0, e1, of_target], consistency, &mut gradients);
-        }
-        for (gradient, found) in [g0, g1].into_iter().zip(&gradients) {
-            let Some(gradient) = gradient else { continue };
-            for (g, &found) in gradient.iter_mut().zip(&**found) {
-                *g = T::from_f64(found);
-            }
-        }
-    }
+/// Logits of both branches and their differences.
+struct Logits {
+    of: [Block; 2],
+    delta: Block,
 }
 
-impl<T: Real> General<'_, T> {
-    /// The criterion of one branch; adds `factor` times its gradient. `e` and `of_target` are scratch.
-    #[inline(always)]
-    fn criterion(
-        &self,
-        logits: &[f64],
-        target: Target<'_, T>,
-        e: &mut [f64],
-        of_target: &mut [f64],
-        factor: f64,
-        gradient: &mut [f64],
-    ) -> f64 {
-        let classes = logits.len() as f64;
-        let smoothing = self.loss.settings.label_smoothing;
-        let weight = |c: usize| self.loss.class_weights.map_or(1.0, |all| all[c].to_f64());
-        match target {
-            Target::None => return 0.0,
-            Target::Values(values) => {
-                let mut sum = 0.0;
-                for ((g, &l), v) in gradient.iter_mut().zip(logits).zip(values) {
-                    let error = l - v.to_f64();
-                    sum += error * error;
-                    *g += factor * 2.0 / classes * error;
-                }
-                return sum / classes;
-            }
-            Target::Label(label) => {
-                for (c, t) in of_target.iter_mut().enumerate() {
-                    *t = if smoothing == 0.0 { 0.0 } else { smoothing / classes * weight(c) };
-                }
-                of_target[label] += (1.0 - smoothing) * weight(label);
-            }
-            Target::Probabilities(all) => {
-                for (c, (t, p)) in of_target.iter_mut().zip(all).enumerate() {
-                    *t = weight(c) * ((1.0 - smoothing) * p.to_f64() + smoothing / classes);
-                }
-            }
-        }
-        let softmax = softmax(logits, 1.0, e);
-        let log_sum = softmax.max + softmax.sum.ln();
-        // Targets of zero are no terms: what they would be a share of may be infinite.
-        let terms = fold([&*of_target, logits], 0.0, |sum, [t, l]| {
-            sum + if t == 0.0 { 0.0 } else { t * (log_sum - l) }
-        });
-        let all = match target {
-            Target::Label(label) => (1.0 - smoothing) * weight(label) + smoothing * self.mean_weight,
-            _ => total(fold([&*of_target], 0.0, |sum, [t]| sum + t)),
-        };
-        let scale = all / softmax.sum;
-        for ((g, &e), &t) in gradient.iter_mut().zip(&*e).zip(&*of_target) {
-            *g += factor * (scale * e - t);
-        }
-        total(terms)
-    }
+/// Sums over a row, in lanes.
+#[derive(Clone, Copy)]
+struct Sums {
+    /// `Σ e` of each branch, for its criterion and for the divergence (with its temperature).
+    criterion: [Lanes; 2],
+    divergence: [Lanes; 2],
+    /// `Σ t·(max − l)` of each branch, or `Σ (l − v)²`.
+    below: [Lanes; 2],
+    /// `Σ t`.
+    targets: Lanes,
+    /// `Σ e·Δ` of each branch.
+    pulled: [Lanes; 2],
+    /// `Σ Δ`, `Σ Δ²`.
+    delta: Lanes,
+    squares: Lanes,
 }
 
-/// `exp((l − max)·scale)` in `e`.
+/// `lanes[i] += f(i)` for all elements of a block.
 #[inline(always)]
-fn softmax(logits: &[f64], scale: f64, e: &mut [f64]) -> Softmax {
-    let max = reduce(fold([logits], f64::NEG_INFINITY, |max, [l]| greater(max, l)), greater);
-    for (e, &l) in e.iter_mut().zip(logits) {
-        *e = exp((l - max) * scale);
+fn add(lanes: &mut Lanes, f: impl Fn(usize) -> f64) {
+    for start in (0..BLOCK).step_by(LANES) {
+        for (lane, sum) in lanes.iter_mut().enumerate() {
+            *sum += f(start + lane);
+        }
     }
-    let sum = total(fold([&*e], 0.0, |sum, [e]| sum + e));
-    Softmax { max, sum }
 }
 
 /// `p·x`, nothing without probability: there `x` may be infinite.
@@ -203,94 +126,327 @@ fn share(p: f64, x: f64) -> f64 {
     if p == 0.0 { 0.0 } else { p * x }
 }
 
-/// `log(1 + e^x)`.
+/// `log(1 + e^x)` and `log(1 + e^−x)`.
 #[inline(always)]
-fn softplus(x: f64) -> f64 {
-    x.max(0.0) + exp(-x.abs()).ln_1p()
+fn softplus(x: f64) -> (f64, f64) {
+    let rest = exp(-x.abs()).ln_1p();
+    (x.max(0.0) + rest, (-x).max(0.0) + rest)
 }
 
-/// Adds `factor` times what the functions give to each element.
-#[inline(always)]
-fn add([g0, g1]: &mut [&mut [f64]; 2], factor: f64, d0: impl Fn(usize) -> f64, d1: impl Fn(usize) -> f64) {
-    for (c, (g0, g1)) in g0.iter_mut().zip(&mut **g1).enumerate() {
-        *g0 += factor * d0(c);
-        *g1 += factor * d1(c);
+/// What is known of a row's softmaxes: `p_c = exp((l_c − max)·scale) / sum`.
+#[derive(Clone, Copy)]
+struct Softmaxes {
+    max: [f64; 2],
+    scale: f64,
+    inverse: [f64; 2],
+    /// `log p_c/q_c = (Δ_c − shift)·scale − offset`: differences of maxima and of sums are exact where branches are close.
+    shift: f64,
+    offset: f64,
+}
+
+impl Softmaxes {
+    /// `log p_c/q_c`; 0 for what is masked in both branches, which has no probability in either.
+    #[inline(always)]
+    fn ratio(&self, logits: &Logits, i: usize) -> f64 {
+        let masked = logits.of[0][i] == f64::NEG_INFINITY && logits.of[1][i] == f64::NEG_INFINITY;
+        if masked { 0.0 } else { (logits.delta[i] - self.shift) * self.scale - self.offset }
     }
 }
 
-/// The divergence of two branches; adds `factor` times its gradients. The other rows are scratch, `delta` is used up.
-#[inline(always)]
-fn diverge(
-    divergence: Divergence,
-    l0: &[f64],
-    l1: &[f64],
-    delta: &mut [f64],
-    [e0, e1, spare]: [&mut [f64]; 3],
-    factor: f64,
-    gradients: &mut [&mut [f64]; 2],
-) -> f64 {
-    let classes = l0.len() as f64;
-    let squares = |delta: &[f64]| total(fold([delta], 0.0, |sum, [d]| sum + d * d));
-    // The softmaxes of both branches, in `e0` and `e1`, and log p_c/q_c in `delta`.
-    let compare = |delta: &mut [f64], e0: &mut [f64], e1: &mut [f64], scale: f64| {
-        let (p, q) = (softmax(l0, scale, e0), softmax(l1, scale, e1));
-        // Differences of maxima and of sums are exact where branches are close.
-        let (shift, offset) = (p.max - q.max, p.sum.ln() - q.sum.ln());
-        for (((e0, e1), d), (&l0, &l1)) in e0.iter_mut().zip(&mut *e1).zip(&mut *delta).zip(l0.iter().zip(l1))
-        {
-            *e0 /= p.sum;
-            *e1 /= q.sum;
-            // What is masked in both has no probability in either.
-            *d = if l0 == f64::NEG_INFINITY && l1 == l0 { 0.0 } else { (*d - shift) * scale - offset };
+impl<T: Real> Sample<'_, T> {
+    #[inline(always)]
+    fn load(&self, start: usize, logits: &mut Logits) {
+        let len = BLOCK.min(self.logits.len() - start);
+        let Logits { of: [first, second], delta } = logits;
+        // What there is not has no probability and no difference.
+        if len < BLOCK {
+            first.fill(f64::NEG_INFINITY);
+            second.fill(f64::NEG_INFINITY);
+            delta.fill(0.0);
         }
-    };
-    match divergence {
-        Divergence::SquaredDifference | Divergence::MeanSquaredDifference => {
-            let mean = matches!(divergence, Divergence::MeanSquaredDifference);
-            let scale = if mean { 1.0 / classes } else { 1.0 };
-            add(gradients, 2.0 * factor * scale, |c| delta[c], |c| -delta[c]);
-            scale * squares(delta)
-        }
-        Divergence::CenteredSquaredDifference => {
-            let mean = total(fold([&*delta], 0.0, |sum, [d]| sum + d)) / classes;
-            delta.iter_mut().for_each(|d| *d -= mean);
-            add(gradients, 2.0 * factor, |c| delta[c], |c| -delta[c]);
-            squares(delta)
-        }
-        Divergence::SymmetricKl => {
-            compare(delta, e0, e1, 1.0);
-            let (p, q, ratio) = (&*e0, &*e1, &*delta);
-            let of_p = total(fold([p, ratio], 0.0, |sum, [p, r]| sum + share(p, r)));
-            let of_q = total(fold([q, ratio], 0.0, |sum, [q, r]| sum + share(q, r)));
-            add(
-                gradients,
-                0.5 * factor,
-                |c| share(p[c], ratio[c] - of_p) + p[c] - q[c],
-                |c| share(q[c], of_q - ratio[c]) + q[c] - p[c],
-            );
-            0.5 * total(fold([p, q, ratio], 0.0, |sum, [p, q, r]| sum + share(p - q, r)))
-        }
-        Divergence::Kl { temperature, detach_target } => {
-            compare(delta, e0, e1, 1.0 / temperature);
-            let (p, q, ratio) = (&*e0, &*e1, &*delta);
-            let divergence = total(fold([q, ratio], 0.0, |sum, [q, r]| sum - share(q, r)));
-            let of_target = |c: usize| if detach_target { 0.0 } else { share(q[c], -ratio[c] - divergence) };
-            add(gradients, temperature * factor, |c| p[c] - q[c], of_target);
-            temperature * temperature * divergence
-        }
-        Divergence::JensenShannon => {
-            compare(delta, e0, e1, 1.0);
-            for (v, u) in delta.iter_mut().zip(&mut *spare) {
-                let ratio = *v;
-                (*u, *v) =
-                    (std::f64::consts::LN_2 - softplus(-ratio), std::f64::consts::LN_2 - softplus(ratio));
+        let row = &self.logits[start..][..len];
+        match self.partner {
+            Partner::None => {
+                for (a, l) in first.iter_mut().zip(row) {
+                    *a = l.to_f64();
+                }
             }
-            // log p/m and log q/m.
-            let (p, q, u, v) = (&*e0, &*e1, &*spare, &*delta);
-            let [of_p, of_q] =
-                [(p, u), (q, v)].map(|(p, u)| total(fold([p, u], 0.0, |sum, [p, u]| sum + share(p, u))));
-            add(gradients, 0.5 * factor, |c| share(p[c], u[c] - of_p), |c| share(q[c], v[c] - of_q));
-            0.5 * (of_p + of_q)
+            Partner::Logits(other) => {
+                let rows = row.iter().zip(&other[start..][..len]);
+                for (((a, b), d), (l, m)) in first.iter_mut().zip(second).zip(delta).zip(rows) {
+                    (*a, *b) = (l.to_f64(), m.to_f64());
+                    *d = difference(*a, *b);
+                }
+            }
+            Partner::Difference(less) => {
+                let rows = row.iter().zip(&less[start..][..len]);
+                for (((a, b), d), (l, m)) in first.iter_mut().zip(second).zip(delta).zip(rows) {
+                    (*a, *d) = (l.to_f64(), m.to_f64());
+                    *b = *a - *d;
+                }
+            }
+        }
+    }
+}
+
+impl<T: Real> Loop for Sample<'_, T> {
+    #[inline(always)]
+    fn run(mut self) {
+        let LossSettings { classes, divergence, .. } = self.general.loss.settings;
+        let (mut g0, mut g1) = (self.g0.take(), self.g1.take());
+        let mut logits = Logits { of: [[0.0; BLOCK]; 2], delta: [0.0; BLOCK] };
+        let mut targets = [0.0; BLOCK];
+        let has_partner = !matches!(self.partner, Partner::None);
+        let branches = if has_partner { 2 } else { 1 };
+        // Which softmaxes are needed, and for how many branches there is a criterion.
+        let both = self.general.share < 1.0 && has_partner;
+        let trained = match self.target {
+            Target::None => 0,
+            _ if both => 2,
+            _ => 1,
+        };
+        let is_cross_entropy = !matches!(self.target, Target::None | Target::Values(_));
+        let compares = has_partner && divergence.is_of_probabilities();
+        let scale = match divergence {
+            Divergence::Kl { temperature, .. } if compares => 1.0 / temperature,
+            _ => 1.0,
+        };
+        // One exponential serves both where they are the same.
+        let is_shared = scale == 1.0;
+
+        let mut max = [f64::NEG_INFINITY; 2];
+        if is_cross_entropy || compares {
+            let mut lanes = [[f64::NEG_INFINITY; LANES]; 2];
+            for start in (0..classes).step_by(BLOCK) {
+                self.load(start, &mut logits);
+                for (lanes, block) in lanes.iter_mut().zip(&logits.of).take(branches) {
+                    for i in (0..BLOCK).step_by(LANES) {
+                        for (lane, max) in lanes.iter_mut().enumerate() {
+                            *max = greater(*max, block[i + lane]);
+                        }
+                    }
+                }
+            }
+            max = lanes.map(|lanes| reduce(lanes, greater));
+        }
+
+        const NONE: Lanes = [0.0; LANES];
+        let mut sums = Sums {
+            criterion: [NONE; 2],
+            divergence: [NONE; 2],
+            below: [NONE; 2],
+            targets: NONE,
+            pulled: [NONE; 2],
+            delta: NONE,
+            squares: NONE,
+        };
+        let mut e = [0.0; BLOCK];
+        for start in (0..classes).step_by(BLOCK) {
+            let len = BLOCK.min(classes - start);
+            self.load(start, &mut logits);
+            if let Target::Values(values) = self.target {
+                for (below, l) in sums.below.iter_mut().zip(&logits.of).take(trained) {
+                    let values = &values[start..][..len];
+                    add(below, |i| values.get(i).map_or(0.0, |v| (l[i] - v.to_f64()) * (l[i] - v.to_f64())));
+                }
+            }
+            if is_cross_entropy {
+                self.general.targets(self.target, start, &mut targets);
+                add(&mut sums.targets, |i| targets[i]);
+                for branch in 0..trained {
+                    let (l, max) = (&logits.of[branch], max[branch]);
+                    // Targets of zero are no terms: what they would be a share of may be infinite.
+                    add(&mut sums.below[branch], |i| share(targets[i], max - l[i]));
+                }
+            }
+            for branch in 0..branches {
+                let (l, max) = (&logits.of[branch], max[branch]);
+                let of_criterion = is_cross_entropy && branch < trained;
+                if of_criterion || compares && is_shared {
+                    for (e, l) in e.iter_mut().zip(l) {
+                        *e = exp(l - max);
+                    }
+                    add(&mut sums.criterion[branch], |i| e[i]);
+                }
+                if compares && !is_shared {
+                    for (e, l) in e.iter_mut().zip(l) {
+                        *e = exp((l - max) * scale);
+                    }
+                }
+                if compares {
+                    add(&mut sums.divergence[branch], |i| e[i]);
+                    add(&mut sums.pulled[branch], |i| share(e[i], logits.delta[i]));
+                }
+                if let (0, Some(g), _) | (1, _, Some(g)) = (branch, g0.as_deref_mut(), g1.as_deref_mut()) {
+                    for (g, e) in g[start..][..len].iter_mut().zip(&e) {
+                        *g = T::from_f64(*e);
+                    }
+                }
+            }
+            if has_partner && !compares {
+                add(&mut sums.delta, |i| logits.delta[i]);
+                add(&mut sums.squares, |i| logits.delta[i] * logits.delta[i]);
+            }
+        }
+
+        // The criterion, and what its gradient is made of.
+        let share_of_criterion = if both { self.general.share } else { 1.0 };
+        let smoothing = self.general.loss.settings.label_smoothing;
+        let all_targets = match self.target {
+            Target::Label(label) => {
+                let weight = self.general.loss.class_weights.map_or(1.0, |all| all[label].to_f64());
+                (1.0 - smoothing) * weight + smoothing * self.general.mean_weight
+            }
+            _ => total(sums.targets),
+        };
+        let sum_of = |lanes: [Lanes; 2]| lanes.map(total);
+        let (of_criterion, below) = (sum_of(sums.criterion), sum_of(sums.below));
+        for branch in 0..trained {
+            self.found.0 += share_of_criterion
+                * match self.target {
+                    Target::Values(_) => below[branch] / classes as f64,
+                    _ => below[branch] + all_targets * of_criterion[branch].ln(),
+                };
+        }
+
+        // The divergence.
+        let of_divergence = sum_of(sums.divergence);
+        let softmaxes = Softmaxes {
+            max,
+            scale,
+            inverse: of_divergence.map(|sum| 1.0 / sum),
+            shift: if compares { max[0] - max[1] } else { 0.0 },
+            offset: of_divergence[0].ln() - of_divergence[1].ln(),
+        };
+        let pulled = sum_of(sums.pulled);
+        // Means of log p/q under p and q.
+        let means: [f64; 2] = std::array::from_fn(|i| {
+            (pulled[i] * softmaxes.inverse[i] - softmaxes.shift) * scale - softmaxes.offset
+        });
+        let mean_delta = total(sums.delta) / classes as f64;
+        // Sums that need the sums before.
+        let mut later = [NONE; 2];
+        let is_jensen_shannon = compares && divergence == Divergence::JensenShannon;
+        let is_centered = has_partner && divergence == Divergence::CenteredSquaredDifference;
+        if is_jensen_shannon || is_centered {
+            for start in (0..classes).step_by(BLOCK) {
+                let len = BLOCK.min(classes - start);
+                self.load(start, &mut logits);
+                if is_centered {
+                    add(&mut later[0], |i| {
+                        let far = if i < len { logits.delta[i] - mean_delta } else { 0.0 };
+                        far * far
+                    });
+                    continue;
+                }
+                for i in 0..len {
+                    let [p, q] =
+                        std::array::from_fn(|k| exp(logits.of[k][i] - max[k]) * softmaxes.inverse[k]);
+                    let (up, down) = softplus(softmaxes.ratio(&logits, i));
+                    later[0][i % LANES] += share(p, LN_2 - down);
+                    later[1][i % LANES] += share(q, LN_2 - up);
+                }
+            }
+        }
+        let later = later.map(total);
+        if has_partner {
+            self.found.1 = match divergence {
+                Divergence::SquaredDifference => total(sums.squares),
+                Divergence::MeanSquaredDifference => total(sums.squares) / classes as f64,
+                Divergence::CenteredSquaredDifference => later[0],
+                Divergence::SymmetricKl => 0.5 * (means[0] - means[1]),
+                Divergence::Kl { temperature, .. } => -temperature * temperature * means[1],
+                Divergence::JensenShannon => 0.5 * (later[0] + later[1]),
+            };
+        }
+
+        let Some(g0) = g0 else { return };
+        let Weights { criterion, consistency } = self.general.weights;
+        let criterion = criterion * share_of_criterion;
+        let mut gradients = [[0.0; BLOCK]; 2];
+        for start in (0..classes).step_by(BLOCK) {
+            let len = BLOCK.min(classes - start);
+            self.load(start, &mut logits);
+            // The exponentials that were left here.
+            let mut e = [[0.0; BLOCK]; 2];
+            for (e, g) in e[0].iter_mut().zip(&g0[start..][..len]) {
+                *e = g.to_f64();
+            }
+            if let Some(g1) = &g1 {
+                for (e, g) in e[1].iter_mut().zip(&g1[start..][..len]) {
+                    *e = g.to_f64();
+                }
+            } else if compares {
+                for (e, l) in e[1].iter_mut().zip(&logits.of[1]) {
+                    *e = exp((l - max[1]) * scale);
+                }
+            }
+            gradients.iter_mut().for_each(|block| block.fill(0.0));
+            let [d0, d1] = &mut gradients;
+            if compares {
+                let [p, q] = softmaxes.inverse;
+                let ratio = |i: usize| softmaxes.ratio(&logits, i);
+                for i in 0..BLOCK {
+                    let (p, q, ratio) = (e[0][i] * p, e[1][i] * q, ratio(i));
+                    let (first, second) = match divergence {
+                        Divergence::SymmetricKl => (
+                            0.5 * (share(p, ratio - means[0]) + (p - q)),
+                            0.5 * (share(q, means[1] - ratio) - (p - q)),
+                        ),
+                        Divergence::Kl { temperature, detach_target } => (
+                            temperature * (p - q),
+                            if detach_target { 0.0 } else { temperature * share(q, means[1] - ratio) },
+                        ),
+                        _ => {
+                            let (up, down) = softplus(ratio);
+                            (0.5 * share(p, LN_2 - down - later[0]), 0.5 * share(q, LN_2 - up - later[1]))
+                        }
+                    };
+                    d0[i] = consistency * first;
+                    d1[i] = consistency * second;
+                }
+            } else if has_partner {
+                let factor = match divergence {
+                    Divergence::MeanSquaredDifference => 2.0 * consistency / classes as f64,
+                    _ => 2.0 * consistency,
+                };
+                let mean = if is_centered { mean_delta } else { 0.0 };
+                for i in 0..BLOCK {
+                    d0[i] = factor * (logits.delta[i] - mean);
+                    d1[i] = -d0[i];
+                }
+            }
+            if is_cross_entropy {
+                self.general.targets(self.target, start, &mut targets);
+            }
+            for (branch, gradient) in gradients.iter_mut().enumerate().take(trained) {
+                let l = &logits.of[branch];
+                if let Target::Values(values) = self.target {
+                    let factor = 2.0 * criterion / classes as f64;
+                    for ((g, l), v) in gradient.iter_mut().zip(l).zip(&values[start..][..len]) {
+                        *g += factor * (l - v.to_f64());
+                    }
+                    continue;
+                }
+                let scale = all_targets / of_criterion[branch];
+                if compares && !is_shared {
+                    for ((g, l), t) in gradient.iter_mut().zip(l).zip(&targets) {
+                        *g += criterion * (scale * exp(l - max[branch]) - t);
+                    }
+                } else {
+                    for ((g, e), t) in gradient.iter_mut().zip(&e[branch]).zip(&targets) {
+                        *g += criterion * (scale * e - t);
+                    }
+                }
+            }
+            for (g, d) in g0[start..][..len].iter_mut().zip(&gradients[0]) {
+                *g = T::from_f64(*d);
+            }
+            if let Some(g1) = g1.as_deref_mut() {
+                for (g, d) in g1[start..][..len].iter_mut().zip(&gradients[1]) {
+                    *g = T::from_f64(*d);
+                }
+            }
         }
     }
 }

@@ -237,14 +237,14 @@ impl<T: Real> Loss<'_, T> {
         };
         let is_plain = self.is_plain() && !matches!(consistency, Consistency::Difference);
         let general = general::General::new(self, weights, two);
-        let row = |scratch: &mut general::Scratch, i: usize, g0: Option<&mut [T]>, g1: Option<&mut [T]>| {
+        let row = |i: usize, g0: Option<&mut [T]>, g1: Option<&mut [T]>| {
             let target = self.target(i);
             let (l0, partner) = (&first[i * c..][..c], of_row(i, &target));
             let label = match target {
                 Target::None => None,
                 Target::Label(label) => Some(label),
                 Target::Probabilities(_) | Target::Values(_) => {
-                    return general.evaluate(scratch, l0, partner, target, g0, g1);
+                    return general.evaluate(l0, partner, target, g0, g1);
                 }
             };
             let partner_logits = match partner {
@@ -255,26 +255,19 @@ impl<T: Real> Loss<'_, T> {
             if is_plain {
                 plain::evaluate(&self.settings, l0, partner_logits, label, weights, g0, g1)
             } else {
-                general.evaluate(scratch, l0, partner, target, g0, g1)
+                general.evaluate(l0, partner, target, g0, g1)
             }
         };
         let samples = MIN_WORK.div_ceil(c);
-        let scratch = general::Scratch::default;
         let parts: Vec<(f64, f64)> = match gradient {
-            None => (0..b)
-                .into_par_iter()
-                .with_min_len(samples)
-                .map_init(scratch, |scratch, i| row(scratch, i, None, None))
-                .collect(),
+            None => (0..b).into_par_iter().with_min_len(samples).map(|i| row(i, None, None)).collect(),
             Some(gradient) => {
                 let (g0, g1) = gradient.split_at_mut(b * c);
                 let g0 = g0.par_chunks_mut(c).with_min_len(samples).enumerate();
                 if two {
-                    g0.zip(g1.par_chunks_mut(c))
-                        .map_init(scratch, |scratch, ((i, g0), g1)| row(scratch, i, Some(g0), Some(g1)))
-                        .collect()
+                    g0.zip(g1.par_chunks_mut(c)).map(|((i, g0), g1)| row(i, Some(g0), Some(g1))).collect()
                 } else {
-                    g0.map_init(scratch, |scratch, (i, g0)| row(scratch, i, Some(g0), None)).collect()
+                    g0.map(|(i, g0)| row(i, Some(g0), None)).collect()
                 }
             }
         };
