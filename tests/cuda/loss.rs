@@ -5,6 +5,7 @@ use crate::loss_data::*;
 use crate::machine::Target;
 use crate::support::{Type, assert_close, distance, wide};
 use half::{bf16, f16};
+use pace_kernels::Targets;
 use pace_kernels::cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use pace_kernels::cuda::{Consistency, Finding, LossOutputs, LossStatus, Partner};
 
@@ -273,7 +274,7 @@ pub fn safe_method(opened: &device::Opened) {
             .loss::<f16>(
                 &settings,
                 &logits.slice(shift..),
-                &labels.slice(shift..),
+                Targets::Labels(&labels.slice(shift..)),
                 match case.variant {
                     Variant::None => Consistency::None,
                     Variant::TwoBranch => Consistency::TwoBranch,
@@ -321,7 +322,14 @@ pub fn in_a_graph(opened: &device::Opened) {
             workspace: &mut workspace,
         };
         device
-            .loss::<f32>(&case.settings(), &logits, &labels, Consistency::TwoBranch, outputs, stream)
+            .loss::<f32>(
+                &case.settings(),
+                &logits,
+                Targets::Labels(&labels),
+                Consistency::TwoBranch,
+                outputs,
+                stream,
+            )
             .unwrap();
         let graph = stream.end_capture(CUgraphInstantiate_flags(0)).unwrap().expect("something was captured");
         for step in 0..3 {
