@@ -2,7 +2,7 @@
 
 use crate::gpu::Gpu;
 use crate::{Case, Launch};
-use pace_kernels::cuda::{Consistency, LossOutputs, LossStatus};
+use pace_kernels::cuda::{Consistency, LossInputs, LossOutputs, LossStatus};
 use pace_kernels::{LossSettings, Targets};
 
 const BATCH: usize = 64;
@@ -42,9 +42,10 @@ fn case(classes: usize, history: bool) -> Case {
                     values: &mut values,
                     status: &mut status,
                     workspace: &mut workspace,
+                    accumulate: false,
                 };
-                let targets = Targets::Labels(&labels as _);
-                Ok(gpu.device.loss::<f32>(&settings, &logits, targets, consistency, outputs, &gpu.stream)?)
+                let inputs = LossInputs::new(&logits, Targets::Labels(&labels as _));
+                Ok(gpu.device.loss::<f32>(&settings, inputs, consistency, outputs, &gpu.stream)?)
             });
             Ok(launch)
         }),

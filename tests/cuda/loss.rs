@@ -7,7 +7,7 @@ use crate::support::{Type, assert_close, distance, wide};
 use half::{bf16, f16};
 use pace_kernels::Targets;
 use pace_kernels::cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
-use pace_kernels::cuda::{Consistency, Finding, LossOutputs, LossStatus, Partner};
+use pace_kernels::cuda::{Consistency, Finding, LossInputs, LossOutputs, LossStatus, Partner};
 
 fn evaluate<T: Type>(case: Case, target: &Target<'_>) {
     let data = Data::<T>::new(case);
@@ -106,7 +106,7 @@ pub fn any_grid(target: &Target<'_>) {
                     let group = case.classes.div_ceil(8).next_power_of_two().clamp(32, 512) as u32;
                     launch.grid[1] = rows;
                     launch.block[0] = groups * group;
-                    launch.shared_bytes = 4 * (9 * groups * group / 32 + 1);
+                    launch.shared_bytes = 4 * (30 * groups * group / 32 + 1);
                 }
                 machine.launch(&plan);
                 let status = data.check(machine, &operator, &want);
@@ -273,8 +273,7 @@ pub fn safe_method(opened: &device::Opened) {
         device
             .loss::<f16>(
                 &settings,
-                &logits.slice(shift..),
-                Targets::Labels(&labels.slice(shift..)),
+                LossInputs::new(&logits.slice(shift..), Targets::Labels(&labels.slice(shift..))),
                 match case.variant {
                     Variant::None => Consistency::None,
                     Variant::TwoBranch => Consistency::TwoBranch,
@@ -285,6 +284,7 @@ pub fn safe_method(opened: &device::Opened) {
                     values: &mut values.slice_mut(shift..),
                     status: &mut status.slice_mut(shift..),
                     workspace: &mut workspace,
+                    accumulate: false,
                 },
                 stream,
             )
@@ -320,12 +320,12 @@ pub fn in_a_graph(opened: &device::Opened) {
             values: &mut values,
             status: &mut status,
             workspace: &mut workspace,
+            accumulate: false,
         };
         device
             .loss::<f32>(
                 &case.settings(),
-                &logits,
-                Targets::Labels(&labels),
+                LossInputs::new(&logits, Targets::Labels(&labels)),
                 Consistency::TwoBranch,
                 outputs,
                 stream,

@@ -18,10 +18,13 @@ fn loss() -> Loss {
         logits: buffer(4096, B * C),
         targets: Targets::Labels(buffer(2 * 4096, B)),
         class_weights: None,
+        counted: None,
         partner: Partner::History { table: buffer(3 * 4096, ROWS * C), index: buffer(4 * 4096, B) },
         gradient: Some(buffer(5 * 4096, B * C)),
         values: buffer(6 * 4096, 3),
         status: buffer(7 * 4096, LossStatus::WORDS),
+        accumulate: false,
+        first_row: 0,
         workspace: buffer(8 * 4096, SETTINGS.workspace_len(B)),
     }
 }
