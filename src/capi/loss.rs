@@ -150,10 +150,13 @@ impl Operator<PaceLoss> for Evaluate {
             logits: buffer(args.logits),
             targets,
             class_weights: optional_buffer(args.class_weights),
+            counted: None,
             partner,
             gradient: optional_buffer(args.gradient),
             values: buffer(args.values),
             status: buffer(args.status),
+            accumulate: false,
+            first_row: 0,
             workspace: workspace_buffer(args.workspace, 4, settings.workspace_len(batch))?,
         };
         Ok(loss.plan()?)

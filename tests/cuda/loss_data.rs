@@ -248,6 +248,7 @@ impl<T: Type> Data<T> {
             logits: machine.input("logits", &self.logits),
             targets: Targets::Labels(machine.input("labels", &self.labels)),
             class_weights: None,
+            counted: None,
             partner: match self.case.variant {
                 Variant::None => Partner::None,
                 Variant::TwoBranch => Partner::OtherBranch,
@@ -259,6 +260,8 @@ impl<T: Type> Data<T> {
             gradient: self.case.gradient.then(|| machine.output::<T>("gradient", self.logits.len())),
             values: machine.output::<f32>("values", 3),
             status: machine.output::<u64>("status", LossStatus::WORDS),
+            accumulate: false,
+            first_row: 0,
             workspace: machine.in_out("workspace", &workspace),
         }
     }

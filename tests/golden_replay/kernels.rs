@@ -235,10 +235,13 @@ pub fn loss(case: &Case, target: &Target<'_>) -> Result<(), Failed> {
             logits,
             targets: Targets::Labels(machine.input("labels", labels)),
             class_weights: None,
+            counted: None,
             partner,
             gradient: Some(gradient),
             values: machine.output::<f32>("values", 3),
             status: machine.output::<u64>("status", LossStatus::WORDS),
+            accumulate: false,
+            first_row: 0,
             workspace: machine.in_out("workspace", &vec![0u32; settings.workspace_len(labels.len())]),
         };
         machine.launch(&loss.plan()?);

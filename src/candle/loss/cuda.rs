@@ -3,7 +3,7 @@
 use crate::candle::cuda::{Element, Gpu, by_dtype, with_views};
 use crate::candle::ops::wrap;
 use crate::cpu::LossValues;
-use crate::cuda::{Consistency, LossOutputs, LossStatus};
+use crate::cuda::{Consistency, LossInputs, LossOutputs, LossStatus};
 use crate::loss::{LossSettings, Targets};
 use crate::shape::{length, nonzero};
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
@@ -61,11 +61,11 @@ fn evaluate_as<T: Element>(
             values: &mut values,
             status: &mut status,
             workspace: &mut workspace,
+            accumulate: false,
         };
         wrap(gpu.operators.loss(
             &settings,
-            &views[0],
-            Targets::Labels(&labels as _),
+            LossInputs::new(&views[0], Targets::Labels(&labels as _)),
             consistency,
             outputs,
             &gpu.stream,
