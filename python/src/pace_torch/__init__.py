@@ -30,6 +30,7 @@ from .ops import (
     prompt_bias,
 )
 from .peft_files import load_peft, save_peft
+from .settings import LossOptions, Settings
 
 __all__ = [
     "Adapter",
@@ -38,11 +39,13 @@ __all__ = [
     "Head",
     "LoraAdd",
     "LoraMulVptAdd",
+    "LossOptions",
     "Losses",
     "Noise",
     "NoisyLinear",
     "Pace",
     "PaceError",
+    "Settings",
     "SharedDropPath",
     "VptAdd",
     "attach",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ._batch import find_logits, with_rows
+from ._batch import PACKED, find_logits, with_rows
 
 if TYPE_CHECKING:
     from .controller import Pace
@@ -21,6 +21,9 @@ def look_at(model: nn.Module, pace: "Pace", args: tuple, kwargs: dict) -> None:
     what the samples are (experts). Their `fixed_rows` and `sample_rows` say so.
     """
     pace.probed = True
+    if pace.packing is not None:
+        # Of other numbers of rows; models find them by the positions.
+        kwargs = {name: value for name, value in kwargs.items() if name not in PACKED}
     layers = [layer for layer in model.modules() if hasattr(layer, "fixed_rows")]
     twice: dict[nn.Module, list[Tensor]] = {}
     rows: dict[nn.Module, list[int]] = {}
