@@ -68,6 +68,14 @@ def check_packing(pace: "Pace", kwargs: dict) -> None:
                       "gives each its own", stacklevel=3)
 
 
+def check_cache(pace: "Pace", module: nn.Module, kwargs: dict) -> None:
+    """That the attention of transformers' models tells packed sequences apart, which it does not beside a cache."""
+    is_on = kwargs.get("use_cache", getattr(getattr(module, "config", None), "use_cache", False))
+    if is_on and not pace.probed and pace.settings.packed and kwargs.get("cu_seq_lens_q") is None:
+        warnings.warn("`use_cache` is on, beside which transformers' models attend from one packed sequence to another: "
+                      "`model.config.use_cache = False`", stacklevel=3)
+
+
 def check_output(pace: "Pace", output: Any) -> None:
     """That what a model in training returned can be trained, and that the model kept the branches apart."""
     if pace.is_labelled and pace.variant in ("pace", "lazy", "fast") and find_loss(output) is not None:

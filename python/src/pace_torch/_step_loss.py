@@ -103,7 +103,7 @@ class StepLoss:
         branch0, labels = logits.detach()[: labels.shape[0]], self._labels_of_tokens(labels)
         if self.settings.criterion is None:
             # A view: tokens without a label are no rows less, but count for nothing.
-            losses = evaluate(logits.flatten(0, 1), labels.flatten(), self._of_tokens, denominator=denominator)
+            losses = evaluate(logits.flatten(0, 1), labels.flatten(), self.of_tokens, denominator=denominator)
         else:
             taken = labels != self.settings.ignore_index
             rows = logits.unflatten(0, (branches, -1))[:, taken].flatten(0, 1)

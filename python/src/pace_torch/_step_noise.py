@@ -125,9 +125,10 @@ class StepNoise:
         *,
         shape: Optional[tuple[int, ...]] = None,
         channels: int = 0,
+        path: Optional[str] = None,
     ) -> Noise:
         """The noise of a layer whose input has `rows` leading rows, on `device`; of packed rows, whose input is of this `shape` and whose
-        output has these `channels`.
+        output has these `channels`. `path` is the layer's name.
 
         In a model that runs with gradients, a layer that runs without is one in reentrant checkpointing, which runs it again in the
         backward pass; until then the noise must stay what it is. Where samples are cut into windows (Swin), the windows are numbered
@@ -138,12 +139,18 @@ class StepNoise:
         elif self.to_run_again:
             self.to_run_again.discard(layer)
         if self.packing is not None and z is None:
-            return self._packed_noise(layer, sigma, device, shape, channels)
+            return self._packed_noise(layer, sigma, device, shape, channels, path)
         first_sample = self.first_sample * self._rows_per_sample(rows, self.branches)
         return Noise(None if z is not None else self.key(layer, device), sigma, self.per_token, first_sample, self.branches, z)
 
     def _packed_noise(
-        self, layer: int, sigma: float, device: Optional[torch.device], shape: Optional[tuple[int, ...]], channels: int
+        self,
+        layer: int,
+        sigma: float,
+        device: Optional[torch.device],
+        shape: Optional[tuple[int, ...]],
+        channels: int,
+        path: Optional[str],
     ) -> Noise:
         """The noise of packed rows: that of each sequence, for each of its tokens."""
         rows = self.packing.rows
@@ -152,8 +159,9 @@ class StepNoise:
         if shape is not None and len(shape) == 2 and shape[0] == rows.numel():
             rows = rows.flatten()
         elif shape is None or len(shape) != 3 or tuple(shape[:2]) != tuple(rows.shape):
-            raise PaceError(f"a layer's input is {None if shape is None else tuple(shape)} in a batch of packed rows, expected "
-                            f"[{rows.shape[0]}, {rows.shape[1]}, K] or [{rows.numel()}, K]: name the layer in `exclude_modules`, or do not pack")
+            is_of = "that of a convolution" if shape is None else tuple(shape)
+            raise PaceError(f"the input of `{path}` is {is_of} in a batch of packed rows, expected "
+                            f"[{rows.shape[0]}, {rows.shape[1]}, K] or [{rows.numel()}, K]: give it no noise (`sigma = 0`), or do not pack")
         key, first_sample = self.key(layer, device), self._shard()[0] * _PACKED_PER_PROCESS
         table = ops.noise(Noise(key, sigma, False, first_sample, self.branches), self.packing.sequences, channels)
         return Noise(key, sigma, True, 0, self.branches, table, rows)

@@ -74,7 +74,7 @@ class AttachedNoise(nn.Module):
             return NO_NOISE
         self.pace.check_running()
         shape = None if hasattr(self.watched, "conv_fn") else x.shape
-        return self.pace.noise(self.layer, self.sigma, x.shape[0], self.z, x.device, shape=shape, channels=channels)
+        return self.pace.noise(self.layer, self.sigma, x.shape[0], self.z, x.device, shape=shape, channels=channels, path=self.path)
 
     def _plain_lora(self, x: Tensor) -> Optional[list]:
         """Input, W0, b0, A, B, δb and the scaling of a layer in training that computes `W0·x + b0 + B(A(x))·scaling` and nothing

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ._batch import batch_size, twice, twice_packed, with_rows
-from ._checks import check_model, check_output, check_packing, check_rerun
+from ._checks import check_cache, check_model, check_output, check_packing, check_rerun
 from ._errors import PaceError
 from ._look import look_at
 from ._step_loss import StepLoss
@@ -41,6 +41,9 @@ class Pace(StepNoise, StepLoss, nn.Module):
     """
 
     settings: Settings
+    # Of these: as they are for tokens, and whether noise is drawn per token too.
+    of_tokens: Settings
+    per_token: bool
 
     def __init__(self, layers: int, settings: Optional[Settings] = None, *, device: Optional[torch.device] = None, **more: Any):
         super().__init__()
@@ -89,14 +92,10 @@ class Pace(StepNoise, StepLoss, nn.Module):
             name, value = "settings", dataclasses.replace(self.settings, **{name: value})
         if name == "settings":
             # Not a submodule, even if a setting is a module: it is no part of the model.
-            self.__dict__.update(settings=value, _of_tokens=dataclasses.replace(value, labelled_only=True))
+            of_tokens = dataclasses.replace(value, labelled_only=True)
+            self.__dict__.update(settings=value, of_tokens=of_tokens, per_token=value.noise_shape == "BTC")
         else:
             super().__setattr__(name, value)
-
-    @property
-    def per_token(self) -> bool:
-        """Whether noise is drawn per token too."""
-        return self.settings.noise_shape == "BTC"
 
     def extra_repr(self) -> str:
         return f"variant={self.variant}, lambda_={self.lambda_:g}, seed={self.seed}, step={self.step}"
@@ -123,6 +122,7 @@ class Pace(StepNoise, StepLoss, nn.Module):
         self.packing = None
         if self.settings.packed or self.given_sequences is not None:
             self.packing = self._pack(kwargs)
+            check_cache(self, module, kwargs)
         elif not torch.compiler.is_compiling():
             check_packing(self, kwargs)
         self.running = True

@@ -15,7 +15,9 @@ from .noise import Noise, noise_fields, under
 def noisy_epilogue(y: Tensor, a: Tensor, noise: Noise) -> Tensor:
     """`y + z ⊙ a` for an adapter `a` of any other kind; both `[R, ..., N]`."""
     settings = EpilogueSettings(noise.sigma, noise.per_token, noise.first_sample, noise.branches)
-    return under(noise, _noisy_epilogue, (y, a), settings)
+    if noise.rows is not None:
+        return under(noise, _noisy_epilogue, (y, a), settings)
+    return _noisy_epilogue((y, a, noise.key, noise.z), settings)
 
 
 class EpilogueSettings(NamedTuple):

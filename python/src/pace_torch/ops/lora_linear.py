@@ -27,7 +27,10 @@ def lora_linear(
     `lora_a [r, K]`, `lora_b [N, r]`; the rest as in `noisy_linear`. Gradients go to x, A, B and δb.
     """
     tensors = x, base_weight, base_bias, lora_a, lora_b, delta_bias
-    return under(noise, _lora_linear, tensors, settings_of(noise, shared_input, scale))
+    settings = settings_of(noise, shared_input, scale)
+    if noise.rows is not None:
+        return under(noise, _lora_linear, tensors, settings)
+    return _lora_linear((*tensors, noise.key, noise.z), settings)
 
 
 # ------------------------------------------------------------------------------------------------------------- operator

@@ -38,7 +38,10 @@ def lora_mul_linear(
     """
     adapter = lora_a, lora_b, prompt_down, prompt_up, delta_bias
     tensors = x, base_weight, base_bias, *adapter
-    return under(noise, _lora_mul_linear, tensors, settings_of(noise, shared_input, scale, exact))
+    settings = settings_of(noise, shared_input, scale, exact)
+    if noise.rows is not None:
+        return under(noise, _lora_mul_linear, tensors, settings)
+    return _lora_mul_linear((*tensors, noise.key, noise.z), settings)
 
 
 # ------------------------------------------------------------------------------------------------------------- operator

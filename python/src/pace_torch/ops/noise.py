@@ -64,9 +64,7 @@ def noise_fields(settings, key: Optional[Tensor], z: Optional[Tensor]) -> lib.Pa
 
 
 def under(noise: Noise, operator: Callable, tensors: Sequence[Optional[Tensor]], settings: NamedTuple) -> Tensor:
-    """Calls an operator whose last tensors are the key and z of its noise."""
-    if noise.rows is None:
-        return operator((*tensors, noise.key, noise.z), settings)
+    """Calls an operator whose last tensors are the key and z of its noise, on `rows` of a `z`."""
     if noise.z is None or noise.z.dim() != 2 or noise.rows.dim() not in (1, 2) or noise.rows.dtype != torch.int64:
         raise PaceError(f"`rows` is {tuple(noise.rows.shape)} of {noise.rows.dtype}, expected int64 [R, T] or [R] beside a `z` [S, N]")
     table, rows = noise.z, noise.rows

@@ -36,7 +36,10 @@ def noisy_linear(
     Raises `PaceError` for shapes, types or devices that do not fit.
     """
     tensors = x, base_weight, base_bias, delta_weight, delta_bias
-    return under(noise, _noisy_linear, tensors, settings_of(noise, shared_input, exact=exact))
+    settings = settings_of(noise, shared_input, exact=exact)
+    if noise.rows is not None:
+        return under(noise, _noisy_linear, tensors, settings)
+    return _noisy_linear((*tensors, noise.key, noise.z), settings)
 
 
 # ------------------------------------------------------------------------------------------------------------- operator
