@@ -27,6 +27,8 @@ WRONG = {
     "exclude_modules": ((3, [None]), NAMES),
     "adapter": (("LoRA", ["LoRAadd"], None), "expected one of LoRAmul_VPTadd, LoRAadd, VPTadd"),
     "variant": (("slow", None), "expected one of pace, lazy, fast, noise, baseline"),
+    "dropout": (("none", None), "expected one of independent, shared, off"),
+    "noise_head": (("no", None), "expected one of True, False"),
     "noise_shape": (("CB", None), "expected one of BC, BTC"),
     "divergence": (("mse", None), "expected one of squared_difference, mean_squared_difference"),
     "temperature": ((-1, nan, "1", True), AT_LEAST_0),

@@ -68,6 +68,15 @@ def check_packing(pace: "Pace", kwargs: dict) -> None:
                       "gives each its own", stacklevel=3)
 
 
+def check_generation(pace: "Pace", kwargs: dict) -> None:
+    """That no noise gets into a cache of keys and values."""
+    for name, value in kwargs.items():
+        is_cache = name == "past_key_values" and value is not None or any(kind.__name__ == "Cache" for kind in type(value).__mro__)
+        if is_cache and pace.settings.variant != "baseline":
+            raise PaceError(f"the model is called with a cache of keys and values (`{name}`) in training, as `generate` does, which would have the "
+                            "noise of a step: call `eval()` first")
+
+
 def check_cache(pace: "Pace", module: nn.Module, kwargs: dict) -> None:
     """That the attention of transformers' models tells packed sequences apart, which it does not beside a cache."""
     is_on = kwargs.get("use_cache", getattr(getattr(module, "config", None), "use_cache", False))

@@ -43,7 +43,7 @@ def attach(
       code.
     * `sigma`, `first_noisy`, `branches_at` and `**settings` are those of `inject`.
 
-    Dropout draws for each branch by itself: the consistency is then between two dropouts too.
+    Dropout draws for each branch by itself, unless `dropout` says otherwise: the consistency is then between two dropouts too.
 
     Raises `PaceError` for a model without LoRA, or that has PACE already. Layers with adapters of other kinds are an error; those with
     LoRA that is not computed by linear layers or convolutions (embeddings, parameters) are trained without noise, which a warning says.

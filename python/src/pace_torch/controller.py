@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ._batch import batch_size, twice, twice_packed, with_rows
-from ._checks import check_cache, check_model, check_output, check_packing, check_rerun
+from ._checks import check_cache, check_generation, check_model, check_output, check_packing, check_rerun
 from ._errors import PaceError
-from ._look import look_at
+from ._look import look_at, look_at_dropout
 from ._step_loss import StepLoss
 from ._step_noise import Packing, StepNoise
 from .settings import Settings, settings_from
@@ -56,6 +56,8 @@ class Pace(StepNoise, StepLoss, nn.Module):
         self.doubles_input = False
         self.causal: Optional[bool] = None
         self.probed, self.classes = False, None
+        # Whether the branches are known to differ by noise alone, or by dropout as they may.
+        self.is_alike = self.settings.dropout == "independent"
         self.batch = self.first_sample = self.global_batch = 0
         self.running = False
         self.packing: Optional[Packing] = None
@@ -114,6 +116,7 @@ class Pace(StepNoise, StepLoss, nn.Module):
         if not torch.compiler.is_compiling():
             check_model(self, module)
         check_rerun(self, module)
+        check_generation(self, kwargs)
         self.with_gradient = torch.is_grad_enabled()
         self.is_labelled = self.with_gradient and kwargs.get("labels") is not None and not self.in_training_step
         rank, world_size = self._shard()
@@ -130,6 +133,8 @@ class Pace(StepNoise, StepLoss, nn.Module):
             self.advance()
         elif not self.drawn:
             raise PaceError("`manual_steps` is on: call `model.pace.advance()` before each step")
+        if not self.is_alike and self.branches == 2 and not torch.compiler.is_compiling():
+            look_at_dropout(module, self, args, kwargs)
         if self.doubles_input:
             # A graph that must not break cannot be left to look at the model.
             if not self.probed and not (self.manual_steps and torch.compiler.is_compiling()):

@@ -9,6 +9,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ._dropout import give_dropout_back, take_dropout
 from ._errors import PaceError, check_choice, check_integer, check_number
 from ._layers import Names, choose, drop_paths_of, is_peft, linears_of
 from ._library import sigma_by_block
@@ -84,6 +85,7 @@ def inject(
     scale: float = 1.0,
     exact: bool = False,
     new_biases: bool = False,
+    noise_head: bool = True,
     branches_at: Optional[str] = None,
     **settings: Any,
 ) -> nn.Module:
@@ -94,7 +96,7 @@ def inject(
 
     Every `nn.Linear` gets an adapter of the given kind and rank, and the classifier becomes the noisy head. The adapters and
     the head train, everything else is frozen. DropPath, timm's and those of other libraries (told by their names), becomes one
-    that both branches share; other random layers (Dropout) draw for each branch by themselves. The standard deviation of the
+    that both branches share; other random layers draw for each branch by themselves (dropout: see `Settings`). The standard deviation of the
     noise falls linearly with the block, from `sigma` at block `first_noisy` on (by default 1 for a ViT, 0 for a Swin) to the
     head. The controller is `model.pace`.
 
@@ -106,6 +108,7 @@ def inject(
       one pattern for whole names. `head`: the same for the classifier, which is always among them; by default what is in the
       module nearest to the top that is called `head`, `head_dist`, `classifier`, `classification_head`, `logits_proj`, `score` or,
       outside of blocks, `fc`.
+    * `noise_head`: whether the classifier is under noise too, as in the official code.
     * `new_biases`: whether adapters add a bias to layers that have none, as the official code does. `merge` then leaves it there,
       so that the merged weights do not fit into a fresh model.
     * `branches_at`: where a sample's rows become two. "input": every tensor among the arguments, also within tuples, lists and
@@ -129,6 +132,7 @@ def inject(
     check_model(model, branches_at)
     check_choice("adapter", adapter, ADAPTERS)
     check_integer("rank", rank, 1)
+    check_choice("noise_head", noise_head, (True, False))
     if check_number("scale", scale) == 0:
         raise PaceError("`scale` is 0, with which no adapter would learn")
     linears, heads = choose(model, target_modules, exclude_modules, head, adapter != "LoRAadd")
@@ -142,6 +146,8 @@ def inject(
     head_names = {name for linear in heads for name in linears[linear]}
     sigmas = sigmas_of([names[0] for names in linears.values()], head_names, every, sigma, first_noisy)
 
+    if not noise_head:
+        sigmas = [0.0 if linear in heads else layer_sigma for linear, layer_sigma in zip(linears, sigmas)]
     first_noisy_layer = None
     for layer, ((linear, names), layer_sigma) in enumerate(zip(linears.items(), sigmas)):
         module = Head(linear) if linear in heads else _adapter_around(linear, adapter, rank, scale, exact, new_biases)
@@ -215,6 +221,7 @@ def put_into(model: nn.Module, pace: Pace) -> None:
     """Makes `pace` the model's controller, which has nothing to do in its forward passes."""
     model.pace = pace.train(model.training)
     pace.causal = _is_causal(model)
+    take_dropout(model, pace)
 
 
 def _is_causal(model: nn.Module) -> Optional[bool]:
@@ -413,6 +420,7 @@ def take_out(model: nn.Module) -> None:
     # Of a module around the model it is the model inside that has one.
     for module in list(model.modules()):
         if isinstance(module._modules.get("pace"), Pace):
+            give_dropout_back(module, module.pace)
             for handle in module.pace.handles:
                 handle.remove()
             del module.pace

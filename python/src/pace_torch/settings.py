@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import _library as lib
 from ._batch import BatchOf, check_batch_of
+from ._dropout import DROPOUTS
 from ._errors import PaceError, check_choice, check_integer, check_number
 
 # A scalar of logits `[B, C]` and labels `[B, ...]`.
@@ -117,6 +118,9 @@ class Settings(LossOptions):
     * `seed`: of the noise.
     * `batch_of`: the keyword of a call whose rows are the batch, by default the first tensor's; or a list of keywords, and no other
       arguments are doubled.
+    * `dropout`: what the dropout of a model draws for the two branches: "independent", masks for each, so that they differ by these too, as
+      in R-Drop; "shared", one for both, as DropPath; "off", none. Dropout within attention, which is no layer, cannot be shared, and is
+      off then. `merge` and `detach` give a model its dropout back.
     * `packed`: whether the rows of a batch are several sequences each, that begin where `position_ids` do not go on. Each gets noise
       of its own (see `Pace.sequences`).
     """
@@ -128,6 +132,7 @@ class Settings(LossOptions):
     samples: Optional[int] = None
     batch_of: BatchOf = None
     packed: bool = False
+    dropout: str = "independent"
 
     def __post_init__(self):
         super().__post_init__()
@@ -143,6 +148,7 @@ class Settings(LossOptions):
         if self.variant == "fast" and self.both_branches:
             raise PaceError("`both_branches` is True beside the variant `fast`, which has one")
         check_batch_of(self.batch_of)
+        check_choice("dropout", self.dropout, DROPOUTS)
         if check_choice("packed", self.packed, (True, False)) and self.noise_shape == "BTC":
             raise PaceError("`packed` is True beside the `noise_shape` BTC, by which no two tokens share noise: leave it out")
         if self.packed and self.variant == "fast":
