@@ -8,6 +8,7 @@ mod bf16;
 mod blas;
 mod drop_path;
 mod exp;
+mod lm_head;
 mod lora_mul_linear;
 mod loss;
 mod low_rank_linear;
@@ -23,6 +24,7 @@ mod weights;
 pub(crate) use blas::BlasReal;
 pub use blas::{Blas, Gemm, set_blas};
 pub use drop_path::{shared_drop_path, shared_drop_path_backward};
+pub use lm_head::{LmHead, LmHeadGrads};
 #[cfg(feature = "cuda")]
 pub(crate) use lora_mul_linear::check_adapter;
 pub use lora_mul_linear::{Lora, LoraMulLinear, LoraMulLinearGrads, Prompt};

@@ -103,6 +103,14 @@ impl Arena {
         (memory.start as u64..memory.end as u64).contains(&word)
     }
 
+    /// Numbers from 0 to 1, whichever way they are read.
+    fn probabilities(&mut self, len: u64) -> PaceTensor {
+        let tensor = self.tensor(len);
+        let start = self.used - AREA / 8;
+        self.memory[start..self.used].fill(0x3e80_0000_3e80_0000);
+        tensor
+    }
+
     fn integers(&mut self, len: u64) -> PaceTensor {
         let tensor = self.tensor(len);
         let start = self.used - AREA / 8;
@@ -112,6 +120,8 @@ impl Arena {
         tensor
     }
 }
+
+const ABSENT: PaceTensor = PaceTensor { data: std::ptr::null_mut(), len: 0 };
 
 pub fn cases(arena: &mut Arena) -> Vec<Case> {
     let (n, k, r, m) = (4, 5, 2, 12);
@@ -239,6 +249,22 @@ pub fn cases(arena: &mut Arena) -> Vec<Case> {
         workspace,
         ..zeroed()
     };
+    let divergence = PaceLoss {
+        consistency: PACE_CONSISTENCY_TWO_BRANCH,
+        divergence: PACE_DIVERGENCE_KL,
+        targets_kind: PACE_TARGETS_PROBABILITIES,
+        flags: PACE_LOSS_BOTH_BRANCHES | PACE_LOSS_DETACH_TARGET,
+        temperature: 2.0,
+        denominator: 5.0,
+        logits: arena.tensor(6 * 7),
+        labels: ABSENT,
+        targets: arena.probabilities(3 * 7),
+        class_weights: arena.probabilities(7),
+        history: ABSENT,
+        index: ABSENT,
+        gradient: arena.tensor(6 * 7),
+        ..loss
+    };
     let drop_path = PaceDropPath {
         branches: 2,
         batch: 3,
@@ -284,7 +310,13 @@ pub fn cases(arena: &mut Arena) -> Vec<Case> {
         words("pace_prompt_bias_backward", prompt),
         words("pace_merge", merge),
         words("pace_unmerge", merge),
-        words("pace_loss", loss),
+        words("pace_loss", divergence).absent(&[
+            offset_of!(PaceLoss, labels),
+            offset_of!(PaceLoss, history),
+            offset_of!(PaceLoss, index),
+        ]),
+        words("pace_loss", loss)
+            .absent(&[offset_of!(PaceLoss, targets), offset_of!(PaceLoss, class_weights)]),
         words("pace_drop_path_forward", drop_path).absent(&[offset_of!(PaceDropPath, mask)]),
         words("pace_drop_path_backward", drop_path).absent(&[offset_of!(PaceDropPath, mask)]),
         words("pace_grad_norm", norm),

@@ -4,13 +4,13 @@ use super::case::Case;
 use super::machine::{Machine, Target};
 use super::operators::{adapter_kind, noise_shape, shape};
 use libtest_mimic::Failed;
-use pace_kernels::LinearShape;
 use pace_kernels::adapter::{self, Adapter};
 use pace_kernels::cuda::{
     Base, Buffer, DType, Direction, DropPath, LoraFactors, LoraGrads, Loss, LossStatus, LowRankGrads,
     LowRankLinear, MaskSource, NoisyLinear, NoisyLinearGrads, Partner, PromptBias, PromptGrads, Source,
 };
 use pace_kernels::schedule::LazySchedule;
+use pace_kernels::{LinearShape, LossSettings, Targets};
 use std::cell::RefCell;
 
 const TYPE: DType = DType::F32;

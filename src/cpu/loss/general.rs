@@ -23,12 +23,11 @@ pub(super) struct Scratch {
     rows: Vec<f64>,
 }
 
-/// A softmax: `p_c = e_c / sum` with `e_c = exp((l_c − max)·scale)` in the row beside it.
+/// A softmax: `p_c = e_c / sum`, `log p_c = (l_c − max)·scale − log sum`, with `e_c = exp((l_c − max)·scale)` in the row beside it.
 #[derive(Clone, Copy)]
 struct Softmax {
+    max: f64,
     sum: f64,
-    /// `log Σ_c exp(l_c·scale)`.
-    log_sum: f64,
 }
 
 impl<'a, T: Real> General<'a, T> {
@@ -170,9 +169,10 @@ impl<T: Real> General<'_, T> {
             }
         }
         let softmax = softmax(logits, 1.0, e);
+        let log_sum = softmax.max + softmax.sum.ln();
         // Targets of zero are no terms: what they would be a share of may be infinite.
         let terms = fold([&*of_target, logits], 0.0, |sum, [t, l]| {
-            sum + if t == 0.0 { 0.0 } else { t * (softmax.log_sum - l) }
+            sum + if t == 0.0 { 0.0 } else { t * (log_sum - l) }
         });
         let all = match target {
             Target::Label(label) => (1.0 - smoothing) * weight(label) + smoothing * self.mean_weight,
@@ -194,7 +194,7 @@ fn softmax(logits: &[f64], scale: f64, e: &mut [f64]) -> Softmax {
         *e = exp((l - max) * scale);
     }
     let sum = total(fold([&*e], 0.0, |sum, [e]| sum + e));
-    Softmax { sum, log_sum: max * scale + sum.ln() }
+    Softmax { max, sum }
 }
 
 /// `p·x`, nothing without probability: there `x` may be infinite.
@@ -234,13 +234,14 @@ fn diverge(
     // The softmaxes of both branches, in `e0` and `e1`, and log p_c/q_c in `delta`.
     let compare = |delta: &mut [f64], e0: &mut [f64], e1: &mut [f64], scale: f64| {
         let (p, q) = (softmax(l0, scale, e0), softmax(l1, scale, e1));
-        let offset = p.log_sum - q.log_sum;
+        // Differences of maxima and of sums are exact where branches are close.
+        let (shift, offset) = (p.max - q.max, p.sum.ln() - q.sum.ln());
         for (((e0, e1), d), (&l0, &l1)) in e0.iter_mut().zip(&mut *e1).zip(&mut *delta).zip(l0.iter().zip(l1))
         {
             *e0 /= p.sum;
             *e1 /= q.sum;
             // What is masked in both has no probability in either.
-            *d = if l0 == f64::NEG_INFINITY && l1 == l0 { 0.0 } else { *d * scale - offset };
+            *d = if l0 == f64::NEG_INFINITY && l1 == l0 { 0.0 } else { (*d - shift) * scale - offset };
         }
     };
     match divergence {

@@ -66,6 +66,11 @@ pub struct LossValues {
     pub consistency: f64,
 }
 
+/// A share of nothing is nothing.
+fn share(of: f64, denominator: f64) -> f64 {
+    if denominator == 0.0 { 0.0 } else { of / denominator }
+}
+
 /// What a sample's terms weigh in the total.
 #[derive(Clone, Copy)]
 struct Weights {
@@ -107,7 +112,7 @@ impl<T: Real> Loss<'_, T> {
         rows(argument, len, classes)
     }
 
-    fn check(&self) -> Result<usize> {
+    pub(super) fn check(&self) -> Result<usize> {
         let Self { settings, targets, class_weights } = self;
         settings.check(targets, class_weights.is_some())?;
         let batch = self.batch()?;
@@ -148,7 +153,7 @@ impl<T: Real> Loss<'_, T> {
     }
 
     /// The denominators `D` and `D'`, 0 if nothing takes part.
-    fn denominators(&self, batch: usize) -> (f64, f64) {
+    pub(super) fn denominators(&self, batch: usize) -> (f64, f64) {
         let labelled =
             || (0..batch).filter_map(|i| if let Target::Label(y) = self.target(i) { Some(y) } else { None });
         let (count, weight) = match (self.targets, self.class_weights) {
@@ -189,16 +194,43 @@ impl<T: Real> Loss<'_, T> {
         if let Consistency::History { table, index } = &consistency {
             check_history(table, index, b, c)?;
         }
+        let denominators = self.denominators(b);
+        let sums = self.sums(logits, &consistency, gradient, denominators);
+        if let Consistency::History { table, index } = consistency {
+            for (&at, logits) in index.iter().zip(logits.chunks(c)) {
+                table[at as usize * c..][..c].copy_from_slice(logits);
+            }
+        }
+        Ok(self.values(sums, denominators))
+    }
+
+    /// The values of sums.
+    pub(super) fn values(&self, sums: (f64, f64), denominators: (f64, f64)) -> LossValues {
+        let (classification, consistency) = (share(sums.0, denominators.0), share(sums.1, denominators.1));
+        let total = classification + self.settings.lambda * consistency;
+        LossValues { total, classification, consistency }
+    }
+
+    /// The sums of the criterion and of the divergence over samples, and the gradient of the total with these denominators. Arguments
+    /// have been checked.
+    pub(super) fn sums(
+        &self,
+        logits: &[T],
+        consistency: &Consistency<'_, T>,
+        gradient: Option<&mut [T]>,
+        (of_criterion, of_consistency): (f64, f64),
+    ) -> (f64, f64) {
+        let c = self.settings.classes;
+        let two = matches!(consistency, Consistency::TwoBranch | Consistency::Difference);
+        let b = logits.len() / c / if two { 2 } else { 1 };
         let (first, second) = logits.split_at(b * c);
-        let of_row = |i: usize, target: &Target<'_, T>| match &consistency {
+        let of_row = |i: usize, target: &Target<'_, T>| match consistency {
             _ if self.settings.labelled_only && matches!(target, Target::None) => Partner::None,
             Consistency::None => Partner::None,
             Consistency::TwoBranch => Partner::Logits(&second[i * c..][..c]),
             Consistency::Difference => Partner::Difference(&second[i * c..][..c]),
             Consistency::History { table, index } => Partner::Logits(&table[index[i] as usize * c..][..c]),
         };
-        let (of_criterion, of_consistency) = self.denominators(b);
-        let share = |of: f64, denominator: f64| if denominator == 0.0 { 0.0 } else { of / denominator };
         let weights = Weights {
             criterion: share(1.0, of_criterion),
             consistency: share(self.settings.lambda, of_consistency),
@@ -246,15 +278,7 @@ impl<T: Real> Loss<'_, T> {
                 }
             }
         };
-        if let Consistency::History { table, index } = consistency {
-            for (&at, logits) in index.iter().zip(logits.chunks(c)) {
-                table[at as usize * c..][..c].copy_from_slice(logits);
-            }
-        }
-        let sums = parts.iter().fold((0.0, 0.0), |sum, part| (sum.0 + part.0, sum.1 + part.1));
-        let (classification, consistency) = (share(sums.0, of_criterion), share(sums.1, of_consistency));
-        let total = classification + self.settings.lambda * consistency;
-        Ok(LossValues { total, classification, consistency })
+        parts.iter().fold((0.0, 0.0), |sum, part| (sum.0 + part.0, sum.1 + part.1))
     }
 
     /// Whether it is what `plain` computes.
