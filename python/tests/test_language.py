@@ -90,6 +90,23 @@ def test_the_loss_of_tokens(name, way):
     close(model.pace.compute_loss(model(**batch), labels).float(), model(**batch, labels=labels).loss.float(), 1e-5)
 
 
+def test_tokens_are_a_view_and_one_graph(monkeypatch):
+    """Logits are not copied, nor are their rows counted: shapes are fixed."""
+    seen, evaluate = [], pace_torch._step_loss.evaluate
+    monkeypatch.setattr(pace_torch._step_loss, "evaluate", lambda logits, *args, **kwargs: seen.append(logits) or evaluate(logits, *args, **kwargs))
+    pace = with_pace("Llama", "attach", divergence="symmetric_kl").pace
+    logits, labels = torch.randn(6, 7, 30, dtype=torch.float64, requires_grad=True), texts()[1]
+    plain = pace.loss(logits, labels)
+    assert seen[0].data_ptr() == logits.data_ptr() and seen[0].shape == (42, 30)
+    assert plain.logits.data_ptr() == logits.data_ptr() and plain.logits.shape == (3, 7, 30)
+    monkeypatch.undo()
+    compiled = torch.compile(lambda logits, labels: pace.loss(logits, labels).total, backend="aot_eager", fullgraph=True)
+    close(*(torch.autograd.grad(total, logits)[0] for total in (compiled(logits, labels), plain.total)), 1e-12)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        others = labels.roll(1, 0)
+        close(compiled(logits, others), pace.loss(logits, others).total, 1e-12)
+
+
 def test_padding_changes_nothing():
     totals = {}
     for side in ("none", "right", "left"):

@@ -5,7 +5,7 @@ import copy
 import pace_torch
 import pytest
 import torch
-from conftest import check_layers, close, perturb
+from conftest import close, perturb
 from pace_torch import PaceError
 from torch import nn
 
@@ -202,7 +202,8 @@ def test_what_a_layer_keeps_of_packed_rows():
     first, again = (next(t for t in y.grad_fn.saved_tensors if t is not None and t.shape == (2, 50, 8)) for _ in range(2))
     assert torch.equal(first, again) and first.data_ptr() != again.data_ptr()
     want = torch.autograd.grad(y.square().sum(), a)[0]
-    for other in (torch.compile(layer, backend="aot_eager", fullgraph=True), lambda x: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)):
+    checkpointed = lambda x: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+    for other in (torch.compile(layer, backend="aot_eager", fullgraph=True), checkpointed):
         close(torch.autograd.grad(other(x).square().sum(), a)[0], want, 1e-12)
     flat = pace_torch.lora_linear(x.flatten(0, 1), w, None, a, b, None, noise._replace(rows=noise.rows.flatten()))
     close(flat.view_as(y), y, 1e-12)

@@ -45,6 +45,8 @@ class CapturedStep:
             raise PaceError(f"`x` is on {x.device}, expected a CUDA device: other devices have no graphs to capture")
         if pace.variant == "lazy":
             raise PaceError("the variant `lazy` changes the number of its rows from step to step, which a graph cannot")
+        if pace.settings.packed:
+            raise PaceError("`packed` is True: how many sequences a batch has would have to be known before the graph is replayed")
         self.batch = {"x": x.clone(), "labels": labels.clone(), "index": None if index is None else index.clone()}
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 

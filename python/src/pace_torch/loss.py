@@ -35,7 +35,9 @@ class Losses:
         After a wrong one on CUDA the values, the gradient and the history are not to be used.
         """
         if self.status.numel():
-            lib.loss_status(self.status.cpu(), self.classes, self.history_rows)
+            # Of each part that was computed by itself.
+            for words in self.status.cpu().split(9):
+                lib.loss_status(words.contiguous(), self.classes, self.history_rows)
 
 
 def pace_loss(
@@ -131,7 +133,8 @@ def _targets(logits: Tensor, labels: Tensor, options: LossOptions) -> tuple[Tens
     batch, classes = labels.shape[0], logits.shape[1]
     is_label = labels.dtype == torch.int64 and labels.dim() == 1
     if options.labelled_only and not is_label:
-        raise PaceError(f"`labelled_only` is True, and `labels` is {tuple(labels.shape)} of {labels.dtype}, expected int64 [B]: only such are ignored")
+        raise PaceError(f"`labelled_only` is True, and `labels` is {tuple(labels.shape)} of {labels.dtype}, expected int64 [B]: only such are "
+                        "ignored")
     if options.criterion == SQUARED_ERROR:
         expected = f"floating [B, {classes}]" + (" or [B]" if classes == 1 else "")
         if not labels.is_floating_point() or labels.shape[1:] not in ((classes,), *(((),) if classes == 1 else ())):
