@@ -268,6 +268,74 @@ typedef struct PaceNoisyEpilogue {
   struct PaceTensor da;
 } PaceNoisyEpilogue;
 
+// Arguments of `pace_lm_head`: logits `l = logit_scale·(h·(W + scale·B·A)ᵀ + b)`, and their loss as `pace_loss` has it with labels.
+typedef struct PaceLmHead {
+  // `sizeof(PaceLmHead)`.
+  uint64_t size;
+  // Type of all tensors but the labels.
+  uint32_t dtype;
+  // `PACE_DIVERGENCE_*`.
+  uint32_t divergence;
+  // `H`.
+  uint64_t hidden_size;
+  // Size of the vocabulary `V`.
+  uint64_t classes;
+  // 2, or 1 for the cross-entropy alone.
+  uint64_t branches;
+  // `r` of the LoRA.
+  uint64_t rank;
+  // Rows of a branch whose logits are in memory at a time; 0: as many as are fast.
+  uint64_t chunk_rows;
+  // `PACE_LOSS_*`, added up.
+  uint32_t flags;
+  // Zero.
+  uint32_t reserved;
+  // As in `PaceLoss`.
+  double lambda;
+  // As in `PaceLoss`.
+  double label_smoothing;
+  // As in `PaceLoss`.
+  double temperature;
+  // As in `PaceLoss`.
+  double denominator;
+  // As in `PaceLoss`.
+  uint64_t has_ignore_label;
+  // As in `PaceLoss`.
+  int64_t ignore_label;
+  // Not 0; 1 in most models.
+  double logit_scale;
+  // `l` becomes `soft_cap·tanh(l/soft_cap)`; 0: it does not.
+  double soft_cap;
+  // Factor of the LoRA.
+  double scale;
+  // `[branches·M, H]`, branch 0 first.
+  struct PaceTensor hidden;
+  // `int64_t [M]`: the token after each hidden state.
+  struct PaceTensor labels;
+  // `W [V, H]`.
+  struct PaceTensor weight;
+  // `b [V]`; may be absent.
+  struct PaceTensor bias;
+  // `B [V, r]` of a LoRA without noise; may be absent, with `lora_a`.
+  struct PaceTensor lora_b;
+  // `A [r, H]`.
+  struct PaceTensor lora_a;
+  // `WᵀW [H, H]` for squared differences: of `pace_lm_head_gram`, which writes it; absent: computed at each call.
+  struct PaceTensor gram;
+  // Output `[branches·M, H]`; absent if not wanted, as all gradients.
+  struct PaceTensor grad_hidden;
+  // Output `[V, H]`.
+  struct PaceTensor grad_weight;
+  // Output `[V]`.
+  struct PaceTensor grad_bias;
+  // Output `[V, r]`.
+  struct PaceTensor grad_lora_b;
+  // Output `[r, H]`.
+  struct PaceTensor grad_lora_a;
+  // Output `[3]`: total, cross-entropy, consistency.
+  struct PaceTensor values;
+} PaceLmHead;
+
 // Arguments of `pace_lora_mul_linear_*`, a layer with the paper's main adapter: `y = x·W0ᵀ + b0 + z ⊙ (x·ΔWᵀ + Δb)` with
 // `ΔW = W0 ⊙ (scale·B·A)` and `Δb = W0·(Pd·Pu) + b0⊙δb` (paper equation 8). Both are built for each pass.
 typedef struct PaceLoraMulLinear {
@@ -714,6 +782,24 @@ PaceStatus pace_noisy_epilogue_forward(const struct PaceDevice *device,
 PaceStatus pace_noisy_epilogue_backward(const struct PaceDevice *device,
                                         void *stream,
                                         const struct PaceNoisyEpilogue *args);
+
+// Computes the loss of a language model's head and the gradients that are wanted, with the logits of some rows in memory at a time. On
+// an error nothing is written. CPU only.
+//
+// # Safety
+// As `pace_noisy_linear_forward`.
+PaceStatus pace_lm_head(const struct PaceDevice *device,
+                        void *stream,
+                        const struct PaceLmHead *args);
+
+// Computes `gram = WᵀW` of `weight [classes, hidden_size]`, once for a weight that does not change. `labels` and outputs are not
+// looked at. CPU only.
+//
+// # Safety
+// As `pace_noisy_linear_forward`.
+PaceStatus pace_lm_head_gram(const struct PaceDevice *device,
+                             void *stream,
+                             const struct PaceLmHead *args);
 
 // Computes `y` from `x`.
 //

@@ -54,6 +54,7 @@ args! {
     PacePromptBias: 216,
     PaceMerge: 48,
     PaceLoss: 184,
+    PaceLmHead: 344,
     PaceDropPath: 152,
     PaceGradNorm: 64,
     PaceFpDistance: 96,

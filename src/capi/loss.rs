@@ -11,37 +11,70 @@ use std::ffi::c_void;
 
 enum Evaluate {}
 
-const FLAGS: u32 = PACE_LOSS_BOTH_BRANCHES | PACE_LOSS_LABELLED_ONLY | PACE_LOSS_DETACH_TARGET;
+/// The fields of a struct that a loss is made of.
+pub(super) struct LossFields {
+    pub classes: u64,
+    pub lambda: f64,
+    pub divergence: u32,
+    pub temperature: f64,
+    pub flags: u32,
+    pub label_smoothing: f64,
+    pub has_ignore_label: u64,
+    pub ignore_label: i64,
+    pub denominator: f64,
+}
+
+impl LossFields {
+    pub(super) fn settings(self) -> Result<LossSettings> {
+        const FLAGS: u32 = PACE_LOSS_BOTH_BRANCHES | PACE_LOSS_LABELLED_ONLY | PACE_LOSS_DETACH_TARGET;
+        check_flags(self.flags, FLAGS)?;
+        let has = |flag: u32| self.flags & flag != 0;
+        let (temperature, detach_target) = (self.temperature, has(PACE_LOSS_DETACH_TARGET));
+        let divergence = match self.divergence {
+            PACE_DIVERGENCE_SQUARED_DIFFERENCE => Divergence::SquaredDifference,
+            PACE_DIVERGENCE_MEAN_SQUARED_DIFFERENCE => Divergence::MeanSquaredDifference,
+            PACE_DIVERGENCE_CENTERED_SQUARED_DIFFERENCE => Divergence::CenteredSquaredDifference,
+            PACE_DIVERGENCE_SYMMETRIC_KL => Divergence::SymmetricKl,
+            PACE_DIVERGENCE_KL => Divergence::Kl { temperature, detach_target },
+            PACE_DIVERGENCE_JENSEN_SHANNON => Divergence::JensenShannon,
+            other => {
+                return Err(Failure::new(
+                    PACE_ERROR_VALUE,
+                    format!("`divergence` is {other}, expected 0 to 5"),
+                ));
+            }
+        };
+        Ok(LossSettings {
+            classes: size("classes", self.classes)?,
+            lambda: self.lambda,
+            divergence,
+            label_smoothing: self.label_smoothing,
+            ignore_label: flag("has_ignore_label", self.has_ignore_label)?.then_some(self.ignore_label),
+            labelled_only: has(PACE_LOSS_LABELLED_ONLY),
+            both_branches: has(PACE_LOSS_BOTH_BRANCHES),
+            denominator: (self.denominator != 0.0).then_some(self.denominator),
+        })
+    }
+}
 
 fn settings(args: &PaceLoss) -> Result<LossSettings> {
-    check_flags(args.flags, FLAGS)?;
     if args.reserved != 0 {
         return Err(Failure::new(PACE_ERROR_VALUE, "`reserved` is not 0"));
     }
-    let has = |flag: u32| args.flags & flag != 0;
-    let divergence = match args.divergence {
-        PACE_DIVERGENCE_SQUARED_DIFFERENCE => Divergence::SquaredDifference,
-        PACE_DIVERGENCE_MEAN_SQUARED_DIFFERENCE => Divergence::MeanSquaredDifference,
-        PACE_DIVERGENCE_CENTERED_SQUARED_DIFFERENCE => Divergence::CenteredSquaredDifference,
-        PACE_DIVERGENCE_SYMMETRIC_KL => Divergence::SymmetricKl,
-        PACE_DIVERGENCE_KL => {
-            Divergence::Kl { temperature: args.temperature, detach_target: has(PACE_LOSS_DETACH_TARGET) }
-        }
-        PACE_DIVERGENCE_JENSEN_SHANNON => Divergence::JensenShannon,
-        other => {
-            return Err(Failure::new(PACE_ERROR_VALUE, format!("`divergence` is {other}, expected 0 to 5")));
-        }
-    };
-    Ok(LossSettings {
-        classes: size("classes", args.classes)?,
-        lambda: args.lambda,
+    let &PaceLoss { classes, lambda, divergence, temperature, flags, label_smoothing, .. } = args;
+    let &PaceLoss { has_ignore_label, ignore_label, denominator, .. } = args;
+    LossFields {
+        classes,
+        lambda,
         divergence,
-        label_smoothing: args.label_smoothing,
-        ignore_label: flag("has_ignore_label", args.has_ignore_label)?.then_some(args.ignore_label),
-        labelled_only: has(PACE_LOSS_LABELLED_ONLY),
-        both_branches: has(PACE_LOSS_BOTH_BRANCHES),
-        denominator: (args.denominator != 0.0).then_some(args.denominator),
-    })
+        temperature,
+        flags,
+        label_smoothing,
+        has_ignore_label,
+        ignore_label,
+        denominator,
+    }
+    .settings()
 }
 
 /// Samples of the batch.

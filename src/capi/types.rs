@@ -459,6 +459,76 @@ pub struct PaceLoss {
     pub class_weights: PaceTensor,
 }
 
+/// Arguments of `pace_lm_head`: logits `l = logit_scale·(h·(W + scale·B·A)ᵀ + b)`, and their loss as `pace_loss` has it with labels.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct PaceLmHead {
+    /// `sizeof(PaceLmHead)`.
+    pub size: u64,
+    /// Type of all tensors but the labels.
+    pub dtype: u32,
+    /// `PACE_DIVERGENCE_*`.
+    pub divergence: u32,
+    /// `H`.
+    pub hidden_size: u64,
+    /// Size of the vocabulary `V`.
+    pub classes: u64,
+    /// 2, or 1 for the cross-entropy alone.
+    pub branches: u64,
+    /// `r` of the LoRA.
+    pub rank: u64,
+    /// Rows of a branch whose logits are in memory at a time; 0: as many as are fast.
+    pub chunk_rows: u64,
+    /// `PACE_LOSS_*`, added up.
+    pub flags: u32,
+    /// Zero.
+    pub reserved: u32,
+    /// As in `PaceLoss`.
+    pub lambda: f64,
+    /// As in `PaceLoss`.
+    pub label_smoothing: f64,
+    /// As in `PaceLoss`.
+    pub temperature: f64,
+    /// As in `PaceLoss`.
+    pub denominator: f64,
+    /// As in `PaceLoss`.
+    pub has_ignore_label: u64,
+    /// As in `PaceLoss`.
+    pub ignore_label: i64,
+    /// Not 0; 1 in most models.
+    pub logit_scale: f64,
+    /// `l` becomes `soft_cap·tanh(l/soft_cap)`; 0: it does not.
+    pub soft_cap: f64,
+    /// Factor of the LoRA.
+    pub scale: f64,
+    /// `[branches·M, H]`, branch 0 first.
+    pub hidden: PaceTensor,
+    /// `int64_t [M]`: the token after each hidden state.
+    pub labels: PaceTensor,
+    /// `W [V, H]`.
+    pub weight: PaceTensor,
+    /// `b [V]`; may be absent.
+    pub bias: PaceTensor,
+    /// `B [V, r]` of a LoRA without noise; may be absent, with `lora_a`.
+    pub lora_b: PaceTensor,
+    /// `A [r, H]`.
+    pub lora_a: PaceTensor,
+    /// `WᵀW [H, H]` for squared differences: of `pace_lm_head_gram`, which writes it; absent: computed at each call.
+    pub gram: PaceTensor,
+    /// Output `[branches·M, H]`; absent if not wanted, as all gradients.
+    pub grad_hidden: PaceTensor,
+    /// Output `[V, H]`.
+    pub grad_weight: PaceTensor,
+    /// Output `[V]`.
+    pub grad_bias: PaceTensor,
+    /// Output `[V, r]`.
+    pub grad_lora_b: PaceTensor,
+    /// Output `[r, H]`.
+    pub grad_lora_a: PaceTensor,
+    /// Output `[3]`: total, cross-entropy, consistency.
+    pub values: PaceTensor,
+}
+
 /// Arguments of `pace_drop_path_*`: `y = x ⊙ mask / (mean(mask) + 1e-12)`, one mask for both branches.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]

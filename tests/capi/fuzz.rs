@@ -50,7 +50,7 @@ fn null_misaligned_and_foreign_structs_are_refused() {
 
 #[test]
 fn whatever_is_in_the_structs_there_is_a_status_and_a_message() {
-    let mut arena = Arena::new(140);
+    let mut arena = Arena::new(160);
     let cases = cases(&mut arena);
     assert!(OPERATORS.iter().enumerate().all(|(i, _)| cases.iter().any(|case| case.operator == i)));
     let before = arena.memory.clone();
@@ -122,7 +122,7 @@ fn whatever_is_in_the_structs_there_is_a_status_and_a_message() {
 
 #[test]
 fn sizes_and_noise_of_a_layer_are_refused_before_its_tensors() {
-    let mut arena = Arena::new(140);
+    let mut arena = Arena::new(160);
     let layers = cases(&mut arena).into_iter().filter(|case| OPERATORS[case.operator].0.contains("linear"));
     let tensors = offset_of!(PaceNoisyLinear, base_weight) / 8;
     let reserved = (offset_of!(PaceNoisyLinear, noise) + offset_of!(PaceNoise, reserved)) / 8;
@@ -155,7 +155,7 @@ fn is_length(words: &[u64], at: usize, arena: &Arena) -> bool {
 
 #[test]
 fn overlap_is_refused() {
-    let mut arena = Arena::new(140);
+    let mut arena = Arena::new(160);
     let case = cases(&mut arena).swap_remove(1);
     let is_pointer =
         |&i: &usize| arena.holds(case.words[i]) && i * 8 >= offset_of!(PaceNoisyLinear, base_weight);
