@@ -10,6 +10,17 @@ from conftest import close
 from pace_torch import PaceError, lm_gram, lm_loss
 from test_losses import DIVERGENCES, divergence_of, options_of
 
+@pytest.fixture(params=["native", "chunks"])
+def way(request, monkeypatch):
+    """By the library's operator, or by PyTorch's matmuls as on other devices."""
+    calls, run = [], pace_torch.lm.lm_head
+    monkeypatch.setattr(pace_torch.lm, "lm_head", lambda *args: calls.append(1) or run(*args))
+    if request.param == "chunks":
+        monkeypatch.setattr(pace_torch.lm, "takes", lambda tensors: False)
+    yield
+    assert bool(calls) == (request.param == "native")
+
+
 B, T, H, V, LAMBDA = 2, 5, 4, 11, 0.3
 
 
@@ -51,7 +62,7 @@ def check(losses, reference, leaves, denominator=None, tolerance=1e-11):
 
 @pytest.mark.parametrize("chunk_rows", [None, 3, 1])
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_every_divergence(name, chunk_rows):
+def test_every_divergence(name, chunk_rows, way):
     hidden, weight, labels, bias = make()
     options = options_of(name)
     run = partial(lm_loss, hidden, weight, labels, LAMBDA, bias=bias, chunk_rows=chunk_rows, **options)
@@ -72,7 +83,7 @@ def test_every_divergence(name, chunk_rows):
     assert not gradient[ignored.repeat(2, 1)].any() and (gradient[:B][~ignored] > 0).all()
 
 
-def test_a_frozen_head():
+def test_a_frozen_head(way):
     hidden, weight, labels, bias = make()
     weight, bias = weight.detach(), bias.detach()
     for name in ("squared_difference", "mean_squared_difference", "centered_squared_difference"):
@@ -85,7 +96,7 @@ def test_a_frozen_head():
         assert lm_loss(hidden, weight, labels, LAMBDA).total.isfinite()
 
 
-def test_one_branch_and_no_labels():
+def test_one_branch_and_no_labels(way):
     hidden, weight, labels, bias = make(1)
     losses = lm_loss(hidden, weight, labels, LAMBDA, bias=bias, causal=True)
     check(losses, reference(hidden, weight, labels, bias, {}), (hidden, weight, bias))
@@ -120,6 +131,14 @@ def test_compiled(name):
     grads = [torch.autograd.grad(function(hidden, weight, bias), (hidden, weight, bias)) for function in (compiled, run)]
     for got, want in zip(*grads):
         close(got, want, 1e-12)
+
+
+def test_float32(way):
+    hidden, weight, labels, bias = make()
+    leaves = [tensor.detach().float().requires_grad_() for tensor in (hidden, weight, bias)]
+    losses = lm_loss(leaves[0], leaves[1], labels, LAMBDA, bias=leaves[2], divergence="symmetric_kl")
+    check(losses, reference(*(leaf.double() for leaf in leaves[:2]), labels, leaves[2].double(), {"divergence": "symmetric_kl"}, causal=False),
+          leaves, tolerance=1e-5)
 
 
 def test_wrong_arguments_are_named():

@@ -322,6 +322,12 @@ def test_settings_are_one_thing():
     for name, value in (("lambda_", -1), ("divergence", "mse"), ("class_weights", torch.ones(5)), ("variant", "fast"), ("batch_of", 3)):
         with pytest.raises(PaceError, match=name if name != "variant" else "samples"):
             setattr(pace, name, value)
+    # What was done to the model already.
+    for name, value in (("dropout", "off"), ("variant", "baseline")):
+        with pytest.raises(PaceError, match=f"`{name}`.*`attach`"):
+            setattr(pace, name, value)
+    pace.variant = "pace"
+    assert pace.branches == 2
 
 
 def test_options_reach_every_step():

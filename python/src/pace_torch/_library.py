@@ -150,6 +150,32 @@ class PaceLoss(ctypes.Structure):
     ]
 
 
+class PaceLmHead(ctypes.Structure):
+    _fields_ = [
+        ("size", c_uint64),
+        ("dtype", c_uint32),
+        ("divergence", c_uint32),
+        ("hidden_size", c_uint64),
+        ("classes", c_uint64),
+        ("branches", c_uint64),
+        ("rank", c_uint64),
+        ("chunk_rows", c_uint64),
+        ("flags", c_uint32),
+        ("reserved", c_uint32),
+        ("lambda", c_double),
+        ("label_smoothing", c_double),
+        ("temperature", c_double),
+        ("denominator", c_double),
+        ("has_ignore_label", c_uint64),
+        ("ignore_label", c_int64),
+        ("logit_scale", c_double),
+        ("soft_cap", c_double),
+        ("scale", c_double),
+        *_tensors("hidden", "labels", "weight", "bias", "lora_b", "lora_a", "gram"),
+        *_tensors("grad_hidden", "grad_weight", "grad_bias", "grad_lora_b", "grad_lora_a", "values"),
+    ]
+
+
 class PaceDropPath(ctypes.Structure):
     _fields_ = [
         *_HEAD,

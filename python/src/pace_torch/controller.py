@@ -91,13 +91,24 @@ class Pace(StepNoise, StepLoss, nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _NAMES:
-            name, value = "settings", dataclasses.replace(self.settings, **{name: value})
+            name, value = "settings", self._with_setting(name, value)
         if name == "settings":
             # Not a submodule, even if a setting is a module: it is no part of the model.
             of_tokens = dataclasses.replace(value, labelled_only=True)
             self.__dict__.update(settings=value, of_tokens=of_tokens, per_token=value.noise_shape == "BTC")
         else:
             super().__setattr__(name, value)
+
+    def _with_setting(self, name: str, value: Any) -> Settings:
+        """The settings with one of them changed, if it can be changed in a model that is there."""
+        settings = dataclasses.replace(self.settings, **{name: value})
+        if name == "dropout" and value != self.settings.dropout:
+            raise PaceError("`dropout` is done to a model by `inject` and `attach`: give it to them")
+        if name == "variant" and value != self.settings.variant:
+            if "baseline" in (value, self.settings.variant):
+                raise PaceError("`variant` is baseline in a model without noise in its layers, and only there: give it to `inject` or `attach`")
+            self.branches = 2 if value in ("pace", "lazy") else 1
+        return settings
 
     def extra_repr(self) -> str:
         return f"variant={self.variant}, lambda_={self.lambda_:g}, seed={self.seed}, step={self.step}"

@@ -1,6 +1,7 @@
 """The head of a language model with its loss, without the logits of all tokens in memory.
 
-By PyTorch's own matmuls and the fused loss, some rows at a time. The forward pass computes the gradients, so that no logits are kept.
+One call of the library on CPUs in float32 and float64; elsewhere PyTorch's own matmuls and the fused loss, some rows at a time. The forward
+pass computes the gradients, so that no logits are kept.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from . import _library as lib
 from ._errors import PaceError, check_choice, check_integer, check_number
 from .loss import Losses
 from .ops._arguments import real
+from .ops.lm_head import HeadSettings, lm_head, takes
 from .ops.loss import LossSettings, loss_and_gradient
 from .settings import DIVERGENCES, Denominator, LossOptions, check_denominator
 
@@ -70,7 +72,7 @@ def lm_loss(
     by_gram = branches == 2 and checked.divergence in _SQUARED and not checked.both_branches and soft_cap is None
     if gram is not None:
         _check_gram(gram, weight)
-    head = _Head(checked, branches, by_gram, float(logit_scale), soft_cap, chunk_rows or max(_LOGITS // weight.shape[0], 1))
+    head = _Head(checked, branches, by_gram, float(logit_scale), soft_cap, chunk_rows or 0)
     denominator = check_denominator(denominator)
     if denominator is None:
         # Where there are none the sums are 0.
@@ -99,6 +101,14 @@ class _Head(NamedTuple):
     scale: float
     cap: Optional[float]
     rows: int
+
+    def settings(self, difference: bool = False) -> LossSettings:
+        """What the fused loss is told of sums over tokens that have labels."""
+        options = self.options
+        return LossSettings(
+            float(options.lambda_), float(options.label_smoothing), options.ignore_index, DIVERGENCES[options.divergence],
+            float(options.temperature), options.detach_target, options.both_branches, True, lib.TARGETS_LABELS, 1.0, difference,
+        )
 
 
 class _Grads(NamedTuple):
@@ -133,6 +143,10 @@ def _evaluate(
     """The sums of total, criterion and divergence, `[3]`; their gradients; the status of each chunk."""
     exact = real(hidden.dtype)
     rows = hidden.shape[0] // head.branches
+    if takes((hidden, weight, bias, labels)):
+        settings = HeadSettings(head.settings(), head.branches, head.scale, float(head.cap or 0), head.rows, wanted)
+        values, grads = lm_head(hidden, labels, weight, bias, gram if head.by_gram else None, settings)
+        return values, _Grads(*grads), labels.new_empty(0)
     h0, h1 = hidden[:rows], hidden[rows:]
     grads = _Grads(
         torch.zeros_like(hidden) if wanted[0] else None,
@@ -140,8 +154,9 @@ def _evaluate(
         torch.zeros_like(bias, dtype=exact) if wanted[2] else None,
     )
     values, statuses = torch.zeros(3, dtype=exact, device=hidden.device), []
-    for first in range(0, rows, head.rows):
-        at = slice(first, first + head.rows)
+    step = head.rows or max(_LOGITS // weight.shape[0], 1)
+    for first in range(0, rows, step):
+        at = slice(first, first + step)
         sums, status = _chunk(h0[at], h1[at], weight, bias, labels[at], head, grads, first, rows)
         values += sums
         statuses.append(status)
@@ -156,7 +171,7 @@ def _evaluate(
 
 def _chunk(h0, h1, weight, bias, labels, head: _Head, grads: _Grads, first: int, rows: int) -> tuple[Tensor, Tensor]:
     """The sums of some rows by their logits, of branch 0 alone if the Gram matrix does the rest; adds to the gradients."""
-    options, scale, cap = head.options, head.scale, head.cap
+    scale, cap = head.scale, head.cap
     two = head.branches == 2 and not head.by_gram
 
     def logits_of(h: Tensor, bias: Optional[Tensor]) -> Tensor:
@@ -169,13 +184,9 @@ def _chunk(h0, h1, weight, bias, labels, head: _Head, grads: _Grads, first: int,
         # As what it is where that is linear: a difference of rounded logits has lost its digits.
         other = logits_of(h1, bias) if cap is not None else logits_of((h0.to(real(h0.dtype)) - h1).to(h0.dtype), None)
         logits = torch.cat([logits, other])
-    settings = LossSettings(
-        float(options.lambda_), float(options.label_smoothing), options.ignore_index, DIVERGENCES[options.divergence],
-        float(options.temperature), options.detach_target, options.both_branches, True, lib.TARGETS_LABELS, 1.0, two and cap is None,
-    )
     # The operator takes float16 in float32: its gradient would lose small values.
     given = logits.float() if logits.dtype == torch.float16 else logits
-    values, gradient, status = loss_and_gradient(given, labels, None, None, None, settings)
+    values, gradient, status = loss_and_gradient(given, labels, None, None, None, head.settings(two and cap is None))
     if cap is not None:
         gradient = gradient * (1 - (given / cap) ** 2)
     gradient = (gradient if scale == 1 else gradient * scale).to(logits.dtype)

@@ -26,6 +26,11 @@ class LossSettings(NamedTuple):
     denominator: float = 0.0
     difference: bool = False
 
+    def flags(self) -> int:
+        """`PACE_LOSS_*`."""
+        return (lib.LOSS_BOTH_BRANCHES * self.both_branches + lib.LOSS_LABELLED_ONLY * self.labelled_only
+                + lib.LOSS_DETACH_TARGET * self.detach_target)
+
 
 class NoSettings(NamedTuple):
     """There are none."""
@@ -121,8 +126,7 @@ def _fields(settings: LossSettings, logits, labels, targets, class_weights, hist
         "ignore_label": settings.ignore_index,
         "divergence": settings.divergence,
         "targets_kind": settings.targets_kind,
-        "flags": (lib.LOSS_BOTH_BRANCHES * settings.both_branches + lib.LOSS_LABELLED_ONLY * settings.labelled_only
-                  + lib.LOSS_DETACH_TARGET * settings.detach_target),
+        "flags": settings.flags(),
         "temperature": settings.temperature,
         "denominator": settings.denominator,
     }
