@@ -277,6 +277,8 @@ def test_what_is_wrong_with_packed_rows_is_named():
         model(**batch)
     with pytest.raises(PaceError, match="BTC"), tagger(noise_shape="BTC").pace.sequences(ROWS):
         pass
+    with pytest.raises(PaceError, match="`packed` is True.*replayed"):
+        pace_torch.CapturedStep(model, batch["input_ids"], labels)
     # Neighbours that would share their noise.
     model = make("Llama", "attach")
     with pytest.warns(UserWarning, match="begin anew within a row.*`packed=True`"):

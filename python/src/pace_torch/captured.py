@@ -41,12 +41,12 @@ class CapturedStep:
         if not isinstance(getattr(model, "pace", None), Pace):
             raise PaceError("`model` is not a PACE model; give the model itself, not what wraps it")
         self.pace = pace = model.pace
+        if pace.settings.packed:
+            raise PaceError("`packed` is True: how many sequences a batch has would have to be known before the graph is replayed")
         if not x.is_cuda:
             raise PaceError(f"`x` is on {x.device}, expected a CUDA device: other devices have no graphs to capture")
         if pace.variant == "lazy":
             raise PaceError("the variant `lazy` changes the number of its rows from step to step, which a graph cannot")
-        if pace.settings.packed:
-            raise PaceError("`packed` is True: how many sequences a batch has would have to be known before the graph is replayed")
         self.batch = {"x": x.clone(), "labels": labels.clone(), "index": None if index is None else index.clone()}
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
