@@ -63,6 +63,8 @@ class StepLoss:
         self._place_class_weights(logits)
         if self.training:
             check_in_step(self)
+        if self.training and self.fused is not None and (logits.dim() != 3 or labels.dim() != 2):
+            raise PaceError(f"`logits` is {tuple(logits.shape)} and `labels` {tuple(labels.shape)}: `fused_head` is for those of tokens, [B, T]")
         if logits.dim() == 3 and labels.dim() == 2:
             return self._loss_of_tokens(logits, labels, denominator)
         if not self.training:
@@ -100,6 +102,8 @@ class StepLoss:
             raise PaceError("the variant `fast` keeps a row of logits for each sample, which those of tokens are not: choose another")
         if self.settings.criterion == SQUARED_ERROR:
             raise PaceError(f"`criterion` is {SQUARED_ERROR!r}, and the logits are of tokens, whose targets are classes")
+        if self.training and self.fused is not None:
+            return self.fused.loss(logits, self._labels_of_tokens(labels), denominator)
         branch0, labels = logits.detach()[: labels.shape[0]], self._labels_of_tokens(labels)
         if self.settings.criterion is None:
             # A view: tokens without a label are no rows less, but count for nothing.

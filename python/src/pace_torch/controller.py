@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ._batch import batch_size, twice, twice_packed, with_rows
 from ._checks import check_cache, check_generation, check_model, check_output, check_packing, check_rerun
 from ._errors import PaceError
+from ._fused_head import FusedHead
 from ._look import look_at, look_at_dropout
 from ._step_loss import StepLoss
 from ._step_noise import Packing, StepNoise
@@ -60,6 +61,7 @@ class Pace(StepNoise, StepLoss, nn.Module):
         self.is_alike = self.settings.dropout == "independent"
         self.batch = self.first_sample = self.global_batch = 0
         self.running = False
+        self.fused: Optional[FusedHead] = None
         self.packing: Optional[Packing] = None
         self.given_sequences: Optional[Tensor] = None
         self.in_training_step = self.is_labelled = False
@@ -104,6 +106,8 @@ class Pace(StepNoise, StepLoss, nn.Module):
         settings = dataclasses.replace(self.settings, **{name: value})
         if name == "dropout" and value != self.settings.dropout:
             raise PaceError("`dropout` is done to a model by `inject` and `attach`: give it to them")
+        if name == "fused_head" and value != self.settings.fused_head:
+            raise PaceError("`fused_head` is done to a model by `inject` and `attach`: give it to them")
         if name == "variant" and value != self.settings.variant:
             if "baseline" in (value, self.settings.variant):
                 raise PaceError("`variant` is baseline in a model without noise in its layers, and only there: give it to `inject` or `attach`")

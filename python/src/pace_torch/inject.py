@@ -10,6 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ._dropout import give_dropout_back, take_dropout
+from ._fused_head import FusedHead
 from ._errors import PaceError, check_choice, check_integer, check_number
 from ._layers import Names, choose, drop_paths_of, is_peft, linears_of
 from ._library import sigma_by_block
@@ -222,6 +223,8 @@ def put_into(model: nn.Module, pace: Pace) -> None:
     model.pace = pace.train(model.training)
     pace.causal = _is_causal(model)
     take_dropout(model, pace)
+    if pace.settings.fused_head:
+        pace.fused = FusedHead(model, pace)
 
 
 def _is_causal(model: nn.Module) -> Optional[bool]:
@@ -421,6 +424,8 @@ def take_out(model: nn.Module) -> None:
     for module in list(model.modules()):
         if isinstance(module._modules.get("pace"), Pace):
             give_dropout_back(module, module.pace)
+            if module.pace.fused is not None:
+                module.pace.fused.remove()
             for handle in module.pace.handles:
                 handle.remove()
             del module.pace

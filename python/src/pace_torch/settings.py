@@ -123,6 +123,8 @@ class Settings(LossOptions):
       off then. `merge` and `detach` give a model its dropout back.
     * `packed`: whether the rows of a batch are several sequences each, that begin where `position_ids` do not go on. Each gets noise
       of its own (see `Pace.sequences`).
+    * `fused_head`: for language models whether the head and the loss are one operator, which makes some logits at a time (`lm_loss`). In
+      training the model's output then has what the head was given in place of logits; in evaluation it has logits.
     """
 
     variant: str = "pace"
@@ -133,6 +135,7 @@ class Settings(LossOptions):
     batch_of: BatchOf = None
     packed: bool = False
     dropout: str = "independent"
+    fused_head: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -151,6 +154,12 @@ class Settings(LossOptions):
         check_choice("dropout", self.dropout, DROPOUTS)
         if check_choice("packed", self.packed, (True, False)) and self.noise_shape == "BTC":
             raise PaceError("`packed` is True beside the `noise_shape` BTC, by which no two tokens share noise: leave it out")
+        if check_choice("fused_head", self.fused_head, (True, False)):
+            for name, is_given in (("criterion", self.criterion is not None), ("class_weights", self.class_weights is not None)):
+                if is_given:
+                    raise PaceError(f"`{name}` is given beside `fused_head`, which computes the cross-entropy of tokens")
+            if self.variant == "fast":
+                raise PaceError("`fused_head` is True beside the variant `fast`, which keeps a row of logits for each sample")
         if self.packed and self.variant == "fast":
             raise PaceError("`packed` is True beside the variant `fast`, which keeps a row of logits for each sample")
 

@@ -1,0 +1,91 @@
+"""A language model's head that leaves its logits to the loss, which computes some of them at a time."""
+
+from types import MethodType
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from ._errors import PaceError
+from .lm import lm_gram, lm_loss
+from .loss import Losses
+
+_SQUARED = ("squared_difference", "mean_squared_difference", "centered_squared_difference")
+# Of `LossOptions`, what `lm_loss` takes.
+_OPTIONS = ("divergence", "temperature", "detach_target", "both_branches", "label_smoothing", "ignore_index")
+
+
+class FusedHead:
+    """In training the head hands on what it is given, which then stands for the logits in the model's output; otherwise it is as it was."""
+
+    def __init__(self, model: nn.Module, pace: nn.Module):
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        if type(head) is not nn.Linear:
+            what = "has no `get_output_embeddings`" if head is None else f"has a {type(head).__name__} for it"
+            raise PaceError(f"`fused_head` needs a head that is an nn.Linear without an adapter and without noise, and `model` {what}")
+        if "forward" in vars(head):
+            raise PaceError("`fused_head` needs a head whose forward pass nobody has replaced, as hooks of accelerate do")
+        config = getattr(model, "config", None)
+        self.soft_cap: Optional[float] = getattr(config, "final_logit_softcapping", None)
+        # Cohere multiplies, Granite divides.
+        self.scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        self.pace, self.head, self.checked = pace, head, False
+        # What the head was given in this forward pass, and the version that it had.
+        self.given: Optional[tuple[Tensor, int]] = None
+        self.gram: Optional[tuple[tuple, Tensor]] = None
+        head.forward = MethodType(_forward, head)
+        head.__dict__["pace_fused"] = self
+
+    def __getstate__(self) -> dict:
+        # A copy of the model is in no forward pass.
+        return {**vars(self), "given": None}
+
+    def remove(self) -> None:
+        """Makes the head what it was."""
+        del self.head.forward, self.head.__dict__["pace_fused"]
+
+    def loss(self, output: Tensor, labels: Tensor, denominator: Any) -> Losses:
+        """The loss of the logits that the head would have made, `labels` being those of each token's logits."""
+        if self.given is None:
+            raise PaceError("the model did not call its head, or `loss` was called twice for a forward pass, which `fused_head` cannot be")
+        (hidden, version), self.given = self.given, None
+        if hidden._version != version:
+            raise PaceError("the model changes its logits in place, which `fused_head` cannot follow: leave it out")
+        if not self.checked:
+            self._check(hidden, output)
+        weight, bias = self.head.weight, self.head.bias
+        if hasattr(weight, "full_tensor") or weight.shape != (self.head.out_features, self.head.in_features):
+            raise PaceError("the weight of the head is sharded: `fused_head` needs all of it in each process")
+        # Autocast runs the body in 16 bits.
+        weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+        settings = self.pace.settings
+        return lm_loss(
+            hidden.flatten(0, 1), weight, labels.flatten(), settings.lambda_, bias=bias, logit_scale=self.scale, soft_cap=self.soft_cap,
+            gram=self._gram(weight, settings), denominator=denominator, **{name: getattr(settings, name) for name in _OPTIONS},
+        )
+
+    def _gram(self, weight: Tensor, settings: Any) -> Optional[Tensor]:
+        """The Gram matrix of a head that is not trained, made once."""
+        if weight.requires_grad or settings.divergence not in _SQUARED or settings.both_branches or self.soft_cap is not None:
+            return None
+        version = (self.head.weight.data_ptr(), self.head.weight._version, weight.dtype)
+        if self.gram is None or self.gram[0] != version:
+            self.gram = version, lm_gram(weight)
+        return self.gram[1]
+
+    @torch.no_grad()
+    def _check(self, hidden: Tensor, output: Tensor) -> None:
+        """Whether the model does with its logits what is known of it: all else would be lost."""
+        known = hidden * self.scale
+        known = known if self.soft_cap is None else self.soft_cap * torch.tanh(known / self.soft_cap)
+        if output.shape != hidden.shape or not torch.allclose(output.to(known.dtype), known, 1e-2, 1e-3):
+            raise PaceError("the model changes the logits behind its head in a way that `fused_head` does not know: leave it out")
+        self.checked = True
+
+
+def _forward(head: nn.Linear, hidden: Tensor) -> Tensor:
+    fused = head.pace_fused
+    if not fused.pace.training:
+        return nn.Linear.forward(head, hidden)
+    fused.given = hidden, hidden._version
+    return hidden
