@@ -86,9 +86,26 @@ def difference_table(records: Sequence[dict], methods: Sequence[str], other: str
     return "\n".join(lines)
 
 
+def selection_table(records: Sequence[dict], methods: Sequence[str]) -> str:
+    """Of each setting that was tried: means of accuracy and calibration error on the validation texts. What was chosen is bold."""
+    chosen = {method: tuple(runs[0][name] for name in ("rate", "lambda", "sigma")) for method, runs in by_method(records).items()}
+    tried = {}
+    for record in records:
+        if record["phase"] == "select":
+            tried.setdefault((record["method"], record["rate"], record["lambda"], record["sigma"]), []).append(record)
+    lines = [_line(["tried", "learning rate", "λ", "σ", "accuracy, %", "ECE, %"]), _line(["---"] * 6)]
+    for method in methods:
+        for (_, *setting), runs in ((key, runs) for key, runs in tried.items() if key[0] == method):
+            means = [100 * mean_interval([run[name] for run in runs])[0] for name in ("accuracy", "ece")]
+            cells = [method, f"{setting[0]:g}", *(f"{value:g}" if value else "–" for value in setting[1:]), *(f"{mean:.1f}" for mean in means)]
+            lines.append(_line([f"**{cell}**" for cell in cells] if tuple(setting) == chosen[method] else cells))
+    return "\n".join(lines)
+
+
 def all_tables(records: Sequence[dict], methods: Sequence[str]) -> list[str]:
-    """The means, and the differences to the baseline and to PACE."""
-    return [mean_table(records, methods), *(difference_table(records, methods, other) for other in ("baseline", "PACE"))]
+    """The means, the differences to the baseline and to PACE, and the selection."""
+    differences_to = [difference_table(records, methods, other) for other in ("baseline", "PACE")]
+    return [mean_table(records, methods), *differences_to, selection_table(records, methods)]
 
 
 def _axes(rows: int, columns: int, width: float, height: float):

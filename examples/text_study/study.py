@@ -60,7 +60,7 @@ class Runner:
         self.settings, self.folder = settings, folder
         key = json.dumps([dataclasses.asdict(settings), texts.ENCODER, texts.TEXTS], sort_keys=True)
         self.path = folder / f"results-{hashlib.sha256(key.encode()).hexdigest()[:12]}.jsonl"
-        self.records = [json.loads(line) for line in self._lines()]
+        self.records, self.used = [json.loads(line) for line in self._lines()], []
         self.encoder = self.data = self.pool = None
 
     def _lines(self) -> list[str]:
@@ -85,10 +85,11 @@ class Runner:
         self.data = Data(read, features_of(self.encoder, read.ids), parts.validation, parts.test, measured)
 
     def __call__(self, phase: str, method: str, seed: int, rate: float, lambda_: float, sigma: float) -> dict:
-        """The record of a run, which is in `phase` "select" or "report"."""
+        """The record of a run, which is in `phase` "select" or "report". It is among `used` then."""
         job = {"phase": phase, "method": method, "seed": seed, "rate": rate, "lambda": lambda_, "sigma": sigma}
         for record in self.records:
             if all(record[name] == value for name, value in job.items()):
+                self.used.append(record)
                 return record
         if self.encoder is None:
             self._load()
@@ -99,6 +100,7 @@ class Runner:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         self.records.append(record)
+        self.used.append(record)
         print(f"{phase} {method}, seed {seed}, rate {rate:g}, λ {lambda_:g}, σ {sigma:g}: accuracy {100 * record['accuracy']:.1f} %, "
               f"ECE {100 * record['ece']:.1f} %, {record['seconds']:.1f} s", flush=True)
         return record
@@ -154,10 +156,11 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     runner = Runner(plan.settings, arguments.cache)
     chosen = select(runner, plan)
-    wanted = [runner("report", method, seed, *chosen[method]) for seed in range(plan.seeds) for method in METHODS]
-    selection = [record for record in runner.records if record["phase"] == "select"]
-    print(write([*selection, *wanted], arguments.out))
-    print(f"\nwritten to {arguments.out}; CPU seconds of training: {sum(record['seconds'] for record in [*selection, *wanted]):.0f}")
+    for seed in range(plan.seeds):
+        for method in METHODS:
+            runner("report", method, seed, *chosen[method])
+    print(write(runner.used, arguments.out))
+    print(f"\nwritten to {arguments.out}; CPU seconds of training: {sum(record['seconds'] for record in runner.used):.0f}")
 
 
 if __name__ == "__main__":
