@@ -13,8 +13,11 @@ from texts import PADDING, Texts
 from torch import Tensor, nn
 
 PROBE, BASELINE, NOISE, PACE, PACE_KL = "linear probe", "baseline", "noise only", "PACE", "PACE, KL"
-METHODS = (PROBE, BASELINE, NOISE, PACE, PACE_KL)
-VARIANTS = {BASELINE: "baseline", NOISE: "noise", PACE: "pace", PACE_KL: "pace"}
+# The same with a λ and σ that are given, not chosen.
+STRONGER, STRONGER_KL = "PACE, stronger", "PACE, KL, stronger"
+METHODS = (PROBE, BASELINE, NOISE, PACE, PACE_KL, STRONGER, STRONGER_KL)
+VARIANTS = {BASELINE: "baseline", NOISE: "noise"}
+WITH_KL = (PACE_KL, STRONGER_KL)
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def make(method: str, encoder: nn.Module, classes: int, seed: int, lambda_: floa
         return Classifier(None, width, classes)
     model = Classifier(copy.deepcopy(encoder), width, classes)
     lora = peft.LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=["query", "value"], modules_to_save=["classifier"])
-    return pace_torch.attach(peft.get_peft_model(model, lora), variant=VARIANTS[method], lambda_=lambda_, sigma=sigma, seed=seed)
+    return pace_torch.attach(peft.get_peft_model(model, lora), variant=VARIANTS.get(method, "pace"), lambda_=lambda_, sigma=sigma, seed=seed)
 
 
 def symmetric_kl(logits: Tensor) -> Tensor:
@@ -84,7 +87,7 @@ def training_loss(model: nn.Module, method: str, ids: Tensor, labels: Tensor) ->
     """The loss of a batch, `ids [B, T]`, `labels [B]`."""
     if method == PROBE:
         return F.cross_entropy(model(ids), labels)
-    if method != PACE_KL:
+    if method not in WITH_KL:
         return model.pace.training_step(model, ids, labels).total
     logits = model(ids)
     return F.cross_entropy(logits[: len(labels)], labels) + model.pace.lambda_ * symmetric_kl(logits)

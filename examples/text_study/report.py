@@ -125,34 +125,45 @@ def _save(figure, path: Path) -> None:
     pyplot.close(figure)
 
 
-def draw_measures(path: Path, records: Sequence[dict], methods: Sequence[str]) -> None:
-    """A point per seed, the same seed joined by a line, and mean and 95 % interval of each method."""
-    runs = by_method(records)
-    figure, axes = _axes(2, 2, 9, 6.5)
+def draw_measures(path: Path, records: Sequence[dict], colours: dict[str, str]) -> None:
+    """Above: a point per seed, those of a seed joined by a line, and mean and 95 % interval of each method. Below: the same of the paired
+    differences to the first method."""
+    runs, methods = by_method(records), list(colours)
+    figure, axes = _axes(2, 4, 13, 6.5)
     shown = [measure for measure in MEASURES if measure[0] in ("accuracy", "ece", "grad_norm", "fp_distance")]
-    for axis, (name, heading, factor, _) in zip(axes.flat, shown):
+    for (above, below), (name, heading, factor, _) in zip(axes.T, shown):
         values = [[factor * run[name] for run in runs[method]] for method in methods]
-        for seed in zip(*values):
-            axis.plot(range(len(methods)), seed, color="0.85", linewidth=0.8, marker=".", markersize=4, markerfacecolor="0.6",
-                      markeredgecolor="0.6", zorder=1)
-        for place, of in enumerate(values):
-            mean, half = mean_interval(of)
-            axis.errorbar(place, mean, half, color=f"C{place}", marker="o", markersize=6, capsize=4, linewidth=1.8, zorder=2)
-        axis.set_xticks(range(len(methods)), methods)
-        axis.set_title(heading)
-        axis.grid(axis="y", color="0.93")
+        _points(above, values, range(len(methods)), colours)
+        changes = [[factor * value for value in differences(runs, method, methods[0], name)] for method in methods]
+        _points(below, changes[1:], range(1, len(methods)), colours)
+        below.axhline(0, color="0.5", linewidth=0.8)
+        above.set_title(heading)
+        below.set_title(f"minus {methods[0]}")
     _save(figure, path)
 
 
-def draw_reliability(path: Path, records: Sequence[dict], methods: Sequence[str]) -> None:
+def _points(axis, values: Sequence[Sequence[float]], places: Sequence[int], colours: dict[str, str]) -> None:
+    """`values[i]` are those of the method at `places[i]`, in the order of the seeds."""
+    methods = list(colours)
+    for seed in zip(*values):
+        axis.plot(places, seed, color="0.85", linewidth=0.8, marker=".", markersize=4, markerfacecolor="0.6", markeredgecolor="0.6", zorder=1)
+    for place, of in zip(places, values):
+        mean, half = mean_interval(of)
+        axis.errorbar(place, mean, half, color=colours[methods[place]], marker="o", markersize=6, capsize=4, linewidth=1.8, zorder=2)
+    axis.set_xticks(range(len(methods)), methods, rotation=25, ha="right")
+    axis.set_xlim(-0.5, len(methods) - 0.5)
+    axis.grid(axis="y", color="0.93")
+
+
+def draw_reliability(path: Path, records: Sequence[dict], colours: dict[str, str]) -> None:
     """Accuracy over confidence by bin, of the texts of all seeds together; the area of a point is its share of the texts."""
     runs = by_method(records)
-    figure, axes = _axes(1, len(methods), 2.3 * len(methods), 2.7)
-    for place, (axis, method) in enumerate(zip(axes.flat, methods)):
+    figure, axes = _axes(1, len(colours), 2.3 * len(colours), 3.0)
+    for axis, (method, colour) in zip(axes.flat, colours.items()):
         axis.plot([0, 1], [0, 1], color="0.8", linewidth=1)
         bins = [[sum(run["bins"][part][b] for run in runs[method]) for b in range(BINS)] for part in range(3)]
         filled = [(confidence / count, right / count, count / sum(bins[0])) for count, confidence, right in zip(*bins) if count]
-        axis.scatter([x for x, _, _ in filled], [y for _, y, _ in filled], s=[4 + 300 * share for _, _, share in filled], color=f"C{place}")
+        axis.scatter([x for x, _, _ in filled], [y for _, y, _ in filled], s=[4 + 300 * share for _, _, share in filled], color=colour)
         axis.set(title=method, xlabel="confidence", xlim=(0.15, 1.05), ylim=(0.0, 1.05), aspect="equal")
     axes[0, 0].set_ylabel("accuracy")
     _save(figure, path)

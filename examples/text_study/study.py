@@ -28,14 +28,15 @@ if MISSING:
 import report
 import texts
 import torch
-from fine_tuning import BASELINE, METHODS, NOISE, PACE, PACE_KL, PROBE, Data, Settings, features_of, run
+from fine_tuning import BASELINE, METHODS, NOISE, PACE, PACE_KL, PROBE, STRONGER, STRONGER_KL, Data, Settings, features_of, run
 
 FIRST_SELECTION_SEED = 1000
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is searched, and how many seeds there are. `rates` are the learning rates of everything with LoRA."""
+    """What is searched, and how many seeds there are. `rates` are the learning rates of everything with LoRA; `stronger` and `stronger_kl`
+    are λ and σ of what is reported beside the chosen ones."""
 
     settings: Settings
     seeds: int = 12
@@ -45,6 +46,8 @@ class Plan:
     sigmas: tuple = (0.5, 1.0, 2.0)
     lambdas: tuple = (0.02, 0.1, 0.5)
     kl_lambdas: tuple = (0.2, 1.0, 5.0)
+    stronger: tuple = (0.1, 1.0)
+    stronger_kl: tuple = (5.0, 1.0)
 
 
 QUICK = Plan(
@@ -119,27 +122,28 @@ def best(runner: Runner, plan: Plan, method: str, grid: Sequence[tuple]) -> tupl
 
 
 def select(runner: Runner, plan: Plan) -> dict[str, tuple]:
-    """(learning rate, λ, σ) of each method. The learning rate is the baseline's, but for the probe."""
+    """(learning rate, λ, σ) of each method. The learning rate is the baseline's, but for the probe's own."""
     chosen = {PROBE: best(runner, plan, PROBE, [(rate, 0.0, 0.0) for rate in plan.probe_rates])}
     chosen[BASELINE] = best(runner, plan, BASELINE, [(rate, 0.0, 0.0) for rate in plan.rates])
     rate = chosen[BASELINE][0]
     chosen[NOISE] = best(runner, plan, NOISE, [(rate, 0.0, sigma) for sigma in plan.sigmas])
     for method, lambdas in ((PACE, plan.lambdas), (PACE_KL, plan.kl_lambdas)):
         chosen[method] = best(runner, plan, method, [(rate, lambda_, sigma) for lambda_ in lambdas for sigma in plan.sigmas])
-    return chosen
+    return {**chosen, STRONGER: (rate, *plan.stronger), STRONGER_KL: (rate, *plan.stronger_kl)}
 
 
 def write(records: list[dict], folder: Path) -> str:
     """Writes results.csv, tables.md and the pictures; returns the tables."""
     folder.mkdir(parents=True, exist_ok=True)
-    adapted = [method for method in METHODS if method != PROBE]
+    colours = {method: f"C{number}" for number, method in enumerate(METHODS)}
+    adapted = {method: colour for method, colour in colours.items() if method != PROBE}
     report.write_csv(folder / "results.csv", records)
     # What the csv file has, so that the tables can be made of it again.
     rounded = report.read_csv(folder / "results.csv")
     tables = "\n\n".join(report.all_tables(rounded, METHODS))
     (folder / "tables.md").write_text(tables + "\n", encoding="utf-8")
     report.draw_measures(folder / "measures.svg", records, adapted)
-    report.draw_reliability(folder / "reliability.svg", records, METHODS)
+    report.draw_reliability(folder / "reliability.svg", records, colours)
     return tables
 
 
