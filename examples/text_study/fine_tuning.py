@@ -9,13 +9,10 @@ import peft
 import torch
 import torch.nn.functional as F
 from measures import calibration_error, reliability
+from methods import BASELINE, NOISE, PACE_KL, PROBE, STRONGER_KL
 from texts import PADDING, Texts
 from torch import Tensor, nn
 
-PROBE, BASELINE, NOISE, PACE, PACE_KL = "linear probe", "baseline", "noise only", "PACE", "PACE, KL"
-# The same with a λ and σ that are given, not chosen.
-STRONGER, STRONGER_KL = "PACE, stronger", "PACE, KL, stronger"
-METHODS = (PROBE, BASELINE, NOISE, PACE, PACE_KL, STRONGER, STRONGER_KL)
 VARIANTS = {BASELINE: "baseline", NOISE: "noise"}
 WITH_KL = (PACE_KL, STRONGER_KL)
 

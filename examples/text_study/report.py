@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from measures import BINS, mean_interval
+from methods import BASELINE, METHODS, PACE, STRONGER, STRONGER_KL
 from texts import StudyError
 
 # column, heading, factor, decimals
@@ -36,11 +37,12 @@ def read_csv(path: Path) -> list[dict]:
         return [{name: cell if name in texts else float(cell) for name, cell in line.items() if cell != ""} for line in csv.DictReader(file)]
 
 
-def by_method(records: Sequence[dict]) -> dict[str, list[dict]]:
+def by_method(records: Sequence[dict], methods: Sequence[str]) -> dict[str, list[dict]]:
     """The reported runs of each method, in the order of their seeds, which have to be the same for all."""
-    runs = {}
+    runs = {method: [] for method in methods}
     for record in sorted((record for record in records if record["phase"] == "report"), key=lambda record: record["seed"]):
-        runs.setdefault(record["method"], []).append(record)
+        if record["method"] in runs:
+            runs[record["method"]].append(record)
     seeds = {method: [record["seed"] for record in of] for method, of in runs.items()}
     if len({tuple(of) for of in seeds.values()}) != 1:
         raise StudyError(f"the methods have runs of different seeds, which cannot be paired: {seeds}")
@@ -53,7 +55,7 @@ def _line(cells: Sequence[str]) -> str:
 
 def mean_table(records: Sequence[dict], methods: Sequence[str]) -> str:
     """Mean ± half a 95 % interval over seeds."""
-    runs = by_method(records)
+    runs = by_method(records, methods)
     lines = [_line(["method", "learning rate", "λ", "σ", *(heading for _, heading, *_ in MEASURES), "CPU s"]), _line(["---"] * (len(MEASURES) + 5))]
     for method in methods:
         first = runs[method][0]
@@ -72,7 +74,7 @@ def differences(runs: dict[str, list[dict]], method: str, other: str, name: str)
 
 def difference_table(records: Sequence[dict], methods: Sequence[str], other: str) -> str:
     """Mean and 95 % interval of the paired differences to `other`; those that do not hold 0 are bold."""
-    runs = by_method(records)
+    runs = by_method(records, methods)
     lines = [_line([f"minus {other}", *(heading for _, heading, *_ in MEASURES)]), _line(["---"] * (len(MEASURES) + 1))]
     for method in methods:
         if method == other:
@@ -88,7 +90,7 @@ def difference_table(records: Sequence[dict], methods: Sequence[str], other: str
 
 def selection_table(records: Sequence[dict], methods: Sequence[str]) -> str:
     """Of each setting that was tried: means of accuracy and calibration error on the validation texts. What was chosen is bold."""
-    chosen = {method: tuple(runs[0][name] for name in ("rate", "lambda", "sigma")) for method, runs in by_method(records).items()}
+    chosen = {method: tuple(runs[0][name] for name in ("rate", "lambda", "sigma")) for method, runs in by_method(records, methods).items()}
     tried = {}
     for record in records:
         if record["phase"] == "select":
@@ -102,10 +104,20 @@ def selection_table(records: Sequence[dict], methods: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def all_tables(records: Sequence[dict], methods: Sequence[str]) -> list[str]:
-    """The means, the differences to the baseline and to PACE, and the selection."""
-    differences_to = [difference_table(records, methods, other) for other in ("baseline", "PACE")]
-    return [mean_table(records, methods), *differences_to, selection_table(records, methods)]
+def all_tables(records: Sequence[dict]) -> list[str]:
+    """The means; the differences to the baseline and to PACE; means and differences to the baseline of stronger noise and consistency,
+    for the seeds that it has; and the selection."""
+    seeds = {record["seed"] for record in records if record["method"] == STRONGER}
+    of_stronger = [record for record in records if record["seed"] in seeds]
+    stronger = (BASELINE, STRONGER, STRONGER_KL)
+    return [
+        mean_table(records, METHODS),
+        difference_table(records, METHODS, BASELINE),
+        difference_table(records, METHODS, PACE),
+        mean_table(of_stronger, stronger),
+        difference_table(of_stronger, stronger, BASELINE),
+        selection_table(records, METHODS),
+    ]
 
 
 def _axes(rows: int, columns: int, width: float, height: float):
@@ -128,7 +140,8 @@ def _save(figure, path: Path) -> None:
 def draw_measures(path: Path, records: Sequence[dict], colours: dict[str, str]) -> None:
     """Above: a point per seed, those of a seed joined by a line, and mean and 95 % interval of each method. Below: the same of the paired
     differences to the first method."""
-    runs, methods = by_method(records), list(colours)
+    methods = list(colours)
+    runs = by_method(records, methods)
     figure, axes = _axes(2, 4, 13, 6.5)
     shown = [measure for measure in MEASURES if measure[0] in ("accuracy", "ece", "grad_norm", "fp_distance")]
     for (above, below), (name, heading, factor, _) in zip(axes.T, shown):
@@ -157,7 +170,7 @@ def _points(axis, values: Sequence[Sequence[float]], places: Sequence[int], colo
 
 def draw_reliability(path: Path, records: Sequence[dict], colours: dict[str, str]) -> None:
     """Accuracy over confidence by bin, of the texts of all seeds together; the area of a point is its share of the texts."""
-    runs = by_method(records)
+    runs = by_method(records, list(colours))
     figure, axes = _axes(1, len(colours), 2.3 * len(colours), 3.0)
     for axis, (method, colour) in zip(axes.flat, colours.items()):
         axis.plot([0, 1], [0, 1], color="0.8", linewidth=1)
