@@ -5,6 +5,7 @@ mod common;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use pace_kernels::cpu::{Consistency, Loss};
+use pace_kernels::{LossSettings, Targets};
 
 const BATCH: usize = 64;
 
@@ -13,7 +14,8 @@ fn loss(c: &mut Criterion) {
     for classes in [10, 100, 1000] {
         let labels: Vec<i64> = (0..BATCH).map(|i| (i % classes) as i64).collect();
         let index: Vec<i64> = (0..BATCH as i64).rev().collect();
-        let loss = Loss { classes, labels: &labels, lambda: 1.0, label_smoothing: 0.0, ignore_label: None };
+        let settings = LossSettings::new(classes, 1.0);
+        let loss = Loss { settings, targets: Targets::Labels(&labels), class_weights: None };
         let one_branch = BATCH * classes;
         let logits = common::values(2 * one_branch);
         let mut gradient = vec![0.0; logits.len()];

@@ -65,6 +65,45 @@
 // PACE-fast: consistency with the logits that the same samples had last time; logits `[B, C]`.
 #define PACE_CONSISTENCY_HISTORY 2
 
+// Consistency with the other branch; logits `[2B, C]`, of which the second half is branch 0 minus branch 1. The gradient is to both.
+#define PACE_CONSISTENCY_DIFFERENCE 3
+
+// Sum over classes of the squared difference (the paper's).
+#define PACE_DIVERGENCE_SQUARED_DIFFERENCE 0
+
+// The same, divided by the number of classes.
+#define PACE_DIVERGENCE_MEAN_SQUARED_DIFFERENCE 1
+
+// Sum of the squared difference less its mean over the classes.
+#define PACE_DIVERGENCE_CENTERED_SQUARED_DIFFERENCE 2
+
+// `½ (KL(p‖q) + KL(q‖p))`: R-Drop.
+#define PACE_DIVERGENCE_SYMMETRIC_KL 3
+
+// `T²·KL(q_T‖p_T)`: branch 1 is the target.
+#define PACE_DIVERGENCE_KL 4
+
+// `½ (KL(p‖m) + KL(q‖m))`, `m` the mean of both.
+#define PACE_DIVERGENCE_JENSEN_SHANNON 5
+
+// Labels `[B]`: cross-entropy.
+#define PACE_TARGETS_LABELS 0
+
+// Probabilities `[B, C]`: cross-entropy.
+#define PACE_TARGETS_PROBABILITIES 1
+
+// Numbers `[B, C]`: mean squared error.
+#define PACE_TARGETS_VALUES 2
+
+// The criterion is the mean of that of both branches rather than that of branch 0.
+#define PACE_LOSS_BOTH_BRANCHES 1
+
+// Samples with the ignored label take no part in the consistency either.
+#define PACE_LOSS_LABELLED_ONLY 2
+
+// `PACE_DIVERGENCE_KL`: branch 1 gets no gradient of the consistency.
+#define PACE_LOSS_DETACH_TARGET 4
+
 typedef struct Option_PaceDgemm Option_PaceDgemm;
 
 typedef struct Option_PaceSetNumThreads Option_PaceSetNumThreads;
@@ -229,6 +268,74 @@ typedef struct PaceNoisyEpilogue {
   struct PaceTensor da;
 } PaceNoisyEpilogue;
 
+// Arguments of `pace_lm_head`: logits `l = logit_scale·(h·(W + scale·B·A)ᵀ + b)`, and their loss as `pace_loss` has it with labels.
+typedef struct PaceLmHead {
+  // `sizeof(PaceLmHead)`.
+  uint64_t size;
+  // Type of all tensors but the labels.
+  uint32_t dtype;
+  // `PACE_DIVERGENCE_*`.
+  uint32_t divergence;
+  // `H`.
+  uint64_t hidden_size;
+  // Size of the vocabulary `V`.
+  uint64_t classes;
+  // 2, or 1 for the cross-entropy alone.
+  uint64_t branches;
+  // `r` of the LoRA.
+  uint64_t rank;
+  // Rows of a branch whose logits are in memory at a time; 0: as many as are fast.
+  uint64_t chunk_rows;
+  // `PACE_LOSS_*`, added up.
+  uint32_t flags;
+  // Zero.
+  uint32_t reserved;
+  // As in `PaceLoss`.
+  double lambda;
+  // As in `PaceLoss`.
+  double label_smoothing;
+  // As in `PaceLoss`.
+  double temperature;
+  // As in `PaceLoss`.
+  double denominator;
+  // As in `PaceLoss`.
+  uint64_t has_ignore_label;
+  // As in `PaceLoss`.
+  int64_t ignore_label;
+  // Not 0; 1 in most models.
+  double logit_scale;
+  // `l` becomes `soft_cap·tanh(l/soft_cap)`; 0: it does not.
+  double soft_cap;
+  // Factor of the LoRA.
+  double scale;
+  // `[branches·M, H]`, branch 0 first.
+  struct PaceTensor hidden;
+  // `int64_t [M]`: the token after each hidden state.
+  struct PaceTensor labels;
+  // `W [V, H]`.
+  struct PaceTensor weight;
+  // `b [V]`; may be absent.
+  struct PaceTensor bias;
+  // `B [V, r]` of a LoRA without noise; may be absent, with `lora_a`.
+  struct PaceTensor lora_b;
+  // `A [r, H]`.
+  struct PaceTensor lora_a;
+  // `WᵀW [H, H]` for squared differences: of `pace_lm_head_gram`, which writes it; absent: computed at each call.
+  struct PaceTensor gram;
+  // Output `[branches·M, H]`; absent if not wanted, as all gradients.
+  struct PaceTensor grad_hidden;
+  // Output `[V, H]`.
+  struct PaceTensor grad_weight;
+  // Output `[V]`.
+  struct PaceTensor grad_bias;
+  // Output `[V, r]`.
+  struct PaceTensor grad_lora_b;
+  // Output `[r, H]`.
+  struct PaceTensor grad_lora_a;
+  // Output `[3]`: total, cross-entropy, consistency.
+  struct PaceTensor values;
+} PaceLmHead;
+
 // Arguments of `pace_lora_mul_linear_*`, a layer with the paper's main adapter: `y = x·W0ᵀ + b0 + z ⊙ (x·ΔWᵀ + Δb)` with
 // `ΔW = W0 ⊙ (scale·B·A)` and `Δb = W0·(Pd·Pu) + b0⊙δb` (paper equation 8). Both are built for each pass.
 typedef struct PaceLoraMulLinear {
@@ -285,13 +392,13 @@ typedef struct PaceLoraMulLinear {
   struct PaceTensor workspace;
 } PaceLoraMulLinear;
 
-// Arguments of `pace_loss`: `total = cls + lambda·pace` (paper equation 11).
+// Arguments of `pace_loss`: `total = cls + lambda·pace`; with zeros in the fields behind `workspace`, paper equation 11.
 typedef struct PaceLoss {
   // `sizeof(PaceLoss)`.
   uint64_t size;
   // Type of the logits and of their gradient.
   uint32_t dtype;
-  // `PACE_CONSISTENCY_NONE`, `PACE_CONSISTENCY_TWO_BRANCH` or `PACE_CONSISTENCY_HISTORY`.
+  // `PACE_CONSISTENCY_NONE`, `PACE_CONSISTENCY_TWO_BRANCH`, `PACE_CONSISTENCY_HISTORY` or `PACE_CONSISTENCY_DIFFERENCE`.
   uint32_t consistency;
   // `C`.
   uint64_t classes;
@@ -305,7 +412,7 @@ typedef struct PaceLoss {
   int64_t ignore_label;
   // `[B, C]` or `[2B, C]`, by `consistency`.
   struct PaceTensor logits;
-  // `int64_t [B]`.
+  // `int64_t [B]`, with `PACE_TARGETS_LABELS`.
   struct PaceTensor labels;
   // History: `H [n, C]`, zeros at the start, read and then overwritten; `double` with `PACE_F64`, otherwise `float`.
   struct PaceTensor history;
@@ -319,6 +426,22 @@ typedef struct PaceLoss {
   struct PaceTensor status;
   // CUDA: at least `pace_loss_workspace` bytes. The first four must be zero before the first call, and are again after each.
   struct PaceTensor workspace;
+  // What the consistency term measures: `PACE_DIVERGENCE_*`.
+  uint32_t divergence;
+  // What branch 0 is trained on: `PACE_TARGETS_LABELS`, `PACE_TARGETS_PROBABILITIES` or `PACE_TARGETS_VALUES`.
+  uint32_t targets_kind;
+  // `PACE_LOSS_*`, added up.
+  uint32_t flags;
+  // Zero.
+  uint32_t reserved;
+  // `PACE_DIVERGENCE_KL`: `T`, more than 0.
+  double temperature;
+  // Divides both sums in place of what is counted; 0: count.
+  double denominator;
+  // Probabilities or values `[B, C]`; `double` with `PACE_F64`, otherwise `float`.
+  struct PaceTensor targets;
+  // Weights of the classes in the cross-entropy `[C]`, of the same type; absent: all 1.
+  struct PaceTensor class_weights;
 } PaceLoss;
 
 // Arguments of `pace_noise_fill`.
@@ -659,6 +782,24 @@ PaceStatus pace_noisy_epilogue_forward(const struct PaceDevice *device,
 PaceStatus pace_noisy_epilogue_backward(const struct PaceDevice *device,
                                         void *stream,
                                         const struct PaceNoisyEpilogue *args);
+
+// Computes the loss of a language model's head and the gradients that are wanted, with the logits of some rows in memory at a time. On
+// an error nothing is written. CPU only.
+//
+// # Safety
+// As `pace_noisy_linear_forward`.
+PaceStatus pace_lm_head(const struct PaceDevice *device,
+                        void *stream,
+                        const struct PaceLmHead *args);
+
+// Computes `gram = WᵀW` of `weight [classes, hidden_size]`, once for a weight that does not change. `labels` and outputs are not
+// looked at. CPU only.
+//
+// # Safety
+// As `pace_noisy_linear_forward`.
+PaceStatus pace_lm_head_gram(const struct PaceDevice *device,
+                             void *stream,
+                             const struct PaceLmHead *args);
 
 // Computes `y` from `x`.
 //

@@ -33,108 +33,11 @@
 // Determinism: run-to-run bitwise, for tensors of the same alignment; the grid does not depend on the device, so
 // gpu-to-gpu as far as the compiled exp and log are the same.
 
-#include "params.h"
-#include "reduce.cuh"
+#include "loss.cuh"
 
 namespace pace {
 
 namespace loss {
-
-constexpr u32 ELEMENTS = LOSS_ELEMENTS; // of a row in a thread's registers
-constexpr u32 IN_FLIGHT = 2;            // samples per thread whose loads go out together, in loops over the batch
-constexpr u32 NONE = 0xffffffffu;
-constexpr float INF = __builtin_huge_valf();
-// Where maxima start. Not at -inf: exp(-inf - -inf) would make NaN of a slice of -inf only, whose row may have more.
-constexpr float LOWEST = -3.402823466e+38f;
-
-enum Form {
-    WHOLE, // a row has one slice
-    SCAN,  // first launch for more
-    APPLY, // second
-};
-
-__device__ __forceinline__ bool is_ignored(const LossParams &p, i64 label) {
-    return p.has_ignore_label != 0u && label == p.ignore_label;
-}
-
-__device__ __forceinline__ bool is_below(i64 value, u64 end) { return static_cast<u64>(value) < end; }
-
-__device__ __forceinline__ bool is_labelled(const LossParams &p, i64 label) {
-    return is_below(label, p.classes) && !is_ignored(p, label);
-}
-
-// What a thread has of one slice: a warp holds 32 * ELEMENTS adjacent elements, a thread of it vectors or every 32nd one.
-template <class T, bool ALIGNED> struct Slice {
-    u32 first; // the thread's first element
-    u32 left;  // elements of the slice from there on
-
-    __device__ __forceinline__ Slice(u32 thread, u32 count) {
-        const u32 lane = thread % WARP;
-        first = (thread - lane) * ELEMENTS + (ALIGNED ? lane * Vector<T>::SIZE : lane);
-        left = count > first ? count - first : 0u;
-    }
-
-    // Where the thread's element k lies, from the first on.
-    static __device__ __forceinline__ constexpr u32 at(u32 k) {
-        constexpr u32 W = Vector<T>::SIZE;
-        return ALIGNED ? k / W * W * WARP + k % W : k * WARP;
-    }
-
-    __device__ __forceinline__ bool has(u32 k) const { return at(k) < left; }
-
-    // -inf stands for what there is not: it is no maximum and its exponential is zero.
-    template <class S> __device__ __forceinline__ void read(const S *slice, float (&value)[ELEMENTS]) const {
-        // Before the load and not after it, so that nothing waits for it yet: other loads are to follow.
-        if constexpr (ALIGNED) {
-            constexpr u32 STEP = Vector<S>::SIZE;
-#pragma unroll
-            for (u32 k = 0; k < ELEMENTS; k += STEP) {
-                float floats[STEP];
-#pragma unroll
-                for (u32 i = 0; i < STEP; ++i) {
-                    floats[i] = -INF;
-                }
-                Vector<S> vector = from_floats<S>(floats);
-                if (has(k)) {
-                    vector = load_vector(slice + first + at(k));
-                }
-                to_floats(vector, floats);
-#pragma unroll
-                for (u32 i = 0; i < STEP; ++i) {
-                    value[k + i] = floats[i];
-                }
-            }
-        } else {
-#pragma unroll
-            for (u32 k = 0; k < ELEMENTS; ++k) {
-                S element = from_float<S>(-INF);
-                if (has(k)) {
-                    element = load(slice + first + at(k));
-                }
-                value[k] = to_float(element);
-            }
-        }
-    }
-
-    template <class S> __device__ __forceinline__ void write(S *slice, const float (&value)[ELEMENTS]) const {
-        constexpr u32 STEP = ALIGNED ? Vector<S>::SIZE : 1;
-#pragma unroll
-        for (u32 k = 0; k < ELEMENTS; k += STEP) {
-            if (has(k)) {
-                if constexpr (ALIGNED) {
-                    float floats[STEP];
-#pragma unroll
-                    for (u32 i = 0; i < STEP; ++i) {
-                        floats[i] = value[k + i];
-                    }
-                    store_vector(slice + first + at(k), from_floats<S>(floats));
-                } else {
-                    store(slice + first + at(k), from_float<S>(value[k]));
-                }
-            }
-        }
-    }
-};
 
 // What is known of a slice, or of a row.
 struct Summary {
@@ -144,61 +47,7 @@ struct Summary {
     float distance; // sum of (l0_c - m_c)^2
 };
 
-// What there is of a sample, and what is wrong with it: the bits of the last number of its record.
-constexpr u32 HAS_LABEL = 1, WRONG_LABEL = 2, WRONG_INDEX = 4, REPEATED_INDEX = 8;
-
-// The workspace: the ticket counter; a record per sample, which is its cross-entropy, its distance and what was found; with more
-// than one slice a Summary of each.
-__device__ __forceinline__ float *record_of(const LossParams &p, u32 sample) {
-    return reinterpret_cast<float *>(p.workspace) + 1 + 3 * static_cast<u64>(sample);
-}
-
-__device__ __forceinline__ float *summary_of(const LossParams &p, u32 sample, u32 slice) {
-    return record_of(p, p.batch) + 4 * (static_cast<u64>(sample) * p.slices + slice);
-}
-
-// Shared memory, in words per warp of the block. A part is written again only behind a barrier that follows its last use.
-constexpr u32 REPEATED = 0, PEAKS = 1, SUMS = 2, LABELLED = 6;
-constexpr u32 TOTALS = 0, POSITIONS = 6; // in finish()
-constexpr u32 FLAG = LOSS_SHARED_WORDS;  // one word
-
-__device__ __forceinline__ float *shared(u32 part) {
-    PACE_SHARED(float, words);
-    return words + part * (blockDim.x / WARP);
-}
-
-// The first warp of the thread's group. A group has 2^n threads.
-__device__ __forceinline__ u32 first_warp(const LossParams &p) { return (threadIdx.x & ~(p.group - 1u)) / WARP; }
-
-// Labelled samples of the batch; a whole block computes it.
-__device__ __forceinline__ float labelled(const LossParams &p) {
-    float count[1] = {0.0f};
-    for (u32 start = threadIdx.x; start < p.batch; start += IN_FLIGHT * blockDim.x) {
-        i64 label[IN_FLIGHT];
-#pragma unroll
-        for (u32 k = 0; k < IN_FLIGHT; ++k) {
-            // Without a branch, or the next load would wait for this one.
-            label[k] = load(p.labels + min(start + k * blockDim.x, p.batch - 1u));
-        }
-#pragma unroll
-        for (u32 k = 0; k < IN_FLIGHT; ++k) {
-            const bool exists = start + k * blockDim.x < p.batch;
-            count[0] += exists & is_labelled(p, label[k]) ? 1.0f : 0.0f;
-        }
-    }
-    group_reduce<Sum>(count, 0, blockDim.x / WARP, shared(LABELLED));
-    return count[0];
-}
-
-// Whether an earlier sample has the same index; a whole group computes it.
-__device__ __forceinline__ bool is_repeated(const LossParams &p, u32 sample, i64 index, u32 thread) {
-    float count[1] = {0.0f};
-    for (u32 i = thread; i < min(sample, p.batch); i += p.group) {
-        count[0] += load(p.index + i) == index ? 1.0f : 0.0f;
-    }
-    group_reduce<Sum>(count, first_warp(p), p.group / WARP, shared(REPEATED));
-    return count[0] > 0.0f;
-}
+constexpr u32 SUMMARY_WORDS = 4;
 
 // The summary of the slice that a group holds; `logit` becomes exp(logit - max). `label`: where it lies, from the thread's
 // first element on. `label_logit` becomes the label's logit if LOGIT_TOO: 0 of a label that the slice does not have.
@@ -224,7 +73,7 @@ __device__ __forceinline__ Summary summarise(const LossParams &p, const Slice<T,
         sum[1] += slice.has(k) ? below : 0.0f;
         sum[2] += difference[k] * difference[k];
     }
-    group_reduce<Sum>(sum, first_warp(p), p.group / WARP, shared(SUMS));
+    group_reduce<Sum>(sum, first_warp(p), p.group / WARP, shared(FIRST_SUMS));
     if (LOGIT_TOO) {
         label_logit = sum[LOGIT_TOO ? 3 : 0];
     }
@@ -235,110 +84,23 @@ __device__ __forceinline__ Summary summarise(const LossParams &p, const Slice<T,
 __device__ __forceinline__ Summary combine(const LossParams &p, u32 sample, u32 thread) {
     float peak[1] = {LOWEST};
     for (u32 i = thread; i < p.slices; i += p.group) {
-        peak[0] = fmaxf(peak[0], load(summary_of(p, sample, i)));
+        peak[0] = fmaxf(peak[0], load(summary_of<SUMMARY_WORDS>(p, sample, i)));
     }
     group_reduce<Max>(peak, first_warp(p), p.group / WARP, shared(PEAKS));
     float sum[3] = {0.0f, 0.0f, 0.0f};
     for (u32 i = thread; i < p.slices; i += p.group) {
-        const float *part = summary_of(p, sample, i);
+        const float *part = summary_of<SUMMARY_WORDS>(p, sample, i);
         const float below = peak[0] - load(part);
         sum[0] += expf(-below) * load(part + 1);
         sum[1] += load(part + 2) + static_cast<float>(min(p.slice, p.classes - i * p.slice)) * below;
         sum[2] += load(part + 3);
     }
-    group_reduce<Sum>(sum, first_warp(p), p.group / WARP, shared(SUMS));
+    group_reduce<Sum>(sum, first_warp(p), p.group / WARP, shared(FIRST_SUMS));
     return {peak[0], sum[0], sum[1], sum[2]};
 }
 
-// What is wrong with one kind of argument: how often, where first, and what is there. Words of the status.
-__device__ __forceinline__ void report(u64 *status, float count, float position, const i64 *values) {
-    const bool any = count > 0.0f;
-    const u32 first = any ? static_cast<u32>(position) : 0u;
-    store(status, static_cast<u64>(count));
-    store(status + 1, static_cast<u64>(first));
-    store(status + 2, any ? static_cast<u64>(load(values + first)) : 0ull);
-}
-
-// Values and status from the records; the last block computes them.
-__device__ __forceinline__ void finish(const LossParams &p) {
-    const u32 warps = blockDim.x / WARP;
-    // Cross-entropy, distance, labelled; wrong labels, wrong indices, repeated indices: in the order of their bits.
-    float total[6] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
-    // Minus the first position of each of the last three.
-    float first[3] = {-INF, -INF, -INF};
-    for (u32 start = threadIdx.x; start < p.batch; start += IN_FLIGHT * blockDim.x) {
-        float record[IN_FLIGHT][3];
-#pragma unroll
-        for (u32 k = 0; k < IN_FLIGHT; ++k) {
-#pragma unroll
-            for (u32 word = 0; word < 3; ++word) {
-                record[k][word] = load(record_of(p, min(start + k * blockDim.x, p.batch - 1u)) + word);
-            }
-        }
-#pragma unroll
-        for (u32 k = 0; k < IN_FLIGHT; ++k) {
-            const u32 i = start + k * blockDim.x;
-            const bool exists = i < p.batch;
-            const u32 found = exists ? static_cast<u32>(record[k][2]) : 0u;
-            total[0] += exists ? record[k][0] : 0.0f;
-            total[1] += exists ? record[k][1] : 0.0f;
-            total[2] += (found & HAS_LABEL) != 0u ? 1.0f : 0.0f;
-#pragma unroll
-            for (u32 kind = 0; kind < 3; ++kind) {
-                if ((found & WRONG_LABEL << kind) != 0u) {
-                    total[3 + kind] += 1.0f;
-                    first[kind] = fmaxf(first[kind], -static_cast<float>(i));
-                }
-            }
-        }
-    }
-    group_reduce<Sum>(total, 0, warps, shared(TOTALS));
-    group_reduce<Max>(first, 0, warps, shared(POSITIONS));
-    if (threadIdx.x == 0) {
-        const float classification = total[2] > 0.0f ? total[0] / total[2] : 0.0f;
-        const float consistency = total[1] / static_cast<float>(p.batch);
-        store(p.values, classification + p.lambda * consistency);
-        store(p.values + 1, classification);
-        store(p.values + 2, consistency);
-        report(p.status, total[3], -first[0], p.labels);
-        report(p.status + 3, total[4], -first[1], p.index);
-        report(p.status + 6, total[5], -first[2], p.index);
-    }
-}
-
-// What a sample is compared with.
-struct Partner {
-    bool exists; // if not, the sample has no consistency term
-    u32 wrong;   // WRONG_INDEX, or REPEATED_INDEX: an earlier sample has the same
-};
-
-// Reads m of this slice: branch 1, or the remembered logits, which `logit` then overwrites.
-template <class T, Form FORM, bool ALIGNED>
-__device__ __forceinline__ Partner read_partner(const LossParams &p, const Slice<T, ALIGNED> &slice, const T *branch_1,
-                                                u32 sample, u32 thread, u32 start, const float (&logit)[ELEMENTS],
-                                                float (&partner)[ELEMENTS]) {
-    Partner found = {p.two_branches != 0u, 0u};
-    if (found.exists) {
-        slice.read(branch_1, partner);
-    } else if (p.history != nullptr) {
-        const i64 index = sample < p.batch ? load(p.index + sample) : -1;
-        const bool is_row = is_below(index, p.history_rows);
-        const bool repeated = is_repeated(p, sample, index, thread);
-        found.wrong = !is_row ? WRONG_INDEX : repeated ? REPEATED_INDEX : 0u;
-        found.exists = found.wrong == 0u;
-        if (found.exists) {
-            float *const remembered = p.history + static_cast<u64>(index) * p.classes + start;
-            slice.read(remembered, partner);
-            if (FORM != SCAN) {
-                slice.write(remembered, logit);
-            }
-        }
-    }
-    return found;
-}
-
 __device__ __forceinline__ void store_summary(const LossParams &p, const Summary &all, u32 sample) {
-    float *const part = summary_of(p, sample, blockIdx.x);
+    float *const part = summary_of<SUMMARY_WORDS>(p, sample, blockIdx.x);
     store(part, all.max);
     store(part + 1, all.others);
     store(part + 2, all.below);
@@ -370,12 +132,13 @@ __device__ __forceinline__ void gradients(const LossParams &p, const Slice<T, AL
                                           bool has_label, u32 label_at, float sum, float weight,
                                           float (&logit)[ELEMENTS], float (&difference)[ELEMENTS]) {
     const float inverse = 1.0f / sum;
+    const float pull = p.pull_per_label != 0u ? p.pull * weight : p.pull;
 #pragma unroll
     for (u32 k = 0; k < ELEMENTS; ++k) {
         const float probability = slice.at(k) == label_at ? p.smoothing - all.others * inverse : logit[k] * inverse;
-        const float pull = p.pull * difference[k];
-        logit[k] = pull + (has_label ? (probability - p.spread) * weight : 0.0f);
-        difference[k] = -pull;
+        const float pulled = pull * difference[k];
+        logit[k] = pulled + (has_label ? (probability - p.spread) * weight : 0.0f);
+        difference[k] = -pulled;
     }
 }
 
@@ -407,11 +170,12 @@ template <class T, Form FORM, bool ALIGNED> __device__ __forceinline__ void eval
         const Partner partner =
             read_partner<T, FORM>(p, slice, logits + branch + row + start, sample, thread, start, logit, difference);
         if (FORM != SCAN && gradient != nullptr && base == first) {
-            const float count = labelled(p);
+            const float count = p.denominator > 0.0f ? p.denominator : labelled<false>(p).count;
             weight = count > 0.0f ? 1.0f / count : 0.0f;
         }
         // Not before the labels of the batch are on their way: this waits for the label.
         const bool has_label = is_labelled(p, label);
+        const bool takes_part = partner.exists && (p.labelled_only == 0u || has_label);
         float label_logit = 0.0f;
         if (FORM == APPLY && has_label) {
             label_logit = to_float(load(logits + row + label));
@@ -421,7 +185,8 @@ template <class T, Form FORM, bool ALIGNED> __device__ __forceinline__ void eval
         // The summary of the slice, or of the row; logits become exp(l - M).
 #pragma unroll
         for (u32 k = 0; k < ELEMENTS; ++k) {
-            difference[k] = partner.exists && slice.has(k) ? logit[k] - difference[k] : 0.0f;
+            // Equal ones differ by nothing: classes that both branches mask by -inf, and elements that there are not.
+            difference[k] = takes_part && logit[k] != difference[k] ? logit[k] - difference[k] : 0.0f;
         }
         Summary all;
         if (FORM == APPLY) {
@@ -454,7 +219,7 @@ template <class T, Form FORM, bool ALIGNED> __device__ __forceinline__ void eval
         }
     }
     if (FORM != SCAN && is_last_block(p.workspace, reinterpret_cast<u32 *>(shared(FLAG)))) {
-        finish(p);
+        finish<false>(p);
     }
 }
 

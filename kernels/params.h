@@ -55,7 +55,28 @@ constexpr u32 LOSS_ELEMENTS = 8;
 constexpr u32 LOSS_GROUP = 512;
 
 /// Words of shared memory for each warp of a block; one more is for all of them.
-constexpr u32 LOSS_SHARED_WORDS = 9;
+constexpr u32 LOSS_SHARED_WORDS = 30;
+
+/// Of a slice, where the loss is not the paper's; more than what the paper's needs.
+constexpr u32 LOSS_GENERAL_SUMMARY_WORDS = 18;
+
+/// What the criterion is of.
+constexpr u32 LOSS_LABELS = 0;
+
+constexpr u32 LOSS_PROBABILITIES = 1;
+
+constexpr u32 LOSS_VALUES = 2;
+
+/// The divergences: those of differences of logits, those among them that need their mean, and those of probabilities.
+constexpr u32 LOSS_SQUARED_DIFFERENCE = 0;
+
+constexpr u32 LOSS_CENTERED_SQUARED_DIFFERENCE = 1;
+
+constexpr u32 LOSS_SYMMETRIC_KL = 2;
+
+constexpr u32 LOSS_KL = 3;
+
+constexpr u32 LOSS_JENSEN_SHANNON = 4;
 
 /// Length of the status in device memory.
 constexpr u32 LossStatus_WORDS = 9;
@@ -352,7 +373,14 @@ struct LayerEpilogueParams {
 /// Parameters of the kernels `loss*`.
 struct LossParams {
   Input<void> logits;
+  /// Null: the targets are others.
   Input<i64> labels;
+  /// Labels that are counted: those above, or more.
+  Input<i64> counted;
+  /// Probabilities or values.
+  Input<float> targets;
+  /// Null: all 1.
+  Input<float> class_weights;
   /// Null: none.
   Output<float> history;
   Input<i64> index;
@@ -363,10 +391,26 @@ struct LossParams {
   Output<u32> workspace;
   u64 history_rows;
   i64 ignore_label;
+  u64 first_row;
   u32 has_ignore_label;
   u32 two_branches;
+  u32 labelled_only;
+  /// Whether `pull` is still to be divided by the number of labels: they alone take part, and there is no denominator.
+  u32 pull_per_label;
+  u32 accumulate;
+  /// `LOSS_LABELS`, `LOSS_PROBABILITIES` or `LOSS_VALUES`.
+  u32 criterion;
+  /// `LOSS_SQUARED_DIFFERENCE` and so on; the mean of squares differs from their sum by `scale` alone.
+  u32 divergence;
+  /// Whether the criterion is of both branches.
+  u32 both_branches;
+  /// Whether the second half of the logits is their difference.
+  u32 is_difference;
+  u32 detach_target;
   /// Samples `B`, below 2^24: counts and positions are exact in f32.
   u32 batch;
+  /// Labels that are counted; samples, where there are none.
+  u32 counted_len;
   /// Classes `C`.
   u32 classes;
   /// Elements of a slice; the last may have fewer.
@@ -382,8 +426,14 @@ struct LossParams {
   float smoothing;
   /// `s / C`.
   float spread;
-  /// `2 lambda / B`.
+  /// What the divergence's gradient is multiplied by, such as `2 lambda / B`.
   float pull;
+  /// What the divergence is multiplied by: 1, `1 / C`, 1/2, `T^2`.
+  float scale;
+  /// What both sums are divided by; 0: it is counted.
+  float denominator;
+  /// `1 / T`.
+  float inverse_temperature;
 };
 
 /// Parameters of the kernels `low_rank_linear*`.

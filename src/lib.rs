@@ -11,6 +11,7 @@ pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 mod error;
+mod loss;
 pub mod noise;
 mod real;
 pub mod schedule;
@@ -18,6 +19,7 @@ mod shape;
 mod vector;
 
 pub use error::{Error, Result};
+pub use loss::{Divergence, LossSettings, Targets};
 pub use real::{Element, Real};
 pub use shape::LinearShape;
 

@@ -2,7 +2,8 @@
 
 use crate::gpu::Gpu;
 use crate::{Case, Launch};
-use pace_kernels::cuda::{Consistency, LossOutputs, LossSettings, LossStatus};
+use pace_kernels::cuda::{Consistency, LossInputs, LossOutputs, LossStatus};
+use pace_kernels::{LossSettings, Targets};
 
 const BATCH: usize = 64;
 
@@ -11,7 +12,7 @@ pub fn cases() -> Vec<Case> {
 }
 
 fn case(classes: usize, history: bool) -> Case {
-    let settings = LossSettings { classes, lambda: 1.0, label_smoothing: 0.0, ignore_label: None };
+    let settings = LossSettings::new(classes, 1.0);
     let len = if history { 1 } else { 2 } * BATCH * classes;
     let labels: Vec<i64> = (0..BATCH).map(|i| (i * 7 % classes) as i64).collect();
     let rows: Vec<i64> = (0..BATCH as i64).rev().collect();
@@ -41,8 +42,10 @@ fn case(classes: usize, history: bool) -> Case {
                     values: &mut values,
                     status: &mut status,
                     workspace: &mut workspace,
+                    accumulate: false,
                 };
-                Ok(gpu.device.loss::<f32>(&settings, &logits, &labels, consistency, outputs, &gpu.stream)?)
+                let inputs = LossInputs::new(&logits, Targets::Labels(&labels as _));
+                Ok(gpu.device.loss::<f32>(&settings, inputs, consistency, outputs, &gpu.stream)?)
             });
             Ok(launch)
         }),

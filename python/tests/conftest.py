@@ -83,8 +83,8 @@ def check_layers(model, run, tolerance=1e-10):
     calls = []
 
     def note(site, args, y):
-        # Not in the look at the model before its first step; what comes behind may change `y` in place.
-        if site.training:
+        # Not in the looks at the model before its first step; what comes behind may change `y` in place.
+        if site.training and site.pace.training:
             calls.append((site, args[0].detach().clone(), y.detach().clone()))
 
     sites = [module for module in model.train().modules() if isinstance(module, (NoisyLinear, AttachedNoise))]

@@ -107,6 +107,46 @@ def test_loss_and_status():
     close(losses.total.cpu(), expected.total, 1e-5)
 
 
+@pytest.mark.parametrize("targets", ["labels", "probabilities", "values"])
+@pytest.mark.parametrize("divergence", sorted(pace_torch.settings.DIVERGENCES))
+def test_every_loss(divergence, targets):
+    if targets == "values" and "difference" not in divergence:
+        pytest.skip("probabilities of values mean nothing")
+    torch.manual_seed(0)
+    logits, classes = random(10, 9), torch.rand(9)
+    labels = {"labels": torch.tensor([0, 8, -100, 3, 3]), "probabilities": random(5, 9).softmax(1), "values": random(5, 9)}[targets]
+    options = dict(divergence=divergence, both_branches=True, labelled_only=targets == "labels")
+    if divergence == "kl":
+        options.update(temperature=2.0, detach_target=True)
+    if targets == "values":
+        options["criterion"] = "mean_squared_error"
+    else:
+        options.update(class_weights=classes, label_smoothing=0.1)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)):
+        here = logits.to(dtype).double().requires_grad_()
+        there = logits.to(DEVICE, dtype).requires_grad_()
+        expected = pace_torch.pace_loss(here, labels, 0.5, denominator=torch.tensor(3), **options)
+        losses = pace_torch.pace_loss(there, labels.to(DEVICE), 0.5, denominator=torch.tensor(3, device=DEVICE), **options)
+        losses.check()
+        for name in ("total", "classification", "consistency"):
+            close(getattr(losses, name).cpu(), getattr(expected, name), 1e-5)
+        expected.total.backward(), losses.total.backward()
+        assert error(there.grad.cpu(), here.grad) <= tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_rows(dtype):
+    torch.manual_seed(0)
+    x, w, a, b = random(2, 50, 32), random(48, 32), random(4, 32), random(48, 4)
+    noise = Noise(z=torch.rand(6, 48), rows=torch.randint(6, (2, 50)), branches=2)
+    want = x @ w.T + noise.z[noise.rows].double() * (x @ a.T @ b.T)
+    there = Noise(z=noise.z.to(DEVICE), rows=noise.rows.to(DEVICE), branches=2)
+    x, w, a, b = (tensor.to(DEVICE, dtype) for tensor in (x, w, a, b))
+    y = pace_torch.lora_linear(x, w, None, a.requires_grad_(), b, None, there)
+    assert error(y.cpu(), want) <= (1e-5 if dtype == torch.float32 else 3e-2)
+    y.sum().backward()
+
+
 def test_tf32_is_taken_where_pytorch_takes_it(monkeypatch):
     x, w0, lora_a, lora_b = random(64, 256), random(128, 256), random(8, 256), random(128, 8)
     exact = pace_torch.lora_linear(x, w0, None, lora_a, lora_b, None)

@@ -138,14 +138,14 @@ def test_wrong_criteria_are_named():
         (nn.BCEWithLogitsLoss(reduction="none"), r"tensor of shape \(4, 5\), expected a scalar"),
         (lambda logits, labels: logits.sum().item(), "returned float, expected a scalar"),
         (lambda logits, labels: None, "returned NoneType"),
-        ("bce", "`criterion` is str"),
+        ("bce", "`criterion` is 'bce'"),
     ):
         with pytest.raises(PaceError, match=message):
             loss(criterion=criterion)
     with pytest.raises(PaceError, match="label_smoothing.*criterion"):
         loss(criterion=nn.BCEWithLogitsLoss(), label_smoothing=0.1)
     model = pace_torch.inject(vit(CLASSES), rank=2)
-    with pytest.raises(PaceError, match="`criterion` is str"):
+    with pytest.raises(PaceError, match="`criterion` is 'bce'"):
         model.pace.criterion = "bce"
     for labels, message in (
         (torch.zeros(BATCH), "other targets need a `criterion`"),

@@ -1,5 +1,7 @@
 """Models whose logits are of tokens: the labels that count, the shift, padding, Trainer."""
 
+import copy
+
 import pace_torch
 import pytest
 import torch
@@ -18,6 +20,8 @@ MODELS = {
         n_layer=2, n_head=2, n_embd=16, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0), ["c_attn"]),
     "BERT, tokens": ("BertForTokenClassification", "BertConfig", dict(
         num_labels=4, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), ["query", "dense"]),
+    "RoBERTa": ("RobertaForCausalLM", "RobertaConfig", dict(
+        is_decoder=True, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), ["query"]),
     "RoBERTa, masked": ("RobertaForMaskedLM", "RobertaConfig", dict(
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), ["query"]),
 }
@@ -77,13 +81,30 @@ def test_the_loss_of_tokens(name, way):
     close(losses.classification, classification / count, 1e-10)
     close(losses.consistency, consistency / count, 1e-10)
     close(losses.total, (classification + 0.1 * consistency) / count, 1e-10)
-    assert losses.logits.shape == (count, one.shape[-1]) and losses.consistency > 0
+    assert torch.equal(losses.logits, one) and losses.consistency > 0
     # Trainer's way: this batch's share of all that are accumulated.
     model.pace.step -= 1
     close(model.pace.compute_loss(model(**batch), labels, 2 * count), losses.total / 2, 1e-10)
     # In evaluation it is the model's own loss.
     model.eval()
     close(model.pace.compute_loss(model(**batch), labels).float(), model(**batch, labels=labels).loss.float(), 1e-5)
+
+
+def test_tokens_are_a_view_and_one_graph(monkeypatch):
+    """Logits are not copied, nor are their rows counted: shapes are fixed."""
+    seen, evaluate = [], pace_torch._step_loss.evaluate
+    monkeypatch.setattr(pace_torch._step_loss, "evaluate", lambda logits, *args, **kwargs: seen.append(logits) or evaluate(logits, *args, **kwargs))
+    pace = with_pace("Llama", "attach", divergence="symmetric_kl").pace
+    logits, labels = torch.randn(6, 7, 30, dtype=torch.float64, requires_grad=True), texts()[1]
+    plain = pace.loss(logits, labels)
+    assert seen[0].data_ptr() == logits.data_ptr() and seen[0].shape == (42, 30)
+    assert plain.logits.data_ptr() == logits.data_ptr() and plain.logits.shape == (3, 7, 30)
+    monkeypatch.undo()
+    compiled = torch.compile(lambda logits, labels: pace.loss(logits, labels).total, backend="aot_eager", fullgraph=True)
+    close(*(torch.autograd.grad(total, logits)[0] for total in (compiled(logits, labels), plain.total)), 1e-12)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        others = labels.roll(1, 0)
+        close(compiled(logits, others), pace.loss(logits, others).total, 1e-12)
 
 
 def test_padding_changes_nothing():
@@ -108,7 +129,7 @@ def test_wrong_and_missing_labels():
         model = with_pace("Llama", "attach", variant=variant)
         losses = model.pace.training_step(model, batch, torch.full_like(labels, -100))
         losses.total.backward()
-        assert losses.total == 0 and losses.consistency == 0 and losses.logits.shape == (0, 30)
+        assert losses.total == 0 and losses.consistency == 0 and losses.logits.shape == (3, 7, 30)
         assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
     model = with_pace("Llama", "attach")
     with pytest.raises(PaceError, match=r"`logits` is \(6, 7, 30\) and `labels` \(3, 6\), expected \[2·B, T, C\] and \[B, T\]"):
@@ -135,7 +156,139 @@ def test_what_maps_to_a_vocabulary_is_left_alone():
     assert isinstance(model.lm_head, pace_torch.NoisyLinear)
 
 
+def test_tied_and_trained_heads_have_no_noise():
+    with pytest.raises(PaceError, match="`target_modules` names `lm_head`.*shares its weight"):
+        pace_torch.inject(make("GPT-2"), "LoRAadd", 2, target_modules=["lm_head", "c_attn"])
+    config = peft.LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=["lm_head"], fan_in_fan_out=True)
+    model = pace_torch.attach(peft.get_peft_model(make("GPT-2").float(), config).double(), sigma=0.5)
+    assert not any("lm_head" in noise.path for noise in model.modules() if isinstance(noise, pace_torch.AttachedNoise))
+
+
+CLASSIFIERS = {
+    "RoBERTa": ("RobertaForSequenceClassification", "RobertaConfig", {}, ["query", "value"]),
+    "GPT-2": ("GPT2ForSequenceClassification", "GPT2Config", dict(n_layer=2, n_head=2, n_embd=16), ["c_attn", "c_proj"]),
+    "Llama": ("LlamaForSequenceClassification", "LlamaConfig", dict(num_key_value_heads=2), ["q_proj", "v_proj"]),
+    "Phi-3": ("Phi3ForSequenceClassification", "Phi3Config", dict(num_key_value_heads=2, attention_dropout=0.2, resid_pdrop=0.1),
+              ["qkv_proj", "gate_up_proj"]),
+}
+
+
+def classifier(name, way, dropout=None, **settings):
+    """With the dropout of its configuration, unless that is given."""
+    kind, config, sizes, targets = CLASSIFIERS[name]
+    base = {key: value for key, value in SIZES.items() if name != "GPT-2" or "size" not in key or key == "vocab_size"}
+    torch.manual_seed(0)
+    model = getattr(transformers, kind)(getattr(transformers, config)(**{**base, **sizes}, num_labels=3))
+    settings = dict(sigma=0.5, lambda_=0.1, **settings, **({} if dropout is None else {"dropout": dropout}))
+    if way == "inject":
+        return perturb(pace_torch.inject(model.double(), "LoRAadd", 2, target_modules=targets, **settings)).train()
+    lora = peft.LoraConfig(r=2, target_modules=targets, fan_in_fan_out=name == "GPT-2", task_type="SEQ_CLS")
+    return pace_torch.attach(perturb(peft.get_peft_model(model, lora).double()), **settings).train()
+
+
+def learns(model, batch, labels, steps=8):
+    """That the loss falls, of the same noise and dropout at all steps."""
+    optimizer = torch.optim.Adam([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.01)
+    totals = []
+    for _ in range(steps):
+        model.pace.step = 0
+        torch.manual_seed(0)
+        losses = model.pace.training_step(model, batch, labels)
+        optimizer.zero_grad()
+        losses.total.backward()
+        optimizer.step()
+        totals.append(losses.total.item())
+    assert totals[-1] < totals[1] < totals[0] and losses.consistency > 0, totals
+
+
+@pytest.mark.filterwarnings("ignore:.*layers drop")
+@pytest.mark.parametrize("way", ["inject", "attach"])
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_classifiers_of_sequences(name, way):
+    model, labels = classifier(name, way, dropout="off", divergence="symmetric_kl", both_branches=True), torch.tensor([0, 2, 1])
+    batch = texts()[0]
+    losses = check_layers(model, lambda: model.pace.training_step(model, batch, labels))
+    model.pace.step -= 1
+    one, two = model(**batch).logits.chunk(2)
+    cross = nn.functional.cross_entropy
+    close(losses.classification, (cross(one, labels) + cross(two, labels)) / 2, 1e-10)
+    assert losses.consistency > 0
+    learns(model, batch, labels)
+    model.eval()
+    close(model.pace.compute_loss(model(**batch), labels).float(), model(**batch, labels=labels).loss.float(), 1e-5)
+
+
+@pytest.mark.parametrize("way", ["inject", "attach"])
+@pytest.mark.parametrize("name", [name for name in MODELS if "," not in name])
+def test_causal_models_learn(name, way):
+    learns(with_pace(name, way, divergence="jensen_shannon"), *texts())
+
+
+@pytest.mark.filterwarnings("ignore:.*layers drop")
+@pytest.mark.parametrize("way", ["inject", "attach"])
+@pytest.mark.parametrize("name", ["RoBERTa", "GPT-2", "Phi-3"])
+def test_dropout_of_two_branches(name, way):
+    batch, labels = texts()[0], torch.tensor([0, 2, 1])
+
+    def without_noise(model):
+        for layer in model.modules():
+            if hasattr(layer, "sigma"):
+                layer.sigma = 0.0
+        return model
+
+    def runs(model):
+        found = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            found.append(model.pace.training_step(model, batch, labels))
+        return found
+
+    first, same, other = runs(without_noise(classifier(name, way)))
+    assert first.consistency > 0
+    first, same, other = runs(without_noise(classifier(name, way, dropout="off")))
+    assert first.consistency < 1e-20 and torch.equal(first.logits, other.logits)
+    model = without_noise(classifier(name, way, dropout="shared"))
+    first, same, other = runs(model)
+    assert first.consistency < 1e-20 and torch.equal(first.logits, same.logits) and not torch.allclose(first.logits, other.logits)
+    # What it was; and a copy has its own.
+    before = {path: module.p for path, module in classifier(name, way).named_modules() if isinstance(module, nn.Dropout)}
+    copied = copy.deepcopy(model)
+    close(runs(copied)[2].logits, runs(model)[2].logits, 1e-12)
+    plain = pace_torch.merge(model) if way == "inject" else pace_torch.detach(model)
+    after = {path: module for path, module in plain.named_modules() if isinstance(module, nn.Dropout)}
+    assert {path: module.p for path, module in after.items()} == before and not any("forward" in vars(module) for module in after.values())
+    if name == "Phi-3":
+        assert all(module.attention_dropout == 0.2 for module in plain.modules() if hasattr(module, "attention_dropout"))
+    assert runs(copied)[0].consistency < 1e-20
+
+
+def test_other_random_layers_are_found():
+    class Random(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(nn.functional.dropout(self.body(x), 0.5, self.training))
+
+    model = pace_torch.inject(Random(), rank=2, dropout="off").train()
+    with pytest.raises(PaceError, match="`dropout` is 'off', and the branches differ without noise"):
+        model(torch.randn(4, 4))
+
+
+def test_the_head_may_have_no_noise():
+    model = classifier("Llama", "inject", noise_head=False)
+    assert model.score.sigma == 0 and model.model.layers[1].self_attn.q_proj.sigma == 0.5
+    assert classifier("Llama", "inject").score.sigma > 0
+
+
 def test_generation_has_no_noise():
+    for way, message in (("inject", "cache of keys and values.*in training"), ("attach", "outside of its model")):
+        ids = texts()[0]["input_ids"][:1]
+        with pytest.raises(PaceError, match=f"{message}.*`eval\\(\\)`"):
+            with_pace("Llama", way).generate(ids, max_new_tokens=2, do_sample=False, attention_mask=torch.ones_like(ids))
+    with pytest.raises(PaceError, match="cache of keys and values.*`past_key_values`.*in training"):
+        with_pace("Llama", "attach")(**texts()[0], past_key_values=transformers.DynamicCache())
     for way in ("inject", "attach"):
         model, plain = with_pace("Llama", way).eval(), with_pace("Llama", way, variant="baseline").eval()
         ids = texts()[0]["input_ids"][:1]

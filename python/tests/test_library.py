@@ -54,7 +54,8 @@ def test_constants_are_those_of_the_header():
     values = {name: int(value) for name, value in re.findall(r"#define (PACE_\w+) (\d+)", header())}
     assert values["PACE_ABI_VERSION"] == lib.ABI_VERSION == lib.library.pace_abi_version()
     for name in ("F32", "F64", "F16", "BF16", "NOISE_OFF", "NOISE_GENERATED", "NOISE_GIVEN", "PER_SAMPLE", "PER_TOKEN",
-                 "EXACT", "ALLOW_TF32", "CONSISTENCY_NONE", "CONSISTENCY_TWO_BRANCH", "CONSISTENCY_HISTORY"):
+                 "EXACT", "ALLOW_TF32", "CONSISTENCY_NONE", "CONSISTENCY_TWO_BRANCH", "CONSISTENCY_HISTORY", "CONSISTENCY_DIFFERENCE",
+                 *(name.removeprefix("PACE_") for name in values if name.startswith(("PACE_DIVERGENCE_", "PACE_TARGETS_", "PACE_LOSS_")))):
         assert getattr(lib, name) == values[f"PACE_{name}"], name
 
 

@@ -27,8 +27,18 @@ WRONG = {
     "exclude_modules": ((3, [None]), NAMES),
     "adapter": (("LoRA", ["LoRAadd"], None), "expected one of LoRAmul_VPTadd, LoRAadd, VPTadd"),
     "variant": (("slow", None), "expected one of pace, lazy, fast, noise, baseline"),
+    "dropout": (("none", None), "expected one of independent, shared, off"),
+    "noise_head": (("no", None), "expected one of True, False"),
     "noise_shape": (("CB", None), "expected one of BC, BTC"),
-    "criterion": ((3,), "expected a function of logits and labels, or None"),
+    "divergence": (("mse", None), "expected one of squared_difference, mean_squared_difference"),
+    "temperature": ((-1, nan, "1", True), AT_LEAST_0),
+    "detach_target": (("no", None), "expected one of True, False"),
+    "both_branches": (("no", None), "expected one of True, False"),
+    "labelled_only": (("no", None), "expected one of True, False"),
+    "packed": (("no", None), "expected one of True, False"),
+    "class_weights": (([1.0], torch.ones(2, 2), torch.ones(2, dtype=torch.int64)), r"expected a floating tensor \[C\]"),
+    "ignore_index": ((1.5, None), "expected an integer"),
+    "criterion": ((3,), "expected a function of logits and labels, \"mean_squared_error\", or None"),
 }
 
 

@@ -6,6 +6,7 @@ mod cuda;
 use super::layers::PaceContext;
 use super::ops::{Element, scalar, with_slices, wrap};
 use crate::cpu::{Consistency, Loss, LossValues};
+use crate::loss::{Divergence, LossSettings, Targets};
 use crate::schedule::LazySchedule;
 use candle_core::{DType, Error, Result, Tensor};
 
@@ -65,10 +66,14 @@ pub struct Objective {
     context: PaceContext,
     variant: Variant,
     lambda: f64,
+    /// What the consistency term measures.
+    pub divergence: Divergence,
     /// Share of the target spread evenly over all classes.
     pub label_smoothing: f64,
     /// Samples with this label take no part in the cross-entropy.
     pub ignore_label: Option<i64>,
+    /// Whether the cross-entropy is the mean of that of both branches.
+    pub both_branches: bool,
     history: Option<History>,
 }
 
@@ -111,14 +116,23 @@ impl Objective {
     /// # Errors
     /// If `lambda` is negative or not finite, or a size in `variant` is zero.
     pub fn new(context: &PaceContext, variant: Variant, lambda: f64) -> Result<Self> {
-        wrap(crate::cpu::check_lambda(lambda))?;
+        wrap(crate::loss::check_lambda(lambda))?;
         match variant {
             Variant::Lazy { interval } => wrap(LazySchedule::new(interval).map(|_| ()))?,
             Variant::Fast { samples } => wrap(crate::shape::nonzero("samples", samples))?,
             Variant::CrossEntropy | Variant::Pace => {}
         }
         let context = context.clone();
-        Ok(Self { context, variant, lambda, label_smoothing: 0.0, ignore_label: None, history: None })
+        Ok(Self {
+            context,
+            variant,
+            lambda,
+            divergence: Divergence::default(),
+            label_smoothing: 0.0,
+            ignore_label: None,
+            both_branches: false,
+            history: None,
+        })
     }
 
     /// Runs `model` on the batch, under the noise of step `step`, and evaluates the loss.
@@ -161,20 +175,21 @@ impl Objective {
                 branches * used
             );
         }
-        let loss = Loss {
-            classes,
-            labels: &batch.labels[..used],
-            lambda: self.lambda,
+        let settings = LossSettings {
+            divergence: self.divergence,
             label_smoothing: self.label_smoothing,
             ignore_label: self.ignore_label,
+            both_branches: self.both_branches,
+            ..LossSettings::new(classes, self.lambda)
         };
+        let labels = &batch.labels[..used];
         let (values, gradient) = match (logits.device(), logits.dtype()) {
             #[cfg(feature = "candle-cuda")]
             (candle_core::Device::Cuda(device), _) => {
-                self.evaluate_on_device(device, loss, &logits, batch.index, branches)?
+                self.evaluate_on_device(device, settings, labels, &logits, batch.index, branches)?
             }
-            (_, DType::F32) => self.evaluate::<f32>(loss, &logits, batch.index, branches)?,
-            (_, DType::F64) => self.evaluate::<f64>(loss, &logits, batch.index, branches)?,
+            (_, DType::F32) => self.evaluate::<f32>(settings, labels, &logits, batch.index, branches)?,
+            (_, DType::F64) => self.evaluate::<f64>(settings, labels, &logits, batch.index, branches)?,
             (_, other) => candle_core::bail!("logits are {other:?}, expected F32 or F64"),
         };
         let loss = scalar(&logits, values.total, gradient)?;
@@ -184,14 +199,15 @@ impl Objective {
     /// The loss of some logits, and its gradient to them.
     fn evaluate<T: Remembered>(
         &mut self,
-        loss: Loss<'_>,
+        settings: LossSettings,
+        labels: &[i64],
         logits: &Tensor,
         index: Option<&[i64]>,
         branches: usize,
     ) -> Result<(LossValues, Tensor)> {
         let consistency = match (self.variant, branches) {
             (Variant::Fast { samples }, _) => {
-                let (index, elements) = remembered(samples, loss.classes, index)?;
+                let (index, elements) = remembered(samples, settings.classes, index)?;
                 if self.history.is_none() {
                     let mut table = Vec::new();
                     if table.try_reserve_exact(elements).is_err() {
@@ -211,6 +227,7 @@ impl Objective {
             (_, 2) => Consistency::TwoBranch,
             _ => Consistency::None,
         };
+        let loss = Loss { settings, targets: Targets::Labels(labels), class_weights: None };
         let mut gradient = vec![T::zero(); logits.elem_count()];
         let values = with_slices("pace_loss", &[logits], |slices| {
             wrap(loss.evaluate(slices[0], consistency, Some(&mut gradient)))
@@ -223,14 +240,15 @@ impl Objective {
     fn evaluate_on_device(
         &mut self,
         device: &candle_core::CudaDevice,
-        loss: Loss<'_>,
+        settings: LossSettings,
+        labels: &[i64],
         logits: &Tensor,
         index: Option<&[i64]>,
         branches: usize,
     ) -> Result<(LossValues, Tensor)> {
         let partner = match (self.variant, branches) {
             (Variant::Fast { samples }, _) => {
-                let (index, elements) = remembered(samples, loss.classes, index)?;
+                let (index, elements) = remembered(samples, settings.classes, index)?;
                 if self.history.is_none() {
                     self.history = Some(History::Device(device.alloc_zeros(elements)?));
                 }
@@ -244,7 +262,7 @@ impl Objective {
             (_, 2) => cuda::Partner::OtherBranch,
             _ => cuda::Partner::None,
         };
-        cuda::evaluate(device, loss, logits, partner)
+        cuda::evaluate(device, settings, labels, logits, partner)
     }
 }
 

@@ -54,6 +54,7 @@ args! {
     PacePromptBias: 216,
     PaceMerge: 48,
     PaceLoss: 184,
+    PaceLmHead: 344,
     PaceDropPath: 152,
     PaceGradNorm: 64,
     PaceFpDistance: 96,
@@ -78,7 +79,8 @@ pub(super) unsafe fn read<A: Args>(args: *const A) -> Result<A> {
     let known = size_of::<A>();
     let size = usize::try_from(size)
         .ok()
-        .filter(|size| (A::FIRST_SIZE..=MAX_SIZE).contains(size))
+        // Every version ends with a whole field: half a pointer is none.
+        .filter(|size| (A::FIRST_SIZE..=MAX_SIZE).contains(size) && size.is_multiple_of(8))
         .ok_or_else(|| {
             let name = std::any::type_name::<A>().rsplit("::").next().unwrap_or_default();
             Failure::new(

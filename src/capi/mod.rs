@@ -19,6 +19,7 @@
 mod call;
 mod device;
 mod linear;
+mod lm_head;
 mod lora;
 mod loss;
 mod noise;
@@ -28,6 +29,7 @@ mod weights;
 
 pub use device::*;
 pub use linear::*;
+pub use lm_head::*;
 pub use lora::*;
 pub use loss::*;
 pub use noise::*;

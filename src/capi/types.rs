@@ -43,6 +43,35 @@ pub const PACE_CONSISTENCY_NONE: u32 = 0;
 pub const PACE_CONSISTENCY_TWO_BRANCH: u32 = 1;
 /// PACE-fast: consistency with the logits that the same samples had last time; logits `[B, C]`.
 pub const PACE_CONSISTENCY_HISTORY: u32 = 2;
+/// Consistency with the other branch; logits `[2B, C]`, of which the second half is branch 0 minus branch 1. The gradient is to both.
+pub const PACE_CONSISTENCY_DIFFERENCE: u32 = 3;
+
+/// Sum over classes of the squared difference (the paper's).
+pub const PACE_DIVERGENCE_SQUARED_DIFFERENCE: u32 = 0;
+/// The same, divided by the number of classes.
+pub const PACE_DIVERGENCE_MEAN_SQUARED_DIFFERENCE: u32 = 1;
+/// Sum of the squared difference less its mean over the classes.
+pub const PACE_DIVERGENCE_CENTERED_SQUARED_DIFFERENCE: u32 = 2;
+/// `½ (KL(p‖q) + KL(q‖p))`: R-Drop.
+pub const PACE_DIVERGENCE_SYMMETRIC_KL: u32 = 3;
+/// `T²·KL(q_T‖p_T)`: branch 1 is the target.
+pub const PACE_DIVERGENCE_KL: u32 = 4;
+/// `½ (KL(p‖m) + KL(q‖m))`, `m` the mean of both.
+pub const PACE_DIVERGENCE_JENSEN_SHANNON: u32 = 5;
+
+/// Labels `[B]`: cross-entropy.
+pub const PACE_TARGETS_LABELS: u32 = 0;
+/// Probabilities `[B, C]`: cross-entropy.
+pub const PACE_TARGETS_PROBABILITIES: u32 = 1;
+/// Numbers `[B, C]`: mean squared error.
+pub const PACE_TARGETS_VALUES: u32 = 2;
+
+/// The criterion is the mean of that of both branches rather than that of branch 0.
+pub const PACE_LOSS_BOTH_BRANCHES: u32 = 1;
+/// Samples with the ignored label take no part in the consistency either.
+pub const PACE_LOSS_LABELLED_ONLY: u32 = 2;
+/// `PACE_DIVERGENCE_KL`: branch 1 gets no gradient of the consistency.
+pub const PACE_LOSS_DETACH_TARGET: u32 = 4;
 
 /// A dense row-major tensor: host memory for the CPU, device memory for CUDA. `{NULL, 0}` is an absent one.
 #[repr(C)]
@@ -376,7 +405,7 @@ pub struct PaceMerge {
     pub delta: PaceTensor,
 }
 
-/// Arguments of `pace_loss`: `total = cls + lambda·pace` (paper equation 11).
+/// Arguments of `pace_loss`: `total = cls + lambda·pace`; with zeros in the fields behind `workspace`, paper equation 11.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct PaceLoss {
@@ -384,7 +413,7 @@ pub struct PaceLoss {
     pub size: u64,
     /// Type of the logits and of their gradient.
     pub dtype: u32,
-    /// `PACE_CONSISTENCY_NONE`, `PACE_CONSISTENCY_TWO_BRANCH` or `PACE_CONSISTENCY_HISTORY`.
+    /// `PACE_CONSISTENCY_NONE`, `PACE_CONSISTENCY_TWO_BRANCH`, `PACE_CONSISTENCY_HISTORY` or `PACE_CONSISTENCY_DIFFERENCE`.
     pub consistency: u32,
     /// `C`.
     pub classes: u64,
@@ -398,7 +427,7 @@ pub struct PaceLoss {
     pub ignore_label: i64,
     /// `[B, C]` or `[2B, C]`, by `consistency`.
     pub logits: PaceTensor,
-    /// `int64_t [B]`.
+    /// `int64_t [B]`, with `PACE_TARGETS_LABELS`.
     pub labels: PaceTensor,
     /// History: `H [n, C]`, zeros at the start, read and then overwritten; `double` with `PACE_F64`, otherwise `float`.
     pub history: PaceTensor,
@@ -412,6 +441,92 @@ pub struct PaceLoss {
     pub status: PaceTensor,
     /// CUDA: at least `pace_loss_workspace` bytes. The first four must be zero before the first call, and are again after each.
     pub workspace: PaceTensor,
+    /// What the consistency term measures: `PACE_DIVERGENCE_*`.
+    pub divergence: u32,
+    /// What branch 0 is trained on: `PACE_TARGETS_LABELS`, `PACE_TARGETS_PROBABILITIES` or `PACE_TARGETS_VALUES`.
+    pub targets_kind: u32,
+    /// `PACE_LOSS_*`, added up.
+    pub flags: u32,
+    /// Zero.
+    pub reserved: u32,
+    /// `PACE_DIVERGENCE_KL`: `T`, more than 0.
+    pub temperature: f64,
+    /// Divides both sums in place of what is counted; 0: count.
+    pub denominator: f64,
+    /// Probabilities or values `[B, C]`; `double` with `PACE_F64`, otherwise `float`.
+    pub targets: PaceTensor,
+    /// Weights of the classes in the cross-entropy `[C]`, of the same type; absent: all 1.
+    pub class_weights: PaceTensor,
+}
+
+/// Arguments of `pace_lm_head`: logits `l = logit_scale·(h·(W + scale·B·A)ᵀ + b)`, and their loss as `pace_loss` has it with labels.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct PaceLmHead {
+    /// `sizeof(PaceLmHead)`.
+    pub size: u64,
+    /// Type of all tensors but the labels.
+    pub dtype: u32,
+    /// `PACE_DIVERGENCE_*`.
+    pub divergence: u32,
+    /// `H`.
+    pub hidden_size: u64,
+    /// Size of the vocabulary `V`.
+    pub classes: u64,
+    /// 2, or 1 for the cross-entropy alone.
+    pub branches: u64,
+    /// `r` of the LoRA.
+    pub rank: u64,
+    /// Rows of a branch whose logits are in memory at a time; 0: as many as are fast.
+    pub chunk_rows: u64,
+    /// `PACE_LOSS_*`, added up.
+    pub flags: u32,
+    /// Zero.
+    pub reserved: u32,
+    /// As in `PaceLoss`.
+    pub lambda: f64,
+    /// As in `PaceLoss`.
+    pub label_smoothing: f64,
+    /// As in `PaceLoss`.
+    pub temperature: f64,
+    /// As in `PaceLoss`.
+    pub denominator: f64,
+    /// As in `PaceLoss`.
+    pub has_ignore_label: u64,
+    /// As in `PaceLoss`.
+    pub ignore_label: i64,
+    /// Not 0; 1 in most models.
+    pub logit_scale: f64,
+    /// `l` becomes `soft_cap·tanh(l/soft_cap)`; 0: it does not.
+    pub soft_cap: f64,
+    /// Factor of the LoRA.
+    pub scale: f64,
+    /// `[branches·M, H]`, branch 0 first.
+    pub hidden: PaceTensor,
+    /// `int64_t [M]`: the token after each hidden state.
+    pub labels: PaceTensor,
+    /// `W [V, H]`.
+    pub weight: PaceTensor,
+    /// `b [V]`; may be absent.
+    pub bias: PaceTensor,
+    /// `B [V, r]` of a LoRA without noise; may be absent, with `lora_a`.
+    pub lora_b: PaceTensor,
+    /// `A [r, H]`.
+    pub lora_a: PaceTensor,
+    /// `WᵀW [H, H]` for squared differences: of `pace_lm_head_gram`, which writes it; absent: computed at each call.
+    pub gram: PaceTensor,
+    /// Output `[branches·M, H]`; absent if not wanted, as all gradients.
+    pub grad_hidden: PaceTensor,
+    /// Output `[V, H]`.
+    pub grad_weight: PaceTensor,
+    /// Output `[V]`.
+    pub grad_bias: PaceTensor,
+    /// Output `[V, r]`.
+    pub grad_lora_b: PaceTensor,
+    /// Output `[r, H]`.
+    pub grad_lora_a: PaceTensor,
+    /// Output `[3]`: total, cross-entropy, consistency.
+    pub values: PaceTensor,
 }
 
 /// Arguments of `pace_drop_path_*`: `y = x ⊙ mask / (mean(mask) + 1e-12)`, one mask for both branches.

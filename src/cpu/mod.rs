@@ -8,6 +8,7 @@ mod bf16;
 mod blas;
 mod drop_path;
 mod exp;
+mod lm_head;
 mod lora_mul_linear;
 mod loss;
 mod low_rank_linear;
@@ -23,14 +24,13 @@ mod weights;
 pub(crate) use blas::BlasReal;
 pub use blas::{Blas, Gemm, set_blas};
 pub use drop_path::{shared_drop_path, shared_drop_path_backward};
+pub use lm_head::{LmHead, LmHeadGrads};
 #[cfg(feature = "cuda")]
 pub(crate) use lora_mul_linear::check_adapter;
 pub use lora_mul_linear::{Lora, LoraMulLinear, LoraMulLinearGrads, Prompt};
-#[cfg(any(feature = "candle", feature = "cuda"))]
-pub(crate) use loss::check_lambda;
-pub use loss::{Consistency, Loss, LossValues};
 #[cfg(feature = "cuda")]
-pub(crate) use loss::{check_label_smoothing, history_rows};
+pub(crate) use loss::rows;
+pub use loss::{Consistency, Loss, LossValues};
 #[cfg(feature = "cuda")]
 pub(crate) use low_rank_linear::check_scale;
 pub use low_rank_linear::{LowRankGrads, LowRankLinear};

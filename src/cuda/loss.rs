@@ -1,4 +1,4 @@
-//! The training loss and its gradient to the logits; plans `kernels/loss.cu`.
+//! The training loss and its gradient to the logits; plans `kernels/loss.cu` and `kernels/loss_general.cu`.
 
 use super::borrows::Borrows;
 use super::buffer::{Buffer, DType, Element, Named, check_disjoint};
@@ -6,8 +6,9 @@ use super::device::Device;
 use super::kernel::{Kernels, WARP, table};
 use super::plan::{Launch, Plan};
 use super::pointer::{Input, Output, Void};
-use crate::cpu::{check_label_smoothing, check_lambda, history_rows};
+use crate::cpu::rows as rows_of;
 use crate::error::{Error, Result};
+use crate::loss::{Divergence, LossSettings, Targets, check_lambda};
 use crate::shape::{nonzero, product};
 use bytemuck::{Pod, Zeroable};
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
@@ -25,34 +26,34 @@ const SPREAD: usize = 64;
 /// Blocks, at most, unless a row alone needs more: each of them counts the labels of the whole batch.
 const MAX_BLOCKS: usize = 1024;
 /// Words of shared memory for each warp of a block; one more is for all of them.
-pub const LOSS_SHARED_WORDS: usize = 9;
+pub const LOSS_SHARED_WORDS: usize = 30;
 /// Samples, at most: the kernels count them in `f32`.
 const MAX_BATCH: usize = 1 << 24;
 const MAX_CLASSES: usize = 1 << 30;
 /// Words of the workspace: the counter of finished blocks, then for each sample its record, then for each of its slices.
 const TICKET_WORDS: usize = 1;
 const RECORD_WORDS: usize = 3;
-const SUMMARY_WORDS: usize = 4;
+/// Of a slice, where the loss is not the paper's; more than what the paper's needs.
+pub const LOSS_GENERAL_SUMMARY_WORDS: usize = 18;
 
-/// What a loss is made of (paper equation 11); [`cpu::Loss`](crate::cpu::Loss) has the formula.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct LossSettings {
-    /// Number of classes `C`.
-    pub classes: usize,
-    /// Strength λ of the consistency term: finite, not negative.
-    pub lambda: f64,
-    /// Share of the target spread evenly over all classes, in `[0, 1]`.
-    pub label_smoothing: f64,
-    /// Samples with this label take no part in the cross-entropy (unlabelled data); they do in the consistency.
-    pub ignore_label: Option<i64>,
-}
+/// What the criterion is of.
+pub const LOSS_LABELS: u32 = 0;
+pub const LOSS_PROBABILITIES: u32 = 1;
+pub const LOSS_VALUES: u32 = 2;
+
+/// The divergences: those of differences of logits, those among them that need their mean, and those of probabilities.
+pub const LOSS_SQUARED_DIFFERENCE: u32 = 0;
+pub const LOSS_CENTERED_SQUARED_DIFFERENCE: u32 = 1;
+pub const LOSS_SYMMETRIC_KL: u32 = 2;
+pub const LOSS_KL: u32 = 3;
+pub const LOSS_JENSEN_SHANNON: u32 = 4;
 
 impl LossSettings {
-    /// Words of workspace for a batch of that many samples.
+    /// Words of workspace for a batch of that many samples, whatever its targets and class weights.
     pub fn workspace_len(&self, batch: usize) -> usize {
         let summaries = match self.slices() {
             1 => 0,
-            slices => slices.saturating_mul(SUMMARY_WORDS),
+            slices => slices.saturating_mul(LOSS_GENERAL_SUMMARY_WORDS),
         };
         batch.saturating_mul(summaries.saturating_add(RECORD_WORDS)).saturating_add(TICKET_WORDS)
     }
@@ -78,6 +79,8 @@ pub enum Partner {
     None,
     /// The other branch: logits `[2B, C]`; the gradient flows into both.
     OtherBranch,
+    /// The other branch, given as the difference `l0 − l1` in the second half of the logits `[2B, C]`. The gradient is to both.
+    Difference,
     /// PACE-fast: the logits `[B, C]` that the same training samples had last time. Read, then overwritten.
     History {
         /// `H [n, C]`, `f32`.
@@ -87,6 +90,20 @@ pub enum Partner {
     },
 }
 
+impl Partner {
+    fn is_two_branches(&self) -> bool {
+        matches!(self, Self::OtherBranch | Self::Difference)
+    }
+
+    /// The history table and the index.
+    fn history(&self) -> (Option<Buffer>, Option<Buffer>) {
+        match *self {
+            Self::History { table, index } => (Some(table), Some(index)),
+            _ => (None, None),
+        }
+    }
+}
+
 /// Arguments of a loss.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Loss {
@@ -94,10 +111,14 @@ pub struct Loss {
     pub settings: LossSettings,
     /// Type of the logits and of their gradient.
     pub dtype: DType,
-    /// `[2B, C]` for [`Partner::OtherBranch`], otherwise `[B, C]`.
+    /// `[2B, C]` for [`Partner::OtherBranch`] and [`Partner::Difference`], otherwise `[B, C]`.
     pub logits: Buffer,
-    /// `[B]`, `i64`.
-    pub labels: Buffer,
+    /// What branch 0 is trained on: labels `i64`; probabilities and values `f32`.
+    pub targets: Targets<Buffer, Buffer>,
+    /// `[C]`, `f32`: weights of the classes in the cross-entropy; `None`: all 1.
+    pub class_weights: Option<Buffer>,
+    /// Labels `i64` of the whole batch, if the targets are a part of them: what the sums are divided by is counted there.
+    pub counted: Option<Buffer>,
     /// What branch 0 is kept consistent with.
     pub partner: Partner,
     /// Output: the gradient of the total, of the logits' shape and type.
@@ -106,6 +127,11 @@ pub struct Loss {
     pub values: Buffer,
     /// Output, `u64 [9]`: what [`LossStatus::new`] takes.
     pub status: Buffer,
+    /// Whether values and counts of the status are added to what is there, for the parts of a batch one after the other; of wrong
+    /// elements the first one stays. Needs a denominator, given or counted. An index is repeated if the same part has it twice.
+    pub accumulate: bool,
+    /// Position of the first sample in the whole batch: where the status counts from.
+    pub first_row: usize,
     /// `u32`, at least [`LossSettings::workspace_len`]. The first word must be zero before the launch and is again after it;
     /// contents of the others are ignored.
     pub workspace: Buffer,
@@ -116,7 +142,14 @@ pub struct Loss {
 #[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
 pub struct LossParams {
     logits: Input<Void>,
+    /// Null: the targets are others.
     labels: Input<i64>,
+    /// Labels that are counted: those above, or more.
+    counted: Input<i64>,
+    /// Probabilities or values.
+    targets: Input<f32>,
+    /// Null: all 1.
+    class_weights: Input<f32>,
     /// Null: none.
     history: Output<f32>,
     index: Input<i64>,
@@ -127,10 +160,26 @@ pub struct LossParams {
     workspace: Output<u32>,
     history_rows: u64,
     ignore_label: i64,
+    first_row: u64,
     has_ignore_label: u32,
     two_branches: u32,
+    labelled_only: u32,
+    /// Whether `pull` is still to be divided by the number of labels: they alone take part, and there is no denominator.
+    pull_per_label: u32,
+    accumulate: u32,
+    /// `LOSS_LABELS`, `LOSS_PROBABILITIES` or `LOSS_VALUES`.
+    criterion: u32,
+    /// `LOSS_SQUARED_DIFFERENCE` and so on; the mean of squares differs from their sum by `scale` alone.
+    divergence: u32,
+    /// Whether the criterion is of both branches.
+    both_branches: u32,
+    /// Whether the second half of the logits is their difference.
+    is_difference: u32,
+    detach_target: u32,
     /// Samples `B`, below 2^24: counts and positions are exact in f32.
     batch: u32,
+    /// Labels that are counted; samples, where there are none.
+    counted_len: u32,
     /// Classes `C`.
     classes: u32,
     /// Elements of a slice; the last may have fewer.
@@ -146,37 +195,147 @@ pub struct LossParams {
     smoothing: f32,
     /// `s / C`.
     spread: f32,
-    /// `2 lambda / B`.
+    /// What the divergence's gradient is multiplied by, such as `2 lambda / B`.
     pull: f32,
+    /// What the divergence is multiplied by: 1, `1 / C`, 1/2, `T^2`.
+    scale: f32,
+    /// What both sums are divided by; 0: it is counted.
+    denominator: f32,
+    /// `1 / T`.
+    inverse_temperature: f32,
+}
+
+/// How a divergence is computed: the kernels' number of it, what it is multiplied by, and what its gradient is.
+fn how(divergence: Divergence, classes: usize) -> (u32, f64, f64) {
+    match divergence {
+        Divergence::SquaredDifference => (LOSS_SQUARED_DIFFERENCE, 1.0, 2.0),
+        Divergence::MeanSquaredDifference => {
+            (LOSS_SQUARED_DIFFERENCE, 1.0 / classes as f64, 2.0 / classes as f64)
+        }
+        Divergence::CenteredSquaredDifference => (LOSS_CENTERED_SQUARED_DIFFERENCE, 1.0, 2.0),
+        Divergence::SymmetricKl => (LOSS_SYMMETRIC_KL, 0.5, 0.5),
+        Divergence::Kl { temperature, .. } => (LOSS_KL, temperature * temperature, temperature),
+        Divergence::JensenShannon => (LOSS_JENSEN_SHANNON, 0.5, 0.5),
+    }
 }
 
 impl Loss {
-    /// The plan that computes everything: one launch up to 4096 classes, two above.
+    /// The plan that computes everything: one launch up to 4096 classes, two or three above.
+    ///
+    /// Probabilities and class weights are not checked: finite and not negative.
     ///
     /// # Errors
-    /// If a size is zero or too large, λ or the smoothing is out of range, or a buffer has the wrong length, is not aligned
-    /// to its element or overlaps an output.
+    /// If a size is zero or too large, a setting is out of range or has no meaning for the targets, or a buffer has the wrong length,
+    /// is not aligned to its element or overlaps an output.
     pub fn plan(&self) -> Result<Plan> {
-        let LossSettings { classes, lambda, label_smoothing, ignore_label } = self.settings;
-        let (batch, bytes) = (self.labels.len, self.dtype.bytes());
-        let history_rows = self.check()?;
-        let (history, index) = match self.partner {
-            Partner::History { table, index } => (Some(table), Some(index)),
-            Partner::None | Partner::OtherBranch => (None, None),
+        let batch = self.batch()?;
+        let params = self.params(batch, self.check(batch)?);
+        let (group, slices) = (params.group as usize, params.slices as usize);
+        let groups = (batch / SPREAD).clamp(1, (THREADS / group).max(1));
+        let threads = groups * group;
+        let launch = |kernels: Kernels, columns: usize| {
+            let rows = batch.div_ceil(groups).min((MAX_BLOCKS / columns).max(1));
+            let (grid, block) = ([columns as u32, rows as u32, 1], [threads as u32, 1, 1]);
+            let shared = 4 * (LOSS_SHARED_WORDS * threads / WARP + 1);
+            Launch::new(kernels.choose(self.dtype), grid, block, shared, &params)
         };
+        // Without something to write for every element, one block per row combines what the launches before found.
+        let writes = self.gradient.is_some() || matches!(self.partner, Partner::History { .. });
+        let columns = if writes { slices } else { 1 };
+        let mut plan = Plan::default();
+        match (self.is_plain(), slices) {
+            (true, 1) => plan.push(launch(table::LOSS, 1)),
+            (true, _) => {
+                plan.push(launch(table::LOSS_SCAN, slices));
+                plan.push(launch(table::LOSS_APPLY, columns));
+            }
+            (false, 1) => plan.push(launch(table::LOSS_GENERAL, 1)),
+            (false, _) => {
+                plan.push(launch(table::LOSS_GENERAL_SCAN, slices));
+                if self.partner != Partner::None && params.divergence >= LOSS_CENTERED_SQUARED_DIFFERENCE {
+                    plan.push(launch(table::LOSS_GENERAL_SUMS, slices));
+                }
+                plan.push(launch(table::LOSS_GENERAL_APPLY, columns));
+            }
+        }
+        Ok(plan)
+    }
 
+    /// Whether it is the paper's loss but for factors, which `loss.cu` computes; all else is for `loss_general.cu`.
+    fn is_plain(&self) -> bool {
+        let is_square = matches!(
+            self.settings.divergence,
+            Divergence::SquaredDifference | Divergence::MeanSquaredDifference
+        );
+        (is_square || self.partner == Partner::None)
+            && matches!(self.targets, Targets::Labels(_))
+            && self.class_weights.is_none()
+            && self.partner != Partner::Difference
+            && !(self.settings.both_branches && self.partner == Partner::OtherBranch)
+    }
+
+    /// Samples of the batch.
+    fn batch(&self) -> Result<usize> {
+        let LossSettings { classes, .. } = self.settings;
+        self.settings.check(&self.targets, self.class_weights.is_some())?;
+        let (argument, batch) = match self.targets {
+            Targets::Labels(labels) => ("labels.len()", labels.len),
+            Targets::Probabilities(all) => {
+                ("probabilities.len() / C", rows_of("probabilities.len()", all.len, classes)?)
+            }
+            Targets::Values(all) => ("values.len() / C", rows_of("values.len()", all.len, classes)?),
+        };
+        nonzero(argument, batch)?;
+        if classes > MAX_CLASSES {
+            return Err(Error::Size { argument: "classes", expected: "at most 2^30", got: classes });
+        }
+        check_batch(argument, batch)?;
+        Ok(batch)
+    }
+
+    /// What is divided by, as far as it is known: the gradient of the divergence.
+    fn pull(&self, batch: usize) -> f64 {
+        let LossSettings { classes, lambda, divergence, labelled_only, denominator, .. } = self.settings;
+        let (_, _, of_gradient) = how(divergence, classes);
+        let divisor = match (denominator, labelled_only) {
+            (Some(denominator), _) => denominator,
+            // The kernels count.
+            (None, true) => 1.0,
+            (None, false) => self.counted.map_or(batch, |labels| labels.len) as f64,
+        };
+        of_gradient * lambda / divisor
+    }
+
+    /// The parameters; `history_rows`: rows of the history table.
+    fn params(&self, batch: usize, history_rows: usize) -> LossParams {
+        let LossSettings { classes, lambda, divergence, label_smoothing, ignore_label, .. } = self.settings;
+        let (history, index) = self.partner.history();
+        let (labels, targets, criterion) = match self.targets {
+            Targets::Labels(labels) => (Some(labels), None, LOSS_LABELS),
+            Targets::Probabilities(all) => (None, Some(all), LOSS_PROBABILITIES),
+            Targets::Values(all) => (None, Some(all), LOSS_VALUES),
+        };
+        let counted = self.counted.or(labels);
         let (slice, slices) = (self.settings.slice(), self.settings.slices());
         let group = match slices {
             1 => classes.div_ceil(LOSS_ELEMENTS).next_power_of_two().max(WARP),
             _ => LOSS_GROUP,
         };
-        let groups = (batch / SPREAD).clamp(1, (THREADS / group).max(1));
-        let threads = groups * group;
-        let aligned = classes.is_multiple_of(16 / bytes)
-            && [Some(self.logits), self.gradient, history].iter().flatten().all(Buffer::is_vector_aligned);
-        let params = LossParams {
+        let tensors = [Some(self.logits), self.gradient, history, targets, self.class_weights];
+        let aligned = classes.is_multiple_of(16 / self.dtype.bytes())
+            && tensors.iter().flatten().all(Buffer::is_vector_aligned);
+        let (number, scale, _) = how(divergence, classes);
+        let (temperature, detach_target) = match divergence {
+            Divergence::Kl { temperature, detach_target } => (temperature, detach_target),
+            _ => (1.0, false),
+        };
+        let two_branches = self.partner.is_two_branches();
+        LossParams {
             logits: self.logits.into(),
-            labels: self.labels.into(),
+            labels: labels.into(),
+            counted: counted.into(),
+            targets: targets.into(),
+            class_weights: self.class_weights.into(),
             history: history.into(),
             index: index.into(),
             gradient: self.gradient.into(),
@@ -185,9 +344,19 @@ impl Loss {
             workspace: self.workspace.into(),
             history_rows: history_rows as u64,
             ignore_label: ignore_label.unwrap_or_default(),
+            first_row: self.first_row as u64,
             has_ignore_label: ignore_label.is_some().into(),
-            two_branches: (self.partner == Partner::OtherBranch).into(),
+            two_branches: two_branches.into(),
+            labelled_only: self.settings.labelled_only.into(),
+            pull_per_label: (self.settings.labelled_only && self.settings.denominator.is_none()).into(),
+            accumulate: self.accumulate.into(),
+            criterion,
+            divergence: number,
+            both_branches: (self.settings.both_branches && two_branches).into(),
+            is_difference: (self.partner == Partner::Difference).into(),
+            detach_target: detach_target.into(),
             batch: batch as u32,
+            counted_len: counted.map_or(batch, |labels| labels.len) as u32,
             classes: classes as u32,
             slice: slice as u32,
             slices: slices as u32,
@@ -196,65 +365,59 @@ impl Loss {
             lambda: lambda as f32,
             smoothing: label_smoothing as f32,
             spread: (label_smoothing / classes as f64) as f32,
-            pull: (2.0 * lambda / batch as f64) as f32,
-        };
-        let launch = |kernels: Kernels, columns: usize| {
-            let rows = batch.div_ceil(groups).min((MAX_BLOCKS / columns).max(1));
-            let (grid, block) = ([columns as u32, rows as u32, 1], [threads as u32, 1, 1]);
-            let shared = 4 * (LOSS_SHARED_WORDS * threads / WARP + 1);
-            Launch::new(kernels.choose(self.dtype), grid, block, shared, &params)
-        };
-        if slices == 1 {
-            return Ok(launch(table::LOSS, 1).into());
+            pull: self.pull(batch) as f32,
+            scale: scale as f32,
+            denominator: self.settings.denominator.unwrap_or_default() as f32,
+            inverse_temperature: (1.0 / temperature) as f32,
         }
-        // Without something to write for every element, one block per row combines what the first launch found.
-        let writes = self.gradient.is_some() || history.is_some();
-        let mut plan = Plan::from(launch(table::LOSS_SCAN, slices));
-        plan.push(launch(table::LOSS_APPLY, if writes { slices } else { 1 }));
-        Ok(plan)
     }
 
-    /// Checks everything and gives the rows of the history table, 0 without one.
-    fn check(&self) -> Result<usize> {
-        let LossSettings { classes, lambda, label_smoothing, .. } = self.settings;
-        let batch = self.labels.len;
-        nonzero("classes", classes)?;
-        nonzero("labels.len()", batch)?;
-        if classes > MAX_CLASSES {
-            return Err(Error::Size { argument: "classes", expected: "at most 2^30", got: classes });
-        }
-        if batch > MAX_BATCH {
-            return Err(Error::Size { argument: "labels.len()", expected: "at most 2^24", got: batch });
-        }
-        check_lambda(lambda)?;
-        // As the kernels have it.
-        check_lambda(f64::from((2.0 * lambda) as f32))?;
-        check_label_smoothing(label_smoothing)?;
-
+    /// Checks everything but the settings and the size of the batch, and gives the rows of the history table, 0 without one.
+    fn check(&self, batch: usize) -> Result<usize> {
+        let classes = self.settings.classes;
+        self.check_numbers(batch)?;
         let bytes = self.dtype.bytes();
-        let (shape, rows) = match self.partner {
-            Partner::OtherBranch => ("[2B, C]", 2 * batch),
-            Partner::None | Partner::History { .. } => ("[B, C]", batch),
+        let (shape, rows) = match self.partner.is_two_branches() {
+            true => ("[2B, C]", 2 * batch),
+            false => ("[B, C]", batch),
         };
         let len = product("logits", shape, &[rows, classes])?;
         self.logits.check("logits", shape, len, bytes)?;
-        self.labels.check("labels", "[B]", batch, 8)?;
+        let targets = match self.targets {
+            Targets::Labels(labels) => {
+                labels.check("labels", "[B]", batch, 8)?;
+                in_bytes("labels", labels, 8)
+            }
+            Targets::Probabilities(all) => {
+                all.check("probabilities", "[B, C]", batch * classes, 4)?;
+                in_bytes("probabilities", all, 4)
+            }
+            Targets::Values(all) => {
+                all.check("values", "[B, C]", batch * classes, 4)?;
+                in_bytes("values", all, 4)
+            }
+        };
+        if let Some(weights) = self.class_weights {
+            weights.check("class_weights", "[C]", classes, 4)?;
+        }
+        if let Some(labels) = self.counted {
+            nonzero("counted.len()", labels.len)?;
+            check_batch("counted.len()", labels.len)?;
+            labels.check("counted", "[n]", labels.len, 8)?;
+        }
         if let Some(gradient) = self.gradient {
             gradient.check("gradient", shape, len, bytes)?;
         }
         self.values.check("values", "[3]", 3, 4)?;
         self.status.check("status", "[9]", LossStatus::WORDS, 8)?;
         let workspace = self.workspace.check_workspace(self.settings.workspace_len(batch))?;
-        let (table, index) = match self.partner {
-            Partner::History { table, index } => (Some(table), Some(index)),
-            Partner::None | Partner::OtherBranch => (None, None),
-        };
+        let (table, index) = self.partner.history();
         let mut history = 0;
         if let Some(index) = index {
             index.check("index", "[B]", batch, 8)?;
         }
         if let Some(table) = table {
-            history = history_rows(product("history", "[n, C]", &[table.len])?, classes)?;
+            history = rows_of("history.len()", product("history", "[n, C]", &[table.len])?, classes)?;
             table.check("history", "[n, C]", table.len, 4)?;
         }
         let outputs = [
@@ -266,7 +429,9 @@ impl Loss {
         ];
         let inputs = [
             Some(in_bytes("logits", self.logits, bytes)),
-            Some(in_bytes("labels", self.labels, 8)),
+            Some(targets),
+            self.class_weights.map(|weights| in_bytes("class_weights", weights, 4)),
+            self.counted.map(|labels| in_bytes("counted", labels, 8)),
             index.map(|index| in_bytes("index", index, 8)),
         ];
         let [inputs, outputs] =
@@ -274,6 +439,43 @@ impl Loss {
         check_disjoint(&inputs, &outputs, 1)?;
         Ok(history)
     }
+
+    /// Whether the settings are numbers to the kernels as well, and which of them may stand together.
+    fn check_numbers(&self, batch: usize) -> Result<()> {
+        let LossSettings { lambda, divergence, denominator, .. } = self.settings;
+        if let Some(got) = denominator.filter(|&value| !(value as f32).is_normal()) {
+            return Err(Error::Value { argument: "denominator", expected: "in the range of f32", got });
+        }
+        // Its square and its reciprocal are.
+        let range = 1e-18..=1e18;
+        if let Divergence::Kl { temperature: got, .. } = divergence
+            && !range.contains(&got)
+        {
+            return Err(Error::Value { argument: "temperature", expected: "in [1e-18, 1e18]", got });
+        }
+        for factor in [2.0 * lambda, self.pull(batch)] {
+            check_lambda(f64::from(factor as f32))?;
+        }
+        let problem = |argument, problem| Err(Error::Argument { argument, problem });
+        if self.counted.is_some() && denominator.is_some() {
+            return problem("counted", "is not counted, as there is a denominator");
+        }
+        if self.counted.is_some() && !matches!(self.targets, Targets::Labels(_)) {
+            return problem("counted", "are labels, and the targets are not");
+        }
+        if self.accumulate && self.counted.is_none() && denominator.is_none() {
+            return problem("accumulate", "needs a denominator, given or counted");
+        }
+        Ok(())
+    }
+}
+
+/// Checks a number of labels.
+fn check_batch(argument: &'static str, got: usize) -> Result<()> {
+    if got > MAX_BATCH {
+        return Err(Error::Size { argument, expected: "at most 2^24", got });
+    }
+    Ok(())
 }
 
 /// A tensor and its name for `check_disjoint`, in bytes: elements differ in size.
@@ -342,6 +544,8 @@ pub enum Consistency<'a> {
     None,
     /// The other branch: logits `[2B, C]`; the gradient flows into both.
     TwoBranch,
+    /// The other branch, given as the difference `l0 − l1` in the second half of the logits `[2B, C]`. The gradient is to both.
+    Difference,
     /// PACE-fast: the logits `[B, C]` that the same training samples had last time. Read, then overwritten.
     History {
         /// `H [n, C]`, zeros at the start.
@@ -349,6 +553,31 @@ pub enum Consistency<'a> {
         /// The row of each sample, `[B]`; no row twice.
         index: &'a dyn DevicePtr<i64>,
     },
+}
+
+/// What [`Device::loss`] reads.
+#[derive(Clone, Copy)]
+pub struct LossInputs<'a, T> {
+    /// `[2B, C]` for [`Consistency::TwoBranch`] and [`Consistency::Difference`], otherwise `[B, C]`.
+    pub logits: &'a dyn DevicePtr<T>,
+    /// Labels `[B]`, each in `0..C` or the ignored label; probabilities or values `[B, C]`, finite, which is not checked.
+    pub targets: Targets<&'a dyn DevicePtr<i64>, &'a dyn DevicePtr<f32>>,
+    /// Weights of the classes in the cross-entropy `[C]`, finite and not negative, which is not checked; `None`: all 1.
+    pub class_weights: Option<&'a dyn DevicePtr<f32>>,
+    /// Labels of the whole batch, if the targets are a part of them: see [`Loss::counted`].
+    pub counted: Option<&'a dyn DevicePtr<i64>>,
+    /// Position of the first sample in the whole batch.
+    pub first_row: usize,
+}
+
+impl<'a, T> LossInputs<'a, T> {
+    /// Of a whole batch, without class weights.
+    pub fn new(
+        logits: &'a dyn DevicePtr<T>,
+        targets: Targets<&'a dyn DevicePtr<i64>, &'a dyn DevicePtr<f32>>,
+    ) -> Self {
+        Self { logits, targets, class_weights: None, counted: None, first_row: 0 }
+    }
 }
 
 /// Where [`Device::loss`] writes.
@@ -362,13 +591,14 @@ pub struct LossOutputs<'a, T> {
     /// At least [`LossSettings::workspace_len`] words. The first must be zero before the first call, or values and status mean
     /// nothing; every call leaves it zero. Allocate zeros once, and use them for one stream.
     pub workspace: &'a mut dyn DevicePtrMut<u32>,
+    /// Whether values and status are added to what is there: see [`Loss::accumulate`].
+    pub accumulate: bool,
 }
 
 impl Device {
-    /// The loss of `logits`, and its gradient if it is wanted: [`cpu::Loss`](crate::cpu::Loss) in `f32` arithmetic.
+    /// The loss of logits, and its gradient if it is wanted: [`cpu::Loss`](crate::cpu::Loss) in `f32` arithmetic.
     ///
-    /// `logits` are `[2B, C]` for [`Consistency::TwoBranch`], otherwise `[B, C]`; `labels` are `[B]`, each in `0..C` or the
-    /// ignored label. Labels and indices lie on the device, so what is wrong with them is not an error of this call, and
+    /// Labels and indices lie on the device, so what is wrong with them is not an error of this call, and
     /// nothing is read or written out of bounds because of it: a wrong label counts as ignored; for an index that is no row
     /// of the table, or that of an earlier sample (found by comparing all of the batch), there is no consistency term and
     /// the table is left alone. Download the status when it suits, and ask [`LossStatus::check`].
@@ -378,8 +608,7 @@ impl Device {
     pub fn loss<'a, T: Element>(
         &'a self,
         settings: &LossSettings,
-        logits: &'a dyn DevicePtr<T>,
-        labels: &'a dyn DevicePtr<i64>,
+        inputs: LossInputs<'a, T>,
         consistency: Consistency<'a>,
         outputs: LossOutputs<'a, T>,
         stream: &'a CudaStream,
@@ -388,11 +617,18 @@ impl Device {
         let plan = Loss {
             settings: *settings,
             dtype: T::DTYPE,
-            logits: borrows.input("logits", logits)?,
-            labels: borrows.input("labels", labels)?,
+            logits: borrows.input("logits", inputs.logits)?,
+            targets: match inputs.targets {
+                Targets::Labels(labels) => Targets::Labels(borrows.input("labels", labels)?),
+                Targets::Probabilities(all) => Targets::Probabilities(borrows.input("probabilities", all)?),
+                Targets::Values(all) => Targets::Values(borrows.input("values", all)?),
+            },
+            class_weights: borrows.optional("class_weights", inputs.class_weights)?,
+            counted: borrows.optional("counted", inputs.counted)?,
             partner: match consistency {
                 Consistency::None => Partner::None,
                 Consistency::TwoBranch => Partner::OtherBranch,
+                Consistency::Difference => Partner::Difference,
                 Consistency::History { table, index } => Partner::History {
                     table: borrows.output("history", table)?,
                     index: borrows.input("index", index)?,
@@ -401,6 +637,8 @@ impl Device {
             gradient: borrows.optional_output("gradient", outputs.gradient)?,
             values: borrows.output("values", outputs.values)?,
             status: borrows.output("status", outputs.status)?,
+            accumulate: outputs.accumulate,
+            first_row: inputs.first_row,
             workspace: borrows.output("workspace", outputs.workspace)?,
         }
         .plan()?;

@@ -111,7 +111,7 @@ pub use gemm::{Gemm, Matrix, Workspace};
 pub use gpu::{Family, Gpu};
 pub use kernel::{KERNELS, Kernel};
 pub use lora_mul_linear::LoraMulLinear;
-pub use loss::{Consistency, Finding, Loss, LossOutputs, LossSettings, LossStatus, Partner};
+pub use loss::{Consistency, Finding, Loss, LossInputs, LossOutputs, LossStatus, Partner};
 pub use low_rank_linear::LowRankLinear;
 pub use merge::{Merge, MergeSign};
 pub use noise_fill::NoiseFill;

@@ -2,7 +2,7 @@
 
 use crate::support::*;
 use pace_kernels::cpu::{Consistency, Loss};
-use pace_kernels::{Error, Result};
+use pace_kernels::{Error, LossSettings, Result, Targets};
 use proptest::prelude::*;
 
 /// A call of the loss, in a form that can be corrupted piece by piece.
@@ -24,7 +24,8 @@ impl LossCall {
     /// Runs the loss; on an error, checks that neither the gradient nor the history was written.
     fn run(&self) -> Result<()> {
         let &Self { classes, ref labels, lambda, label_smoothing, ignore_label, .. } = self;
-        let loss = Loss { classes, labels, lambda, label_smoothing, ignore_label };
+        let settings = LossSettings { label_smoothing, ignore_label, ..LossSettings::new(classes, lambda) };
+        let loss = Loss { settings, targets: Targets::Labels(labels), class_weights: None };
         let logits = vec![0.5; self.logits];
         let mut gradient = self.gradient.map(|len| vec![UNTOUCHED; len]);
         let mut table = vec![UNTOUCHED; self.history.as_ref().map_or(0, |history| history.0)];

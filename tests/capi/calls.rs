@@ -25,7 +25,7 @@ macro_rules! operators {
     };
 }
 
-pub const OPERATORS: [(&str, Operator, usize); 20] = operators! {
+pub const OPERATORS: [(&str, Operator, usize); 22] = operators! {
     pace_noise_fill: PaceNoiseFill,
     pace_noisy_linear_forward: PaceNoisyLinear,
     pace_noisy_linear_backward: PaceNoisyLinear,
@@ -42,6 +42,8 @@ pub const OPERATORS: [(&str, Operator, usize); 20] = operators! {
     pace_merge: PaceMerge,
     pace_unmerge: PaceMerge,
     pace_loss: PaceLoss,
+    pace_lm_head: PaceLmHead,
+    pace_lm_head_gram: PaceLmHead,
     pace_drop_path_forward: PaceDropPath,
     pace_drop_path_backward: PaceDropPath,
     pace_grad_norm: PaceGradNorm,
@@ -103,6 +105,14 @@ impl Arena {
         (memory.start as u64..memory.end as u64).contains(&word)
     }
 
+    /// Numbers from 0 to 1, whichever way they are read.
+    fn probabilities(&mut self, len: u64) -> PaceTensor {
+        let tensor = self.tensor(len);
+        let start = self.used - AREA / 8;
+        self.memory[start..self.used].fill(0x3e80_0000_3e80_0000);
+        tensor
+    }
+
     fn integers(&mut self, len: u64) -> PaceTensor {
         let tensor = self.tensor(len);
         let start = self.used - AREA / 8;
@@ -112,6 +122,8 @@ impl Arena {
         tensor
     }
 }
+
+const ABSENT: PaceTensor = PaceTensor { data: std::ptr::null_mut(), len: 0 };
 
 pub fn cases(arena: &mut Arena) -> Vec<Case> {
     let (n, k, r, m) = (4, 5, 2, 12);
@@ -239,6 +251,47 @@ pub fn cases(arena: &mut Arena) -> Vec<Case> {
         workspace,
         ..zeroed()
     };
+    let divergence = PaceLoss {
+        consistency: PACE_CONSISTENCY_TWO_BRANCH,
+        divergence: PACE_DIVERGENCE_KL,
+        targets_kind: PACE_TARGETS_PROBABILITIES,
+        flags: PACE_LOSS_BOTH_BRANCHES | PACE_LOSS_DETACH_TARGET,
+        temperature: 2.0,
+        denominator: 5.0,
+        logits: arena.tensor(6 * 7),
+        labels: ABSENT,
+        targets: arena.probabilities(3 * 7),
+        class_weights: arena.probabilities(7),
+        history: ABSENT,
+        index: ABSENT,
+        gradient: arena.tensor(6 * 7),
+        ..loss
+    };
+    let lm_head = PaceLmHead {
+        divergence: PACE_DIVERGENCE_CENTERED_SQUARED_DIFFERENCE,
+        hidden_size: 5,
+        classes: 7,
+        branches: 2,
+        rank: 2,
+        chunk_rows: 2,
+        lambda: 0.5,
+        logit_scale: 1.0,
+        scale: 1.0,
+        hidden: arena.tensor(6 * 5),
+        labels: arena.integers(3),
+        weight: arena.tensor(7 * 5),
+        bias: arena.tensor(7),
+        lora_b: arena.tensor(7 * 2),
+        lora_a: arena.tensor(2 * 5),
+        gram: arena.tensor(5 * 5),
+        grad_hidden: arena.tensor(6 * 5),
+        grad_weight: arena.tensor(7 * 5),
+        grad_bias: arena.tensor(7),
+        grad_lora_b: arena.tensor(7 * 2),
+        grad_lora_a: arena.tensor(2 * 5),
+        values: arena.tensor(3),
+        ..zeroed()
+    };
     let drop_path = PaceDropPath {
         branches: 2,
         batch: 3,
@@ -284,7 +337,15 @@ pub fn cases(arena: &mut Arena) -> Vec<Case> {
         words("pace_prompt_bias_backward", prompt),
         words("pace_merge", merge),
         words("pace_unmerge", merge),
-        words("pace_loss", loss),
+        words("pace_loss", divergence).absent(&[
+            offset_of!(PaceLoss, labels),
+            offset_of!(PaceLoss, history),
+            offset_of!(PaceLoss, index),
+        ]),
+        words("pace_lm_head", lm_head),
+        words("pace_lm_head_gram", lm_head),
+        words("pace_loss", loss)
+            .absent(&[offset_of!(PaceLoss, targets), offset_of!(PaceLoss, class_weights)]),
         words("pace_drop_path_forward", drop_path).absent(&[offset_of!(PaceDropPath, mask)]),
         words("pace_drop_path_backward", drop_path).absent(&[offset_of!(PaceDropPath, mask)]),
         words("pace_grad_norm", norm),

@@ -5,8 +5,9 @@ use crate::loss_data::*;
 use crate::machine::Target;
 use crate::support::{Type, assert_close, distance, wide};
 use half::{bf16, f16};
+use pace_kernels::Targets;
 use pace_kernels::cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
-use pace_kernels::cuda::{Consistency, Finding, LossOutputs, LossStatus, Partner};
+use pace_kernels::cuda::{Consistency, Finding, LossInputs, LossOutputs, LossStatus, Partner};
 
 fn evaluate<T: Type>(case: Case, target: &Target<'_>) {
     let data = Data::<T>::new(case);
@@ -105,7 +106,7 @@ pub fn any_grid(target: &Target<'_>) {
                     let group = case.classes.div_ceil(8).next_power_of_two().clamp(32, 512) as u32;
                     launch.grid[1] = rows;
                     launch.block[0] = groups * group;
-                    launch.shared_bytes = 4 * (9 * groups * group / 32 + 1);
+                    launch.shared_bytes = 4 * (30 * groups * group / 32 + 1);
                 }
                 machine.launch(&plan);
                 let status = data.check(machine, &operator, &want);
@@ -272,8 +273,7 @@ pub fn safe_method(opened: &device::Opened) {
         device
             .loss::<f16>(
                 &settings,
-                &logits.slice(shift..),
-                &labels.slice(shift..),
+                LossInputs::new(&logits.slice(shift..), Targets::Labels(&labels.slice(shift..))),
                 match case.variant {
                     Variant::None => Consistency::None,
                     Variant::TwoBranch => Consistency::TwoBranch,
@@ -284,6 +284,7 @@ pub fn safe_method(opened: &device::Opened) {
                     values: &mut values.slice_mut(shift..),
                     status: &mut status.slice_mut(shift..),
                     workspace: &mut workspace,
+                    accumulate: false,
                 },
                 stream,
             )
@@ -319,9 +320,16 @@ pub fn in_a_graph(opened: &device::Opened) {
             values: &mut values,
             status: &mut status,
             workspace: &mut workspace,
+            accumulate: false,
         };
         device
-            .loss::<f32>(&case.settings(), &logits, &labels, Consistency::TwoBranch, outputs, stream)
+            .loss::<f32>(
+                &case.settings(),
+                LossInputs::new(&logits, Targets::Labels(&labels)),
+                Consistency::TwoBranch,
+                outputs,
+                stream,
+            )
             .unwrap();
         let graph = stream.end_capture(CUgraphInstantiate_flags(0)).unwrap().expect("something was captured");
         for step in 0..3 {

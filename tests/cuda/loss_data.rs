@@ -4,8 +4,9 @@ use crate::machine::Machine;
 use crate::support::{Type, assert_close, rounded, wide};
 use crate::uniform;
 use pace_kernels::cpu;
-use pace_kernels::cuda::{Loss, LossSettings, LossStatus, Partner};
+use pace_kernels::cuda::{Loss, LossStatus, Partner};
 use pace_kernels::noise::philox4x32_10;
+use pace_kernels::{LossSettings, Targets};
 
 /// Which consistency term.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -60,10 +61,9 @@ const EXTRA_ROWS: usize = 2;
 impl Case {
     pub fn settings(&self) -> LossSettings {
         LossSettings {
-            classes: self.classes,
-            lambda: 0.3,
             label_smoothing: self.smoothing,
             ignore_label: self.ignore_label,
+            ..LossSettings::new(self.classes, 0.3)
         }
     }
 
@@ -144,8 +144,8 @@ impl<T: Type> Data<T> {
     }
 
     fn on_cpu_with(&self, ignore_label: Option<i64>, labels: &[i64]) -> pace_kernels::Result<Want<T>> {
-        let LossSettings { classes, lambda, label_smoothing, .. } = self.case.settings();
-        let loss = cpu::Loss { classes, labels, lambda, label_smoothing, ignore_label };
+        let settings = LossSettings { ignore_label, ..self.case.settings() };
+        let loss = cpu::Loss { settings, targets: Targets::Labels(labels), class_weights: None };
         let mut table: Vec<f64> = wide(&self.table);
         let consistency = match self.case.variant {
             Variant::None => cpu::Consistency::None,
@@ -172,9 +172,8 @@ impl<T: Type> Data<T> {
         if variant != Variant::History {
             return self.on_cpu_with(Some(ignore), &labels).unwrap();
         }
-        let LossSettings { lambda, label_smoothing, .. } = self.case.settings();
-        let loss =
-            cpu::Loss { classes, labels: &labels, lambda, label_smoothing, ignore_label: Some(ignore) };
+        let settings = LossSettings { ignore_label: Some(ignore), ..self.case.settings() };
+        let loss = cpu::Loss { settings, targets: Targets::Labels(&labels), class_weights: None };
         let (mut logits, mut table) = (wide(&self.logits), self.table.clone());
         for i in 0..batch {
             let own = logits[i * classes..][..classes].to_vec();
@@ -247,7 +246,9 @@ impl<T: Type> Data<T> {
             settings,
             dtype: T::DTYPE,
             logits: machine.input("logits", &self.logits),
-            labels: machine.input("labels", &self.labels),
+            targets: Targets::Labels(machine.input("labels", &self.labels)),
+            class_weights: None,
+            counted: None,
             partner: match self.case.variant {
                 Variant::None => Partner::None,
                 Variant::TwoBranch => Partner::OtherBranch,
@@ -259,6 +260,8 @@ impl<T: Type> Data<T> {
             gradient: self.case.gradient.then(|| machine.output::<T>("gradient", self.logits.len())),
             values: machine.output::<f32>("values", 3),
             status: machine.output::<u64>("status", LossStatus::WORDS),
+            accumulate: false,
+            first_row: 0,
             workspace: machine.in_out("workspace", &workspace),
         }
     }

@@ -1,15 +1,14 @@
 //! The loss: geometry, wrong arguments, and its status.
 
 use crate::support::*;
-use pace_kernels::Error;
-use pace_kernels::cuda::{Buffer, DType, Finding, Loss, LossSettings, LossStatus, Partner};
+use pace_kernels::cuda::{Buffer, DType, Finding, Loss, LossStatus, Partner};
+use pace_kernels::{Error, LossSettings, Targets};
 
 /// Classes, samples and remembered samples of `loss`.
 const C: usize = 24;
 const B: usize = 6;
 const ROWS: usize = 10;
-const SETTINGS: LossSettings =
-    LossSettings { classes: C, lambda: 0.5, label_smoothing: 0.1, ignore_label: None };
+const SETTINGS: LossSettings = LossSettings { label_smoothing: 0.1, ..LossSettings::new(C, 0.5) };
 
 /// Its tensors lie at multiples of 4096, in their order here.
 fn loss() -> Loss {
@@ -17,11 +16,15 @@ fn loss() -> Loss {
         settings: SETTINGS,
         dtype: DType::F16,
         logits: buffer(4096, B * C),
-        labels: buffer(2 * 4096, B),
+        targets: Targets::Labels(buffer(2 * 4096, B)),
+        class_weights: None,
+        counted: None,
         partner: Partner::History { table: buffer(3 * 4096, ROWS * C), index: buffer(4 * 4096, B) },
         gradient: Some(buffer(5 * 4096, B * C)),
         values: buffer(6 * 4096, 3),
         status: buffer(7 * 4096, LossStatus::WORDS),
+        accumulate: false,
+        first_row: 0,
         workspace: buffer(8 * 4096, SETTINGS.workspace_len(B)),
     }
 }
@@ -56,7 +59,7 @@ fn a_loss_has_the_documented_geometry() {
             let operator = Loss {
                 settings,
                 logits: buffer(1 << 60, 2 * batch * classes),
-                labels: buffer(1 << 61, batch),
+                targets: Targets::Labels(buffer(1 << 61, batch)),
                 partner: Partner::OtherBranch,
                 gradient: Some(buffer(1 << 62, 2 * batch * classes)),
                 workspace: buffer(1 << 63, settings.workspace_len(batch)),
@@ -97,16 +100,22 @@ fn wrong_arguments_of_a_loss_are_refused() {
     ] {
         assert!(matches!(Loss { settings: operator, ..loss() }.plan(), Err(Error::Value { .. })));
     }
-    wrong(Loss { labels: buffer(8192, 0), ..loss() }, size("labels.len()", "at least 1", 0));
+    wrong(
+        Loss { targets: Targets::Labels(buffer(8192, 0)), ..loss() },
+        size("labels.len()", "at least 1", 0),
+    );
     let batch = (1 << 24) + 1;
-    wrong(Loss { labels: buffer(8192, batch), ..loss() }, size("labels.len()", "at most 2^24", batch));
+    wrong(
+        Loss { targets: Targets::Labels(buffer(8192, batch)), ..loss() },
+        size("labels.len()", "at most 2^24", batch),
+    );
 
     // Each tensor in turn: what it is called, its shape and length, the bytes of an element, and the loss with another one.
     type With = fn(Buffer) -> Loss;
     let needed = SETTINGS.workspace_len(B);
     let tensors: [(&'static str, &'static str, usize, u64, With); 8] = [
         ("logits", "[B, C]", B * C, 2, |logits| Loss { logits, ..loss() }),
-        ("labels", "[B]", B, 8, |labels| Loss { labels, ..loss() }),
+        ("labels", "[B]", B, 8, |labels| Loss { targets: Targets::Labels(labels), ..loss() }),
         ("history", "[n, C]", ROWS * C, 4, |table| {
             let index = buffer(4 * 4096, B);
             Loss { partner: Partner::History { table, index }, ..loss() }
@@ -184,8 +193,12 @@ fn wrong_arguments_of_a_loss_are_refused() {
     let both = Loss { logits: buffer(4096, 2 * B * C), ..both };
     wrong(both, length("gradient", "[2B, C]", 2 * B * C, B * C));
     let huge = LossSettings { classes: 1 << 30, ..SETTINGS };
-    let huge =
-        Loss { settings: huge, labels: buffer(8192, 1 << 24), logits: buffer(4096, usize::MAX), ..both };
+    let huge = Loss {
+        settings: huge,
+        targets: Targets::Labels(buffer(8192, 1 << 24)),
+        logits: buffer(4096, usize::MAX),
+        ..both
+    };
     assert!(matches!(huge.plan(), Err(Error::Length { argument: "logits", .. })));
 }
 

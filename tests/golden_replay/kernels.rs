@@ -4,14 +4,13 @@ use super::case::Case;
 use super::machine::{Machine, Target};
 use super::operators::{adapter_kind, noise_shape, shape};
 use libtest_mimic::Failed;
-use pace_kernels::LinearShape;
 use pace_kernels::adapter::{self, Adapter};
 use pace_kernels::cuda::{
-    Base, Buffer, DType, Direction, DropPath, LoraFactors, LoraGrads, Loss, LossSettings, LossStatus,
-    LowRankGrads, LowRankLinear, MaskSource, NoisyLinear, NoisyLinearGrads, Partner, PromptBias, PromptGrads,
-    Source,
+    Base, Buffer, DType, Direction, DropPath, LoraFactors, LoraGrads, Loss, LossStatus, LowRankGrads,
+    LowRankLinear, MaskSource, NoisyLinear, NoisyLinearGrads, Partner, PromptBias, PromptGrads, Source,
 };
 use pace_kernels::schedule::LazySchedule;
+use pace_kernels::{LinearShape, LossSettings, Targets};
 use std::cell::RefCell;
 
 const TYPE: DType = DType::F32;
@@ -227,23 +226,22 @@ pub fn loss(case: &Case, target: &Target<'_>) -> Result<(), Failed> {
             },
             other => return Err(format!("unknown mode `{other}`").into()),
         };
-        let settings = LossSettings {
-            classes,
-            lambda: case.number("lambda_")?,
-            label_smoothing: 0.0,
-            ignore_label: None,
-        };
+        let settings = LossSettings::new(classes, case.number("lambda_")?);
         let logits = machine.input("logits", &case.get::<f32>("logits")?);
         let gradient = machine.output::<f32>("gradient", logits.len);
         let loss = Loss {
             settings,
             dtype: TYPE,
             logits,
-            labels: machine.input("labels", labels),
+            targets: Targets::Labels(machine.input("labels", labels)),
+            class_weights: None,
+            counted: None,
             partner,
             gradient: Some(gradient),
             values: machine.output::<f32>("values", 3),
             status: machine.output::<u64>("status", LossStatus::WORDS),
+            accumulate: false,
+            first_row: 0,
             workspace: machine.in_out("workspace", &vec![0u32; settings.workspace_len(labels.len())]),
         };
         machine.launch(&loss.plan()?);

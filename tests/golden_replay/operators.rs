@@ -6,7 +6,7 @@ use pace_kernels::adapter::{self, Adapter};
 use pace_kernels::cpu::{self, Base, Consistency, LoraFactors, LoraGrads, Loss, PromptBias, PromptGrads};
 use pace_kernels::noise::{Noise, NoiseShape};
 use pace_kernels::schedule::LazySchedule;
-use pace_kernels::{LinearShape, Real};
+use pace_kernels::{LinearShape, LossSettings, Real, Targets};
 
 /// The bound of a precision.
 fn tolerance<T: Real>() -> f64 {
@@ -235,8 +235,8 @@ pub fn loss<T: Real>(case: &Case) -> Result<(), Failed> {
         other => return Err(format!("unknown mode `{other}`").into()),
     };
     let with_consistency = !matches!(consistency, Consistency::None);
-    let loss =
-        Loss { classes, labels, lambda: case.number("lambda_")?, label_smoothing: 0.0, ignore_label: None };
+    let settings = LossSettings::new(classes, case.number("lambda_")?);
+    let loss = Loss { settings, targets: Targets::Labels(labels), class_weights: None };
     let mut gradient = vec![T::zero(); logits.len()];
     let values = loss.evaluate(&logits, consistency, Some(&mut gradient))?;
     let tolerance = tolerance::<T>();

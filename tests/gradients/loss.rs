@@ -3,8 +3,8 @@
 use crate::data::*;
 use crate::reference;
 use crate::support::*;
-use pace_kernels::Real;
 use pace_kernels::cpu::{Consistency, Loss, LossValues};
+use pace_kernels::{LossSettings, Real, Targets};
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Partner {
@@ -23,7 +23,8 @@ fn run_loss<T: Real>(
     index: &[i64],
 ) -> (LossValues, Vec<T>, Vec<T>) {
     let &reference::Loss { classes, labels, lambda, label_smoothing, ignore_label } = setting;
-    let loss = Loss { classes, labels, lambda, label_smoothing, ignore_label };
+    let settings = LossSettings { label_smoothing, ignore_label, ..LossSettings::new(classes, lambda) };
+    let loss = Loss { settings, targets: Targets::Labels(labels), class_weights: None };
     let mut table = Vec::new();
     let mut logits = cast::<T>(logits);
     let consistency = match kind {
@@ -135,7 +136,8 @@ fn loss_gradients_are_derivatives() {
 fn loss_is_reproducible() {
     for_losses(&[(64, 101), (64, 1001)], |setting, logits, partner| {
         let &reference::Loss { classes, labels, lambda, label_smoothing, ignore_label } = &setting;
-        let loss = Loss { classes, labels, lambda, label_smoothing, ignore_label };
+        let settings = LossSettings { label_smoothing, ignore_label, ..LossSettings::new(classes, lambda) };
+        let loss = Loss { settings, targets: Targets::Labels(labels), class_weights: None };
         let both = [logits, partner].concat();
         let values_only = loss.evaluate(&both, Consistency::TwoBranch, None).unwrap();
         let run = || run_loss::<f64>(&setting, Partner::Branch, logits, partner, &[]);
@@ -260,7 +262,8 @@ fn ignored_samples_do_not_matter() {
 /// PACE-fast: the first epoch sees zeros, the second what the first wrote.
 #[test]
 fn history_is_read_then_overwritten() {
-    let loss = Loss { classes: 2, labels: &[0, 1], lambda: 1.0, label_smoothing: 0.0, ignore_label: None };
+    let loss =
+        Loss { settings: LossSettings::new(2, 1.0), targets: Targets::Labels(&[0, 1]), class_weights: None };
     let mut table = [0.0; 6];
     let mut epoch = |logits: &[f64], index: &[i64]| {
         let consistency = Consistency::History { table: &mut table, index };

@@ -13,6 +13,7 @@ from .captured import CapturedStep
 from .controller import Pace
 from .drop_paths import SharedDropPath
 from .inject import describe, inject, load_trainable_state_dict, merge, trainable_state_dict
+from .lm import lm_gram, lm_loss
 from .loss import Losses, pace_loss
 from .modules import Adapter, Head, LoraAdd, LoraMulVptAdd, NoisyLinear, VptAdd
 from .ops import (
@@ -30,6 +31,7 @@ from .ops import (
     prompt_bias,
 )
 from .peft_files import load_peft, save_peft
+from .settings import LossOptions, Settings
 
 __all__ = [
     "Adapter",
@@ -38,11 +40,13 @@ __all__ = [
     "Head",
     "LoraAdd",
     "LoraMulVptAdd",
+    "LossOptions",
     "Losses",
     "Noise",
     "NoisyLinear",
     "Pace",
     "PaceError",
+    "Settings",
     "SharedDropPath",
     "VptAdd",
     "attach",
@@ -54,6 +58,8 @@ __all__ = [
     "inject",
     "keys",
     "load_peft",
+    "lm_gram",
+    "lm_loss",
     "load_trainable_state_dict",
     "lora_linear",
     "lora_mul_linear",

@@ -87,6 +87,16 @@ def twice(tensor: Tensor) -> Tensor:
     return torch.cat([tensor, tensor])
 
 
+# What attention is told of packed rows besides their positions.
+PACKED_BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k")
+PACKED = (*PACKED_BOUNDS, "max_length_q", "max_length_k")
+
+
+def twice_packed(kwargs: Mapping) -> dict[str, Tensor]:
+    """The bounds of the sequences in packed rows, as those of two branches of these: the second behind the first."""
+    return {name: torch.cat([kwargs[name], kwargs[name][1:] + kwargs[name][-1]]) for name in PACKED_BOUNDS if kwargs.get(name) is not None}
+
+
 def call(model: Callable, batch: Any) -> Any:
     """What a model makes of a batch: a mapping's items are keywords, those of a tuple or list positional arguments."""
     if isinstance(batch, Mapping):

@@ -17,7 +17,11 @@ DTYPES = {torch.float32: F32, torch.float64: F64, torch.float16: F16, torch.bflo
 NOISE_OFF, NOISE_GENERATED, NOISE_GIVEN = range(3)
 PER_SAMPLE, PER_TOKEN = range(2)
 EXACT, ALLOW_TF32 = 1, 2
-CONSISTENCY_NONE, CONSISTENCY_TWO_BRANCH, CONSISTENCY_HISTORY = range(3)
+CONSISTENCY_NONE, CONSISTENCY_TWO_BRANCH, CONSISTENCY_HISTORY, CONSISTENCY_DIFFERENCE = range(4)
+(DIVERGENCE_SQUARED_DIFFERENCE, DIVERGENCE_MEAN_SQUARED_DIFFERENCE, DIVERGENCE_CENTERED_SQUARED_DIFFERENCE, DIVERGENCE_SYMMETRIC_KL,
+ DIVERGENCE_KL, DIVERGENCE_JENSEN_SHANNON) = range(6)
+TARGETS_LABELS, TARGETS_PROBABILITIES, TARGETS_VALUES = range(3)
+LOSS_BOTH_BRANCHES, LOSS_LABELLED_ONLY, LOSS_DETACH_TARGET = 1, 2, 4
 
 
 class PaceTensor(ctypes.Structure):
@@ -136,6 +140,39 @@ class PaceLoss(ctypes.Structure):
         ("has_ignore_label", c_uint64),
         ("ignore_label", c_int64),
         *_tensors("logits", "labels", "history", "index", "gradient", "values", "status", "workspace"),
+        ("divergence", c_uint32),
+        ("targets_kind", c_uint32),
+        ("flags", c_uint32),
+        ("reserved", c_uint32),
+        ("temperature", c_double),
+        ("denominator", c_double),
+        *_tensors("targets", "class_weights"),
+    ]
+
+
+class PaceLmHead(ctypes.Structure):
+    _fields_ = [
+        ("size", c_uint64),
+        ("dtype", c_uint32),
+        ("divergence", c_uint32),
+        ("hidden_size", c_uint64),
+        ("classes", c_uint64),
+        ("branches", c_uint64),
+        ("rank", c_uint64),
+        ("chunk_rows", c_uint64),
+        ("flags", c_uint32),
+        ("reserved", c_uint32),
+        ("lambda", c_double),
+        ("label_smoothing", c_double),
+        ("temperature", c_double),
+        ("denominator", c_double),
+        ("has_ignore_label", c_uint64),
+        ("ignore_label", c_int64),
+        ("logit_scale", c_double),
+        ("soft_cap", c_double),
+        ("scale", c_double),
+        *_tensors("hidden", "labels", "weight", "bias", "lora_b", "lora_a", "gram"),
+        *_tensors("grad_hidden", "grad_weight", "grad_bias", "grad_lora_b", "grad_lora_a", "values"),
     ]
 
 

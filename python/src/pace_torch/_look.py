@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ._batch import find_logits, with_rows
+from ._batch import PACKED, find_logits, twice, with_rows
+from ._dropout import check_branches_alike
 
 if TYPE_CHECKING:
     from .controller import Pace
@@ -21,6 +22,9 @@ def look_at(model: nn.Module, pace: "Pace", args: tuple, kwargs: dict) -> None:
     what the samples are (experts). Their `fixed_rows` and `sample_rows` say so.
     """
     pace.probed = True
+    if pace.packing is not None:
+        # Of other numbers of rows; models find them by the positions.
+        kwargs = {name: value for name, value in kwargs.items() if name not in PACKED}
     layers = [layer for layer in model.modules() if hasattr(layer, "fixed_rows")]
     twice: dict[nn.Module, list[Tensor]] = {}
     rows: dict[nn.Module, list[int]] = {}
@@ -77,6 +81,23 @@ def look_at(model: nn.Module, pace: "Pace", args: tuple, kwargs: dict) -> None:
     _warn([layer.path for layer in twice if layer.fixed_rows and layer.sample_rows is None],
           "work on rows that are not those of samples, and get no noise")
     _warn([layer.path for layer in layers if layer not in twice], "have an adapter, but the model does not call them")
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def look_at_dropout(model: nn.Module, pace: "Pace", args: tuple, kwargs: dict) -> None:
+    """Runs the model in training without noise, and checks that its branches are alike."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
+    pace.is_alike = True
+    args, kwargs = with_rows(twice, args, {name: value for name, value in kwargs.items() if name not in PACKED}, pace.batch, pace.batch_of)
+    # Layers have no noise then.
+    pace.training = False
+    try:
+        check_branches_alike(model, pace, lambda: find_logits(model.forward(*args, **kwargs)), pace.keys.device)
+    finally:
+        pace.training = True
+        for buffer, value in buffers:
+            buffer.copy_(value)
 
 
 def _warn(layers: list[str], what: str) -> None:

@@ -2,17 +2,16 @@
 
 import operator
 import warnings
-from typing import Optional
+from typing import Any, Optional
 
 from torch import nn
 
-from ._batch import BatchOf
 from ._errors import PaceError, check_choice
 from ._layers import drop_paths_of, is_peft, nearest_classifiers
 from .attached import AttachedNoise
 from .controller import Pace
 from .inject import FIRST_NOISY_BLOCK, INPUT, block_of, check_model, control, put_into, sigmas_of, take_out, unwrapped
-from .loss import Criterion
+from .settings import settings_from, takes_settings
 
 # Kinds of LoRA that PEFT computes otherwise than by adding `B(A(x))·scaling`, and whose sum is known to be right all the same.
 _VARIANTS = ("DoraLinearVariant", "DoraConv1dVariant", "DoraConv2dVariant", "DoraConv3dVariant")
@@ -20,22 +19,15 @@ _VARIANTS = ("DoraLinearVariant", "DoraConv1dVariant", "DoraConv2dVariant", "Dor
 _MERGED = ("ParamWrapper", "MultiheadAttention")
 
 
+@takes_settings
 def attach(
     model: nn.Module,
     *,
     sigma: float = 1.0,
-    lambda_: float = 1.0,
-    variant: str = "pace",
-    lazy_interval: int = 2,
-    noise_shape: str = "BC",
-    seed: int = 0,
     first_noisy: Optional[int] = None,
-    samples: Optional[int] = None,
-    label_smoothing: float = 0.0,
     noise_head: bool = True,
     branches_at: str = INPUT,
-    batch_of: BatchOf = None,
-    criterion: Optional[Criterion] = None,
+    **settings: Any,
 ) -> nn.Module:
     """Puts PACE on the LoRA that PEFT has put into a model (`peft.get_peft_model`), in place, and returns it.
 
@@ -49,14 +41,15 @@ def attach(
 
     * `noise_head`: whether a classifier that PEFT trains in full (`modules_to_save`) is under noise as well, as in the official
       code.
-    * The other settings are those of `inject`.
+    * `sigma`, `first_noisy`, `branches_at` and `**settings` are those of `inject`.
 
-    Dropout draws for each branch by itself: the consistency is then between two dropouts too.
+    Dropout draws for each branch by itself, unless `dropout` says otherwise: the consistency is then between two dropouts too.
 
     Raises `PaceError` for a model without LoRA, or that has PACE already. Layers with adapters of other kinds are an error; those with
     LoRA that is not computed by linear layers or convolutions (embeddings, parameters) are trained without noise, which a warning says.
     """
-    check_model(model, noise_shape, branches_at)
+    of_pace = settings_from(settings)
+    check_model(model, branches_at)
     check_choice("branches_at", branches_at, (INPUT, FIRST_NOISY_BLOCK))
     check_choice("noise_head", noise_head, (True, False))
     layers, heads = _layers(model, noise_head)
@@ -66,25 +59,14 @@ def attach(
     if merged:
         raise PaceError(f"the LoRA of `{merged}` is merged into its weight: `unmerge_adapter` first")
     names = [*layers, *heads]
-    pace = Pace(
-        len(names) if variant != "baseline" else 0,
-        variant=variant,
-        lambda_=lambda_,
-        lazy_interval=lazy_interval,
-        per_token=noise_shape == "BTC",
-        seed=seed,
-        samples=samples,
-        label_smoothing=label_smoothing,
-        batch_of=batch_of,
-        criterion=criterion,
-        device=next(model.parameters()).device,
-    )
+    noisy = of_pace.variant != "baseline"
+    pace = Pace(len(names) if noisy else 0, of_pace, device=next(model.parameters()).device)
     within = tuple(f"{path}." for path in layers)
     every = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and not path.startswith(within)]
     sigmas = sigmas_of(names, set(heads), every, sigma, first_noisy)
     # Not submodules.
     pace.owners = [module for module in model.modules() if "peft_config" in vars(module)]
-    if variant == "baseline":
+    if not noisy:
         put_into(model, pace)
         return model
     for number, ((path, layer), layer_sigma) in enumerate(zip([*layers.items(), *heads.items()], sigmas)):

@@ -29,7 +29,7 @@ class AttachedNoise(nn.Module):
         self.__dict__.update(pace=pace, watched=layer)
 
     def forward(self, a: Tensor) -> Tensor:
-        noise = NO_NOISE if _is_traced(a) else self._noise(a)
+        noise = NO_NOISE if _is_traced(a) else self._noise(a, a.shape[-1])
         if noise is NO_NOISE:
             return a
         of_convolution = hasattr(self.watched, "conv_fn")
@@ -65,15 +65,16 @@ class AttachedNoise(nn.Module):
         if tensors is None:
             return type(self.watched).forward(self.watched, x, *args, **kwargs)
         *tensors, scaling = tensors
-        return ops.lora_linear(*tensors, self._noise(x), scale=scaling)
+        return ops.lora_linear(*tensors, self._noise(x, tensors[4].shape[0]), scale=scaling)
 
-    def _noise(self, x: Tensor) -> Noise:
+    def _noise(self, x: Tensor, channels: int) -> Noise:
         """The noise of rows like those of `x`, in training."""
         is_used = not getattr(self.watched, "disable_adapters", False)
         if not (is_used and self.training and self.pace.training and self.sigma != 0 and self.pace.is_on_samples(self, x)):
             return NO_NOISE
         self.pace.check_running()
-        return self.pace.noise(self.layer, self.sigma, x.shape[0], self.z, x.device)
+        shape = None if hasattr(self.watched, "conv_fn") else x.shape
+        return self.pace.noise(self.layer, self.sigma, x.shape[0], self.z, x.device, shape=shape, channels=channels, path=self.path)
 
     def _plain_lora(self, x: Tensor) -> Optional[list]:
         """Input, W0, b0, A, B, δb and the scaling of a layer in training that computes `W0·x + b0 + B(A(x))·scaling` and nothing

@@ -41,6 +41,8 @@ class CapturedStep:
         if not isinstance(getattr(model, "pace", None), Pace):
             raise PaceError("`model` is not a PACE model; give the model itself, not what wraps it")
         self.pace = pace = model.pace
+        if pace.settings.packed:
+            raise PaceError("`packed` is True: how many sequences a batch has would have to be known before the graph is replayed")
         if not x.is_cuda:
             raise PaceError(f"`x` is on {x.device}, expected a CUDA device: other devices have no graphs to capture")
         if pace.variant == "lazy":

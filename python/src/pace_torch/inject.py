@@ -1,7 +1,7 @@
 """Turning a model into a PACE model, and back into a plain one; what of it is saved and shown."""
 
 from collections.abc import Mapping
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from timm.layers import DropPath, Mlp
@@ -9,15 +9,15 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ._batch import BatchOf
+from ._dropout import give_dropout_back, take_dropout
 from ._errors import PaceError, check_choice, check_integer, check_number
 from ._layers import Names, choose, drop_paths_of, is_peft, linears_of
 from ._library import sigma_by_block
 from .attached import AttachedNoise
 from .controller import Pace
 from .drop_paths import SameInBranches, SharedDropPath
-from .loss import Criterion
 from .modules import Adapter, Head, LoraAdd, LoraMulVptAdd, NoisyLinear, RecomputedGELU, VptAdd
+from .settings import settings_from, takes_settings
 
 ADAPTERS = ("LoRAmul_VPTadd", "LoRAadd", "VPTadd")
 INPUT, FIRST_NOISY_BLOCK = "input", "first noisy block"
@@ -71,29 +71,23 @@ def block_of(name: str) -> str:
     return ".".join(parts[: numbers[-1] + 1]) if numbers else name
 
 
+@takes_settings
 def inject(
     model: nn.Module,
     adapter: str = "LoRAmul_VPTadd",
     rank: int = 10,
     *,
     sigma: float = 1.0,
-    lambda_: float = 1.0,
     target_modules: Optional[Names] = None,
     exclude_modules: Optional[Names] = None,
     head: Optional[Names] = None,
-    variant: str = "pace",
-    lazy_interval: int = 2,
-    noise_shape: str = "BC",
-    seed: int = 0,
     first_noisy: Optional[int] = None,
-    samples: Optional[int] = None,
-    label_smoothing: float = 0.0,
     scale: float = 1.0,
     exact: bool = False,
     new_biases: bool = False,
+    noise_head: bool = True,
     branches_at: Optional[str] = None,
-    batch_of: BatchOf = None,
-    criterion: Optional[Criterion] = None,
+    **settings: Any,
 ) -> nn.Module:
     """Turns a model into a PACE model, in place, and returns it.
 
@@ -102,7 +96,7 @@ def inject(
 
     Every `nn.Linear` gets an adapter of the given kind and rank, and the classifier becomes the noisy head. The adapters and
     the head train, everything else is frozen. DropPath, timm's and those of other libraries (told by their names), becomes one
-    that both branches share; other random layers (Dropout) draw for each branch by themselves. The standard deviation of the
+    that both branches share; other random layers draw for each branch by themselves (dropout: see `Settings`). The standard deviation of the
     noise falls linearly with the block, from `sigma` at block `first_noisy` on (by default 1 for a ViT, 0 for a Swin) to the
     head. The controller is `model.pace`.
 
@@ -114,31 +108,31 @@ def inject(
       one pattern for whole names. `head`: the same for the classifier, which is always among them; by default what is in the
       module nearest to the top that is called `head`, `head_dist`, `classifier`, `classification_head`, `logits_proj`, `score` or,
       outside of blocks, `fc`.
+    * `noise_head`: whether the classifier is under noise too, as in the official code.
     * `new_biases`: whether adapters add a bias to layers that have none, as the official code does. `merge` then leaves it there,
       so that the merged weights do not fit into a fresh model.
     * `branches_at`: where a sample's rows become two. "input": every tensor among the arguments, also within tuples, lists and
       mappings, whose rows are those of the batch. "first noisy block": the same of that block's arguments, so that what comes
       before is computed once; the default for timm's `VisionTransformer` and `SwinTransformer`, which are known to keep rows
-      apart. `batch_of`: the keyword of a call whose rows are the batch, by default the first tensor's; or a list of keywords, and
-      no other arguments are doubled.
-    * `variant`: `pace` (two branches at each step), `lazy` (at every `lazy_interval`-th, with half of the batch),
-      `fast` (one branch, consistent with its logits of the last epoch; needs `samples`, the size of the training set),
-      `noise` (one branch, no consistency), `baseline` (adapters without noise; no `.adapter` in the names).
-    * `lambda_`: strength of the consistency. `criterion`: what of the logits is trained, by default the cross-entropy; see
-      `pace_loss`. `noise_shape`: `BC` draws per sample and channel, `BTC` per token too.
+      apart.
     * `scale`: factor on LoRA's `B·A`, 1 in the paper.
     * `exact`: for 16-bit types. Layers under noise per sample (`BC`) may otherwise multiply by `W0 + z⊙ΔW`, made in
       float32 and rounded once. In bfloat16, LoRAmul whose rms(ΔW/W0) stays below about 1e-3 over a whole training (a
       learning rate of 1e-4 or less, and few steps) is then attenuated in the forward pass of training; float16 keeps three
       bits more, and in float32 nothing is lost. The other adapters have no dense ΔW; without noise, as in evaluation,
       16-bit weights are never added.
+    * `**settings`: those of `Settings`, which `attach` takes as well and `model.pace` has as attributes: the loss (`lambda_`,
+      `divergence`, `criterion`, `label_smoothing`, …), `variant`, `noise_shape`, `seed`, `batch_of`, `packed`. The variant `baseline`
+      has no `.adapter` in the names.
 
     Raises `PaceError` for an unknown name, a setting out of range, a model without linear layers, or one that is injected already.
     Warns of a model most of whose weights are in other layers (convolutions, an LSTM), which stay frozen.
     """
-    check_model(model, noise_shape, branches_at)
+    of_pace = settings_from(settings)
+    check_model(model, branches_at)
     check_choice("adapter", adapter, ADAPTERS)
     check_integer("rank", rank, 1)
+    check_choice("noise_head", noise_head, (True, False))
     if check_number("scale", scale) == 0:
         raise PaceError("`scale` is 0, with which no adapter would learn")
     linears, heads = choose(model, target_modules, exclude_modules, head, adapter != "LoRAadd")
@@ -146,24 +140,14 @@ def inject(
     drop_paths = drop_paths_of(model)
     # Those of timm draw as the official code's do, with a key of their own.
     timms = [(name, module) for name, module in drop_paths if isinstance(module, DropPath)]
-    noisy = variant != "baseline"
+    noisy = of_pace.variant != "baseline"
 
-    pace = Pace(
-        len(linears) + len(timms) if noisy else 0,
-        variant=variant,
-        lambda_=lambda_,
-        lazy_interval=lazy_interval,
-        per_token=noise_shape == "BTC",
-        seed=seed,
-        samples=samples,
-        label_smoothing=label_smoothing,
-        batch_of=batch_of,
-        criterion=criterion,
-        device=next(iter(linears)).weight.device,
-    )
+    pace = Pace(len(linears) + len(timms) if noisy else 0, of_pace, device=next(iter(linears)).weight.device)
     head_names = {name for linear in heads for name in linears[linear]}
     sigmas = sigmas_of([names[0] for names in linears.values()], head_names, every, sigma, first_noisy)
 
+    if not noise_head:
+        sigmas = [0.0 if linear in heads else layer_sigma for linear, layer_sigma in zip(linears, sigmas)]
     first_noisy_layer = None
     for layer, ((linear, names), layer_sigma) in enumerate(zip(linears.items(), sigmas)):
         module = Head(linear) if linear in heads else _adapter_around(linear, adapter, rank, scale, exact, new_biases)
@@ -204,9 +188,8 @@ def check_module(model: nn.Module) -> nn.Module:
     return model
 
 
-def check_model(model: nn.Module, noise_shape: str, branches_at: Optional[str]) -> None:
+def check_model(model: nn.Module, branches_at: Optional[str]) -> None:
     check_module(model)
-    check_choice("noise_shape", noise_shape, ("BC", "BTC"))
     check_choice("branches_at", branches_at, (None, INPUT, FIRST_NOISY_BLOCK))
     if any(isinstance(module, (Adapter, Pace)) for module in model.modules()):
         raise PaceError("`model` has adapters already")
@@ -238,6 +221,7 @@ def put_into(model: nn.Module, pace: Pace) -> None:
     """Makes `pace` the model's controller, which has nothing to do in its forward passes."""
     model.pace = pace.train(model.training)
     pace.causal = _is_causal(model)
+    take_dropout(model, pace)
 
 
 def _is_causal(model: nn.Module) -> Optional[bool]:
@@ -436,6 +420,7 @@ def take_out(model: nn.Module) -> None:
     # Of a module around the model it is the model inside that has one.
     for module in list(model.modules()):
         if isinstance(module._modules.get("pace"), Pace):
+            give_dropout_back(module, module.pace)
             for handle in module.pace.handles:
                 handle.remove()
             del module.pace

@@ -559,7 +559,9 @@ class NoisyLinear(_CallsItsLayers):
         is_noisy = self.training and self.pace.training and self.sigma != 0 and self.pace.is_on_samples(self, input)
         if is_noisy and not self.pace.running:
             self.pace.check_running()
-        noise = self.pace.noise(self.layer, self.sigma, input.shape[0], self.z, input.device) if is_noisy else NO_NOISE
+        pace = self.pace
+        packed = {} if pace.packing is None else self._of_packed(input)
+        noise = pace.noise(self.layer, self.sigma, input.shape[0], self.z, input.device, **packed) if is_noisy else NO_NOISE
         base = self.adapter.base_module
         if self.gelu is None and type(base) is self.base_type and not base._forward_pre_hooks and not hasattr(base, "_hf_hook"):
             return self.adapter(input, noise, *args, **kwargs)
@@ -567,6 +569,9 @@ class NoisyLinear(_CallsItsLayers):
         with _fetched(base, input) as input:
             with contextlib.nullcontext() if self.gelu is None else self.gelu.behind(input):
                 return self.adapter(input, noise, *args, **kwargs)
+
+    def _of_packed(self, x: Tensor) -> dict:
+        return {"shape": None if self.adapter.is_convolution else x.shape, "channels": self.out_features, "path": self.path}
 
     @property
     def watched(self) -> nn.Module:

@@ -2,8 +2,9 @@
 
 use crate::candle::cuda::{Element, Gpu, by_dtype, with_views};
 use crate::candle::ops::wrap;
-use crate::cpu::{Loss, LossValues};
-use crate::cuda::{Consistency, LossOutputs, LossSettings, LossStatus};
+use crate::cpu::LossValues;
+use crate::cuda::{Consistency, LossInputs, LossOutputs, LossStatus};
+use crate::loss::{LossSettings, Targets};
 use crate::shape::{length, nonzero};
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::{CudaDevice, Result, Tensor};
@@ -18,21 +19,22 @@ pub(super) enum Partner<'a> {
 /// The loss of some logits, and its gradient to them. Waits for the device.
 pub(super) fn evaluate(
     device: &CudaDevice,
-    loss: Loss<'_>,
+    settings: LossSettings,
+    labels: &[i64],
     logits: &Tensor,
     partner: Partner<'_>,
 ) -> Result<(LossValues, Tensor)> {
-    by_dtype!("pace_loss", logits.dtype(), T => evaluate_as::<T>(&Gpu::of(device)?, loss, logits, partner))
+    by_dtype!("pace_loss", logits.dtype(), T => evaluate_as::<T>(&Gpu::of(device)?, settings, labels, logits, partner))
 }
 
 fn evaluate_as<T: Element>(
     gpu: &Gpu,
-    loss: Loss<'_>,
+    settings: LossSettings,
+    labels: &[i64],
     logits: &Tensor,
     partner: Partner<'_>,
 ) -> Result<(LossValues, Tensor)> {
-    let Loss { classes, labels, lambda, label_smoothing, ignore_label } = loss;
-    let settings = LossSettings { classes, lambda, label_smoothing, ignore_label };
+    let classes = settings.classes;
     wrap(nonzero("classes", classes))?;
     wrap(nonzero("labels.len()", labels.len()))?;
     let two_branches = matches!(partner, Partner::OtherBranch);
@@ -59,8 +61,15 @@ fn evaluate_as<T: Element>(
             values: &mut values,
             status: &mut status,
             workspace: &mut workspace,
+            accumulate: false,
         };
-        wrap(gpu.operators.loss(&settings, &views[0], &labels, consistency, outputs, &gpu.stream))
+        wrap(gpu.operators.loss(
+            &settings,
+            LossInputs::new(&views[0], Targets::Labels(&labels as _)),
+            consistency,
+            outputs,
+            &gpu.stream,
+        ))
     })?;
     // The copies wait for the device.
     let (status, values) = (gpu.candle.clone_dtoh(&status)?, gpu.candle.clone_dtoh(&values)?);

@@ -197,7 +197,7 @@ def real(dtype: torch.dtype) -> torch.dtype:
 
 
 _TYPES: dict[str, Callable[[torch.dtype], torch.dtype]] = {
-    **dict.fromkeys(("z", "mask", "history", "values"), real),
+    **dict.fromkeys(("z", "mask", "history", "values", "targets", "class_weights"), real),
     **dict.fromkeys(("labels", "index", "status", "key_address"), lambda _: torch.int64),
     **dict.fromkeys(("norm", "distance"), lambda _: torch.float64),
 }

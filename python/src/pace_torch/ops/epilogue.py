@@ -9,12 +9,14 @@ from .._errors import PaceError
 from ._arguments import Function
 from ._layer import frozen, keep_key, rows_fields, same_key
 from ._operator import Derivative, Operator
-from .noise import Noise, noise_fields
+from .noise import Noise, noise_fields, under
 
 
 def noisy_epilogue(y: Tensor, a: Tensor, noise: Noise) -> Tensor:
     """`y + z ⊙ a` for an adapter `a` of any other kind; both `[R, ..., N]`."""
     settings = EpilogueSettings(noise.sigma, noise.per_token, noise.first_sample, noise.branches)
+    if noise.rows is not None:
+        return under(noise, _noisy_epilogue, (y, a), settings)
     return _noisy_epilogue((y, a, noise.key, noise.z), settings)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from .. import _library as lib
 from ._arguments import check_shape
 from ._layer import Layer, LayerSettings, rank_of, settings_of
-from .noise import NO_NOISE, Noise
+from .noise import NO_NOISE, Noise, under
 
 
 def lora_linear(
@@ -26,8 +26,11 @@ def lora_linear(
 
     `lora_a [r, K]`, `lora_b [N, r]`; the rest as in `noisy_linear`. Gradients go to x, A, B and δb.
     """
-    tensors = x, base_weight, base_bias, lora_a, lora_b, delta_bias, noise.key, noise.z
-    return _lora_linear(tensors, settings_of(noise, shared_input, scale))
+    tensors = x, base_weight, base_bias, lora_a, lora_b, delta_bias
+    settings = settings_of(noise, shared_input, scale)
+    if noise.rows is not None:
+        return under(noise, _lora_linear, tensors, settings)
+    return _lora_linear((*tensors, noise.key, noise.z), settings)
 
 
 # ------------------------------------------------------------------------------------------------------------- operator

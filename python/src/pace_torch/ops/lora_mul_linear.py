@@ -8,7 +8,7 @@ from .. import _library as lib
 from .._errors import PaceError
 from ._arguments import check_shape
 from ._layer import Layer, LayerSettings, layer_flags, rank_of, settings_of
-from .noise import NO_NOISE, Noise
+from .noise import NO_NOISE, Noise, under
 
 
 def lora_mul_linear(
@@ -37,8 +37,11 @@ def lora_mul_linear(
     larger adapters leave that range within a few steps.
     """
     adapter = lora_a, lora_b, prompt_down, prompt_up, delta_bias
-    tensors = x, base_weight, base_bias, *adapter, noise.key, noise.z
-    return _lora_mul_linear(tensors, settings_of(noise, shared_input, scale, exact))
+    tensors = x, base_weight, base_bias, *adapter
+    settings = settings_of(noise, shared_input, scale, exact)
+    if noise.rows is not None:
+        return under(noise, _lora_mul_linear, tensors, settings)
+    return _lora_mul_linear((*tensors, noise.key, noise.z), settings)
 
 
 # ------------------------------------------------------------------------------------------------------------- operator

@@ -11,11 +11,25 @@ from ._operator import Derivative, Operator, is_plain
 
 
 class LossSettings(NamedTuple):
-    """What the loss is told besides its tensors."""
+    """What the loss is told besides its tensors; numbers for names, as in `PaceLoss`. `denominator` 0 is what is counted; `difference` is
+    whether the second half of the logits is branch 0 minus branch 1."""
 
     lambda_: float
     label_smoothing: float
     ignore_index: int
+    divergence: int = lib.DIVERGENCE_SQUARED_DIFFERENCE
+    temperature: float = 1.0
+    detach_target: bool = False
+    both_branches: bool = False
+    labelled_only: bool = False
+    targets_kind: int = lib.TARGETS_LABELS
+    denominator: float = 0.0
+    difference: bool = False
+
+    def flags(self) -> int:
+        """`PACE_LOSS_*`."""
+        return (lib.LOSS_BOTH_BRANCHES * self.both_branches + lib.LOSS_LABELLED_ONLY * self.labelled_only
+                + lib.LOSS_DETACH_TARGET * self.detach_target)
 
 
 class NoSettings(NamedTuple):
@@ -23,10 +37,19 @@ class NoSettings(NamedTuple):
 
 
 def loss_and_gradient(
-    logits: Tensor, labels: Tensor, history: Optional[Tensor], index: Optional[Tensor], settings: LossSettings
+    logits: Tensor,
+    targets: Tensor,
+    class_weights: Optional[Tensor],
+    history: Optional[Tensor],
+    index: Optional[Tensor],
+    settings: LossSettings,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Total, classification and consistency `[3]`; the gradient of the total; on CUDA, the status. Overwrites history rows."""
-    tensors = (logits, labels, history, index)
+    """Total, classification and consistency `[3]`; the gradient of the total; on CUDA, the status. Overwrites history rows.
+
+    `targets` are of the settings' `targets_kind`.
+    """
+    labels = targets if settings.targets_kind == lib.TARGETS_LABELS else None
+    tensors = (logits, labels, None if labels is not None else targets, class_weights, history, index)
     if not is_plain(tensors):
         return _loss(*tensors, *settings)
     if history is not None:
@@ -49,18 +72,30 @@ def loss_total(logits: Tensor, values: Tensor, gradient: Tensor) -> Tensor:
 @torch.library.custom_op("pace::loss", mutates_args=("history",))
 def _loss(
     logits: Tensor,
-    labels: Tensor,
+    labels: Optional[Tensor],
+    targets: Optional[Tensor],
+    class_weights: Optional[Tensor],
     history: Optional[Tensor],
     index: Optional[Tensor],
     lambda_: float,
     label_smoothing: float,
     ignore_index: int,
+    divergence: int,
+    temperature: float,
+    detach_target: bool,
+    both_branches: bool,
+    labelled_only: bool,
+    targets_kind: int,
+    denominator: float,
+    difference: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _evaluate((logits, labels, history, index), LossSettings(lambda_, label_smoothing, ignore_index))
+    settings = LossSettings(lambda_, label_smoothing, ignore_index, divergence, temperature, detach_target, both_branches, labelled_only,
+                            targets_kind, denominator, difference)
+    return _evaluate((logits, labels, targets, class_weights, history, index), settings)
 
 
 @_loss.register_fake
-def _(logits, labels, history, index, lambda_, label_smoothing, ignore_index):
+def _(logits, *_):
     status = 9 if logits.device.type == "cuda" else 0
     return (
         logits.new_empty(3, dtype=real(logits.dtype)),
@@ -74,25 +109,33 @@ def _evaluate(tensors, settings: LossSettings) -> tuple[Tensor, Tensor, Tensor]:
     return values, gradient, tensors[0].new_empty(0, dtype=torch.int64) if status is None else status
 
 
-def _fields(settings: LossSettings, logits, labels, history, index):
+def _fields(settings: LossSettings, logits, labels, targets, class_weights, history, index):
+    batch = len(targets if labels is None else labels)
     if history is not None:
         consistency = lib.CONSISTENCY_HISTORY
+    elif len(logits) == batch:
+        consistency = lib.CONSISTENCY_NONE
     else:
-        consistency = lib.CONSISTENCY_NONE if len(logits) == len(labels) else lib.CONSISTENCY_TWO_BRANCH
+        consistency = lib.CONSISTENCY_DIFFERENCE if settings.difference else lib.CONSISTENCY_TWO_BRANCH
     return {
         "consistency": consistency,
         "classes": logits.shape[1],
         "lambda": settings.lambda_,
         "label_smoothing": settings.label_smoothing,
-        "has_ignore_label": 1,
+        "has_ignore_label": int(labels is not None),
         "ignore_label": settings.ignore_index,
+        "divergence": settings.divergence,
+        "targets_kind": settings.targets_kind,
+        "flags": settings.flags(),
+        "temperature": settings.temperature,
+        "denominator": settings.denominator,
     }
 
 
 _LOSS = Function(
     "loss",
     lib.PaceLoss,
-    inputs="logits labels history index",
+    inputs="logits labels targets class_weights history index",
     outputs="gradient values status",
     fields=_fields,
     shapes=lambda settings, logits, *_: [logits.shape, (3,), (9,) if logits.is_cuda else None],

@@ -1,6 +1,6 @@
 """Where a layer's noise comes from, and the noise written out."""
 
-from typing import NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ class Noise(NamedTuple):
     `key` is an int64 tensor of one element on the layer's device, from `keys`: z is made from it, in the forward pass
     and again in the backward pass. `z` is given noise instead, `[R, N]`, or `[R, T, N]` per token. Neither is `z = 1`.
     `first_sample` is the number of the batch's first sample in the global batch.
+
+    `rows`, int64 `[R, T]` or `[R]`, says which row of a given `z [S, N]` each token, or each leading row, is multiplied by: for rows in
+    which several sequences are packed. What is made of them, `z[rows]`, is made again in the backward pass and not kept.
     """
 
     key: Optional[Tensor] = None
@@ -24,6 +27,7 @@ class Noise(NamedTuple):
     first_sample: int = 0
     branches: int = 1
     z: Optional[Tensor] = None
+    rows: Optional[Tensor] = None
 
 
 NO_NOISE = Noise()
@@ -57,6 +61,31 @@ def noise_fields(settings, key: Optional[Tensor], z: Optional[Tensor]) -> lib.Pa
         return lib.PaceNoise()
     first_sample = not_negative("first_sample", settings.first_sample)
     return lib.PaceNoise(kind=lib.NOISE_GENERATED, shape=shape, first_sample=first_sample, sigma=settings.sigma)
+
+
+def under(noise: Noise, operator: Callable, tensors: Sequence[Optional[Tensor]], settings: NamedTuple) -> Tensor:
+    """Calls an operator whose last tensors are the key and z of its noise, on `rows` of a `z`."""
+    if noise.z is None or noise.z.dim() != 2 or noise.rows.dim() not in (1, 2) or noise.rows.dtype != torch.int64:
+        raise PaceError(f"`rows` is {tuple(noise.rows.shape)} of {noise.rows.dtype}, expected int64 [R, T] or [R] beside a `z` [S, N]")
+    table, rows = noise.z, noise.rows
+    z = table[rows]
+    tensors, settings = (*tensors, noise.key, z), settings._replace(per_token=rows.dim() == 2)
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    # Compilers and checkpointing have their own say in what is kept.
+    if torch.compiler.is_compiling() or hooks is None or hooks(True) is not None:
+        return operator(tensors, settings)
+    address, shape, version = z.data_ptr(), z.shape, table._version
+
+    def pack(tensor: Tensor) -> Optional[Tensor]:
+        return None if tensor.data_ptr() == address and tensor.shape == shape else tensor
+
+    def unpack(kept: Optional[Tensor]) -> Tensor:
+        if kept is None and table._version != version:
+            raise RuntimeError("the `z` of a packed layer was changed in place before the backward pass")
+        return table[rows] if kept is None else kept
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return operator(tensors, settings)
 
 
 class FillSettings(NamedTuple):

@@ -8,7 +8,7 @@ from .. import _library as lib
 from .._errors import PaceError
 from ._arguments import check_shape
 from ._layer import Layer, LayerSettings, layer_flags, settings_of
-from .noise import NO_NOISE, Noise
+from .noise import NO_NOISE, Noise, under
 
 
 def noisy_linear(
@@ -35,8 +35,11 @@ def noisy_linear(
 
     Raises `PaceError` for shapes, types or devices that do not fit.
     """
-    tensors = x, base_weight, base_bias, delta_weight, delta_bias, noise.key, noise.z
-    return _noisy_linear(tensors, settings_of(noise, shared_input, exact=exact))
+    tensors = x, base_weight, base_bias, delta_weight, delta_bias
+    settings = settings_of(noise, shared_input, exact=exact)
+    if noise.rows is not None:
+        return under(noise, _noisy_linear, tensors, settings)
+    return _noisy_linear((*tensors, noise.key, noise.z), settings)
 
 
 # ------------------------------------------------------------------------------------------------------------- operator

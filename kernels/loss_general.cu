@@ -1,0 +1,618 @@
+// Every other loss: any divergence, with a criterion of one branch or both, of labels, probabilities or values.
+//
+//   total     = criterion + lambda * consistency
+//   criterion = sum_i t_i / D,  consistency = sum_i d_i / D'             D, D': see LossSettings in src/loss.rs
+//   t_i  of branch 0, or the mean of that of both branches:
+//        cross-entropy  sum_c t_c (log sum_j exp(l_j) - l_c),  t_c = w_c ((1 - s) y_c + s/C)   w: class weights, or 1
+//                       y: the label's one-hot vector, or probabilities
+//        squared error  1/C sum_c (l_c - v_c)^2
+//   d_i  of D_c = l0_c - l1_c (0 where both are equal), p = softmax(l0), q = softmax(l1), m = (p + q) / 2:
+//        sum D_c^2;  1/C sum D_c^2;  sum (D_c - mean D)^2;  (KL(p|q) + KL(q|p)) / 2;  T^2 KL(q_T|p_T);  (KL(p|m) + KL(q|m)) / 2
+//
+//   logits, gradient [2B, C] or [B, C] in f32, f16 or bf16; labels, index [B] i64; probabilities, values [B, C] f32; class weights
+//   [C] f32; H [n, C] f32, as in loss.cu. The second half of the logits is l1, or l0 - l1; that of the gradient is to l1.
+//   Arithmetic in f32, one rounding of each gradient to storage.
+//
+// Nothing is lost where branches are close, or the criterion is near 0. With M the maximum of a row, S the sum of
+// e_c = exp(l_c - M) and O that without the elements that are M:
+//   log S = log1p(O) if one element is M. Its gradient A e/S - t, A = sum of t, is (A - t) - A O/S, where A - t is a sum as well.
+//   r_c = D_c - (M0 - M1),  t_c = log(p_c/q_c) = r_c - log(S0/S1),  S0 - S1 = sum q-part e1_c expm1(r_c):  no difference of large
+//   numbers, and for any M0 - M1 the same. p - q = q expm1(t). Each divergence is a sum of terms that are not negative:
+//   (p - q) t;  q (expm1(t) - t) = p - q - q t;  p u + q v with u = log p/m = t/2 - h, v = log q/m = -t/2 - h, h = log cosh(t/2).
+//   Without probability a term is nothing: there t may be infinite.
+// Gradients to l0, l1: of squares +-2 D;  p (t - sum pt) + p - q, q (sum qt - t) + q - p;  p - q, q (-t - KL);
+// p (u - sum pu), q (v - sum qv), times what `pull` has of lambda, T and D'.
+//
+// Slices, groups, alignment, records and status are those of loss.cu; a thread has 8 elements of both rows, of D and of t.
+//   loss_general        a slice is the row (C <= 4096): one launch.
+//   loss_general_scan   more slices, by x: first launch. Writes maxima and sums of each slice (struct Row).
+//   loss_general_sums   where the divergence is a sum that needs these: a second launch, the same for its two sums.
+//   loss_general_apply  combines them, in the order of the slices, and reads again for the gradient.
+// Bytes: logits, H, probabilities or values read once per launch, gradient and H written once; class weights come from a cache.
+// Operations: per element and branch up to 5 exponentials or logarithms (loss_general), so the divergences of probabilities are bound by
+// arithmetic as much as by memory.
+// Determinism: as in loss.cu.
+
+#include "loss.cuh"
+
+namespace pace {
+
+namespace loss {
+
+namespace general {
+
+constexpr u32 SECOND_SUMS = FIRST_SUMS + 5, DIVERGENCE_SUMS = SECOND_SUMS + 5,
+              LAST_SUMS = DIVERGENCE_SUMS + 3; // LAST_SUMS: 3
+constexpr float LN_2 = 0.693147180559945f;
+// Below, exponentials are close to 1.
+constexpr float CLOSE = 0.5f;
+
+// What is known of the criterion of a branch, in a slice or a row: five sums.
+struct Criterion {
+    float peaks;       // elements that are the maximum
+    float others;      // O: sum of exp(l - M) of the others
+    float terms;       // sum of t (M - l), or of (l - v)^2
+    float peak_target; // sum of t of the elements that are the maximum
+    float rest_target; // and of the others
+};
+
+// And of the divergence: the sums of exp((l - M) / T) and their difference, or sums of D and D^2.
+struct Sums {
+    float zero, one, less;
+};
+
+struct Row {
+    float max[2];
+    Criterion criterion[2];
+    Sums sums;
+};
+constexpr u32 ROW_WORDS = 2 + 2 * 5 + 3;
+
+// And of a divergence that needs these: its value before `scale`, the sum of p log p/q or p log p/m, and that of q log p/q or
+// q log q/m. Of centred squares those of the squares around the mean, which is rounded, and of what is around it.
+struct Divergence {
+    float value, of_p, of_q;
+};
+constexpr u32 SUMMARY_WORDS = LOSS_GENERAL_SUMMARY_WORDS;
+static_assert(SUMMARY_WORDS == ROW_WORDS + 3, "a Row and a Divergence");
+
+// A thread's elements.
+struct Elements {
+    float logit[2][ELEMENTS];
+    float difference[ELEMENTS];
+    float target[ELEMENTS]; // t, or v
+};
+
+__device__ __forceinline__ bool has_partner(const LossParams &p) {
+    return p.two_branches != 0u || p.history != nullptr;
+}
+
+__device__ __forceinline__ bool is_of_probabilities(const LossParams &p) { return p.divergence >= LOSS_SYMMETRIC_KL; }
+
+// Whether the divergence is a sum that needs sums.
+__device__ __forceinline__ bool needs_sums(const LossParams &p) {
+    return has_partner(p) && p.divergence >= LOSS_CENTERED_SQUARED_DIFFERENCE;
+}
+
+// p x, nothing without probability.
+__device__ __forceinline__ float share(float p, float x) { return p == 0.0f ? 0.0f : p * x; }
+
+// a - b where a = b exp(exponent).
+__device__ __forceinline__ float subtract(float a, float b, float exponent) {
+    return fabsf(exponent) < CLOSE ? b * expm1f(exponent) : a - b;
+}
+
+__device__ __forceinline__ float softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))); }
+
+// log(S0 / S1), from S0 - S1.
+__device__ __forceinline__ float log_ratio(const Sums &sums) {
+    return sums.less >= 0.0f ? log1pf(sums.less / sums.one) : -log1pf(-sums.less / sums.zero);
+}
+
+// Both logits of each element and their difference, from what was read in the place of the second ones.
+template <class T, bool ALIGNED>
+__device__ __forceinline__ void compare(const LossParams &p, const Slice<T, ALIGNED> &slice, bool exists,
+                                        Elements &of) {
+#pragma unroll
+    for (u32 k = 0; k < ELEMENTS; ++k) {
+        const float first = of.logit[0][k], read = exists ? of.logit[1][k] : first;
+        if (exists && p.is_difference != 0u) {
+            of.difference[k] = slice.has(k) ? read : 0.0f;
+            of.logit[1][k] = first - of.difference[k];
+        } else {
+            // Equal ones may be infinite: classes that both branches mask, and elements that there are not.
+            of.difference[k] = first == read ? 0.0f : first - read;
+            of.logit[1][k] = read;
+        }
+    }
+}
+
+// t of each element, or v.
+template <class T, bool ALIGNED>
+__device__ __forceinline__ void read_targets(const LossParams &p, const Slice<T, ALIGNED> &slice, u32 sample, u32 start,
+                                             u32 label_at, bool has_target, float (&target)[ELEMENTS]) {
+    if (p.criterion != LOSS_LABELS) {
+        slice.read(p.targets + static_cast<u64>(sample) * p.classes + start, target);
+    }
+    if (p.criterion == LOSS_VALUES) {
+        return;
+    }
+    float weight[ELEMENTS];
+    if (p.class_weights != nullptr) {
+        slice.read(p.class_weights + start, weight);
+    }
+#pragma unroll
+    for (u32 k = 0; k < ELEMENTS; ++k) {
+        const float hard = p.criterion == LOSS_LABELS ? (slice.at(k) == label_at ? 1.0f : 0.0f) : target[k];
+        const float mixed = (1.0f - p.smoothing) * hard + p.spread;
+        const bool counts = has_target && slice.has(k);
+        target[k] = !counts ? 0.0f : p.class_weights == nullptr ? mixed : weight[k] * mixed;
+    }
+}
+
+// The criterion's sums over the group's slice.
+template <class T, bool ALIGNED>
+__device__ __forceinline__ Criterion sum_criterion(const LossParams &p, const Slice<T, ALIGNED> &slice,
+                                                   const float (&logit)[ELEMENTS], const float (&target)[ELEMENTS],
+                                                   float max, u32 part) {
+    float sum[5] = {};
+#pragma unroll
+    for (u32 k = 0; k < ELEMENTS; ++k) {
+        if (p.criterion == LOSS_VALUES) {
+            const float error = slice.has(k) ? logit[k] - target[k] : 0.0f;
+            sum[2] += error * error;
+        } else {
+            // Of an infinite maximum it is no number.
+            const float below = max - logit[k], power = expf(-below);
+            const bool is_peak = logit[k] == max;
+            sum[0] += is_peak ? power : 0.0f;
+            sum[1] += is_peak ? 0.0f : power;
+            sum[2] += share(target[k], below);
+            sum[3] += is_peak ? target[k] : 0.0f;
+            sum[4] += is_peak ? 0.0f : target[k];
+        }
+    }
+    group_reduce<Sum>(sum, first_warp(p), p.group / WARP, shared(part));
+    return {sum[0], sum[1], sum[2], sum[3], sum[4]};
+}
+
+__device__ __forceinline__ Sums sum_powers(const LossParams &p, const Elements &of, const float (&max)[2]) {
+    float sum[3] = {};
+    const float shift = max[0] - max[1];
+#pragma unroll
+    for (u32 k = 0; k < ELEMENTS; ++k) {
+        const float difference = of.difference[k];
+        if (is_of_probabilities(p)) {
+            const float zero = expf((of.logit[0][k] - max[0]) * p.inverse_temperature);
+            const float one = expf((of.logit[1][k] - max[1]) * p.inverse_temperature);
+            sum[0] += zero;
+            sum[1] += one;
+            sum[2] += subtract(zero, one, (difference - shift) * p.inverse_temperature);
+        } else {
+            sum[0] += difference;
+            sum[1] += difference * difference;
+        }
+    }
+    group_reduce<Sum>(sum, first_warp(p), p.group / WARP, shared(DIVERGENCE_SUMS));
+    return {sum[0], sum[1], sum[2]};
+}
+
+// All that a first look at a slice finds.
+template <class T, bool ALIGNED>
+__device__ __forceinline__ Row summarise(const LossParams &p, const Slice<T, ALIGNED> &slice, const Elements &of) {
+    Row row = {};
+    row.max[0] = LOWEST;
+    row.max[1] = LOWEST;
+#pragma unroll
+    for (u32 k = 0; k < ELEMENTS; ++k) {
+        row.max[0] = fmaxf(row.max[0], of.logit[0][k]);
+        row.max[1] = fmaxf(row.max[1], of.logit[1][k]);
+    }
+    group_reduce<Max>(row.max, first_warp(p), p.group / WARP, shared(PEAKS));
+    row.criterion[0] = sum_criterion(p, slice, of.logit[0], of.target, row.max[0], FIRST_SUMS);
+    if (p.both_branches != 0u) {
+        row.criterion[1] = sum_criterion(p, slice, of.logit[1], of.target, row.max[1], SECOND_SUMS);
+    }
+    if (has_partner(p)) {
+        row.sums = sum_powers(p, of, row.max);
+    }
+    return row;
+}
+
+__device__ __forceinline__ void store_row(const LossParams &p, const Row &row, u32 sample) {
+    float *const part = summary_of<SUMMARY_WORDS>(p, sample, blockIdx.x);
+    store(part, row.max[0]);
+    store(part + 1, row.max[1]);
+#pragma unroll
+    for (u32 branch = 0; branch < 2; ++branch) {
+        const Criterion &all = row.criterion[branch];
+        const float words[5] = {all.peaks, all.others, all.terms, all.peak_target, all.rest_target};
+#pragma unroll
+        for (u32 i = 0; i < 5; ++i) {
+            store(part + 2 + 5 * branch + i, words[i]);
+        }
+    }
+    store(part + 12, row.sums.zero);
+    store(part + 13, row.sums.one);
+    store(part + 14, row.sums.less);
+}
+
+// The criterion of a row from those of its slices.
+__device__ __forceinline__ Criterion combine_criterion(const LossParams &p, u32 sample, u32 thread, u32 branch,
+                                                       float max, u32 shared_part) {
+    float sum[5] = {};
+    for (u32 i = thread; i < p.slices; i += p.group) {
+        const float *const part = summary_of<SUMMARY_WORDS>(p, sample, i);
+        const float *const words = part + 2 + 5 * branch;
+        const float below = max - load(part + branch);
+        const float peaks = load(words), others = load(words + 1);
+        const float peak_target = load(words + 3), rest_target = load(words + 4);
+        const bool is_peak = below == 0.0f;
+        sum[0] += is_peak ? peaks : 0.0f;
+        sum[1] += is_peak ? others : expf(-below) * (peaks + others);
+        sum[2] += load(words + 2) + share(peak_target + rest_target, below);
+        sum[3] += is_peak ? peak_target : 0.0f;
+        sum[4] += is_peak ? rest_target : peak_target + rest_target;
+    }
+    group_reduce<Sum>(sum, first_warp(p), p.group / WARP, shared(shared_part));
+    return {sum[0], sum[1], sum[2], sum[3], sum[4]};
+}
+
+__device__ __forceinline__ Sums combine_powers(const LossParams &p, u32 sample, u32 thread, const float (&max)[2]) {
+    float sum[3] = {};
+    const float shift = max[0] - max[1];
+    for (u32 i = thread; i < p.slices; i += p.group) {
+        const float *const part = summary_of<SUMMARY_WORDS>(p, sample, i);
+        const float zero = load(part + 12), one = load(part + 13), less = load(part + 14);
+        if (is_of_probabilities(p)) {
+            const float of_zero = load(part), of_one = load(part + 1);
+            const float scale_zero = expf((of_zero - max[0]) * p.inverse_temperature);
+            const float scale_one = expf((of_one - max[1]) * p.inverse_temperature);
+            // S0 - S1 = scale0 (S0' - S1') + (scale0 - scale1) S1'
+            const float scales = subtract(scale_zero, scale_one, (of_zero - of_one - shift) * p.inverse_temperature);
+            sum[0] += scale_zero * zero;
+            sum[1] += scale_one * one;
+            sum[2] += scale_zero * less + scales * one;
+        } else {
+            sum[0] += zero;
+            sum[1] += one;
+        }
+    }
+    group_reduce<Sum>(sum, first_warp(p), p.group / WARP, shared(DIVERGENCE_SUMS));
+    return {sum[0], sum[1], sum[2]};
+}
+
+// What is known of a row, from what is known of its slices; a whole group computes it.
+template <Form FORM> __device__ __forceinline__ Row combine(const LossParams &p, u32 sample, u32 thread) {
+    Row row = {};
+    row.max[0] = LOWEST;
+    row.max[1] = LOWEST;
+    for (u32 i = thread; i < p.slices; i += p.group) {
+        row.max[0] = fmaxf(row.max[0], load(summary_of<SUMMARY_WORDS>(p, sample, i)));
+        row.max[1] = fmaxf(row.max[1], load(summary_of<SUMMARY_WORDS>(p, sample, i) + 1));
+    }
+    group_reduce<Max>(row.max, first_warp(p), p.group / WARP, shared(PEAKS));
+    if (FORM != SUMS) {
+        row.criterion[0] = combine_criterion(p, sample, thread, 0, row.max[0], FIRST_SUMS);
+    }
+    if (FORM != SUMS && p.both_branches != 0u) {
+        row.criterion[1] = combine_criterion(p, sample, thread, 1, row.max[1], SECOND_SUMS);
+    }
+    if (has_partner(p)) {
+        row.sums = combine_powers(p, sample, thread, row.max);
+    }
+    return row;
+}
+
+// What turns logits into probabilities and the logarithm of their ratio.
+struct Softmaxes {
+    float max[2], inverse[2];
+    float scale, shift, offset;
+
+    __device__ __forceinline__ Softmaxes(const LossParams &p, const Row &row)
+        : max{row.max[0], row.max[1]}, inverse{1.0f / row.sums.zero, 1.0f / row.sums.one}, scale(p.inverse_temperature),
+          shift(row.max[0] - row.max[1]), offset(log_ratio(row.sums)) {}
+};
+
+// p, q, log p/q and p - q of an element.
+struct Ratio {
+    float p, q, log, less;
+
+    __device__ __forceinline__ Ratio(const Softmaxes &all, const Elements &of, u32 k) {
+        const float zero = of.logit[0][k], one = of.logit[1][k];
+        p = expf((zero - all.max[0]) * all.scale) * all.inverse[0];
+        q = expf((one - all.max[1]) * all.scale) * all.inverse[1];
+        // What is masked in both has no probability in either.
+        log = zero == -INF && one == -INF ? 0.0f : (of.difference[k] - all.shift) * all.scale - all.offset;
+        less = subtract(p, q, log);
+    }
+};
+
+// log p/m, log q/m, and p times the one plus q times the other.
+struct Mixture {
+    float of_p, of_q, term;
+
+    __device__ __forceinline__ explicit Mixture(const Ratio &ratio) {
+        if (fabsf(ratio.log) < 1.0f) {
+            // cosh(t/2)^2 = 1 + (e^t - 1)^2 / (4 e^t)
+            const float power = expm1f(ratio.log), half = 0.5f * ratio.log;
+            const float log_cosh = 0.5f * log1pf(power * power / (4.0f + 4.0f * power));
+            of_p = half - log_cosh;
+            of_q = -half - log_cosh;
+            term = ratio.q * (power * half - (2.0f + power) * log_cosh);
+        } else {
+            of_p = LN_2 - softplus(-ratio.log);
+            of_q = LN_2 - softplus(ratio.log);
+            term = share(ratio.p, of_p) + share(ratio.q, of_q);
+        }
+    }
+};
+
+// expm1(t) - t, for small t.
+__device__ __forceinline__ float second_order(float t) {
+    float series = 1.0f + t * (1.0f / 8.0f);
+    series = 1.0f + t * (1.0f / 7.0f) * series;
+    series = 1.0f + t * (1.0f / 6.0f) * series;
+    series = 1.0f + t * (1.0f / 5.0f) * series;
+    series = 1.0f + t * (1.0f / 4.0f) * series;
+    series = 1.0f + t * (1.0f / 3.0f) * series;
+    return 0.5f * t * t * series;
+}
+
+// The sums of the divergence over the group's slice.
+template <class T, bool ALIGNED>
+__device__ __forceinline__ Divergence sum_divergence(const LossParams &p, const Slice<T, ALIGNED> &slice,
+                                                     const Elements &of, const Row &row) {
+    float sum[3] = {};
+    const Softmaxes all(p, row);
+    const float mean = row.sums.zero / static_cast<float>(p.classes);
+#pragma unroll
+    for (u32 k = 0; k < ELEMENTS; ++k) {
+        if (p.divergence == LOSS_CENTERED_SQUARED_DIFFERENCE) {
+            const float centred = slice.has(k) ? of.difference[k] - mean : 0.0f;
+            sum[0] += centred * centred;
+            sum[1] += centred;
+            continue;
+        }
+        const Ratio ratio(all, of, k);
+        if (p.divergence == LOSS_SYMMETRIC_KL) {
+            sum[0] += share(ratio.less, ratio.log);
+            sum[1] += share(ratio.p, ratio.log);
+            sum[2] += share(ratio.q, ratio.log);
+        } else if (p.divergence == LOSS_KL) {
+            const bool is_close = fabsf(ratio.log) < CLOSE;
+            sum[0] += is_close ? ratio.q * second_order(ratio.log) : ratio.less - share(ratio.q, ratio.log);
+        } else {
+            const Mixture mixture(ratio);
+            sum[0] += mixture.term;
+            sum[1] += share(ratio.p, mixture.of_p);
+            sum[2] += share(ratio.q, mixture.of_q);
+        }
+    }
+    group_reduce<Sum>(sum, first_warp(p), p.group / WARP, shared(LAST_SUMS));
+    return {sum[0], sum[1], sum[2]};
+}
+
+__device__ __forceinline__ Divergence combine_divergence(const LossParams &p, u32 sample, u32 thread) {
+    float sum[3] = {};
+    for (u32 i = thread; i < p.slices; i += p.group) {
+        const float *const part = summary_of<SUMMARY_WORDS>(p, sample, i) + ROW_WORDS;
+        sum[0] += load(part);
+        sum[1] += load(part + 1);
+        sum[2] += load(part + 2);
+    }
+    group_reduce<Sum>(sum, first_warp(p), p.group / WARP, shared(LAST_SUMS));
+    return {sum[0], sum[1], sum[2]};
+}
+
+// The divergence of a row and what its gradient needs, from the sums. Of centred squares `of_p` is the mean's rounding.
+__device__ __forceinline__ Divergence finish_divergence(const LossParams &p, const Row &row, Divergence sums) {
+    if (p.divergence < LOSS_CENTERED_SQUARED_DIFFERENCE) {
+        return {row.sums.one, 0.0f, 0.0f};
+    }
+    if (p.divergence == LOSS_CENTERED_SQUARED_DIFFERENCE) {
+        const float left = sums.of_p / static_cast<float>(p.classes);
+        return {sums.value - sums.of_p * left, left, 0.0f};
+    }
+    return sums;
+}
+
+// Adds the divergence's gradients, times `pull`.
+__device__ __forceinline__ void pull_together(const LossParams &p, const Elements &of, const Row &row, Divergence all,
+                                              float pull, float (&zero)[ELEMENTS], float (&one)[ELEMENTS]) {
+    const Softmaxes softmaxes(p, row);
+    const float mean =
+        p.divergence == LOSS_CENTERED_SQUARED_DIFFERENCE ? row.sums.zero / static_cast<float>(p.classes) : 0.0f;
+#pragma unroll
+    for (u32 k = 0; k < ELEMENTS; ++k) {
+        float to_zero, to_one;
+        if (!is_of_probabilities(p)) {
+            to_zero = of.difference[k] - mean - all.of_p;
+            to_one = -to_zero;
+        } else {
+            const Ratio ratio(softmaxes, of, k);
+            if (p.divergence == LOSS_SYMMETRIC_KL) {
+                to_zero = share(ratio.p, ratio.log - all.of_p) + ratio.less;
+                to_one = share(ratio.q, all.of_q - ratio.log) - ratio.less;
+            } else if (p.divergence == LOSS_KL) {
+                to_zero = ratio.less;
+                to_one = p.detach_target != 0u ? 0.0f : share(ratio.q, -ratio.log - all.value);
+            } else {
+                const Mixture mixture(ratio);
+                to_zero = share(ratio.p, mixture.of_p - all.of_p);
+                to_one = share(ratio.q, mixture.of_q - all.of_q);
+            }
+        }
+        zero[k] += pull * to_zero;
+        one[k] += pull * to_one;
+    }
+}
+
+// The criterion of a branch.
+__device__ __forceinline__ float value_of(const LossParams &p, const Criterion &all) {
+    if (p.criterion == LOSS_VALUES) {
+        return all.terms / static_cast<float>(p.classes);
+    }
+    const float log_sum = all.peaks == 1.0f ? log1pf(all.others) : logf(all.peaks + all.others);
+    return (all.peak_target + all.rest_target) * log_sum + all.terms;
+}
+
+// The gradient of a branch's criterion, times `weight`.
+__device__ __forceinline__ void criterion_gradient(const LossParams &p, const Criterion &all, float max, float weight,
+                                                   const float (&logit)[ELEMENTS], const float (&target)[ELEMENTS],
+                                                   float (&gradient)[ELEMENTS]) {
+    const float scale = (all.peak_target + all.rest_target) / (all.peaks + all.others);
+    const float twice = 2.0f / static_cast<float>(p.classes);
+#pragma unroll
+    for (u32 k = 0; k < ELEMENTS; ++k) {
+        float of_one;
+        if (p.criterion == LOSS_VALUES) {
+            of_one = twice * (logit[k] - target[k]);
+        } else if (logit[k] == max && all.peaks == 1.0f) {
+            of_one = all.rest_target - scale * all.others;
+        } else {
+            of_one = scale * expf(logit[k] - max) - target[k];
+        }
+        gradient[k] = weight * of_one;
+    }
+}
+
+__device__ __forceinline__ void store_record(const LossParams &p, const Row &row, float divergence, u32 sample,
+                                             i64 label, bool has_target, u32 wrong_index) {
+    float criterion = 0.0f;
+    if (has_target) {
+        criterion = value_of(p, row.criterion[0]);
+        if (p.both_branches != 0u) {
+            criterion = 0.5f * (criterion + value_of(p, row.criterion[1]));
+        }
+    }
+    u32 found = 0;
+    if (p.criterion == LOSS_LABELS) {
+        found = has_target ? HAS_LABEL : is_ignored(p, label) ? 0u : WRONG_LABEL;
+    }
+    float *const record = record_of(p, sample);
+    store(record, criterion);
+    store(record + 1, divergence);
+    store(record + 2, static_cast<float>(found | wrong_index));
+}
+
+// What the terms of a sample weigh in the gradient: of the criterion, and of the divergence.
+struct Weights {
+    float criterion, pull;
+};
+
+// A whole block computes it.
+__device__ __forceinline__ Weights weigh(const LossParams &p) {
+    Labelled all = {p.denominator, p.denominator};
+    if (!(p.denominator > 0.0f)) {
+        const float batch = static_cast<float>(p.counted_len);
+        all = p.criterion == LOSS_LABELS ? labelled<true>(p) : Labelled{batch, batch};
+    }
+    const float share_of_branch = p.both_branches != 0u ? 0.5f : 1.0f;
+    const float per_label = all.count > 0.0f ? 1.0f / all.count : 0.0f;
+    return {all.weight > 0.0f ? share_of_branch / all.weight : 0.0f,
+            p.pull_per_label != 0u ? p.pull * per_label : p.pull};
+}
+
+// The sample's gradients.
+template <class T, bool ALIGNED>
+__device__ __forceinline__ void write_gradients(const LossParams &p, const Slice<T, ALIGNED> &slice, const Elements &of,
+                                                const Row &row, Divergence divergence, bool has_target, bool takes_part,
+                                                Weights weights, T *to) {
+    float zero[ELEMENTS] = {}, one[ELEMENTS] = {};
+    if (has_target) {
+        criterion_gradient(p, row.criterion[0], row.max[0], weights.criterion, of.logit[0], of.target, zero);
+        if (p.both_branches != 0u) {
+            criterion_gradient(p, row.criterion[1], row.max[1], weights.criterion, of.logit[1], of.target, one);
+        }
+    }
+    if (takes_part) {
+        pull_together(p, of, row, divergence, weights.pull, zero, one);
+    }
+    slice.write(to, zero);
+    if (p.two_branches != 0u) {
+        slice.write(to + static_cast<u64>(p.batch) * p.classes, one);
+    }
+}
+
+template <class T, Form FORM, bool ALIGNED> __device__ __forceinline__ void evaluate(const LossParams &p) {
+    const u32 thread = threadIdx.x & (p.group - 1u), own = threadIdx.x / p.group, groups = blockDim.x / p.group;
+    const u32 start = blockIdx.x * p.slice;
+    const T *const logits = static_cast<const T *>(p.logits);
+    const u64 branch = static_cast<u64>(p.batch) * p.classes;
+    const u32 first = blockIdx.y * groups;
+    Weights weights = {};
+    for (u32 base = first; base < p.batch; base += gridDim.y * groups) {
+        // A group without a sample goes along with nothing to read or write: the others may wait for it at a barrier.
+        const u32 sample = base + own;
+        const bool exists = sample < p.batch;
+        const u64 row = static_cast<u64>(sample) * p.classes;
+        const Slice<T, ALIGNED> slice(thread, exists ? min(p.slice, p.classes - start) : 0u);
+        const i64 label = p.criterion == LOSS_LABELS && exists ? load(p.labels + sample) : -1;
+        Elements of;
+        slice.read(logits + row + start, of.logit[0]);
+        const Partner partner = read_partner<T, FORM>(p, slice, logits + branch + row + start, sample, thread, start,
+                                                      of.logit[0], of.logit[1]);
+        const bool has_target = p.criterion == LOSS_LABELS ? is_labelled(p, label) : exists;
+        const u32 label_at = has_target ? static_cast<u32>(label) - start - slice.first : NONE;
+        const bool takes_part = partner.exists && (p.labelled_only == 0u || has_target);
+        if (FORM != SUMS) {
+            read_targets(p, slice, sample, start, label_at, has_target, of.target);
+        }
+        compare(p, slice, partner.exists, of);
+        if ((FORM == WHOLE || FORM == APPLY) && p.gradient != nullptr && base == first) {
+            weights = weigh(p);
+        }
+
+        const Row all = FORM == WHOLE || FORM == SCAN ? summarise(p, slice, of) : combine<FORM>(p, sample, thread);
+        if (FORM == SCAN) {
+            if (thread == 0 && exists) {
+                store_row(p, all, sample);
+            }
+            continue;
+        }
+        Divergence divergence = {};
+        if (needs_sums(p)) {
+            divergence = FORM == APPLY ? combine_divergence(p, sample, thread) : sum_divergence(p, slice, of, all);
+        }
+        if (FORM == SUMS) {
+            if (thread == 0 && exists) {
+                float *const part = summary_of<SUMMARY_WORDS>(p, sample, blockIdx.x) + ROW_WORDS;
+                store(part, divergence.value);
+                store(part + 1, divergence.of_p);
+                store(part + 2, divergence.of_q);
+            }
+            continue;
+        }
+        divergence = finish_divergence(p, all, divergence);
+        if (blockIdx.x == 0 && thread == 0 && exists) {
+            store_record(p, all, takes_part ? divergence.value : 0.0f, sample, label, has_target, partner.wrong);
+        }
+        if (p.gradient != nullptr) {
+            T *const to = static_cast<T *>(p.gradient) + row + start;
+            write_gradients(p, slice, of, all, divergence, has_target, takes_part, weights, to);
+        }
+    }
+    if ((FORM == WHOLE || FORM == APPLY) && is_last_block(p.workspace, reinterpret_cast<u32 *>(shared(FLAG)))) {
+        finish<true>(p);
+    }
+}
+
+template <class T, Form FORM> __device__ __forceinline__ void evaluate(const LossParams &p) {
+    if (p.aligned != 0u) {
+        evaluate<T, FORM, true>(p);
+    } else {
+        evaluate<T, FORM, false>(p);
+    }
+}
+
+PACE_KERNELS(loss_general, LossParams, (LOSS_GROUP), evaluate<T, WHOLE>(p))
+PACE_KERNELS(loss_general_scan, LossParams, (LOSS_GROUP), evaluate<T, SCAN>(p))
+PACE_KERNELS(loss_general_sums, LossParams, (LOSS_GROUP), evaluate<T, SUMS>(p))
+PACE_KERNELS(loss_general_apply, LossParams, (LOSS_GROUP), evaluate<T, APPLY>(p))
+
+} // namespace general
+
+} // namespace loss
+
+} // namespace pace

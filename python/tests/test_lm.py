@@ -1,0 +1,171 @@
+"""The head of a language model with its loss, some rows at a time, against all logits at once."""
+
+from functools import partial
+
+import pace_torch
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import close
+from pace_torch import PaceError, lm_gram, lm_loss
+from test_losses import DIVERGENCES, divergence_of, options_of
+
+@pytest.fixture(params=["native", "chunks"])
+def way(request, monkeypatch):
+    """By the library's operator, or by PyTorch's matmuls as on other devices."""
+    calls, run = [], pace_torch.lm.lm_head
+    monkeypatch.setattr(pace_torch.lm, "lm_head", lambda *args: calls.append(1) or run(*args))
+    if request.param == "chunks":
+        monkeypatch.setattr(pace_torch.lm, "takes", lambda tensors: False)
+    yield
+    assert bool(calls) == (request.param == "native")
+
+
+B, T, H, V, LAMBDA = 2, 5, 4, 11, 0.3
+
+
+def make(branches=2, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (branches * B, T, H), (V, H), (V,)
+    hidden, weight, bias = (torch.randn(*shape, dtype=torch.float64, generator=generator).to(dtype).requires_grad_() for shape in shapes)
+    labels = torch.randint(V, (B, T), generator=generator)
+    labels[0, 2] = labels[1, 4] = -100
+    return hidden, weight, labels, bias
+
+
+def reference(hidden, weight, labels, bias, options, causal=True, scale=1.0, cap=None, both=False, smoothing=0.0):
+    """Sums of criterion and divergence of the tokens that have labels, and how many these are."""
+    logits = scale * (hidden @ weight.T + (0 if bias is None else bias))
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    if causal:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    taken = labels != -100
+    rows, y = logits.unflatten(0, (-1, B))[:, :][:, taken], labels[taken]
+    cross = partial(F.cross_entropy, reduction="sum", label_smoothing=smoothing)
+    classification = (cross(rows[0], y) + cross(rows[1], y)) / 2 if both else cross(rows[0], y)
+    consistency = divergence_of(rows[0], rows[1], **options).sum() if len(rows) == 2 else torch.zeros(())
+    return classification, consistency, len(y)
+
+
+def check(losses, reference, leaves, denominator=None, tolerance=1e-11):
+    classification, consistency, count = reference
+    count = denominator or count
+    close(losses.classification, classification / count, tolerance)
+    if consistency.requires_grad:
+        close(losses.consistency, consistency / count, tolerance)
+    total = (classification + LAMBDA * consistency) / count
+    close(losses.total, total, tolerance)
+    assert not losses.classification.requires_grad and losses.logits.shape == (0, V)
+    for got, want in zip(*(torch.autograd.grad(3 * loss, leaves, retain_graph=True) for loss in (losses.total, total))):
+        close(got, want, tolerance)
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 3, 1])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_every_divergence(name, chunk_rows, way):
+    hidden, weight, labels, bias = make()
+    options = options_of(name)
+    run = partial(lm_loss, hidden, weight, labels, LAMBDA, bias=bias, chunk_rows=chunk_rows, **options)
+    want = partial(reference, hidden, weight, labels, bias, options)
+    leaves = hidden, weight, bias
+    check(run(causal=True), want(), leaves)
+    check(run(), want(causal=False), leaves)
+    check(run(both_branches=True, label_smoothing=0.1), want(causal=False, both=True, smoothing=0.1), leaves)
+    check(run(logit_scale=-0.5), want(causal=False, scale=-0.5), leaves)
+    check(run(logit_scale=2.0, soft_cap=3.0), want(causal=False, scale=2.0, cap=3.0), leaves)
+    for denominator in (7, torch.tensor(7)):
+        check(run(denominator=denominator), want(causal=False), leaves, 7)
+    flat = lm_loss(hidden.flatten(0, 1), weight, labels.flatten(), LAMBDA, bias=bias, chunk_rows=chunk_rows, **options)
+    check(flat, want(causal=False), leaves)
+    # Ignored tokens, and only they, have no gradient.
+    gradient = torch.autograd.grad(run(causal=True).total, hidden)[0].abs().sum(-1)
+    ignored = F.pad(labels[:, 1:], (0, 1), value=-100) == -100
+    assert not gradient[ignored.repeat(2, 1)].any() and (gradient[:B][~ignored] > 0).all()
+
+
+def test_a_frozen_head(way):
+    hidden, weight, labels, bias = make()
+    weight, bias = weight.detach(), bias.detach()
+    for name in ("squared_difference", "mean_squared_difference", "centered_squared_difference"):
+        losses = lm_loss(hidden, weight, labels, LAMBDA, bias=bias, gram=lm_gram(weight), divergence=name)
+        check(losses, reference(hidden, weight, labels, bias, {"divergence": name}, causal=False), [hidden])
+    for options in ({}, {"divergence": "kl"}):
+        losses = lm_loss(hidden, weight, labels, LAMBDA, **options)
+        check(losses, reference(hidden, weight, labels, None, {"divergence": "squared_difference", **options}, causal=False), [hidden])
+    with torch.no_grad():
+        assert lm_loss(hidden, weight, labels, LAMBDA).total.isfinite()
+
+
+def test_one_branch_and_no_labels(way):
+    hidden, weight, labels, bias = make(1)
+    losses = lm_loss(hidden, weight, labels, LAMBDA, bias=bias, causal=True)
+    check(losses, reference(hidden, weight, labels, bias, {}), (hidden, weight, bias))
+    assert losses.consistency == 0
+    hidden, weight, labels, bias = make()
+    for divergence in ("squared_difference", "symmetric_kl"):
+        losses = lm_loss(hidden, weight, torch.full_like(labels, -100), LAMBDA, divergence=divergence)
+        assert losses.total == losses.classification == losses.consistency == 0
+        assert not torch.autograd.grad(losses.total, hidden)[0].any()
+
+
+@pytest.mark.parametrize("name", ["squared_difference", "symmetric_kl"])
+def test_close_branches_in_16_bits(name):
+    """The difference of the branches keeps its digits where logits in 16 bits have lost them."""
+    hidden, weight, labels, _ = make()
+    one = hidden.detach()[:B].bfloat16()
+    noise = torch.randn(one.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    two = (one.double() * (1 + 0.01 * noise)).bfloat16()
+    hidden, weight, bias = torch.cat([one, two]), weight.detach().bfloat16(), torch.full((V,), 64.0).bfloat16()
+    want = reference(hidden.double(), weight.double(), labels, bias.double(), {"divergence": name}, causal=False)
+    losses = lm_loss(hidden, weight, labels, LAMBDA, bias=bias, divergence=name)
+    close(losses.consistency, want[1] / want[2], 0.1)
+    rounded = pace_torch.pace_loss((hidden @ weight.T + bias).flatten(0, 1), labels.flatten(), divergence=name, labelled_only=True)
+    assert rounded.consistency > 2 * want[1] / want[2]
+
+
+@pytest.mark.parametrize("name", ["squared_difference", "symmetric_kl"])
+def test_compiled(name):
+    hidden, weight, labels, bias = make()
+    run = lambda hidden, weight, bias: lm_loss(hidden, weight, labels, LAMBDA, bias=bias, causal=True, divergence=name, chunk_rows=4).total
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    close(compiled(hidden, weight, bias), run(hidden, weight, bias), 1e-12)
+    grads = [torch.autograd.grad(function(hidden, weight, bias), (hidden, weight, bias)) for function in (compiled, run)]
+    for got, want in zip(*grads):
+        close(got, want, 1e-12)
+
+
+def test_float32(way):
+    hidden, weight, labels, bias = make()
+    leaves = [tensor.detach().float().requires_grad_() for tensor in (hidden, weight, bias)]
+    losses = lm_loss(leaves[0], leaves[1], labels, LAMBDA, bias=leaves[2], divergence="symmetric_kl")
+    check(losses, reference(*(leaf.double() for leaf in leaves[:2]), labels, leaves[2].double(), {"divergence": "symmetric_kl"}, causal=False),
+          leaves, tolerance=1e-5)
+
+
+def test_wrong_arguments_are_named():
+    hidden, weight, labels, bias = (tensor.detach() for tensor in make())
+    run = partial(lm_loss, hidden, weight, labels)
+    for call, message in (
+        (lambda: run(criterion="mean_squared_error"), "`criterion` is not for `lm_loss`"),
+        (lambda: run(class_weights=torch.ones(V)), "`class_weights` is not"),
+        (lambda: run(diverence="kl"), "`diverence` is no option"),
+        (lambda: run(temperature=2.0), "`temperature`"),
+        (lambda: run(logit_scale=0), "`logit_scale` is 0"),
+        (lambda: run(soft_cap=0), "`soft_cap` is 0"),
+        (lambda: run(chunk_rows=0), "`chunk_rows`"),
+        (lambda: run(causal=1.5), "`causal`"),
+        (lambda: run(denominator=0), "`denominator`"),
+        (lambda: run(bias=bias[1:]), "`bias`"),
+        (lambda: run(bias=bias.float()), "`bias` is of torch.float32"),
+        (lambda: run(gram=torch.ones(H, H)), "`gram` is .*float32"),
+        (lambda: lm_loss(hidden, weight.clone().requires_grad_(), labels, gram=lm_gram(weight)), "`gram` is given for a `weight` that is trained"),
+        (lambda: lm_loss(hidden[:3], weight, labels), "`hidden` is"),
+        (lambda: lm_loss(hidden, weight[:, 1:], labels), "`hidden` is"),
+        (lambda: lm_loss(hidden, weight[0], labels), "`weight` is"),
+        (lambda: lm_loss(hidden, weight, labels.int()), "`labels` is"),
+        (lambda: lm_loss(hidden.flatten(0, 1), weight, labels.flatten(), causal=True), "`causal` is True"),
+        (lambda: lm_loss(hidden, weight, labels.masked_fill(labels == labels[1, 1], V)), r"`labels\[\d+\]` is 11, expected 0 to 10"),
+        (lambda: lm_loss(None, weight, labels), "`hidden` is NoneType"),
+    ):
+        with pytest.raises(PaceError, match=message):
+            call()
