@@ -14,7 +14,7 @@ from texts import PADDING, Texts
 from torch import Tensor, nn
 
 VARIANTS = {BASELINE: "baseline", NOISE: "noise"}
-WITH_KL = (PACE_KL, STRONGER_KL)
+DIVERGENCES = {PACE_KL: "symmetric_kl", STRONGER_KL: "symmetric_kl"}
 
 
 @dataclass(frozen=True)
@@ -71,23 +71,10 @@ def make(method: str, encoder: nn.Module, classes: int, seed: int, lambda_: floa
         return Classifier(None, width, classes)
     model = Classifier(copy.deepcopy(encoder), width, classes)
     lora = peft.LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=["query", "value"], modules_to_save=["classifier"])
-    return pace_torch.attach(peft.get_peft_model(model, lora), variant=VARIANTS.get(method, "pace"), lambda_=lambda_, sigma=sigma, seed=seed)
-
-
-def symmetric_kl(logits: Tensor) -> Tensor:
-    """½(KL(p‖q) + KL(q‖p)), the mean over samples, of logits `[2B, C]` of two branches; both get gradients."""
-    first, second = logits.chunk(2)
-    return ((first.softmax(1) - second.softmax(1)) * (first - second)).sum(1).mean() / 2
-
-
-def training_loss(model: nn.Module, method: str, ids: Tensor, labels: Tensor) -> Tensor:
-    """The loss of a batch, `ids [B, T]`, `labels [B]`."""
-    if method == PROBE:
-        return F.cross_entropy(model(ids), labels)
-    if method not in WITH_KL:
-        return model.pace.training_step(model, ids, labels).total
-    logits = model(ids)
-    return F.cross_entropy(logits[: len(labels)], labels) + model.pace.lambda_ * symmetric_kl(logits)
+    return pace_torch.attach(
+        peft.get_peft_model(model, lora), variant=VARIANTS.get(method, "pace"), divergence=DIVERGENCES.get(method, "squared_difference"),
+        lambda_=lambda_, sigma=sigma, seed=seed,
+    )
 
 
 def train(model: nn.Module, method: str, ids: Tensor, labels: Tensor, seed: int, rate: float, settings: Settings) -> None:
@@ -108,7 +95,11 @@ def train(model: nn.Module, method: str, ids: Tensor, labels: Tensor, seed: int,
     for _ in range(settings.epochs):
         for rows in torch.randperm(len(labels), generator=generator).split(settings.batch):
             optimizer.zero_grad()
-            training_loss(model, method, ids[rows], labels[rows]).backward()
+            if method == PROBE:
+                loss = F.cross_entropy(model(ids[rows]), labels[rows])
+            else:
+                loss = model.pace.training_step(model, ids[rows], labels[rows]).total
+            loss.backward()
             optimizer.step()
             scheduler.step()
 

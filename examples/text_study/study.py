@@ -1,9 +1,9 @@
 """PACE on text: LoRA in a small sentence encoder learns five kinds of news from a few texts of each.
 
     python examples/text_study/study.py            # everything: downloads, selection of λ and σ, runs, tables, pictures
-    python examples/text_study/study.py --quick    # the same in a minute or two, with numbers that mean nothing
+    python examples/text_study/study.py --quick    # the same in less than a minute, with numbers that mean nothing
 
-It needs torch, transformers, peft, safetensors, matplotlib and pace_torch. A run is a pure function of its settings and its seed.
+It needs torch, transformers, peft, safetensors, matplotlib and pace_torch (pip install ./python). A run is a pure function of its settings and its seed.
 Finished runs are kept in a file in the cache folder, and a study that was interrupted goes on after the last of them.
 """
 
