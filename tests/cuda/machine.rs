@@ -10,8 +10,9 @@ use std::collections::HashMap;
 
 /// Random orders that small launches run in. What sanitizers look for depends little on the order.
 const SCHEDULES: u64 = if pace_simt::IS_SANITIZED { 2 } else { 32 };
-/// Tests that launch up to so many threads run in all of them.
-const SMALL: usize = 4096;
+/// Tests that launch up to so many threads run in all of them; up to four times as many, in a quarter.
+const SMALL: usize = 1024;
+const FOUR_TIMES_SMALL: usize = 4 * SMALL;
 
 /// What to run tests on: what plans are made for, and a machine.
 pub struct Target<'a> {
@@ -26,7 +27,11 @@ impl Target<'_> {
     pub fn run(&self, shift: usize, body: impl Fn(&mut Machine<'_>)) {
         let threads = self.once(shift, &body);
         if self.device.is_none() {
-            let seeds = if threads <= SMALL { SCHEDULES } else { 1 };
+            let seeds = match threads {
+                ..=SMALL => SCHEDULES,
+                ..=FOUR_TIMES_SMALL => SCHEDULES.div_ceil(4),
+                _ => 1,
+            };
             (0..seeds).for_each(|seed| {
                 self.simulate(shift, Schedule::Random(seed), &body);
             });
