@@ -290,6 +290,10 @@ impl Loss {
             return Err(Error::Size { argument: "classes", expected: "at most 2^30", got: classes });
         }
         check_batch(argument, batch)?;
+        if let Some(labels) = self.counted {
+            nonzero("counted.len()", labels.len)?;
+            check_batch("counted.len()", labels.len)?;
+        }
         Ok(batch)
     }
 
@@ -401,8 +405,6 @@ impl Loss {
             weights.check("class_weights", "[C]", classes, 4)?;
         }
         if let Some(labels) = self.counted {
-            nonzero("counted.len()", labels.len)?;
-            check_batch("counted.len()", labels.len)?;
             labels.check("counted", "[n]", labels.len, 8)?;
         }
         if let Some(gradient) = self.gradient {
