@@ -13,6 +13,9 @@
 //   g0_c = (e_c / S - [c = y] (1 - s) - s/C) / labelled + 2 lambda/B (l0_c - m_c);   the label's e_y / S - 1 is -O / S
 //   g1_c = - 2 lambda/B (l0_c - m_c)
 //
+// Also the mean of squares (1/C of the sum), labels alone in pace, and given denominators in place of B and the labelled samples,
+// or counted ones; equal logits have difference 0. Everything else that LossSettings has is in loss_general.cu.
+//
 // A label that is neither a class nor the ignored one counts as ignored. A sample whose index is not a row of H, or that
 // of an earlier sample, has no consistency term, and H is neither read nor written for it. Status counts both.
 //

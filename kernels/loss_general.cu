@@ -15,7 +15,8 @@
 //
 // Nothing is lost where branches are close, or the criterion is near 0. With M the maximum of a row, S the sum of
 // e_c = exp(l_c - M) and O that without the elements that are M:
-//   log S = log1p(O) if one element is M. Its gradient A e/S - t, A = sum of t, is (A - t) - A O/S, where A - t is a sum as well.
+//   log S = log1p(O) if one element is M. Its gradient A e/S - t, A = sum of t, is (A - t) - A O/S where
+//   O < 1, and A - t is a sum as well.
 //   r_c = D_c - (M0 - M1),  t_c = log(p_c/q_c) = r_c - log(S0/S1),  S0 - S1 = sum q-part e1_c expm1(r_c):  no difference of large
 //   numbers, and for any M0 - M1 the same. p - q = q expm1(t). Each divergence is a sum of terms that are not negative:
 //   (p - q) t;  q (expm1(t) - t) = p - q - q t;  p u + q v with u = log p/m = t/2 - h, v = log q/m = -t/2 - h, h = log cosh(t/2).
@@ -42,7 +43,7 @@ namespace loss {
 namespace general {
 
 constexpr u32 SECOND_SUMS = FIRST_SUMS + 5, DIVERGENCE_SUMS = SECOND_SUMS + 5,
-              LAST_SUMS = DIVERGENCE_SUMS + 3; // LAST_SUMS: 3
+              LAST_SUMS = DIVERGENCE_SUMS + 7; // LAST_SUMS: 3
 constexpr float LN_2 = 0.693147180559945f;
 // Below, exponentials are close to 1.
 constexpr float CLOSE = 0.5f;
@@ -56,9 +57,11 @@ struct Criterion {
     float rest_target; // and of the others
 };
 
-// And of the divergence: the sums of exp((l - M) / T) and their difference, or sums of D and D^2.
+// And of the divergence: the sums of exp((l - M) / T) and their difference, or sums of D and D^2. `at_peak`: the sum of D where a
+// branch is at its maximum, and `peaks` how often that is.
 struct Sums {
     float zero, one, less;
+    float at_peak[2], peaks[2];
 };
 
 struct Row {
@@ -66,10 +69,10 @@ struct Row {
     Criterion criterion[2];
     Sums sums;
 };
-constexpr u32 ROW_WORDS = 2 + 2 * 5 + 3;
+constexpr u32 ROW_WORDS = 2 + 2 * 5 + 7;
 
 // And of a divergence that needs these: its value before `scale`, the sum of p log p/q or p log p/m, and that of q log p/q or
-// q log q/m. Of centred squares those of the squares around the mean, which is rounded, and of what is around it.
+// q log q/m, both without what the logarithm is at the maximum: with a probability near 1 nothing would be left of it. Of centred squares those of the squares around the mean, which is rounded, and of what is around it.
 struct Divergence {
     float value, of_p, of_q;
 };
@@ -177,7 +180,7 @@ __device__ __forceinline__ Criterion sum_criterion(const LossParams &p, const Sl
 }
 
 __device__ __forceinline__ Sums sum_powers(const LossParams &p, const Elements &of, const float (&max)[2]) {
-    float sum[3] = {};
+    float sum[7] = {};
     const float shift = max[0] - max[1];
 #pragma unroll
     for (u32 k = 0; k < ELEMENTS; ++k) {
@@ -188,13 +191,19 @@ __device__ __forceinline__ Sums sum_powers(const LossParams &p, const Elements &
             sum[0] += zero;
             sum[1] += one;
             sum[2] += subtract(zero, one, (difference - shift) * p.inverse_temperature);
+#pragma unroll
+            for (u32 branch = 0; branch < 2; ++branch) {
+                const bool is_peak = of.logit[branch][k] == max[branch];
+                sum[3 + branch] += is_peak ? difference : 0.0f;
+                sum[5 + branch] += is_peak ? 1.0f : 0.0f;
+            }
         } else {
             sum[0] += difference;
             sum[1] += difference * difference;
         }
     }
     group_reduce<Sum>(sum, first_warp(p), p.group / WARP, shared(DIVERGENCE_SUMS));
-    return {sum[0], sum[1], sum[2]};
+    return {sum[0], sum[1], sum[2], {sum[3], sum[4]}, {sum[5], sum[6]}};
 }
 
 // All that a first look at a slice finds.
@@ -235,6 +244,11 @@ __device__ __forceinline__ void store_row(const LossParams &p, const Row &row, u
     store(part + 12, row.sums.zero);
     store(part + 13, row.sums.one);
     store(part + 14, row.sums.less);
+#pragma unroll
+    for (u32 branch = 0; branch < 2; ++branch) {
+        store(part + 15 + branch, row.sums.at_peak[branch]);
+        store(part + 17 + branch, row.sums.peaks[branch]);
+    }
 }
 
 // The criterion of a row from those of its slices.
@@ -259,7 +273,7 @@ __device__ __forceinline__ Criterion combine_criterion(const LossParams &p, u32 
 }
 
 __device__ __forceinline__ Sums combine_powers(const LossParams &p, u32 sample, u32 thread, const float (&max)[2]) {
-    float sum[3] = {};
+    float sum[7] = {};
     const float shift = max[0] - max[1];
     for (u32 i = thread; i < p.slices; i += p.group) {
         const float *const part = summary_of<SUMMARY_WORDS>(p, sample, i);
@@ -273,13 +287,19 @@ __device__ __forceinline__ Sums combine_powers(const LossParams &p, u32 sample, 
             sum[0] += scale_zero * zero;
             sum[1] += scale_one * one;
             sum[2] += scale_zero * less + scales * one;
+#pragma unroll
+            for (u32 branch = 0; branch < 2; ++branch) {
+                const bool is_peak = load(part + branch) == max[branch];
+                sum[3 + branch] += is_peak ? load(part + 15 + branch) : 0.0f;
+                sum[5 + branch] += is_peak ? load(part + 17 + branch) : 0.0f;
+            }
         } else {
             sum[0] += zero;
             sum[1] += one;
         }
     }
     group_reduce<Sum>(sum, first_warp(p), p.group / WARP, shared(DIVERGENCE_SUMS));
-    return {sum[0], sum[1], sum[2]};
+    return {sum[0], sum[1], sum[2], {sum[3], sum[4]}, {sum[5], sum[6]}};
 }
 
 // What is known of a row, from what is known of its slices; a whole group computes it.
@@ -308,10 +328,21 @@ template <Form FORM> __device__ __forceinline__ Row combine(const LossParams &p,
 struct Softmaxes {
     float max[2], inverse[2];
     float scale, shift, offset;
+    // log p/q where the one and the other branch has its maximum; 0 where that is infinite.
+    float at_peak[2];
 
     __device__ __forceinline__ Softmaxes(const LossParams &p, const Row &row)
         : max{row.max[0], row.max[1]}, inverse{1.0f / row.sums.zero, 1.0f / row.sums.one}, scale(p.inverse_temperature),
-          shift(row.max[0] - row.max[1]), offset(log_ratio(row.sums)) {}
+          shift(row.max[0] - row.max[1]), offset(log_ratio(row.sums)) {
+#pragma unroll
+        for (u32 branch = 0; branch < 2; ++branch) {
+            const float log = of(row.sums.at_peak[branch] / row.sums.peaks[branch]);
+            at_peak[branch] = fabsf(log) < INF ? log : 0.0f;
+        }
+    }
+
+    // log p/q, from the difference of the logits.
+    __device__ __forceinline__ float of(float difference) const { return (difference - shift) * scale - offset; }
 };
 
 // p, q, log p/q and p - q of an element.
@@ -323,28 +354,33 @@ struct Ratio {
         p = expf((zero - all.max[0]) * all.scale) * all.inverse[0];
         q = expf((one - all.max[1]) * all.scale) * all.inverse[1];
         // What is masked in both has no probability in either.
-        log = zero == -INF && one == -INF ? 0.0f : (of.difference[k] - all.shift) * all.scale - all.offset;
+        log = zero == -INF && one == -INF ? 0.0f : all.of(of.difference[k]);
         less = subtract(p, q, log);
     }
 };
 
-// log p/m, log q/m, and p times the one plus q times the other.
+// log p/m and log q/m, from log p/q. What is near 0 has not lost digits.
 struct Mixture {
-    float of_p, of_q, term;
+    float of_p, of_q, log_cosh, power; // the last two where `is_close`
+    bool is_close;
 
-    __device__ __forceinline__ explicit Mixture(const Ratio &ratio) {
-        if (fabsf(ratio.log) < 1.0f) {
+    __device__ __forceinline__ explicit Mixture(float log) : log_cosh(0.0f), power(0.0f), is_close(fabsf(log) < 1.0f) {
+        if (is_close) {
             // cosh(t/2)^2 = 1 + (e^t - 1)^2 / (4 e^t)
-            const float power = expm1f(ratio.log), half = 0.5f * ratio.log;
-            const float log_cosh = 0.5f * log1pf(power * power / (4.0f + 4.0f * power));
-            of_p = half - log_cosh;
-            of_q = -half - log_cosh;
-            term = ratio.q * (power * half - (2.0f + power) * log_cosh);
+            power = expm1f(log);
+            log_cosh = 0.5f * log1pf(power * power / (4.0f + 4.0f * power));
+            of_p = 0.5f * log - log_cosh;
+            of_q = -0.5f * log - log_cosh;
         } else {
-            of_p = LN_2 - softplus(-ratio.log);
-            of_q = LN_2 - softplus(ratio.log);
-            term = share(ratio.p, of_p) + share(ratio.q, of_q);
+            of_p = LN_2 - softplus(-log);
+            of_q = LN_2 - softplus(log);
         }
+    }
+
+    // p times the one plus q times the other.
+    __device__ __forceinline__ float term(const Ratio &ratio) const {
+        return is_close ? ratio.q * (power * (0.5f * ratio.log) - (2.0f + power) * log_cosh)
+                        : share(ratio.p, of_p) + share(ratio.q, of_q);
     }
 };
 
@@ -377,16 +413,17 @@ __device__ __forceinline__ Divergence sum_divergence(const LossParams &p, const 
         const Ratio ratio(all, of, k);
         if (p.divergence == LOSS_SYMMETRIC_KL) {
             sum[0] += share(ratio.less, ratio.log);
-            sum[1] += share(ratio.p, ratio.log);
-            sum[2] += share(ratio.q, ratio.log);
+            sum[1] += share(ratio.p, ratio.log - all.at_peak[0]);
+            sum[2] += share(ratio.q, ratio.log - all.at_peak[1]);
         } else if (p.divergence == LOSS_KL) {
             const bool is_close = fabsf(ratio.log) < CLOSE;
             sum[0] += is_close ? ratio.q * second_order(ratio.log) : ratio.less - share(ratio.q, ratio.log);
+            sum[2] += share(ratio.q, ratio.log - all.at_peak[1]);
         } else {
-            const Mixture mixture(ratio);
-            sum[0] += mixture.term;
-            sum[1] += share(ratio.p, mixture.of_p);
-            sum[2] += share(ratio.q, mixture.of_q);
+            const Mixture mixture(ratio.log);
+            sum[0] += mixture.term(ratio);
+            sum[1] += share(ratio.p, mixture.of_p - Mixture(all.at_peak[0]).of_p);
+            sum[2] += share(ratio.q, mixture.of_q - Mixture(all.at_peak[1]).of_q);
         }
     }
     group_reduce<Sum>(sum, first_warp(p), p.group / WARP, shared(LAST_SUMS));
@@ -411,7 +448,9 @@ __device__ __forceinline__ Divergence finish_divergence(const LossParams &p, con
         return {row.sums.one, 0.0f, 0.0f};
     }
     if (p.divergence == LOSS_CENTERED_SQUARED_DIFFERENCE) {
-        const float left = sums.of_p / static_cast<float>(p.classes);
+        const float rounding = sums.of_p / static_cast<float>(p.classes);
+        // None of an infinite mean.
+        const float left = fabsf(rounding) < INF ? rounding : 0.0f;
         return {sums.value - sums.of_p * left, left, 0.0f};
     }
     return sums;
@@ -432,15 +471,15 @@ __device__ __forceinline__ void pull_together(const LossParams &p, const Element
         } else {
             const Ratio ratio(softmaxes, of, k);
             if (p.divergence == LOSS_SYMMETRIC_KL) {
-                to_zero = share(ratio.p, ratio.log - all.of_p) + ratio.less;
-                to_one = share(ratio.q, all.of_q - ratio.log) - ratio.less;
+                to_zero = share(ratio.p, ratio.log - softmaxes.at_peak[0] - all.of_p) + ratio.less;
+                to_one = share(ratio.q, all.of_q - (ratio.log - softmaxes.at_peak[1])) - ratio.less;
             } else if (p.divergence == LOSS_KL) {
                 to_zero = ratio.less;
-                to_one = p.detach_target != 0u ? 0.0f : share(ratio.q, -ratio.log - all.value);
+                to_one = p.detach_target != 0u ? 0.0f : share(ratio.q, all.of_q - (ratio.log - softmaxes.at_peak[1]));
             } else {
-                const Mixture mixture(ratio);
-                to_zero = share(ratio.p, mixture.of_p - all.of_p);
-                to_one = share(ratio.q, mixture.of_q - all.of_q);
+                const Mixture mixture(ratio.log);
+                to_zero = share(ratio.p, mixture.of_p - Mixture(softmaxes.at_peak[0]).of_p - all.of_p);
+                to_one = share(ratio.q, mixture.of_q - Mixture(softmaxes.at_peak[1]).of_q - all.of_q);
             }
         }
         zero[k] += pull * to_zero;
@@ -463,12 +502,14 @@ __device__ __forceinline__ void criterion_gradient(const LossParams &p, const Cr
                                                    float (&gradient)[ELEMENTS]) {
     const float scale = (all.peak_target + all.rest_target) / (all.peaks + all.others);
     const float twice = 2.0f / static_cast<float>(p.classes);
+    // Nothing cancels in 1 - O/S of a probability below a half, nor in O/S of one above.
+    const bool is_sure = all.peaks == 1.0f && all.others < 1.0f;
 #pragma unroll
     for (u32 k = 0; k < ELEMENTS; ++k) {
         float of_one;
         if (p.criterion == LOSS_VALUES) {
             of_one = twice * (logit[k] - target[k]);
-        } else if (logit[k] == max && all.peaks == 1.0f) {
+        } else if (is_sure && logit[k] == max) {
             of_one = all.rest_target - scale * all.others;
         } else {
             of_one = scale * expf(logit[k] - max) - target[k];
@@ -606,10 +647,10 @@ template <class T, Form FORM> __device__ __forceinline__ void evaluate(const Los
     }
 }
 
-PACE_KERNELS(loss_general, LossParams, (LOSS_GROUP), evaluate<T, WHOLE>(p))
-PACE_KERNELS(loss_general_scan, LossParams, (LOSS_GROUP), evaluate<T, SCAN>(p))
-PACE_KERNELS(loss_general_sums, LossParams, (LOSS_GROUP), evaluate<T, SUMS>(p))
-PACE_KERNELS(loss_general_apply, LossParams, (LOSS_GROUP), evaluate<T, APPLY>(p))
+PACE_KERNELS(loss_general, LossParams, (LOSS_GROUP, 1), evaluate<T, WHOLE>(p))
+PACE_KERNELS(loss_general_scan, LossParams, (LOSS_GROUP, 1), evaluate<T, SCAN>(p))
+PACE_KERNELS(loss_general_sums, LossParams, (LOSS_GROUP, 1), evaluate<T, SUMS>(p))
+PACE_KERNELS(loss_general_apply, LossParams, (LOSS_GROUP, 1), evaluate<T, APPLY>(p))
 
 } // namespace general
 

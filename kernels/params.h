@@ -55,10 +55,10 @@ constexpr u32 LOSS_ELEMENTS = 8;
 constexpr u32 LOSS_GROUP = 512;
 
 /// Words of shared memory for each warp of a block; one more is for all of them.
-constexpr u32 LOSS_SHARED_WORDS = 30;
+constexpr u32 LOSS_SHARED_WORDS = 34;
 
 /// Of a slice, where the loss is not the paper's; more than what the paper's needs.
-constexpr u32 LOSS_GENERAL_SUMMARY_WORDS = 18;
+constexpr u32 LOSS_GENERAL_SUMMARY_WORDS = 22;
 
 /// What the criterion is of.
 constexpr u32 LOSS_LABELS = 0;

@@ -1,23 +1,41 @@
-//! Loss with its gradient, 64 samples: two branches, or one branch and its rows of the history table.
+//! Loss with its gradient, 64 samples: two branches, or one branch and its rows of the history table; then other divergences of two
+//! branches, each with a criterion of both.
 
 use crate::gpu::Gpu;
 use crate::{Case, Launch};
 use pace_kernels::cuda::{Consistency, LossInputs, LossOutputs, LossStatus};
-use pace_kernels::{LossSettings, Targets};
+use pace_kernels::{Divergence, LossSettings, Targets};
 
 const BATCH: usize = 64;
 
+/// Divergences that the kernels of the paper's loss do not have.
+const OTHERS: [(&str, Divergence); 4] = [
+    ("loss centred", Divergence::CenteredSquaredDifference),
+    ("loss R-Drop", Divergence::SymmetricKl),
+    ("loss KL", Divergence::Kl { temperature: 2.0, detach_target: false }),
+    ("loss Jensen-Shannon", Divergence::JensenShannon),
+];
+
 pub fn cases() -> Vec<Case> {
-    [100, 1000, 32768].into_iter().flat_map(|classes| [case(classes, false), case(classes, true)]).collect()
+    let mut cases = Vec::new();
+    for classes in [100, 1000, 32768] {
+        let paper = LossSettings::new(classes, 1.0);
+        cases.push(case("loss two branches", paper, false));
+        cases.push(case("loss history", paper, true));
+        for (operator, divergence) in OTHERS {
+            cases.push(case(operator, LossSettings { divergence, both_branches: true, ..paper }, false));
+        }
+    }
+    cases
 }
 
-fn case(classes: usize, history: bool) -> Case {
-    let settings = LossSettings::new(classes, 1.0);
+fn case(operator: &'static str, settings: LossSettings, history: bool) -> Case {
+    let classes = settings.classes;
     let len = if history { 1 } else { 2 } * BATCH * classes;
     let labels: Vec<i64> = (0..BATCH).map(|i| (i * 7 % classes) as i64).collect();
     let rows: Vec<i64> = (0..BATCH as i64).rev().collect();
     Case {
-        operator: if history { "loss history" } else { "loss two branches" },
+        operator,
         family: "–",
         dtype: "f32",
         shape: format!("{BATCH}x{classes}"),

@@ -26,7 +26,7 @@ const SPREAD: usize = 64;
 /// Blocks, at most, unless a row alone needs more: each of them counts the labels of the whole batch.
 const MAX_BLOCKS: usize = 1024;
 /// Words of shared memory for each warp of a block; one more is for all of them.
-pub const LOSS_SHARED_WORDS: usize = 30;
+pub const LOSS_SHARED_WORDS: usize = 34;
 /// Samples, at most: the kernels count them in `f32`.
 const MAX_BATCH: usize = 1 << 24;
 const MAX_CLASSES: usize = 1 << 30;
@@ -34,7 +34,7 @@ const MAX_CLASSES: usize = 1 << 30;
 const TICKET_WORDS: usize = 1;
 const RECORD_WORDS: usize = 3;
 /// Of a slice, where the loss is not the paper's; more than what the paper's needs.
-pub const LOSS_GENERAL_SUMMARY_WORDS: usize = 18;
+pub const LOSS_GENERAL_SUMMARY_WORDS: usize = 22;
 
 /// What the criterion is of.
 pub const LOSS_LABELS: u32 = 0;
@@ -290,6 +290,10 @@ impl Loss {
             return Err(Error::Size { argument: "classes", expected: "at most 2^30", got: classes });
         }
         check_batch(argument, batch)?;
+        if let Some(labels) = self.counted {
+            nonzero("counted.len()", labels.len)?;
+            check_batch("counted.len()", labels.len)?;
+        }
         Ok(batch)
     }
 
@@ -401,8 +405,6 @@ impl Loss {
             weights.check("class_weights", "[C]", classes, 4)?;
         }
         if let Some(labels) = self.counted {
-            nonzero("counted.len()", labels.len)?;
-            check_batch("counted.len()", labels.len)?;
             labels.check("counted", "[n]", labels.len, 8)?;
         }
         if let Some(gradient) = self.gradient {

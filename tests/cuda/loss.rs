@@ -106,7 +106,7 @@ pub fn any_grid(target: &Target<'_>) {
                     let group = case.classes.div_ceil(8).next_power_of_two().clamp(32, 512) as u32;
                     launch.grid[1] = rows;
                     launch.block[0] = groups * group;
-                    launch.shared_bytes = 4 * (30 * groups * group / 32 + 1);
+                    launch.shared_bytes = 4 * (34 * groups * group / 32 + 1);
                 }
                 machine.launch(&plan);
                 let status = data.check(machine, &operator, &want);

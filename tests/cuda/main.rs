@@ -7,7 +7,9 @@ mod device;
 mod drop_path;
 mod lora_mul_linear;
 mod loss;
+mod loss_cases;
 mod loss_data;
+mod loss_general;
 mod low_rank_linear;
 mod machine;
 mod noise_fill;
@@ -58,6 +60,12 @@ const TESTS: &[(&str, Test)] = &[
     ("loss::again", loss::again),
     ("loss::wrong_data", loss::wrong_data),
     ("loss::not_a_number", loss::not_a_number),
+    ("loss_general", loss_general::test),
+    ("loss_general::extremes", loss_general::extremes),
+    ("loss_general::streamed", loss_general::streamed),
+    ("loss_general::parts", loss_general::parts),
+    ("loss_general::wrong_data", loss_general::wrong_data),
+    ("loss_general::not_a_number", loss_general::not_a_number),
     ("drop_path", drop_path::test),
     ("noise_fill", noise_fill::test),
     ("noise_fill::key_in_memory", noise_fill::key_in_memory),

@@ -2,7 +2,7 @@
 
 use crate::support::*;
 use pace_kernels::cuda::{Buffer, DType, Finding, Loss, LossStatus, Partner};
-use pace_kernels::{Error, LossSettings, Targets};
+use pace_kernels::{Divergence, Error, LossSettings, Targets};
 
 /// Classes, samples and remembered samples of `loss`.
 const C: usize = 24;
@@ -200,6 +200,158 @@ fn wrong_arguments_of_a_loss_are_refused() {
         ..both
     };
     assert!(matches!(huge.plan(), Err(Error::Length { argument: "logits", .. })));
+}
+
+/// Two branches with weighted classes, a divergence of probabilities, and what else only the general kernels have.
+fn general(classes: usize) -> Loss {
+    let settings = LossSettings { divergence: Divergence::SymmetricKl, ..LossSettings::new(classes, 0.5) };
+    Loss {
+        settings,
+        dtype: DType::F16,
+        logits: buffer(1 << 30, 2 * B * classes),
+        targets: Targets::Labels(buffer(1 << 31, B)),
+        class_weights: Some(buffer(1 << 32, classes)),
+        partner: Partner::Difference,
+        gradient: Some(buffer(1 << 33, 2 * B * classes)),
+        workspace: buffer(1 << 34, settings.workspace_len(B)),
+        ..loss()
+    }
+}
+
+#[test]
+fn the_papers_loss_has_kernels_of_its_own() {
+    let names = |operator: Loss| -> Vec<&str> {
+        operator.plan().unwrap().launches().map(|launch| launch.kernel.name).collect()
+    };
+    let two = |settings| Loss {
+        settings,
+        class_weights: None,
+        partner: Partner::OtherBranch,
+        workspace: buffer(1 << 34, settings.workspace_len(B)),
+        ..general(C)
+    };
+    let paper = LossSettings::new(C, 0.5);
+    // What differs from it by a factor has the same kernel.
+    for settings in [
+        paper,
+        LossSettings { divergence: Divergence::MeanSquaredDifference, ..paper },
+        LossSettings { labelled_only: true, ignore_label: Some(-100), ..paper },
+        LossSettings { denominator: Some(3.0), label_smoothing: 0.1, ..paper },
+    ] {
+        assert_eq!(names(two(settings)), ["loss_f16"], "{settings:?}");
+    }
+    // Without a partner there is no divergence, and without a second branch one criterion.
+    let both = LossSettings { both_branches: true, ..paper };
+    let one = LossSettings { divergence: Divergence::JensenShannon, ..both };
+    let logits = buffer(1 << 30, B * C);
+    let gradient = Some(buffer(1 << 33, B * C));
+    assert_eq!(names(Loss { partner: Partner::None, logits, gradient, ..two(one) }), ["loss_f16"]);
+    assert_eq!(names(Loss { settings: both, ..loss() }), ["loss_f16"]);
+
+    let all = Targets::Probabilities(buffer(1 << 31, B * C));
+    let values = Targets::Values(buffer(1 << 31, B * C));
+    for operator in [
+        two(both),
+        two(LossSettings { divergence: Divergence::CenteredSquaredDifference, ..paper }),
+        two(LossSettings { divergence: Divergence::JensenShannon, ..paper }),
+        Loss { targets: all, ..two(paper) },
+        Loss { targets: values, ..two(paper) },
+        Loss { class_weights: Some(buffer(1 << 32, C)), ..two(paper) },
+        Loss { partner: Partner::Difference, ..two(paper) },
+    ] {
+        assert_eq!(names(operator), ["loss_general_f16"], "{operator:?}");
+    }
+    // More than one slice: a launch for what comes first, one for sums that need it, one for the gradient.
+    let wide = general(4104);
+    let launches = ["loss_general_scan_f16", "loss_general_sums_f16", "loss_general_apply_f16"];
+    assert_eq!(names(wide), launches);
+    let plan = Loss { gradient: None, ..wide }.plan().unwrap();
+    let grids: Vec<_> = plan.launches().map(|launch| (launch.grid, launch.block)).collect();
+    assert_eq!(grids, [([2, 6, 1], [512, 1, 1]), ([2, 6, 1], [512, 1, 1]), ([1, 6, 1], [512, 1, 1])]);
+    let squares = LossSettings { divergence: Divergence::SquaredDifference, ..wide.settings };
+    assert_eq!(names(Loss { settings: squares, ..wide }), [launches[0], launches[2]]);
+}
+
+#[test]
+fn wrong_arguments_of_other_losses_are_refused() {
+    let wrong = |operator: Loss, want: Error| assert_error(operator.plan(), &want);
+    let value = |argument, expected, got| Error::Value { argument, expected, got };
+    let settings = general(C).settings;
+    let with = |settings| Loss { settings, ..general(C) };
+    for temperature in [1e-19, 1e19] {
+        let divergence = Divergence::Kl { temperature, detach_target: false };
+        wrong(
+            with(LossSettings { divergence, ..settings }),
+            value("temperature", "in [1e-18, 1e18]", temperature),
+        );
+    }
+    for denominator in [1e-39, 1e39] {
+        wrong(
+            with(LossSettings { denominator: Some(denominator), ..settings }),
+            value("denominator", "in the range of f32", denominator),
+        );
+    }
+    let strong = LossSettings { lambda: 1e20, denominator: Some(1e-20), ..settings };
+    wrong(with(strong), value("lambda", "finite and not negative", f64::INFINITY));
+
+    // Each tensor in turn: another length, no address, and over an output.
+    type With = fn(Buffer) -> Loss;
+    let tensors: [(&'static str, &'static str, usize, With); 4] = [
+        ("class_weights", "[C]", C, |all| Loss { class_weights: Some(all), ..general(C) }),
+        ("counted", "[n]", 2 * B, |all| Loss { counted: Some(all), ..general(C) }),
+        ("probabilities", "[B, C]", B * C, |all| Loss { targets: Targets::Probabilities(all), ..general(C) }),
+        ("values", "[B, C]", B * C, |all| Loss {
+            settings: LossSettings::new(C, 0.5),
+            class_weights: None,
+            targets: Targets::Values(all),
+            ..general(C)
+        }),
+    ];
+    for (name, shape, len, with) in tensors {
+        assert!(with(buffer(1 << 36, len)).plan().is_ok(), "{name}");
+        wrong(with(buffer(0, len)), argument(name, NULL));
+        wrong(with(buffer((1 << 36) + 2, len)), argument(name, MISALIGNED));
+        wrong(with(buffer(1 << 33, len)), argument(name, "overlaps an output"));
+        match name {
+            "class_weights" => wrong(with(buffer(1 << 36, len - 1)), length(name, shape, len, len - 1)),
+            "counted" => {
+                wrong(
+                    with(buffer(1 << 36, 0)),
+                    Error::Size { argument: "counted.len()", expected: "at least 1", got: 0 },
+                );
+                let got = (1 << 24) + 1;
+                wrong(
+                    with(buffer(1 << 36, got)),
+                    Error::Size { argument: "counted.len()", expected: "at most 2^24", got },
+                );
+            }
+            _ => {
+                let expected = "a multiple of the number of classes, and not 0";
+                for got in [0, len - 1] {
+                    let result = with(buffer(1 << 36, got)).plan();
+                    assert!(
+                        matches!(result, Err(Error::Size { expected: e, got: g, .. }) if e == expected && g == got)
+                    );
+                }
+                // Another length is another batch.
+                wrong(
+                    with(buffer(1 << 36, len + C)),
+                    length("logits", "[2B, C]", 2 * (B + 1) * C, 2 * B * C),
+                );
+            }
+        }
+    }
+    let counted = Some(buffer(1 << 36, 2 * B));
+    let given = LossSettings { denominator: Some(4.0), ..settings };
+    let problem = "is not counted, as there is a denominator";
+    wrong(Loss { counted, ..with(given) }, argument("counted", problem));
+    let targets = Targets::Probabilities(buffer(1 << 35, B * C));
+    let problem = "are labels, and the targets are not";
+    wrong(Loss { counted, targets, ..general(C) }, argument("counted", problem));
+    let adds = Loss { accumulate: true, ..general(C) };
+    wrong(adds, argument("accumulate", "needs a denominator, given or counted"));
+    assert!(Loss { counted, ..adds }.plan().is_ok());
+    assert!(Loss { settings: given, ..adds }.plan().is_ok());
 }
 
 #[test]
