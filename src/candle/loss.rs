@@ -34,8 +34,8 @@ pub enum Variant {
 pub struct Batch<'a> {
     /// Inputs, one row per sample.
     pub x: &'a Tensor,
-    /// Labels `[B]`.
-    pub labels: &'a [i64],
+    /// What it is trained on: labels `[B]`, or a tensor `[B, C]` of probabilities or values.
+    pub targets: Targets<&'a [i64], &'a Tensor>,
     /// Which training samples these are, `[B]`; needed by [`Variant::Fast`] only.
     pub index: Option<&'a [i64]>,
     /// Number of the first sample in the global batch; not 0 where a batch is split over processes.
@@ -43,10 +43,17 @@ pub struct Batch<'a> {
 }
 
 impl<'a> Batch<'a> {
-    /// A whole batch without an index.
+    /// A whole batch with labels, without an index.
     pub fn new(x: &'a Tensor, labels: &'a [i64]) -> Self {
-        Self { x, labels, index: None, first_sample: 0 }
+        Self { x, targets: Targets::Labels(labels), index: None, first_sample: 0 }
     }
+}
+
+/// What the loss of one step is made of; tensors lie beside the logits.
+struct Terms<'a> {
+    settings: LossSettings,
+    targets: Targets<&'a [i64], Tensor>,
+    class_weights: Option<Vec<f64>>,
 }
 
 /// The result of one [`Objective::step`].
@@ -72,8 +79,12 @@ pub struct Objective {
     pub label_smoothing: f64,
     /// Samples with this label take no part in the cross-entropy.
     pub ignore_label: Option<i64>,
-    /// Whether the cross-entropy is the mean of that of both branches.
+    /// Whether those samples take no part in the consistency either.
+    pub labelled_only: bool,
+    /// Whether the criterion is the mean of that of both branches.
     pub both_branches: bool,
+    /// Weights of the classes in the cross-entropy, `[C]`; `None`: all 1.
+    pub class_weights: Option<Vec<f64>>,
     history: Option<History>,
 }
 
@@ -130,7 +141,9 @@ impl Objective {
             divergence: Divergence::default(),
             label_smoothing: 0.0,
             ignore_label: None,
+            labelled_only: false,
             both_branches: false,
+            class_weights: None,
             history: None,
         })
     }
@@ -153,8 +166,13 @@ impl Objective {
         model: impl FnOnce(&Tensor) -> Result<Tensor>,
     ) -> Result<Step> {
         let rows = batch.x.dim(0)?;
-        if batch.labels.len() != rows {
-            candle_core::bail!("`labels` has {} elements, but the batch {rows} rows", batch.labels.len());
+        let targets = match batch.targets {
+            Targets::Labels(labels) => labels.len(),
+            Targets::Probabilities(all) | Targets::Values(all) => all.dim(0)?,
+        };
+        if targets != rows {
+            let name = if matches!(batch.targets, Targets::Labels(_)) { "labels" } else { "targets" };
+            candle_core::bail!("`{name}` has {targets} elements, but the batch {rows} rows");
         }
         let samples = match self.variant {
             Variant::CrossEntropy | Variant::Fast { .. } => None,
@@ -179,17 +197,30 @@ impl Objective {
             divergence: self.divergence,
             label_smoothing: self.label_smoothing,
             ignore_label: self.ignore_label,
+            labelled_only: self.labelled_only,
             both_branches: self.both_branches,
             ..LossSettings::new(classes, self.lambda)
         };
-        let labels = &batch.labels[..used];
+        let floats = |all: &Tensor| {
+            let (_, columns) = all.dims2()?;
+            if columns != classes {
+                candle_core::bail!("`targets` has {columns} columns, but the logits {classes}");
+            }
+            all.narrow(0, 0, used)?.to_device(logits.device())?.contiguous()
+        };
+        let targets = match batch.targets {
+            Targets::Labels(labels) => Targets::Labels(&labels[..used]),
+            Targets::Probabilities(all) => Targets::Probabilities(floats(all)?),
+            Targets::Values(all) => Targets::Values(floats(all)?),
+        };
+        let terms = Terms { settings, targets, class_weights: self.class_weights.clone() };
         let (values, gradient) = match (logits.device(), logits.dtype()) {
             #[cfg(feature = "candle-cuda")]
             (candle_core::Device::Cuda(device), _) => {
-                self.evaluate_on_device(device, settings, labels, &logits, batch.index, branches)?
+                self.evaluate_on_device(device, terms, &logits, batch.index, branches)?
             }
-            (_, DType::F32) => self.evaluate::<f32>(settings, labels, &logits, batch.index, branches)?,
-            (_, DType::F64) => self.evaluate::<f64>(settings, labels, &logits, batch.index, branches)?,
+            (_, DType::F32) => self.evaluate::<f32>(terms, &logits, batch.index, branches)?,
+            (_, DType::F64) => self.evaluate::<f64>(terms, &logits, batch.index, branches)?,
             (_, other) => candle_core::bail!("logits are {other:?}, expected F32 or F64"),
         };
         let loss = scalar(&logits, values.total, gradient)?;
@@ -199,15 +230,14 @@ impl Objective {
     /// The loss of some logits, and its gradient to them.
     fn evaluate<T: Remembered>(
         &mut self,
-        settings: LossSettings,
-        labels: &[i64],
+        terms: Terms<'_>,
         logits: &Tensor,
         index: Option<&[i64]>,
         branches: usize,
     ) -> Result<(LossValues, Tensor)> {
         let consistency = match (self.variant, branches) {
             (Variant::Fast { samples }, _) => {
-                let (index, elements) = remembered(samples, settings.classes, index)?;
+                let (index, elements) = remembered(samples, terms.settings.classes, index)?;
                 if self.history.is_none() {
                     let mut table = Vec::new();
                     if table.try_reserve_exact(elements).is_err() {
@@ -227,9 +257,21 @@ impl Objective {
             (_, 2) => Consistency::TwoBranch,
             _ => Consistency::None,
         };
-        let loss = Loss { settings, targets: Targets::Labels(labels), class_weights: None };
         let mut gradient = vec![T::zero(); logits.elem_count()];
-        let values = with_slices("pace_loss", &[logits], |slices| {
+        let class_weights: Option<Vec<T>> =
+            terms.class_weights.map(|all| all.into_iter().map(crate::Real::from_f64).collect());
+        let floats = match &terms.targets {
+            Targets::Labels(_) => None,
+            Targets::Probabilities(all) | Targets::Values(all) => Some(all.to_dtype(logits.dtype())?),
+        };
+        let tensors: Vec<&Tensor> = [logits].into_iter().chain(&floats).collect();
+        let values = with_slices::<T, _>("pace_loss", &tensors, |slices| {
+            let targets = match &terms.targets {
+                Targets::Labels(labels) => Targets::Labels(*labels),
+                Targets::Probabilities(_) => Targets::Probabilities(slices[1]),
+                Targets::Values(_) => Targets::Values(slices[1]),
+            };
+            let loss = Loss { settings: terms.settings, targets, class_weights: class_weights.as_deref() };
             wrap(loss.evaluate(slices[0], consistency, Some(&mut gradient)))
         })?;
         Ok((values, Tensor::from_vec(gradient, logits.shape(), logits.device())?))
@@ -240,15 +282,14 @@ impl Objective {
     fn evaluate_on_device(
         &mut self,
         device: &candle_core::CudaDevice,
-        settings: LossSettings,
-        labels: &[i64],
+        terms: Terms<'_>,
         logits: &Tensor,
         index: Option<&[i64]>,
         branches: usize,
     ) -> Result<(LossValues, Tensor)> {
         let partner = match (self.variant, branches) {
             (Variant::Fast { samples }, _) => {
-                let (index, elements) = remembered(samples, settings.classes, index)?;
+                let (index, elements) = remembered(samples, terms.settings.classes, index)?;
                 if self.history.is_none() {
                     self.history = Some(History::Device(device.alloc_zeros(elements)?));
                 }
@@ -262,7 +303,7 @@ impl Objective {
             (_, 2) => cuda::Partner::OtherBranch,
             _ => cuda::Partner::None,
         };
-        cuda::evaluate(device, settings, labels, logits, partner)
+        cuda::evaluate(device, terms, logits, partner)
     }
 }
 

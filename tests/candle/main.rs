@@ -27,6 +27,7 @@ const TESTS: &[(&str, Test)] = &[
     ("noise_is_new_every_step", layers::noise_is_new_every_step_and_the_same_for_split_batches),
     ("parting_late_equals_a_doubled_batch", training::parting_late_equals_a_doubled_batch),
     ("drop_path_is_shared_by_the_branches", layers::drop_path_is_shared_by_the_branches),
+    ("other_losses_are_those_of_the_cpu", training::other_losses_are_those_of_the_cpu),
     ("variants_use_the_rows_they_should", training::variants_use_the_rows_they_should),
     ("noisy_add_is_the_layers_epilogue", layers::noisy_add_is_the_layers_epilogue),
     ("recorded_peft_adapters_compute_the_same", peft::recorded_adapters_compute_the_same),

@@ -7,6 +7,7 @@ use pace_kernels::candle::vit::VitConfig;
 use pace_kernels::candle::{Batch, Objective, PaceContext, Variant, grad_norm};
 use pace_kernels::noise::{Generator, Key, NoiseShape};
 use pace_kernels::schedule::sigma_by_block;
+use pace_kernels::{Divergence, LossSettings, Targets};
 
 pub fn training_steps_are_those_of_the_cpu(on: &On) -> Result<()> {
     for variant in [Variant::CrossEntropy, Variant::Pace, Variant::Fast { samples: 4 }] {
@@ -104,5 +105,66 @@ pub fn variants_use_the_rows_they_should(on: &On) -> Result<()> {
     assert!(first.values.consistency > 0.0);
     let again = objective.step(0, &batch, |x| model.forward(x))?;
     assert_eq!(again.values.consistency, 0.0);
+    Ok(())
+}
+
+/// The choices of a loss are those of `cpu::Loss`: value and gradient of the same logits.
+pub fn other_losses_are_those_of_the_cpu(on: &On) -> Result<()> {
+    let context = PaceContext::new(0);
+    let logits = on.random("logits", &[6, 5]);
+    let shares = candle_nn::ops::softmax(&on.random("shares", &[3, 5]), 1)?;
+    let numbers = on.random("numbers", &[3, 5]);
+    let labels = [4, -1, 2];
+    let weights = [0.5, 2.0, 0.0, 1.0, 3.0];
+    let divergence = Divergence::Kl { temperature: 2.0, detach_target: false };
+    for (targets, divergence, class_weights) in [
+        (Targets::Labels(&labels[..]), Divergence::SymmetricKl, Some(&weights[..])),
+        (Targets::Probabilities(&shares), divergence, Some(&weights[..])),
+        (Targets::Values(&numbers), Divergence::MeanSquaredDifference, None),
+    ] {
+        let (ignore_label, labelled_only) = (Some(-1), true);
+        let mut objective = Objective::new(&context, Variant::Pace, 0.5)?;
+        (objective.divergence, objective.ignore_label) = (divergence, ignore_label);
+        (objective.labelled_only, objective.both_branches) = (labelled_only, true);
+        objective.class_weights = class_weights.map(<[f64]>::to_vec);
+        let var = candle_core::Var::from_tensor(&logits)?;
+        let x = on.random("x", &[3, 1]);
+        let batch = Batch { targets, ..Batch::new(&x, &labels) };
+        let step = objective.step(0, &batch, |_| Ok(var.as_tensor().clone()))?;
+        let (all, shares, numbers) = (values(&logits), values(&shares), values(&numbers));
+        let loss = pace_kernels::cpu::Loss {
+            settings: LossSettings {
+                divergence,
+                ignore_label,
+                labelled_only,
+                both_branches: true,
+                ..LossSettings::new(5, 0.5)
+            },
+            targets: match targets {
+                Targets::Labels(labels) => Targets::Labels(labels),
+                Targets::Probabilities(_) => Targets::Probabilities(&shares[..]),
+                Targets::Values(_) => Targets::Values(&numbers[..]),
+            },
+            class_weights,
+        };
+        let mut want = vec![0.0; 30];
+        let want_values =
+            loss.evaluate(&all, pace_kernels::cpu::Consistency::TwoBranch, Some(&mut want)).unwrap();
+        let got = values(step.loss.backward()?.get(&var).unwrap());
+        let close = |got: f64, want: f64| (got - want).abs() <= on.tolerance(1e-12, 1e-5);
+        assert!(close(step.values.total, want_values.total), "{:?}, {want_values:?}", step.values);
+        assert!(got.iter().zip(&want).all(|(&got, &want)| close(got, want)), "{got:?}, {want:?}");
+    }
+    // Targets that do not fit.
+    let x = on.random("x", &[3, 1]);
+    let narrow = on.random("narrow", &[3, 4]);
+    let batch = Batch { targets: Targets::Values(&narrow), ..Batch::new(&x, &labels) };
+    let error =
+        Objective::new(&context, Variant::Pace, 0.5)?.step(0, &batch, |_| Ok(logits.clone())).unwrap_err();
+    assert!(error.to_string().contains("`targets` has 4 columns"), "{error}");
+    let batch = Batch { targets: Targets::Values(&logits), ..batch };
+    let error =
+        Objective::new(&context, Variant::Pace, 0.5)?.step(0, &batch, |_| Ok(logits.clone())).unwrap_err();
+    assert!(error.to_string().contains("`targets` has 6 elements"), "{error}");
     Ok(())
 }

@@ -8,6 +8,7 @@ use super::vit::{Evaluated, Quantity, compare, replay, variant};
 use candle_core::{D, Tensor};
 use candle_nn::loss::cross_entropy;
 use libtest_mimic::Failed;
+use pace_kernels::Targets;
 use pace_kernels::adapter::{DELTA_BIAS, DOWN, PROMPT_DOWN, PROMPT_UP, UP};
 use pace_kernels::candle::{Batch, PaceContext, Variant};
 use pace_kernels::schedule::sigma_by_block;
@@ -68,7 +69,8 @@ impl Loss<'_> {
         batch: &Batch<'_>,
         model: &dyn Fn(&Tensor) -> candle_core::Result<Tensor>,
     ) -> Result<Evaluated, Failed> {
-        let rows = batch.labels.len();
+        let Targets::Labels(all) = batch.targets else { return Err("the record has labels".into()) };
+        let rows = all.len();
         let (branches, used) = match self.variant {
             Variant::Pace => (2, rows),
             Variant::Lazy { interval } if step.is_multiple_of(interval) => (2, rows / 2),
@@ -77,7 +79,7 @@ impl Loss<'_> {
         self.context.train(step as u64, branches, 0)?;
         let logits = model(&batch.x.narrow(0, 0, used)?)?;
         let first = logits.narrow(0, 0, used)?;
-        let labels: Vec<u32> = batch.labels[..used].iter().map(|&label| label as u32).collect();
+        let labels: Vec<u32> = all[..used].iter().map(|&label| label as u32).collect();
         let classification = cross_entropy(&first, &Tensor::new(labels, first.device())?)?;
         let other = match self.variant {
             Variant::Fast { samples } => {

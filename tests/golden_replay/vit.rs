@@ -7,6 +7,7 @@ use super::plain;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{AdamW, Linear, Module, Optimizer, ParamsAdamW, VarBuilder, VarMap};
 use libtest_mimic::Failed;
+use pace_kernels::Targets;
 use pace_kernels::adapter::{Adapter, DELTA_BIAS, PROMPT_DOWN};
 use pace_kernels::candle::vit::{Vit, VitConfig};
 use pace_kernels::candle::{Batch, Injector, Objective, PaceContext, Variant, grad_norm};
@@ -258,7 +259,7 @@ pub fn replay(
         let x = tensor(case, on, &format!("{prefix}x"))?;
         let batch = Batch {
             x: &x,
-            labels: case.integers(&format!("{prefix}labels"))?,
+            targets: Targets::Labels(case.integers(&format!("{prefix}labels"))?),
             index: Some(case.integers(&format!("{prefix}index"))?),
             first_sample: 0,
         };
