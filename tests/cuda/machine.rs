@@ -12,7 +12,6 @@ use std::collections::HashMap;
 const SCHEDULES: u64 = if pace_simt::IS_SANITIZED { 2 } else { 32 };
 /// Tests that launch up to so many threads run in all of them; up to four times as many, in a quarter.
 const SMALL: usize = 1024;
-const FOUR_TIMES_SMALL: usize = 4 * SMALL;
 
 /// What to run tests on: what plans are made for, and a machine.
 pub struct Target<'a> {
@@ -27,10 +26,12 @@ impl Target<'_> {
     pub fn run(&self, shift: usize, body: impl Fn(&mut Machine<'_>)) {
         let threads = self.once(shift, &body);
         if self.device.is_none() {
-            let seeds = match threads {
-                ..=SMALL => SCHEDULES,
-                ..=FOUR_TIMES_SMALL => SCHEDULES.div_ceil(4),
-                _ => 1,
+            let seeds = if threads <= SMALL {
+                SCHEDULES
+            } else if threads <= 4 * SMALL {
+                SCHEDULES.div_ceil(4)
+            } else {
+                1
             };
             (0..seeds).for_each(|seed| {
                 self.simulate(shift, Schedule::Random(seed), &body);

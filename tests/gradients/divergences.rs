@@ -163,7 +163,7 @@ fn log_softmax(logits: &[f64], temperature: f64) -> Vec<f64> {
 /// Calls `body` for every divergence, criterion and partner.
 fn for_batches(sizes: &[(usize, usize)], mut body: impl FnMut(Batch)) {
     for &(b, c) in sizes {
-        let labels = |ignored: usize| {
+        let labels = |ignored: usize| -> Targets<Vec<i64>, Vec<f64>> {
             Targets::Labels((0..b).map(|i| if i < ignored { IGNORE } else { (i * 7 % c) as i64 }).collect())
         };
         let positive = |seed, len| uniform(seed, len).iter().map(|v| 0.5 * (v + 1.0)).collect::<Vec<_>>();
@@ -180,7 +180,7 @@ fn for_batches(sizes: &[(usize, usize)], mut body: impl FnMut(Batch)) {
             denominator,
             ..plain
         };
-        let criteria: [(Targets<Vec<i64>, Vec<f64>>, Option<Vec<f64>>, LossSettings); 8] = [
+        let criteria = [
             (labels(0), None, plain),
             (labels(1), None, with(0.1, true, false, None)),
             (labels(1), None, with(0.0, false, true, None)),

@@ -278,7 +278,7 @@ fn wrong_arguments_of_a_head_are_refused() {
     refused(LmHead { lora: Some(Lora { rank: 3, ..lora }), ..head }, "lora_b");
     refused(LmHead { lora: Some(Lora { scale: f64::NAN, ..lora }), ..head }, "scale");
     // Gradients to what is not there.
-    let mut db = vec![0.0; V];
+    let mut db = [0.0; V];
     let grads = LmHeadGrads { bias: Some(&mut db[..]), ..LmHeadGrads::default() };
     assert!(matches!(head.evaluate(&hidden, grads), Err(Error::Argument { argument: "grads.bias", .. })));
 }

@@ -133,10 +133,9 @@ fn softplus(x: f64) -> (f64, f64) {
     (x.max(0.0) + rest, (-x).max(0.0) + rest)
 }
 
-/// What is known of a row's softmaxes: `p_c = exp((l_c − max)·scale) / sum`.
+/// What is known of a row's softmaxes: `p_c = exp((l_c − max)·scale)·inverse`.
 #[derive(Clone, Copy)]
 struct Softmaxes {
-    max: [f64; 2],
     scale: f64,
     inverse: [f64; 2],
     /// `log p_c/q_c = (Δ_c − shift)·scale − offset`: differences of maxima and of sums are exact where branches are close.
@@ -312,7 +311,6 @@ impl<T: Real> Loop for Sample<'_, T> {
         // The divergence.
         let of_divergence = sum_of(sums.divergence);
         let softmaxes = Softmaxes {
-            max,
             scale,
             inverse: of_divergence.map(|sum| 1.0 / sum),
             shift: if compares { max[0] - max[1] } else { 0.0 },
