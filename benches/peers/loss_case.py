@@ -1,6 +1,7 @@
 """The loss of two branches of logits, and its gradient."""
 
 import dataclasses
+import math
 
 import official
 import torch
@@ -16,6 +17,18 @@ class Logits:
     classes: int
     batch: int = 64
     cpu_batch: int = 64
+    divergence: str = "squared_difference"
+
+
+def plain(divergence, first, second):
+    """A divergence by PyTorch's own operators, a mean over samples."""
+    p, q = F.log_softmax(first, -1), F.log_softmax(second, -1)
+    if divergence == "symmetric_kl":
+        terms = 0.5 * (p.exp() - q.exp()) * (p - q)
+    else:
+        middle = torch.logaddexp(p, q) - math.log(2)
+        terms = 0.5 * (p.exp() * (p - middle) + q.exp() * (q - middle))
+    return terms.sum(-1).mean()
 
 
 CROSS_ENTROPY = "cross-entropy, torch"
@@ -45,7 +58,7 @@ class LossCase:
         logits = torch.randn(2 * batch, shape.classes, generator=rng)
         self.logits = logits.to(device, DTYPES[dtype]).requires_grad_()
         self.labels = torch.randint(shape.classes, (batch,), generator=rng).to(device)
-        self.title = f"{BRANCHES}x{batch} samples, {shape.classes} classes, {dtype}"
+        self.title = f"{BRANCHES}x{batch} samples, {shape.classes} classes, {shape.divergence}, {dtype}"
         self.operators = {
             "loss": {
                 EAGER: lambda: self.peer(self.official),
@@ -59,6 +72,8 @@ class LossCase:
 
     def official(self, logits):
         first, second = logits.chunk(2)
+        if self.shape.divergence != "squared_difference":
+            return F.cross_entropy(first, self.labels) + LAMBDA * plain(self.shape.divergence, first, second)
         return official.losses(first, self.labels, second, LAMBDA).total
 
     def cross_entropy(self, logits):
@@ -86,6 +101,8 @@ class LossCase:
         return self.peer(self.official if noisy else self.cross_entropy, noisy=noisy, logits=logits).outputs(None)
 
     def bytes_per_output(self, op, peer):
+        if self.shape.divergence != "squared_difference":
+            return None
         forward, backward = LOSS_TRAFFIC[peer]
         if peer == OURS:
             if self.device == "cpu" and self.dtype != "f32":
@@ -98,7 +115,7 @@ class LossCase:
 
     def ours(self):
         pace = imported("pace_torch")
-        return self.peer(lambda logits: pace.pace_loss(logits, self.labels, LAMBDA).total)
+        return self.peer(lambda logits: pace.pace_loss(logits, self.labels, LAMBDA, divergence=self.shape.divergence).total)
 
     def liger(self):
         if self.device == "cpu":
