@@ -188,3 +188,16 @@ def test_a_head_that_cannot_be_fused_leaves_the_model_alone():
         check(model, lambda model: pace_torch.attach(model, fused_head=True), "has a peft")
     # And PACE can be put into it without.
     pace_torch.attach(model)
+
+
+def test_nobody_takes_the_input_of_the_head_for_logits():
+    batch, labels = texts()
+    for variant in ("pace", "baseline"):
+        model = with_pace("Llama", "inject", fused_head=True, variant=variant)
+        for step in (lambda: model(**batch, labels=labels), lambda: model.pace.training_step(model, {**batch, "labels": labels}, labels)):
+            with pytest.raises(PaceError, match="called with `labels`"):
+                step()
+        with pytest.raises(PaceError, match="as `generate` does"):
+            model.generate(batch["input_ids"], max_new_tokens=2)
+        model.eval()
+        assert model(**batch, labels=labels).loss > 0 and model.generate(batch["input_ids"], max_new_tokens=2).shape == (3, 9)

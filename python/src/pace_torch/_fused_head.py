@@ -5,6 +5,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
+from ._checks import check_generation
 from ._errors import PaceError
 from .lm import lm_gram, lm_loss
 from .loss import Losses
@@ -34,6 +35,15 @@ class FusedHead:
     def __getstate__(self) -> dict:
         # A copy of the model is in no forward pass.
         return {**vars(self), "given": None, "calls": 0}
+
+    def before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Forward pre-hook of the model: that nobody takes for logits what stands for them in training."""
+        if not self.pace.training:
+            return
+        if kwargs.get("labels") is not None:
+            raise PaceError("the model was called with `labels`, and `fused_head` leaves it no logits for a loss of its own: leave them out, and give "
+                            "them to `training_step` or `pace.loss`")
+        check_generation(self.pace, kwargs)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """The head's forward pass. Of this object rather than a function bound to the head: that could not be pickled."""

@@ -227,6 +227,7 @@ def put_into(model: nn.Module, pace: Pace) -> None:
     take_dropout(model, pace)
     if pace.settings.fused_head:
         pace.fused = FusedHead(model, pace)
+        pace.handles.append(model.register_forward_pre_hook(pace.fused.before_forward, with_kwargs=True))
 
 
 def _is_causal(model: nn.Module) -> Optional[bool]:
