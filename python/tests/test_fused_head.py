@@ -1,13 +1,14 @@
 """Language models whose logits are made by the loss, some at a time: the same loss and gradients, and no logits in training."""
 
 import copy
+import pickle
 
 import pace_torch
 import pytest
 import torch
 from conftest import perturb
 from pace_torch import PaceError
-from test_language import make, texts, transformers, with_pace
+from test_language import make, peft, texts, transformers, with_pace
 
 
 def gradients(model, batch, labels):
@@ -134,5 +135,69 @@ def test_the_head_is_as_it_was_afterwards():
         model.eval()
         want = model(**batch).logits
         pace_torch.detach(model) if way == "attach" else pace_torch.merge(model)
-        assert "forward" not in vars(head) and "pace_fused" not in vars(head)
+        assert "forward" not in vars(head)
         torch.testing.assert_close(model.train()(**batch).logits, want, rtol=1e-9, atol=1e-12)
+
+
+def test_a_model_in_a_file():
+    batch, labels = texts()
+    plain, fused = (with_pace("Llama", "inject", fused_head=fused) for fused in (False, True))
+    gradients(fused, batch, labels)
+    fused.zero_grad()
+    check_same(plain, pickle.loads(pickle.dumps(fused)), batch, labels)
+
+
+def test_the_loss_of_an_earlier_forward_pass_is_an_error():
+    batch, labels = texts()
+    others = {key: value.flip(0) for key, value in batch.items()}
+    plain, fused = (with_pace("Llama", "inject", fused_head=fused) for fused in (False, True))
+    gradients(plain, batch, labels), gradients(fused, batch, labels)
+    for step in (3, 5):
+        outputs = []
+        for model in (plain, fused):
+            model.pace.step = step
+            outputs.append((model(**batch), model(**others)))
+        with pytest.raises(PaceError, match="not the output of the last forward pass"):
+            fused.pace.loss(outputs[1][0], labels)
+        want, got = plain.pace.loss(outputs[0][1], labels.flip(0)), fused.pace.loss(outputs[1][1], labels.flip(0))
+        assert abs(got.total - want.total) <= 1e-10 * want.total
+
+
+def test_inference_mode():
+    batch, labels = texts()
+    totals = []
+    for fused in (False, True):
+        model = with_pace("Llama", "inject", fused_head=fused)
+        with torch.inference_mode():
+            totals.append(model.pace.training_step(model, batch, labels).total)
+    assert abs(totals[1] - totals[0]) <= 1e-10 * totals[0]
+
+
+def test_a_head_that_cannot_be_fused_leaves_the_model_alone():
+    def check(model, put, match):
+        before = dict(model.named_modules())
+        trained = [parameter.requires_grad for parameter in model.parameters()]
+        with pytest.raises(PaceError, match=match):
+            put(model)
+        assert dict(model.named_modules()) == before and [parameter.requires_grad for parameter in model.parameters()] == trained
+
+    check(make("Llama"), lambda model: pace_torch.inject(model, "LoRAadd", 2, target_modules=["q_proj", "lm_head"], fused_head=True),
+          "`lm_head` would have them")
+    for more in (dict(modules_to_save=["lm_head"], target_modules=["q_proj"]), dict(target_modules=["q_proj", "lm_head"])):
+        model = peft.get_peft_model(make("Llama"), peft.LoraConfig(r=2, **more))
+        check(model, lambda model: pace_torch.attach(model, fused_head=True), "has a peft")
+    # And PACE can be put into it without.
+    pace_torch.attach(model)
+
+
+def test_nobody_takes_the_input_of_the_head_for_logits():
+    batch, labels = texts()
+    for variant in ("pace", "baseline"):
+        model = with_pace("Llama", "inject", fused_head=True, variant=variant)
+        for step in (lambda: model(**batch, labels=labels), lambda: model.pace.training_step(model, {**batch, "labels": labels}, labels)):
+            with pytest.raises(PaceError, match="called with `labels`"):
+                step()
+        with pytest.raises(PaceError, match="as `generate` does"):
+            model.generate(batch["input_ids"], max_new_tokens=2)
+        model.eval()
+        assert model(**batch, labels=labels).loss > 0 and model.generate(batch["input_ids"], max_new_tokens=2).shape == (3, 9)

@@ -169,3 +169,26 @@ def test_wrong_arguments_are_named():
     ):
         with pytest.raises(PaceError, match=message):
             call()
+
+
+def test_a_second_derivative_is_an_error(way):
+    """Not a zero: a penalty of the gradient would be none."""
+    hidden, weight, labels, _ = make()
+    losses = lm_loss(hidden, weight, labels, LAMBDA)
+    with pytest.raises(PaceError, match="differentiable once"):
+        torch.autograd.grad(losses.total, hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_autocast_does_not_round_the_gram_matrix(trained):
+    generator = torch.Generator().manual_seed(0)
+    # Nearly all of the weight is in one direction, across which the branches differ.
+    weight = 0.02 * torch.randn(300, 16, generator=generator) + torch.randn(300, 1, generator=generator) @ torch.ones(1, 16)
+    hidden = torch.randn(1, 8, 16, generator=generator)
+    step = torch.randn(1, 8, 16, generator=generator).sign().cumsum(2).diff(dim=2, append=torch.zeros(1, 8, 1))
+    hidden = torch.cat([hidden, hidden + 0.5 * (step - step.mean(2, keepdim=True))]).bfloat16().requires_grad_()
+    weight, labels = weight.bfloat16().requires_grad_(trained), torch.randint(300, (1, 8), generator=generator)
+    want = lm_loss(hidden.double(), weight.double(), labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = lm_loss(hidden, weight, labels)
+    close(got.consistency, want.consistency, 1e-2)

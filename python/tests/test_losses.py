@@ -363,3 +363,12 @@ def test_options_of_the_variants():
                 history = losses.logits
             else:
                 assert (losses.consistency > 0) == (variant == "lazy" and step == 0)
+
+
+@pytest.mark.parametrize("shape, options", [
+    ((0, 5), {}), ((0, 5), dict(criterion="mean_squared_error")), ((2, 0), dict(criterion="mean_squared_error")),
+])
+def test_nothing_to_compute_a_loss_of_is_an_error(shape, options):
+    labels = torch.zeros(shape) if options else torch.zeros(shape[0], dtype=torch.int64)
+    with pytest.raises(PaceError, match="at least one sample and one class"):
+        pace_loss(torch.zeros(shape), labels, **options)

@@ -72,9 +72,10 @@ def check_generation(pace: "Pace", kwargs: dict) -> None:
     """That no noise gets into a cache of keys and values."""
     for name, value in kwargs.items():
         is_cache = name == "past_key_values" and value is not None or any(kind.__name__ == "Cache" for kind in type(value).__mro__)
-        if is_cache and pace.settings.variant != "baseline":
+        what = "noise of a step" if pace.settings.variant != "baseline" else "input of the head for logits"
+        if is_cache and (pace.settings.variant != "baseline" or pace.fused is not None):
             raise PaceError(f"the model is called with a cache of keys and values (`{name}`) in training, as `generate` does, which would have the "
-                            "noise of a step: call `eval()` first")
+                            f"{what}: call `eval()` first")
 
 
 def check_cache(pace: "Pace", module: nn.Module, kwargs: dict) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Optional
 from torch import nn
 
 from ._errors import PaceError, check_choice
+from ._fused_head import head_of
 from ._layers import drop_paths_of, is_peft, nearest_classifiers
 from .attached import AttachedNoise
 from .controller import Pace
@@ -52,6 +53,8 @@ def attach(
     check_model(model, branches_at)
     check_choice("branches_at", branches_at, (INPUT, FIRST_NOISY_BLOCK))
     check_choice("noise_head", noise_head, (True, False))
+    if of_pace.fused_head:
+        head_of(model)
     layers, heads = _layers(model, noise_head)
     if not any(parameter.requires_grad for layer in layers.values() for name, parameter in layer.named_parameters() if "lora_" in name):
         raise PaceError("the LoRA of `model` is frozen: load it with `is_trainable=True`")

@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ._dropout import give_dropout_back, take_dropout
-from ._fused_head import FusedHead
+from ._fused_head import FusedHead, head_of
 from ._errors import PaceError, check_choice, check_integer, check_number
 from ._layers import Names, choose, drop_paths_of, is_peft, linears_of
 from ._library import sigma_by_block
@@ -137,6 +137,8 @@ def inject(
     if check_number("scale", scale) == 0:
         raise PaceError("`scale` is 0, with which no adapter would learn")
     linears, heads = choose(model, target_modules, exclude_modules, head, adapter != "LoRAadd")
+    if of_pace.fused_head and (fused := head_of(model)) in linears:
+        raise PaceError(f"`fused_head` needs a head without an adapter and without noise, and `{linears[fused][0]}` would have them")
     every = [name for names in linears_of(model).values() for name in names]
     drop_paths = drop_paths_of(model)
     # Those of timm draw as the official code's do, with a key of their own.
@@ -225,6 +227,7 @@ def put_into(model: nn.Module, pace: Pace) -> None:
     take_dropout(model, pace)
     if pace.settings.fused_head:
         pace.fused = FusedHead(model, pace)
+        pace.handles.append(model.register_forward_pre_hook(pace.fused.before_forward, with_kwargs=True))
 
 
 def _is_causal(model: nn.Module) -> Optional[bool]:

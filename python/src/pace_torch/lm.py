@@ -131,8 +131,10 @@ class _LmHead(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dtotal, *_):
+        # `once_differentiable` says so only of a `dtotal` with a graph; without one the gradients would pass for constants.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise PaceError("`lm_loss` is differentiable once, and `create_graph=True` asks for more")
         factor = dtotal / ctx.denominator
         return *(None if grad is None else (factor * grad).to(grad.dtype) for grad in ctx.grads), None, None, None, None
 
@@ -161,7 +163,9 @@ def _evaluate(
         values += sums
         statuses.append(status)
     if head.by_gram:
-        distance = _distance(h0, h1, weight, labels, gram, head, grads)
+        # Rounded to 16 bits a Gram matrix can have negative distances.
+        with torch.autocast(hidden.device.type, enabled=False):
+            distance = _distance(h0, h1, weight, labels, gram, head, grads)
         values[2] += distance
         values[0] += head.options.lambda_ * distance
     likes = (hidden, weight, bias)

@@ -178,6 +178,8 @@ def _check_tensors(logits, labels, history, index, criterion) -> None:
         raise PaceError(f"`logits` has shape {tuple(logits.shape)}, expected [rows, classes]")
     if labels.dim() == 0:
         raise PaceError("`labels` is a scalar, expected a tensor with a row for each sample")
+    if labels.shape[0] == 0 or logits.shape[1] == 0:
+        raise PaceError(f"`logits` is {tuple(logits.shape)} and `labels` {tuple(labels.shape)}, expected at least one sample and one class")
     if labels.requires_grad and not callable(criterion):
         raise PaceError("`labels` require a gradient, and have none, unless a `criterion` of your own gives it")
     if index is not None and (index.dtype != torch.int64 or index.dim() != 1):
