@@ -48,6 +48,19 @@ pub(super) fn exp(x: f64) -> f64 {
     power * scale * rest
 }
 
+/// `e^x − 1` where `|x| ≤` [`SMALL_EXPONENT`]: no digits are lost near 0.
+#[inline(always)]
+pub(super) fn small_exp_m1(x: f64) -> f64 {
+    let mut q = EXP_Q[EXP_Q.len() - 1];
+    for &c in EXP_Q[..EXP_Q.len() - 1].iter().rev() {
+        q = q.mul_add(x, c);
+    }
+    (x * x).mul_add(q, x)
+}
+
+/// Where the polynomial needs no reduction: ½·ln 2, rounded down.
+pub(super) const SMALL_EXPONENT: f64 = 0.3465;
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -66,6 +79,17 @@ mod tests {
             largest = largest.max(units);
         }
         assert_eq!(largest, 1, "the comparison sees a unit");
+    }
+
+    #[test]
+    fn small_exponents_keep_their_digits() {
+        for i in 0..=200_000 {
+            let x = SMALL_EXPONENT * (f64::from(i) / 100_000.0 - 1.0);
+            for x in [x, x * 1e-3, x * 1e-9] {
+                let (got, want) = (small_exp_m1(x), x.exp_m1());
+                assert!((got - want).abs() <= 4e-16 * want.abs(), "{x:e}: {got:e}, expected {want:e}");
+            }
+        }
     }
 
     #[test]

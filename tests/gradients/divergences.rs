@@ -248,6 +248,40 @@ fn gradients_are_derivatives() {
     });
 }
 
+/// Gradients of close branches have the digits of f32 relative to themselves, not to the probabilities that they are differences of.
+#[test]
+fn gradients_of_close_branches_keep_their_digits() {
+    let classes = 40;
+    for divergence in DIVERGENCES {
+        for step in [2f64.powi(-12), 2f64.powi(-17)] {
+            // Differences that are exact in f32.
+            let logits: Vec<f64> = uniform(44, classes).iter().map(|l| (l * 64.0).round() / 64.0).collect();
+            let other: Vec<f64> = logits
+                .iter()
+                .zip(uniform(45, classes))
+                .map(|(l, u)| l + step * (8.0 * u).round() / 8.0)
+                .collect();
+            let batch = Batch {
+                settings: LossSettings {
+                    divergence,
+                    ignore_label: Some(IGNORE),
+                    ..LossSettings::new(classes, 1.0)
+                },
+                targets: Targets::Labels(vec![IGNORE]),
+                class_weights: None,
+                partner: Partner::Branch,
+                logits,
+                other,
+            };
+            let ((_, want0, want1), (_, got0, got1)) = (batch.run::<f64>(), batch.run::<f32>());
+            for (got, want) in [(got0, want0), (got1, want1)] {
+                let largest = want.iter().fold(0.0, |largest: f64, g| largest.max(g.abs()));
+                assert_within((divergence, step), &got, &want, |_| 1e-6 * largest);
+            }
+        }
+    }
+}
+
 /// R-Drop's losses as published: for classes `½(CE0 + CE1) + α/2 (KL(p‖q) + KL(q‖p))`, for numbers `½(MSE0 + MSE1) + α MSE(l0, l1)`.
 #[test]
 fn r_drop_is_a_setting() {

@@ -3,7 +3,7 @@
 
 use super::plain::{LANES, difference, greater, reduce, total};
 use super::{Loss, Partner, Target, Weights};
-use crate::cpu::exp::exp;
+use crate::cpu::exp::{SMALL_EXPONENT, exp, small_exp_m1};
 use crate::loss::{Divergence, LossSettings};
 use crate::real::Real;
 use crate::vector::{Loop, widest};
@@ -386,13 +386,16 @@ impl<T: Real> Loop for Sample<'_, T> {
                 let ratio = |i: usize| softmaxes.ratio(&logits, i);
                 for i in 0..BLOCK {
                     let (p, q, ratio) = (e[0][i] * p, e[1][i] * q, ratio(i));
+                    // Of close branches the difference has digits that exponentials in f32 have not.
+                    let differ =
+                        if ratio.abs() <= SMALL_EXPONENT { -p * small_exp_m1(-ratio) } else { p - q };
                     let (first, second) = match divergence {
                         Divergence::SymmetricKl => (
-                            0.5 * (share(p, ratio - means[0]) + (p - q)),
-                            0.5 * (share(q, means[1] - ratio) - (p - q)),
+                            0.5 * (share(p, ratio - means[0]) + differ),
+                            0.5 * (share(q, means[1] - ratio) - differ),
                         ),
                         Divergence::Kl { temperature, detach_target } => (
-                            temperature * (p - q),
+                            temperature * differ,
                             if detach_target { 0.0 } else { temperature * share(q, means[1] - ratio) },
                         ),
                         _ => {
