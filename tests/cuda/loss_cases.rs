@@ -64,8 +64,15 @@ pub enum Logits {
     MaskedInOne,
 }
 
-pub const LOGITS: [Logits; 6] =
-    [Logits::Close, Logits::Equal, Logits::Extreme, Logits::Sure, Logits::Masked, Logits::MaskedInOne];
+pub const LOGITS: [Logits; 7] = [
+    Logits::Shifted,
+    Logits::Close,
+    Logits::Equal,
+    Logits::Extreme,
+    Logits::Sure,
+    Logits::Masked,
+    Logits::MaskedInOne,
+];
 
 #[derive(Debug, Clone, Copy)]
 pub struct Case {
