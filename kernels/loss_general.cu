@@ -353,8 +353,8 @@ struct Ratio {
         const float zero = of.logit[0][k], one = of.logit[1][k];
         p = expf((zero - all.max[0]) * all.scale) * all.inverse[0];
         q = expf((one - all.max[1]) * all.scale) * all.inverse[1];
-        // What is masked in both has no probability in either.
-        log = zero == -INF && one == -INF ? 0.0f : all.of(of.difference[k]);
+        // Of what is masked in both it is some number, which no probability is multiplied by.
+        log = all.of(of.difference[k]);
         less = subtract(p, q, log);
     }
 };

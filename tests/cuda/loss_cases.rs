@@ -51,6 +51,8 @@ pub enum Logits {
     Normal,
     /// Branches that differ by a thousandth, and a shift that a softmax does not see.
     Close,
+    /// Branches that differ by a thousand and a little more or less, in numbers that f32 has.
+    Shifted,
     Equal,
     /// What does not survive an exponential without its maximum.
     Extreme,
@@ -62,8 +64,15 @@ pub enum Logits {
     MaskedInOne,
 }
 
-pub const LOGITS: [Logits; 6] =
-    [Logits::Close, Logits::Equal, Logits::Extreme, Logits::Sure, Logits::Masked, Logits::MaskedInOne];
+pub const LOGITS: [Logits; 7] = [
+    Logits::Shifted,
+    Logits::Close,
+    Logits::Equal,
+    Logits::Extreme,
+    Logits::Sure,
+    Logits::Masked,
+    Logits::MaskedInOne,
+];
 
 #[derive(Debug, Clone, Copy)]
 pub struct Case {
@@ -133,6 +142,11 @@ fn logits(case: &Case) -> [Vec<f64>; 2] {
         Logits::Normal | Logits::Sure => {}
         Logits::Close => {
             pair[1] = pair[0].iter().zip(random(2, 1e-3)).map(|(l, d)| l + 0.03125 + d).collect()
+        }
+        Logits::Shifted => {
+            let grid = |value: f64| (value * 1024.0).round() / 1024.0;
+            pair[0].iter_mut().for_each(|l| *l = grid(*l));
+            pair[1] = pair[0].iter().zip(random(2, 0.005)).map(|(l, d)| l - 1000.0 + grid(d)).collect();
         }
         Logits::Equal => pair[1] = pair[0].clone(),
         Logits::Extreme => {
