@@ -18,6 +18,7 @@ from runners import DTYPES, TorchPeer, Unavailable, imported
 from torch.utils.checkpoint import checkpoint
 
 LAMBDA = 0.1
+KINDS = ("squared_difference", "symmetric_kl", "jensen_shannon")
 ONE = "cross-entropy of one branch, chunks"
 
 
@@ -94,7 +95,7 @@ def main():
         gram = None if trained else pace.lm_gram(head)
         makers = {(ONE, None): lambda: in_chunks(None, args.chunk), ("cross-entropy of one branch, ours", None): lambda: ours(None, None),
                   ("cross-entropy of one branch, Liger", None): lambda: liger(device)}
-        for kind in ("squared_difference", "symmetric_kl", "jensen_shannon"):
+        for kind in KINDS:
             makers[f"{kind}, all logits", kind] = lambda kind=kind: in_memory(kind)
             makers[f"{kind}, chunks", kind] = lambda kind=kind: in_chunks(kind, args.chunk)
             makers[f"{kind}, ours", kind] = lambda kind=kind: ours(kind, gram if kind == "squared_difference" else None)

@@ -384,27 +384,37 @@ impl<T: Real> Loop for Sample<'_, T> {
             if compares {
                 let [p, q] = softmaxes.inverse;
                 let ratio = |i: usize| softmaxes.ratio(&logits, i);
-                for i in 0..BLOCK {
-                    let (p, q, ratio) = (e[0][i] * p, e[1][i] * q, ratio(i));
-                    // Of close branches the difference has digits that exponentials in f32 have not.
-                    let differ =
-                        if ratio.abs() <= SMALL_EXPONENT { -p * small_exp_m1(-ratio) } else { p - q };
-                    let (first, second) = match divergence {
-                        Divergence::SymmetricKl => (
-                            0.5 * (share(p, ratio - means[0]) + differ),
-                            0.5 * (share(q, means[1] - ratio) - differ),
-                        ),
-                        Divergence::Kl { temperature, detach_target } => (
-                            temperature * differ,
-                            if detach_target { 0.0 } else { temperature * share(q, means[1] - ratio) },
-                        ),
-                        _ => {
-                            let (up, down) = softplus(ratio);
-                            (0.5 * share(p, LN_2 - down - later[0]), 0.5 * share(q, LN_2 - up - later[1]))
+                let at = |i: usize| (e[0][i] * p, e[1][i] * q, ratio(i));
+                // Of close branches the difference has digits that exponentials in f32 have not.
+                let differ = |p: f64, q: f64, ratio: f64| {
+                    if ratio.abs() <= SMALL_EXPONENT { -p * small_exp_m1(-ratio) } else { p - q }
+                };
+                // A loop for each, so that what one calls does not keep another from being vectorised.
+                match divergence {
+                    Divergence::SymmetricKl => {
+                        for i in 0..BLOCK {
+                            let (p, q, ratio) = at(i);
+                            let differ = differ(p, q, ratio);
+                            d0[i] = consistency * 0.5 * (share(p, ratio - means[0]) + differ);
+                            d1[i] = consistency * 0.5 * (share(q, means[1] - ratio) - differ);
                         }
-                    };
-                    d0[i] = consistency * first;
-                    d1[i] = consistency * second;
+                    }
+                    Divergence::Kl { temperature, detach_target } => {
+                        let of_target = if detach_target { 0.0 } else { temperature };
+                        for i in 0..BLOCK {
+                            let (p, q, ratio) = at(i);
+                            d0[i] = consistency * temperature * differ(p, q, ratio);
+                            d1[i] = consistency * share(of_target * q, means[1] - ratio);
+                        }
+                    }
+                    _ => {
+                        for i in 0..BLOCK {
+                            let (p, q, ratio) = at(i);
+                            let (up, down) = softplus(ratio);
+                            d0[i] = consistency * 0.5 * share(p, LN_2 - down - later[0]);
+                            d1[i] = consistency * 0.5 * share(q, LN_2 - up - later[1]);
+                        }
+                    }
                 }
             } else if has_partner {
                 let factor = match divergence {
