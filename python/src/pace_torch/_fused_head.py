@@ -7,12 +7,9 @@ from torch import Tensor, nn
 
 from ._checks import check_generation
 from ._errors import PaceError
-from .lm import lm_gram, lm_loss
+from .lm import OPTIONS, lm_gram, lm_loss
 from .loss import Losses
-
-_SQUARED = ("squared_difference", "mean_squared_difference", "centered_squared_difference")
-# Of `LossOptions`, what `lm_loss` takes.
-_OPTIONS = ("divergence", "temperature", "detach_target", "both_branches", "label_smoothing", "ignore_index")
+from .settings import OF_PROBABILITIES
 
 
 class FusedHead:
@@ -76,12 +73,12 @@ class FusedHead:
         settings = self.pace.settings
         return lm_loss(
             hidden.flatten(0, 1), weight, labels.flatten(), settings.lambda_, bias=bias, logit_scale=self.scale, soft_cap=self.soft_cap,
-            gram=self._gram(weight, settings), denominator=denominator, **{name: getattr(settings, name) for name in _OPTIONS},
+            gram=self._gram(weight, settings), denominator=denominator, **{name: getattr(settings, name) for name in OPTIONS},
         )
 
     def _gram(self, weight: Tensor, settings: Any) -> Optional[Tensor]:
         """The Gram matrix of a head that is not trained, made once."""
-        if weight.requires_grad or settings.divergence not in _SQUARED or settings.both_branches or self.soft_cap is not None:
+        if weight.requires_grad or settings.divergence in OF_PROBABILITIES or settings.both_branches or self.soft_cap is not None:
             return None
         version = (self.head.weight.data_ptr(), self.head.weight._version, weight.dtype)
         if self.gram is None or self.gram[0] != version:

@@ -17,13 +17,12 @@ from .loss import Losses
 from .ops._arguments import real
 from .ops.lm_head import HeadSettings, lm_head, takes
 from .ops.loss import LossSettings, loss_and_gradient
-from .settings import DIVERGENCES, Denominator, LossOptions, check_denominator
+from .settings import DIVERGENCES, OF_PROBABILITIES, Denominator, LossOptions, check_denominator
 
 # Logits of a branch that are in memory at a time, about.
 _LOGITS = 1 << 26
 _NOT_HERE = ("criterion", "class_weights", "labelled_only")
-_OPTIONS = tuple(field.name for field in dataclasses.fields(LossOptions) if field.name not in (*_NOT_HERE, "lambda_"))
-_SQUARED = ("squared_difference", "mean_squared_difference", "centered_squared_difference")
+OPTIONS = tuple(field.name for field in dataclasses.fields(LossOptions) if field.name not in (*_NOT_HERE, "lambda_"))
 
 
 def lm_loss(
@@ -59,8 +58,8 @@ def lm_loss(
         if name in options:
             raise PaceError(f"`{name}` is not for `lm_loss`: a cross-entropy of the tokens that have labels")
     for name in options:
-        if name not in _OPTIONS:
-            raise PaceError(f"`{name}` is no option, expected one of {', '.join(_OPTIONS)}")
+        if name not in OPTIONS:
+            raise PaceError(f"`{name}` is no option, expected one of {', '.join(OPTIONS)}")
     checked = LossOptions(lambda_, labelled_only=True, **options)
     labels, branches = _check(hidden, weight, labels, bias, check_choice("causal", causal, (True, False)), checked.ignore_index)
     if check_number("logit_scale", logit_scale) == 0:
@@ -69,7 +68,7 @@ def lm_loss(
         raise PaceError("`soft_cap` is 0, expected more than 0, or None")
     if chunk_rows is not None:
         check_integer("chunk_rows", chunk_rows, 1)
-    by_gram = branches == 2 and checked.divergence in _SQUARED and not checked.both_branches and soft_cap is None
+    by_gram = branches == 2 and checked.divergence not in OF_PROBABILITIES and not checked.both_branches and soft_cap is None
     if gram is not None:
         _check_gram(gram, weight)
     head = _Head(checked, branches, by_gram, float(logit_scale), soft_cap, chunk_rows or 0)
