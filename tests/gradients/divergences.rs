@@ -422,3 +422,24 @@ fn extreme_logits_give_what_the_formula_gives() {
         assert!(!one_sided.is_nan() || divergence == Divergence::CenteredSquaredDifference, "{divergence:?}");
     }
 }
+
+/// What is not a number is one in the loss, and in no gradient of a branch that takes no part.
+#[test]
+fn a_detached_branch_has_no_gradient() {
+    for poison in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+        let batch = Batch {
+            settings: LossSettings {
+                divergence: Divergence::Kl { temperature: 0.5, detach_target: true },
+                ..LossSettings::new(2, 1.0)
+            },
+            targets: Targets::Labels(vec![0]),
+            class_weights: None,
+            partner: Partner::Branch,
+            logits: vec![0.5, 1.0],
+            other: vec![poison, 0.5],
+        };
+        let (values, _, second) = batch.run::<f64>();
+        assert_eq!(values.consistency.is_nan(), poison != f64::NEG_INFINITY, "{poison}");
+        assert_eq!(second, [0.0, 0.0], "{poison}");
+    }
+}

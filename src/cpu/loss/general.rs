@@ -400,11 +400,15 @@ impl<T: Real> Loop for Sample<'_, T> {
                         }
                     }
                     Divergence::Kl { temperature, detach_target } => {
-                        let of_target = if detach_target { 0.0 } else { temperature };
+                        let pull = consistency * temperature;
                         for i in 0..BLOCK {
                             let (p, q, ratio) = at(i);
-                            d0[i] = consistency * temperature * differ(p, q, ratio);
-                            d1[i] = consistency * share(of_target * q, means[1] - ratio);
+                            d0[i] = pull * differ(p, q, ratio);
+                            d1[i] = pull * share(q, means[1] - ratio);
+                        }
+                        // No share of what may not be a number.
+                        if detach_target {
+                            d1.fill(0.0);
                         }
                     }
                     _ => {
