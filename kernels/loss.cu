@@ -22,8 +22,9 @@
 // A row (of both branches) is cut into slices of at most 8 elements per thread of a group of whole warps, which holds its
 // slice in registers: the maximum, the sums and the gradient need no second read. Groups stride over the samples, by y.
 //   loss        a slice is the row (C <= 4096): one launch.
-//   loss_scan   more slices, by x: first launch. Writes M, O, sum_c (M - l_c) and the distance of each slice,
+//   loss_scan   more slices, by x: first launch. Writes M, O, sum_c (M - l_c), the distance and the label's logit of each slice,
 //   loss_apply  which the second launch combines before it reads the logits again for the gradient.
+// The gradient may take the place of the logits: a thread has read what it overwrites, and nobody else reads it.
 // Where rows are aligned, a thread has vectors of 16 bytes, otherwise every 32nd element: the lanes of a warp always touch
 // adjacent memory. Each sample leaves a record; the block that finishes last adds them up.
 //
@@ -31,7 +32,7 @@
 // count them, and for each row or slice the indices before its own, which are B^2 / 2 * 8 bytes in all for rows of one
 // slice. Operations: 1 exponential (loss) or 2 (the others) and about 20 more per pair of logits, so memory sets the time,
 // and for small losses the chain of a launch, the loads, the ticket of the last block and its loads. Hence all loads of the
-// first samples go out at once, the label's logit is taken from registers where a row is a slice, and loops over the batch have
+// first samples go out at once, the label's logit is taken from registers, and loops over the batch have
 // several loads in flight.
 // Determinism: run-to-run bitwise, for tensors of the same alignment; the grid does not depend on the device, so
 // gpu-to-gpu as far as the compiled exp and log are the same.
@@ -48,23 +49,23 @@ struct Summary {
     float others;   // O: sum of exp(l_c - M), without the label
     float below;    // sum of M - l_c
     float distance; // sum of (l0_c - m_c)^2
+    float of_label; // the label's logit; 0 if it is not here
 };
 
-constexpr u32 SUMMARY_WORDS = 4;
+constexpr u32 SUMMARY_WORDS = 5;
 
 // The summary of the slice that a group holds; `logit` becomes exp(logit - max). `label`: where it lies, from the thread's
-// first element on. `label_logit` becomes the label's logit if LOGIT_TOO: 0 of a label that the slice does not have.
-template <bool LOGIT_TOO, class T, bool ALIGNED>
+// first element on.
+template <class T, bool ALIGNED>
 __device__ __forceinline__ Summary summarise(const LossParams &p, const Slice<T, ALIGNED> &slice,
-                                             float (&logit)[ELEMENTS], const float (&difference)[ELEMENTS], u32 label,
-                                             float &label_logit) {
+                                             float (&logit)[ELEMENTS], const float (&difference)[ELEMENTS], u32 label) {
     float peak[1] = {LOWEST};
-    float sum[LOGIT_TOO ? 4 : 3] = {};
+    float sum[4] = {};
 #pragma unroll
     for (u32 k = 0; k < ELEMENTS; ++k) {
         peak[0] = fmaxf(peak[0], logit[k]);
-        if (LOGIT_TOO && slice.at(k) == label) {
-            sum[LOGIT_TOO ? 3 : 0] = logit[k];
+        if (slice.at(k) == label && slice.has(k)) {
+            sum[3] = logit[k];
         }
     }
     group_reduce<Max>(peak, first_warp(p), p.group / WARP, shared(PEAKS));
@@ -77,10 +78,7 @@ __device__ __forceinline__ Summary summarise(const LossParams &p, const Slice<T,
         sum[2] += difference[k] * difference[k];
     }
     group_reduce<Sum>(sum, first_warp(p), p.group / WARP, shared(FIRST_SUMS));
-    if (LOGIT_TOO) {
-        label_logit = sum[LOGIT_TOO ? 3 : 0];
-    }
-    return {peak[0], sum[0], sum[1], sum[2]};
+    return {peak[0], sum[0], sum[1], sum[2], sum[3]};
 }
 
 // The summary of a row from those of its slices; a whole group computes it.
@@ -90,16 +88,17 @@ __device__ __forceinline__ Summary combine(const LossParams &p, u32 sample, u32 
         peak[0] = fmaxf(peak[0], load(summary_of<SUMMARY_WORDS>(p, sample, i)));
     }
     group_reduce<Max>(peak, first_warp(p), p.group / WARP, shared(PEAKS));
-    float sum[3] = {0.0f, 0.0f, 0.0f};
+    float sum[4] = {};
     for (u32 i = thread; i < p.slices; i += p.group) {
         const float *part = summary_of<SUMMARY_WORDS>(p, sample, i);
         const float below = peak[0] - load(part);
         sum[0] += expf(-below) * load(part + 1);
         sum[1] += load(part + 2) + static_cast<float>(min(p.slice, p.classes - i * p.slice)) * below;
         sum[2] += load(part + 3);
+        sum[3] += load(part + 4);
     }
     group_reduce<Sum>(sum, first_warp(p), p.group / WARP, shared(FIRST_SUMS));
-    return {peak[0], sum[0], sum[1], sum[2]};
+    return {peak[0], sum[0], sum[1], sum[2], sum[3]};
 }
 
 __device__ __forceinline__ void store_summary(const LossParams &p, const Summary &all, u32 sample) {
@@ -108,16 +107,17 @@ __device__ __forceinline__ void store_summary(const LossParams &p, const Summary
     store(part + 1, all.others);
     store(part + 2, all.below);
     store(part + 3, all.distance);
+    store(part + 4, all.of_label);
 }
 
 // The sample's record: its cross-entropy, zero without a label, its distance, and what was found. `sum`: S.
 __device__ __forceinline__ void store_record(const LossParams &p, const Summary &all, u32 sample, i64 label,
-                                             float label_logit, float sum, u32 wrong_index) {
+                                             float sum, u32 wrong_index) {
     const bool has_label = is_labelled(p, label);
     float cross_entropy = 0.0f;
     if (has_label) {
-        const float log_sum = label_logit == all.max ? log1pf(all.others) : logf(sum);
-        cross_entropy = log_sum + (1.0f - p.smoothing) * (all.max - label_logit);
+        const float log_sum = all.of_label == all.max ? log1pf(all.others) : logf(sum);
+        cross_entropy = log_sum + (1.0f - p.smoothing) * (all.max - all.of_label);
         if (p.spread != 0.0f) {
             cross_entropy += p.spread * all.below;
         }
@@ -179,10 +179,6 @@ template <class T, Form FORM, bool ALIGNED> __device__ __forceinline__ void eval
         // Not before the labels of the batch are on their way: this waits for the label.
         const bool has_label = is_labelled(p, label);
         const bool takes_part = partner.exists && (p.labelled_only == 0u || has_label);
-        float label_logit = 0.0f;
-        if (FORM == APPLY && has_label) {
-            label_logit = to_float(load(logits + row + label));
-        }
         const u32 label_at = has_label ? static_cast<u32>(label) - start - slice.first : NONE;
 
         // The summary of the slice, or of the row; logits become exp(l - M).
@@ -199,7 +195,7 @@ template <class T, Form FORM, bool ALIGNED> __device__ __forceinline__ void eval
                 logit[k] = expf(logit[k] - all.max);
             }
         } else {
-            all = summarise<FORM == WHOLE>(p, slice, logit, difference, label_at, label_logit);
+            all = summarise(p, slice, logit, difference, label_at);
         }
         if (FORM == SCAN) {
             if (thread == 0 && exists) {
@@ -209,9 +205,9 @@ template <class T, Form FORM, bool ALIGNED> __device__ __forceinline__ void eval
         }
 
         // The sample's record and gradients.
-        const float sum = all.others + (has_label ? expf(label_logit - all.max) : 0.0f);
+        const float sum = all.others + (has_label ? expf(all.of_label - all.max) : 0.0f);
         if (blockIdx.x == 0 && thread == 0 && exists) {
-            store_record(p, all, sample, label, label_logit, sum, partner.wrong);
+            store_record(p, all, sample, label, sum, partner.wrong);
         }
         if (gradient != nullptr) {
             gradients(p, slice, all, has_label, label_at, sum, weight, logit, difference);

@@ -25,13 +25,14 @@ enum Form {
     APPLY, // last
 };
 
-__device__ __forceinline__ bool is_ignored(const LossParams &p, i64 label) {
+// Of a label; P: parameters that say what labels are.
+template <class P> __device__ __forceinline__ bool is_ignored(const P &p, i64 label) {
     return p.has_ignore_label != 0u && label == p.ignore_label;
 }
 
 __device__ __forceinline__ bool is_below(i64 value, u64 end) { return static_cast<u64>(value) < end; }
 
-__device__ __forceinline__ bool is_labelled(const LossParams &p, i64 label) {
+template <class P> __device__ __forceinline__ bool is_labelled(const P &p, i64 label) {
     return is_below(label, p.classes) && !is_ignored(p, label);
 }
 

@@ -24,6 +24,8 @@
 // Gradients to l0, l1: of squares +-2 D;  p (t - sum pt) + p - q, q (sum qt - t) + q - p;  p - q, q (-t - KL);
 // p (u - sum pu), q (v - sum qv), times what `pull` has of lambda, T and D'.
 //
+// With a soft cap, logits are given as x of l = cap tanh(x / cap), and the gradient is to x.
+//
 // Slices, groups, alignment, records and status are those of loss.cu; a thread has 8 elements of both rows, of D and of t.
 //   loss_general        a slice is the row (C <= 4096): one launch.
 //   loss_general_scan   more slices, by x: first launch. Writes maxima and sums of each slice (struct Row).
@@ -110,6 +112,28 @@ __device__ __forceinline__ float softplus(float x) { return fmaxf(x, 0.0f) + log
 // log(S0 / S1), from S0 - S1.
 __device__ __forceinline__ float log_ratio(const Sums &sums) {
     return sums.less >= 0.0f ? log1pf(sums.less / sums.one) : -log1pf(-sums.less / sums.zero);
+}
+
+// What the cap makes of logits; not of elements that there are not.
+template <class T, bool ALIGNED>
+__device__ __forceinline__ void cap_logits(const LossParams &p, const Slice<T, ALIGNED> &slice,
+                                           float (&logit)[ELEMENTS]) {
+#pragma unroll
+    for (u32 k = 0; k < ELEMENTS; ++k) {
+        if (slice.has(k)) {
+            logit[k] = p.soft_cap * tanhf(logit[k] / p.soft_cap);
+        }
+    }
+}
+
+// Gradients to logits before the cap: d cap tanh(x / cap) = 1 - (l / cap)^2.
+__device__ __forceinline__ void pull_through_cap(const LossParams &p, const float (&logit)[ELEMENTS],
+                                                 float (&gradient)[ELEMENTS]) {
+#pragma unroll
+    for (u32 k = 0; k < ELEMENTS; ++k) {
+        const float ratio = logit[k] / p.soft_cap;
+        gradient[k] *= 1.0f - ratio * ratio;
+    }
 }
 
 // Both logits of each element and their difference, from what was read in the place of the second ones.
@@ -570,6 +594,10 @@ __device__ __forceinline__ void write_gradients(const LossParams &p, const Slice
     if (takes_part) {
         pull_together(p, of, row, divergence, weights.pull, zero, one);
     }
+    if (p.soft_cap > 0.0f) {
+        pull_through_cap(p, of.logit[0], zero);
+        pull_through_cap(p, of.logit[1], one);
+    }
     slice.write(to, zero);
     if (p.two_branches != 0u) {
         slice.write(to + static_cast<u64>(p.batch) * p.classes, one);
@@ -599,6 +627,12 @@ template <class T, Form FORM, bool ALIGNED> __device__ __forceinline__ void eval
         const bool takes_part = partner.exists && (p.labelled_only == 0u || has_target);
         if (FORM != SUMS) {
             read_targets(p, slice, sample, start, label_at, has_target, of.target);
+        }
+        if (p.soft_cap > 0.0f) {
+            cap_logits(p, slice, of.logit[0]);
+            if (partner.exists) {
+                cap_logits(p, slice, of.logit[1]);
+            }
         }
         compare(p, slice, partner.exists, of);
         if ((FORM == WHOLE || FORM == APPLY) && p.gradient != nullptr && base == first) {

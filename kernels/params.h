@@ -48,6 +48,9 @@ constexpr u32 WARP = 32;
 /// Threads of a block.
 constexpr u32 LAYER_EPILOGUE_THREADS = 256;
 
+/// Threads of a block.
+constexpr u32 LM_HEAD_THREADS = 256;
+
 /// What a thread holds of a row.
 constexpr u32 LOSS_ELEMENTS = 8;
 
@@ -370,6 +373,84 @@ struct LayerEpilogueParams {
   u32 aligned;
 };
 
+/// Rows of both branches.
+struct LmHeadRows {
+  Input<void> first;
+  Input<void> second;
+  Input<i64> labels;
+  i64 ignore_label;
+  u32 has_ignore_label;
+  u32 labelled_only;
+  /// What labels are below.
+  u32 classes;
+  u32 count;
+  u32 columns;
+  /// Rows of every tensor start at multiples of 16 bytes and hold whole vectors.
+  u32 aligned;
+};
+
+/// Parameters of the kernels `lm_head_difference*` and `lm_head_parts*`.
+struct LmHeadDifferenceParams {
+  LmHeadRows rows;
+  Output<void> high;
+  /// Null: not wanted.
+  Output<void> low;
+};
+
+/// Parameters of the kernels `lm_head_split*`.
+struct LmHeadSplitParams {
+  Input<float> matrix;
+  Output<void> high;
+  /// Null: not wanted.
+  Output<void> low;
+  /// Another factor; null: none.
+  Input<float> weight;
+  float factor;
+  u32 rows;
+  u32 columns;
+  u32 aligned;
+};
+
+/// Parameters of the kernels `lm_head_pull*`.
+struct LmHeadPullParams {
+  LmHeadRows rows;
+  Input<float> product;
+  /// Null: gradients are not wanted.
+  Output<void> to_first;
+  Output<void> to_second;
+  Output<float> values;
+  Output<u32> workspace;
+  /// 1 over what the sum of distances is divided by; null: it is `inverse`.
+  Input<float> weight;
+  float inverse;
+  /// What the gradient of a distance is multiplied by, with lambda, before `weight`.
+  float pull;
+  /// And the distance.
+  float scale;
+  float lambda;
+};
+
+/// Parameters of the kernels `lm_head_bias*`.
+struct LmHeadBiasParams {
+  Input<void> gradient;
+  Output<float> bias;
+  u32 rows;
+  u32 columns;
+  float factor;
+  u32 accumulate;
+  u64 aligned;
+};
+
+/// Parameters of the kernel `lm_head_weight`.
+struct LmHeadWeightParams {
+  Input<i64> labels;
+  Output<float> weight;
+  i64 ignore_label;
+  u32 has_ignore_label;
+  u32 classes;
+  u64 rows;
+};
+
 /// Parameters of the kernels `loss*`.
 struct LossParams {
   Input<void> logits;
@@ -392,6 +473,8 @@ struct LossParams {
   u64 history_rows;
   i64 ignore_label;
   u64 first_row;
+  /// Rows and slices of every tensor start at multiples of 16 bytes and hold whole vectors.
+  u64 aligned;
   u32 has_ignore_label;
   u32 two_branches;
   u32 labelled_only;
@@ -419,8 +502,6 @@ struct LossParams {
   u32 slices;
   /// Threads of a group.
   u32 group;
-  /// Rows and slices of every tensor start at multiples of 16 bytes and hold whole vectors.
-  u32 aligned;
   float lambda;
   /// Label smoothing `s`.
   float smoothing;
@@ -434,6 +515,8 @@ struct LossParams {
   float denominator;
   /// `1 / T`.
   float inverse_temperature;
+  /// What logits are capped at, of `loss_general*`; 0: they are not.
+  float soft_cap;
 };
 
 /// Parameters of the kernels `low_rank_linear*`.

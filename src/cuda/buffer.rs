@@ -201,6 +201,11 @@ pub(super) fn check_linear_shape(shape: &LinearShape) -> Result<()> {
 /// A tensor and what an operator calls it.
 pub(super) type Named = (&'static str, Buffer);
 
+/// A tensor and its name for `check_disjoint`, in bytes: elements differ in size.
+pub(super) fn in_bytes(argument: &'static str, buffer: Buffer, bytes: usize) -> Named {
+    (argument, Buffer { len: buffer.len * bytes, ..buffer })
+}
+
 /// Checks that no output shares memory with an input or with another output; elements have `bytes` bytes.
 pub(super) fn check_disjoint(inputs: &[Named], outputs: &[Named], bytes: usize) -> Result<()> {
     for (i, (name, output)) in outputs.iter().enumerate() {

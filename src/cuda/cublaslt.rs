@@ -29,6 +29,7 @@ const MOST_PREPARED: usize = 1024;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Key {
     dtype: DType,
+    output: DType,
     allow_tf32: bool,
     sizes: [usize; 3],
     transposed: [bool; 2],
@@ -44,6 +45,7 @@ impl Key {
         let alignment = |address: Address| 1 << address.0.trailing_zeros().min(8);
         Self {
             dtype: gemm.dtype,
+            output: gemm.output,
             allow_tf32: gemm.allow_tf32,
             sizes: [gemm.m, gemm.n, gemm.k],
             transposed: [gemm.a.is_transposed, gemm.b.is_transposed],
@@ -206,8 +208,8 @@ impl CublasLt {
             operation.set(Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue)?;
         }
         // A row-major matrix is the transpose of a column-major one with the same leading dimension.
-        let layout = |rows: usize, columns: usize| {
-            let kind = match key.dtype {
+        let layout = |dtype: DType, rows: usize, columns: usize| {
+            let kind = match dtype {
                 DType::F32 => sys::cudaDataType_t::CUDA_R_32F,
                 DType::F16 => sys::cudaDataType_t::CUDA_R_16F,
                 DType::BF16 => sys::cudaDataType_t::CUDA_R_16BF,
@@ -216,11 +218,11 @@ impl CublasLt {
             made.map(Layout).map_err(|error| failure("describe a matrix", error))
         };
         let operand = |rows, columns, transposed| match transposed {
-            true => layout(columns, rows),
-            false => layout(rows, columns),
+            true => layout(key.dtype, columns, rows),
+            false => layout(key.dtype, rows, columns),
         };
         let [a, b] = key.transposed;
-        let layouts = [operand(k, n, b)?, operand(m, k, a)?, layout(m, n)?];
+        let layouts = [operand(k, n, b)?, operand(m, k, a)?, layout(key.output, m, n)?];
         let algorithm = self.choose(key, &operation, &layouts)?;
         Ok(Prepared { operation, layouts, algorithm })
     }

@@ -5,13 +5,15 @@ use super::gpu::Gpu;
 use super::layer::Arithmetic;
 use super::select::library_workspace;
 
-/// `D [m, n] = alpha·A @ B + beta·D + bias`, all row-major and of one type, accumulated in `f32` and rounded once.
+/// `D [m, n] = alpha·A @ B + beta·D + bias`, all row-major, accumulated in `f32` and rounded once.
 ///
 /// Plans have checked the sizes and what overlaps: each fits 32 bits signed.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Gemm {
-    /// Type of all matrices.
+    /// Type of `A` and `B`.
     pub dtype: DType,
+    /// Type of `D`: that of the others, or `f32`.
+    pub output: DType,
     /// Whether `f32` may be multiplied as TF32 (10 fraction bits).
     pub allow_tf32: bool,
     /// Rows of `D`.
@@ -30,7 +32,7 @@ pub struct Gemm {
     pub alpha: f32,
     /// Factor on what is in `D` before: 0 (contents are ignored) or 1.
     pub beta: f32,
-    /// A vector `[n]` that is added to each row before rounding; it starts at a multiple of 16 bytes.
+    /// A vector `[n]` of the type of `D` that is added to each row before rounding; it starts at a multiple of 16 bytes.
     pub bias: Option<Address>,
     /// Memory for the library; contents are ignored.
     pub workspace: Workspace,
@@ -68,7 +70,8 @@ impl Gemms {
     fn gemm(&self, [m, n, k]: [usize; 3], a: Matrix, b: Matrix, d: Address) -> Gemm {
         let Arithmetic { dtype, allow_tf32 } = self.arithmetic;
         let workspace = self.workspace;
-        Gemm { dtype, allow_tf32, m, n, k, a, b, d, alpha: 1.0, beta: 0.0, bias: None, workspace }
+        let (output, alpha, beta, bias) = (dtype, 1.0, 0.0, None);
+        Gemm { dtype, output, allow_tf32, m, n, k, a, b, d, alpha, beta, bias, workspace }
     }
 
     /// `d [m, n] = left [m, k] @ right [n, k]ᵀ`: a layer's forward pass.
@@ -103,6 +106,11 @@ impl Gemm {
     /// The same, added to what is in `D`.
     pub(super) fn accumulated(self) -> Self {
         Self { beta: 1.0, ..self }
+    }
+
+    /// The same with an output in `f32`.
+    pub(super) fn in_f32(self) -> Self {
+        Self { output: DType::F32, ..self }
     }
 
     /// The same with a factor.

@@ -1,7 +1,7 @@
 //! The training loss and its gradient to the logits; plans `kernels/loss.cu` and `kernels/loss_general.cu`.
 
 use super::borrows::Borrows;
-use super::buffer::{Buffer, DType, Element, Named, check_disjoint};
+use super::buffer::{Buffer, DType, Element, check_disjoint, in_bytes};
 use super::device::Device;
 use super::kernel::{Kernels, WARP, table};
 use super::plan::{Launch, Plan};
@@ -121,7 +121,7 @@ pub struct Loss {
     pub counted: Option<Buffer>,
     /// What branch 0 is kept consistent with.
     pub partner: Partner,
-    /// Output: the gradient of the total, of the logits' shape and type.
+    /// Output: the gradient of the total, of the logits' shape and type. It may be the memory of the logits, which it then replaces.
     pub gradient: Option<Buffer>,
     /// Output, `f32 [3]`: total, classification, consistency.
     pub values: Buffer,
@@ -161,6 +161,8 @@ pub struct LossParams {
     history_rows: u64,
     ignore_label: i64,
     first_row: u64,
+    /// Rows and slices of every tensor start at multiples of 16 bytes and hold whole vectors.
+    aligned: u64,
     has_ignore_label: u32,
     two_branches: u32,
     labelled_only: u32,
@@ -188,8 +190,6 @@ pub struct LossParams {
     slices: u32,
     /// Threads of a group.
     group: u32,
-    /// Rows and slices of every tensor start at multiples of 16 bytes and hold whole vectors.
-    aligned: u32,
     lambda: f32,
     /// Label smoothing `s`.
     smoothing: f32,
@@ -203,6 +203,8 @@ pub struct LossParams {
     denominator: f32,
     /// `1 / T`.
     inverse_temperature: f32,
+    /// What logits are capped at, of `loss_general*`; 0: they are not.
+    soft_cap: f32,
 }
 
 /// How a divergence is computed: the kernels' number of it, what it is multiplied by, and what its gradient is.
@@ -228,8 +230,13 @@ impl Loss {
     /// If a size is zero or too large, a setting is out of range or has no meaning for the targets, or a buffer has the wrong length,
     /// is not aligned to its element or overlaps an output.
     pub fn plan(&self) -> Result<Plan> {
+        self.plan_capped(None)
+    }
+
+    /// The same of logits `x` before a soft cap, `l = cap·tanh(x/cap)`, with the gradient to `x`; not of a difference, nor a history.
+    pub(super) fn plan_capped(&self, soft_cap: Option<f32>) -> Result<Plan> {
         let batch = self.batch()?;
-        let params = self.params(batch, self.check(batch)?);
+        let params = self.params(batch, self.check(batch)?, soft_cap);
         let (group, slices) = (params.group as usize, params.slices as usize);
         let groups = (batch / SPREAD).clamp(1, (THREADS / group).max(1));
         let threads = groups * group;
@@ -243,7 +250,7 @@ impl Loss {
         let writes = self.gradient.is_some() || matches!(self.partner, Partner::History { .. });
         let columns = if writes { slices } else { 1 };
         let mut plan = Plan::default();
-        match (self.is_plain(), slices) {
+        match (self.is_plain() && soft_cap.is_none(), slices) {
             (true, 1) => plan.push(launch(table::LOSS, 1)),
             (true, _) => {
                 plan.push(launch(table::LOSS_SCAN, slices));
@@ -311,7 +318,7 @@ impl Loss {
     }
 
     /// The parameters; `history_rows`: rows of the history table.
-    fn params(&self, batch: usize, history_rows: usize) -> LossParams {
+    fn params(&self, batch: usize, history_rows: usize, soft_cap: Option<f32>) -> LossParams {
         let LossSettings { classes, lambda, divergence, label_smoothing, ignore_label, .. } = self.settings;
         let (history, index) = self.partner.history();
         let (labels, targets, criterion) = match self.targets {
@@ -373,6 +380,7 @@ impl Loss {
             scale: scale as f32,
             denominator: self.settings.denominator.unwrap_or_default() as f32,
             inverse_temperature: (1.0 / temperature) as f32,
+            soft_cap: soft_cap.unwrap_or_default(),
         }
     }
 
@@ -429,8 +437,10 @@ impl Loss {
             Some(in_bytes("status", self.status, 8)),
             Some(in_bytes("workspace", workspace, 4)),
         ];
+        // In place of the logits, the gradient overwrites what has been read.
+        let logits = Some(self.logits).filter(|logits| self.gradient != Some(*logits));
         let inputs = [
-            Some(in_bytes("logits", self.logits, bytes)),
+            logits.map(|logits| in_bytes("logits", logits, bytes)),
             Some(targets),
             self.class_weights.map(|weights| in_bytes("class_weights", weights, 4)),
             self.counted.map(|labels| in_bytes("counted", labels, 8)),
@@ -478,11 +488,6 @@ fn check_batch(argument: &'static str, got: usize) -> Result<()> {
         return Err(Error::Size { argument, expected: "at most 2^24", got });
     }
     Ok(())
-}
-
-/// A tensor and its name for `check_disjoint`, in bytes: elements differ in size.
-fn in_bytes(argument: &'static str, buffer: Buffer, bytes: usize) -> Named {
-    (argument, Buffer { len: buffer.len * bytes, ..buffer })
 }
 
 /// One kind of wrong element among the labels or indices of a batch.

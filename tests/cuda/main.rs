@@ -5,6 +5,7 @@ mod capi;
 mod capi_folding;
 mod device;
 mod drop_path;
+mod lm_head;
 mod lora_mul_linear;
 mod loss;
 mod loss_cases;
@@ -66,6 +67,12 @@ const TESTS: &[(&str, Test)] = &[
     ("loss_general::parts", loss_general::parts),
     ("loss_general::wrong_data", loss_general::wrong_data),
     ("loss_general::not_a_number", loss_general::not_a_number),
+    ("lm_head::by_gram", lm_head::by_gram),
+    ("lm_head::by_logits", lm_head::by_logits),
+    ("lm_head::streamed", lm_head::streamed),
+    ("lm_head::close_branches", lm_head::close_branches),
+    ("lm_head::wrong_labels", lm_head::wrong_labels),
+    ("lm_head::products", lm_head::products),
     ("drop_path", drop_path::test),
     ("noise_fill", noise_fill::test),
     ("noise_fill::key_in_memory", noise_fill::key_in_memory),
@@ -83,6 +90,7 @@ const TESTS: &[(&str, Test)] = &[
 const DEVICE_TESTS: &[(&str, DeviceTest)] = &[
     ("loss::safe_method", loss::safe_method),
     ("loss::in_a_graph", loss::in_a_graph),
+    ("lm_head::safe_methods", lm_head::safe_methods),
     ("low_rank_linear::safe_methods", low_rank_linear::safe_methods),
     ("low_rank_linear::in_a_graph", low_rank_linear::in_a_graph),
     ("noise_fill::safe_method", noise_fill::safe_method),

@@ -72,13 +72,13 @@ fn multiply(gemm: &Gemm, memory: &mut Memory) -> Result<(), Fault> {
         // The library loads vectors of it, wherever it is.
         Some(bias) => {
             assert!(bias.0.is_multiple_of(16), "{gemm:?}");
-            read(memory, gemm.dtype, bias.0, gemm.n)?
+            read(memory, gemm.output, bias.0, gemm.n)?
         }
         None => vec![0.0; gemm.n],
     };
     let before = match gemm.beta {
         0.0 => vec![0.0; gemm.m * gemm.n],
-        _ => read(memory, gemm.dtype, gemm.d.0, gemm.m * gemm.n)?,
+        _ => read(memory, gemm.output, gemm.d.0, gemm.m * gemm.n)?,
     };
     let mut d = Vec::with_capacity(gemm.m * gemm.n);
     for i in 0..gemm.m {
@@ -88,7 +88,7 @@ fn multiply(gemm: &Gemm, memory: &mut Memory) -> Result<(), Fault> {
             d.push(alpha * sum + beta * before[i * gemm.n + j] + bias[j]);
         }
     }
-    match gemm.dtype {
+    match gemm.output {
         DType::F32 => memory.library_write(gemm.d.0, &d.iter().map(|&d| d as f32).collect::<Vec<_>>()),
         DType::F16 => {
             memory.library_write(gemm.d.0, &d.iter().map(|&d| f16::from_f64(d)).collect::<Vec<_>>())
