@@ -18,19 +18,7 @@ fn lm_head(c: &mut Criterion) {
     let hidden = common::values(2 * TOKENS * HIDDEN);
     let weight = common::values(VOCABULARY * HIDDEN);
     let mut gram = vec![0.0; HIDDEN * HIDDEN];
-    let head = LmHead {
-        settings: LossSettings::new(VOCABULARY, 0.1),
-        hidden_size: HIDDEN,
-        branches: 2,
-        labels: &labels,
-        weight: &weight,
-        bias: None,
-        lora: None,
-        logit_scale: 1.0,
-        soft_cap: None,
-        gram: None,
-        chunk_rows: None,
-    };
+    let head = LmHead::new(LossSettings::new(VOCABULARY, 0.1), HIDDEN, &labels, &weight);
     head.gram(&mut gram).expect("the shapes agree");
     let mut grad_hidden = vec![0.0; hidden.len()];
     let mut grad_weight = vec![0.0; weight.len()];

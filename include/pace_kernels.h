@@ -334,6 +334,8 @@ typedef struct PaceLmHead {
   struct PaceTensor grad_lora_a;
   // Output `[3]`: total, cross-entropy, consistency.
   struct PaceTensor values;
+  // Weights of the tokens in the cross-entropy `[V]`; absent: all 1.
+  struct PaceTensor class_weights;
 } PaceLmHead;
 
 // Arguments of `pace_lora_mul_linear_*`, a layer with the paper's main adapter: `y = x·W0ᵀ + b0 + z ⊙ (x·ΔWᵀ + Δb)` with

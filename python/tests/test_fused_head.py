@@ -55,7 +55,7 @@ def trained_head(**settings):
 
 @pytest.mark.parametrize("settings", [
     dict(divergence="centered_squared_difference"), dict(divergence="kl", temperature=2.0, detach_target=True),
-    dict(divergence="symmetric_kl", both_branches=True, label_smoothing=0.1), dict(divergence="jensen_shannon"),
+    dict(divergence="symmetric_kl", both_branches=True, label_smoothing=0.1), dict(divergence="jensen_shannon", class_weights=torch.arange(30.0)),
 ], ids=lambda settings: settings["divergence"])
 def test_a_head_that_is_trained(settings):
     batch, labels = texts()

@@ -10,6 +10,7 @@ from conftest import close
 from pace_torch import PaceError, lm_gram, lm_loss
 from test_losses import DIVERGENCES, divergence_of, options_of
 
+
 @pytest.fixture(params=["native", "chunks"])
 def way(request, monkeypatch):
     """By the library's operator, or by PyTorch's matmuls as on other devices."""
@@ -21,7 +22,9 @@ def way(request, monkeypatch):
     assert bool(calls) == (request.param == "native")
 
 
-B, T, H, V, LAMBDA = 2, 5, 4, 11, 0.3
+B, T, H, V, R, LAMBDA = 2, 5, 4, 11, 3, 0.3
+# One of them 0.
+WEIGHTS = torch.arange(float(V), dtype=torch.float64) / 4
 
 
 def make(branches=2, dtype=torch.float64):
@@ -33,27 +36,33 @@ def make(branches=2, dtype=torch.float64):
     return hidden, weight, labels, bias
 
 
-def reference(hidden, weight, labels, bias, options, causal=True, scale=1.0, cap=None, both=False, smoothing=0.0):
-    """Sums of criterion and divergence of the tokens that have labels, and how many these are."""
+def make_lora(dtype=torch.float64):
+    """A and B of a LoRA on the head."""
+    generator = torch.Generator().manual_seed(1)
+    return tuple(torch.randn(*shape, dtype=torch.float64, generator=generator).to(dtype).requires_grad_() for shape in ((R, H), (V, R)))
+
+
+def reference(hidden, weight, labels, bias, options, causal=True, scale=1.0, cap=None, both=False, smoothing=0.0, weights=None):
+    """Sums of criterion and divergence of the tokens that have labels, and the weight and the number of these."""
     logits = scale * (hidden @ weight.T + (0 if bias is None else bias))
     logits = logits if cap is None else cap * torch.tanh(logits / cap)
     if causal:
         logits, labels = logits[:, :-1], labels[:, 1:]
     taken = labels != -100
     rows, y = logits.unflatten(0, (-1, B))[:, :][:, taken], labels[taken]
-    cross = partial(F.cross_entropy, reduction="sum", label_smoothing=smoothing)
+    cross = partial(F.cross_entropy, reduction="sum", label_smoothing=smoothing, weight=weights)
     classification = (cross(rows[0], y) + cross(rows[1], y)) / 2 if both else cross(rows[0], y)
     consistency = divergence_of(rows[0], rows[1], **options).sum() if len(rows) == 2 else torch.zeros(())
-    return classification, consistency, len(y)
+    return classification, consistency, (len(y) if weights is None else weights[y].sum(), len(y))
 
 
 def check(losses, reference, leaves, denominator=None, tolerance=1e-11):
-    classification, consistency, count = reference
-    count = denominator or count
-    close(losses.classification, classification / count, tolerance)
+    classification, consistency, counts = reference
+    of_criterion, of_consistency = counts if denominator is None else (denominator, denominator)
+    close(losses.classification, classification / of_criterion, tolerance)
     if consistency.requires_grad:
-        close(losses.consistency, consistency / count, tolerance)
-    total = (classification + LAMBDA * consistency) / count
+        close(losses.consistency, consistency / of_consistency, tolerance)
+    total = classification / of_criterion + LAMBDA * consistency / of_consistency
     close(losses.total, total, tolerance)
     assert not losses.classification.requires_grad and losses.logits.shape == (0, V)
     for got, want in zip(*(torch.autograd.grad(3 * loss, leaves, retain_graph=True) for loss in (losses.total, total))):
@@ -96,6 +105,56 @@ def test_a_frozen_head(way):
         assert lm_loss(hidden, weight, labels, LAMBDA).total.isfinite()
 
 
+@pytest.mark.parametrize("chunk_rows", [None, 3])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_class_weights(name, chunk_rows, way):
+    hidden, weight, labels, bias = make()
+    leaves, options = (hidden, weight, bias), options_of(name)
+    # More precise than they have to be, and on the CPU: they are brought to the logits.
+    run = partial(lm_loss, hidden, weight, labels, LAMBDA, bias=bias, chunk_rows=chunk_rows, class_weights=WEIGHTS, **options)
+    want = partial(reference, hidden, weight, labels, bias, options, weights=WEIGHTS)
+    check(run(causal=True), want(), leaves)
+    check(run(both_branches=True, label_smoothing=0.1), want(causal=False, both=True, smoothing=0.1), leaves)
+    check(run(soft_cap=3.0), want(causal=False, cap=3.0), leaves)
+    check(run(denominator=7), want(causal=False), leaves, 7)
+    # The ignored label is a class, of which no token is.
+    one, labels = hidden[:B], torch.where(labels == 3, -100, labels)
+    check(lm_loss(one, weight, torch.where(labels == -100, 3, labels), LAMBDA, bias=bias, class_weights=WEIGHTS, ignore_index=3),
+          reference(one, weight, labels, bias, {}, causal=False, weights=WEIGHTS), leaves)
+
+
+def test_classes_of_no_weight(way):
+    hidden, weight, labels, _ = make()
+    losses = lm_loss(hidden, weight, labels, LAMBDA, class_weights=torch.zeros(V), label_smoothing=0.1)
+    assert losses.classification == 0 and losses.total == LAMBDA * losses.consistency > 0
+    want = lm_loss(hidden, weight, labels, LAMBDA)
+    close(losses.consistency, want.consistency, 1e-12)
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 3])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_lora_on_the_head(name, chunk_rows, way):
+    hidden, weight, labels, bias = make()
+    lora_a, lora_b = make_lora()
+    options, scale = options_of(name), 0.5
+    for trains in (True, False):
+        weight, bias = weight.detach().requires_grad_(trains), bias.detach().requires_grad_(trains)
+        leaves = (hidden, weight, bias, lora_a, lora_b) if trains else (hidden, lora_a, lora_b)
+        run = partial(lm_loss, hidden, weight, labels, LAMBDA, bias=bias, lora_a=lora_a, lora_b=lora_b, scale=scale, chunk_rows=chunk_rows, **options)
+        want = partial(reference, hidden, weight + scale * lora_b @ lora_a, labels, bias, options)
+        check(run(causal=True), want(), leaves)
+        check(run(both_branches=True, label_smoothing=0.1, class_weights=WEIGHTS), want(causal=False, both=True, smoothing=0.1, weights=WEIGHTS), leaves)
+        check(run(logit_scale=-0.5, denominator=7), want(causal=False, scale=-0.5), leaves, 7)
+        check(run(logit_scale=2.0, soft_cap=3.0), want(causal=False, scale=2.0, cap=3.0), leaves)
+        if not trains:
+            check(run(gram=lm_gram(weight)), want(causal=False), leaves)
+        # One of its factors alone.
+        for factor, others in ((lora_a, dict(lora_b=lora_b.detach())), (lora_b, dict(lora_a=lora_a.detach()))):
+            check(run(**others), want(causal=False), (factor,))
+    one = lm_loss(hidden[:B], weight, labels, LAMBDA, lora_a=lora_a, lora_b=lora_b, **options)
+    check(one, reference(hidden[:B], weight + lora_b @ lora_a, labels, None, {}, causal=False), (hidden, lora_a, lora_b))
+
+
 def test_one_branch_and_no_labels(way):
     hidden, weight, labels, bias = make(1)
     losses = lm_loss(hidden, weight, labels, LAMBDA, bias=bias, causal=True)
@@ -108,28 +167,50 @@ def test_one_branch_and_no_labels(way):
         assert not torch.autograd.grad(losses.total, hidden)[0].any()
 
 
+@pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("name", ["squared_difference", "symmetric_kl"])
-def test_close_branches_in_16_bits(name):
+def test_close_branches_in_16_bits(name, lora):
     """The difference of the branches keeps its digits where logits in 16 bits have lost them."""
     hidden, weight, labels, _ = make()
     one = hidden.detach()[:B].bfloat16()
     noise = torch.randn(one.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     two = (one.double() * (1 + 0.01 * noise)).bfloat16()
     hidden, weight, bias = torch.cat([one, two]), weight.detach().bfloat16(), torch.full((V,), 64.0).bfloat16()
-    want = reference(hidden.double(), weight.double(), labels, bias.double(), {"divergence": name}, causal=False)
-    losses = lm_loss(hidden, weight, labels, LAMBDA, bias=bias, divergence=name)
-    close(losses.consistency, want[1] / want[2], 0.1)
-    rounded = pace_torch.pace_loss((hidden @ weight.T + bias).flatten(0, 1), labels.flatten(), divergence=name, labelled_only=True)
-    assert rounded.consistency > 2 * want[1] / want[2]
+    lora_a, lora_b = (factor.detach() for factor in make_lora(torch.bfloat16)) if lora else (None, None)
+    whole = weight.double() + (lora_b.double() @ lora_a.double() if lora else 0)
+    _, consistency, (_, count) = reference(hidden.double(), whole, labels, bias.double(), {"divergence": name}, causal=False)
+    losses = lm_loss(hidden, weight, labels, LAMBDA, bias=bias, lora_a=lora_a, lora_b=lora_b, divergence=name)
+    close(losses.consistency, consistency / count, 0.1)
+    rounded = pace_torch.pace_loss((hidden @ whole.bfloat16().T + bias).flatten(0, 1), labels.flatten(), divergence=name, labelled_only=True)
+    assert not 0.5 < rounded.consistency / (consistency / count) < 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["squared_difference", "symmetric_kl"])
+def test_lora_in_16_bits(name, dtype):
+    hidden, weight, labels, bias = make(dtype=dtype)
+    lora_a, lora_b = make_lora(dtype)
+    weight, leaves = weight.detach(), (hidden, lora_a, lora_b)
+    losses = lm_loss(hidden, weight, labels, LAMBDA, bias=bias, lora_a=lora_a, lora_b=lora_b, scale=0.5, divergence=name)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    whole = weight.double() + 0.5 * exact[2] @ exact[1]
+    classification, consistency, (_, count) = reference(exact[0], whole, labels, bias.double(), {"divergence": name}, causal=False)
+    total = (classification + LAMBDA * consistency) / count
+    close(losses.total, total, 2e-2)
+    for got, want in zip(torch.autograd.grad(losses.total, leaves), torch.autograd.grad(total, exact)):
+        assert got.dtype == dtype
+        close(got, want, 2e-2)
 
 
 @pytest.mark.parametrize("name", ["squared_difference", "symmetric_kl"])
 def test_compiled(name):
     hidden, weight, labels, bias = make()
-    run = lambda hidden, weight, bias: lm_loss(hidden, weight, labels, LAMBDA, bias=bias, causal=True, divergence=name, chunk_rows=4).total
+    leaves = hidden, weight, bias, *make_lora()
+    run = lambda hidden, weight, bias, lora_a, lora_b: lm_loss(
+        hidden, weight, labels, LAMBDA, bias=bias, lora_a=lora_a, lora_b=lora_b, causal=True, divergence=name, chunk_rows=4, class_weights=WEIGHTS).total
     compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
-    close(compiled(hidden, weight, bias), run(hidden, weight, bias), 1e-12)
-    grads = [torch.autograd.grad(function(hidden, weight, bias), (hidden, weight, bias)) for function in (compiled, run)]
+    close(compiled(*leaves), run(*leaves), 1e-12)
+    grads = [torch.autograd.grad(function(*leaves), leaves) for function in (compiled, run)]
     for got, want in zip(*grads):
         close(got, want, 1e-12)
 
@@ -145,9 +226,22 @@ def test_float32(way):
 def test_wrong_arguments_are_named():
     hidden, weight, labels, bias = (tensor.detach() for tensor in make())
     run = partial(lm_loss, hidden, weight, labels)
+    lora_a, lora_b = (factor.detach() for factor in make_lora())
     for call, message in (
         (lambda: run(criterion="mean_squared_error"), "`criterion` is not for `lm_loss`"),
-        (lambda: run(class_weights=torch.ones(V)), "`class_weights` is not"),
+        (lambda: run(class_weights=torch.ones(V + 1)), r"`class_weights` is \(12,\), expected \[11\]"),
+        (lambda: run(class_weights=torch.ones(V).long()), "`class_weights` is .*int64"),
+        (lambda: run(class_weights=-WEIGHTS), "class_weights.*not negative"),
+        (lambda: run(lora_a=lora_a), "`lora_a` is given without `lora_b`"),
+        (lambda: run(lora_b=lora_b), "`lora_b` is given without `lora_a`"),
+        (lambda: run(scale=0.5), "`scale` is 0.5, and there is no LoRA"),
+        (lambda: run(lora_a=lora_a, lora_b=lora_b, scale=0), "`scale` is 0"),
+        (lambda: run(lora_a=lora_a, lora_b=lora_b, scale=float("nan")), "`scale` is nan"),
+        (lambda: run(lora_a=lora_a[1:], lora_b=lora_b), r"`lora_b` is \(11, 3\), expected \[11, 2\]"),
+        (lambda: run(lora_a=lora_a[:, 1:], lora_b=lora_b), r"`lora_a` is \(3, 3\), expected \[r, 4\]"),
+        (lambda: run(lora_a=lora_a[:0], lora_b=lora_b[:, :0]), r"`lora_a` is \(0, 4\), expected \[r, 4\]"),
+        (lambda: run(lora_a=lora_a, lora_b=lora_b.float()), "`lora_b` is of torch.float32"),
+        (lambda: run(lora_a=None, lora_b=[lora_b]), "`lora_b` is list"),
         (lambda: run(diverence="kl"), "`diverence` is no option"),
         (lambda: run(temperature=2.0), "`temperature`"),
         (lambda: run(logit_scale=0), "`logit_scale` is 0"),
@@ -192,3 +286,20 @@ def test_autocast_does_not_round_the_gram_matrix(trained):
     with torch.autocast("cpu", torch.bfloat16):
         got = lm_loss(hidden, weight, labels)
     close(got.consistency, want.consistency, 1e-2)
+
+
+@pytest.mark.parametrize("name", ["squared_difference", "symmetric_kl"])
+def test_autocast(name, monkeypatch):
+    """Of a head in float32: GEMMs in 16 bits, and gradients in float32."""
+    monkeypatch.setattr(pace_torch.lm, "takes", lambda tensors: False)
+    hidden, weight, labels, bias = make(dtype=torch.float32)
+    lora_a, lora_b = make_lora(torch.float32)
+    leaves = hidden, weight, bias, lora_a, lora_b
+    run = partial(lm_loss, hidden, weight, labels, LAMBDA, bias=bias, lora_a=lora_a, lora_b=lora_b, scale=0.5, divergence=name)
+    want = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run()
+    close(got.total, want.total, 2e-2)
+    for gradients in zip(*(torch.autograd.grad(losses.total, leaves) for losses in (got, want))):
+        assert gradients[0].dtype == torch.float32
+        close(*gradients, 3e-2)

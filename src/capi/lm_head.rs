@@ -56,6 +56,7 @@ fn head<'a, T: Real>(args: &PaceLmHead, host: &mut Host<'a, T>, takes_gram: bool
         soft_cap: (args.soft_cap != 0.0).then_some(args.soft_cap),
         gram: if takes_gram { host.optional("gram", args.gram)? } else { None },
         chunk_rows: (chunk_rows != 0).then_some(chunk_rows),
+        class_weights: host.optional("class_weights", args.class_weights)?,
     })
 }
 

@@ -527,6 +527,8 @@ pub struct PaceLmHead {
     pub grad_lora_a: PaceTensor,
     /// Output `[3]`: total, cross-entropy, consistency.
     pub values: PaceTensor,
+    /// Weights of the tokens in the cross-entropy `[V]`; absent: all 1.
+    pub class_weights: PaceTensor,
 }
 
 /// Arguments of `pace_drop_path_*`: `y = x ⊙ mask / (mean(mask) + 1e-12)`, one mask for both branches.

@@ -52,6 +52,8 @@ pub struct LmHead<'a, T> {
     pub gram: Option<&'a [T]>,
     /// Rows of a branch whose logits are in memory at a time; `None`: as many as are fast.
     pub chunk_rows: Option<usize>,
+    /// Weights of the tokens in the cross-entropy, `[V]`, finite and not negative; `None`: all 1.
+    pub class_weights: Option<&'a [T]>,
 }
 
 /// Where the gradients of an [`LmHead`] go; each is overwritten, `None` is not computed.
@@ -72,6 +74,26 @@ pub struct LmHeadGrads<B> {
 impl<B> Default for LmHeadGrads<B> {
     fn default() -> Self {
         Self { hidden: None, weight: None, bias: None, lora_b: None, lora_a: None }
+    }
+}
+
+impl<'a, T> LmHead<'a, T> {
+    /// The head of two branches whose logits are `h·Wᵀ`, with nothing else to it.
+    pub const fn new(settings: LossSettings, hidden_size: usize, labels: &'a [i64], weight: &'a [T]) -> Self {
+        Self {
+            settings,
+            hidden_size,
+            branches: 2,
+            labels,
+            weight,
+            bias: None,
+            lora: None,
+            logit_scale: 1.0,
+            soft_cap: None,
+            gram: None,
+            chunk_rows: None,
+            class_weights: None,
+        }
     }
 }
 
@@ -148,8 +170,8 @@ impl<T: Real> LmHead<'_, T> {
     }
 
     /// The loss of some rows.
-    fn loss<'b>(&self, labels: &'b [i64]) -> Loss<'b, T> {
-        Loss { settings: self.settings, targets: Targets::Labels(labels), class_weights: None }
+    fn loss<'b>(&'b self, labels: &'b [i64]) -> Loss<'b, T> {
+        Loss { settings: self.settings, targets: Targets::Labels(labels), class_weights: self.class_weights }
     }
 
     /// Whether the Gram matrix stands for the logits of branch 1; `trains`: whether there are gradients to the weight.
@@ -170,8 +192,8 @@ impl<T: Real> LmHead<'_, T> {
     /// On an error nothing is written.
     ///
     /// # Errors
-    /// If a size is zero or overflows, a slice has another length than its shape, a setting is out of range, a label is neither a
-    /// token nor the ignored one, or a gradient to what is absent is asked for.
+    /// If a size is zero or overflows, a slice has another length than its shape, a setting or a class weight is out of range, a label
+    /// is neither a token nor the ignored one, or a gradient to what is absent is asked for.
     pub fn evaluate(&self, hidden: &[T], grads: LmHeadGrads<&mut [T]>) -> Result<LossValues> {
         self.check(hidden, &grads)?;
         let (v, h, m) = (self.settings.classes, self.hidden_size, self.labels.len());

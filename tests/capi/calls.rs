@@ -290,6 +290,7 @@ pub fn cases(arena: &mut Arena) -> Vec<Case> {
         grad_lora_b: arena.tensor(7 * 2),
         grad_lora_a: arena.tensor(2 * 5),
         values: arena.tensor(3),
+        class_weights: arena.probabilities(7),
         ..zeroed()
     };
     let drop_path = PaceDropPath {

@@ -18,6 +18,7 @@ struct Case {
     branches: usize,
     has_bias: bool,
     has_lora: bool,
+    has_class_weights: bool,
     logit_scale: f64,
     soft_cap: Option<f64>,
     gives_gram: bool,
@@ -28,6 +29,7 @@ struct Case {
     bias: Vec<f64>,
     lora_b: Vec<f64>,
     lora_a: Vec<f64>,
+    class_weights: Vec<f64>,
 }
 
 const LORA_SCALE: f64 = 0.5;
@@ -41,6 +43,7 @@ fn case(divergence: Divergence) -> Case {
         branches: 2,
         has_bias: false,
         has_lora: false,
+        has_class_weights: false,
         logit_scale: 1.0,
         soft_cap: None,
         gives_gram: false,
@@ -51,26 +54,26 @@ fn case(divergence: Divergence) -> Case {
         bias: uniform(52, V),
         lora_b: uniform(53, V * R),
         lora_a: uniform(54, R * H),
+        // One of them 0, and it is the label of a token.
+        class_weights: (0..V).map(|v| (v * 3 % V) as f64 / 4.0).collect(),
     }
 }
 
 impl Case {
     fn run<T: Real>(&self, with_gradients: bool) -> (LossValues, Grads<T>) {
-        let [weight, bias, lora_b, lora_a] =
-            [&self.weight, &self.bias, &self.lora_b, &self.lora_a].map(|all| cast::<T>(all));
+        let [weight, bias, lora_b, lora_a, class_weights] =
+            [&self.weight, &self.bias, &self.lora_b, &self.lora_a, &self.class_weights]
+                .map(|all| cast::<T>(all));
         let lora = Lora { rank: R, lora_a: &lora_a[..], lora_b: &lora_b[..], scale: T::from_f64(LORA_SCALE) };
         let mut head = LmHead {
-            settings: self.settings,
-            hidden_size: H,
             branches: self.branches,
-            labels: &self.labels,
-            weight: &weight,
             bias: self.has_bias.then_some(&bias[..]),
             lora: self.has_lora.then_some(lora),
             logit_scale: self.logit_scale,
             soft_cap: self.soft_cap,
-            gram: None,
             chunk_rows: self.chunk_rows,
+            class_weights: self.has_class_weights.then_some(&class_weights[..]),
+            ..LmHead::new(self.settings, H, &self.labels, &weight)
         };
         let mut gram = unwritten(H * H);
         if self.gives_gram {
@@ -115,8 +118,11 @@ impl Case {
                 *l = cap * (*l / cap).tanh();
             }
         }
-        let loss =
-            Loss { settings: self.settings, targets: Targets::Labels(&self.labels), class_weights: None };
+        let loss = Loss {
+            settings: self.settings,
+            targets: Targets::Labels(&self.labels),
+            class_weights: self.has_class_weights.then_some(&self.class_weights[..]),
+        };
         let mut dl = vec![0.0; logits.len()];
         let consistency = if self.branches == 2 { Consistency::TwoBranch } else { Consistency::None };
         let values = loss.evaluate(&logits, consistency, Some(&mut dl)).unwrap();
@@ -190,6 +196,15 @@ fn a_head_has_the_loss_of_all_its_logits() {
         Case { has_lora: true, logit_scale: -1.5, ..plain.clone() }.check();
         Case { soft_cap: Some(0.7), has_lora: true, has_bias: true, ..plain.clone() }.check();
         Case { branches: 1, soft_cap: Some(2.0), ..plain.clone() }.check();
+        let weighted = Case { has_class_weights: true, ..plain.clone() };
+        weighted.check();
+        Case { branches: 1, chunk_rows: Some(2), ..weighted.clone() }.check();
+        Case { gives_gram: true, has_lora: true, has_bias: true, chunk_rows: Some(2), ..weighted.clone() }
+            .check();
+        let settings = LossSettings { label_smoothing: 0.1, both_branches: true, ..plain.settings };
+        Case { settings, soft_cap: Some(0.7), chunk_rows: Some(3), ..weighted.clone() }.check();
+        let settings = LossSettings { labelled_only: true, denominator: Some(3.5), ..plain.settings };
+        Case { settings, ..weighted }.check();
         let settings = LossSettings { label_smoothing: 0.1, both_branches: true, ..plain.settings };
         Case { settings, has_bias: true, chunk_rows: Some(3), ..plain.clone() }.check();
         let settings = LossSettings { labelled_only: true, denominator: Some(3.5), ..plain.settings };
@@ -222,19 +237,7 @@ fn wrong_arguments_of_a_head_are_refused() {
     let hidden = uniform(50, 2 * M * H);
     let weight = uniform(51, V * H);
     let labels = [0, 1, 2, 3, 4, 5, 6];
-    let head = LmHead {
-        settings: LossSettings::new(V, 1.0),
-        hidden_size: H,
-        branches: 2,
-        labels: &labels,
-        weight: &weight,
-        bias: None,
-        lora: None,
-        logit_scale: 1.0,
-        soft_cap: None,
-        gram: None,
-        chunk_rows: None,
-    };
+    let head = LmHead::new(LossSettings::new(V, 1.0), H, &labels, &weight);
     let refused = |head: LmHead<'_, f64>, argument: &str| {
         let mut dh = vec![7.0; hidden.len()];
         let grads = LmHeadGrads { hidden: Some(&mut dh[..]), ..LmHeadGrads::default() };
@@ -266,6 +269,14 @@ fn wrong_arguments_of_a_head_are_refused() {
     refused(LmHead { labels: &[0, 1, 2, 3, 4, 5, 11], ..head }, "labels[6]");
     refused(LmHead { bias: Some(&short[..V - 1]), ..head }, "bias");
     refused(LmHead { gram: Some(short), ..head }, "gram");
+    for wrong in [&[1.0; V - 1][..], &[1.0; V + 1]] {
+        refused(LmHead { class_weights: Some(wrong), ..head }, "class_weights");
+    }
+    for wrong in [-1.0, f64::NAN, f64::INFINITY] {
+        let mut weights = [1.0; V];
+        weights[V - 1] = wrong;
+        refused(LmHead { class_weights: Some(&weights), ..head }, "class_weights");
+    }
     for (logit_scale, soft_cap) in
         [(0.0, None), (f64::NAN, None), (1.0, Some(0.0)), (1.0, Some(f64::INFINITY))]
     {

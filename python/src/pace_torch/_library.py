@@ -172,7 +172,7 @@ class PaceLmHead(ctypes.Structure):
         ("soft_cap", c_double),
         ("scale", c_double),
         *_tensors("hidden", "labels", "weight", "bias", "lora_b", "lora_a", "gram"),
-        *_tensors("grad_hidden", "grad_weight", "grad_bias", "grad_lora_b", "grad_lora_a", "values"),
+        *_tensors("grad_hidden", "grad_weight", "grad_bias", "grad_lora_b", "grad_lora_a", "values", "class_weights"),
     ]
 
 

@@ -5,6 +5,7 @@ pass computes the gradients, so that no logits are kept.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -21,7 +22,7 @@ from .settings import DIVERGENCES, OF_PROBABILITIES, Denominator, LossOptions, c
 
 # Logits of a branch that are in memory at a time, about.
 _LOGITS = 1 << 26
-_NOT_HERE = ("criterion", "class_weights", "labelled_only")
+_NOT_HERE = ("criterion", "labelled_only")
 OPTIONS = tuple(field.name for field in dataclasses.fields(LossOptions) if field.name not in (*_NOT_HERE, "lambda_"))
 
 
@@ -32,6 +33,9 @@ def lm_loss(
     lambda_: float = 1.0,
     *,
     bias: Optional[Tensor] = None,
+    lora_a: Optional[Tensor] = None,
+    lora_b: Optional[Tensor] = None,
+    scale: float = 1.0,
     causal: bool = False,
     logit_scale: float = 1.0,
     soft_cap: Optional[float] = None,
@@ -40,19 +44,21 @@ def lm_loss(
     denominator: Denominator = None,
     **options: Any,
 ) -> Losses:
-    """`pace_loss` of the logits `a·(h·Wᵀ + b)`, or `cap·tanh` of them over `cap`, of tokens that have labels: the same value, and gradients to
-    `hidden`, `weight [V, H]` and `bias [V]`.
+    """`pace_loss` of the logits `a·(h·(W + scale·B·A)ᵀ + b)`, or `cap·tanh` of them over `cap`, of tokens that have labels: the same value, and
+    gradients to `hidden`, `weight [V, H]`, `bias [V]`, `lora_a [r, H]` and `lora_b [V, r]`.
 
     * `hidden` `[branches·B, T, H]` for `labels` `[B, T]`, or `[branches·M, H]` for `[M]`; branch 0 first, of 1 or 2. `causal`: the label of a
       token is the next one's (of `[B, T]` only).
+    * `lora_a`, `lora_b`, `scale`: a LoRA on the head, without noise; absent: none.
     * `logit_scale` is a, `soft_cap` cap.
-    * `gram`: `lm_gram(weight)` of a weight that does not change, for squared differences, which then need no logits of branch 1.
+    * `gram`: `lm_gram(weight)` of a weight that does not change, for squared differences, which then need no logits of branch 1. LoRA is no
+      part of it.
     * `chunk_rows`: rows of a branch whose logits are in memory at a time.
-    * `options` are those of `LossOptions` but `criterion`, `class_weights` and `labelled_only`: tokens without a label take part in nothing.
+    * `options` are those of `LossOptions` but `criterion` and `labelled_only`: tokens without a label take part in nothing.
       `denominator` is that of `pace_loss`.
 
     The logits in `Losses` are empty. Differentiable once. Raises `PaceError` for wrong shapes, types and options, and on the CPU for
-    wrong labels; for those on CUDA see `Losses.check`, whose positions are counted from the first row of a chunk.
+    wrong labels and class weights; for labels on CUDA see `Losses.check`, whose positions are counted from the first row of a chunk.
     """
     for name in _NOT_HERE:
         if name in options:
@@ -61,7 +67,9 @@ def lm_loss(
         if name not in OPTIONS:
             raise PaceError(f"`{name}` is no option, expected one of {', '.join(OPTIONS)}")
     checked = LossOptions(lambda_, labelled_only=True, **options)
-    labels, branches = _check(hidden, weight, labels, bias, check_choice("causal", causal, (True, False)), checked.ignore_index)
+    tensors = _Tensors(hidden, weight, bias, lora_a, lora_b)
+    _check_scale(scale, lora_a is not None)
+    labels, branches = _check(tensors, labels, check_choice("causal", causal, (True, False)), checked.ignore_index)
     if check_number("logit_scale", logit_scale) == 0:
         raise PaceError("`logit_scale` is 0")
     if soft_cap is not None and check_number("soft_cap", soft_cap, 0) == 0:
@@ -71,13 +79,16 @@ def lm_loss(
     by_gram = branches == 2 and checked.divergence not in OF_PROBABILITIES and not checked.both_branches and soft_cap is None
     if gram is not None:
         _check_gram(gram, weight)
-    head = _Head(checked, branches, by_gram, float(logit_scale), soft_cap, chunk_rows or 0)
+    head = _Head(_settings(checked), branches, by_gram, float(logit_scale), soft_cap, float(scale), chunk_rows or 0)
     denominator = check_denominator(denominator)
+    class_weights = None if checked.class_weights is None else _check_class_weights(checked.class_weights, weight)
     if denominator is None:
         # Where there are none the sums are 0.
         denominator = (labels != checked.ignore_index).sum().clamp(min=1)
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    total, classification, consistency, status = _LmHead.apply(flat, weight, bias, labels, gram, denominator, head)
+        if class_weights is not None:
+            class_weights = _of_mean(class_weights, labels, checked.ignore_index, denominator)
+    tensors = tensors._replace(hidden=hidden.reshape(-1, hidden.shape[-1]))
+    total, classification, consistency, status = _LmHead.apply(*tensors, labels, class_weights, gram, denominator, head)
     empty = hidden.new_empty(0, weight.shape[0])
     return Losses(total, classification, consistency, status, weight.shape[0], 0, empty)
 
@@ -85,44 +96,46 @@ def lm_loss(
 @torch.no_grad()
 def lm_gram(weight: Tensor) -> Tensor:
     """`G = WᵀW [H, H]` in float32 (float64 beside float64): in 16 bits it would be useless, and even negative."""
-    rows = max(_LOGITS // weight.shape[1], 1)
     gram = torch.zeros(weight.shape[1], weight.shape[1], dtype=real(weight.dtype), device=weight.device)
-    for part in weight.detach().split(rows):
+    for part in weight.detach().split(_rows_of(weight)):
         part = part.to(gram.dtype)
         gram.addmm_(part.t(), part)
     return gram
 
 
-class _Head(NamedTuple):
-    options: LossOptions
-    branches: int
-    by_gram: bool
-    scale: float
-    cap: Optional[float]
-    rows: int
-
-    def settings(self, difference: bool = False) -> LossSettings:
-        """What the fused loss is told of sums over tokens that have labels."""
-        options = self.options
-        return LossSettings(
-            float(options.lambda_), float(options.label_smoothing), options.ignore_index, DIVERGENCES[options.divergence],
-            float(options.temperature), options.detach_target, options.both_branches, True, lib.TARGETS_LABELS, 1.0, difference,
-        )
-
-
-class _Grads(NamedTuple):
-    """Of the sums, not yet divided; None where they are not wanted."""
+class _Tensors(NamedTuple):
+    """What the logits are made of, or the gradients to it, of the sums, not yet divided; None for what is absent or not wanted."""
 
     hidden: Optional[Tensor]
     weight: Optional[Tensor]
     bias: Optional[Tensor]
+    lora_a: Optional[Tensor]
+    lora_b: Optional[Tensor]
+
+
+class _Head(NamedTuple):
+    loss: LossSettings
+    branches: int
+    by_gram: bool
+    scale: float
+    cap: Optional[float]
+    lora_scale: float
+    rows: int
+
+
+def _settings(options: LossOptions) -> LossSettings:
+    """What the fused loss is told of sums over tokens that have labels."""
+    return LossSettings(
+        float(options.lambda_), float(options.label_smoothing), options.ignore_index, DIVERGENCES[options.divergence],
+        float(options.temperature), options.detach_target, options.both_branches, True, lib.TARGETS_LABELS, 1.0,
+    )
 
 
 class _LmHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, gram, denominator, head):
-        values, grads, status = _evaluate(hidden.detach(), weight.detach(), None if bias is None else bias.detach(), labels, gram, head,
-                                          ctx.needs_input_grad[:3])
+    def forward(ctx, hidden, weight, bias, lora_a, lora_b, labels, class_weights, gram, denominator, head):
+        tensors = _Tensors(*(None if tensor is None else tensor.detach() for tensor in (hidden, weight, bias, lora_a, lora_b)))
+        values, grads, status = _evaluate(tensors, labels, class_weights, gram, head, ctx.needs_input_grad[:5])
         values = values / denominator
         ctx.denominator, ctx.grads = denominator, grads
         outputs = values[0].clone(), values[1].clone(), values[2].clone(), status
@@ -135,50 +148,54 @@ class _LmHead(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise PaceError("`lm_loss` is differentiable once, and `create_graph=True` asks for more")
         factor = dtotal / ctx.denominator
-        return *(None if grad is None else (factor * grad).to(grad.dtype) for grad in ctx.grads), None, None, None, None
+        return *(None if grad is None else (factor * grad).to(grad.dtype) for grad in ctx.grads), None, None, None, None, None
 
 
 def _evaluate(
-    hidden: Tensor, weight: Tensor, bias: Optional[Tensor], labels: Tensor, gram: Optional[Tensor], head: _Head, wanted: tuple[bool, ...]
-) -> tuple[Tensor, _Grads, Tensor]:
+    tensors: _Tensors, labels: Tensor, class_weights: Optional[Tensor], gram: Optional[Tensor], head: _Head, wanted: tuple[bool, ...]
+) -> tuple[Tensor, _Tensors, Tensor]:
     """The sums of total, criterion and divergence, `[3]`; their gradients; the status of each chunk."""
+    hidden, weight = tensors.hidden, tensors.weight
     exact = real(hidden.dtype)
     rows = hidden.shape[0] // head.branches
-    if takes((hidden, weight, bias, labels)):
-        settings = HeadSettings(head.settings(), head.branches, head.scale, float(head.cap or 0), head.rows, wanted)
-        values, grads = lm_head(hidden, labels, weight, bias, gram if head.by_gram else None, settings)
-        return values, _Grads(*grads), labels.new_empty(0)
-    h0, h1 = hidden[:rows], hidden[rows:]
-    grads = _Grads(
-        torch.zeros_like(hidden) if wanted[0] else None,
-        torch.zeros_like(weight, dtype=exact) if wanted[1] else None,
-        torch.zeros_like(bias, dtype=exact) if wanted[2] else None,
-    )
+    if takes((*tensors, labels, class_weights)):
+        settings = HeadSettings(head.loss, head.branches, head.scale, float(head.cap or 0), head.lora_scale, head.rows, wanted)
+        values, grads = lm_head(*tensors, labels, class_weights, gram if head.by_gram else None, settings)
+        return values, _Tensors(*grads), labels.new_empty(0)
+    # Chunks add to these.
+    grads = _Tensors(*(
+        torch.zeros_like(tensor, dtype=tensor.dtype if name == "hidden" else exact) if is_wanted else None
+        for name, tensor, is_wanted in zip(_Tensors._fields, tensors, wanted)
+    ))
     values, statuses = torch.zeros(3, dtype=exact, device=hidden.device), []
     step = head.rows or max(_LOGITS // weight.shape[0], 1)
     for first in range(0, rows, step):
-        at = slice(first, first + step)
-        sums, status = _chunk(h0[at], h1[at], weight, bias, labels[at], head, grads, first, rows)
+        sums, status = _chunk(tensors, labels, class_weights, head, grads, slice(first, min(first + step, rows)), rows)
         values += sums
         statuses.append(status)
     if head.by_gram:
         # Rounded to 16 bits a Gram matrix can have negative distances.
         with torch.autocast(hidden.device.type, enabled=False):
-            distance = _distance(h0, h1, weight, labels, gram, head, grads)
+            distance = _distance(tensors, labels, gram, head, grads)
         values[2] += distance
-        values[0] += head.options.lambda_ * distance
-    likes = (hidden, weight, bias)
-    grads = _Grads(*(None if grad is None else grad.to(like.dtype) for grad, like in zip(grads, likes)))
+        values[0] += head.loss.lambda_ * distance
+    grads = _Tensors(*(None if grad is None else grad.to(like.dtype) for grad, like in zip(grads, tensors)))
     return values, grads, torch.cat(statuses)
 
 
-def _chunk(h0, h1, weight, bias, labels, head: _Head, grads: _Grads, first: int, rows: int) -> tuple[Tensor, Tensor]:
+def _chunk(
+    tensors: _Tensors, labels: Tensor, class_weights: Optional[Tensor], head: _Head, grads: _Tensors, at: slice, rows: int
+) -> tuple[Tensor, Tensor]:
     """The sums of some rows by their logits, of branch 0 alone if the Gram matrix does the rest; adds to the gradients."""
+    hidden, weight, bias, lora_a, lora_b = tensors
     scale, cap = head.scale, head.cap
+    h0, h1 = hidden[:rows][at], hidden[rows:][at]
     two = head.branches == 2 and not head.by_gram
 
     def logits_of(h: Tensor, bias: Optional[Tensor]) -> Tensor:
         logits = F.linear(h, weight, bias)
+        if lora_a is not None:
+            logits = torch.addmm(logits, F.linear(h, lora_a), lora_b.t(), alpha=head.lora_scale)
         logits = logits if scale == 1 else logits * scale
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -189,56 +206,112 @@ def _chunk(h0, h1, weight, bias, labels, head: _Head, grads: _Grads, first: int,
         logits = torch.cat([logits, other])
     # The operator takes float16 in float32: its gradient would lose small values.
     given = logits.float() if logits.dtype == torch.float16 else logits
-    values, gradient, status = loss_and_gradient(given, labels, None, None, None, head.settings(two and cap is None))
+    settings = head.loss._replace(difference=two and cap is None)
+    values, gradient, status = loss_and_gradient(given, labels[at], class_weights, None, None, settings)
     if cap is not None:
         gradient = gradient * (1 - (given / cap) ** 2)
     gradient = (gradient if scale == 1 else gradient * scale).to(logits.dtype)
-    for branch, (h, g) in enumerate(zip((h0, h1), gradient.split(len(h0)))):
-        if grads.hidden is not None:
-            start = branch * rows + first
-            grads.hidden[start : start + len(h)] += g @ weight
-        if grads.weight is not None:
-            grads.weight.add_(g.t() @ h)
-        if grads.bias is not None:
-            grads.bias.add_(g.sum(0, dtype=grads.bias.dtype))
+    for first, h, g in zip((at.start, rows + at.start), (h0, h1), gradient.split(len(h0))):
+        of_hidden = None if grads.hidden is None else grads.hidden[first : first + len(h)]
+        _backward(tensors, h, g, head.lora_scale, grads._replace(hidden=of_hidden))
     return values, status
 
 
-def _distance(h0, h1, weight, labels, gram, head: _Head, grads: _Grads) -> Tensor:
-    """`Σ a²·Δh·G·Δhᵀ` of the rows that have labels, for squared differences; adds λ times its gradients."""
-    options, exact = head.options, real(h0.dtype)
-    gram, means = lm_gram(weight) if gram is None else gram, None
-    if options.divergence == "centered_squared_difference":
-        means = weight.mean(0, dtype=exact)
+def _backward(tensors: _Tensors, h: Tensor, g: Tensor, lora_scale: float, grads: _Tensors) -> None:
+    """Adds what the gradient `g` to `h·(W + s·B·A)ᵀ + b` gives; `grads.hidden` is that of `h`."""
+    _, weight, _, lora_a, lora_b = tensors
+    if grads.hidden is not None:
+        grads.hidden.add_(g @ weight)
+    if grads.weight is not None:
+        grads.weight.add_(g.t() @ h)
+    if grads.bias is not None:
+        grads.bias.add_(g.sum(0, dtype=grads.bias.dtype))
+    if lora_a is None:
+        return
+    # To A·h.
+    between = lora_scale * (g @ lora_b)
+    if grads.hidden is not None:
+        grads.hidden.add_(between @ lora_a)
+    if grads.lora_a is not None:
+        grads.lora_a.add_(between.t() @ h)
+    if grads.lora_b is not None:
+        grads.lora_b.add_(g.t() @ F.linear(h, lora_a), alpha=lora_scale)
+
+
+def _distance(tensors: _Tensors, labels: Tensor, gram: Optional[Tensor], head: _Head, grads: _Tensors) -> Tensor:
+    """`Σ a²·Δh·G·Δhᵀ` of the rows that have labels, for squared differences; adds λ times its gradients.
+
+    With a LoRA `Δh·(W + s·B·A)ᵀ = [Δh, s·Δh·Aᵀ]·[W, B]ᵀ`, so that G is that of `[W, B]`, of which `WᵀW` is a part.
+    """
+    hidden, weight, _, lora_a, lora_b = tensors
+    exact, width = real(hidden.dtype), hidden.shape[1]
+    h0, h1 = hidden.chunk(2)
+    gram, means = _gram_of_both(weight, lora_b, gram), 0
+    if head.loss.divergence == lib.DIVERGENCE_CENTERED_SQUARED_DIFFERENCE:
+        means = torch.cat([part.mean(0, dtype=exact) for part in (weight, lora_b) if part is not None])
         gram = gram - weight.shape[0] * torch.outer(means, means)
-    scale = head.scale**2 / (weight.shape[0] if options.divergence == "mean_squared_difference" else 1)
-    total, rows = torch.zeros((), dtype=exact, device=h0.device), len(h0)
-    moment = torch.zeros_like(gram) if grads.weight is not None else None
-    step = max(_LOGITS // h0.shape[1], 1)
+    scale = head.scale**2 / (weight.shape[0] if head.loss.divergence == lib.DIVERGENCE_MEAN_SQUARED_DIFFERENCE else 1)
+    total, rows = torch.zeros((), dtype=exact, device=hidden.device), len(h0)
+    moment = torch.zeros_like(gram) if grads.weight is not None or grads.lora_b is not None else None
+    scaled_a = None if lora_a is None else head.lora_scale * lora_a.to(exact)
+    step = max(_LOGITS // width, 1)
     for first in range(0, rows, step):
         at = slice(first, first + step)
-        takes_part = (labels[at] != options.ignore_index).unsqueeze(1)
+        takes_part = (labels[at] != head.loss.ignore_index).unsqueeze(1)
         delta = torch.where(takes_part, h0[at].to(exact) - h1[at].to(exact), 0)
-        product = delta @ gram
-        total += scale * (product * delta).sum()
+        both = delta if lora_a is None else torch.cat([delta, delta @ scaled_a.t()], 1)
+        product = both @ gram
+        total += scale * (product * both).sum()
+        pull = (2 * head.loss.lambda_ * scale) * product
         if grads.hidden is not None:
-            pull = (2 * options.lambda_ * scale) * product
-            grads.hidden[first : first + len(delta)] += pull
-            grads.hidden[rows + first : rows + first + len(delta)] -= pull
+            of_hidden = pull if lora_a is None else pull[:, :width] + pull[:, width:] @ scaled_a
+            grads.hidden[first : first + len(delta)] += of_hidden
+            grads.hidden[rows + first : rows + first + len(delta)] -= of_hidden
+        if grads.lora_a is not None:
+            grads.lora_a.add_(pull[:, width:].t() @ delta, alpha=head.lora_scale)
         if moment is not None:
-            moment.addmm_(delta.t(), delta)
+            moment.addmm_(both.t(), both)
     if moment is not None:
-        # (W − 1·w̄ᵀ)·S for centred differences.
-        moment *= 2 * options.lambda_ * scale
-        grads.weight.add_((weight.to(exact) - (0 if means is None else means)) @ moment)
+        # ([W, B] − 1·means)·S for centred differences.
+        moment *= 2 * head.loss.lambda_ * scale
+        for at, part in _parts_of_both(weight, lora_b):
+            part = part - means
+            if grads.weight is not None:
+                grads.weight[at] += part @ moment[:, :width]
+            if grads.lora_b is not None:
+                grads.lora_b[at] += part @ moment[:, width:]
     return total
 
 
-def _check(hidden, weight, labels, bias, causal: bool, ignore_index: int) -> tuple[Tensor, int]:
+def _rows_of(weight: Tensor) -> int:
+    """How many rows of a weight are taken at a time."""
+    return max(_LOGITS // weight.shape[1], 1)
+
+
+def _parts_of_both(weight: Tensor, lora_b: Optional[Tensor]) -> Iterator[tuple[slice, Tensor]]:
+    """`[W, B]` in float32 (float64 beside float64), some rows at a time: a copy of all of it would be as large as many logits."""
+    for first in range(0, weight.shape[0], _rows_of(weight)):
+        at = slice(first, first + _rows_of(weight))
+        yield at, torch.cat([matrix[at].to(real(weight.dtype)) for matrix in (weight, lora_b) if matrix is not None], 1)
+
+
+def _gram_of_both(weight: Tensor, lora_b: Optional[Tensor], gram: Optional[Tensor]) -> Tensor:
+    """The Gram matrix of `[W, B]` from that of W, if there is one."""
+    gram = lm_gram(weight) if gram is None else gram
+    if lora_b is None:
+        return gram
+    # Bᵀ·[W, B].
+    low = sum(part[:, weight.shape[1] :].t() @ part for _, part in _parts_of_both(weight, lora_b))
+    return torch.cat([torch.cat([gram, low[:, : weight.shape[1]].t()], 1), low])
+
+
+def _check(tensors: _Tensors, labels: Any, causal: bool, ignore_index: int) -> tuple[Tensor, int]:
     """The label of each row of a branch, and how many branches there are."""
-    for name, tensor in (("hidden", hidden), ("weight", weight), ("labels", labels), ("bias", bias)):
-        if not isinstance(tensor, Tensor) and not (tensor is None and name == "bias"):
+    given = {**tensors._asdict(), "labels": labels}
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor) and not (tensor is None and name in ("bias", "lora_a", "lora_b")):
             raise PaceError(f"`{name}` is {type(tensor).__name__}, expected a tensor")
+    hidden, weight, bias, lora_a, lora_b = tensors
     if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] == 0:
         raise PaceError(f"`weight` is {tuple(weight.shape)}, expected [V, H]")
     if labels.dtype != torch.int64 or labels.dim() not in (1, 2) or labels.numel() == 0:
@@ -250,7 +323,15 @@ def _check(hidden, weight, labels, bias, causal: bool, ignore_index: int) -> tup
         raise PaceError(f"`hidden` is {tuple(hidden.shape)}, expected {rows} or {2 * rows} rows of {others}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise PaceError(f"`bias` is {tuple(bias.shape)}, expected [{weight.shape[0]}]")
-    for name, tensor in (("weight", weight), ("bias", bias), ("labels", labels)):
+    if (lora_a is None) != (lora_b is None):
+        here, missing = ("lora_b", "lora_a") if lora_a is None else ("lora_a", "lora_b")
+        raise PaceError(f"`{here}` is given without `{missing}`")
+    if lora_a is not None:
+        if lora_a.dim() != 2 or lora_a.shape[0] == 0 or lora_a.shape[1] != weight.shape[1]:
+            raise PaceError(f"`lora_a` is {tuple(lora_a.shape)}, expected [r, {weight.shape[1]}]")
+        if lora_b.shape != (weight.shape[0], lora_a.shape[0]):
+            raise PaceError(f"`lora_b` is {tuple(lora_b.shape)}, expected [{weight.shape[0]}, {lora_a.shape[0]}]")
+    for name, tensor in given.items():
         if tensor is not None and tensor.device != hidden.device:
             raise PaceError(f"`{name}` is on {tensor.device}, expected {hidden.device} like `hidden`")
         if tensor is not None and name != "labels" and tensor.dtype != hidden.dtype:
@@ -263,6 +344,33 @@ def _check(hidden, weight, labels, bias, causal: bool, ignore_index: int) -> tup
             at = wrong[0].item()
             raise PaceError(f"`labels[{at}]` is {labels[at].item()}, expected 0 to {weight.shape[0] - 1} or the ignored label")
     return labels, branches
+
+
+def _check_scale(scale: Any, has_lora: bool) -> None:
+    if check_number("scale", scale) == 0:
+        raise PaceError("`scale` is 0, with which no LoRA would learn")
+    if scale != 1 and not has_lora:
+        raise PaceError(f"`scale` is {scale}, and there is no LoRA: it is the factor on `lora_b·lora_a`")
+
+
+def _check_class_weights(class_weights: Tensor, weight: Tensor) -> Tensor:
+    """The weights of the tokens beside the head."""
+    if class_weights.shape != weight.shape[:1]:
+        raise PaceError(f"`class_weights` is {tuple(class_weights.shape)}, expected [{weight.shape[0]}]")
+    # On a GPU nobody waits for a look at them.
+    if class_weights.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = class_weights[~((class_weights >= 0) & class_weights.isfinite())]
+        if len(wrong):
+            raise PaceError(f"`class_weights` has {wrong[0].item()}, expected finite and not negative ones")
+    return class_weights.to(weight.device, real(weight.dtype))
+
+
+def _of_mean(class_weights: Tensor, labels: Tensor, ignore_index: int, count: Tensor) -> Tensor:
+    """Class weights by which a sum over `count` tokens, divided by it, is the weighted mean: both terms then have one denominator."""
+    # On CUDA the loss ignores wrong labels too.
+    taken = (labels != ignore_index) & (labels >= 0) & (labels < len(class_weights))
+    total = torch.where(taken, class_weights[torch.where(taken, labels, 0)], 0).sum()
+    return torch.where(total > 0, class_weights * (count / total), 0)
 
 
 def _check_gram(gram: Any, weight: Tensor) -> None:

@@ -155,9 +155,8 @@ class Settings(LossOptions):
         if check_choice("packed", self.packed, (True, False)) and self.noise_shape == "BTC":
             raise PaceError("`packed` is True beside the `noise_shape` BTC, by which no two tokens share noise: leave it out")
         if check_choice("fused_head", self.fused_head, (True, False)):
-            for name, is_given in (("criterion", self.criterion is not None), ("class_weights", self.class_weights is not None)):
-                if is_given:
-                    raise PaceError(f"`{name}` is given beside `fused_head`, which computes the cross-entropy of tokens")
+            if self.criterion is not None:
+                raise PaceError("`criterion` is given beside `fused_head`, which computes the cross-entropy of tokens")
             if self.variant == "fast":
                 raise PaceError("`fused_head` is True beside the variant `fast`, which keeps a row of logits for each sample")
         if self.packed and self.variant == "fast":

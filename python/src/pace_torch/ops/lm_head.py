@@ -12,12 +12,13 @@ from .loss import LossSettings
 
 
 class HeadSettings(NamedTuple):
-    """What the head is told besides its tensors. `wanted`: the gradients to the hidden states, the weight and the bias."""
+    """What the head is told besides its tensors. `wanted`: the gradients to its first five."""
 
     loss: LossSettings
     branches: int
     logit_scale: float
     soft_cap: float
+    scale: float
     chunk_rows: int
     wanted: tuple[bool, ...]
 
@@ -28,20 +29,29 @@ def takes(tensors: tuple[Optional[Tensor], ...]) -> bool:
 
 
 def lm_head(
-    hidden: Tensor, labels: Tensor, weight: Tensor, bias: Optional[Tensor], gram: Optional[Tensor], settings: HeadSettings
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    lora_a: Optional[Tensor],
+    lora_b: Optional[Tensor],
+    labels: Tensor,
+    class_weights: Optional[Tensor],
+    gram: Optional[Tensor],
+    settings: HeadSettings,
 ) -> tuple[Tensor, list[Optional[Tensor]]]:
     """Total, classification and consistency `[3]`, and the gradients that are wanted."""
-    *grads, values = _LM_HEAD((hidden, labels, weight, bias, gram), settings)
+    *grads, values = _LM_HEAD((hidden, weight, bias, lora_a, lora_b, labels, class_weights, gram), settings)
     return values, grads
 
 
-def _fields(settings: HeadSettings, hidden, labels, weight, bias, gram):
+def _fields(settings: HeadSettings, hidden, weight, bias, lora_a, *_):
     loss = settings.loss
     return {
         "divergence": loss.divergence,
         "hidden_size": weight.shape[1],
         "classes": weight.shape[0],
         "branches": settings.branches,
+        "rank": 0 if lora_a is None else lora_a.shape[0],
         "chunk_rows": settings.chunk_rows,
         "flags": loss.flags(),
         "lambda": loss.lambda_,
@@ -52,19 +62,19 @@ def _fields(settings: HeadSettings, hidden, labels, weight, bias, gram):
         "ignore_label": loss.ignore_index,
         "logit_scale": settings.logit_scale,
         "soft_cap": settings.soft_cap,
+        "scale": settings.scale,
     }
 
 
-def _shapes(settings: HeadSettings, hidden, labels, weight, bias, gram):
-    shapes = hidden.shape, weight.shape, weight.shape[:1]
-    return [*(shape if wanted else None for shape, wanted in zip(shapes, settings.wanted)), (3,)]
+def _shapes(settings: HeadSettings, *tensors):
+    return [*(tensor.shape if wanted else None for tensor, wanted in zip(tensors, settings.wanted)), (3,)]
 
 
 _LM_HEAD = Function(
     "lm_head",
     lib.PaceLmHead,
-    inputs="hidden labels weight bias gram",
-    outputs="grad_hidden grad_weight grad_bias values",
+    inputs="hidden weight bias lora_a lora_b labels class_weights gram",
+    outputs="grad_hidden grad_weight grad_bias grad_lora_a grad_lora_b values",
     fields=_fields,
     shapes=_shapes,
 )
