@@ -272,7 +272,7 @@ typedef struct PaceNoisyEpilogue {
 typedef struct PaceLmHead {
   // `sizeof(PaceLmHead)`.
   uint64_t size;
-  // Type of all tensors but the labels.
+  // Type of all tensors but the labels; on CUDA `gram`, `class_weights`, `values` and the gradients to parameters are of `float`.
   uint32_t dtype;
   // `PACE_DIVERGENCE_*`.
   uint32_t divergence;
@@ -288,8 +288,8 @@ typedef struct PaceLmHead {
   uint64_t chunk_rows;
   // `PACE_LOSS_*`, added up.
   uint32_t flags;
-  // Zero.
-  uint32_t reserved;
+  // `PACE_ALLOW_TF32`.
+  uint32_t gemm_flags;
   // As in `PaceLoss`.
   double lambda;
   // As in `PaceLoss`.
@@ -314,7 +314,7 @@ typedef struct PaceLmHead {
   struct PaceTensor labels;
   // `W [V, H]`.
   struct PaceTensor weight;
-  // `b [V]`; may be absent.
+  // `b [V]`; may be absent. On CUDA it starts at a multiple of 16 bytes, and `logit_scale` is 1.
   struct PaceTensor bias;
   // `B [V, r]` of a LoRA without noise; may be absent, with `lora_a`.
   struct PaceTensor lora_b;
@@ -336,6 +336,11 @@ typedef struct PaceLmHead {
   struct PaceTensor values;
   // Weights of the tokens in the cross-entropy `[V]`; absent: all 1.
   struct PaceTensor class_weights;
+  // `uint64_t [9]` for CUDA: what is wrong with labels (`pace_loss_status`); not looked at on the CPU.
+  struct PaceTensor status;
+  // Bytes for CUDA, as many as `pace_lm_head_workspace` says; the first four are zero before the call and after it. Not looked at on
+  // the CPU.
+  struct PaceTensor workspace;
 } PaceLmHead;
 
 // Arguments of `pace_lora_mul_linear_*`, a layer with the paper's main adapter: `y = x·W0ᵀ + b0 + z ⊙ (x·ΔWᵀ + Δb)` with
@@ -786,7 +791,7 @@ PaceStatus pace_noisy_epilogue_backward(const struct PaceDevice *device,
                                         const struct PaceNoisyEpilogue *args);
 
 // Computes the loss of a language model's head and the gradients that are wanted, with the logits of some rows in memory at a time. On
-// an error nothing is written. CPU only.
+// an error on the CPU nothing is written; on CUDA wrong labels count as ignored, and `status` tells (`pace_loss_status`).
 //
 // # Safety
 // As `pace_noisy_linear_forward`.
@@ -794,14 +799,28 @@ PaceStatus pace_lm_head(const struct PaceDevice *device,
                         void *stream,
                         const struct PaceLmHead *args);
 
+// The bytes of workspace that a head needs; of the tensors of `args`, the length of the labels matters, and which are there.
+//
+// # Safety
+// As `pace_noisy_linear_workspace`.
+PaceStatus pace_lm_head_workspace(const struct PaceDevice *device,
+                                  const struct PaceLmHead *args,
+                                  uint64_t *bytes);
+
 // Computes `gram = WᵀW` of `weight [classes, hidden_size]`, once for a weight that does not change. `labels` and outputs are not
-// looked at. CPU only.
+// looked at. `workspace` is that of `pace_lm_head_gram_workspace`; contents are ignored.
 //
 // # Safety
 // As `pace_noisy_linear_forward`.
 PaceStatus pace_lm_head_gram(const struct PaceDevice *device,
                              void *stream,
                              const struct PaceLmHead *args);
+
+// The bytes of workspace that a Gram matrix needs.
+//
+// # Safety
+// As `pace_noisy_linear_workspace`.
+PaceStatus pace_lm_head_gram_workspace(const struct PaceDevice *device, const struct PaceLmHead *args, uint64_t *bytes);
 
 // Computes `y` from `x`.
 //

@@ -3,9 +3,9 @@
 use super::call::*;
 use super::loss::LossFields;
 use super::types::*;
-use super::{Failure, PACE_ERROR_VALUE, PaceDevice, PaceStatus, Result};
+use super::{Failure, PaceDevice, PaceStatus, Result};
 use crate::cpu::{LmHead, LmHeadGrads, Lora};
-use crate::cuda::{DType, Gpu, Plan};
+use crate::cuda::{self, Buffer, DType, Gpu, LmHeadOutputs, Plan};
 use crate::loss::LossSettings;
 use crate::{Real, cpu};
 use std::ffi::c_void;
@@ -14,9 +14,7 @@ enum Evaluate {}
 enum Gram {}
 
 fn settings(args: &PaceLmHead) -> Result<LossSettings> {
-    if args.reserved != 0 {
-        return Err(Failure::new(PACE_ERROR_VALUE, "`reserved` is not 0"));
-    }
+    check_flags(args.gemm_flags, PACE_ALLOW_TF32)?;
     LossFields {
         classes: args.classes,
         lambda: args.lambda,
@@ -41,7 +39,7 @@ fn head<'a, T: Real>(args: &PaceLmHead, host: &mut Host<'a, T>, takes_gram: bool
             lora_b,
             scale: T::from_f64(check_scale(args.scale)?),
         }),
-        _ => return Err(Failure::argument("lora_b", "and `lora_a` go together")),
+        _ => return Err(uneven_lora()),
     };
     let chunk_rows = size("chunk_rows", args.chunk_rows)?;
     Ok(LmHead {
@@ -60,12 +58,47 @@ fn head<'a, T: Real>(args: &PaceLmHead, host: &mut Host<'a, T>, takes_gram: bool
     })
 }
 
-fn not_on_cuda<T>() -> Result<T> {
-    Err(Failure::new(
-        PACE_ERROR_VALUE,
-        "the head of a language model runs on the CPU only: `device` has to be NULL; on CUDA multiply chunks with a library and \
-         call `pace_loss`",
-    ))
+fn uneven_lora() -> Failure {
+    Failure::argument("lora_b", "and `lora_a` go together")
+}
+
+type OnCuda = cuda::LmHead<Buffer, Buffer, Buffer>;
+
+/// A head on device tensors.
+fn head_on_cuda(args: &PaceLmHead) -> Result<OnCuda> {
+    let lora = match (optional_buffer(args.lora_b), optional_buffer(args.lora_a)) {
+        (None, None) => None,
+        (Some(lora_b), Some(lora_a)) => Some(Lora {
+            rank: size("rank", args.rank)?,
+            lora_a,
+            lora_b,
+            scale: check_scale(args.scale)? as f32,
+        }),
+        _ => return Err(uneven_lora()),
+    };
+    let chunk_rows = size("chunk_rows", args.chunk_rows)?;
+    Ok(OnCuda {
+        settings: settings(args)?,
+        tokens: size("labels.len", args.labels.len)?,
+        hidden_size: size("hidden_size", args.hidden_size)?,
+        branches: size("branches", args.branches)?,
+        labels: buffer(args.labels),
+        weight: buffer(args.weight),
+        bias: optional_buffer(args.bias),
+        lora,
+        class_weights: optional_buffer(args.class_weights),
+        gram: optional_buffer(args.gram),
+        logit_scale: args.logit_scale,
+        soft_cap: (args.soft_cap != 0.0).then_some(args.soft_cap),
+        chunk_rows: (chunk_rows != 0).then_some(chunk_rows),
+        allow_tf32: args.gemm_flags & PACE_ALLOW_TF32 != 0,
+    })
+}
+
+/// The elements of workspace that a head needs.
+fn workspace_len(args: &PaceLmHead, gpu: &Gpu, dtype: DType) -> Result<usize> {
+    let trains = [args.grad_weight, args.grad_lora_b, args.grad_lora_a].map(optional_buffer);
+    Ok(head_on_cuda(args)?.workspace_len(gpu, dtype, trains.iter().any(Option::is_some)))
 }
 
 impl Operator<PaceLmHead> for Evaluate {
@@ -86,8 +119,18 @@ impl Operator<PaceLmHead> for Evaluate {
         Ok(())
     }
 
-    fn plan(_: &PaceLmHead, _: &Gpu, _: DType) -> Result<Plan> {
-        not_on_cuda()
+    fn plan(args: &PaceLmHead, gpu: &Gpu, dtype: DType) -> Result<Plan> {
+        let outputs = LmHeadOutputs {
+            hidden: optional_buffer(args.grad_hidden),
+            weight: optional_buffer(args.grad_weight),
+            bias: optional_buffer(args.grad_bias),
+            lora_b: optional_buffer(args.grad_lora_b),
+            lora_a: optional_buffer(args.grad_lora_a),
+            values: buffer(args.values),
+            status: buffer(args.status),
+            workspace: workspace_buffer(args.workspace, 4, workspace_len(args, gpu, dtype)?)?,
+        };
+        Ok(head_on_cuda(args)?.plan(gpu, dtype, buffer(args.hidden), outputs)?)
     }
 }
 
@@ -97,13 +140,15 @@ impl Operator<PaceLmHead> for Gram {
         Ok(head(args, host, false)?.gram(gram)?)
     }
 
-    fn plan(_: &PaceLmHead, _: &Gpu, _: DType) -> Result<Plan> {
-        not_on_cuda()
+    fn plan(args: &PaceLmHead, gpu: &Gpu, dtype: DType) -> Result<Plan> {
+        let head = head_on_cuda(args)?;
+        let workspace = workspace_buffer(args.workspace, 4, head.gram_workspace_len(gpu))?;
+        Ok(head.gram(gpu, dtype, buffer(args.gram), workspace)?)
     }
 }
 
 /// Computes the loss of a language model's head and the gradients that are wanted, with the logits of some rows in memory at a time. On
-/// an error nothing is written. CPU only.
+/// an error on the CPU nothing is written; on CUDA wrong labels count as ignored, and `status` tells (`pace_loss_status`).
 ///
 /// # Safety
 /// As `pace_noisy_linear_forward`.
@@ -117,8 +162,26 @@ pub unsafe extern "C" fn pace_lm_head(
     unsafe { call::<Evaluate, _>(device, stream, args) }
 }
 
+/// The bytes of workspace that a head needs; of the tensors of `args`, the length of the labels matters, and which are there.
+///
+/// # Safety
+/// As `pace_noisy_linear_workspace`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pace_lm_head_workspace(
+    device: *const PaceDevice,
+    args: *const PaceLmHead,
+    bytes: *mut u64,
+) -> PaceStatus {
+    // SAFETY: the caller's promise.
+    unsafe {
+        workspace(device, args, bytes, |args, gpu, dtype| {
+            Ok(workspace_len(args, gpu, dtype)?.saturating_mul(4))
+        })
+    }
+}
+
 /// Computes `gram = WᵀW` of `weight [classes, hidden_size]`, once for a weight that does not change. `labels` and outputs are not
-/// looked at. CPU only.
+/// looked at. `workspace` is that of `pace_lm_head_gram_workspace`; contents are ignored.
 ///
 /// # Safety
 /// As `pace_noisy_linear_forward`.
@@ -130,4 +193,22 @@ pub unsafe extern "C" fn pace_lm_head_gram(
 ) -> PaceStatus {
     // SAFETY: the caller's promise.
     unsafe { call::<Gram, _>(device, stream, args) }
+}
+
+/// The bytes of workspace that a Gram matrix needs.
+///
+/// # Safety
+/// As `pace_noisy_linear_workspace`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pace_lm_head_gram_workspace(
+    device: *const PaceDevice,
+    args: *const PaceLmHead,
+    bytes: *mut u64,
+) -> PaceStatus {
+    // SAFETY: the caller's promise.
+    unsafe {
+        workspace(device, args, bytes, |args, gpu, _| {
+            Ok(head_on_cuda(args)?.gram_workspace_len(gpu).saturating_mul(4))
+        })
+    }
 }

@@ -465,7 +465,7 @@ pub struct PaceLoss {
 pub struct PaceLmHead {
     /// `sizeof(PaceLmHead)`.
     pub size: u64,
-    /// Type of all tensors but the labels.
+    /// Type of all tensors but the labels; on CUDA `gram`, `class_weights`, `values` and the gradients to parameters are of `float`.
     pub dtype: u32,
     /// `PACE_DIVERGENCE_*`.
     pub divergence: u32,
@@ -481,8 +481,8 @@ pub struct PaceLmHead {
     pub chunk_rows: u64,
     /// `PACE_LOSS_*`, added up.
     pub flags: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// `PACE_ALLOW_TF32`.
+    pub gemm_flags: u32,
     /// As in `PaceLoss`.
     pub lambda: f64,
     /// As in `PaceLoss`.
@@ -507,7 +507,7 @@ pub struct PaceLmHead {
     pub labels: PaceTensor,
     /// `W [V, H]`.
     pub weight: PaceTensor,
-    /// `b [V]`; may be absent.
+    /// `b [V]`; may be absent. On CUDA it starts at a multiple of 16 bytes, and `logit_scale` is 1.
     pub bias: PaceTensor,
     /// `B [V, r]` of a LoRA without noise; may be absent, with `lora_a`.
     pub lora_b: PaceTensor,
@@ -529,6 +529,11 @@ pub struct PaceLmHead {
     pub values: PaceTensor,
     /// Weights of the tokens in the cross-entropy `[V]`; absent: all 1.
     pub class_weights: PaceTensor,
+    /// `uint64_t [9]` for CUDA: what is wrong with labels (`pace_loss_status`); not looked at on the CPU.
+    pub status: PaceTensor,
+    /// Bytes for CUDA, as many as `pace_lm_head_workspace` says; the first four are zero before the call and after it. Not looked at on
+    /// the CPU.
+    pub workspace: PaceTensor,
 }
 
 /// Arguments of `pace_drop_path_*`: `y = x ⊙ mask / (mean(mask) + 1e-12)`, one mask for both branches.

@@ -176,15 +176,9 @@ impl<T: Real> LmHead<'_, T> {
 
     /// Whether the Gram matrix stands for the logits of branch 1; `trains`: whether there are gradients to the weight.
     fn has_gram(&self, trains: bool) -> bool {
-        // As GEMMs over the logits of a branch: `G` takes H/M unless it is given, and the gradient to the weight as much again;
-        // differences of logits take 2, and one more for the weight.
-        let of_gram = self.hidden_size * (usize::from(self.gram.is_none()) + usize::from(trains));
-        let of_differences = self.labels.len() * (2 + usize::from(trains));
-        of_gram < of_differences
-            && self.branches == 2
+        self.branches == 2
             && self.soft_cap.is_none()
-            && !self.settings.both_branches
-            && !self.settings.divergence.is_of_probabilities()
+            && self.settings.takes_gram(self.labels.len(), self.hidden_size, self.gram.is_some(), trains)
     }
 
     /// Computes the loss of `hidden` (`[2M, H]`, or `[M, H]` for one branch), and the gradients that are wanted.

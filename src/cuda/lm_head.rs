@@ -245,28 +245,29 @@ impl<T, I, F> LmHead<T, I, F> {
     /// The `u32` elements of workspace for the Gram matrix alone.
     pub fn gram_workspace_len(&self, gpu: &Gpu) -> usize {
         Arena::len_of(|arena| {
-            arena.take_workspace(gpu, self.hidden_size.saturating_mul(self.hidden_size));
+            self.gram_workspace(gpu, arena);
         })
     }
 
+    /// Behind the head's word that has to be zero, so that one workspace does for both.
+    fn gram_workspace(&self, gpu: &Gpu, arena: &mut Arena) -> Workspace {
+        arena.take(4);
+        arena.take_workspace(gpu, self.hidden_size.saturating_mul(self.hidden_size))
+    }
+
     fn check_sizes(&self) -> Result<()> {
-        let rank = self.lora.as_ref().map_or(1, |lora| lora.rank);
-        for (argument, got) in [
-            ("classes", self.settings.classes),
-            ("hidden_size", self.hidden_size),
-            ("tokens", self.tokens),
-            ("rank", rank),
-        ] {
-            nonzero(argument, got)?;
-            // What a library's GEMM indexes with.
-            if i32::try_from(got).is_err() {
-                return Err(Error::Size { argument, expected: "below 2^31", got });
-            }
-        }
+        self.check_weight_sizes()?;
+        check_size("tokens", self.tokens)?;
+        check_size("rank", self.lora.as_ref().map_or(1, |lora| lora.rank))?;
         if !(1..=2).contains(&self.branches) {
             return Err(Error::Size { argument: "branches", expected: "1 or 2", got: self.branches });
         }
         self.chunk_rows.map_or(Ok(()), |rows| nonzero("chunk_rows", rows))
+    }
+
+    fn check_weight_sizes(&self) -> Result<()> {
+        check_size("classes", self.settings.classes)?;
+        check_size("hidden_size", self.hidden_size)
     }
 
     /// Rows of a branch in a chunk.
@@ -311,6 +312,15 @@ impl<T, I, F> LmHead<T, I, F> {
     }
 }
 
+/// Checks a size of a GEMM, which a library indexes with 32 bits.
+fn check_size(argument: &'static str, got: usize) -> Result<()> {
+    nonzero(argument, got)?;
+    match i32::try_from(got) {
+        Ok(_) => Ok(()),
+        Err(_) => Err(Error::Size { argument, expected: "below 2^31", got }),
+    }
+}
+
 /// `count` rows of a tensor from row `start` on.
 fn part(of: Buffer, start: usize, count: usize, columns: usize, bytes: usize) -> Buffer {
     Buffer { address: of.address + (start * columns * bytes) as u64, len: count * columns }
@@ -318,19 +328,19 @@ fn part(of: Buffer, start: usize, count: usize, columns: usize, bytes: usize) ->
 
 impl Head {
     /// The plan that computes `G [H, H]`, `f32`, once for a `W` that does not change. `workspace`, `u32`, has at least
-    /// [`gram_workspace_len`](Self::gram_workspace_len) elements; contents are ignored.
+    /// [`gram_workspace_len`](Self::gram_workspace_len) elements; contents are ignored, and the first word stays.
     ///
     /// # Errors
     /// If a size is zero or too large, or a buffer has the wrong length, is not aligned to its element or overlaps an output.
     pub fn gram(&self, gpu: &Gpu, dtype: DType, gram: Buffer, workspace: Buffer) -> Result<Plan> {
-        self.check_sizes()?;
+        self.check_weight_sizes()?;
         let (v, h) = (self.settings.classes, self.hidden_size);
         self.weight.check("weight", "[V, H]", product("weight", "[V, H]", &[v, h])?, dtype.bytes())?;
         gram.check("gram", "[H, H]", product("gram", "[H, H]", &[h, h])?, 4)?;
         let workspace = workspace.check_workspace(self.gram_workspace_len(gpu))?;
         let outputs = [in_bytes("gram", gram, 4), in_bytes("workspace", workspace, 4)];
         check_disjoint(&[in_bytes("weight", self.weight, dtype.bytes())], &outputs, 1)?;
-        let library = Arena::new(workspace.into()).take_workspace(gpu, h * h);
+        let library = self.gram_workspace(gpu, &mut Arena::new(workspace.into()));
         let gemms = Gemms::new(Arithmetic { dtype, allow_tf32: false }, library);
         let (weight, gram) = (self.weight.into(), gram.into());
         Ok(Plan::from(gemms.transposed_times([h, h, v], weight, weight, gram).in_f32()))

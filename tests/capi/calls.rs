@@ -291,6 +291,7 @@ pub fn cases(arena: &mut Arena) -> Vec<Case> {
         grad_lora_a: arena.tensor(2 * 5),
         values: arena.tensor(3),
         class_weights: arena.probabilities(7),
+        gemm_flags: PACE_ALLOW_TF32,
         ..zeroed()
     };
     let drop_path = PaceDropPath {

@@ -412,6 +412,58 @@ pub fn loss() {
     }
 }
 
+pub fn lm_head() {
+    let (tokens, hidden_size, classes, rank) = (5, 6, 11, 2);
+    for (divergence, has_lora) in [
+        (PACE_DIVERGENCE_SQUARED_DIFFERENCE, false),
+        (PACE_DIVERGENCE_SQUARED_DIFFERENCE, true),
+        (PACE_DIVERGENCE_SYMMETRIC_KL, true),
+    ] {
+        let build = |t: &mut Tensors<'_>| {
+            let mut args = PaceLmHead {
+                divergence,
+                hidden_size: hidden_size as u64,
+                classes: classes as u64,
+                branches: 2,
+                chunk_rows: 3,
+                flags: PACE_LOSS_LABELLED_ONLY,
+                lambda: 0.7,
+                label_smoothing: 0.1,
+                has_ignore_label: 1,
+                ignore_label: -100,
+                logit_scale: 1.0,
+                hidden: t.input(2 * tokens * hidden_size),
+                labels: t.integers(&[3i64, -100, 0, 10, 7]),
+                weight: t.input(classes * hidden_size),
+                bias: t.input(classes),
+                // Written by the first operator, read by the second.
+                gram: t.output("gram", hidden_size * hidden_size),
+                class_weights: t.integers(&[0.5f32; 11]),
+                grad_hidden: t.output("grad_hidden", 2 * tokens * hidden_size),
+                grad_weight: t.output("grad_weight", classes * hidden_size),
+                grad_bias: t.output("grad_bias", classes),
+                values: t.output("values", 3),
+                ..zeroed()
+            };
+            if has_lora {
+                args.rank = rank as u64;
+                args.scale = 0.5;
+                args.lora_b = t.input(classes * rank);
+                args.lora_a = t.input(rank * hidden_size);
+                args.grad_lora_b = t.output("grad_lora_b", classes * rank);
+                args.grad_lora_a = t.output("grad_lora_a", rank * hidden_size);
+            }
+            if t.on_device() {
+                args.status = t.place.keep(&[9u64; 9], true).0;
+            }
+            args.workspace = t.workspace(pace_lm_head_workspace, &args);
+            args
+        };
+        // The Gram matrix leaves the head's part of the workspace alone.
+        same(build, &[pace_lm_head_gram, pace_lm_head]);
+    }
+}
+
 pub fn drop_path() {
     let build = |given: bool| {
         move |t: &mut Tensors<'_>| {

@@ -113,6 +113,7 @@ const C_TESTS: &[(&str, fn())] = &[
     ("capi::noise_and_epilogue", capi::noise_and_epilogue),
     ("capi::weights", capi::weights),
     ("capi::loss", capi::loss),
+    ("capi::lm_head", capi::lm_head),
     ("capi::drop_path", capi::drop_path),
     ("capi::norms", capi::norms),
     ("capi::errors", capi::errors),

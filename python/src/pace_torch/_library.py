@@ -161,7 +161,7 @@ class PaceLmHead(ctypes.Structure):
         ("rank", c_uint64),
         ("chunk_rows", c_uint64),
         ("flags", c_uint32),
-        ("reserved", c_uint32),
+        ("gemm_flags", c_uint32),
         ("lambda", c_double),
         ("label_smoothing", c_double),
         ("temperature", c_double),
@@ -172,7 +172,7 @@ class PaceLmHead(ctypes.Structure):
         ("soft_cap", c_double),
         ("scale", c_double),
         *_tensors("hidden", "labels", "weight", "bias", "lora_b", "lora_a", "gram"),
-        *_tensors("grad_hidden", "grad_weight", "grad_bias", "grad_lora_b", "grad_lora_a", "values", "class_weights"),
+        *_tensors("grad_hidden", "grad_weight", "grad_bias", "grad_lora_b", "grad_lora_a", "values", "class_weights", "status", "workspace"),
     ]
 
 
