@@ -104,12 +104,18 @@ impl LossSettings {
     }
 
     /// Whether the Gram matrix of a head's weight can stand for the logits of branch 1, and saves work; `has_gram`: it is there,
-    /// `trains`: there is a gradient to the weight.
-    pub(crate) fn takes_gram(&self, tokens: usize, hidden_size: usize, has_gram: bool, trains: bool) -> bool {
+    /// `trains_weight`: there is a gradient to the weight.
+    pub(crate) fn takes_gram(
+        &self,
+        tokens: usize,
+        hidden_size: usize,
+        has_gram: bool,
+        trains_weight: bool,
+    ) -> bool {
         // As GEMMs over the logits of a branch: `G` takes H/M unless it is given, and the gradient to the weight as much again;
         // differences of logits take 2, and one more for the weight.
-        let of_gram = hidden_size.saturating_mul(usize::from(!has_gram) + usize::from(trains));
-        let of_differences = tokens.saturating_mul(2 + usize::from(trains));
+        let of_gram = hidden_size.saturating_mul(usize::from(!has_gram) + usize::from(trains_weight));
+        let of_differences = tokens.saturating_mul(2 + usize::from(trains_weight));
         of_gram < of_differences && !self.both_branches && !self.divergence.is_of_probabilities()
     }
 

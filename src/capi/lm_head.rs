@@ -97,8 +97,8 @@ fn head_on_cuda(args: &PaceLmHead) -> Result<OnCuda> {
 
 /// The elements of workspace that a head needs.
 fn workspace_len(args: &PaceLmHead, gpu: &Gpu, dtype: DType) -> Result<usize> {
-    let trains = [args.grad_weight, args.grad_lora_b, args.grad_lora_a].map(optional_buffer);
-    Ok(head_on_cuda(args)?.workspace_len(gpu, dtype, trains.iter().any(Option::is_some)))
+    let trains_weight = optional_buffer(args.grad_weight).is_some();
+    Ok(head_on_cuda(args)?.workspace_len(gpu, dtype, trains_weight))
 }
 
 impl Operator<PaceLmHead> for Evaluate {

@@ -174,11 +174,16 @@ impl<T: Real> LmHead<'_, T> {
         Loss { settings: self.settings, targets: Targets::Labels(labels), class_weights: self.class_weights }
     }
 
-    /// Whether the Gram matrix stands for the logits of branch 1; `trains`: whether there are gradients to the weight.
-    fn has_gram(&self, trains: bool) -> bool {
+    /// Whether the Gram matrix stands for the logits of branch 1; `trains_weight`: whether there is a gradient to it.
+    fn has_gram(&self, trains_weight: bool) -> bool {
         self.branches == 2
             && self.soft_cap.is_none()
-            && self.settings.takes_gram(self.labels.len(), self.hidden_size, self.gram.is_some(), trains)
+            && self.settings.takes_gram(
+                self.labels.len(),
+                self.hidden_size,
+                self.gram.is_some(),
+                trains_weight,
+            )
     }
 
     /// Computes the loss of `hidden` (`[2M, H]`, or `[M, H]` for one branch), and the gradients that are wanted.
@@ -245,7 +250,7 @@ fn zeros<T: Real>(len: usize) -> Vec<T> {
 impl<'a, T: Real> Pass<'a, T> {
     fn new(head: &'a LmHead<'a, T>, grads: LmHeadGrads<&'a mut [T]>, denominators: (f64, f64)) -> Self {
         let trains = grads.weight.is_some() || grads.lora_a.is_some() || grads.lora_b.is_some();
-        let gram = head.has_gram(trains).then(|| Gram::new(head, trains));
+        let gram = head.has_gram(grads.weight.is_some()).then(|| Gram::new(head, trains));
         let mut pass = Self {
             head,
             grads,

@@ -237,9 +237,8 @@ impl<T: Type> Data<T> {
         let mut gradient = |name: &str, len: usize| (len > 0).then(|| machine.output::<f32>(name, len));
         let (weight, bias) = (gradient("dW", dw), gradient("db", db));
         let (lora_b, lora_a) = (gradient("dB", d_lora_b), gradient("dA", d_lora_a));
-        let trains = weight.is_some() || lora_b.is_some();
         // Nothing but the first word may matter.
-        let mut workspace = vec![u32::MAX; head.workspace_len(&machine.gpu, T::DTYPE, trains)];
+        let mut workspace = vec![u32::MAX; head.workspace_len(&machine.gpu, T::DTYPE, weight.is_some())];
         workspace[0] = 0;
         let outputs = LmHeadOutputs {
             hidden: (dh > 0).then(|| machine.output::<T>("dh", dh)),
@@ -325,6 +324,10 @@ pub fn by_gram(target: &Target<'_>) {
         Case { chunk_rows: Some(5), labelled_only: true, has_bias: true, ..CASE },
         Case { chunk_rows: Some(1), gives_gram: true, denominator: Some(3.0), ..CASE },
         Case { chunk_rows: Some(100), smoothing: 0.2, has_class_weights: true, ..CASE },
+        Case { has_lora: true, ..CASE },
+        Case { has_lora: true, gives_gram: true, trains: [true, false], chunk_rows: Some(5), ..CASE },
+        Case { has_lora: true, gives_gram: true, labelled_only: true, logit_scale: 2.0, ..CASE },
+        Case { has_lora: true, hidden_size: 7, classes: 41, shift: 1, ..CASE },
         // Rows without whole vectors, at addresses without alignment.
         Case { hidden_size: 7, classes: 41, shift: 1, chunk_rows: Some(7), ..CASE },
         Case { hidden_size: 7, classes: 41, shift: 1, gives_gram: true, trains: [true, false], ..CASE },
@@ -345,7 +348,7 @@ pub fn by_logits(target: &Target<'_>) {
     let cases = [
         Case { branches: 1, has_bias: true, ..CASE },
         Case { branches: 1, soft_cap: Some(1.5), chunk_rows: Some(5), ..CASE },
-        Case { has_lora: true, chunk_rows: Some(5), logit_scale: 2.0, ..CASE },
+        Case { has_lora: true, chunk_rows: Some(5), logit_scale: 2.0, ..kl },
         Case { has_lora: true, both_branches: true, has_bias: true, ..kl },
         Case { has_lora: true, trains: [true, false], ..kl },
         Case { has_lora: true, trains: [false, true], hidden_size: 7, classes: 41, shift: 1, ..kl },
