@@ -6,6 +6,7 @@ mod cublaslt_steps;
 mod drop_path;
 mod gpu;
 mod layers;
+mod lm_head;
 mod loss;
 mod noise;
 mod norms;

@@ -213,8 +213,9 @@ impl Machine {
     }
 
     fn gemm(&mut self, gemm: &Gemm) {
-        let &Gemm { dtype, allow_tf32, m, n, k, a, b, d: Address(d), alpha, beta, bias, workspace } = gemm;
-        assert_eq!((dtype, allow_tf32), (self.dtype, self.allow_tf32));
+        let &Gemm { dtype, output, allow_tf32, m, n, k, a, b, d: Address(d), alpha, beta, bias, workspace } =
+            gemm;
+        assert_eq!((dtype, output, allow_tf32), (self.dtype, self.dtype, self.allow_tf32));
         assert!([m, n, k].iter().all(|&size| (1..1 << 31).contains(&size)), "{gemm:?}");
         // The library's own memory is lost first: nothing that this GEMM or a later one reads may lie there.
         let own = range(workspace.address.0, [1, workspace.bytes], 1);

@@ -82,9 +82,9 @@ impl<T, I, F> LmHead<T, I, F> {
     pub(super) fn rows(&self, gpu: &Gpu, dtype: DType, trains_weight: bool) -> usize {
         let fitting = || {
             let bytes = |rows| self.len_for(gpu, dtype, trains_weight, rows).saturating_mul(4);
-            let fixed = bytes(0);
-            let each = bytes(ROWS).saturating_sub(fixed).max(1);
-            let most = (WORKSPACE.saturating_sub(fixed) / each).max(1).saturating_mul(ROWS);
+            let (some, more) = (bytes(ROWS), bytes(2 * ROWS));
+            let each = more.saturating_sub(some).max(1);
+            let most = ROWS.saturating_mul(1 + WORKSPACE.saturating_sub(some) / each);
             // All chunks about the same.
             self.tokens.div_ceil(self.tokens.div_ceil(most)).next_multiple_of(ROWS)
         };
