@@ -47,6 +47,7 @@
 
 #[cfg(feature = "candle-cuda")]
 mod cuda;
+mod injector;
 mod layers;
 mod loss;
 mod ops;
@@ -54,7 +55,8 @@ mod peft;
 mod vars;
 pub mod vit;
 
-pub use layers::{Injector, PaceContext, PaceLinear, SharedDropPath};
+pub use injector::Injector;
+pub use layers::{PaceContext, PaceLinear, SharedDropPath};
 pub use loss::{Batch, Objective, Step, Variant};
 pub use ops::noisy_add;
 pub use peft::{PeftAdapter, PeftLayer};

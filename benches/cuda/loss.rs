@@ -57,10 +57,7 @@ fn case(operator: &'static str, settings: LossSettings, history: bool) -> Case {
                 };
                 let outputs = LossOutputs {
                     gradient: Some(&mut gradient),
-                    values: &mut values,
-                    status: &mut status,
-                    workspace: &mut workspace,
-                    accumulate: false,
+                    ..LossOutputs::new(&mut values, &mut status, &mut workspace)
                 };
                 let inputs = LossInputs::new(&logits, Targets::Labels(&labels as _));
                 Ok(gpu.device.loss::<f32>(&settings, inputs, consistency, outputs, &gpu.stream)?)

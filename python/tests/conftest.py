@@ -152,3 +152,50 @@ def error(got, expected):
 def close(got, expected, tolerance=1e-10):
     measured = error(got, expected)
     assert measured <= tolerance, f"off by {measured:.2e}, allowed are {tolerance:.0e}"
+
+
+# ----------------------------------------------------------------------------------------------- a step to compare with
+
+STEP = dict(rank=2, sigma=0.5, lambda_=0.1, seed=3)
+X, LABELS = torch.randn(4, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.arange(4)
+
+
+def injected(model=None, **settings):
+    """A model, by default a small vision transformer, with adapters that have an effect."""
+    return perturb(pace_torch.inject(model or vit(drop_path_rate=0.3), **{**STEP, **settings})).train()
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def step(model, engine=None, x=X, labels=LABELS):
+    """The loss of a training step, and its gradients."""
+    model.zero_grad()
+    total = model.pace.training_step(model if engine is None else engine, x, labels).total
+    total.backward()
+    return total.detach(), gradients(model)
+
+
+def same(got, expected):
+    """That two results of `step` are one."""
+    close(got[0], expected[0], 1e-12)
+    assert got[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        close(got[1][name], gradient, 1e-9)
+
+
+def assert_equal_weights(model, other, tolerance=1e-10):
+    for name, weight in pace_torch.trainable_state_dict(other).items():
+        close(pace_torch.trainable_state_dict(model)[name], weight, tolerance)
+
+
+@pytest.fixture(scope="session")
+def plain():
+    """What a step gives without any framework."""
+    return step(injected())
+
+
+@pytest.fixture(scope="session")
+def evaluated():
+    return injected().eval()(X).detach()

@@ -5,7 +5,8 @@
 mod config;
 
 use self::config::Config;
-use super::layers::{Change, Injector, PaceContext, PaceLinear, Saved};
+use super::injector::{Change, Injector};
+use super::layers::{PaceContext, PaceLinear, Saved};
 use super::ops::wrap;
 use super::vit::read_weights;
 use crate::adapter::{Adapter, DELTA_BIAS, DOWN, UP};

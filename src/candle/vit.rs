@@ -5,7 +5,8 @@
 
 mod ops;
 
-use super::layers::{Injector, PaceContext, PaceLinear, SharedDropPath};
+use super::injector::Injector;
+use super::layers::{PaceContext, PaceLinear, SharedDropPath};
 use super::ops::wrap;
 use crate::adapter::Adapter;
 use crate::error::Error;

@@ -602,6 +602,17 @@ pub struct LossOutputs<'a, T> {
     pub accumulate: bool,
 }
 
+impl<'a, T> LossOutputs<'a, T> {
+    /// Of a whole batch, without a gradient.
+    pub fn new(
+        values: &'a mut dyn DevicePtrMut<f32>,
+        status: &'a mut dyn DevicePtrMut<u64>,
+        workspace: &'a mut dyn DevicePtrMut<u32>,
+    ) -> Self {
+        Self { gradient: None, values, status, workspace, accumulate: false }
+    }
+}
+
 impl Device {
     /// The loss of logits, and its gradient if it is wanted: [`cpu::Loss`](crate::cpu::Loss) in `f32` arithmetic.
     ///

@@ -281,10 +281,11 @@ pub fn safe_method(opened: &device::Opened) {
                 },
                 LossOutputs {
                     gradient: case.gradient.then_some(&mut to as _),
-                    values: &mut values.slice_mut(shift..),
-                    status: &mut status.slice_mut(shift..),
-                    workspace: &mut workspace,
-                    accumulate: false,
+                    ..LossOutputs::new(
+                        &mut values.slice_mut(shift..),
+                        &mut status.slice_mut(shift..),
+                        &mut workspace,
+                    )
                 },
                 stream,
             )
@@ -317,10 +318,7 @@ pub fn in_a_graph(opened: &device::Opened) {
         stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
         let outputs = LossOutputs {
             gradient: Some(&mut gradient),
-            values: &mut values,
-            status: &mut status,
-            workspace: &mut workspace,
-            accumulate: false,
+            ..LossOutputs::new(&mut values, &mut status, &mut workspace)
         };
         device
             .loss::<f32>(

@@ -1,10 +1,11 @@
 //! Cases of the general loss: their inputs, what the CPU operator in f64 says to them, and the operator on a machine.
 
+use crate::loss_data::operator;
 use crate::loss_general::settings;
 use crate::machine::Machine;
 use crate::support::{Type, rounded, wide};
 use crate::uniform;
-use pace_kernels::cuda::{DType, Loss, LossStatus, Partner};
+use pace_kernels::cuda::{DType, Loss, Partner};
 use pace_kernels::{Divergence, Targets, cpu};
 
 pub const DIVERGENCES: [Divergence; 7] = [
@@ -272,45 +273,29 @@ impl<T: Type> Data<T> {
 
     /// The operator on a machine.
     pub fn operator(&self, machine: &mut Machine<'_>) -> Loss {
-        let settings = settings(&self.case);
-        // Nothing but the first word may matter.
-        let mut workspace = vec![u32::MAX; settings.workspace_len(self.case.batch)];
-        workspace[0] = 0;
-        Loss {
-            settings,
-            dtype: T::DTYPE,
-            logits: machine.input("logits", &self.logits),
-            targets: match self.case.criterion {
-                Criterion::Labels | Criterion::WeightedLabels => {
-                    Targets::Labels(machine.input("labels", &self.labels))
-                }
-                Criterion::Probabilities => Targets::Probabilities(machine.input("targets", &self.targets)),
-                Criterion::Values => Targets::Values(machine.input("targets", &self.targets)),
+        let Case { batch, criterion, compared, gradient, .. } = self.case;
+        let targets = match criterion {
+            Criterion::Labels | Criterion::WeightedLabels => {
+                Targets::Labels(machine.input("labels", &self.labels))
+            }
+            Criterion::Probabilities => Targets::Probabilities(machine.input("targets", &self.targets)),
+            Criterion::Values => Targets::Values(machine.input("targets", &self.targets)),
+        };
+        let partner = match compared {
+            Compared::None => Partner::None,
+            Compared::TwoBranch => Partner::OtherBranch,
+            Compared::Difference => Partner::Difference,
+            Compared::History => Partner::History {
+                table: machine.in_out("history", &self.table),
+                index: machine.input("index", &self.index),
             },
+        };
+        Loss {
             class_weights: (!self.class_weights.is_empty())
                 .then(|| machine.input("class_weights", &self.class_weights)),
-            counted: None,
-            partner: match self.case.compared {
-                Compared::None => Partner::None,
-                Compared::TwoBranch => Partner::OtherBranch,
-                Compared::Difference => Partner::Difference,
-                Compared::History => Partner::History {
-                    table: machine.in_out("history", &self.table),
-                    index: machine.input("index", &self.index),
-                },
-            },
-            gradient: self.case.gradient.then(|| machine.output::<T>("gradient", self.logits.len())),
-            values: machine.output::<f32>("values", 3),
-            status: machine.output::<u64>("status", LossStatus::WORDS),
-            accumulate: false,
-            first_row: 0,
-            workspace: machine.in_out("workspace", &workspace),
+            ..operator(machine, settings(&self.case), batch, &self.logits, targets, partner, gradient)
         }
     }
-}
-
-pub fn status(machine: &Machine<'_>, operator: &Loss) -> LossStatus {
-    LossStatus::new(machine.read::<u64>(operator.status).try_into().unwrap())
 }
 
 /// Values are in f32 for every type of logits. The floor is the oracle's own: of close branches it adds up terms that cancel.

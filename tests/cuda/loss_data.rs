@@ -4,7 +4,7 @@ use crate::machine::Machine;
 use crate::support::{Type, assert_close, rounded, wide};
 use crate::uniform;
 use pace_kernels::cpu;
-use pace_kernels::cuda::{Loss, LossStatus, Partner};
+use pace_kernels::cuda::{Buffer, Loss, LossStatus, Partner};
 use pace_kernels::noise::philox4x32_10;
 use pace_kernels::{LossSettings, Targets};
 
@@ -238,32 +238,17 @@ impl<T: Type> Data<T> {
 
     /// The operator on a machine.
     pub fn operator(&self, machine: &mut Machine<'_>) -> Loss {
-        let settings = self.case.settings();
-        // Nothing but the first word may matter.
-        let mut workspace = vec![u32::MAX; settings.workspace_len(self.case.batch)];
-        workspace[0] = 0;
-        Loss {
-            settings,
-            dtype: T::DTYPE,
-            logits: machine.input("logits", &self.logits),
-            targets: Targets::Labels(machine.input("labels", &self.labels)),
-            class_weights: None,
-            counted: None,
-            partner: match self.case.variant {
-                Variant::None => Partner::None,
-                Variant::TwoBranch => Partner::OtherBranch,
-                Variant::History => Partner::History {
-                    table: machine.in_out("history", &self.table),
-                    index: machine.input("index", &self.index),
-                },
+        let Case { batch, variant, gradient, .. } = self.case;
+        let targets = Targets::Labels(machine.input("labels", &self.labels));
+        let partner = match variant {
+            Variant::None => Partner::None,
+            Variant::TwoBranch => Partner::OtherBranch,
+            Variant::History => Partner::History {
+                table: machine.in_out("history", &self.table),
+                index: machine.input("index", &self.index),
             },
-            gradient: self.case.gradient.then(|| machine.output::<T>("gradient", self.logits.len())),
-            values: machine.output::<f32>("values", 3),
-            status: machine.output::<u64>("status", LossStatus::WORDS),
-            accumulate: false,
-            first_row: 0,
-            workspace: machine.in_out("workspace", &workspace),
-        }
+        };
+        operator(machine, self.case.settings(), batch, &self.logits, targets, partner, gradient)
     }
 
     /// Checks what a launch has left, and gives the status.
@@ -281,7 +266,37 @@ impl<T: Type> Data<T> {
     }
 }
 
-fn status(machine: &Machine<'_>, operator: &Loss) -> LossStatus {
+/// The operator without class weights on a machine, with room for what it writes; `gradient`: whether that is wanted.
+pub fn operator<T: Type>(
+    machine: &mut Machine<'_>,
+    settings: LossSettings,
+    batch: usize,
+    logits: &[T],
+    targets: Targets<Buffer, Buffer>,
+    partner: Partner,
+    gradient: bool,
+) -> Loss {
+    // Nothing but the first word may matter.
+    let mut workspace = vec![u32::MAX; settings.workspace_len(batch)];
+    workspace[0] = 0;
+    Loss {
+        settings,
+        dtype: T::DTYPE,
+        logits: machine.input("logits", logits),
+        targets,
+        class_weights: None,
+        counted: None,
+        partner,
+        gradient: gradient.then(|| machine.output::<T>("gradient", logits.len())),
+        values: machine.output::<f32>("values", 3),
+        status: machine.output::<u64>("status", LossStatus::WORDS),
+        accumulate: false,
+        first_row: 0,
+        workspace: machine.in_out("workspace", &workspace),
+    }
+}
+
+pub fn status(machine: &Machine<'_>, operator: &Loss) -> LossStatus {
     LossStatus::new(machine.read::<u64>(operator.status).try_into().unwrap())
 }
 

@@ -1,6 +1,7 @@
 //! The loss with every divergence, criterion and target, against the CPU operator in f64.
 
 use crate::loss_cases::*;
+use crate::loss_data::status;
 use crate::machine::Target;
 use crate::support::Type;
 use half::{bf16, f16};

@@ -79,10 +79,7 @@ fn evaluate_as<T: Element>(
             };
             let outputs = LossOutputs {
                 gradient: Some(&mut gradient),
-                values: &mut values,
-                status: &mut status,
-                workspace: &mut workspace,
-                accumulate: false,
+                ..LossOutputs::new(&mut values, &mut status, &mut workspace)
             };
             wrap(gpu.operators.loss(
                 &settings,
