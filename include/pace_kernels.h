@@ -857,11 +857,13 @@ PaceStatus pace_loss(const struct PaceDevice *device,
                      void *stream,
                      const struct PaceLoss *args);
 
-// The bytes of workspace that a loss needs; of the tensors of `args`, only the length of the labels matters.
+// The bytes of workspace that a loss needs; of the tensors of `args`, only the length of the labels or the targets matters.
 //
 // # Safety
 // As `pace_noisy_linear_workspace`.
-PaceStatus pace_loss_workspace(const struct PaceDevice *device, const struct PaceLoss *args, uint64_t *bytes);
+PaceStatus pace_loss_workspace(const struct PaceDevice *device,
+                               const struct PaceLoss *args,
+                               uint64_t *bytes);
 
 // The error that the CPU would have given for what a loss on CUDA found, from a host copy of its `status`.
 //

@@ -24,9 +24,9 @@ namespace lm_head {
 
 // A vector of a row-major matrix.
 struct Place {
-    u64 at;    // its first element
+    u64 at; // its first element
     u32 row;
-    u32 count; // of its elements that the row has
+    u32 count;     // of its elements that the row has
     bool is_whole; // and aligned
 };
 

@@ -111,8 +111,8 @@ __device__ __forceinline__ void store_summary(const LossParams &p, const Summary
 }
 
 // The sample's record: its cross-entropy, zero without a label, its distance, and what was found. `sum`: S.
-__device__ __forceinline__ void store_record(const LossParams &p, const Summary &all, u32 sample, i64 label,
-                                             float sum, u32 wrong_index) {
+__device__ __forceinline__ void store_record(const LossParams &p, const Summary &all, u32 sample, i64 label, float sum,
+                                             u32 wrong_index) {
     const bool has_label = is_labelled(p, label);
     float cross_entropy = 0.0f;
     if (has_label) {

@@ -21,7 +21,7 @@ pub enum Divergence {
     SymmetricKl,
     /// `T²·KL(q_T‖p_T)` with `p_T = softmax(l0/T)`, `q_T = softmax(l1/T)`: branch 1 is the target.
     Kl {
-        /// `T`: finite, more than 0. The paper of distillation has the factor `T²`.
+        /// `T`, from 1e-18 to 1e18. The paper of distillation has the factor `T²`.
         temperature: f64,
         /// Whether branch 1 gets no gradient of this term.
         detach_target: bool,
@@ -38,8 +38,9 @@ impl Divergence {
 
     fn check(&self) -> Result<()> {
         match *self {
-            Self::Kl { temperature, .. } if !(temperature.is_finite() && temperature > 0.0) => {
-                let expected = "finite and more than 0";
+            // Its square and its reciprocal are numbers in f32 as well.
+            Self::Kl { temperature, .. } if !(1e-18..=1e18).contains(&temperature) => {
+                let expected = "in [1e-18, 1e18]";
                 Err(Error::Value { argument: "temperature", expected, got: temperature })
             }
             _ => Ok(()),
@@ -79,9 +80,10 @@ pub struct LossSettings {
     pub label_smoothing: f64,
     /// Samples with this label take no part in the criterion (unlabelled data, padding).
     pub ignore_label: Option<i64>,
-    /// Whether samples with the ignored label take no part in the consistency either: right for padding, not for unlabelled data.
+    /// Whether samples with the ignored label take no part in the consistency either: right for padding, not for unlabelled data. Of
+    /// targets that are labels.
     pub labelled_only: bool,
-    /// Whether the criterion is the mean of that of both branches (R-Drop) rather than that of branch 0 (PACE).
+    /// Whether the criterion is the mean of that of both branches (R-Drop) rather than that of branch 0 (PACE); not with a history.
     pub both_branches: bool,
     /// Divides both sums in place of `D` and `D'`: finite, more than 0. For batches that are parts of one, as when gradients are
     /// accumulated.
@@ -119,6 +121,15 @@ impl LossSettings {
         of_gram < of_differences && !self.both_branches && !self.divergence.is_of_probabilities()
     }
 
+    /// Checks that there is a second branch where the criterion is of both; with a history there is none.
+    pub(crate) fn check_history(&self, has_history: bool) -> Result<()> {
+        if self.both_branches && has_history {
+            let problem = "needs a second branch, and there is a history in its place";
+            return Err(Error::Argument { argument: "both_branches", problem });
+        }
+        Ok(())
+    }
+
     /// Checks everything, for what it is to be applied to.
     pub(crate) fn check<L, V>(&self, targets: &Targets<L, V>, has_class_weights: bool) -> Result<()> {
         nonzero("classes", self.classes)?;
@@ -131,6 +142,10 @@ impl LossSettings {
         if let Some(got) = self.denominator.filter(|value| !(value.is_finite() && *value > 0.0)) {
             let expected = "finite and more than 0";
             return Err(Error::Value { argument: "denominator", expected, got });
+        }
+        if self.labelled_only && !matches!(targets, Targets::Labels(_)) {
+            let problem = "is for labels, and the targets are others";
+            return Err(Error::Argument { argument: "labelled_only", problem });
         }
         if let Targets::Values(_) = targets {
             let problem = "is for classes, and the targets are values";

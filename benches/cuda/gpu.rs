@@ -102,6 +102,8 @@ impl Gpu {
 
 /// Launches in a batch, at least: the start of a graph costs some microseconds.
 const MIN_LAUNCHES: usize = 16;
+/// Operations of a launch next to which that is nothing.
+const LONG: usize = 1 << 40;
 
 /// Many launches as one graph, so that the host's work is not measured. They take turns on sets of buffers of three times
 /// the L2 cache in all: a set is no longer in the cache when it comes up again.
@@ -129,7 +131,8 @@ impl Batch {
         }
         gpu.stream.synchronize()?;
 
-        let launches = MIN_LAUNCHES.next_multiple_of(count);
+        let least = if case.flop > LONG { 1 } else { MIN_LAUNCHES };
+        let launches = least.next_multiple_of(count);
         // Relaxed: no other thread is at work, and a library may ask the driver things in between.
         gpu.stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED)?;
         for i in 0..launches {

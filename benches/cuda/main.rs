@@ -7,6 +7,7 @@
 mod common;
 mod drop_path;
 mod gpu;
+mod lm_head;
 mod loss;
 mod low_rank_linear;
 mod noise_fill;
@@ -114,6 +115,7 @@ fn main() -> Fallible {
         noise_fill::cases(),
         noisy_epilogue::cases(),
         loss::cases(),
+        lm_head::cases(),
         drop_path::cases(),
         weights::cases(),
         norms::cases(),

@@ -30,6 +30,10 @@ impl LossFields {
         check_flags(self.flags, FLAGS)?;
         let has = |flag: u32| self.flags & flag != 0;
         let (temperature, detach_target) = (self.temperature, has(PACE_LOSS_DETACH_TARGET));
+        if detach_target && self.divergence != PACE_DIVERGENCE_KL {
+            let text = "`flags` has PACE_LOSS_DETACH_TARGET, which is for PACE_DIVERGENCE_KL";
+            return Err(Failure::new(PACE_ERROR_VALUE, text));
+        }
         let divergence = match self.divergence {
             PACE_DIVERGENCE_SQUARED_DIFFERENCE => Divergence::SquaredDifference,
             PACE_DIVERGENCE_MEAN_SQUARED_DIFFERENCE => Divergence::MeanSquaredDifference,
@@ -82,7 +86,10 @@ fn batch(args: &PaceLoss, settings: &LossSettings) -> Result<usize> {
     nonzero("classes", settings.classes)?;
     let (argument, batch) = match args.targets_kind {
         PACE_TARGETS_LABELS => ("labels.len", size("labels.len", args.labels.len)?),
-        _ => ("targets.len", size("targets.len", args.targets.len)? / settings.classes),
+        PACE_TARGETS_PROBABILITIES | PACE_TARGETS_VALUES => {
+            ("targets.len", size("targets.len", args.targets.len)? / settings.classes)
+        }
+        other => return Err(bad_targets(other)),
     };
     nonzero(argument, batch)?;
     Ok(batch)
@@ -179,7 +186,7 @@ pub unsafe extern "C" fn pace_loss(
     unsafe { call::<Evaluate, _>(device, stream, args) }
 }
 
-/// The bytes of workspace that a loss needs; of the tensors of `args`, only the length of the labels matters.
+/// The bytes of workspace that a loss needs; of the tensors of `args`, only the length of the labels or the targets matters.
 ///
 /// # Safety
 /// As `pace_noisy_linear_workspace`.

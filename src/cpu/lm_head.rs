@@ -139,11 +139,13 @@ impl<T: Real> LmHead<'_, T> {
             length("lora_a", "[r, H]", lora_a, product("lora_a", "[r, H]", &[rank, h])?)?;
             super::low_rank_linear::check_scale(scale)?;
         }
-        if !self.logit_scale.is_finite() || self.logit_scale == 0.0 {
+        // As they are multiplied with.
+        let rounded = |value: f64| T::from_f64(value).to_f64();
+        if !rounded(self.logit_scale).is_finite() || rounded(self.logit_scale) == 0.0 {
             let (argument, expected) = ("logit_scale", "finite and not 0");
             return Err(Error::Value { argument, expected, got: self.logit_scale });
         }
-        if let Some(got) = self.soft_cap.filter(|cap| !(cap.is_finite() && *cap > 0.0)) {
+        if let Some(got) = self.soft_cap.filter(|&cap| !(rounded(cap).is_finite() && rounded(cap) > 0.0)) {
             return Err(Error::Value { argument: "soft_cap", expected: "finite and more than 0", got });
         }
         if let Some(rows) = self.chunk_rows {

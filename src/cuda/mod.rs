@@ -111,7 +111,7 @@ pub use drop_path::{DropPath, Mask, MaskSource};
 pub use gemm::{Gemm, Matrix, Workspace};
 pub use gpu::{Family, Gpu};
 pub use kernel::{KERNELS, Kernel};
-pub use lm_head::{LmHead, LmHeadOutputs};
+pub use lm_head::{LmHead, LmHeadDeviceOutputs, LmHeadOnDevice, LmHeadOutputs};
 pub use lora_mul_linear::LoraMulLinear;
 pub use loss::{Consistency, Finding, Loss, LossInputs, LossOutputs, LossStatus, Partner};
 pub use low_rank_linear::LowRankLinear;

@@ -122,7 +122,7 @@ pub fn other_losses_are_those_of_the_cpu(on: &On) -> Result<()> {
         (Targets::Probabilities(&shares), divergence, Some(&weights[..])),
         (Targets::Values(&numbers), Divergence::MeanSquaredDifference, None),
     ] {
-        let (ignore_label, labelled_only) = (Some(-1), true);
+        let (ignore_label, labelled_only) = (Some(-1), matches!(targets, Targets::Labels(_)));
         let mut objective = Objective::new(&context, Variant::Pace, 0.5)?;
         (objective.divergence, objective.ignore_label) = (divergence, ignore_label);
         (objective.labelled_only, objective.both_branches) = (labelled_only, true);

@@ -57,6 +57,10 @@ const FOLDED: &[&str] = &["HGMMA", "UTMALDG.MULTICAST", "UTMASTG", "STSM", "LDSM
 const INSTRUCTIONS: &[(&str, &str, &[&str])] = &[
     ("drop_path", "drop_path_", VECTORS),
     ("layer_epilogue", "layer_epilogue_", VECTORS),
+    ("lm_head", "lm_head_bias_", LOADS),
+    // Reads labels only.
+    ("lm_head", "lm_head_weight", &[]),
+    ("lm_head", "lm_head_", VECTORS),
     ("loss", "loss_scan_", LOADS),
     ("loss", "loss_", VECTORS),
     ("loss_general", "loss_general_scan_", LOADS),

@@ -449,20 +449,9 @@ pub fn safe_methods(opened: &device::Opened) {
     let labels = opened.upload(0, &data.labels);
     let mut gram = opened.upload(0, &[f32::NAN; 64]);
     let mut head = LmHead {
-        settings: data.settings(),
-        tokens: CASE.tokens,
-        hidden_size: CASE.hidden_size,
-        branches: 2,
-        labels: &labels as _,
-        weight: &weight as _,
         bias: Some(&bias as _),
-        lora: None,
-        class_weights: None,
-        gram: None,
-        logit_scale: 1.0,
-        soft_cap: None,
         chunk_rows: Some(5),
-        allow_tf32: false,
+        ..LmHead::new(data.settings(), CASE.tokens, CASE.hidden_size, &labels as _, &weight as _)
     };
     let mut words = stream.alloc_zeros::<u32>(head.gram_workspace_len(device.gpu())).unwrap();
     device.lm_head_gram(&head, &mut gram, &mut words, stream).unwrap();

@@ -293,14 +293,15 @@ pub fn not_a_number(target: &Target<'_>) {
     }
 }
 
-/// The settings of a case are those that a user would write.
+/// The settings of a case are those that a user would write, without what would be refused.
 pub fn settings(case: &Case) -> LossSettings {
     LossSettings {
         divergence: case.divergence,
         label_smoothing: case.smoothing,
         ignore_label: Some(IGNORED),
-        labelled_only: case.labelled_only,
-        both_branches: case.both_branches,
+        labelled_only: case.labelled_only
+            && matches!(case.criterion, Criterion::Labels | Criterion::WeightedLabels),
+        both_branches: case.both_branches && case.compared != Compared::History,
         denominator: case.denominator,
         ..LossSettings::new(case.classes, 0.3)
     }

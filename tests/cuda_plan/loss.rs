@@ -246,7 +246,8 @@ fn the_papers_loss_has_kernels_of_its_own() {
     let logits = buffer(1 << 30, B * C);
     let gradient = Some(buffer(1 << 33, B * C));
     assert_eq!(names(Loss { partner: Partner::None, logits, gradient, ..two(one) }), ["loss_f16"]);
-    assert_eq!(names(Loss { settings: both, ..loss() }), ["loss_f16"]);
+    let refused = argument("both_branches", "needs a second branch, and there is a history in its place");
+    assert_error(Loss { settings: both, ..loss() }.plan(), &refused);
 
     let all = Targets::Probabilities(buffer(1 << 31, B * C));
     let values = Targets::Values(buffer(1 << 31, B * C));

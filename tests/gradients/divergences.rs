@@ -3,7 +3,7 @@
 use crate::data::*;
 use crate::support::*;
 use pace_kernels::cpu::{Consistency, Loss, LossValues};
-use pace_kernels::{Divergence, LossSettings, Real, Targets};
+use pace_kernels::{Divergence, Error, LossSettings, Real, Targets};
 use std::f64::consts::LN_2;
 
 const DIVERGENCES: [Divergence; 8] = [
@@ -196,8 +196,10 @@ fn for_batches(sizes: &[(usize, usize)], mut body: impl FnMut(Batch)) {
                     if matches!(targets, Targets::Values(_)) && divergence.is_of_probabilities() {
                         continue;
                     }
+                    // With a history there is no other branch to be trained.
+                    let both_branches = settings.both_branches && !matches!(partner, Partner::History);
                     body(Batch {
-                        settings: LossSettings { divergence, ..settings },
+                        settings: LossSettings { divergence, both_branches, ..settings },
                         targets: targets.clone(),
                         class_weights: class_weights.clone(),
                         partner,
@@ -441,5 +443,34 @@ fn a_detached_branch_has_no_gradient() {
         let (values, _, second) = batch.run::<f64>();
         assert_eq!(values.consistency.is_nan(), poison != f64::NEG_INFINITY, "{poison}");
         assert_eq!(second, [0.0, 0.0], "{poison}");
+    }
+}
+
+/// What does not go together is an error that names it.
+#[test]
+fn settings_that_mean_nothing_are_refused() {
+    let refused = |settings: LossSettings, targets, history: bool| {
+        let loss = Loss::<f64> { settings, targets, class_weights: None };
+        let mut table = [0.0; 2];
+        let consistency = match history {
+            true => Consistency::History { table: &mut table, index: &[0] },
+            false => Consistency::None,
+        };
+        match loss.evaluate(&[0.0; 2], consistency, None) {
+            Err(Error::Argument { argument, .. } | Error::Value { argument, .. }) => argument,
+            other => panic!("{other:?}"),
+        }
+    };
+    let plain = LossSettings::new(2, 1.0);
+    for targets in [Targets::Probabilities(&[0.5, 0.5][..]), Targets::Values(&[0.5, 0.5])] {
+        let settings = LossSettings { labelled_only: true, ..plain };
+        assert_eq!(refused(settings, targets, false), "labelled_only");
+    }
+    let settings = LossSettings { both_branches: true, ..plain };
+    assert_eq!(refused(settings, Targets::Labels(&[0]), true), "both_branches");
+    for temperature in [0.0, -1.0, 1e-19, 1e19, f64::NAN, f64::INFINITY] {
+        let divergence = Divergence::Kl { temperature, detach_target: false };
+        let settings = LossSettings { divergence, ..plain };
+        assert_eq!(refused(settings, Targets::Labels(&[0]), false), "temperature");
     }
 }

@@ -288,6 +288,13 @@ fn wrong_arguments_of_a_head_are_refused() {
     refused(LmHead { lora: Some(Lora { rank: 0, ..lora }), ..head }, "rank");
     refused(LmHead { lora: Some(Lora { rank: 3, ..lora }), ..head }, "lora_b");
     refused(LmHead { lora: Some(Lora { scale: f64::NAN, ..lora }), ..head }, "scale");
+    // What is a number in f64 and none, or nothing, in f32.
+    let narrow = LmHead::<f32>::new(head.settings, H, head.labels, &[0.0; V * H]);
+    for (logit_scale, soft_cap) in [(1e39, None), (1e-50, None), (1.0, Some(1e39)), (1.0, Some(1e-50))] {
+        let got =
+            LmHead { logit_scale, soft_cap, ..narrow }.evaluate(&[0.0; 2 * M * H], LmHeadGrads::default());
+        assert!(matches!(got, Err(Error::Value { .. })), "{logit_scale} {soft_cap:?}: {got:?}");
+    }
     // Gradients to what is not there.
     let mut db = [0.0; V];
     let grads = LmHeadGrads { bias: Some(&mut db[..]), ..LmHeadGrads::default() };

@@ -185,6 +185,7 @@ impl<T: Real> Loss<'_, T> {
     ) -> Result<LossValues> {
         let b = self.check()?;
         let c = self.settings.classes;
+        self.settings.check_history(matches!(consistency, Consistency::History { .. }))?;
         let two = matches!(consistency, Consistency::TwoBranch | Consistency::Difference);
         let (shape, rows) = if two { ("[2B, C]", 2 * b) } else { ("[B, C]", b) };
         length("logits", shape, logits, product("logits", shape, &[rows, c])?)?;

@@ -89,11 +89,42 @@ pub struct LmHeadOutputs<T, F, S, W> {
     pub workspace: W,
 }
 
+/// A head over `cudarc`'s tensors.
+pub type LmHeadOnDevice<'a, T> = LmHead<&'a dyn DevicePtr<T>, &'a dyn DevicePtr<i64>, &'a dyn DevicePtr<f32>>;
+
+/// What it writes there.
+pub type LmHeadDeviceOutputs<'a, T> = LmHeadOutputs<
+    &'a mut dyn DevicePtrMut<T>,
+    &'a mut dyn DevicePtrMut<f32>,
+    &'a mut dyn DevicePtrMut<u64>,
+    &'a mut dyn DevicePtrMut<u32>,
+>;
+
 /// The head as plans have it.
 type Head = LmHead<Buffer, Buffer, Buffer>;
 type Outputs = LmHeadOutputs<Buffer, Buffer, Buffer, Buffer>;
 
 impl<T, I, F> LmHead<T, I, F> {
+    /// Two branches under a weight alone.
+    pub fn new(settings: LossSettings, tokens: usize, hidden_size: usize, labels: I, weight: T) -> Self {
+        Self {
+            settings,
+            tokens,
+            hidden_size,
+            branches: 2,
+            labels,
+            weight,
+            bias: None,
+            lora: None,
+            class_weights: None,
+            gram: None,
+            logit_scale: 1.0,
+            soft_cap: None,
+            chunk_rows: None,
+            allow_tf32: false,
+        }
+    }
+
     /// Whether the Gram matrix stands for the logits of branch 1.
     fn has_gram(&self, trains_weight: bool) -> bool {
         self.branches == 2
@@ -306,14 +337,9 @@ impl Device {
     /// As [`LmHead::plan`]; also if an argument belongs to another device, or a step fails.
     pub fn lm_head<'a, T: Element>(
         &'a self,
-        head: &LmHead<&'a dyn DevicePtr<T>, &'a dyn DevicePtr<i64>, &'a dyn DevicePtr<f32>>,
+        head: &LmHeadOnDevice<'a, T>,
         hidden: &'a dyn DevicePtr<T>,
-        outputs: LmHeadOutputs<
-            &'a mut dyn DevicePtrMut<T>,
-            &'a mut dyn DevicePtrMut<f32>,
-            &'a mut dyn DevicePtrMut<u64>,
-            &'a mut dyn DevicePtrMut<u32>,
-        >,
+        outputs: LmHeadDeviceOutputs<'a, T>,
         stream: &'a CudaStream,
     ) -> Result<()> {
         let mut borrows = Borrows::new(self, stream);
@@ -342,7 +368,7 @@ impl Device {
     /// As [`LmHead::gram`]; also if an argument belongs to another device, or a step fails.
     pub fn lm_head_gram<'a, T: Element>(
         &'a self,
-        head: &LmHead<&'a dyn DevicePtr<T>, &'a dyn DevicePtr<i64>, &'a dyn DevicePtr<f32>>,
+        head: &LmHeadOnDevice<'a, T>,
         gram: &'a mut dyn DevicePtrMut<f32>,
         workspace: &'a mut dyn DevicePtrMut<u32>,
         stream: &'a CudaStream,
@@ -356,7 +382,7 @@ impl Device {
     }
 }
 
-impl<'a, T> LmHead<&'a dyn DevicePtr<T>, &'a dyn DevicePtr<i64>, &'a dyn DevicePtr<f32>> {
+impl<'a, T> LmHeadOnDevice<'a, T> {
     fn borrow(&self, borrows: &mut Borrows<'a>) -> Result<Head> {
         let lora = match self.lora {
             None => None,
