@@ -303,3 +303,16 @@ def test_autocast(name, monkeypatch):
     for gradients in zip(*(torch.autograd.grad(losses.total, leaves) for losses in (got, want))):
         assert gradients[0].dtype == torch.float32
         close(*gradients, 3e-2)
+
+
+def test_no_gradient_is_made_of_what_asks_for_none(way, monkeypatch):
+    hidden, weight, labels, _ = make()
+    made, evaluate = [], pace_torch.lm._evaluate
+    monkeypatch.setattr(pace_torch.lm, "_evaluate", lambda *args: made.append(evaluate(*args)) or made[-1])
+    kernel, gradients = pace_torch.lm.loss_and_gradient, []
+    monkeypatch.setattr(pace_torch.lm, "loss_and_gradient", lambda *args: gradients.append(kernel(*args)) or gradients[-1])
+    with torch.no_grad():
+        plain = lm_loss(hidden, weight, labels, LAMBDA)
+    assert all(grad is None for grad in made[0][1]) and not any(gradient.numel() for _, gradient, _ in gradients)
+    assert not plain.total.requires_grad
+    close(plain.total, lm_loss(hidden, weight, labels, LAMBDA).total, 1e-15)

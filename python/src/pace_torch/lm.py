@@ -79,8 +79,8 @@ def lm_loss(
     by_gram = branches == 2 and checked.divergence not in OF_PROBABILITIES and not checked.both_branches and soft_cap is None
     if gram is not None:
         _check_gram(gram, weight)
-    head = _Head(_settings(checked), branches, by_gram, float(logit_scale), soft_cap, float(scale), chunk_rows or 0)
-    denominator = check_denominator(denominator)
+    head = _Head(_settings(checked), torch.is_grad_enabled(), branches, by_gram, float(logit_scale), soft_cap, float(scale), chunk_rows or 0)
+    denominator = check_denominator(denominator, hidden.device, real(hidden.dtype))
     class_weights = None if checked.class_weights is None else _check_class_weights(checked.class_weights, weight)
     if denominator is None:
         # Where there are none the sums are 0.
@@ -115,6 +115,8 @@ class _Tensors(NamedTuple):
 
 class _Head(NamedTuple):
     loss: LossSettings
+    # In evaluation gradients would be made for nothing: inside of `_LmHead` it looks as if there were none in training either.
+    with_gradients: bool
     branches: int
     by_gram: bool
     scale: float
@@ -135,7 +137,8 @@ class _LmHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, lora_a, lora_b, labels, class_weights, gram, denominator, head):
         tensors = _Tensors(*(None if tensor is None else tensor.detach() for tensor in (hidden, weight, bias, lora_a, lora_b)))
-        values, grads, status = _evaluate(tensors, labels, class_weights, gram, head, ctx.needs_input_grad[:5])
+        wanted = tuple(head.with_gradients and needed for needed in ctx.needs_input_grad[:5])
+        values, grads, status = _evaluate(tensors, labels, class_weights, gram, head, wanted)
         values = values / denominator
         ctx.denominator, ctx.grads = denominator, grads
         outputs = values[0].clone(), values[1].clone(), values[2].clone(), status
@@ -206,8 +209,10 @@ def _chunk(
         logits = torch.cat([logits, other])
     # The operator takes float16 in float32: its gradient would lose small values.
     given = logits.float() if logits.dtype == torch.float16 else logits
-    settings = head.loss._replace(difference=two and cap is None)
+    settings = head.loss._replace(difference=two and cap is None, wants_gradient=any(grad is not None for grad in grads))
     values, gradient, status = loss_and_gradient(given, labels[at], class_weights, None, None, settings)
+    if not settings.wants_gradient:
+        return values, status
     if cap is not None:
         gradient = gradient * (1 - (given / cap) ** 2)
     gradient = (gradient if scale == 1 else gradient * scale).to(logits.dtype)

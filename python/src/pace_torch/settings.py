@@ -188,8 +188,8 @@ def takes_settings(function: Callable) -> Callable:
 Denominator = Union[None, float, Tensor]
 
 
-def check_denominator(denominator: Any) -> Denominator:
-    """A number above 0, or a tensor of no dimension, whose value nobody looks at."""
+def check_denominator(denominator: Any, device: torch.device, dtype: torch.dtype) -> Denominator:
+    """A number above 0, or a tensor of no dimension, whose value nobody looks at, on the device of a loss and of its type."""
     if denominator is None:
         return None
     if isinstance(denominator, Tensor):
@@ -197,7 +197,7 @@ def check_denominator(denominator: Any) -> Denominator:
             raise PaceError(f"`denominator` is {tuple(denominator.shape)} of {denominator.dtype}, expected a number or a tensor of no dimension")
         if denominator.requires_grad:
             raise PaceError("`denominator` requires a gradient, and has none")
-        return denominator
+        return denominator.to(device, dtype, non_blocking=True)
     if check_number("denominator", denominator, 0) == 0 or not isfinite(1 / denominator):
         raise PaceError(f"`denominator` is {denominator}, expected more than 0")
     return denominator
