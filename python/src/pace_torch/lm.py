@@ -19,12 +19,11 @@ from .ops._arguments import real
 from .ops.ieee_matmul import ieee_matmul
 from .ops.lm_head import HeadSettings, lm_head, takes
 from .ops.loss import LossSettings, loss_and_gradient
-from .settings import DIVERGENCES, OF_PROBABILITIES, Denominator, LossOptions, check_denominator
+from .settings import DIVERGENCES, OF_PROBABILITIES, OF_TOKENS, Denominator, LossOptions, check_denominator
 
 # Logits of a branch that are in memory at a time, about.
 _LOGITS = 1 << 26
-_NOT_HERE = ("criterion", "labelled_only")
-OPTIONS = tuple(field.name for field in dataclasses.fields(LossOptions) if field.name not in (*_NOT_HERE, "lambda_"))
+OPTIONS = tuple(field.name for field in dataclasses.fields(LossOptions) if field.name not in (*OF_TOKENS, "lambda_"))
 
 
 def lm_loss(
@@ -61,13 +60,13 @@ def lm_loss(
     The logits in `Losses` are empty. Differentiable once. Raises `PaceError` for wrong shapes, types and options, and on the CPU for
     wrong labels and class weights; for labels on CUDA see `Losses.check`, whose positions are counted from the first row of a chunk.
     """
-    for name in _NOT_HERE:
+    for name in OF_TOKENS:
         if name in options:
             raise PaceError(f"`{name}` is not for `lm_loss`: a cross-entropy of the tokens that have labels")
     for name in options:
         if name not in OPTIONS:
             raise PaceError(f"`{name}` is no option, expected one of {', '.join(OPTIONS)}")
-    checked = LossOptions(lambda_, labelled_only=True, **options)
+    checked = LossOptions(lambda_, **OF_TOKENS, **options)
     tensors = _Tensors(hidden, weight, bias, lora_a, lora_b)
     _check_scale(scale, lora_a is not None)
     labels, branches = _check(tensors, labels, check_choice("causal", causal, (True, False)), checked.ignore_index)
@@ -77,7 +76,7 @@ def lm_loss(
         raise PaceError("`soft_cap` is 0, expected more than 0, or None")
     if chunk_rows is not None:
         check_integer("chunk_rows", chunk_rows, 1)
-    by_gram = branches == 2 and checked.divergence not in OF_PROBABILITIES and not checked.both_branches and soft_cap is None
+    by_gram = branches == 2 and takes_gram(checked, soft_cap)
     if gram is not None:
         _check_gram(gram, weight)
     head = _Head(_settings(checked), torch.is_grad_enabled(), branches, by_gram, float(logit_scale), soft_cap, float(scale), chunk_rows or 0)
@@ -102,6 +101,17 @@ def lm_gram(weight: Tensor) -> Tensor:
         part = part.to(gram.dtype)
         gram += ieee_matmul(part.t(), part)
     return gram
+
+
+def takes_gram(options: LossOptions, soft_cap: Optional[float]) -> bool:
+    """Whether the divergence is one by the Gram matrix, without logits of branch 1."""
+    return options.divergence not in OF_PROBABILITIES and not options.both_branches and soft_cap is None
+
+
+def behind_head(logits: Tensor, scale: float, cap: Optional[float]) -> Tensor:
+    """What models make of the logits of their head."""
+    logits = logits if scale == 1 else logits * scale
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 class _Tensors(NamedTuple):
@@ -199,8 +209,7 @@ def _chunk(
         logits = F.linear(h, weight, bias)
         if lora_a is not None:
             logits = torch.addmm(logits, F.linear(h, lora_a), lora_b.t(), alpha=head.lora_scale)
-        logits = logits if scale == 1 else logits * scale
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return behind_head(logits, scale, cap)
 
     logits = logits_of(h0, bias)
     if two:

@@ -28,6 +28,8 @@ DIVERGENCES = {
 }
 OF_PROBABILITIES = ("symmetric_kl", "kl", "jensen_shannon")
 SQUARED_ERROR = "mean_squared_error"
+# Options that are no choice where head and loss are one operator: a cross-entropy of the tokens that have labels.
+OF_TOKENS = {"criterion": None, "labelled_only": True}
 VARIANTS = ("pace", "lazy", "fast", "noise", "baseline")
 
 
@@ -155,7 +157,8 @@ class Settings(LossOptions):
         if check_choice("packed", self.packed, (True, False)) and self.noise_shape == "BTC":
             raise PaceError("`packed` is True beside the `noise_shape` BTC, by which no two tokens share noise: leave it out")
         if check_choice("fused_head", self.fused_head, (True, False)):
-            if self.criterion is not None:
+            # Tokens without a label take part in nothing, whatever `labelled_only` says.
+            if self.criterion is not OF_TOKENS["criterion"]:
                 raise PaceError("`criterion` is given beside `fused_head`, which computes the cross-entropy of tokens")
             if self.variant == "fast":
                 raise PaceError("`fused_head` is True beside the variant `fast`, which keeps a row of logits for each sample")
