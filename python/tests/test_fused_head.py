@@ -201,3 +201,103 @@ def test_nobody_takes_the_input_of_the_head_for_logits():
             model.generate(batch["input_ids"], max_new_tokens=2)
         model.eval()
         assert model(**batch, labels=labels).loss > 0 and model.generate(batch["input_ids"], max_new_tokens=2).shape == (3, 9)
+
+
+SMALL = dict(vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, pad_token_id=0, use_cache=False)
+
+
+def capped(name):
+    """Models whose soft cap has another name, or is in the configuration of their text model, with logits that reach it."""
+    torch.manual_seed(0)
+    if name == "RecurrentGemma":
+        model = transformers.RecurrentGemmaForCausalLM(transformers.RecurrentGemmaConfig(
+            **SMALL, intermediate_size=64, lru_width=32, attention_window_size=16, logits_soft_cap=30.0))
+        model.tie_weights = lambda *args, **kwargs: None
+    else:
+        model = make("Llama")
+        of_text = copy.deepcopy(model.config)
+        of_text.final_logit_softcapping, model.config.get_text_config = 30.0, lambda decoder=None, encoder=None: of_text
+        model.register_forward_hook(cap)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(300)
+    return model
+
+
+def cap(module, args, output):
+    output["logits"] = 30 * torch.tanh(output["logits"] / 30)
+
+
+@pytest.mark.parametrize("name", ["RecurrentGemma", "of text"])
+def test_soft_caps_by_all_their_names(name):
+    batch, labels = texts()
+    totals = []
+    for fused in (False, True):
+        model = pace_torch.inject(capped(name), "LoRAadd", 2, target_modules=["q_proj", "v_proj"], sigma=0.5, lambda_=0.01, fused_head=fused)
+        totals += [perturb(model).train().pace.training_step(model, batch, labels).total for _ in range(2)]
+    assert model.pace.fused.soft_cap == 30
+    for plain, fused in zip(totals[:2], totals[2:]):
+        assert abs(fused - plain) <= 1e-5 * plain
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_an_unknown_soft_cap_is_an_error(dtype):
+    """Also while no logit comes near it."""
+    model = make("Llama").to(dtype)
+    model.register_forward_hook(cap)
+    model = pace_torch.inject(model, "LoRAadd", 2, target_modules=["q_proj"], fused_head=True).train()
+    for _ in range(2):
+        with pytest.raises(PaceError, match="changes the logits behind its head"):
+            model.pace.training_step(model, *texts())
+
+
+@pytest.mark.parametrize("checked", [False, True])
+def test_an_output_whose_loss_is_past_is_an_error(checked):
+    batch, labels = texts()
+    others = {key: value.flip(0) for key, value in batch.items()}
+    model = with_pace("Llama", "inject", fused_head=True)
+    if checked:
+        gradients(model, batch, labels)
+    one = model(**batch)
+    if checked:
+        model.pace.loss(one, labels)
+    two = model(**others)
+    for stale in (one, one.logits, one.logits.clone(), one.logits.float()):
+        with pytest.raises(PaceError, match="not the output of the last forward pass"):
+            model.pace.loss(stale, labels)
+    # A copy of the last one, as wrappers make it, is none.
+    assert model.pace.loss(two.logits.clone(), labels.flip(0)).total.isfinite()
+    # The batch once more, with other noise.
+    if checked:
+        model(**others)
+        with pytest.raises(PaceError, match="not the output of the last forward pass"):
+            model.pace.loss(two.logits.clone(), labels.flip(0))
+
+
+@pytest.mark.parametrize("dropout", ["independent", "off"])
+def test_no_step_makes_all_logits(dropout, monkeypatch):
+    widths, forward = [], torch.nn.Linear.forward
+
+    def noted(self, x):
+        y = forward(self, x)
+        widths.append(y.shape[-1])
+        return y
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", noted)
+    batch, labels = texts()
+    model = with_pace("Llama", "inject", fused_head=True, dropout=dropout)
+    for _ in range(2):
+        model.pace.training_step(model, batch, labels)
+    assert widths and max(widths) == 32 > 30 and 30 not in widths
+    model.eval()(**batch)
+    assert 30 in widths
+
+
+def test_a_forward_pass_that_is_put_around_the_heads_stays():
+    model = with_pace("Llama", "inject", fused_head=True)
+    head = model.lm_head
+    ours = head.forward
+    head.forward = lambda x: ours(x)
+    want = model.eval()(**texts()[0]).logits
+    plain = pace_torch.merge(model)
+    assert "forward" in vars(head)
+    torch.testing.assert_close(plain.train()(**texts()[0]).logits, want, rtol=1e-9, atol=1e-12)

@@ -1,6 +1,7 @@
 """Models whose logits are of tokens: the labels that count, the shift, padding, Trainer."""
 
 import copy
+import functools
 
 import pace_torch
 import pytest
@@ -322,3 +323,61 @@ def test_trainer_and_accumulation(accumulate, tmp_path):
         [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad], gradients.items()
     ):
         close(before[name] - parameter.detach(), 0.1 * gradient, 1e-6)
+
+
+class Dropping(nn.Module):
+    """A dropout layer whose forward pass is replaced, as accelerate does it."""
+
+    def __init__(self, replaced=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.drop, self.head = nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 5)
+        self.calls = []
+        if replaced:
+            self.hook()
+
+    def hook(self):
+        before = self.drop.forward
+        self.drop.forward = functools.update_wrapper(functools.partial(lambda module, x: self.calls.append(1) or before(x), self.drop), before)
+
+    def forward(self, x):
+        return self.head(self.drop(self.body(x)))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("dropout", ["shared", "off"])
+def test_a_dropout_whose_forward_pass_was_replaced(dropout, when):
+    model = Dropping(replaced=when == "before")
+    model = pace_torch.inject(model, "LoRAadd", 2, dropout=dropout, branches_at="input", sigma=0.0).train()
+    if when == "after":
+        model.hook()
+    replaced, labels = vars(model.drop).get("forward"), torch.arange(4)
+    x = torch.randn(4, 8)
+    assert model.pace.training_step(model, x, labels).consistency < 1e-12 and model.calls
+    plain = pace_torch.merge(model)
+    assert "forward" in vars(plain.drop) and (when == "before" or plain.drop.forward == replaced) and plain.drop.p == 0.5
+    model.calls.clear()
+    assert not torch.equal(plain(x), plain(x)) and len(model.calls) == 2
+
+
+def test_branches_that_differ_are_an_error_each_time():
+    class Random(Dropping):
+        def forward(self, x):
+            return self.head(nn.functional.dropout(self.body(x), 0.5, self.training))
+
+    model = pace_torch.inject(Random(), rank=2, dropout="off", branches_at="input").train()
+    for _ in range(3):
+        with pytest.raises(PaceError, match="`dropout` is 'off', and the branches differ without noise"):
+            model.pace.training_step(model, torch.randn(4, 8), torch.arange(4))
+
+
+def test_attach_leaves_a_replaced_forward_pass_alone():
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    model = peft.get_peft_model(make("Llama"), config)
+    layer = next(module for module in model.modules() if type(module).__name__ == "Linear" and hasattr(module, "lora_A"))
+    before, calls = layer.forward, []
+    layer.forward = replaced = lambda x, *args, **kwargs: calls.append(1) or before(x, *args, **kwargs)
+    model = pace_torch.attach(perturb(model), sigma=0.5).train()
+    assert model.pace.training_step(model, *texts()).consistency > 0 and calls
+    pace_torch.detach(model)
+    assert layer.forward is replaced

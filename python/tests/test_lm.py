@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from conftest import close
 from pace_torch import PaceError, lm_gram, lm_loss
+from pace_torch.ops._arguments import allows_tf32
+from pace_torch.ops.ieee_matmul import ieee_matmul
 from test_losses import DIVERGENCES, divergence_of, options_of
 
 
@@ -303,3 +305,102 @@ def test_autocast(name, monkeypatch):
     for gradients in zip(*(torch.autograd.grad(losses.total, leaves) for losses in (got, want))):
         assert gradients[0].dtype == torch.float32
         close(*gradients, 3e-2)
+
+
+def test_no_gradient_is_made_of_what_asks_for_none(way, monkeypatch):
+    hidden, weight, labels, _ = make()
+    made, evaluate = [], pace_torch.lm._evaluate
+    monkeypatch.setattr(pace_torch.lm, "_evaluate", lambda *args: made.append(evaluate(*args)) or made[-1])
+    kernel, gradients = pace_torch.lm.loss_and_gradient, []
+    monkeypatch.setattr(pace_torch.lm, "loss_and_gradient", lambda *args: gradients.append(kernel(*args)) or gradients[-1])
+    with torch.no_grad():
+        plain = lm_loss(hidden, weight, labels, LAMBDA)
+    assert all(grad is None for grad in made[0][1]) and not any(gradient.numel() for _, gradient, _ in gradients)
+    assert not plain.total.requires_grad
+    close(plain.total, lm_loss(hidden, weight, labels, LAMBDA).total, 1e-15)
+
+
+@pytest.mark.parametrize("options", [
+    {}, dict(weight=True), dict(soft_cap=3000.0), dict(both_branches=True), dict(lora=True),
+], ids=str)
+def test_float16_overflows_no_sooner_than_by_all_logits(options):
+    """Sums over tokens are divided before they are rounded, and products with a gradient of any size are of one that is not."""
+    options, generator = dict(options), torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)
+    one = 10 * draw(64, 32)
+    hidden = torch.cat([one, one + 10 * draw(64, 32)]).half().requires_grad_()
+    weight = (0.14 * draw(50257, 32)).half().requires_grad_(options.pop("weight", False))
+    factors = [factor.half().requires_grad_() for factor in (0.01 * draw(3, 32), 0.1 * draw(50257, 3))] if options.pop("lora", False) else []
+    labels, leaves = torch.randint(50257, (64,), generator=generator), [x for x in (hidden, weight, *factors) if x.requires_grad]
+    grads = []
+    for way in (lambda x: x, lambda x: x.detach().double().requires_grad_()):
+        these = [way(leaf) for leaf in leaves]
+        x, w, a, b = *these[:1], *(these[1:2] if weight.requires_grad else [weight.to(these[0].dtype)]), *(these[-2:] if factors else [None] * 2)
+        grads.append(torch.autograd.grad(lm_loss(x, w, labels, 2.0, lora_a=a, lora_b=b, **options).total, these))
+    for got, want in zip(*grads):
+        fits = want.abs() < 6e4
+        assert fits.double().mean() > 0.5 and got[fits].isfinite().all()
+        close(got[fits], want[fits], 3e-3)
+
+
+def test_float16_keeps_small_gradients():
+    """That to a logit of many tokens and classes is nothing in float16, until a loss scale gets to it: all of them together are half of the
+    gradient to the hidden states."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, classes = 2000, 5000
+    hidden, weight = (torch.randn(tokens, 8, generator=generator) / 8).half(), (1 + torch.randn(classes, 8, generator=generator) / 8).half()
+    labels = torch.randint(classes, (tokens,), generator=generator)
+    grads = []
+    for dtype in (torch.float16, torch.float64):
+        leaves = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+        grads.append(torch.autograd.grad(1024 * lm_loss(*leaves, labels, chunk_rows=700).total, leaves))
+    for got, want in zip(*grads):
+        close(got, want, 1e-2)
+
+
+def test_the_gram_matrix_is_in_ieee_float32(monkeypatch):
+    """Whatever PyTorch's own matmuls may use: rounded to TF32 as to 16 bits it can have negative distances."""
+    seen = []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if getattr(function, "__name__", "") in ("matmul", "__matmul__", "mm", "addmm", "addmm_", "linear", "__rmatmul__"):
+                seen.append(allows_tf32(args[0].dtype))
+            return function(*args, **(kwargs or {}))
+
+    def watched(*args):
+        with Watch():
+            return distance(*args)
+
+    monkeypatch.setattr(pace_torch.lm, "takes", lambda tensors: False)
+    distance = pace_torch.lm._distance
+    monkeypatch.setattr(pace_torch.lm, "_distance", watched)
+    hidden, weight, labels, _ = make(dtype=torch.float32)
+    factors = make_lora(torch.float32)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        for run in (lambda: lm_loss(hidden, weight, labels, lora_a=factors[0], lora_b=factors[1]),
+                    lambda: lm_loss(hidden, weight.detach(), labels, gram=lm_gram(weight))):
+            seen.clear()
+            run()
+            assert seen and not any(seen) and allows_tf32(torch.float32)
+        with Watch():
+            seen.clear()
+            lm_gram(weight)
+            assert seen == [False] and allows_tf32(torch.float32)
+        with pytest.raises(RuntimeError):
+            ieee_matmul(torch.ones(2, 3), torch.ones(2, 3))
+        assert allows_tf32(torch.float32)
+        torch.set_float32_matmul_precision("highest")
+        lm_gram(weight)
+        assert not allows_tf32(torch.float32)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_autocast_does_not_round_a_gram_matrix_by_itself():
+    weight = make(dtype=torch.float32)[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        gram = lm_gram(weight)
+    close(gram, weight.double().T @ weight.double(), 1e-6)

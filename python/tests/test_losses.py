@@ -372,3 +372,45 @@ def test_nothing_to_compute_a_loss_of_is_an_error(shape, options):
     labels = torch.zeros(shape) if options else torch.zeros(shape[0], dtype=torch.int64)
     with pytest.raises(PaceError, match="at least one sample and one class"):
         pace_loss(torch.zeros(shape), labels, **options)
+
+
+@pytest.mark.parametrize("ignored", [0, 2, -100])
+def test_a_function_beside_any_ignored_label(ignored):
+    """The consistency is that of the samples with labels, whatever label stands for none, and the label 0 is none of its own."""
+    logits, labels = make(), torch.arange(BATCH) % CLASSES
+    labels[1] = ignored
+    taken = labels != ignored
+    one, two = logits.detach().chunk(2)
+    for only, rows in ((True, taken), (False, torch.ones_like(taken))):
+        criterion = nn.CrossEntropyLoss(ignore_index=ignored)
+        losses = pace_loss(logits, labels, LAMBDA, criterion=criterion, labelled_only=only, ignore_index=ignored)
+        close(losses.consistency, (one - two)[rows].square().sum(1).mean(), 1e-12)
+        close(losses.classification, criterion(one, labels), 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_probabilities_that_were_rounded(dtype):
+    for classes in (3, 10, 1000, 50000):
+        generator = torch.Generator().manual_seed(0)
+        logits = torch.randn(64 if classes > 5000 else 256, classes, generator=generator)
+        targets = torch.softmax(2 * torch.randn(logits.shape, generator=generator), 1).to(dtype)
+        for given in (targets, torch.full_like(targets, 1 / classes)):
+            close(pace_loss(logits, given).total, F.cross_entropy(logits, given.float()), 1e-4)
+    with pytest.raises(PaceError, match="`labels` are no probabilities"):
+        pace_loss(torch.randn(4, 10), torch.full((4, 10), 0.102, dtype=dtype))
+
+
+def test_no_gradient_is_made_of_what_asks_for_none(monkeypatch):
+    """In evaluation it would be as large as the logits."""
+    made, evaluate = [], pace_torch.ops.loss._evaluate
+    monkeypatch.setattr(pace_torch.ops.loss, "_evaluate", lambda *args: made.append(evaluate(*args)) or made[-1])
+    logits, labels = make(), torch.arange(BATCH)
+    totals = [pace_loss(logits, labels).total]
+    with torch.no_grad():
+        totals += [pace_loss(logits, labels).total]
+    totals += [pace_loss(logits.detach(), labels).total]
+    assert [result[1].numel() for result in made] == [logits.numel(), 0, 0]
+    assert [total.requires_grad for total in totals] == [True, False, False] and len(set(map(float, totals))) == 1
+    compiled = torch.compile(lambda logits: pace_loss(logits, labels).total, backend="aot_eager", fullgraph=True)
+    for given in (logits, logits.detach()):
+        assert compiled(given).item() == totals[0].item() and compiled(given).requires_grad == given.requires_grad

@@ -310,3 +310,23 @@ def test_trainer_packs(tmp_path):
     batch, labels = unpacked()
     for name, gradient in gradients(other, other.pace.training_step(other, batch, labels)).items():
         close(before[name] - dict(model.named_parameters())[name].detach(), 0.1 * gradient, 1e-6)
+
+
+@pytest.mark.parametrize("variant", ["pace", "baseline"])
+def test_labels_are_packed_in_evaluation_and_without_noise(variant):
+    """The first token of a text is no label of the text before it."""
+    model, apart = make("Llama", "attach", packed=True, variant=variant), make("Llama", "attach", variant=variant)
+    for evaluates in (False, True):
+        totals = []
+        for one, (batch, labels) in ((model, packed()), (apart, unpacked())):
+            one.train(not evaluates)
+            totals.append(one.pace.loss(one(**batch), labels).classification)
+        close(*totals, 1e-10)
+    batch, labels = unpacked()
+    close(model.pace.loss(model(**batch), labels).total, totals[1], 1e-10)
+    batch, labels = packed()
+    rows = batch["position_ids"].diff(prepend=torch.full((1, 1), -1)).ne(1).cumsum(1)
+    with apart.pace.sequences(rows):
+        close(apart.pace.loss(apart(**batch), labels).total, totals[1], 1e-10)
+    # And generation goes on.
+    assert model.generate(batch["input_ids"], attention_mask=torch.ones_like(labels), max_new_tokens=2, do_sample=False).shape[1] == 13

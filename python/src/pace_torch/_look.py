@@ -46,6 +46,7 @@ def look_at(model: nn.Module, pace: "Pace", args: tuple, kwargs: dict) -> None:
     try:
         for submodule in training:
             submodule.training = False
+        pace.looking = True
         for samples in (ONE_TWICE, ONE, ALL):
             rows.clear()
             with torch.no_grad():
@@ -59,6 +60,7 @@ def look_at(model: nn.Module, pace: "Pace", args: tuple, kwargs: dict) -> None:
             warnings.warn(f"the model cannot be run on one sample twice over ({error}), which would tell whether the rows of all "
                           "its layers are those of samples: it is taken for granted", stacklevel=2)
     finally:
+        pace.looking = False
         for handle in handles:
             handle.remove()
         for submodule, was_training in training.items():
@@ -88,14 +90,14 @@ def look_at(model: nn.Module, pace: "Pace", args: tuple, kwargs: dict) -> None:
 def look_at_dropout(model: nn.Module, pace: "Pace", args: tuple, kwargs: dict) -> None:
     """Runs the model in training without noise, and checks that its branches are alike."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
-    pace.is_alike = True
     args, kwargs = with_rows(twice, args, {name: value for name, value in kwargs.items() if name not in PACKED}, pace.batch, pace.batch_of)
     # Layers have no noise then.
-    pace.training = False
+    pace.training, pace.looking = False, True
     try:
-        check_branches_alike(model, pace, lambda: find_logits(model.forward(*args, **kwargs)), pace.keys.device)
+        check_branches_alike(pace, lambda: find_logits(model.forward(*args, **kwargs)), pace.keys.device)
+        pace.is_alike = True
     finally:
-        pace.training = True
+        pace.training, pace.looking = True, False
         for buffer, value in buffers:
             buffer.copy_(value)
 

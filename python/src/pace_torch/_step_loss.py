@@ -125,9 +125,10 @@ class StepLoss:
             raise PaceError("are the labels of tokens their own or those of the next one? Set `model.pace.causal` to False or True")
         if not self.causal:
             return labels
-        ignored, packing = self.settings.ignore_index, self.packing
-        if self.training and packing is not None and packing.sample_of_token.shape == labels.shape:
-            goes_on = packing.sample_of_token.diff() == 0
+        ignored, sample_of_token = self.settings.ignore_index, self.sample_of_token
+        # Positions may be one row for all.
+        if sample_of_token is not None and sample_of_token.shape[1] == labels.shape[1] and len(sample_of_token) in (1, len(labels)):
+            goes_on = sample_of_token.diff() == 0
             return F.pad(torch.where(goes_on.to(labels.device), labels[:, 1:], ignored), (0, 1), value=ignored)
         return F.pad(labels[:, 1:], (0, 1), value=ignored)
 

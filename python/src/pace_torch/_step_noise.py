@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import ops
+from ._batch import batch_size
 from ._errors import PaceError
 from ._library import device_handle
 from .ops import Noise
@@ -70,14 +71,20 @@ class StepNoise:
         finally:
             self.given_sequences = before
 
+    def _sample_of_token(self, args: tuple, kwargs: dict) -> Optional[Tensor]:
+        """Which packed sequence each token of a call is in, `[B, T]`; None if each row is a sample. In evaluation rows may be such all the
+        same, and the call without positions."""
+        if self.given_sequences is not None or not self.settings.packed:
+            return self.given_sequences
+        positions = kwargs.get("position_ids")
+        if not self.training and (not isinstance(positions, Tensor) or positions.dim() != 2):
+            return None
+        batch = batch_size(args, kwargs, self.settings.batch_of) if self.training else positions.shape[0]
+        return _starts(positions, batch).flatten().cumsum(0).view(batch, -1) - 1
+
     @torch.compiler.disable
-    def _pack(self, kwargs: dict) -> Optional[Packing]:
-        """How the rows of this forward pass are packed; None if each is a sample."""
-        sample_of_token = self.given_sequences
-        if sample_of_token is None:
-            if not self.settings.packed:
-                return None
-            sample_of_token = _starts(kwargs.get("position_ids"), self.batch).flatten().cumsum(0).view(self.batch, -1) - 1
+    def _pack(self, sample_of_token: Tensor) -> Packing:
+        """How the rows of this forward pass are packed."""
         if sample_of_token.shape[0] != self.batch:
             raise PaceError(f"`sample_of_token` has {sample_of_token.shape[0]} rows, expected {self.batch} like the batch")
         sequences = int(sample_of_token.max()) + 1

@@ -7,6 +7,7 @@ from typing import Any, Optional
 from torch import nn
 
 from ._errors import PaceError, check_choice
+from ._dropout import give_forward_back
 from ._fused_head import head_of
 from ._layers import drop_paths_of, is_peft, nearest_classifiers
 from .attached import AttachedNoise
@@ -80,7 +81,8 @@ def attach(
             continue
         noise.follow()
         layer.register_forward_pre_hook(noise.follow)
-        if type(layer) is _lora_linear():
+        # One that somebody has replaced stays: the hooks above do without ours.
+        if type(layer) is _lora_linear() and "forward" not in vars(layer):
             layer.forward = noise.compute
     drawing = [name for name, module in drop_paths_of(model) if getattr(module, "drop_prob", getattr(module, "p", 0))]
     if drawing:
@@ -109,7 +111,7 @@ def detach(model: nn.Module) -> nn.Module:
             for hooks in (module._forward_hooks, module._forward_pre_hooks):
                 for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is noise]:
                     del hooks[key]
-        vars(layer).pop("forward", None)
+        give_forward_back(layer, noise.compute)
         del layer.pace_noise
     take_out(model)
     return model

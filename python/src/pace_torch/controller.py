@@ -8,12 +8,13 @@ from torch import Tensor, nn
 
 from ._batch import batch_size, twice, twice_packed, with_rows
 from ._checks import check_cache, check_generation, check_model, check_output, check_packing, check_rerun
+from ._dropout import SharedDropout
 from ._errors import PaceError
 from ._fused_head import FusedHead
 from ._look import look_at, look_at_dropout
 from ._step_loss import StepLoss
 from ._step_noise import Packing, StepNoise
-from .settings import Settings, settings_from
+from .settings import OF_TOKENS, Settings, settings_from
 
 TRACED_IN_TRAINING = "the model is in training, whose noise a traced or exported graph would repeat: call `eval()` first"
 _NAMES = tuple(field.name for field in dataclasses.fields(Settings))
@@ -60,9 +61,14 @@ class Pace(StepNoise, StepLoss, nn.Module):
         # Whether the branches are known to differ by noise alone, or by dropout as they may.
         self.is_alike = self.settings.dropout == "independent"
         self.batch = self.first_sample = self.global_batch = 0
-        self.running = False
+        # Whether the model runs; whether that is a look at it, without noise, and by `fused_head` without logits too.
+        self.running = self.looking = False
         self.fused: Optional[FusedHead] = None
         self.packing: Optional[Packing] = None
+        # Which sequence each token of the last forward pass is in, of packed rows.
+        self.sample_of_token: Optional[Tensor] = None
+        self.shared_dropout: list[SharedDropout] = []
+        self.dropout_before: list[tuple[nn.Module, str, float]] = []
         self.given_sequences: Optional[Tensor] = None
         self.in_training_step = self.is_labelled = False
         self.keys_elsewhere: dict[torch.device, Tensor] = {}
@@ -96,7 +102,7 @@ class Pace(StepNoise, StepLoss, nn.Module):
             name, value = "settings", self._with_setting(name, value)
         if name == "settings":
             # Not a submodule, even if a setting is a module: it is no part of the model.
-            of_tokens = dataclasses.replace(value, labelled_only=True)
+            of_tokens = dataclasses.replace(value, labelled_only=OF_TOKENS["labelled_only"])
             self.__dict__.update(settings=value, of_tokens=of_tokens, per_token=value.noise_shape == "BTC")
         else:
             super().__setattr__(name, value)
@@ -121,6 +127,14 @@ class Pace(StepNoise, StepLoss, nn.Module):
         """Nothing: `nn.Sequential` calls all of its children."""
         return x
 
+    def before_any_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Forward pre-hook of the model, also in evaluation and without noise."""
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            return
+        if module.training:
+            check_generation(self, kwargs)
+        self.sample_of_token = self._sample_of_token(args, kwargs)
+
     def before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> Optional[tuple]:
         """Forward pre-hook of the model: fresh noise, which samples of the global batch these are, and two branches of each if
         they start at the input."""
@@ -131,15 +145,14 @@ class Pace(StepNoise, StepLoss, nn.Module):
         if not torch.compiler.is_compiling():
             check_model(self, module)
         check_rerun(self, module)
-        check_generation(self, kwargs)
         self.with_gradient = torch.is_grad_enabled()
         self.is_labelled = self.with_gradient and kwargs.get("labels") is not None and not self.in_training_step
         rank, world_size = self._shard()
         self.batch = batch_size(args, kwargs, self.settings.batch_of)
         self.first_sample, self.global_batch = rank * self.batch, world_size * self.batch
         self.packing = None
-        if self.settings.packed or self.given_sequences is not None:
-            self.packing = self._pack(kwargs)
+        if self.sample_of_token is not None:
+            self.packing = self._pack(self.sample_of_token)
             check_cache(self, module, kwargs)
         elif not torch.compiler.is_compiling():
             check_packing(self, kwargs)

@@ -221,13 +221,15 @@ def _recompute_gelus(model: nn.Module) -> None:
 
 
 def put_into(model: nn.Module, pace: Pace) -> None:
-    """Makes `pace` the model's controller, which has nothing to do in its forward passes."""
+    """Makes `pace` the controller of a model without noise."""
     model.pace = pace.train(model.training)
     pace.causal = _is_causal(model)
     take_dropout(model, pace)
+    pace.handles.append(model.register_forward_pre_hook(pace.before_any_forward, with_kwargs=True))
     if pace.settings.fused_head:
         pace.fused = FusedHead(model, pace)
         pace.handles.append(model.register_forward_pre_hook(pace.fused.before_forward, with_kwargs=True))
+        pace.handles.append(model.register_forward_hook(pace.fused.after_forward))
 
 
 def _is_causal(model: nn.Module) -> Optional[bool]:
@@ -426,7 +428,7 @@ def take_out(model: nn.Module) -> None:
     # Of a module around the model it is the model inside that has one.
     for module in list(model.modules()):
         if isinstance(module._modules.get("pace"), Pace):
-            give_dropout_back(module, module.pace)
+            give_dropout_back(module.pace)
             if module.pace.fused is not None:
                 module.pace.fused.remove()
             for handle in module.pace.handles:

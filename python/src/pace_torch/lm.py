@@ -16,14 +16,14 @@ from . import _library as lib
 from ._errors import PaceError, check_choice, check_integer, check_number
 from .loss import Losses
 from .ops._arguments import real
+from .ops.ieee_matmul import ieee_matmul
 from .ops.lm_head import HeadSettings, lm_head, takes
 from .ops.loss import LossSettings, loss_and_gradient
-from .settings import DIVERGENCES, OF_PROBABILITIES, Denominator, LossOptions, check_denominator
+from .settings import DIVERGENCES, OF_PROBABILITIES, OF_TOKENS, Denominator, LossOptions, check_denominator
 
 # Logits of a branch that are in memory at a time, about.
 _LOGITS = 1 << 26
-_NOT_HERE = ("criterion", "labelled_only")
-OPTIONS = tuple(field.name for field in dataclasses.fields(LossOptions) if field.name not in (*_NOT_HERE, "lambda_"))
+OPTIONS = tuple(field.name for field in dataclasses.fields(LossOptions) if field.name not in (*OF_TOKENS, "lambda_"))
 
 
 def lm_loss(
@@ -60,13 +60,13 @@ def lm_loss(
     The logits in `Losses` are empty. Differentiable once. Raises `PaceError` for wrong shapes, types and options, and on the CPU for
     wrong labels and class weights; for labels on CUDA see `Losses.check`, whose positions are counted from the first row of a chunk.
     """
-    for name in _NOT_HERE:
+    for name in OF_TOKENS:
         if name in options:
             raise PaceError(f"`{name}` is not for `lm_loss`: a cross-entropy of the tokens that have labels")
     for name in options:
         if name not in OPTIONS:
             raise PaceError(f"`{name}` is no option, expected one of {', '.join(OPTIONS)}")
-    checked = LossOptions(lambda_, labelled_only=True, **options)
+    checked = LossOptions(lambda_, **OF_TOKENS, **options)
     tensors = _Tensors(hidden, weight, bias, lora_a, lora_b)
     _check_scale(scale, lora_a is not None)
     labels, branches = _check(tensors, labels, check_choice("causal", causal, (True, False)), checked.ignore_index)
@@ -76,11 +76,11 @@ def lm_loss(
         raise PaceError("`soft_cap` is 0, expected more than 0, or None")
     if chunk_rows is not None:
         check_integer("chunk_rows", chunk_rows, 1)
-    by_gram = branches == 2 and checked.divergence not in OF_PROBABILITIES and not checked.both_branches and soft_cap is None
+    by_gram = branches == 2 and takes_gram(checked, soft_cap)
     if gram is not None:
         _check_gram(gram, weight)
-    head = _Head(_settings(checked), branches, by_gram, float(logit_scale), soft_cap, float(scale), chunk_rows or 0)
-    denominator = check_denominator(denominator)
+    head = _Head(_settings(checked), torch.is_grad_enabled(), branches, by_gram, float(logit_scale), soft_cap, float(scale), chunk_rows or 0)
+    denominator = check_denominator(denominator, hidden.device, real(hidden.dtype))
     class_weights = None if checked.class_weights is None else _check_class_weights(checked.class_weights, weight)
     if denominator is None:
         # Where there are none the sums are 0.
@@ -99,8 +99,19 @@ def lm_gram(weight: Tensor) -> Tensor:
     gram = torch.zeros(weight.shape[1], weight.shape[1], dtype=real(weight.dtype), device=weight.device)
     for part in weight.detach().split(_rows_of(weight)):
         part = part.to(gram.dtype)
-        gram.addmm_(part.t(), part)
+        gram += ieee_matmul(part.t(), part)
     return gram
+
+
+def takes_gram(options: LossOptions, soft_cap: Optional[float]) -> bool:
+    """Whether the divergence is one by the Gram matrix, without logits of branch 1."""
+    return options.divergence not in OF_PROBABILITIES and not options.both_branches and soft_cap is None
+
+
+def behind_head(logits: Tensor, scale: float, cap: Optional[float]) -> Tensor:
+    """What models make of the logits of their head."""
+    logits = logits if scale == 1 else logits * scale
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 class _Tensors(NamedTuple):
@@ -115,6 +126,8 @@ class _Tensors(NamedTuple):
 
 class _Head(NamedTuple):
     loss: LossSettings
+    # In evaluation gradients would be made for nothing: inside of `_LmHead` it looks as if there were none in training either.
+    with_gradients: bool
     branches: int
     by_gram: bool
     scale: float
@@ -135,9 +148,10 @@ class _LmHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, lora_a, lora_b, labels, class_weights, gram, denominator, head):
         tensors = _Tensors(*(None if tensor is None else tensor.detach() for tensor in (hidden, weight, bias, lora_a, lora_b)))
-        values, grads, status = _evaluate(tensors, labels, class_weights, gram, head, ctx.needs_input_grad[:5])
+        wanted = tuple(head.with_gradients and needed for needed in ctx.needs_input_grad[:5])
+        values, grads, status = _evaluate(tensors, labels, class_weights, gram, head, wanted)
         values = values / denominator
-        ctx.denominator, ctx.grads = denominator, grads
+        ctx.denominator, ctx.grads, ctx.dtype = denominator, grads, hidden.dtype
         outputs = values[0].clone(), values[1].clone(), values[2].clone(), status
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
@@ -148,7 +162,7 @@ class _LmHead(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise PaceError("`lm_loss` is differentiable once, and `create_graph=True` asks for more")
         factor = dtotal / ctx.denominator
-        return *(None if grad is None else (factor * grad).to(grad.dtype) for grad in ctx.grads), None, None, None, None, None
+        return *(None if grad is None else (factor * grad).to(ctx.dtype) for grad in ctx.grads), None, None, None, None, None
 
 
 def _evaluate(
@@ -164,8 +178,7 @@ def _evaluate(
         return values, _Tensors(*grads), labels.new_empty(0)
     # Chunks add to these.
     grads = _Tensors(*(
-        torch.zeros_like(tensor, dtype=tensor.dtype if name == "hidden" else exact) if is_wanted else None
-        for name, tensor, is_wanted in zip(_Tensors._fields, tensors, wanted)
+        torch.zeros_like(tensor, dtype=exact) if is_wanted else None for tensor, is_wanted in zip(tensors, wanted)
     ))
     values, statuses = torch.zeros(3, dtype=exact, device=hidden.device), []
     step = head.rows or max(_LOGITS // weight.shape[0], 1)
@@ -174,12 +187,12 @@ def _evaluate(
         values += sums
         statuses.append(status)
     if head.by_gram:
-        # Rounded to 16 bits a Gram matrix can have negative distances.
-        with torch.autocast(hidden.device.type, enabled=False):
-            distance = _distance(tensors, labels, gram, head, grads)
+        distance = _distance(tensors, labels, gram, head, grads)
         values[2] += distance
         values[0] += head.loss.lambda_ * distance
-    grads = _Tensors(*(None if grad is None else grad.to(like.dtype) for grad, like in zip(grads, tensors)))
+    if hidden.dtype != torch.float16:
+        # Half of what is kept until the backward pass. In float16 sums that are not yet divided would overflow.
+        grads = _Tensors(*(None if grad is None else grad.to(hidden.dtype) for grad in grads))
     return values, grads, torch.cat(statuses)
 
 
@@ -196,8 +209,7 @@ def _chunk(
         logits = F.linear(h, weight, bias)
         if lora_a is not None:
             logits = torch.addmm(logits, F.linear(h, lora_a), lora_b.t(), alpha=head.lora_scale)
-        logits = logits if scale == 1 else logits * scale
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return behind_head(logits, scale, cap)
 
     logits = logits_of(h0, bias)
     if two:
@@ -206,40 +218,58 @@ def _chunk(
         logits = torch.cat([logits, other])
     # The operator takes float16 in float32: its gradient would lose small values.
     given = logits.float() if logits.dtype == torch.float16 else logits
-    settings = head.loss._replace(difference=two and cap is None)
+    settings = head.loss._replace(difference=two and cap is None, wants_gradient=any(grad is not None for grad in grads))
     values, gradient, status = loss_and_gradient(given, labels[at], class_weights, None, None, settings)
+    if not settings.wants_gradient:
+        return values, status
     if cap is not None:
         gradient = gradient * (1 - (given / cap) ** 2)
-    gradient = (gradient if scale == 1 else gradient * scale).to(logits.dtype)
+    gradient = gradient if scale == 1 else gradient * scale
+    unit = _unit(gradient) if logits.dtype == torch.float16 else None
+    gradient = (gradient if unit is None else gradient / unit).to(logits.dtype)
     for first, h, g in zip((at.start, rows + at.start), (h0, h1), gradient.split(len(h0))):
         of_hidden = None if grads.hidden is None else grads.hidden[first : first + len(h)]
-        _backward(tensors, h, g, head.lora_scale, grads._replace(hidden=of_hidden))
+        _backward(tensors, h, g, unit, head.lora_scale, grads._replace(hidden=of_hidden))
     return values, status
 
 
-def _backward(tensors: _Tensors, h: Tensor, g: Tensor, lora_scale: float, grads: _Tensors) -> None:
-    """Adds what the gradient `g` to `h·(W + s·B·A)ᵀ + b` gives; `grads.hidden` is that of `h`."""
+def _unit(gradient: Tensor) -> Tensor:
+    """What a gradient of logits is counted in where it is float16: neither it nor its matmuls with numbers up to 256 then overflow, and
+    what is small beside the rest of it is not lost. The loss scale, which is for that, is only known in the backward pass."""
+    sums = [torch.linalg.vector_norm(gradient, 1, dim).amax() for dim in (0, 1)]
+    # Of no gradient too.
+    return (torch.maximum(*sums) / 255).clamp(min=torch.finfo(gradient.dtype).tiny)
+
+
+def _backward(tensors: _Tensors, h: Tensor, g: Tensor, unit: Optional[Tensor], lora_scale: float, grads: _Tensors) -> None:
+    """Adds what the gradient `g`, counted in `unit`, to `h·(W + s·B·A)ᵀ + b` gives; `grads.hidden` is that of `h`."""
     _, weight, _, lora_a, lora_b = tensors
+
+    def add(total: Tensor, part: Tensor) -> None:
+        total += part if unit is None else part.to(total.dtype) * unit
+
     if grads.hidden is not None:
-        grads.hidden.add_(g @ weight)
+        add(grads.hidden, g @ weight)
     if grads.weight is not None:
-        grads.weight.add_(g.t() @ h)
+        add(grads.weight, g.t() @ h)
     if grads.bias is not None:
-        grads.bias.add_(g.sum(0, dtype=grads.bias.dtype))
+        add(grads.bias, g.sum(0, dtype=grads.bias.dtype))
     if lora_a is None:
         return
     # To A·h.
     between = lora_scale * (g @ lora_b)
     if grads.hidden is not None:
-        grads.hidden.add_(between @ lora_a)
+        add(grads.hidden, between @ lora_a)
     if grads.lora_a is not None:
-        grads.lora_a.add_(between.t() @ h)
+        add(grads.lora_a, between.t() @ h)
     if grads.lora_b is not None:
-        grads.lora_b.add_(g.t() @ F.linear(h, lora_a), alpha=lora_scale)
+        add(grads.lora_b, lora_scale * (g.t() @ F.linear(h, lora_a)))
 
 
 def _distance(tensors: _Tensors, labels: Tensor, gram: Optional[Tensor], head: _Head, grads: _Tensors) -> Tensor:
     """`Σ a²·Δh·G·Δhᵀ` of the rows that have labels, for squared differences; adds λ times its gradients.
+
+    Rounded to 16 bits or TF32 a Gram matrix can have negative distances: all matmuls are in IEEE float32.
 
     With a LoRA `Δh·(W + s·B·A)ᵀ = [Δh, s·Δh·Aᵀ]·[W, B]ᵀ`, so that G is that of `[W, B]`, of which `WᵀW` is a part.
     """
@@ -259,27 +289,27 @@ def _distance(tensors: _Tensors, labels: Tensor, gram: Optional[Tensor], head: _
         at = slice(first, first + step)
         takes_part = (labels[at] != head.loss.ignore_index).unsqueeze(1)
         delta = torch.where(takes_part, h0[at].to(exact) - h1[at].to(exact), 0)
-        both = delta if lora_a is None else torch.cat([delta, delta @ scaled_a.t()], 1)
-        product = both @ gram
+        both = delta if lora_a is None else torch.cat([delta, ieee_matmul(delta, scaled_a.t())], 1)
+        product = ieee_matmul(both, gram)
         total += scale * (product * both).sum()
         pull = (2 * head.loss.lambda_ * scale) * product
         if grads.hidden is not None:
-            of_hidden = pull if lora_a is None else pull[:, :width] + pull[:, width:] @ scaled_a
+            of_hidden = pull if lora_a is None else pull[:, :width] + ieee_matmul(pull[:, width:], scaled_a)
             grads.hidden[first : first + len(delta)] += of_hidden
             grads.hidden[rows + first : rows + first + len(delta)] -= of_hidden
         if grads.lora_a is not None:
-            grads.lora_a.add_(pull[:, width:].t() @ delta, alpha=head.lora_scale)
+            grads.lora_a.add_(ieee_matmul(pull[:, width:].t(), delta), alpha=head.lora_scale)
         if moment is not None:
-            moment.addmm_(both.t(), both)
+            moment += ieee_matmul(both.t(), both)
     if moment is not None:
         # ([W, B] − 1·means)·S for centred differences.
         moment *= 2 * head.loss.lambda_ * scale
         for at, part in _parts_of_both(weight, lora_b):
             part = part - means
             if grads.weight is not None:
-                grads.weight[at] += part @ moment[:, :width]
+                grads.weight[at] += ieee_matmul(part, moment[:, :width])
             if grads.lora_b is not None:
-                grads.lora_b[at] += part @ moment[:, width:]
+                grads.lora_b[at] += ieee_matmul(part, moment[:, width:])
     return total
 
 
@@ -301,7 +331,7 @@ def _gram_of_both(weight: Tensor, lora_b: Optional[Tensor], gram: Optional[Tenso
     if lora_b is None:
         return gram
     # Bᵀ·[W, B].
-    low = sum(part[:, weight.shape[1] :].t() @ part for _, part in _parts_of_both(weight, lora_b))
+    low = sum(ieee_matmul(part[:, weight.shape[1] :].t(), part) for _, part in _parts_of_both(weight, lora_b))
     return torch.cat([torch.cat([gram, low[:, : weight.shape[1]].t()], 1), low])
 
 

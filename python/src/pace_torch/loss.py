@@ -12,6 +12,9 @@ from .ops._arguments import real
 from .ops.loss import LossSettings, loss_and_gradient, loss_total
 from .settings import DIVERGENCES, SQUARED_ERROR, Criterion, Denominator, LossOptions, check_denominator
 
+# The ignored label beside a `criterion`, where labels only say who takes part: no class has it, as one may have `ignore_index`.
+_IGNORED = -1
+
 
 @dataclass(frozen=True)
 class Losses:
@@ -93,7 +96,7 @@ def evaluate(
     """As `pace_loss`, with options that are checked already. `difference`: the second half of the logits is branch 0 minus branch 1, to
     both of which the gradient is."""
     _check_tensors(logits, labels, history, index, options.criterion)
-    denominator = check_denominator(denominator)
+    denominator = check_denominator(denominator, logits.device, real(logits.dtype))
     batch, classes = labels.shape[0], logits.shape[1]
     by_function = callable(options.criterion)
     if by_function and denominator is not None:
@@ -112,14 +115,14 @@ def evaluate(
     targets, kind, class_weights = _targets(logits, labels, options)
     divisor = denominator if isinstance(denominator, Tensor) else None
     settings = LossSettings(
-        float(options.lambda_), float(options.label_smoothing), options.ignore_index, DIVERGENCES[options.divergence],
-        float(options.temperature), options.detach_target, options.both_branches and not by_function, options.labelled_only, kind,
-        1.0 if divisor is not None else float(denominator or 0), difference,
+        float(options.lambda_), float(options.label_smoothing), _IGNORED if by_function else options.ignore_index,
+        DIVERGENCES[options.divergence], float(options.temperature), options.detach_target, options.both_branches and not by_function,
+        options.labelled_only, kind, 1.0 if divisor is not None else float(denominator or 0), difference,
+        torch.is_grad_enabled() and logits.requires_grad,
     )
     values, gradient, status = loss_and_gradient(logits.detach(), targets, class_weights, history, index, settings)
     total = loss_total(logits, values, gradient)
     if divisor is not None:
-        divisor = divisor.to(values.device, values.dtype, non_blocking=True)
         total, values = total / divisor, values / divisor
     classification = values[1]
     if by_function:
@@ -143,10 +146,10 @@ def _targets(logits: Tensor, labels: Tensor, options: LossOptions) -> tuple[Tens
     if options.criterion is not None:
         if options.labelled_only:
             # Classes of no weight: the labels say who takes part in the consistency, and no more.
-            ignored = torch.where(labels == options.ignore_index, labels, 0)
+            ignored = torch.where(labels == options.ignore_index, _IGNORED, 0)
             return ignored, lib.TARGETS_LABELS, logits.new_zeros(classes, dtype=real(logits.dtype))
         # The operator ignores every label, which leaves the consistency.
-        return torch.full((batch,), options.ignore_index, device=logits.device), lib.TARGETS_LABELS, None
+        return torch.full((batch,), _IGNORED, device=logits.device), lib.TARGETS_LABELS, None
     weights = options.class_weights
     if weights is not None:
         if weights.shape != (classes,):
@@ -200,5 +203,10 @@ def _check_probabilities(labels: Tensor, classes: int) -> None:
     if not labels.is_floating_point() or labels.shape[1:] != (classes,):
         raise PaceError(f"`labels` is {tuple(labels.shape)} of {labels.dtype}, expected int64 [B] or probabilities [B, {classes}]; other "
                         "targets need a `criterion`")
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling() and ((labels < 0).any() or ((labels.sum(1) - 1).abs() > 1e-3).any()):
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    # Each may be rounded by half a unit in its last place, in 16 bits too.
+    limits = torch.finfo(labels.dtype)
+    tolerance = 1e-3 + limits.eps / 2 * (1 + classes * limits.smallest_normal)
+    if (labels < 0).any() or not ((labels.sum(1, dtype=real(labels.dtype)) - 1).abs() <= tolerance).all():
         raise PaceError("`labels` are no probabilities: each row has to be at least 0 and add up to 1; other targets need a `criterion`")

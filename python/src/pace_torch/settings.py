@@ -28,6 +28,8 @@ DIVERGENCES = {
 }
 OF_PROBABILITIES = ("symmetric_kl", "kl", "jensen_shannon")
 SQUARED_ERROR = "mean_squared_error"
+# Options that are no choice where head and loss are one operator: a cross-entropy of the tokens that have labels.
+OF_TOKENS = {"criterion": None, "labelled_only": True}
 VARIANTS = ("pace", "lazy", "fast", "noise", "baseline")
 
 
@@ -155,7 +157,8 @@ class Settings(LossOptions):
         if check_choice("packed", self.packed, (True, False)) and self.noise_shape == "BTC":
             raise PaceError("`packed` is True beside the `noise_shape` BTC, by which no two tokens share noise: leave it out")
         if check_choice("fused_head", self.fused_head, (True, False)):
-            if self.criterion is not None:
+            # Tokens without a label take part in nothing, whatever `labelled_only` says.
+            if self.criterion is not OF_TOKENS["criterion"]:
                 raise PaceError("`criterion` is given beside `fused_head`, which computes the cross-entropy of tokens")
             if self.variant == "fast":
                 raise PaceError("`fused_head` is True beside the variant `fast`, which keeps a row of logits for each sample")
@@ -188,8 +191,8 @@ def takes_settings(function: Callable) -> Callable:
 Denominator = Union[None, float, Tensor]
 
 
-def check_denominator(denominator: Any) -> Denominator:
-    """A number above 0, or a tensor of no dimension, whose value nobody looks at."""
+def check_denominator(denominator: Any, device: torch.device, dtype: torch.dtype) -> Denominator:
+    """A number above 0, or a tensor of no dimension, whose value nobody looks at, on the device of a loss and of its type."""
     if denominator is None:
         return None
     if isinstance(denominator, Tensor):
@@ -197,7 +200,7 @@ def check_denominator(denominator: Any) -> Denominator:
             raise PaceError(f"`denominator` is {tuple(denominator.shape)} of {denominator.dtype}, expected a number or a tensor of no dimension")
         if denominator.requires_grad:
             raise PaceError("`denominator` requires a gradient, and has none")
-        return denominator
+        return denominator.to(device, dtype, non_blocking=True)
     if check_number("denominator", denominator, 0) == 0 or not isfinite(1 / denominator):
         raise PaceError(f"`denominator` is {denominator}, expected more than 0")
     return denominator

@@ -12,7 +12,7 @@ from ._operator import Derivative, Operator, is_plain
 
 class LossSettings(NamedTuple):
     """What the loss is told besides its tensors; numbers for names, as in `PaceLoss`. `denominator` 0 is what is counted; `difference` is
-    whether the second half of the logits is branch 0 minus branch 1."""
+    whether the second half of the logits is branch 0 minus branch 1; `wants_gradient` whether there is one."""
 
     lambda_: float
     label_smoothing: float
@@ -25,6 +25,7 @@ class LossSettings(NamedTuple):
     targets_kind: int = lib.TARGETS_LABELS
     denominator: float = 0.0
     difference: bool = False
+    wants_gradient: bool = True
 
     def flags(self) -> int:
         """`PACE_LOSS_*`."""
@@ -44,7 +45,8 @@ def loss_and_gradient(
     index: Optional[Tensor],
     settings: LossSettings,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Total, classification and consistency `[3]`; the gradient of the total; on CUDA, the status. Overwrites history rows.
+    """Total, classification and consistency `[3]`; the gradient of the total, empty if it is not wanted; on CUDA, the status. Overwrites
+    history rows.
 
     `targets` are of the settings' `targets_kind`.
     """
@@ -88,25 +90,27 @@ def _loss(
     targets_kind: int,
     denominator: float,
     difference: bool,
+    wants_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     settings = LossSettings(lambda_, label_smoothing, ignore_index, divergence, temperature, detach_target, both_branches, labelled_only,
-                            targets_kind, denominator, difference)
+                            targets_kind, denominator, difference, wants_gradient)
     return _evaluate((logits, labels, targets, class_weights, history, index), settings)
 
 
 @_loss.register_fake
-def _(logits, *_):
+def _(logits, *arguments):
     status = 9 if logits.device.type == "cuda" else 0
     return (
         logits.new_empty(3, dtype=real(logits.dtype)),
-        logits.new_empty(logits.shape),
+        logits.new_empty(logits.shape if arguments[-1] else 0),
         logits.new_empty(status, dtype=torch.int64),
     )
 
 
 def _evaluate(tensors, settings: LossSettings) -> tuple[Tensor, Tensor, Tensor]:
     gradient, values, status = _LOSS(tensors, settings)
-    return values, gradient, tensors[0].new_empty(0, dtype=torch.int64) if status is None else status
+    nothing = tensors[0].new_empty(0)
+    return values, nothing if gradient is None else gradient, nothing.long() if status is None else status
 
 
 def _fields(settings: LossSettings, logits, labels, targets, class_weights, history, index):
@@ -138,7 +142,7 @@ _LOSS = Function(
     inputs="logits labels targets class_weights history index",
     outputs="gradient values status",
     fields=_fields,
-    shapes=lambda settings, logits, *_: [logits.shape, (3,), (9,) if logits.is_cuda else None],
+    shapes=lambda settings, logits, *_: [logits.shape if settings.wants_gradient else None, (3,), (9,) if logits.is_cuda else None],
     workspace="loss",
     zeroed=True,
 )
