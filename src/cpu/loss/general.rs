@@ -1,37 +1,33 @@
-//! One sample of any loss, in `f64`. Rows are read in blocks that stay in the first cache: once for the maxima, once for the sums,
-//! once more for sums that need those, and once for the gradient. Exponentials wait in the gradient, as in `plain`.
+//! One sample of any loss, in `f64`: passes over its row for the maxima, the exponentials and what the criterion and the divergence
+//! add up, and one for the gradients. Exponentials wait in the gradients, as in `plain`.
 
-use super::plain::{LANES, difference, greater, reduce, total};
+use super::plain::{LANES, difference, fold, greater, reduce, total};
 use super::{Loss, Partner, Target, Weights};
-use crate::cpu::exp::{SMALL_EXPONENT, exp, small_exp_m1};
+use crate::cpu::exp::{SMALL_EXPONENT, exp, ln_1p, small_exp_m1};
 use crate::loss::{Divergence, LossSettings};
 use crate::real::Real;
 use crate::vector::{Loop, widest};
 use std::f64::consts::LN_2;
 
-/// Elements of a block.
-const BLOCK: usize = 256;
-type Block = [f64; BLOCK];
 type Lanes = [f64; LANES];
 
 /// What all samples of a batch have in common.
 pub(super) struct General<'a, T> {
     loss: &'a Loss<'a, T>,
     weights: Weights,
-    /// Share of the criterion that each branch has which takes part in it.
-    share: f64,
+    /// Whether there are two branches and the criterion is that of both.
+    trains_both: bool,
     /// `Σ_c w_c / C`.
     mean_weight: f64,
 }
 
 impl<'a, T: Real> General<'a, T> {
     pub(super) fn new(loss: &'a Loss<'a, T>, weights: Weights, two: bool) -> Self {
-        let share = if two && loss.settings.both_branches { 0.5 } else { 1.0 };
         let mean_weight = match loss.class_weights {
             None => 1.0,
             Some(all) => all.iter().map(|weight| weight.to_f64()).sum::<f64>() / all.len() as f64,
         };
-        Self { loss, weights, share, mean_weight }
+        Self { loss, weights, trains_both: two && loss.settings.both_branches, mean_weight }
     }
 
     /// Criterion and divergence of a sample.
@@ -43,80 +39,134 @@ impl<'a, T: Real> General<'a, T> {
         g0: Option<&mut [T]>,
         g1: Option<&mut [T]>,
     ) -> (f64, f64) {
+        if let (Partner::None, Target::None) = (partner, target) {
+            [g0, g1].into_iter().flatten().for_each(|g| g.fill(T::zero()));
+            return (0.0, 0.0);
+        }
+        let trained = match target {
+            Target::None => 0,
+            _ if self.trains_both => 2,
+            _ => 1,
+        };
+        let branches = Branches::new(logits, partner);
         let mut found = (0.0, 0.0);
-        widest(Sample { general: self, logits, partner, target, g0, g1, found: &mut found });
+        let divergence = match partner {
+            Partner::None => None,
+            _ => Some(self.loss.settings.divergence),
+        };
+        widest(Sample { general: self, branches, divergence, target, trained, g0, g1, found: &mut found });
         found
     }
+}
 
-    /// What the target gives to class `c`, and all classes together.
+/// A row in chunks, of which the last may be padded.
+#[derive(Clone, Copy)]
+struct Row<'a, T> {
+    all: &'a [T],
+    whole: &'a [[T; LANES]],
+    last: [T; LANES],
+}
+
+impl<'a, T: Real> Row<'a, T> {
     #[inline(always)]
-    fn targets(&self, target: Target<'_, T>, start: usize, block: &mut Block) {
-        let LossSettings { classes, label_smoothing: smoothing, .. } = self.loss.settings;
-        let len = BLOCK.min(classes - start);
-        let spread = if smoothing == 0.0 { 0.0 } else { smoothing / classes as f64 };
-        block.fill(0.0);
-        match target {
-            Target::None | Target::Values(_) => return,
-            Target::Label(label) => {
-                block[..len].fill(spread);
-                if let Some(t) = block[..len].get_mut(label.wrapping_sub(start)) {
-                    *t += 1.0 - smoothing;
-                }
-            }
-            Target::Probabilities(all) => {
-                for (t, p) in block.iter_mut().zip(&all[start..][..len]) {
-                    *t = (1.0 - smoothing) * p.to_f64() + spread;
-                }
-            }
-        }
-        if let Some(all) = self.loss.class_weights {
-            for (t, weight) in block.iter_mut().zip(&all[start..][..len]) {
-                *t *= weight.to_f64();
-            }
-        }
+    fn new(all: &'a [T], pad: f64) -> Self {
+        let (whole, rest) = all.as_chunks::<LANES>();
+        let mut last = [T::from_f64(pad); LANES];
+        last[..rest.len()].copy_from_slice(rest);
+        Self { all, whole, last }
+    }
+
+    #[inline(always)]
+    fn chunk(&self, i: usize) -> &[T; LANES] {
+        self.whole.get(i).unwrap_or(&self.last)
+    }
+
+    #[inline(always)]
+    fn chunks(&self) -> usize {
+        self.all.len().div_ceil(LANES)
     }
 }
 
-struct Sample<'a, T> {
-    general: &'a General<'a, T>,
-    logits: &'a [T],
-    partner: Partner<'a, T>,
-    target: Target<'a, T>,
-    g0: Option<&'a mut [T]>,
-    g1: Option<&'a mut [T]>,
-    found: &'a mut (f64, f64),
+/// A row that is read and written in chunks.
+struct RowMut<'a, T> {
+    whole: &'a mut [[T; LANES]],
+    rest: &'a mut [T],
+    last: [T; LANES],
 }
 
-/// Logits of both branches and their differences.
-struct Logits {
-    of: [Block; 2],
-    delta: Block,
+impl<'a, T: Real> RowMut<'a, T> {
+    #[inline(always)]
+    fn new(all: &'a mut [T]) -> Self {
+        let (whole, rest) = all.as_chunks_mut::<LANES>();
+        let mut last = [T::zero(); LANES];
+        last[..rest.len()].copy_from_slice(rest);
+        Self { whole, rest, last }
+    }
+
+    /// Beyond an empty row there is one chunk, which is forgotten.
+    #[inline(always)]
+    fn chunk(&mut self, i: usize) -> &mut [T; LANES] {
+        self.whole.get_mut(i).unwrap_or(&mut self.last)
+    }
+
+    #[inline(always)]
+    fn finish(self) {
+        self.rest.copy_from_slice(&self.last[..self.rest.len()]);
+    }
 }
 
-/// Sums over a row, in lanes.
+/// The logits of a sample's branches.
 #[derive(Clone, Copy)]
-struct Sums {
-    /// `Σ e` of each branch, for its criterion and for the divergence (with its temperature).
-    criterion: [Lanes; 2],
-    divergence: [Lanes; 2],
-    /// `Σ t·(max − l)` of each branch, or `Σ (l − v)²`.
-    below: [Lanes; 2],
-    /// `Σ t`.
-    targets: Lanes,
-    /// `Σ e·Δ` of each branch.
-    pulled: [Lanes; 2],
-    /// `Σ Δ`, `Σ Δ²`.
-    delta: Lanes,
-    squares: Lanes,
+struct Branches<'a, T> {
+    first: Row<'a, T>,
+    /// Logits of the second branch, or how much smaller they are; without one, those of the first.
+    other: Row<'a, T>,
+    is_difference: bool,
 }
 
-/// `lanes[i] += f(i)` for all elements of a block.
-#[inline(always)]
-fn add(lanes: &mut Lanes, f: impl Fn(usize) -> f64) {
-    for start in (0..BLOCK).step_by(LANES) {
-        for (lane, sum) in lanes.iter_mut().enumerate() {
-            *sum += f(start + lane);
+/// A class in both branches.
+#[derive(Clone, Copy)]
+struct Class {
+    logits: [f64; 2],
+    /// Of the logits.
+    delta: f64,
+}
+
+impl<'a, T: Real> Branches<'a, T> {
+    fn new(first: &'a [T], partner: Partner<'a, T>) -> Self {
+        let (other, is_difference) = match partner {
+            Partner::None => (first, false),
+            Partner::Logits(logits) => (logits, false),
+            Partner::Difference(less) => (less, true),
+        };
+        // What is past the end has no probability and no difference.
+        let past = f64::NEG_INFINITY;
+        Self { first: Row::new(first, past), other: Row::new(other, if is_difference { 0.0 } else { past }), is_difference }
+    }
+
+    #[inline(always)]
+    fn class(&self, l: T, other: T) -> Class {
+        self.class_of(l.to_f64(), other.to_f64())
+    }
+
+    #[inline(always)]
+    fn class_of(&self, l: f64, other: f64) -> Class {
+        if self.is_difference {
+            Class { logits: [l, l - other], delta: other }
+        } else {
+            Class { logits: [l, other], delta: difference(l, other) }
         }
+    }
+
+    #[inline(always)]
+    fn at(&self, class: usize) -> Class {
+        self.class(self.first.all[class], self.other.all[class])
+    }
+
+    /// `add` over all classes, for each lane by itself and from `start` on.
+    #[inline(always)]
+    fn fold(&self, start: f64, add: impl Fn(f64, Class) -> f64) -> Lanes {
+        fold([self.first.all, self.other.all], start, |sum, [l, other]| add(sum, self.class_of(l, other)))
     }
 }
 
@@ -126,341 +176,506 @@ fn share(p: f64, x: f64) -> f64 {
     if p == 0.0 { 0.0 } else { p * x }
 }
 
-/// `log(1 + e^x)` and `log(1 + e^−x)`.
-#[inline(always)]
-fn softplus(x: f64) -> (f64, f64) {
-    let rest = exp(-x.abs()).ln_1p();
-    (x.max(0.0) + rest, (-x).max(0.0) + rest)
+struct Sample<'a, T> {
+    general: &'a General<'a, T>,
+    branches: Branches<'a, T>,
+    /// None without another branch.
+    divergence: Option<Divergence>,
+    target: Target<'a, T>,
+    /// Branches that have a criterion.
+    trained: usize,
+    g0: Option<&'a mut [T]>,
+    g1: Option<&'a mut [T]>,
+    found: &'a mut (f64, f64),
 }
 
-/// What is known of a row's softmaxes: `p_c = exp((l_c − max)·scale)·inverse`.
+/// The exponentials of a branch.
+struct Exponentials {
+    max: f64,
+    /// Their sum, for the criterion.
+    criterion: f64,
+    /// For the divergence, with its temperature.
+    divergence: Sums,
+}
+
+/// `Σ e` and `Σ e·Δ` of a branch, with `e = exp((l − max)·scale)`.
+#[derive(Clone, Copy, Default)]
+struct Sums {
+    all: f64,
+    pulled: f64,
+}
+
+/// What is known of both softmaxes: `p = e·inverse`.
 #[derive(Clone, Copy)]
 struct Softmaxes {
     scale: f64,
     inverse: [f64; 2],
-    /// `log p_c/q_c = (Δ_c − shift)·scale − offset`: differences of maxima and of sums are exact where branches are close.
+    /// `log p/q = (Δ − shift)·scale − offset`: differences of maxima and of sums are exact where branches are close.
     shift: f64,
     offset: f64,
+    /// Means of `log p/q` under p and q.
+    means: [f64; 2],
 }
 
 impl Softmaxes {
-    /// `log p_c/q_c`; 0 for what is masked in both branches, which has no probability in either.
     #[inline(always)]
-    fn ratio(&self, logits: &Logits, i: usize) -> f64 {
-        let masked = logits.of[0][i] == f64::NEG_INFINITY && logits.of[1][i] == f64::NEG_INFINITY;
-        if masked { 0.0 } else { (logits.delta[i] - self.shift) * self.scale - self.offset }
+    fn new(scale: f64, max: [f64; 2], sums: [Sums; 2]) -> Self {
+        let inverse = [1.0 / sums[0].all, 1.0 / sums[1].all];
+        let (shift, offset) = (max[0] - max[1], sums[0].all.ln() - sums[1].all.ln());
+        let mean = |i: usize| (sums[i].pulled * inverse[i] - shift) * scale - offset;
+        Self { scale, inverse, shift, offset, means: [mean(0), mean(1)] }
+    }
+
+    /// `log p/q`.
+    #[inline(always)]
+    fn ratio(&self, delta: f64) -> f64 {
+        (delta - self.shift) * self.scale - self.offset
+    }
+
+    /// `p`, `q` and `log p/q`.
+    #[inline(always)]
+    fn compare(&self, e: [f64; 2], delta: f64) -> (f64, f64, f64) {
+        (e[0] * self.inverse[0], e[1] * self.inverse[1], self.ratio(delta))
     }
 }
 
-impl<T: Real> Sample<'_, T> {
+/// `p − q`. Of close branches it has digits that exponentials in `f32` have not.
+#[inline(always)]
+fn differ(p: f64, q: f64, ratio: f64) -> f64 {
+    if ratio.abs() <= SMALL_EXPONENT { -p * small_exp_m1(-ratio) } else { p - q }
+}
+
+/// `log p/m` and `log q/m` of `m = ½ (p + q)`, from `log p/q`.
+#[inline(always)]
+fn to_middle(ratio: f64) -> (f64, f64) {
+    let most = LN_2 - ln_1p(exp(-ratio.abs()));
+    (most - (-ratio).max(0.0), most - ratio.max(0.0))
+}
+
+/// The criterion in the gradient.
+#[derive(Clone, Copy)]
+struct Criterion {
+    /// Branches that have one.
+    trained: usize,
+    /// What the exponentials are multiplied by.
+    softmax: [f64; 2],
+    /// What targets, or differences from values, are multiplied by.
+    target: f64,
+    max: [f64; 2],
+}
+
+impl Criterion {
+    /// Zero for a branch that has no criterion, whatever is in it.
     #[inline(always)]
-    fn load(&self, start: usize, logits: &mut Logits) {
-        let len = BLOCK.min(self.logits.len() - start);
-        let Logits { of: [first, second], delta } = logits;
-        // What there is not has no probability and no difference.
-        if len < BLOCK {
-            first.fill(f64::NEG_INFINITY);
-            second.fill(f64::NEG_INFINITY);
-            delta.fill(0.0);
-        }
-        let row = &self.logits[start..][..len];
-        match self.partner {
-            Partner::None => {
-                for (a, l) in first.iter_mut().zip(row) {
-                    *a = l.to_f64();
-                }
-            }
-            Partner::Logits(other) => {
-                let rows = row.iter().zip(&other[start..][..len]);
-                for (((a, b), d), (l, m)) in first.iter_mut().zip(second).zip(delta).zip(rows) {
-                    (*a, *b) = (l.to_f64(), m.to_f64());
-                    *d = difference(*a, *b);
-                }
-            }
-            Partner::Difference(less) => {
-                let rows = row.iter().zip(&less[start..][..len]);
-                for (((a, b), d), (l, m)) in first.iter_mut().zip(second).zip(delta).zip(rows) {
-                    (*a, *d) = (l.to_f64(), m.to_f64());
-                    *b = *a - *d;
-                }
-            }
-        }
+    fn of(&self, [first, second]: [f64; 2]) -> [f64; 2] {
+        [if self.trained > 0 { first } else { 0.0 }, if self.trained > 1 { second } else { 0.0 }]
     }
+
+    #[inline(always)]
+    fn cross_entropy(&self, e: [f64; 2], t: f64) -> [f64; 2] {
+        let Self { softmax, target, .. } = *self;
+        self.of([softmax[0] * e[0] - target * t, softmax[1] * e[1] - target * t])
+    }
+}
+
+/// A class when its gradients are computed.
+#[derive(Clone, Copy)]
+struct Point {
+    class: Class,
+    /// Exponentials.
+    e: [f64; 2],
+    target: f64,
 }
 
 impl<T: Real> Loop for Sample<'_, T> {
     #[inline(always)]
     fn run(mut self) {
-        let LossSettings { classes, divergence, .. } = self.general.loss.settings;
-        let (mut g0, mut g1) = (self.g0.take(), self.g1.take());
-        let mut logits = Logits { of: [[0.0; BLOCK]; 2], delta: [0.0; BLOCK] };
-        let mut targets = [0.0; BLOCK];
-        let has_partner = !matches!(self.partner, Partner::None);
-        let branches = if has_partner { 2 } else { 1 };
-        // Which softmaxes are needed, and for how many branches there is a criterion.
-        let both = self.general.share < 1.0 && has_partner;
-        let trained = match self.target {
-            Target::None => 0,
-            _ if both => 2,
-            _ => 1,
-        };
         let is_cross_entropy = !matches!(self.target, Target::None | Target::Values(_));
-        let compares = has_partner && divergence.is_of_probabilities();
-        let scale = match divergence {
-            Divergence::Kl { temperature, .. } if compares => 1.0 / temperature,
+        let compares = self.divergence.filter(Divergence::is_of_probabilities);
+        let scale = match compares {
+            Some(Divergence::Kl { temperature, .. }) => 1.0 / temperature,
             _ => 1.0,
         };
-        // One exponential serves both where they are the same.
-        let is_shared = scale == 1.0;
+        // Exponentials in the gradients are those of the divergence, if there are two kinds.
+        let (mut g0, mut g1) = (self.g0.take(), self.g1.take());
+        let mut spare = Vec::new();
+        if compares.is_some() && g0.is_some() && g1.is_none() {
+            spare.resize(self.branches.first.all.len(), T::zero());
+            g1 = Some(&mut spare);
+        }
+        let first = self.softmax::<0>(scale, g0.as_deref_mut().unwrap_or_default());
+        let second = self.softmax::<1>(scale, g1.as_deref_mut().unwrap_or_default());
+        let max = [first.max, second.max];
+        let of_criterion = [first.criterion, second.criterion];
 
-        let mut max = [f64::NEG_INFINITY; 2];
-        if is_cross_entropy || compares {
-            let mut lanes = [[f64::NEG_INFINITY; LANES]; 2];
-            for start in (0..classes).step_by(BLOCK) {
-                self.load(start, &mut logits);
-                for (lanes, block) in lanes.iter_mut().zip(&logits.of).take(branches) {
-                    for i in (0..BLOCK).step_by(LANES) {
-                        for (lane, max) in lanes.iter_mut().enumerate() {
-                            *max = greater(*max, block[i + lane]);
-                        }
-                    }
-                }
-            }
-            max = lanes.map(|lanes| reduce(lanes, greater));
-        }
-
-        const NONE: Lanes = [0.0; LANES];
-        let mut sums = Sums {
-            criterion: [NONE; 2],
-            divergence: [NONE; 2],
-            below: [NONE; 2],
-            targets: NONE,
-            pulled: [NONE; 2],
-            delta: NONE,
-            squares: NONE,
-        };
-        let mut e = [0.0; BLOCK];
-        for start in (0..classes).step_by(BLOCK) {
-            let len = BLOCK.min(classes - start);
-            self.load(start, &mut logits);
-            if let Target::Values(values) = self.target {
-                for (below, l) in sums.below.iter_mut().zip(&logits.of).take(trained) {
-                    let values = &values[start..][..len];
-                    add(below, |i| values.get(i).map_or(0.0, |v| (l[i] - v.to_f64()) * (l[i] - v.to_f64())));
-                }
-            }
-            if is_cross_entropy {
-                self.general.targets(self.target, start, &mut targets);
-                add(&mut sums.targets, |i| targets[i]);
-                for branch in 0..trained {
-                    let (l, max) = (&logits.of[branch], max[branch]);
-                    // Targets of zero are no terms: what they would be a share of may be infinite.
-                    add(&mut sums.below[branch], |i| share(targets[i], max - l[i]));
-                }
-            }
-            for branch in 0..branches {
-                let (l, max) = (&logits.of[branch], max[branch]);
-                let of_criterion = is_cross_entropy && branch < trained;
-                if of_criterion || compares && is_shared {
-                    for (e, l) in e.iter_mut().zip(l) {
-                        *e = exp(l - max);
-                    }
-                    add(&mut sums.criterion[branch], |i| e[i]);
-                }
-                if compares && !is_shared {
-                    for (e, l) in e.iter_mut().zip(l) {
-                        *e = exp((l - max) * scale);
-                    }
-                }
-                if compares {
-                    add(&mut sums.divergence[branch], |i| e[i]);
-                    add(&mut sums.pulled[branch], |i| share(e[i], logits.delta[i]));
-                }
-                if let (0, Some(g), _) | (1, _, Some(g)) = (branch, g0.as_deref_mut(), g1.as_deref_mut()) {
-                    for (g, e) in g[start..][..len].iter_mut().zip(&e) {
-                        *g = T::from_f64(*e);
-                    }
-                }
-            }
-            if has_partner && !compares {
-                add(&mut sums.delta, |i| logits.delta[i]);
-                add(&mut sums.squares, |i| logits.delta[i] * logits.delta[i]);
-            }
-        }
-
-        // The criterion, and what its gradient is made of.
-        let share_of_criterion = if both { self.general.share } else { 1.0 };
-        let smoothing = self.general.loss.settings.label_smoothing;
-        let all_targets = match self.target {
-            Target::Label(label) => {
-                let weight = self.general.loss.class_weights.map_or(1.0, |all| all[label].to_f64());
-                (1.0 - smoothing) * weight + smoothing * self.general.mean_weight
-            }
-            _ => total(sums.targets),
-        };
-        let sum_of = |lanes: [Lanes; 2]| lanes.map(total);
-        let (of_criterion, below) = (sum_of(sums.criterion), sum_of(sums.below));
-        for branch in 0..trained {
-            self.found.0 += share_of_criterion
-                * match self.target {
-                    Target::Values(_) => below[branch] / classes as f64,
-                    _ => below[branch] + all_targets * of_criterion[branch].ln(),
-                };
-        }
-
-        // The divergence.
-        let of_divergence = sum_of(sums.divergence);
-        let softmaxes = Softmaxes {
-            scale,
-            inverse: of_divergence.map(|sum| 1.0 / sum),
-            shift: if compares { max[0] - max[1] } else { 0.0 },
-            offset: of_divergence[0].ln() - of_divergence[1].ln(),
-        };
-        let pulled = sum_of(sums.pulled);
-        // Means of log p/q under p and q.
-        let means: [f64; 2] = std::array::from_fn(|i| {
-            (pulled[i] * softmaxes.inverse[i] - softmaxes.shift) * scale - softmaxes.offset
-        });
-        let mean_delta = total(sums.delta) / classes as f64;
-        // Sums that need the sums before.
-        let mut later = [NONE; 2];
-        let is_jensen_shannon = compares && divergence == Divergence::JensenShannon;
-        let is_centered = has_partner && divergence == Divergence::CenteredSquaredDifference;
-        if is_jensen_shannon || is_centered {
-            for start in (0..classes).step_by(BLOCK) {
-                let len = BLOCK.min(classes - start);
-                self.load(start, &mut logits);
-                if is_centered {
-                    add(&mut later[0], |i| {
-                        let far = if i < len { logits.delta[i] - mean_delta } else { 0.0 };
-                        far * far
-                    });
-                    continue;
-                }
-                for i in 0..len {
-                    let [p, q] =
-                        std::array::from_fn(|k| exp(logits.of[k][i] - max[k]) * softmaxes.inverse[k]);
-                    let (up, down) = softplus(softmaxes.ratio(&logits, i));
-                    later[0][i % LANES] += share(p, LN_2 - down);
-                    later[1][i % LANES] += share(q, LN_2 - up);
-                }
-            }
-        }
-        let later = later.map(total);
-        if has_partner {
-            self.found.1 = match divergence {
-                Divergence::SquaredDifference => total(sums.squares),
-                Divergence::MeanSquaredDifference => total(sums.squares) / classes as f64,
-                Divergence::CenteredSquaredDifference => later[0],
-                Divergence::SymmetricKl => 0.5 * (means[0] - means[1]),
-                Divergence::Kl { temperature, .. } => -temperature * temperature * means[1],
-                Divergence::JensenShannon => 0.5 * (later[0] + later[1]),
-            };
-        }
+        let share_of_criterion = if self.trained == 2 { 0.5 } else { 1.0 };
+        let all_targets = self.all_targets();
+        let (own, others) = (self.criterion::<0>(&first, all_targets), self.criterion::<1>(&second, all_targets));
+        self.found.0 = share_of_criterion * (own + others);
+        let softmaxes = Softmaxes::new(scale, max, [first.divergence, second.divergence]);
+        let (divergence, middle) = self.divergence(&softmaxes, max);
+        self.found.1 = divergence;
 
         let Some(g0) = g0 else { return };
+        let g1 = g1.unwrap_or_default();
         let Weights { criterion, consistency } = self.general.weights;
         let criterion = criterion * share_of_criterion;
-        let mut gradients = [[0.0; BLOCK]; 2];
-        for start in (0..classes).step_by(BLOCK) {
-            let len = BLOCK.min(classes - start);
-            self.load(start, &mut logits);
-            // The exponentials that were left here.
-            let mut e = [[0.0; BLOCK]; 2];
-            for (e, g) in e[0].iter_mut().zip(&g0[start..][..len]) {
-                *e = g.to_f64();
+        let classes = self.branches.first.all.len() as f64;
+        let c = Criterion {
+            trained: self.trained,
+            softmax: of_criterion.map(|sum| criterion * all_targets / sum),
+            target: if is_cross_entropy { criterion } else { 2.0 * criterion / classes },
+            max,
+        };
+        let pull = match self.divergence {
+            Some(Divergence::Kl { temperature, .. }) => consistency * temperature,
+            Some(Divergence::SymmetricKl | Divergence::JensenShannon) => 0.5 * consistency,
+            Some(Divergence::MeanSquaredDifference) => 2.0 * consistency / classes,
+            _ => 2.0 * consistency,
+        };
+        // A loop for each, so that what one calls does not keep another from being vectorised.
+        match self.divergence {
+            Some(Divergence::SymmetricKl) => {
+                self.gradients(g0, g1, scale, max, SymmetricKl { pull, softmaxes }, CrossEntropy(c))
             }
-            if let Some(g1) = &g1 {
-                for (e, g) in e[1].iter_mut().zip(&g1[start..][..len]) {
-                    *e = g.to_f64();
-                }
-            } else if compares {
-                for (e, l) in e[1].iter_mut().zip(&logits.of[1]) {
-                    *e = exp((l - max[1]) * scale);
-                }
-            }
-            gradients.iter_mut().for_each(|block| block.fill(0.0));
-            let [d0, d1] = &mut gradients;
-            if compares {
-                let [p, q] = softmaxes.inverse;
-                let ratio = |i: usize| softmaxes.ratio(&logits, i);
-                let at = |i: usize| (e[0][i] * p, e[1][i] * q, ratio(i));
-                // Of close branches the difference has digits that exponentials in f32 have not.
-                let differ = |p: f64, q: f64, ratio: f64| {
-                    if ratio.abs() <= SMALL_EXPONENT { -p * small_exp_m1(-ratio) } else { p - q }
-                };
-                // A loop for each, so that what one calls does not keep another from being vectorised.
-                match divergence {
-                    Divergence::SymmetricKl => {
-                        for i in 0..BLOCK {
-                            let (p, q, ratio) = at(i);
-                            let differ = differ(p, q, ratio);
-                            d0[i] = consistency * 0.5 * (share(p, ratio - means[0]) + differ);
-                            d1[i] = consistency * 0.5 * (share(q, means[1] - ratio) - differ);
-                        }
-                    }
-                    Divergence::Kl { temperature, detach_target } => {
-                        let pull = consistency * temperature;
-                        for i in 0..BLOCK {
-                            let (p, q, ratio) = at(i);
-                            d0[i] = pull * differ(p, q, ratio);
-                            d1[i] = pull * share(q, means[1] - ratio);
-                        }
-                        // No share of what may not be a number.
-                        if detach_target {
-                            d1.fill(0.0);
-                        }
-                    }
-                    _ => {
-                        for i in 0..BLOCK {
-                            let (p, q, ratio) = at(i);
-                            let (up, down) = softplus(ratio);
-                            d0[i] = consistency * 0.5 * share(p, LN_2 - down - later[0]);
-                            d1[i] = consistency * 0.5 * share(q, LN_2 - up - later[1]);
-                        }
-                    }
-                }
-            } else if has_partner {
-                let factor = match divergence {
-                    Divergence::MeanSquaredDifference => 2.0 * consistency / classes as f64,
-                    _ => 2.0 * consistency,
-                };
-                let mean = if is_centered { mean_delta } else { 0.0 };
-                for i in 0..BLOCK {
-                    d0[i] = factor * (logits.delta[i] - mean);
-                    d1[i] = -d0[i];
-                }
-            }
-            if is_cross_entropy {
-                self.general.targets(self.target, start, &mut targets);
-            }
-            for (branch, gradient) in gradients.iter_mut().enumerate().take(trained) {
-                let l = &logits.of[branch];
-                if let Target::Values(values) = self.target {
-                    let factor = 2.0 * criterion / classes as f64;
-                    for ((g, l), v) in gradient.iter_mut().zip(l).zip(&values[start..][..len]) {
-                        *g += factor * (l - v.to_f64());
-                    }
-                    continue;
-                }
-                let scale = all_targets / of_criterion[branch];
-                if compares && !is_shared {
-                    for ((g, l), t) in gradient.iter_mut().zip(l).zip(&targets) {
-                        *g += criterion * (scale * exp(l - max[branch]) - t);
-                    }
+            Some(Divergence::Kl { detach_target, .. }) => {
+                let kl = Kl { pull, softmaxes, detach_target };
+                if scale == 1.0 {
+                    self.gradients(g0, g1, scale, max, kl, CrossEntropy(c))
                 } else {
-                    for ((g, e), t) in gradient.iter_mut().zip(&e[branch]).zip(&targets) {
-                        *g += criterion * (scale * e - t);
-                    }
+                    self.gradients(g0, g1, scale, max, kl, OtherTemperature(c))
                 }
             }
-            for (g, d) in g0[start..][..len].iter_mut().zip(&gradients[0]) {
-                *g = T::from_f64(*d);
+            Some(Divergence::JensenShannon) => {
+                self.gradients(g0, g1, scale, max, JensenShannon { pull, softmaxes, means: middle }, CrossEntropy(c))
             }
-            if let Some(g1) = g1.as_deref_mut() {
-                for (g, d) in g1[start..][..len].iter_mut().zip(&gradients[1]) {
-                    *g = T::from_f64(*d);
-                }
+            _ if is_cross_entropy => {
+                self.gradients(g0, g1, scale, max, Squares { pull, mean: middle[0] }, CrossEntropy(c))
+            }
+            _ => self.gradients(g0, g1, scale, max, Squares { pull, mean: middle[0] }, SquaredError(c)),
+        }
+    }
+}
+
+/// A term of the loss, whose gradient to both branches it gives in one class. A trait, as closures are not always inlined.
+trait Term {
+    fn gradient(&self, at: &Point) -> [f64; 2];
+}
+
+struct Squares {
+    pull: f64,
+    mean: f64,
+}
+
+impl Term for Squares {
+    #[inline(always)]
+    fn gradient(&self, at: &Point) -> [f64; 2] {
+        let d = self.pull * (at.class.delta - self.mean);
+        [d, -d]
+    }
+}
+
+struct SymmetricKl {
+    pull: f64,
+    softmaxes: Softmaxes,
+}
+
+impl Term for SymmetricKl {
+    #[inline(always)]
+    fn gradient(&self, at: &Point) -> [f64; 2] {
+        let (p, q, ratio) = self.softmaxes.compare(at.e, at.class.delta);
+        let [of_p, of_q] = self.softmaxes.means;
+        let differ = differ(p, q, ratio);
+        [self.pull * (share(p, ratio - of_p) + differ), self.pull * (share(q, of_q - ratio) - differ)]
+    }
+}
+
+struct Kl {
+    pull: f64,
+    softmaxes: Softmaxes,
+    detach_target: bool,
+}
+
+impl Term for Kl {
+    #[inline(always)]
+    fn gradient(&self, at: &Point) -> [f64; 2] {
+        let (p, q, ratio) = self.softmaxes.compare(at.e, at.class.delta);
+        let second = self.pull * share(q, self.softmaxes.means[1] - ratio);
+        [self.pull * differ(p, q, ratio), if self.detach_target { 0.0 } else { second }]
+    }
+}
+
+struct JensenShannon {
+    pull: f64,
+    softmaxes: Softmaxes,
+    means: [f64; 2],
+}
+
+impl Term for JensenShannon {
+    #[inline(always)]
+    fn gradient(&self, at: &Point) -> [f64; 2] {
+        let (p, q, ratio) = self.softmaxes.compare(at.e, at.class.delta);
+        let (first, second) = to_middle(ratio);
+        [self.pull * share(p, first - self.means[0]), self.pull * share(q, second - self.means[1])]
+    }
+}
+
+/// Of the exponentials at hand.
+struct CrossEntropy(Criterion);
+
+impl Term for CrossEntropy {
+    #[inline(always)]
+    fn gradient(&self, at: &Point) -> [f64; 2] {
+        self.0.cross_entropy(at.e, at.target)
+    }
+}
+
+/// Cross-entropy beside a divergence with a temperature.
+struct OtherTemperature(Criterion);
+
+impl Term for OtherTemperature {
+    #[inline(always)]
+    fn gradient(&self, at: &Point) -> [f64; 2] {
+        let ([first, second], max) = (at.class.logits, self.0.max);
+        self.0.cross_entropy([exp(first - max[0]), exp(second - max[1])], at.target)
+    }
+}
+
+struct SquaredError(Criterion);
+
+impl Term for SquaredError {
+    #[inline(always)]
+    fn gradient(&self, at: &Point) -> [f64; 2] {
+        let ([first, second], factor) = (at.class.logits, self.0.target);
+        self.0.of([factor * (first - at.target), factor * (second - at.target)])
+    }
+}
+
+#[inline(always)]
+fn gradient(divergence: &impl Term, criterion: &impl Term, at: Point) -> [f64; 2] {
+    let (d, c) = (divergence.gradient(&at), criterion.gradient(&at));
+    [d[0] + c[0], d[1] + c[1]]
+}
+
+impl<T: Real> Sample<'_, T> {
+    fn settings(&self) -> &LossSettings {
+        &self.general.loss.settings
+    }
+
+    /// The exponentials of branch `K`, as far as they are needed. Those of the divergence, if there are two kinds, go to `out`.
+    #[inline(always)]
+    fn softmax<const K: usize>(&self, scale: f64, out: &mut [T]) -> Exponentials {
+        let compares = self.divergence.is_some_and(|divergence| divergence.is_of_probabilities());
+        let has_criterion = K < self.trained && !matches!(self.target, Target::Values(_));
+        let mut found = Exponentials { max: f64::NEG_INFINITY, criterion: 0.0, divergence: Sums::default() };
+        if !compares && !has_criterion {
+            return found;
+        }
+        let max = self.branches.fold(f64::NEG_INFINITY, |max, class| greater(max, class.logits[K]));
+        found.max = reduce(max, greater);
+        found.divergence = self.exponentials::<K>(found.max, scale, out);
+        found.criterion = if compares && has_criterion && scale != 1.0 {
+            self.exponentials::<K>(found.max, 1.0, &mut []).all
+        } else {
+            found.divergence.all
+        };
+        found
+    }
+
+    #[inline(always)]
+    fn exponentials<const K: usize>(&self, max: f64, scale: f64, out: &mut [T]) -> Sums {
+        let mut out = RowMut::new(out);
+        let (mut all, mut pulled) = ([0.0; LANES], [0.0; LANES]);
+        for chunk in 0..self.branches.first.chunks() {
+            let (first, other) = (self.branches.first.chunk(chunk), self.branches.other.chunk(chunk));
+            let mut values = [T::zero(); LANES];
+            for i in 0..LANES {
+                let Class { logits, delta } = self.branches.class(first[i], other[i]);
+                let e = exp((logits[K] - max) * scale);
+                all[i] += e;
+                pulled[i] += share(e, delta);
+                values[i] = T::from_f64(e);
+            }
+            *out.chunk(chunk) = values;
+        }
+        out.finish();
+        Sums { all: total(all), pulled: total(pulled) }
+    }
+
+    /// Share of the target that is spread over all classes.
+    #[inline(always)]
+    fn spread(&self) -> f64 {
+        self.settings().label_smoothing / self.branches.first.all.len() as f64
+    }
+
+    /// Whether a class other than the label has a target.
+    #[inline(always)]
+    fn has_targets(&self) -> bool {
+        match self.target {
+            Target::None => false,
+            Target::Label(_) => self.settings().label_smoothing != 0.0,
+            Target::Probabilities(_) | Target::Values(_) => true,
+        }
+    }
+
+    /// Targets of a chunk, without what a label has more than others.
+    #[inline(always)]
+    fn targets(&self, chunk: usize) -> Lanes {
+        let of = |row: &[T]| {
+            let mut lanes = [0.0; LANES];
+            lanes.iter_mut().zip(&row[chunk * LANES..]).for_each(|(to, from)| *to = from.to_f64());
+            lanes
+        };
+        let mut targets = match self.target {
+            Target::None => return [0.0; LANES],
+            Target::Values(values) => return of(values),
+            Target::Label(_) => [self.spread(); LANES],
+            Target::Probabilities(all) => {
+                let hard = 1.0 - self.settings().label_smoothing;
+                of(all).map(|p| hard * p + self.spread())
+            }
+        };
+        if let Some(all) = self.general.loss.class_weights {
+            targets.iter_mut().zip(of(all)).for_each(|(t, weight)| *t *= weight);
+        }
+        targets
+    }
+
+    /// What a label has more than others.
+    #[inline(always)]
+    fn of_label(&self, label: usize) -> f64 {
+        let weight = self.general.loss.class_weights.map_or(1.0, |all| all[label].to_f64());
+        (1.0 - self.settings().label_smoothing) * weight
+    }
+
+    /// `lanes[i] += add(class, target)` over all classes.
+    #[inline(always)]
+    fn add_targets(&self, add: impl Fn(Class, f64) -> f64) -> f64 {
+        let mut sums = [0.0; LANES];
+        let Branches { first, other, .. } = &self.branches;
+        for chunk in 0..first.chunks() {
+            let (l, other, targets) = (first.chunk(chunk), other.chunk(chunk), self.targets(chunk));
+            for i in 0..LANES.min(first.all.len() - chunk * LANES) {
+                sums[i] += add(self.branches.class(l[i], other[i]), targets[i]);
+            }
+        }
+        total(sums)
+    }
+
+    /// The sum of the targets of all classes.
+    #[inline(always)]
+    fn all_targets(&self) -> f64 {
+        match self.target {
+            Target::None | Target::Values(_) => 0.0,
+            Target::Label(label) => {
+                self.of_label(label) + self.settings().label_smoothing * self.general.mean_weight
+            }
+            Target::Probabilities(_) => self.add_targets(|_, t| t),
+        }
+    }
+
+    /// The criterion of branch `K`.
+    #[inline(always)]
+    fn criterion<const K: usize>(&self, exponentials: &Exponentials, all_targets: f64) -> f64 {
+        if K >= self.trained {
+            return 0.0;
+        }
+        let max = exponentials.max;
+        if let Target::Values(_) = self.target {
+            let far = |class: Class, value: f64| class.logits[K] - value;
+            let squares = self.add_targets(|class, value| far(class, value) * far(class, value));
+            return squares / self.branches.first.all.len() as f64;
+        }
+        // Targets of zero are no terms: what they would be a share of may be infinite.
+        let mut below = 0.0;
+        if self.has_targets() {
+            below += self.add_targets(|class, t| share(t, max - class.logits[K]));
+        }
+        if let Target::Label(label) = self.target {
+            below += share(self.of_label(label), max - self.branches.at(label).logits[K]);
+        }
+        below + all_targets * exponentials.criterion.ln()
+    }
+
+    /// The divergence; means of what it compares, for the gradient.
+    #[inline(always)]
+    fn divergence(&self, softmaxes: &Softmaxes, max: [f64; 2]) -> (f64, [f64; 2]) {
+        let Some(divergence) = self.divergence else { return (0.0, [0.0; 2]) };
+        let classes = self.branches.first.all.len() as f64;
+        let squares = |mean: f64| {
+            total(self.branches.fold(0.0, |sum, class| sum + (class.delta - mean) * (class.delta - mean)))
+        };
+        let value = match divergence {
+            Divergence::SquaredDifference => squares(0.0),
+            Divergence::MeanSquaredDifference => squares(0.0) / classes,
+            Divergence::CenteredSquaredDifference => {
+                let mean = total(self.branches.fold(0.0, |sum, class| sum + class.delta)) / classes;
+                return (squares(mean), [mean, 0.0]);
+            }
+            Divergence::SymmetricKl => 0.5 * (softmaxes.means[0] - softmaxes.means[1]),
+            Divergence::Kl { temperature, .. } => -temperature * temperature * softmaxes.means[1],
+            Divergence::JensenShannon => {
+                let middle = self.to_middle(softmaxes, max);
+                return (0.5 * (middle[0] + middle[1]), middle);
+            }
+        };
+        (value, [0.0; 2])
+    }
+
+    /// `KL(p‖m)` and `KL(q‖m)` of `m = ½ (p + q)`.
+    #[inline(always)]
+    fn to_middle(&self, softmaxes: &Softmaxes, max: [f64; 2]) -> [f64; 2] {
+        let mut sums = [[0.0; LANES]; 2];
+        for chunk in 0..self.branches.first.chunks() {
+            let (l, other) = (self.branches.first.chunk(chunk), self.branches.other.chunk(chunk));
+            for i in 0..LANES {
+                let Class { logits, delta } = self.branches.class(l[i], other[i]);
+                let e = [exp(logits[0] - max[0]), exp(logits[1] - max[1])];
+                let (p, q, ratio) = softmaxes.compare(e, delta);
+                let (first, second) = to_middle(ratio);
+                sums[0][i] += share(p, first);
+                sums[1][i] += share(q, second);
+            }
+        }
+        [total(sums[0]), total(sums[1])]
+    }
+
+    /// Writes the gradients, which hold the exponentials.
+    #[inline(always)]
+    fn gradients(
+        &self,
+        g0: &mut [T],
+        g1: &mut [T],
+        scale: f64,
+        max: [f64; 2],
+        divergence: impl Term,
+        criterion: impl Term,
+    ) {
+        let Branches { first, other, .. } = &self.branches;
+        let (mut to0, mut to1) = (RowMut::new(g0), RowMut::new(g1));
+        for chunk in 0..first.chunks() {
+            let (l, other) = (first.chunk(chunk), other.chunk(chunk));
+            let targets = if self.has_targets() { self.targets(chunk) } else { [0.0; LANES] };
+            let (g0, g1) = (to0.chunk(chunk), to1.chunk(chunk));
+            for i in 0..LANES {
+                let class = self.branches.class(l[i], other[i]);
+                let at = Point { class, e: [g0[i].to_f64(), g1[i].to_f64()], target: targets[i] };
+                let [a, b] = gradient(&divergence, &criterion, at);
+                (g0[i], g1[i]) = (T::from_f64(a), T::from_f64(b));
+            }
+        }
+        to0.finish();
+        to1.finish();
+        // The terms of the label cancel: it gets exponentials that have not been rounded.
+        if let Target::Label(label) = self.target {
+            let class = self.branches.at(label);
+            let e = |k: usize| exp((class.logits[k] - max[k]) * scale);
+            let targets = if self.has_targets() { self.targets(label / LANES)[label % LANES] } else { 0.0 };
+            let at = Point { class, e: [e(0), e(1)], target: targets + self.of_label(label) };
+            let g = gradient(&divergence, &criterion, at);
+            g0[label] = T::from_f64(g[0]);
+            if let Some(g1) = g1.get_mut(label) {
+                *g1 = T::from_f64(g[1]);
             }
         }
     }
