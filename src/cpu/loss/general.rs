@@ -656,13 +656,15 @@ impl<T: Real> Sample<'_, T> {
         for chunk in 0..first.chunks() {
             let (l, other) = (first.chunk(chunk), other.chunk(chunk));
             let targets = if self.has_targets() { self.targets(chunk) } else { [0.0; LANES] };
-            let (g0, g1) = (to0.chunk(chunk), to1.chunk(chunk));
+            // Copies, so that they overlap nothing.
+            let (mut g0, mut g1) = (*to0.chunk(chunk), *to1.chunk(chunk));
             for i in 0..LANES {
                 let class = self.branches.class(l[i], other[i]);
                 let at = Point { class, e: [g0[i].to_f64(), g1[i].to_f64()], target: targets[i] };
                 let [a, b] = gradient(&divergence, &criterion, at);
                 (g0[i], g1[i]) = (T::from_f64(a), T::from_f64(b));
             }
+            (*to0.chunk(chunk), *to1.chunk(chunk)) = (g0, g1);
         }
         to0.finish();
         to1.finish();
