@@ -204,7 +204,7 @@ impl<T: Real> Loop for Sample<'_, T> {
                 -temperature * temperature * softmaxes.means[1]
             }
             Divergence::JensenShannon if self.has_partner => {
-                let means = self.to_middle(&softmaxes);
+                let means = self.distances_from_middle(&softmaxes);
                 self.gradients(&mut to, JensenShannon { weight, softmaxes, means }, cross_entropy);
                 0.5 * (means[0] + means[1])
             }
@@ -283,12 +283,12 @@ impl<T: Real> Sample<'_, T> {
 
     /// `KL(p‖m)` and `KL(q‖m)` of `m = ½ (p + q)`.
     #[inline(always)]
-    fn to_middle(&self, softmaxes: &Softmaxes) -> [f64; 2] {
+    fn distances_from_middle(&self, softmaxes: &Softmaxes) -> [f64; 2] {
         let (mut of_p, mut of_q) = ([0.0; LANES], [0.0; LANES]);
         for chunk in 0..self.branches.first.chunks() {
             let classes = self.branches.chunk(chunk);
             for i in 0..LANES {
-                let [first, second] = softmaxes.to_middle(&classes.class(i));
+                let [first, second] = softmaxes.compare_with_middle(&classes.class(i));
                 of_p[i] += first;
                 of_q[i] += second;
             }

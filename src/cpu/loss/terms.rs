@@ -83,7 +83,7 @@ impl Softmaxes {
 
     /// `p log p/m` and `q log q/m` of `m = ½ (p + q)`.
     #[inline(always)]
-    pub fn to_middle(&self, class: &Class) -> [f64; 2] {
+    pub fn compare_with_middle(&self, class: &Class) -> [f64; 2] {
         let (p, q, ratio) = self.compare(self.exponentials.of(class), class.delta);
         let (first, second) = logs_to_middle(ratio);
         [share(p, first), share(q, second)]
