@@ -1,37 +1,31 @@
-//! One sample of any loss, in `f64`. Rows are read in blocks that stay in the first cache: once for the maxima, once for the sums,
-//! once more for sums that need those, and once for the gradient. Exponentials wait in the gradient, as in `plain`.
+//! One sample of any loss, in `f64`: passes over its row for the maxima, for the exponentials, for what the divergence and the
+//! criterion need besides, and for the gradients. Exponentials wait in the gradients, as in `plain`.
 
-use super::plain::{LANES, difference, greater, reduce, total};
+use super::rows::{LANES, Lanes, Row, RowMut, difference, fold, greater, reduce, total};
+use super::terms::*;
 use super::{Loss, Partner, Target, Weights};
-use crate::cpu::exp::{SMALL_EXPONENT, exp, small_exp_m1};
+use crate::cpu::exp::exp;
 use crate::loss::{Divergence, LossSettings};
 use crate::real::Real;
 use crate::vector::{Loop, widest};
-use std::f64::consts::LN_2;
-
-/// Elements of a block.
-const BLOCK: usize = 256;
-type Block = [f64; BLOCK];
-type Lanes = [f64; LANES];
 
 /// What all samples of a batch have in common.
 pub(super) struct General<'a, T> {
     loss: &'a Loss<'a, T>,
     weights: Weights,
-    /// Share of the criterion that each branch has which takes part in it.
-    share: f64,
+    /// Whether there are two branches and the criterion is that of both.
+    trains_both: bool,
     /// `Σ_c w_c / C`.
     mean_weight: f64,
 }
 
 impl<'a, T: Real> General<'a, T> {
     pub(super) fn new(loss: &'a Loss<'a, T>, weights: Weights, two: bool) -> Self {
-        let share = if two && loss.settings.both_branches { 0.5 } else { 1.0 };
         let mean_weight = match loss.class_weights {
             None => 1.0,
             Some(all) => all.iter().map(|weight| weight.to_f64()).sum::<f64>() / all.len() as f64,
         };
-        Self { loss, weights, share, mean_weight }
+        Self { loss, weights, trains_both: two && loss.settings.both_branches, mean_weight }
     }
 
     /// Criterion and divergence of a sample.
@@ -44,424 +38,458 @@ impl<'a, T: Real> General<'a, T> {
         g1: Option<&mut [T]>,
     ) -> (f64, f64) {
         let mut found = (0.0, 0.0);
-        widest(Sample { general: self, logits, partner, target, g0, g1, found: &mut found });
+        widest(self.sample(logits, partner, target, [g0, g1], &mut found));
         found
     }
 
-    /// What the target gives to class `c`, and all classes together.
+    fn sample<'b>(
+        &'b self,
+        logits: &'b [T],
+        partner: Partner<'b, T>,
+        target: Target<'b, T>,
+        [g0, g1]: [Option<&'b mut [T]>; 2],
+        found: &'b mut (f64, f64),
+    ) -> Sample<'b, T> {
+        let trained = match target {
+            Target::None => 0,
+            _ if self.trains_both => 2,
+            _ => 1,
+        };
+        Sample {
+            general: self,
+            settings: self.loss.settings,
+            branches: Branches::new(logits, partner),
+            has_partner: !matches!(partner, Partner::None),
+            target,
+            trained,
+            g0,
+            g1,
+            found,
+        }
+    }
+}
+
+/// The logits of a sample's branches.
+struct Branches<'a, T> {
+    first: Row<'a, T>,
+    /// Logits of the second branch, or how much smaller they are; without one, those of the first.
+    other: Row<'a, T>,
+    is_difference: bool,
+}
+
+impl<'a, T: Real> Branches<'a, T> {
+    fn new(first: &'a [T], partner: Partner<'a, T>) -> Self {
+        // What is past the end has no probability and no difference.
+        let past = f64::NEG_INFINITY;
+        let (other, is_difference) = match partner {
+            Partner::None => (Row::new(first, past), false),
+            Partner::Logits(logits) => (Row::new(logits, past), false),
+            Partner::Difference(less) => (Row::new(less, 0.0), true),
+        };
+        Self { first: Row::new(first, past), other, is_difference }
+    }
+
+    fn classes(&self) -> f64 {
+        self.first.all.len() as f64
+    }
+
     #[inline(always)]
-    fn targets(&self, target: Target<'_, T>, start: usize, block: &mut Block) {
-        let LossSettings { classes, label_smoothing: smoothing, .. } = self.loss.settings;
-        let len = BLOCK.min(classes - start);
-        let spread = if smoothing == 0.0 { 0.0 } else { smoothing / classes as f64 };
-        block.fill(0.0);
-        match target {
-            Target::None | Target::Values(_) => return,
-            Target::Label(label) => {
-                block[..len].fill(spread);
-                if let Some(t) = block[..len].get_mut(label.wrapping_sub(start)) {
-                    *t += 1.0 - smoothing;
-                }
-            }
-            Target::Probabilities(all) => {
-                for (t, p) in block.iter_mut().zip(&all[start..][..len]) {
-                    *t = (1.0 - smoothing) * p.to_f64() + spread;
-                }
-            }
+    fn class(&self, l: f64, other: f64) -> Class {
+        if self.is_difference {
+            Class { logits: [l, l - other], delta: other }
+        } else {
+            Class { logits: [l, other], delta: difference(l, other) }
         }
-        if let Some(all) = self.loss.class_weights {
-            for (t, weight) in block.iter_mut().zip(&all[start..][..len]) {
-                *t *= weight.to_f64();
-            }
-        }
+    }
+
+    #[inline(always)]
+    fn at(&self, class: usize) -> Class {
+        self.class(self.first.all[class].to_f64(), self.other.all[class].to_f64())
+    }
+
+    /// `add` over all classes, for each lane by itself and from `start` on.
+    #[inline(always)]
+    fn fold(&self, start: f64, add: impl Fn(f64, Class) -> f64) -> Lanes {
+        fold([self.first.all, self.other.all], start, |sum, [l, other]| add(sum, self.class(l, other)))
+    }
+
+    /// Some classes.
+    #[inline(always)]
+    fn chunk(&self, chunk: usize) -> Chunk<'_, T> {
+        Chunk { branches: self, first: self.first.chunk(chunk), other: self.other.chunk(chunk) }
+    }
+}
+
+struct Chunk<'a, T> {
+    branches: &'a Branches<'a, T>,
+    first: &'a [T; LANES],
+    other: &'a [T; LANES],
+}
+
+impl<T: Real> Chunk<'_, T> {
+    #[inline(always)]
+    fn class(&self, i: usize) -> Class {
+        self.branches.class(self.first[i].to_f64(), self.other[i].to_f64())
     }
 }
 
 struct Sample<'a, T> {
     general: &'a General<'a, T>,
-    logits: &'a [T],
-    partner: Partner<'a, T>,
+    settings: LossSettings,
+    branches: Branches<'a, T>,
+    has_partner: bool,
     target: Target<'a, T>,
+    /// Branches that have a criterion.
+    trained: usize,
     g0: Option<&'a mut [T]>,
     g1: Option<&'a mut [T]>,
     found: &'a mut (f64, f64),
 }
 
-/// Logits of both branches and their differences.
-struct Logits {
-    of: [Block; 2],
-    delta: Block,
-}
-
-/// Sums over a row, in lanes.
-#[derive(Clone, Copy)]
-struct Sums {
-    /// `Σ e` of each branch, for its criterion and for the divergence (with its temperature).
-    criterion: [Lanes; 2],
-    divergence: [Lanes; 2],
-    /// `Σ t·(max − l)` of each branch, or `Σ (l − v)²`.
-    below: [Lanes; 2],
-    /// `Σ t`.
-    targets: Lanes,
-    /// `Σ e·Δ` of each branch.
-    pulled: [Lanes; 2],
-    /// `Σ Δ`, `Σ Δ²`.
-    delta: Lanes,
-    squares: Lanes,
-}
-
-/// `lanes[i] += f(i)` for all elements of a block.
-#[inline(always)]
-fn add(lanes: &mut Lanes, f: impl Fn(usize) -> f64) {
-    for start in (0..BLOCK).step_by(LANES) {
-        for (lane, sum) in lanes.iter_mut().enumerate() {
-            *sum += f(start + lane);
-        }
-    }
-}
-
-/// `p·x`, nothing without probability: there `x` may be infinite.
-#[inline(always)]
-fn share(p: f64, x: f64) -> f64 {
-    if p == 0.0 { 0.0 } else { p * x }
-}
-
-/// `log(1 + e^x)` and `log(1 + e^−x)`.
-#[inline(always)]
-fn softplus(x: f64) -> (f64, f64) {
-    let rest = exp(-x.abs()).ln_1p();
-    (x.max(0.0) + rest, (-x).max(0.0) + rest)
-}
-
-/// What is known of a row's softmaxes: `p_c = exp((l_c − max)·scale)·inverse`.
-#[derive(Clone, Copy)]
-struct Softmaxes {
-    scale: f64,
-    inverse: [f64; 2],
-    /// `log p_c/q_c = (Δ_c − shift)·scale − offset`: differences of maxima and of sums are exact where branches are close.
-    shift: f64,
-    offset: f64,
-}
-
-impl Softmaxes {
-    /// `log p_c/q_c`; 0 for what is masked in both branches, which has no probability in either.
-    #[inline(always)]
-    fn ratio(&self, logits: &Logits, i: usize) -> f64 {
-        let masked = logits.of[0][i] == f64::NEG_INFINITY && logits.of[1][i] == f64::NEG_INFINITY;
-        if masked { 0.0 } else { (logits.delta[i] - self.shift) * self.scale - self.offset }
-    }
-}
-
-impl<T: Real> Sample<'_, T> {
-    #[inline(always)]
-    fn load(&self, start: usize, logits: &mut Logits) {
-        let len = BLOCK.min(self.logits.len() - start);
-        let Logits { of: [first, second], delta } = logits;
-        // What there is not has no probability and no difference.
-        if len < BLOCK {
-            first.fill(f64::NEG_INFINITY);
-            second.fill(f64::NEG_INFINITY);
-            delta.fill(0.0);
-        }
-        let row = &self.logits[start..][..len];
-        match self.partner {
-            Partner::None => {
-                for (a, l) in first.iter_mut().zip(row) {
-                    *a = l.to_f64();
-                }
-            }
-            Partner::Logits(other) => {
-                let rows = row.iter().zip(&other[start..][..len]);
-                for (((a, b), d), (l, m)) in first.iter_mut().zip(second).zip(delta).zip(rows) {
-                    (*a, *b) = (l.to_f64(), m.to_f64());
-                    *d = difference(*a, *b);
-                }
-            }
-            Partner::Difference(less) => {
-                let rows = row.iter().zip(&less[start..][..len]);
-                for (((a, b), d), (l, m)) in first.iter_mut().zip(second).zip(delta).zip(rows) {
-                    (*a, *d) = (l.to_f64(), m.to_f64());
-                    *b = *a - *d;
-                }
-            }
-        }
-    }
+/// A branch's softmax, as far as it is needed.
+struct Softmax {
+    max: f64,
+    /// The sum of exponentials for the criterion.
+    criterion: f64,
+    /// Those for the divergence.
+    divergence: Sums,
 }
 
 impl<T: Real> Loop for Sample<'_, T> {
     #[inline(always)]
     fn run(mut self) {
-        let LossSettings { classes, divergence, .. } = self.general.loss.settings;
         let (mut g0, mut g1) = (self.g0.take(), self.g1.take());
-        let mut logits = Logits { of: [[0.0; BLOCK]; 2], delta: [0.0; BLOCK] };
-        let mut targets = [0.0; BLOCK];
-        let has_partner = !matches!(self.partner, Partner::None);
-        let branches = if has_partner { 2 } else { 1 };
-        // Which softmaxes are needed, and for how many branches there is a criterion.
-        let both = self.general.share < 1.0 && has_partner;
-        let trained = match self.target {
-            Target::None => 0,
-            _ if both => 2,
-            _ => 1,
-        };
-        let is_cross_entropy = !matches!(self.target, Target::None | Target::Values(_));
-        let compares = has_partner && divergence.is_of_probabilities();
-        let scale = match divergence {
-            Divergence::Kl { temperature, .. } if compares => 1.0 / temperature,
-            _ => 1.0,
-        };
-        // One exponential serves both where they are the same.
-        let is_shared = scale == 1.0;
-
-        let mut max = [f64::NEG_INFINITY; 2];
-        if is_cross_entropy || compares {
-            let mut lanes = [[f64::NEG_INFINITY; LANES]; 2];
-            for start in (0..classes).step_by(BLOCK) {
-                self.load(start, &mut logits);
-                for (lanes, block) in lanes.iter_mut().zip(&logits.of).take(branches) {
-                    for i in (0..BLOCK).step_by(LANES) {
-                        for (lane, max) in lanes.iter_mut().enumerate() {
-                            *max = greater(*max, block[i + lane]);
-                        }
-                    }
-                }
-            }
-            max = lanes.map(|lanes| reduce(lanes, greater));
+        if !self.has_partner && self.trained == 0 {
+            [g0, g1].into_iter().flatten().for_each(|g| g.fill(T::zero()));
+            return;
         }
+        let mut spare = Vec::new();
+        if self.compares_probabilities() && g0.is_some() && g1.is_none() {
+            // Nobody wants this gradient, but the exponentials have to wait somewhere.
+            spare.resize(self.branches.first.all.len(), T::zero());
+            g1 = Some(&mut spare);
+        }
+        let scale = self.scale();
+        let first = self.softmax::<0>(scale, g0.as_deref_mut().unwrap_or_default());
+        let second = self.softmax::<1>(scale, g1.as_deref_mut().unwrap_or_default());
+        let exponentials = Exponentials { max: [first.max, second.max], scale };
+        let softmaxes = Softmaxes::new(exponentials, [first.divergence, second.divergence]);
+        let share_of_criterion = if self.trained == 2 { 0.5 } else { 1.0 };
+        let all_targets = self.all_targets();
+        self.found.0 = share_of_criterion
+            * (self.criterion::<0>(&first, all_targets) + self.criterion::<1>(&second, all_targets));
 
-        const NONE: Lanes = [0.0; LANES];
-        let mut sums = Sums {
-            criterion: [NONE; 2],
-            divergence: [NONE; 2],
-            below: [NONE; 2],
-            targets: NONE,
-            pulled: [NONE; 2],
-            delta: NONE,
-            squares: NONE,
+        let Weights { criterion, consistency: weight } = self.general.weights;
+        let (trained, criterion) = (self.trained, criterion * share_of_criterion);
+        let cross_entropy = CrossEntropy {
+            trained,
+            softmax: [first.criterion, second.criterion].map(|sum| criterion * all_targets / sum),
+            weight: criterion,
         };
-        let mut e = [0.0; BLOCK];
-        for start in (0..classes).step_by(BLOCK) {
-            let len = BLOCK.min(classes - start);
-            self.load(start, &mut logits);
-            if let Target::Values(values) = self.target {
-                for (below, l) in sums.below.iter_mut().zip(&logits.of).take(trained) {
-                    let values = &values[start..][..len];
-                    add(below, |i| values.get(i).map_or(0.0, |v| (l[i] - v.to_f64()) * (l[i] - v.to_f64())));
-                }
+        let mut to = Gradients { first: g0, second: g1, exponentials };
+        // A loop for each, so that what one calls does not keep another from being vectorised.
+        self.found.1 = match self.settings.divergence {
+            Divergence::SymmetricKl if self.has_partner => {
+                self.gradients(&mut to, SymmetricKl { weight, softmaxes }, cross_entropy);
+                0.5 * (softmaxes.means[0] - softmaxes.means[1])
             }
-            if is_cross_entropy {
-                self.general.targets(self.target, start, &mut targets);
-                add(&mut sums.targets, |i| targets[i]);
-                for branch in 0..trained {
-                    let (l, max) = (&logits.of[branch], max[branch]);
-                    // Targets of zero are no terms: what they would be a share of may be infinite.
-                    add(&mut sums.below[branch], |i| share(targets[i], max - l[i]));
-                }
-            }
-            for branch in 0..branches {
-                let (l, max) = (&logits.of[branch], max[branch]);
-                let of_criterion = is_cross_entropy && branch < trained;
-                if of_criterion || compares && is_shared {
-                    for (e, l) in e.iter_mut().zip(l) {
-                        *e = exp(l - max);
-                    }
-                    add(&mut sums.criterion[branch], |i| e[i]);
-                }
-                if compares && !is_shared {
-                    for (e, l) in e.iter_mut().zip(l) {
-                        *e = exp((l - max) * scale);
-                    }
-                }
-                if compares {
-                    add(&mut sums.divergence[branch], |i| e[i]);
-                    add(&mut sums.pulled[branch], |i| share(e[i], logits.delta[i]));
-                }
-                if let (0, Some(g), _) | (1, _, Some(g)) = (branch, g0.as_deref_mut(), g1.as_deref_mut()) {
-                    for (g, e) in g[start..][..len].iter_mut().zip(&e) {
-                        *g = T::from_f64(*e);
-                    }
-                }
-            }
-            if has_partner && !compares {
-                add(&mut sums.delta, |i| logits.delta[i]);
-                add(&mut sums.squares, |i| logits.delta[i] * logits.delta[i]);
-            }
-        }
-
-        // The criterion, and what its gradient is made of.
-        let share_of_criterion = if both { self.general.share } else { 1.0 };
-        let smoothing = self.general.loss.settings.label_smoothing;
-        let all_targets = match self.target {
-            Target::Label(label) => {
-                let weight = self.general.loss.class_weights.map_or(1.0, |all| all[label].to_f64());
-                (1.0 - smoothing) * weight + smoothing * self.general.mean_weight
-            }
-            _ => total(sums.targets),
-        };
-        let sum_of = |lanes: [Lanes; 2]| lanes.map(total);
-        let (of_criterion, below) = (sum_of(sums.criterion), sum_of(sums.below));
-        for branch in 0..trained {
-            self.found.0 += share_of_criterion
-                * match self.target {
-                    Target::Values(_) => below[branch] / classes as f64,
-                    _ => below[branch] + all_targets * of_criterion[branch].ln(),
-                };
-        }
-
-        // The divergence.
-        let of_divergence = sum_of(sums.divergence);
-        let softmaxes = Softmaxes {
-            scale,
-            inverse: of_divergence.map(|sum| 1.0 / sum),
-            shift: if compares { max[0] - max[1] } else { 0.0 },
-            offset: of_divergence[0].ln() - of_divergence[1].ln(),
-        };
-        let pulled = sum_of(sums.pulled);
-        // Means of log p/q under p and q.
-        let means: [f64; 2] = std::array::from_fn(|i| {
-            (pulled[i] * softmaxes.inverse[i] - softmaxes.shift) * scale - softmaxes.offset
-        });
-        let mean_delta = total(sums.delta) / classes as f64;
-        // Sums that need the sums before.
-        let mut later = [NONE; 2];
-        let is_jensen_shannon = compares && divergence == Divergence::JensenShannon;
-        let is_centered = has_partner && divergence == Divergence::CenteredSquaredDifference;
-        if is_jensen_shannon || is_centered {
-            for start in (0..classes).step_by(BLOCK) {
-                let len = BLOCK.min(classes - start);
-                self.load(start, &mut logits);
-                if is_centered {
-                    add(&mut later[0], |i| {
-                        let far = if i < len { logits.delta[i] - mean_delta } else { 0.0 };
-                        far * far
-                    });
-                    continue;
-                }
-                for i in 0..len {
-                    let [p, q] =
-                        std::array::from_fn(|k| exp(logits.of[k][i] - max[k]) * softmaxes.inverse[k]);
-                    let (up, down) = softplus(softmaxes.ratio(&logits, i));
-                    later[0][i % LANES] += share(p, LN_2 - down);
-                    later[1][i % LANES] += share(q, LN_2 - up);
-                }
-            }
-        }
-        let later = later.map(total);
-        if has_partner {
-            self.found.1 = match divergence {
-                Divergence::SquaredDifference => total(sums.squares),
-                Divergence::MeanSquaredDifference => total(sums.squares) / classes as f64,
-                Divergence::CenteredSquaredDifference => later[0],
-                Divergence::SymmetricKl => 0.5 * (means[0] - means[1]),
-                Divergence::Kl { temperature, .. } => -temperature * temperature * means[1],
-                Divergence::JensenShannon => 0.5 * (later[0] + later[1]),
-            };
-        }
-
-        let Some(g0) = g0 else { return };
-        let Weights { criterion, consistency } = self.general.weights;
-        let criterion = criterion * share_of_criterion;
-        let mut gradients = [[0.0; BLOCK]; 2];
-        for start in (0..classes).step_by(BLOCK) {
-            let len = BLOCK.min(classes - start);
-            self.load(start, &mut logits);
-            // The exponentials that were left here.
-            let mut e = [[0.0; BLOCK]; 2];
-            for (e, g) in e[0].iter_mut().zip(&g0[start..][..len]) {
-                *e = g.to_f64();
-            }
-            if let Some(g1) = &g1 {
-                for (e, g) in e[1].iter_mut().zip(&g1[start..][..len]) {
-                    *e = g.to_f64();
-                }
-            } else if compares {
-                for (e, l) in e[1].iter_mut().zip(&logits.of[1]) {
-                    *e = exp((l - max[1]) * scale);
-                }
-            }
-            gradients.iter_mut().for_each(|block| block.fill(0.0));
-            let [d0, d1] = &mut gradients;
-            if compares {
-                let [p, q] = softmaxes.inverse;
-                let ratio = |i: usize| softmaxes.ratio(&logits, i);
-                let at = |i: usize| (e[0][i] * p, e[1][i] * q, ratio(i));
-                // Of close branches the difference has digits that exponentials in f32 have not.
-                let differ = |p: f64, q: f64, ratio: f64| {
-                    if ratio.abs() <= SMALL_EXPONENT { -p * small_exp_m1(-ratio) } else { p - q }
-                };
-                // A loop for each, so that what one calls does not keep another from being vectorised.
-                match divergence {
-                    Divergence::SymmetricKl => {
-                        for i in 0..BLOCK {
-                            let (p, q, ratio) = at(i);
-                            let differ = differ(p, q, ratio);
-                            d0[i] = consistency * 0.5 * (share(p, ratio - means[0]) + differ);
-                            d1[i] = consistency * 0.5 * (share(q, means[1] - ratio) - differ);
-                        }
-                    }
-                    Divergence::Kl { temperature, detach_target } => {
-                        let pull = consistency * temperature;
-                        for i in 0..BLOCK {
-                            let (p, q, ratio) = at(i);
-                            d0[i] = pull * differ(p, q, ratio);
-                            d1[i] = pull * share(q, means[1] - ratio);
-                        }
-                        // No share of what may not be a number.
-                        if detach_target {
-                            d1.fill(0.0);
-                        }
-                    }
-                    _ => {
-                        for i in 0..BLOCK {
-                            let (p, q, ratio) = at(i);
-                            let (up, down) = softplus(ratio);
-                            d0[i] = consistency * 0.5 * share(p, LN_2 - down - later[0]);
-                            d1[i] = consistency * 0.5 * share(q, LN_2 - up - later[1]);
-                        }
-                    }
-                }
-            } else if has_partner {
-                let factor = match divergence {
-                    Divergence::MeanSquaredDifference => 2.0 * consistency / classes as f64,
-                    _ => 2.0 * consistency,
-                };
-                let mean = if is_centered { mean_delta } else { 0.0 };
-                for i in 0..BLOCK {
-                    d0[i] = factor * (logits.delta[i] - mean);
-                    d1[i] = -d0[i];
-                }
-            }
-            if is_cross_entropy {
-                self.general.targets(self.target, start, &mut targets);
-            }
-            for (branch, gradient) in gradients.iter_mut().enumerate().take(trained) {
-                let l = &logits.of[branch];
-                if let Target::Values(values) = self.target {
-                    let factor = 2.0 * criterion / classes as f64;
-                    for ((g, l), v) in gradient.iter_mut().zip(l).zip(&values[start..][..len]) {
-                        *g += factor * (l - v.to_f64());
-                    }
-                    continue;
-                }
-                let scale = all_targets / of_criterion[branch];
-                if compares && !is_shared {
-                    for ((g, l), t) in gradient.iter_mut().zip(l).zip(&targets) {
-                        *g += criterion * (scale * exp(l - max[branch]) - t);
-                    }
+            Divergence::Kl { temperature, detach_target } if self.has_partner => {
+                let kl = Kl { weight, temperature, detach_target, softmaxes };
+                if scale == 1.0 {
+                    self.gradients(&mut to, kl, cross_entropy);
                 } else {
-                    for ((g, e), t) in gradient.iter_mut().zip(&e[branch]).zip(&targets) {
-                        *g += criterion * (scale * e - t);
-                    }
+                    let exponentials = Exponentials { scale: 1.0, ..exponentials };
+                    self.gradients(&mut to, kl, OwnCrossEntropy { cross_entropy, exponentials });
                 }
+                -temperature * temperature * softmaxes.means[1]
             }
-            for (g, d) in g0[start..][..len].iter_mut().zip(&gradients[0]) {
-                *g = T::from_f64(*d);
+            Divergence::JensenShannon if self.has_partner => {
+                let means = self.distances_from_middle(&softmaxes);
+                self.gradients(&mut to, JensenShannon { weight, softmaxes, means }, cross_entropy);
+                0.5 * (means[0] + means[1])
             }
-            if let Some(g1) = g1.as_deref_mut() {
-                for (g, d) in g1[start..][..len].iter_mut().zip(&gradients[1]) {
-                    *g = T::from_f64(*d);
+            _ => {
+                let (value, squares) = self.squares(weight);
+                if let Target::Values(_) = self.target {
+                    let pull = 2.0 * criterion / self.branches.classes();
+                    self.gradients(&mut to, squares, SquaredError { trained, pull });
+                } else {
+                    self.gradients(&mut to, squares, cross_entropy);
                 }
+                value
             }
+        };
+    }
+}
+
+/// Where gradients go. Until then the exponentials are there.
+struct Gradients<'a, T> {
+    first: Option<&'a mut [T]>,
+    second: Option<&'a mut [T]>,
+    exponentials: Exponentials,
+}
+
+impl<T: Real> Sample<'_, T> {
+    fn compares_probabilities(&self) -> bool {
+        self.has_partner && self.settings.divergence.is_of_probabilities()
+    }
+
+    /// What the divergence multiplies logits by.
+    fn scale(&self) -> f64 {
+        match self.settings.divergence {
+            Divergence::Kl { temperature, .. } if self.has_partner => 1.0 / temperature,
+            _ => 1.0,
+        }
+    }
+
+    /// The softmax of branch `K`. Exponentials go to `out`: those of the divergence, if there are two kinds.
+    #[inline(always)]
+    fn softmax<const K: usize>(&self, scale: f64, out: &mut [T]) -> Softmax {
+        let has_criterion = K < self.trained && !matches!(self.target, Target::Values(_));
+        if !has_criterion && !self.compares_probabilities() {
+            return Softmax { max: f64::NEG_INFINITY, criterion: 0.0, divergence: Sums::default() };
+        }
+        let max = self.branches.fold(f64::NEG_INFINITY, |max, class| greater(max, class.logits[K]));
+        let max = reduce(max, greater);
+        let divergence = self.exponentials::<K>(max, scale, out);
+        let criterion = if has_criterion && scale != 1.0 {
+            self.exponentials::<K>(max, 1.0, &mut []).all
+        } else {
+            divergence.all
+        };
+        Softmax { max, criterion, divergence }
+    }
+
+    /// The exponentials of branch `K`; they go to `out`.
+    #[inline(always)]
+    fn exponentials<const K: usize>(&self, max: f64, scale: f64, out: &mut [T]) -> Sums {
+        let mut out = RowMut::new(out);
+        let (mut all, mut pulled) = ([0.0; LANES], [0.0; LANES]);
+        for chunk in 0..self.branches.first.chunks() {
+            let classes = self.branches.chunk(chunk);
+            let mut values = [T::zero(); LANES];
+            for i in 0..LANES {
+                let Class { logits, delta } = classes.class(i);
+                let e = exp((logits[K] - max) * scale);
+                all[i] += e;
+                pulled[i] += share(e, delta);
+                values[i] = T::from_f64(e);
+            }
+            *out.chunk(chunk) = values;
+        }
+        out.finish();
+        Sums { all: total(all), pulled: total(pulled) }
+    }
+
+    /// `KL(p‖m)` and `KL(q‖m)` of `m = ½ (p + q)`.
+    #[inline(always)]
+    fn distances_from_middle(&self, softmaxes: &Softmaxes) -> [f64; 2] {
+        let (mut of_p, mut of_q) = ([0.0; LANES], [0.0; LANES]);
+        for chunk in 0..self.branches.first.chunks() {
+            let classes = self.branches.chunk(chunk);
+            for i in 0..LANES {
+                let [first, second] = softmaxes.compare_with_middle(&classes.class(i));
+                of_p[i] += first;
+                of_q[i] += second;
+            }
+        }
+        [total(of_p), total(of_q)]
+    }
+
+    /// A squared difference, and what is to know for its gradient.
+    #[inline(always)]
+    fn squares(&self, weight: f64) -> (f64, Squares) {
+        let classes = self.branches.classes();
+        let (factor, is_centered) = match self.settings.divergence {
+            Divergence::MeanSquaredDifference => (1.0 / classes, false),
+            Divergence::CenteredSquaredDifference => (1.0, true),
+            _ => (1.0, false),
+        };
+        let mut mean = 0.0;
+        if is_centered {
+            mean = total(self.branches.fold(0.0, |sum, class| sum + class.delta)) / classes;
+        }
+        let squares = |sum: f64, class: Class| sum + (class.delta - mean) * (class.delta - mean);
+        let value = if self.has_partner { total(self.branches.fold(0.0, squares)) } else { 0.0 };
+        (factor * value, Squares { pull: 2.0 * factor * weight, mean })
+    }
+
+    /// What a label has more than other classes.
+    #[inline(always)]
+    fn of_label(&self, label: usize) -> f64 {
+        let weight = self.general.loss.class_weights.map_or(1.0, |all| all[label].to_f64());
+        (1.0 - self.settings.label_smoothing) * weight
+    }
+
+    /// Whether classes other than the label have targets.
+    #[inline(always)]
+    fn has_targets(&self) -> bool {
+        match self.target {
+            Target::None => false,
+            Target::Label(_) => self.settings.label_smoothing != 0.0,
+            Target::Probabilities(_) | Target::Values(_) => true,
+        }
+    }
+
+    /// Targets of a chunk, without what a label has more than others.
+    #[inline(always)]
+    fn targets(&self, chunk: usize) -> Lanes {
+        let smoothing = self.settings.label_smoothing;
+        let spread = smoothing / self.branches.classes();
+        let mut targets = match self.target {
+            Target::None => [0.0; LANES],
+            Target::Values(values) => return lanes(values, chunk),
+            Target::Label(_) => [spread; LANES],
+            Target::Probabilities(all) => {
+                let mut targets = lanes(all, chunk);
+                targets.iter_mut().for_each(|t| *t = (1.0 - smoothing) * *t + spread);
+                targets
+            }
+        };
+        if let Some(all) = self.general.loss.class_weights {
+            targets.iter_mut().zip(lanes(all, chunk)).for_each(|(t, weight)| *t *= weight);
+        }
+        targets
+    }
+
+    /// The sum of `term(class, target)` over all classes.
+    #[inline(always)]
+    fn add_targets(&self, term: impl Fn(Class, f64) -> f64) -> f64 {
+        let mut sums = [0.0; LANES];
+        for chunk in 0..self.branches.first.chunks() {
+            let (classes, targets) = (self.branches.chunk(chunk), self.targets(chunk));
+            for i in 0..LANES.min(self.branches.first.all.len() - chunk * LANES) {
+                sums[i] += term(classes.class(i), targets[i]);
+            }
+        }
+        total(sums)
+    }
+
+    /// The sum of the targets of all classes.
+    #[inline(always)]
+    fn all_targets(&self) -> f64 {
+        match self.target {
+            Target::None | Target::Values(_) => 0.0,
+            Target::Label(label) => {
+                self.of_label(label) + self.settings.label_smoothing * self.general.mean_weight
+            }
+            Target::Probabilities(_) => self.add_targets(|_, t| t),
+        }
+    }
+
+    /// The criterion of branch `K`.
+    #[inline(always)]
+    fn criterion<const K: usize>(&self, softmax: &Softmax, all_targets: f64) -> f64 {
+        if K >= self.trained {
+            return 0.0;
+        }
+        if let Target::Values(_) = self.target {
+            let square = |class: Class, value: f64| (class.logits[K] - value) * (class.logits[K] - value);
+            return self.add_targets(square) / self.branches.classes();
+        }
+        // Targets of zero are no terms: what they would be a share of may be infinite.
+        let mut below = 0.0;
+        if self.has_targets() {
+            below += self.add_targets(|class, t| share(t, softmax.max - class.logits[K]));
+        }
+        if let Target::Label(label) = self.target {
+            below += share(self.of_label(label), softmax.max - self.branches.at(label).logits[K]);
+        }
+        below + all_targets * softmax.criterion.ln()
+    }
+
+    /// Writes the gradients, if they are wanted.
+    #[inline(always)]
+    fn gradients(&self, to: &mut Gradients<'_, T>, divergence: impl Term, criterion: impl Term) {
+        let Some(first) = to.first.as_deref_mut() else { return };
+        let second = to.second.as_deref_mut().unwrap_or_default();
+        let (mut g0, mut g1) = (RowMut::new(first), RowMut::new(second));
+        for chunk in 0..self.branches.first.chunks() {
+            let classes = self.branches.chunk(chunk);
+            let targets = if self.has_targets() { self.targets(chunk) } else { [0.0; LANES] };
+            // Copies, so that the loop need not check whether they overlap.
+            let (mut d0, mut d1) = (*g0.chunk(chunk), *g1.chunk(chunk));
+            for i in 0..LANES {
+                let class = classes.class(i);
+                let at = Point { class, e: [d0[i].to_f64(), d1[i].to_f64()], target: targets[i] };
+                let [a, b] = sum(divergence.gradient(&at), criterion.gradient(&at));
+                (d0[i], d1[i]) = (T::from_f64(a), T::from_f64(b));
+            }
+            (*g0.chunk(chunk), *g1.chunk(chunk)) = (d0, d1);
+        }
+        g0.finish();
+        g1.finish();
+        // The terms of the label cancel: it gets exponentials that have not been rounded.
+        if let Target::Label(label) = self.target {
+            let class = self.branches.at(label);
+            let spread = if self.has_targets() { self.targets(label / LANES)[label % LANES] } else { 0.0 };
+            let at = Point { class, e: to.exponentials.of(&class), target: spread + self.of_label(label) };
+            let [a, b] = sum(divergence.gradient(&at), criterion.gradient(&at));
+            first[label] = T::from_f64(a);
+            if let Some(g) = second.get_mut(label) {
+                *g = T::from_f64(b);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn sum(a: [f64; 2], b: [f64; 2]) -> [f64; 2] {
+    [a[0] + b[0], a[1] + b[1]]
+}
+
+/// A chunk of a row; 0 past the end.
+#[inline(always)]
+fn lanes<T: Real>(row: &[T], chunk: usize) -> Lanes {
+    let mut lanes = [0.0; LANES];
+    lanes.iter_mut().zip(&row[chunk * LANES..]).for_each(|(to, from)| *to = from.to_f64());
+    lanes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::loss::Targets;
+
+    /// The widest vectors of this processor give the bits of the plain loops, at lengths around the vectors'.
+    #[test]
+    fn bits_do_not_depend_on_vectors() {
+        let divergences = [
+            Divergence::CenteredSquaredDifference,
+            Divergence::SymmetricKl,
+            Divergence::Kl { temperature: 1.0, detach_target: false },
+            Divergence::Kl { temperature: 2.0, detach_target: false },
+            Divergence::JensenShannon,
+        ];
+        for (classes, divergence) in
+            [1, 15, 16, 17, 100].into_iter().flat_map(|classes| divergences.map(|d| (classes, d)))
+        {
+            let row = |seed: usize, step: f32| -> Vec<f32> {
+                (0..classes).map(|i| ((i * 37 + seed * 11) % 101) as f32 * step).collect()
+            };
+            let (logits, less, targets) = (row(1, 0.3), row(2, 0.01), row(3, 1e-3));
+            let settings =
+                LossSettings { divergence, both_branches: true, ..LossSettings::new(classes, 0.7) };
+            let loss = Loss { settings, targets: Targets::Probabilities(&targets), class_weights: None };
+            let general = General::new(&loss, Weights { criterion: 0.3, consistency: 0.7 }, true);
+            let run = |wide: bool| {
+                let (mut g0, mut g1, mut found) = (row(4, 1.0), row(4, 1.0), (0.0, 0.0));
+                let sample = general.sample(
+                    &logits,
+                    Partner::Difference(&less),
+                    Target::Probabilities(&targets),
+                    [Some(&mut g0), Some(&mut g1)],
+                    &mut found,
+                );
+                if wide {
+                    widest(sample);
+                } else {
+                    sample.run();
+                }
+                let bits = |g: Vec<f32>| g.into_iter().map(f32::to_bits).collect::<Vec<_>>();
+                (bits(g0), bits(g1), found.0.to_bits(), found.1.to_bits())
+            };
+            assert_eq!(run(true), run(false), "{classes} {divergence:?}");
         }
     }
 }

@@ -2,6 +2,8 @@
 
 mod general;
 mod plain;
+mod rows;
+mod terms;
 
 use crate::error::{Error, Result};
 use crate::loss::{Divergence, LossSettings, Targets};
@@ -236,27 +238,15 @@ impl<T: Real> Loss<'_, T> {
             criterion: share(1.0, of_criterion),
             consistency: share(self.settings.lambda, of_consistency),
         };
-        let is_plain = self.is_plain() && !matches!(consistency, Consistency::Difference);
         let general = general::General::new(self, weights, two);
         let row = |i: usize, g0: Option<&mut [T]>, g1: Option<&mut [T]>| {
             let target = self.target(i);
             let (l0, partner) = (&first[i * c..][..c], of_row(i, &target));
-            let label = match target {
-                Target::None => None,
-                Target::Label(label) => Some(label),
-                Target::Probabilities(_) | Target::Values(_) => {
-                    return general.evaluate(l0, partner, target, g0, g1);
+            match self.plain(partner, target) {
+                Some((partner, label)) => {
+                    plain::evaluate(&self.settings, l0, partner, label, weights, g0, g1)
                 }
-            };
-            let partner_logits = match partner {
-                Partner::None => None,
-                Partner::Logits(logits) => Some(logits),
-                Partner::Difference(_) => None,
-            };
-            if is_plain {
-                plain::evaluate(&self.settings, l0, partner_logits, label, weights, g0, g1)
-            } else {
-                general.evaluate(l0, partner, target, g0, g1)
+                None => general.evaluate(l0, partner, target, g0, g1),
             }
         };
         let samples = MIN_WORK.div_ceil(c);
@@ -275,13 +265,29 @@ impl<T: Real> Loss<'_, T> {
         parts.iter().fold((0.0, 0.0), |sum, part| (sum.0 + part.0, sum.1 + part.1))
     }
 
-    /// Whether it is what `plain` computes.
-    fn is_plain(&self) -> bool {
-        let squared = matches!(
-            self.settings.divergence,
-            Divergence::SquaredDifference | Divergence::MeanSquaredDifference
-        );
-        squared && !self.settings.both_branches && self.class_weights.is_none()
+    /// The partner's logits and the label of a sample that is simple enough for `plain`.
+    fn plain<'b>(
+        &self,
+        partner: Partner<'b, T>,
+        target: Target<'_, T>,
+    ) -> Option<(Option<&'b [T]>, Option<usize>)> {
+        let divergence = self.settings.divergence;
+        if !matches!(divergence, Divergence::SquaredDifference | Divergence::MeanSquaredDifference)
+            || self.settings.both_branches
+            || self.class_weights.is_some()
+        {
+            return None;
+        }
+        let partner = match partner {
+            Partner::None => None,
+            Partner::Logits(logits) => Some(logits),
+            Partner::Difference(_) => return None,
+        };
+        match target {
+            Target::None => Some((partner, None)),
+            Target::Label(label) => Some((partner, Some(label))),
+            Target::Probabilities(_) | Target::Values(_) => None,
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! One sample of the paper's loss: cross-entropy with a label, squared difference.
 
 use super::Weights;
+use super::rows::{LANES, difference, fold, greater, reduce, total};
 use crate::cpu::exp::exp;
 use crate::loss::{Divergence, LossSettings};
 use crate::real::Real;
@@ -124,62 +125,6 @@ impl<T: Real> Loop for Sample<'_, T> {
             (None, _) => {}
         }
     }
-}
-
-/// Partial sums of a sum over a row: part i has every 16th element from i on. That fixes the order, whatever the vectors of a
-/// processor.
-pub(super) const LANES: usize = 16;
-
-/// `add` over the elements of rows of one length, for each lane by itself and from `start` on.
-#[inline(always)]
-pub(super) fn fold<T: Real, const N: usize>(
-    rows: [&[T]; N],
-    start: f64,
-    add: impl Fn(f64, [f64; N]) -> f64,
-) -> [f64; LANES] {
-    let mut lanes = [start; LANES];
-    let chunks = rows.map(|row| row.as_chunks::<LANES>());
-    for i in 0..chunks[0].0.len() {
-        let chunk = chunks.map(|(whole, _)| &whole[i]);
-        for (lane, sum) in lanes.iter_mut().enumerate() {
-            *sum = add(*sum, chunk.map(|chunk| chunk[lane].to_f64()));
-        }
-    }
-    for (lane, sum) in lanes.iter_mut().enumerate().take(chunks[0].1.len()) {
-        *sum = add(*sum, chunks.map(|(_, rest)| rest[lane].to_f64()));
-    }
-    lanes
-}
-
-/// All lanes in one number: the upper half to the lower half, until one is left.
-#[inline(always)]
-pub(super) fn reduce(mut lanes: [f64; LANES], add: impl Fn(f64, f64) -> f64) -> f64 {
-    let mut half = LANES / 2;
-    while half > 0 {
-        let (low, high) = lanes.split_at_mut(half);
-        for (low, &high) in low.iter_mut().zip(&*high) {
-            *low = add(*low, high);
-        }
-        half /= 2;
-    }
-    lanes[0]
-}
-
-#[inline(always)]
-pub(super) fn total(lanes: [f64; LANES]) -> f64 {
-    reduce(lanes, |a, b| a + b)
-}
-
-/// `l − m`; nothing for a class that both mask by −∞.
-#[inline(always)]
-pub(super) fn difference(l: f64, m: f64) -> f64 {
-    if l == m { 0.0 } else { l - m }
-}
-
-/// The greater number; NaN in `b` is passed over.
-#[inline(always)]
-pub(super) fn greater(a: f64, b: f64) -> f64 {
-    if b > a { b } else { a }
 }
 
 /// The sum of `exp(l − max)`, in `f64`; the terms go to `out`.
