@@ -21,7 +21,7 @@ pub enum Divergence {
     SymmetricKl,
     /// `T²·KL(q_T‖p_T)` with `p_T = softmax(l0/T)`, `q_T = softmax(l1/T)`: branch 1 is the target.
     Kl {
-        /// `T`, from 1e-18 to 1e18. The paper of distillation has the factor `T²`.
+        /// `T`, from 1e-6 to 1e6. The paper of distillation has the factor `T²`.
         temperature: f64,
         /// Whether branch 1 gets no gradient of this term.
         detach_target: bool,
@@ -38,9 +38,9 @@ impl Divergence {
 
     fn check(&self) -> Result<()> {
         match *self {
-            // Its square and its reciprocal are numbers in f32 as well.
-            Self::Kl { temperature, .. } if !(1e-18..=1e18).contains(&temperature) => {
-                let expected = "in [1e-18, 1e18]";
+            // Within it, what is left of differences is right in f32.
+            Self::Kl { temperature, .. } if !(1e-6..=1e6).contains(&temperature) => {
+                let expected = "in [1e-6, 1e6]";
                 Err(Error::Value { argument: "temperature", expected, got: temperature })
             }
             _ => Ok(()),

@@ -39,25 +39,33 @@ pub(super) fn exp(x: f64) -> f64 {
     let shifted = x.mul_add(LOG2_E, TO_INTEGER);
     let k = shifted - TO_INTEGER;
     let r = k.mul_add(-LN2_LO, k.mul_add(-LN2_HI, x));
-    let mut q = EXP_Q[EXP_Q.len() - 1];
-    for &c in EXP_Q[..EXP_Q.len() - 1].iter().rev() {
-        q = q.mul_add(r, c);
-    }
-    let power = (r * r).mul_add(q, r) + 1.0;
+    let power = small_exp_m1(r) + 1.0;
     // 2ᵏ, or 2ᵏ⁺⁶⁴ and 2⁻⁶⁴.
     let (shifted, rest) = if x < SMALL { (shifted + 64.0, TWO_M64) } else { (shifted, 1.0) };
     let scale = f64::from_bits((shifted.to_bits() << 52).wrapping_add(1.0f64.to_bits()));
     power * scale * rest
 }
 
-/// `e^x − 1` where `|x| ≤` [`SMALL_EXPONENT`]: no digits are lost near 0.
+/// `Q(x)`.
 #[inline(always)]
-pub(super) fn small_exp_m1(x: f64) -> f64 {
+fn exp_q(x: f64) -> f64 {
     let mut q = EXP_Q[EXP_Q.len() - 1];
     for &c in EXP_Q[..EXP_Q.len() - 1].iter().rev() {
         q = q.mul_add(x, c);
     }
-    (x * x).mul_add(q, x)
+    q
+}
+
+/// `e^x − 1` where `|x| ≤` [`SMALL_EXPONENT`]: no digits are lost near 0.
+#[inline(always)]
+pub(super) fn small_exp_m1(x: f64) -> f64 {
+    (x * x).mul_add(exp_q(x), x)
+}
+
+/// `e^x − 1 − x` there.
+#[inline(always)]
+pub(super) fn small_exp_m1_m_x(x: f64) -> f64 {
+    x * x * exp_q(x)
 }
 
 /// Where the polynomial needs no reduction: ½·ln 2, rounded down.

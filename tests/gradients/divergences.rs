@@ -468,9 +468,33 @@ fn settings_that_mean_nothing_are_refused() {
     }
     let settings = LossSettings { both_branches: true, ..plain };
     assert_eq!(refused(settings, Targets::Labels(&[0]), true), "both_branches");
-    for temperature in [0.0, -1.0, 1e-19, 1e19, f64::NAN, f64::INFINITY] {
+    for temperature in [0.0, -1.0, 1e-7, 1e7, f64::NAN, f64::INFINITY] {
         let divergence = Divergence::Kl { temperature, detach_target: false };
         let settings = LossSettings { divergence, ..plain };
         assert_eq!(refused(settings, Targets::Labels(&[0]), false), "temperature");
+    }
+}
+
+/// At a high temperature both softmaxes are even, and the divergence is half the variance of the differences.
+#[test]
+fn a_high_temperature_leaves_the_digits() {
+    let (logits, other) = (vec![0.3, -1.0, 2.0, 0.7], vec![0.1, 0.4, 1.0, -0.2]);
+    let delta: Vec<f64> = logits.iter().zip(&other).map(|(a, b)| a - b).collect();
+    let mean = delta.iter().sum::<f64>() / 4.0;
+    let want = delta.iter().map(|d| (d - mean) * (d - mean)).sum::<f64>() / 8.0;
+    for temperature in [1e4, 1e6] {
+        let batch = Batch {
+            settings: LossSettings {
+                divergence: Divergence::Kl { temperature, detach_target: false },
+                ..LossSettings::new(4, 1.0)
+            },
+            targets: Targets::Labels(vec![0]),
+            class_weights: None,
+            partner: Partner::Branch,
+            logits: logits.clone(),
+            other: other.clone(),
+        };
+        let got = batch.run::<f64>().0.consistency;
+        assert!((got - want).abs() <= 2.0 / temperature * want, "{temperature:e}: {got}, {want}");
     }
 }

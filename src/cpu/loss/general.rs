@@ -9,6 +9,9 @@ use crate::loss::{Divergence, LossSettings};
 use crate::real::Real;
 use crate::vector::{Loop, widest};
 
+/// A temperature above which softmaxes are so even that a mean of their ratio loses digits.
+const SMOOTH: f64 = 16.0;
+
 /// What all samples of a batch have in common.
 pub(super) struct General<'a, T> {
     loss: &'a Loss<'a, T>,
@@ -201,7 +204,11 @@ impl<T: Real> Loop for Sample<'_, T> {
                     let exponentials = Exponentials { scale: 1.0, ..exponentials };
                     self.gradients(&mut to, kl, OwnCrossEntropy { cross_entropy, exponentials });
                 }
-                -temperature * temperature * softmaxes.means[1]
+                let kl = match temperature > SMOOTH {
+                    true => total(self.branches.fold(0.0, |sum, class| sum + softmaxes.second_order(&class))),
+                    false => -softmaxes.means[1],
+                };
+                temperature * temperature * kl
             }
             Divergence::JensenShannon if self.has_partner => {
                 let means = self.distances_from_middle(&softmaxes);

@@ -1,6 +1,6 @@
 //! Gradients of the terms of the loss in one class, given the sums over all of them.
 
-use crate::cpu::exp::{SMALL_EXPONENT, exp, ln_1p, small_exp_m1};
+use crate::cpu::exp::{SMALL_EXPONENT, exp, ln_1p, small_exp_m1, small_exp_m1_m_x};
 use std::f64::consts::LN_2;
 
 /// A class in both branches.
@@ -79,6 +79,14 @@ impl Softmaxes {
     fn compare(&self, e: [f64; 2], delta: f64) -> (f64, f64, f64) {
         let ratio = (delta - self.shift) * self.exponentials.scale - self.offset;
         (e[0] * self.inverse[0], e[1] * self.inverse[1], ratio)
+    }
+
+    /// A term `p − q − q log p/q` of `KL(q‖p)`, none of which is negative: where `p` and `q` are almost the same nothing is left of the
+    /// means.
+    #[inline(always)]
+    pub fn second_order(&self, class: &Class) -> f64 {
+        let (p, q, ratio) = self.compare(self.exponentials.of(class), class.delta);
+        if ratio.abs() <= SMALL_EXPONENT { q * small_exp_m1_m_x(ratio) } else { p - q - share(q, ratio) }
     }
 
     /// `p log p/m` and `q log q/m` of `m = ½ (p + q)`.
