@@ -3,15 +3,14 @@
 //   lm_head_difference  D = h0 - h1, rounded: what branch 1's logits are computed from, where they are needed
 //   lm_head_parts       D in bf16 as the sum of two numbers: for products with the Gram matrix G of the weight
 //   lm_head_split       factor * m, a matrix in f32, as one number of T or as the sum of two
-//   lm_head_pull        from P = D G: dh0 += w P, dh1 = -w P, and values += the squared difference of logits, sum of D * P
+//   lm_head_pull        from P = D G: dh0 = w P, dh1 = -w P, and the squared difference of logits, sum of D * P, for the values
 //   lm_head_bias        db += factor * sum over rows of dl
 //   lm_head_weight      1 over the number of labels, where they alone take part
 //
-//   h0, h1, dh0, dh1 [rows, H] in f32, f16 or bf16; P [rows, H] and m [H, H] f32; dl [rows, V] of the type of h; db [V] f32;
-//   labels i64; values [3] f32: total, criterion, consistency. With labelled_only, rows without a label have D = 0, whatever h is.
+//   h0, h1, dh0, dh1 [rows, H] in f32, f16 or bf16; P [rows, H] and m f32; dl [rows, V] of the type of h; db [V] f32;
+//   labels i64; values [3] f32: total, criterion, consistency. With labelled_only, rows without a label have D = 0.
 //
-// A thread has a vector of 16 bytes of T at a time. Bytes: every tensor once. Operations: a few per element, so memory sets the
-// time; all of this together takes about 1 % of the time of the products over the vocabulary.
+// A thread has a vector of 16 bytes of T at a time. Bytes: every tensor once. Operations: a few per element, so memory sets the time.
 // Determinism: run-to-run bitwise; the grid depends on sizes only, and the last block adds up what blocks have found, in their order.
 
 #include "loss.cuh"
@@ -125,7 +124,7 @@ template <class S> __device__ __forceinline__ void split(const LmHeadSplitParams
 }
 
 // Adds the sum over all blocks to the values; the last block does it.
-__device__ __forceinline__ void add_to_values(const LmHeadPullParams &p, float sum, float weight) {
+__device__ __forceinline__ void add_to_values(const LmHeadPullParams &p, float sum, float scale) {
     PACE_SHARED(float, scratch);
     float *const partial = reinterpret_cast<float *>(p.workspace) + 1;
     sum = block_sum(sum, scratch);
@@ -140,16 +139,23 @@ __device__ __forceinline__ void add_to_values(const LmHeadPullParams &p, float s
         total += load(partial + i);
     }
     total = block_sum(total, scratch);
+    const bool is_first = p.is_first != 0u;
     if (threadIdx.x == 0) {
-        const float consistency = p.scale * weight * total;
-        store(p.values, load(p.values) + p.lambda * consistency);
-        store(p.values + 2, load(p.values + 2) + consistency);
+        const float consistency = scale * total;
+        store(p.values, (is_first ? 0.0f : load(p.values)) + p.lambda * consistency);
+        store(p.values + 2, (is_first ? 0.0f : load(p.values + 2)) + consistency);
+        if (is_first) {
+            store(p.values + 1, 0.0f);
+        }
+    }
+    if (is_first && threadIdx.x < LOSS_STATUS_WORDS) {
+        store(p.status + threadIdx.x, static_cast<u64>(0));
     }
 }
 
 template <class T> __device__ __forceinline__ void pull(const LmHeadPullParams &p) {
     constexpr u32 SIZE = Vector<T>::SIZE;
-    const float weight = p.weight == nullptr ? p.inverse : load(p.weight);
+    const float weight = p.weight == nullptr ? 1.0f : load(p.weight);
     const float of_gradient = p.pull * weight;
     float sum = 0.0f;
     for (u64 vector = thread_of_grid(); vector < vectors<SIZE>(p.rows.count, p.rows.columns);
@@ -164,17 +170,16 @@ template <class T> __device__ __forceinline__ void pull(const LmHeadPullParams &
         }
         if (p.to_first != nullptr) {
             float gradient[SIZE], opposite[SIZE];
-            read<T>(p.to_first, place, gradient);
 #pragma unroll
             for (u32 k = 0; k < SIZE; ++k) {
-                gradient[k] += of_gradient * product[k];
-                opposite[k] = -of_gradient * product[k];
+                gradient[k] = of_gradient * product[k];
+                opposite[k] = -gradient[k];
             }
             write<T>(p.to_first, place, gradient);
             write<T>(p.to_second, place, opposite);
         }
     }
-    add_to_values(p, sum, weight);
+    add_to_values(p, sum, p.scale * weight);
 }
 
 template <class T> __device__ __forceinline__ void bias(const LmHeadBiasParams &p) {

@@ -63,6 +63,9 @@ constexpr u32 LOSS_SHARED_WORDS = 34;
 /// Of a slice, where the loss is not the paper's; more than what the paper's needs.
 constexpr u32 LOSS_GENERAL_SUMMARY_WORDS = 22;
 
+/// Words of the status.
+constexpr u32 LOSS_STATUS_WORDS = 9;
+
 /// What the criterion is of.
 constexpr u32 LOSS_LABELS = 0;
 
@@ -81,8 +84,7 @@ constexpr u32 LOSS_KL = 3;
 
 constexpr u32 LOSS_JENSEN_SHANNON = 4;
 
-/// Length of the status in device memory.
-constexpr u32 LossStatus_WORDS = 9;
+
 
 constexpr u32 SM80_LOW_RANK_STAGES = 3;
 
@@ -419,15 +421,17 @@ struct LmHeadPullParams {
   Output<void> to_first;
   Output<void> to_second;
   Output<float> values;
+  Output<u64> status;
   Output<u32> workspace;
-  /// 1 over what the sum of distances is divided by; null: it is `inverse`.
+  /// Another factor of both below; null: none.
   Input<float> weight;
-  float inverse;
-  /// What the gradient of a distance is multiplied by, with lambda, before `weight`.
-  float pull;
-  /// And the distance.
+  /// What a distance is multiplied by.
   float scale;
+  /// And its gradient, with lambda.
+  float pull;
   float lambda;
+  /// Whether values and status are set, rather than added to.
+  u32 is_first;
 };
 
 /// Parameters of the kernels `lm_head_bias*`.

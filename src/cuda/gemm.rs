@@ -155,6 +155,11 @@ impl Arena {
         address
     }
 
+    /// What comes after both: they share memory.
+    pub(super) fn after_both(self, other: Self) -> Self {
+        Self { next: self.next.max(other.next) }
+    }
+
     /// Takes the library's part for GEMMs whose largest output has that many elements.
     pub(super) fn take_workspace(&mut self, gpu: &Gpu, elements: usize) -> Workspace {
         // The library wants it for the partial sums of split-K, in f32; for small outputs 16 parts and some counters are enough.

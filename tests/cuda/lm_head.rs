@@ -31,6 +31,7 @@ struct Case {
     denominator: Option<f64>,
     logit_scale: f64,
     soft_cap: Option<f64>,
+    lambda: f64,
     /// How far branches are apart.
     far: f64,
     shift: usize,
@@ -54,6 +55,7 @@ const CASE: Case = Case {
     denominator: None,
     logit_scale: 1.0,
     soft_cap: None,
+    lambda: 0.7,
     far: 0.3,
     shift: 0,
 };
@@ -126,7 +128,7 @@ impl<T: Type> Data<T> {
             label_smoothing: smoothing,
             denominator,
             ignore_label: Some(IGNORED),
-            ..LossSettings::new(classes, 0.7)
+            ..LossSettings::new(classes, self.case.lambda)
         }
     }
 
@@ -328,6 +330,8 @@ pub fn by_gram(target: &Target<'_>) {
         Case { has_lora: true, gives_gram: true, trains: [true, false], chunk_rows: Some(5), ..CASE },
         Case { has_lora: true, gives_gram: true, labelled_only: true, logit_scale: 2.0, ..CASE },
         Case { has_lora: true, hidden_size: 7, classes: 41, shift: 1, ..CASE },
+        Case { hidden_size: 1, classes: 1, smoothing: 0.1, ..CASE },
+        Case { lambda: 0.0, ..CASE },
         // Rows without whole vectors, at addresses without alignment.
         Case { hidden_size: 7, classes: 41, shift: 1, chunk_rows: Some(7), ..CASE },
         Case { hidden_size: 7, classes: 41, shift: 1, gives_gram: true, trains: [true, false], ..CASE },
@@ -346,7 +350,8 @@ pub fn by_logits(target: &Target<'_>) {
     }
     let kl = Case { divergence: Divergence::SymmetricKl, ..CASE };
     let cases = [
-        Case { branches: 1, has_bias: true, ..CASE },
+        Case { branches: 1, has_bias: true, both_branches: true, ..CASE },
+        Case { classes: 1, ..kl },
         Case { branches: 1, soft_cap: Some(1.5), chunk_rows: Some(5), ..CASE },
         Case { has_lora: true, chunk_rows: Some(5), logit_scale: 2.0, ..kl },
         Case { has_lora: true, both_branches: true, has_bias: true, ..kl },
@@ -391,6 +396,45 @@ pub fn close_branches(target: &Target<'_>) {
     }
 }
 
+/// Distances in directions that the weight hardly has are right in 16 bits, where a Gram matrix of one `bf16` number has none.
+pub fn low_directions(target: &Target<'_>) {
+    let case = Case { hidden_size: 32, classes: 64, tokens: 32, gives_gram: true, ..CASE };
+    let h = case.hidden_size;
+    let mut data = Data::<bf16>::new(case);
+    let sign = |j: usize| if j.is_multiple_of(3) { 1.0 } else { -1.0 };
+    for row in data.weight.chunks_mut(h) {
+        let along = (0..h).map(|j| sign(j) * f64::from(row[j].to_f32())).sum::<f64>() / h as f64;
+        row.iter_mut().enumerate().for_each(|(j, w)| *w = bf16::from_f64(w.to_f64() - sign(j) * along));
+    }
+    // Differences of 10 bits: 1, or 1 and 2⁻⁹.
+    let (first, second) = data.hidden.split_at_mut(case.tokens * h);
+    for (i, (a, b)) in first.iter_mut().zip(second).enumerate() {
+        let j = i % h;
+        *a = bf16::from_f64(if (i * 7 + i / h) % 5 < 2 { sign(j) / 512.0 } else { 0.0 });
+        *b = bf16::from_f64(-sign(j));
+    }
+    let exact = data.reference(|x| x);
+    let weight = wide(&data.weight);
+    let gram = times_transposed(&transposed(&weight, h), &transposed(&weight, h), case.classes);
+    let distance = |round: fn(f64) -> f64| -> f64 {
+        let delta: Vec<f64> = {
+            let (a, b) = data.hidden.split_at(case.tokens * h);
+            a.iter().zip(b).map(|(a, b)| round(a.to_f64() - b.to_f64())).collect()
+        };
+        let gram: Vec<f64> = gram.iter().map(|&g| round(g)).collect();
+        let product = times_transposed(&delta, &gram, h);
+        product.iter().zip(&delta).map(|(p, d)| p * d).sum::<f64>() / case.tokens as f64
+    };
+    let want = exact.values[2];
+    assert!((distance(|x| x) - want).abs() < 1e-9 * want);
+    let lost = (distance(|x| bf16::from_f64(x).to_f64()) - want).abs() / want;
+    assert!(lost > 0.5, "an easy case: {lost}");
+    target.once(0, |machine| {
+        let got = data.run(machine).0.values[2];
+        assert!((got - want).abs() <= 0.02 * want, "{got:e}, expected {want:e}");
+    });
+}
+
 /// Labels that are none count as ignored, and the status says where they stand in the whole batch.
 pub fn wrong_labels(target: &Target<'_>) {
     for divergence in [Divergence::SquaredDifference, Divergence::SymmetricKl] {
@@ -404,8 +448,41 @@ pub fn wrong_labels(target: &Target<'_>) {
         target.once(0, |machine| {
             let (got, status) = data.run(machine);
             assert_near::<f32>("total", &got.values[..1], &[], &exact.values[..1]);
-            assert_near::<f32>("dh", &got.grads[0], &[], &exact.grads[0]);
+            for (i, name) in NAMES.into_iter().enumerate().take(2) {
+                assert_near::<f32>(name, &got.grads[i], &[], &exact.grads[i]);
+            }
             assert_eq!(status.labels, Finding { count: 2, position: 7, value: 40 });
+        });
+    }
+}
+
+/// Without a label nothing is learnt, and with one nobody divides by 0.
+pub fn no_labels(target: &Target<'_>) {
+    for divergence in [Divergence::SquaredDifference, Divergence::SymmetricKl] {
+        let mut data = Data::<bf16>::new(Case { divergence, labelled_only: true, ..CASE });
+        data.labels.fill(IGNORED);
+        target.once(0, |machine| {
+            let (got, _) = data.run(machine);
+            assert_eq!(got.values, [0.0; 3]);
+            assert!(got.grads.iter().flatten().all(|&g| g == 0.0), "{got:?}");
+        });
+    }
+}
+
+/// With the loss scale in the denominator, the sums of f16 stay in its range.
+pub fn loss_scale(target: &Target<'_>) {
+    for has_lora in [false, true] {
+        let denominator = Some(12.0 / 65536.0);
+        let case = Case { has_lora, denominator, far: 0.5, ..CASE };
+        let data = Data::<f16>::new(Case { lambda: 0.05, ..case });
+        let exact = data.reference(|x| x);
+        target.once(0, |machine| {
+            let (got, _) = data.run(machine);
+            for (i, name) in NAMES.into_iter().enumerate().filter(|(i, _)| data.wanted()[*i] > 0) {
+                let error = distance(&got.grads[i], &exact.grads[i]);
+                let largest = exact.grads[i].iter().fold(0f64, |largest, value| largest.max(value.abs()));
+                assert!(error <= 5e-3 * largest, "{name}: {error:e} of {largest:e}");
+            }
         });
     }
 }

@@ -70,10 +70,10 @@ fn a_large_head_takes_little_memory() {
     let kl = LossSettings { divergence: Divergence::SymmetricKl, ..llama.settings };
     let lora = head().lora.map(|lora| Lora { rank: 16, ..lora });
     for (name, head, trains_weight, least) in [
-        ("frozen", llama, false, 512),
-        ("frozen, Gram matrix each time", Head { gram: None, ..llama }, false, 256),
-        ("LoRA", Head { lora, ..llama }, false, 256),
-        ("trained", Head { gram: None, ..llama }, true, 256),
+        ("frozen", llama, false, 896),
+        ("frozen, Gram matrix each time", Head { gram: None, ..llama }, false, 896),
+        ("LoRA", Head { lora, ..llama }, false, 896),
+        ("trained", Head { gram: None, ..llama }, true, 896),
         ("symmetric KL", Head { settings: kl, ..llama }, false, 384),
         ("one branch", Head { branches: 1, ..llama }, false, 896),
     ] {
@@ -139,6 +139,11 @@ fn wrong_sizes_and_settings_are_refused() {
     wrong(Head { hidden_size: 0, ..head() }, size("hidden_size", "at least 1", 0));
     wrong(Head { hidden_size: 1 << 31, ..head() }, size("hidden_size", "below 2^31", 1 << 31));
     wrong(Head { tokens: 0, ..head() }, size("tokens", "at least 1", 0));
+    let many = (1 << 24) + 1;
+    wrong(Head { tokens: many, ..head() }, size("tokens", "at most 2^24", many));
+    let many = (1 << 30) + 1;
+    let wide = LossSettings { classes: many, ..settings };
+    wrong(Head { settings: wide, ..head() }, size("classes", "at most 2^30", many));
     wrong(Head { branches: 3, ..head() }, size("branches", "1 or 2", 3));
     wrong(Head { chunk_rows: Some(0), ..head() }, size("chunk_rows", "at least 1", 0));
     wrong(
@@ -158,8 +163,12 @@ fn wrong_sizes_and_settings_are_refused() {
     let scale = f32::INFINITY;
     let want = Error::Value { argument: "scale", expected: "finite", got: f64::INFINITY };
     wrong(Head { lora: head().lora.map(|lora| Lora { scale, ..lora }), ..head() }, want);
-    let want = Error::Value { argument: "lambda", expected: "finite and not negative", got: f64::INFINITY };
-    wrong(Head { settings: LossSettings { lambda: 3e36, ..settings }, ..head() }, want);
+    // What the settings come to together.
+    let expected = "in the range of f32 with `logit_scale` and `denominator`";
+    let want = Error::Value { argument: "lambda", expected, got: 0.5 };
+    let small = LossSettings { denominator: Some(0.1), ..settings };
+    let scaled = Head { logit_scale: 1e19, bias: None, settings: small, ..head() };
+    assert_error(plan(scaled, |outputs| outputs.bias = None), &want);
     wrong(Head { logit_scale: 2.0, ..head() }, argument("logit_scale", "is not 1, and there is a bias"));
     let bias = Some(buffer(place(3, V).address + 8, V));
     wrong(Head { bias, ..head() }, argument("bias", "does not start at a multiple of 16 bytes"));
@@ -176,7 +185,7 @@ fn wrong_tensors_are_refused() {
         ("bias", "[V]", V, 2, |head, _, _, b| head.bias = Some(b)),
         ("lora_b", "[V, r]", V * RANK, 2, |head, _, _, b| head.lora.as_mut().unwrap().lora_b = b),
         ("lora_a", "[r, H]", RANK * H, 2, |head, _, _, b| head.lora.as_mut().unwrap().lora_a = b),
-        ("class_weights", "[C]", V, 4, |head, _, _, b| head.class_weights = Some(b)),
+        ("class_weights", "[V]", V, 4, |head, _, _, b| head.class_weights = Some(b)),
         ("gram", "[H, H]", H * H, 4, |head, _, _, b| head.gram = Some(b)),
         ("grads.hidden", "[branches·M, H]", 2 * M * H, 2, |_, outputs, _, b| outputs.hidden = Some(b)),
         ("grads.weight", "[V, H]", V * H, 4, |_, outputs, _, b| outputs.weight = Some(b)),
@@ -203,7 +212,9 @@ fn wrong_tensors_are_refused() {
         let end = 0u64.wrapping_sub(bytes * len as u64);
         assert_error(with(change, buffer(end, len)), &argument(name, ENDLESS));
         if name != "workspace" {
-            assert_error(with(change, buffer(address, len + 1)), &length(name, shape, len, len + 1));
+            for got in [len + 1, usize::MAX] {
+                assert_error(with(change, buffer(address, got)), &length(name, shape, len, got));
+            }
         }
         // On the first of the outputs: hidden states' gradient, or on the weight's.
         let other = if name == "grads.hidden" { 10 } else { 9 };

@@ -3,45 +3,56 @@
 //! With LoRA the weight is `W + s·B·A`, and its Gram matrix `G + Cᵀ·A + Aᵀ·C` with `C = s·BᵀW + s²/2·BᵀB·A`. Small matrices are in `f32`,
 //! and multiplied with tensors of 16 bits as sums of two such numbers.
 
+use super::MAX_BLOCKS;
 use super::params::*;
 use super::pass::{BLOCK, Pass, SHARED_BYTES, launch, vector_blocks};
-use super::{MAX_BLOCKS, MOMENT_SCALE};
 use crate::cpu::Lora;
 use crate::cuda::buffer::{Address, DType, rows_are_aligned};
-use crate::cuda::gemm::Gemm;
 use crate::cuda::kernel::table;
+use crate::cuda::loss::how;
 use crate::cuda::plan::{Launch, Plan};
-use crate::error::Result;
-use crate::loss::{Divergence, LossSettings, check_lambda};
+use crate::error::{Error, Result};
+use crate::loss::LossSettings;
 
 impl Pass<'_> {
-    /// What a gradient of a distance is divided by: where the number of labels lies, or 1 over what is known.
-    fn divisor(&self) -> (Address, f32) {
-        let LossSettings { labelled_only, denominator, .. } = self.head.settings;
-        match denominator {
-            None if labelled_only => (self.places.gram.weight, 0.0),
-            None => (Address::NONE, (1.0 / self.head.tokens as f64) as f32),
-            Some(denominator) => (Address::NONE, (1.0 / denominator) as f32),
+    /// Values and gradients of the squared difference. The cross-entropy is added to them.
+    pub(super) fn by_gram(&self, plan: &mut Plan) -> Result<()> {
+        let (_, pull) = self.factors();
+        if !(pull as f32).is_finite() {
+            let expected = "in the range of f32 with `logit_scale` and `denominator`";
+            return Err(Error::Value { argument: "lambda", expected, got: self.head.settings.lambda });
         }
+        self.prepare_gram(plan)?;
+        for (start, count) in self.chunks(self.places.gram.rows) {
+            self.pull(start, count, plan)?;
+        }
+        if self.trains() { self.write_moment(plan) } else { Ok(()) }
     }
 
-    /// What a distance is multiplied by, and its gradient.
+    /// Where 1 over the number of labels lies, if that is what sums are divided by.
+    fn weight(&self) -> Address {
+        let LossSettings { labelled_only, denominator, .. } = self.head.settings;
+        if labelled_only && denominator.is_none() { self.places.weight } else { Address::NONE }
+    }
+
+    /// What a distance is multiplied by, and its gradient; divided by what is known.
     fn factors(&self) -> (f64, f64) {
-        let LossSettings { divergence, lambda, classes, .. } = self.head.settings;
-        let square = self.head.logit_scale * self.head.logit_scale;
-        let factor = match divergence {
-            Divergence::MeanSquaredDifference => square / classes as f64,
-            _ => square,
+        let LossSettings { divergence, lambda, classes, denominator, .. } = self.head.settings;
+        let (_, of_value, of_gradient) = how(divergence, classes);
+        let divisor = match denominator {
+            Some(denominator) => denominator,
+            None if self.weight() != Address::NONE => 1.0,
+            None => self.head.tokens as f64,
         };
-        (factor, 2.0 * lambda * factor)
+        let square = self.head.logit_scale * self.head.logit_scale / divisor;
+        (of_value * square, lambda * of_gradient * square)
     }
 
     /// The Gram matrix as it is multiplied, and the number of labels.
-    pub(super) fn prepare_gram(&self, plan: &mut Plan) -> Result<()> {
+    fn prepare_gram(&self, plan: &mut Plan) -> Result<()> {
         let Pass { head, places, exact: gemms, .. } = self;
-        let (v, h, places) = (head.settings.classes, head.hidden_size, &places.gram);
-        check_lambda(f64::from(self.factors().1 as f32 * MOMENT_SCALE))?;
-        if self.divisor().0 != Address::NONE {
+        let (v, h) = (head.settings.classes, head.hidden_size);
+        if self.weight() != Address::NONE {
             let (ignore_label, has_ignore_label) = self.ignored();
             let params = LmHeadWeightParams {
                 labels: head.labels.into(),
@@ -53,7 +64,7 @@ impl Pass<'_> {
             };
             plan.push(Launch::new(table::LM_HEAD_WEIGHT, [1; 3], BLOCK, SHARED_BYTES, &params));
         }
-        let weight = head.weight.into();
+        let (weight, places) = (head.weight.into(), &places.gram);
         match head.gram {
             None => plan.push(gemms.transposed_times([h, h, v], weight, weight, places.matrix).in_f32()),
             // What LoRA adds is not the caller's.
@@ -163,9 +174,12 @@ impl Pass<'_> {
     }
 
     /// The squared difference of some rows: its value and gradients.
-    pub(super) fn pull(&self, start: usize, count: usize, plan: &mut Plan) -> Result<()> {
+    fn pull(&self, start: usize, count: usize, plan: &mut Plan) -> Result<()> {
         let Pass { head, dtype, outputs, places, gram_gemms: gemms, .. } = self;
-        let (h, [high, low], places) = (head.hidden_size, places.delta, &places.gram);
+        let (h, places) = (head.hidden_size, &places.gram);
+        let [high, low] = places.delta;
+        let kernel = table::LM_HEAD_PARTS.choose(*dtype).unwrap_or(table::LM_HEAD_DIFFERENCE.choose(*dtype));
+        self.difference(kernel, places.delta, start, count, plan)?;
         let is_wide = *dtype == DType::F32;
         let [gram_high, gram_low] = if is_wide { [self.matrix(), Address::NONE] } else { places.parts };
         // What is left out is the product of both smaller parts.
@@ -176,32 +190,27 @@ impl Pass<'_> {
             plan.push(if i == 0 { gemm } else { gemm.accumulated() });
         }
         if self.trains() {
-            // `bf16` alone has too few bits for a sum that is rounded to `f16`.
-            let products = [(high, high), (high, low), (low, high)];
-            let products = if *dtype == DType::F16 { &products[..] } else { &products[..1] };
-            for (i, &(left, right)) in products.iter().enumerate() {
-                let gemm = gemms.transposed_times([h, h, count], left, right, places.moment).in_f32();
-                plan.push(if start == 0 && i == 0 { gemm } else { gemm.accumulated() });
-            }
+            let gemm = gemms.transposed_times([h, h, count], high, high, places.moment).in_f32();
+            plan.push(if start == 0 { gemm } else { gemm.accumulated() });
         }
         let [to_first, to_second] = [0, 1].map(|branch| match outputs.hidden {
             Some(dh) => self.branch(dh, branch, start, count),
             None => Address::NONE,
         });
-        let (weight, inverse) = self.divisor();
-        let (factor, pull) = self.factors();
+        let (scale, pull) = self.factors();
         let params = LmHeadPullParams {
             rows: self.rows(start, count, &[to_first, to_second, places.product]),
             product: places.product.into(),
             to_first: to_first.into(),
             to_second: to_second.into(),
             values: outputs.values.into(),
+            status: outputs.status.into(),
             workspace: self.words.into(),
-            weight: weight.into(),
-            inverse,
+            weight: self.weight().into(),
+            scale: scale as f32,
             pull: pull as f32,
-            scale: factor as f32,
             lambda: head.settings.lambda as f32,
+            is_first: (start == 0).into(),
         };
         let blocks = vector_blocks(*dtype, count, h)?.min(MAX_BLOCKS as u32);
         let kernel = table::LM_HEAD_PULL.choose(*dtype);
@@ -209,19 +218,16 @@ impl Pass<'_> {
         Ok(())
     }
 
-    /// Adds what all rows together give to the gradients of the weight: `dW += R` and of the LoRA `dB += s·R·Aᵀ`, `dA += s·Bᵀ·R`, where
+    /// What all rows together give to the gradients of the weight, `dW = R`, and of the LoRA, `dB = s·R·Aᵀ` and `dA = s·Bᵀ·R`, where
     /// `R = 2λ/D'·(W + s·B·A)·ΔhᵀΔh`.
-    pub(super) fn add_moment(&self, plan: &mut Plan) -> Result<()> {
+    fn write_moment(&self, plan: &mut Plan) -> Result<()> {
         let Pass { head, dtype, outputs, places, exact: gemms, .. } = self;
         let (v, h, places) = (head.settings.classes, head.hidden_size, &places.gram);
-        let (weight, inverse) = self.divisor();
-        let known = if weight == Address::NONE { inverse } else { 1.0 };
-        let factor = self.factors().1 as f32 * known * MOMENT_SCALE;
         let moment = if *dtype == DType::F32 { places.moment } else { places.parts[0] };
-        self.split(places.moment, [moment, Address::NONE], [h, h], *dtype, (factor, weight), plan)?;
-        let add = |gemm: Gemm, factor: f32| gemm.scaled(factor / MOMENT_SCALE).in_f32().accumulated();
+        let factor = (self.factors().1 as f32, self.weight());
+        self.split(places.moment, [moment, Address::NONE], [h, h], *dtype, factor, plan)?;
         if let Some(to) = outputs.weight {
-            plan.push(add(gemms.times([v, h, h], head.weight.into(), moment, to.into()), 1.0));
+            plan.push(gemms.times([v, h, h], head.weight.into(), moment, to.into()).in_f32());
         }
         let Some(lora) = head.lora else { return Ok(()) };
         let (r, s, places) = (lora.rank, lora.scale, &places.lora);
@@ -229,20 +235,22 @@ impl Pass<'_> {
             // The other half: s·BᵀW + s²·BᵀB·A.
             self.add_half_square(lora, plan);
             let left = self.rounded(places.cross, places.cross_parts[0], [r, h], plan)?;
-            plan.push(add(gemms.times([r, h, h], left, moment, to.into()), 1.0));
+            plan.push(gemms.times([r, h, h], left, moment, to.into()).in_f32());
         }
         if let Some(to) = outputs.weight {
             plan.push(gemms.times([r, h, h], lora.lora_a.into(), moment, places.cross).in_f32());
             let low = self.rounded(places.cross, places.cross_parts[0], [r, h], plan)?;
-            plan.push(add(gemms.times([v, h, r], lora.lora_b.into(), low, to.into()), s));
+            let gemm = gemms.times([v, h, r], lora.lora_b.into(), low, to.into());
+            plan.push(gemm.scaled(s).in_f32().accumulated());
         }
         if let Some(to) = outputs.lora_b {
             plan.push(gemms.times_transposed([h, r, h], moment, lora.lora_a.into(), places.right).in_f32());
             let right = self.rounded(places.right, places.right_rounded, [h, r], plan)?;
-            plan.push(add(gemms.times([v, r, h], head.weight.into(), right, to.into()), s));
+            plan.push(gemms.times([v, r, h], head.weight.into(), right, to.into()).scaled(s).in_f32());
             plan.push(gemms.times([r, r, h], lora.lora_a.into(), right, places.square).in_f32());
             let low = self.rounded(places.square, places.square_parts[0], [r, r], plan)?;
-            plan.push(add(gemms.times([v, r, r], lora.lora_b.into(), low, to.into()), s * s));
+            let gemm = gemms.times([v, r, r], lora.lora_b.into(), low, to.into());
+            plan.push(gemm.scaled(s * s).in_f32().accumulated());
         }
         Ok(())
     }

@@ -11,6 +11,7 @@ use super::device::Device;
 use super::gemm::{Arena, Gemms, Workspace};
 use super::gpu::Gpu;
 use super::layer::Arithmetic;
+use super::loss::{LOSS_STATUS_WORDS, MAX_BATCH, MAX_CLASSES};
 use super::plan::Plan;
 use crate::cpu::{Lora, check_scale};
 use crate::error::{Error, Result};
@@ -21,8 +22,6 @@ use pass::Pass;
 
 /// Blocks that add to one sum, at most.
 const MAX_BLOCKS: usize = 1024;
-/// What `ΔhᵀΔh` is multiplied by before it is rounded to 16 bits: `f16` has few bits for small numbers.
-const MOMENT_SCALE: f32 = 1024.0;
 
 /// A linear layer from hidden states to a vocabulary, and the loss of its logits: forward and backward in one plan, with the logits of
 /// some rows in memory at a time. What [`cpu::LmHead`](crate::cpu::LmHead) computes, whose documentation has the formulas.
@@ -30,8 +29,9 @@ const MOMENT_SCALE: f32 = 1024.0;
 /// `T` are tensors of one type, [`Buffer`] for planning or `cudarc`'s (see [`Device::lm_head`]); `I` labels; `F` tensors of `f32`.
 ///
 /// Logits and their gradients take the same memory, of the type of `h`; every GEMM adds up in `f32`. Squared differences go by the
-/// Gram matrix `G = WᵀW`, unless they are centred or there is a soft cap: then, as for the other divergences, the difference
-/// `Δh·Wᵀ` is computed instead. `G` is in `f32`; in 16 bits it and `Δh` are multiplied as sums of two `bf16` numbers, 16 bits in all.
+/// Gram matrix `G = WᵀW`, which is in `f32`; in 16 bits it and `Δh` are multiplied as sums of two `bf16` numbers, 16 bits in all. Where they
+/// are centred, the criterion is of both branches, there is a soft cap, there are so few tokens that `G` is more work, or a head in `f16`
+/// is trained or has LoRA, the difference `Δh·Wᵀ` is computed instead, as for the other divergences.
 ///
 /// A gradient below 6e-8 is nothing in `f16`, and those to logits are divided by the number of tokens: give a `denominator` that has the
 /// loss scale in it, or use `bf16`.
@@ -39,7 +39,7 @@ const MOMENT_SCALE: f32 = 1024.0;
 pub struct LmHead<T, I, F> {
     /// What the loss is made of; `classes` is the size of the vocabulary `V`.
     pub settings: LossSettings,
-    /// `M`: tokens of a branch.
+    /// `M`: tokens of a branch, at most 2^24.
     pub tokens: usize,
     /// `H`.
     pub hidden_size: usize,
@@ -56,12 +56,13 @@ pub struct LmHead<T, I, F> {
     /// `[V]`: weights of the classes in the cross-entropy, finite and not negative, which is not checked; `None`: all 1.
     pub class_weights: Option<F>,
     /// `G [H, H]` from [`gram`](Self::gram), for a `W` that does not change; `None`: computed by each plan that needs it.
+    /// LoRA is no part of it.
     pub gram: Option<F>,
     /// `a`, not 0; 1 in most models.
     pub logit_scale: f64,
     /// `cap`, more than 0.
     pub soft_cap: Option<f64>,
-    /// Rows of a branch whose logits are in memory at a time; `None`: as many as fit in 288 MB with all else.
+    /// Rows of a branch whose logits are in memory at a time; `None`: as many as fit in 250 MB.
     pub chunk_rows: Option<usize>,
     /// Whether `f32` is multiplied as TF32 (10 fraction bits); never by the Gram matrix.
     pub allow_tf32: bool,
@@ -126,8 +127,10 @@ impl<T, I, F> LmHead<T, I, F> {
     }
 
     /// Whether the Gram matrix stands for the logits of branch 1.
-    fn has_gram(&self, trains_weight: bool) -> bool {
-        self.branches == 2
+    fn has_gram(&self, dtype: DType, trains_weight: bool) -> bool {
+        // Sums over the vocabulary or the tokens that are rounded to `f16` may be too large for it.
+        let fits = dtype != DType::F16 || !trains_weight && self.lora.is_none();
+        fits && self.branches == 2
             && self.soft_cap.is_none()
             && self.settings.divergence != Divergence::CenteredSquaredDifference
             && self.settings.takes_gram(self.tokens, self.hidden_size, self.gram.is_some(), trains_weight)
@@ -136,7 +139,7 @@ impl<T, I, F> LmHead<T, I, F> {
     /// The `u32` elements of workspace; `trains_weight`: whether there is a gradient to `W`. 0 for sizes that are refused.
     pub fn workspace_len(&self, gpu: &Gpu, dtype: DType, trains_weight: bool) -> usize {
         match self.check_sizes() {
-            Ok(()) => self.len_for(gpu, dtype, trains_weight, self.rows(gpu, dtype, trains_weight)),
+            Ok(()) => self.len(gpu, dtype, trains_weight),
             Err(_) => 0,
         }
     }
@@ -156,7 +159,10 @@ impl<T, I, F> LmHead<T, I, F> {
 
     fn check_sizes(&self) -> Result<()> {
         self.check_weight_sizes()?;
-        check_size("tokens", self.tokens)?;
+        nonzero("tokens", self.tokens)?;
+        if self.tokens > MAX_BATCH {
+            return Err(Error::Size { argument: "tokens", expected: "at most 2^24", got: self.tokens });
+        }
         check_size("rank", self.lora.as_ref().map_or(1, |lora| lora.rank))?;
         if !(1..=2).contains(&self.branches) {
             return Err(Error::Size { argument: "branches", expected: "1 or 2", got: self.branches });
@@ -165,7 +171,11 @@ impl<T, I, F> LmHead<T, I, F> {
     }
 
     fn check_weight_sizes(&self) -> Result<()> {
-        check_size("classes", self.settings.classes)?;
+        let LossSettings { classes, .. } = self.settings;
+        nonzero("classes", classes)?;
+        if classes > MAX_CLASSES {
+            return Err(Error::Size { argument: "classes", expected: "at most 2^30", got: classes });
+        }
         check_size("hidden_size", self.hidden_size)
     }
 }
@@ -206,7 +216,7 @@ impl Head {
 
     /// The plan that computes the loss of `hidden` (`[2M, H]`, or `[M, H]` for one branch), and the gradients that are wanted.
     ///
-    /// Labels lie on the device: what is wrong with them counts as ignored, and the status tells, as of a [`Loss`].
+    /// Labels lie on the device: what is wrong with them counts as ignored, and the status tells, as of a [`Loss`](super::Loss).
     ///
     /// # Errors
     /// If a size is zero or too large, a setting is out of range, a buffer has the wrong length, is not aligned to its element or
@@ -216,10 +226,9 @@ impl Head {
         let trains_weight = outputs.weight.is_some();
         let workspace = outputs.workspace.check_workspace(self.workspace_len(gpu, dtype, trains_weight))?;
         self.check_disjoint(dtype, hidden, &Outputs { workspace, ..outputs })?;
-        let rows = self.rows(gpu, dtype, trains_weight);
-        let words = Buffer { len: self.words(rows), ..workspace };
+        let words = Buffer { len: self.words(self.rows(dtype, trains_weight)), ..workspace };
         let mut arena = Arena::new(Address::from(workspace).offset(4 * words.len));
-        let places = self.places(gpu, dtype, trains_weight, rows, &mut arena);
+        let places = self.places(gpu, dtype, trains_weight, &mut arena);
         let gemms = |dtype, allow_tf32| Gemms::new(Arithmetic { dtype, allow_tf32 }, places.library);
         let pass = Pass {
             head: self,
@@ -228,7 +237,7 @@ impl Head {
             outputs,
             words,
             places,
-            has_gram: self.has_gram(trains_weight),
+            has_gram: self.has_gram(dtype, trains_weight),
             gemms: gemms(dtype, self.allow_tf32),
             exact: gemms(dtype, false),
             gram_gemms: gemms(if dtype == DType::F32 { DType::F32 } else { DType::BF16 }, false),
@@ -262,6 +271,11 @@ impl Head {
             lora_a.check("lora_a", "[r, H]", product("lora_a", "[r, H]", &[rank, h])?, bytes)?;
             check_scale(scale)?;
         }
+        if let Some(weights) = self.class_weights {
+            weights.check("class_weights", "[V]", v, 4)?;
+        }
+        outputs.values.check("values", "[3]", 3, 4)?;
+        outputs.status.check("status", "[9]", LOSS_STATUS_WORDS, 8)?;
         let in_range = |value: f64| (value as f32).is_normal();
         if !in_range(self.logit_scale) || !in_range(self.logit_scale * self.logit_scale) {
             let expected = "not 0, and its square in the range of f32";

@@ -60,15 +60,17 @@ pub struct LmHeadPullParams {
     pub(super) to_first: Output<Void>,
     pub(super) to_second: Output<Void>,
     pub(super) values: Output<f32>,
+    pub(super) status: Output<u64>,
     pub(super) workspace: Output<u32>,
-    /// 1 over what the sum of distances is divided by; null: it is `inverse`.
+    /// Another factor of both below; null: none.
     pub(super) weight: Input<f32>,
-    pub(super) inverse: f32,
-    /// What the gradient of a distance is multiplied by, with lambda, before `weight`.
-    pub(super) pull: f32,
-    /// And the distance.
+    /// What a distance is multiplied by.
     pub(super) scale: f32,
+    /// And its gradient, with lambda.
+    pub(super) pull: f32,
     pub(super) lambda: f32,
+    /// Whether values and status are set, rather than added to.
+    pub(super) is_first: u32,
 }
 
 /// Parameters of the kernels `lm_head_bias*`.

@@ -33,15 +33,18 @@ impl Pass<'_> {
     pub(super) fn plan(&self) -> Result<Plan> {
         let mut plan = Plan::default();
         if self.has_gram {
-            self.prepare_gram(&mut plan)?;
+            self.by_gram(&mut plan)?;
         }
-        for start in (0..self.head.tokens).step_by(self.places.rows) {
-            self.chunk(start, self.places.rows.min(self.head.tokens - start), &mut plan)?;
-        }
-        if self.has_gram && self.trains() {
-            self.add_moment(&mut plan)?;
+        for (start, count) in self.chunks(self.places.logits.rows) {
+            self.chunk(start, count, &mut plan)?;
         }
         Ok(plan)
+    }
+
+    /// The first row and the number of rows of each chunk.
+    pub(super) fn chunks(&self, rows: usize) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let tokens = self.head.tokens;
+        (0..tokens).step_by(rows).map(move |start| (start, rows.min(tokens - start)))
     }
 
     /// Whether there are gradients to the weight or the LoRA.
@@ -84,17 +87,18 @@ impl Pass<'_> {
     /// All of some rows: logits, loss, gradients.
     fn chunk(&self, start: usize, count: usize, plan: &mut Plan) -> Result<()> {
         let Pass { head, dtype, hidden, outputs, places, has_gram, .. } = self;
-        let v = head.settings.classes;
-        if head.branches == 2 && head.soft_cap.is_none() {
-            self.difference(start, count, plan)?;
-        }
+        let (v, places) = (head.settings.classes, &places.logits);
         let branches = if *has_gram { 1 } else { head.branches };
         self.logits(self.branch(*hidden, 0, start, count), places.logits, true, count, plan);
         if branches == 2 {
             let logits = places.logits.offset(count * v * dtype.bytes());
             match head.soft_cap {
                 Some(_) => self.logits(self.branch(*hidden, 1, start, count), logits, true, count, plan),
-                None => self.logits(places.delta[0], logits, false, count, plan),
+                None => {
+                    let kernel = table::LM_HEAD_DIFFERENCE.choose(*dtype);
+                    self.difference(kernel, [places.delta, Address::NONE], start, count, plan)?;
+                    self.logits(places.delta, logits, false, count, plan);
+                }
             }
         }
         let logits = Buffer { address: places.logits.0, len: branches * count * v };
@@ -114,7 +118,7 @@ impl Pass<'_> {
             gradient: wants_gradient.then_some(logits),
             values: outputs.values,
             status: outputs.status,
-            accumulate: start > 0,
+            accumulate: start > 0 || *has_gram,
             first_row: start,
             workspace: self.words,
         };
@@ -124,19 +128,18 @@ impl Pass<'_> {
                 self.backward(branch, start, count, plan)?;
             }
         }
-        if *has_gram {
-            self.pull(start, count, plan)?;
-        }
         Ok(())
     }
 
-    /// `Δh`: in parts for the Gram matrix, or rounded for logits.
-    fn difference(&self, start: usize, count: usize, plan: &mut Plan) -> Result<()> {
-        let [high, low] = self.places.delta;
-        let kernel = match table::LM_HEAD_PARTS.choose(self.dtype) {
-            Some(kernel) if self.has_gram => kernel,
-            _ => table::LM_HEAD_DIFFERENCE.choose(self.dtype),
-        };
+    /// `Δh` of some rows.
+    pub(super) fn difference(
+        &self,
+        kernel: Kernel,
+        [high, low]: [Address; 2],
+        start: usize,
+        count: usize,
+        plan: &mut Plan,
+    ) -> Result<()> {
         let rows = self.rows(start, count, &[high, low]);
         let params = LmHeadDifferenceParams { rows, high: high.into(), low: low.into() };
         plan.push(launch(kernel, vector_blocks(self.dtype, count, self.head.hidden_size)?, &params));
@@ -150,7 +153,7 @@ impl Pass<'_> {
         let gemm = gemms.times_transposed([count, v, h], x, head.weight.into(), logits).scaled(a);
         plan.push(gemm.with_bias(head.bias.filter(|_| has_bias).map(Into::into)));
         if let Some(Lora { rank: r, lora_a, lora_b, scale }) = head.lora {
-            let s = places.low_rank[0];
+            let s = places.logits.low_rank[0];
             plan.push(gemms.times_transposed([count, r, h], x, lora_a.into(), s));
             let gemm = gemms.times_transposed([count, v, r], s, lora_b.into(), logits);
             plan.push(gemm.scaled(a * scale).accumulated());
@@ -162,13 +165,15 @@ impl Pass<'_> {
         let Pass { head, dtype, outputs, places, gemms, .. } = self;
         let (v, h, a) = (head.settings.classes, head.hidden_size, head.logit_scale as f32);
         let x = self.branch(self.hidden, branch, start, count);
-        let dl = places.logits.offset(branch * count * v * dtype.bytes());
+        let dl = places.logits.logits.offset(branch * count * v * dtype.bytes());
         let dh = outputs.hidden.map(|dh| self.branch(dh, branch, start, count));
         let is_first = branch == 0 && start == 0;
-        // Into `f32`, over all rows.
-        let add = |gemm: Gemm| if is_first { gemm.in_f32() } else { gemm.in_f32().accumulated() };
+        // Into `f32`, over all rows, and what the Gram matrix has given.
+        let writes = is_first && !self.has_gram;
+        let add = |gemm: Gemm| if writes { gemm.in_f32() } else { gemm.in_f32().accumulated() };
         if let Some(dh) = dh {
-            plan.push(gemms.times([count, h, v], dl, head.weight.into(), dh).scaled(a));
+            let gemm = gemms.times([count, h, v], dl, head.weight.into(), dh).scaled(a);
+            plan.push(if self.has_gram { gemm.accumulated() } else { gemm });
         }
         if let Some(dw) = outputs.weight {
             plan.push(add(gemms.transposed_times([v, h, count], dl, x, dw.into()).scaled(a)));
@@ -186,7 +191,7 @@ impl Pass<'_> {
             plan.push(launch(table::LM_HEAD_BIAS.choose(*dtype), vector_blocks(*dtype, 1, v)?, &params));
         }
         let Some(Lora { rank: r, lora_a, lora_b, scale }) = head.lora else { return Ok(()) };
-        let [s, ds] = places.low_rank;
+        let [s, ds] = places.logits.low_rank;
         if dh.is_some() || outputs.lora_a.is_some() {
             plan.push(gemms.times([count, r, v], dl, lora_b.into(), ds).scaled(a * scale));
         }

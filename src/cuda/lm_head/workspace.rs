@@ -5,31 +5,44 @@ use crate::cuda::buffer::{Address, DType};
 use crate::cuda::gemm::{Arena, Workspace};
 use crate::cuda::gpu::Gpu;
 
-/// Bytes of workspace that chunks are made for.
-const WORKSPACE: usize = 288_000_000;
+/// Bytes that the logits of a chunk and all that grows with them may take.
+const BUDGET: usize = 250_000_000;
 /// Rows of a chunk are a multiple of this, where there are more: tiles of a GEMM.
 const ROWS: usize = 128;
+/// Rows of a branch that meet the Gram matrix at a time.
+const GRAM_ROWS: usize = 2048;
 
-/// The workspace behind its first words, cut up. What is not needed has no address.
+/// The workspace behind its first words, cut up. What is not needed has no address. What the Gram matrix needs comes first, and then
+/// the logits take its place.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Places {
+    pub(super) library: Workspace,
+    /// 1 over the number of labels, `f32`.
+    pub(super) weight: Address,
+    pub(super) logits: LogitPlaces,
+    pub(super) gram: GramPlaces,
+}
+
+/// What chunks of logits need.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct LogitPlaces {
     /// Rows of a branch in a chunk.
     pub(super) rows: usize,
-    pub(super) library: Workspace,
     /// Logits of the branches that have them, then their gradients.
     pub(super) logits: Address,
-    /// `Δh`; in parts where it meets the Gram matrix.
-    pub(super) delta: [Address; 2],
+    /// `Δh`, rounded.
+    pub(super) delta: Address,
     /// `h·Aᵀ` and `dl·B` of one branch.
     pub(super) low_rank: [Address; 2],
-    pub(super) gram: GramPlaces,
 }
 
 /// What the Gram matrix needs.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct GramPlaces {
-    /// 1 over the number of labels, `f32`.
-    pub(super) weight: Address,
+    /// Rows of a branch in a chunk.
+    pub(super) rows: usize,
+    /// `Δh` in parts.
+    pub(super) delta: [Address; 2],
     /// `Δh·G`, `f32`.
     pub(super) product: Address,
     /// `G` if it is not given as it is multiplied, `f32`.
@@ -65,12 +78,12 @@ fn take_if(arena: &mut Arena, is_needed: bool, bytes: usize) -> Address {
 }
 
 impl<T, I, F> LmHead<T, I, F> {
-    /// The `u32` elements of workspace for chunks of so many rows.
-    pub(super) fn len_for(&self, gpu: &Gpu, dtype: DType, trains_weight: bool, rows: usize) -> usize {
+    /// The `u32` elements of workspace.
+    pub(super) fn len(&self, gpu: &Gpu, dtype: DType, trains_weight: bool) -> usize {
         let rest = Arena::len_of(|arena| {
-            self.places(gpu, dtype, trains_weight, rows, arena);
+            self.places(gpu, dtype, trains_weight, arena);
         });
-        self.words(rows).saturating_add(rest)
+        self.words(self.rows(dtype, trains_weight)).saturating_add(rest)
     }
 
     /// The beginning of the workspace, where the word lies that has to be zero: the loss's part, or what a sum over blocks needs.
@@ -78,13 +91,16 @@ impl<T, I, F> LmHead<T, I, F> {
         self.settings.workspace_len(rows).max(1 + MAX_BLOCKS)
     }
 
-    /// Rows of a branch in a chunk.
-    pub(super) fn rows(&self, gpu: &Gpu, dtype: DType, trains_weight: bool) -> usize {
+    /// Rows of a branch in a chunk of logits.
+    pub(super) fn rows(&self, dtype: DType, trains_weight: bool) -> usize {
         let fitting = || {
-            let bytes = |rows| self.len_for(gpu, dtype, trains_weight, rows).saturating_mul(4);
-            let (some, more) = (bytes(ROWS), bytes(2 * ROWS));
-            let each = more.saturating_sub(some).max(1);
-            let most = ROWS.saturating_mul(1 + WORKSPACE.saturating_sub(some) / each);
+            let words = |rows| {
+                let rest = Arena::len_of(|arena| {
+                    self.logit_places(dtype, trains_weight, rows, arena);
+                });
+                self.words(rows).saturating_add(rest)
+            };
+            let most = (BUDGET / 4 / words(ROWS)).max(1).saturating_mul(ROWS);
             // All chunks about the same.
             self.tokens.div_ceil(self.tokens.div_ceil(most)).next_multiple_of(ROWS)
         };
@@ -92,35 +108,37 @@ impl<T, I, F> LmHead<T, I, F> {
     }
 
     /// What lies where behind the first words.
-    pub(super) fn places(
-        &self,
-        gpu: &Gpu,
-        dtype: DType,
-        trains_weight: bool,
-        rows: usize,
-        arena: &mut Arena,
-    ) -> Places {
-        let (v, h, size) = (self.settings.classes, self.hidden_size, dtype.bytes());
-        let has_gram = self.has_gram(trains_weight);
-        let has_logits = if has_gram { 1 } else { self.branches };
-        let logits = arena.take(bytes(has_logits * rows, v, size));
-        let has_delta = self.branches == 2 && self.soft_cap.is_none();
-        let in_parts = has_gram && dtype != DType::F32;
-        let delta = [has_delta, in_parts].map(|is_needed| take_if(arena, is_needed, bytes(rows, h, size)));
-        let rank = self.lora.as_ref().map_or(0, |lora| lora.rank);
-        let low_rank = [rank > 0; 2].map(|is_needed| take_if(arena, is_needed, bytes(rows, rank, size)));
-        let gram = self.gram_places(dtype, trains_weight, rows, arena);
+    pub(super) fn places(&self, gpu: &Gpu, dtype: DType, trains_weight: bool, arena: &mut Arena) -> Places {
+        let (v, h, rows) = (self.settings.classes, self.hidden_size, self.rows(dtype, trains_weight));
+        let has_gram = self.has_gram(dtype, trains_weight);
+        let weight = take_if(arena, has_gram, 4);
         let largest = bytes(rows, v.max(h), 1).max(bytes(v, h, usize::from(trains_weight)));
         let library = arena.take_workspace(gpu, largest.max(bytes(h, h, usize::from(has_gram))));
-        Places { rows, library, logits, delta, low_rank, gram }
+        let mut of_gram = *arena;
+        let logits = self.logit_places(dtype, trains_weight, rows, arena);
+        let gram = self.gram_places(dtype, trains_weight, &mut of_gram);
+        *arena = arena.after_both(of_gram);
+        Places { library, weight, logits, gram }
     }
 
-    fn gram_places(&self, dtype: DType, trains_weight: bool, rows: usize, arena: &mut Arena) -> GramPlaces {
+    fn logit_places(&self, dtype: DType, trains_weight: bool, rows: usize, arena: &mut Arena) -> LogitPlaces {
+        let (v, h, size) = (self.settings.classes, self.hidden_size, dtype.bytes());
+        let has_gram = self.has_gram(dtype, trains_weight);
+        let branches = if has_gram { 1 } else { self.branches };
+        let logits = arena.take(bytes(branches.saturating_mul(rows), v, size));
+        let delta = take_if(arena, branches == 2 && self.soft_cap.is_none(), bytes(rows, h, size));
+        let rank = self.lora.as_ref().map_or(0, |lora| lora.rank);
+        let low_rank = [rank > 0; 2].map(|is_needed| take_if(arena, is_needed, bytes(rows, rank, size)));
+        LogitPlaces { rows, logits, delta, low_rank }
+    }
+
+    fn gram_places(&self, dtype: DType, trains_weight: bool, arena: &mut Arena) -> GramPlaces {
         let (h, size) = (self.hidden_size, dtype.bytes());
-        let has_gram = self.has_gram(trains_weight);
+        let rows = self.chunk_rows.unwrap_or(GRAM_ROWS).min(self.tokens);
+        let has_gram = self.has_gram(dtype, trains_weight);
         let has_lora = has_gram && self.lora.is_some();
         let in_parts = has_gram && dtype != DType::F32;
-        let weight = take_if(arena, has_gram, 4);
+        let delta = [has_gram, in_parts].map(|is_needed| take_if(arena, is_needed, bytes(rows, h, size)));
         let product = take_if(arena, has_gram, bytes(rows, h, 4));
         let parts = [in_parts; 2].map(|is_needed| take_if(arena, is_needed, bytes(h, h, size)));
         let has_matrix = has_gram && (self.gram.is_none() || has_lora);
@@ -142,6 +160,6 @@ impl<T, I, F> LmHead<T, I, F> {
         let right = take_if(arena, has_lora, bytes(h, rank, 4));
         let right_rounded = take_if(arena, has_lora, bytes(h, rank, size));
         let lora = GramLora { square, square_parts, cross, cross_parts, right, right_rounded };
-        GramPlaces { weight, product, matrix, parts, moment, lora }
+        GramPlaces { rows, delta, product, matrix, parts, moment, lora }
     }
 }

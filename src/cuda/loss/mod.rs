@@ -31,13 +31,16 @@ const MAX_BLOCKS: usize = 1024;
 /// Words of shared memory for each warp of a block; one more is for all of them.
 pub const LOSS_SHARED_WORDS: usize = 34;
 /// Samples, at most: the kernels count them in `f32`.
-const MAX_BATCH: usize = 1 << 24;
-const MAX_CLASSES: usize = 1 << 30;
+pub(super) const MAX_BATCH: usize = 1 << 24;
+pub(super) const MAX_CLASSES: usize = 1 << 30;
 /// Words of the workspace: the counter of finished blocks, then for each sample its record, then for each of its slices.
 const TICKET_WORDS: usize = 1;
 const RECORD_WORDS: usize = 3;
 /// Of a slice, where the loss is not the paper's; more than what the paper's needs.
 pub const LOSS_GENERAL_SUMMARY_WORDS: usize = 22;
+
+/// Words of the status.
+pub const LOSS_STATUS_WORDS: usize = 9;
 
 /// What the criterion is of.
 pub const LOSS_LABELS: u32 = 0;
@@ -211,7 +214,7 @@ pub struct LossParams {
 }
 
 /// How a divergence is computed: the kernels' number of it, what it is multiplied by, and what its gradient is.
-fn how(divergence: Divergence, classes: usize) -> (u32, f64, f64) {
+pub(super) fn how(divergence: Divergence, classes: usize) -> (u32, f64, f64) {
     match divergence {
         Divergence::SquaredDifference => (LOSS_SQUARED_DIFFERENCE, 1.0, 2.0),
         Divergence::MeanSquaredDifference => {

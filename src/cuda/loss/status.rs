@@ -27,7 +27,7 @@ pub struct LossStatus {
 
 impl LossStatus {
     /// Length of the status in device memory.
-    pub const WORDS: usize = 9;
+    pub const WORDS: usize = super::LOSS_STATUS_WORDS;
 
     /// The status from what was downloaded.
     pub fn new(words: [u64; Self::WORDS]) -> Self {
