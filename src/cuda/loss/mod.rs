@@ -1,5 +1,6 @@
 //! The training loss and its gradient to the logits; plans `kernels/loss.cu` and `kernels/loss_general.cu`.
 
+mod params;
 mod status;
 
 use super::borrows::Borrows;
@@ -7,19 +8,14 @@ use super::buffer::{Buffer, DType, Element, check_disjoint, in_bytes};
 use super::device::Device;
 use super::kernel::{Kernels, WARP, table};
 use super::plan::{Launch, Plan};
-use super::pointer::{Input, Output, Void};
 use crate::cpu::rows as rows_of;
 use crate::error::{Error, Result};
 use crate::loss::{Divergence, LossSettings, Targets, check_lambda};
 use crate::shape::{nonzero, product};
-use bytemuck::{Pod, Zeroable};
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
+pub use params::*;
 pub use status::{Finding, LossStatus};
 
-/// What a thread holds of a row.
-pub const LOSS_ELEMENTS: usize = 8;
-/// Threads that share a row or a slice of one, at most; then they are the block.
-pub const LOSS_GROUP: usize = 512;
 /// Elements of a slice, at most.
 const MAX_SLICE: usize = LOSS_GROUP * LOSS_ELEMENTS;
 /// Threads of a block of several groups, at most.
@@ -28,31 +24,12 @@ const THREADS: usize = 256;
 const SPREAD: usize = 64;
 /// Blocks, at most, unless a row alone needs more: each of them counts the labels of the whole batch.
 const MAX_BLOCKS: usize = 1024;
-/// Words of shared memory for each warp of a block; one more is for all of them.
-pub const LOSS_SHARED_WORDS: usize = 34;
 /// Samples, at most: the kernels count them in `f32`.
 pub(super) const MAX_BATCH: usize = 1 << 24;
 pub(super) const MAX_CLASSES: usize = 1 << 30;
 /// Words of the workspace: the counter of finished blocks, then for each sample its record, then for each of its slices.
 const TICKET_WORDS: usize = 1;
 const RECORD_WORDS: usize = 3;
-/// Of a slice, where the loss is not the paper's; more than what the paper's needs.
-pub const LOSS_GENERAL_SUMMARY_WORDS: usize = 22;
-
-/// Words of the status.
-pub const LOSS_STATUS_WORDS: usize = 9;
-
-/// What the criterion is of.
-pub const LOSS_LABELS: u32 = 0;
-pub const LOSS_PROBABILITIES: u32 = 1;
-pub const LOSS_VALUES: u32 = 2;
-
-/// The divergences: those of differences of logits, those among them that need their mean, and those of probabilities.
-pub const LOSS_SQUARED_DIFFERENCE: u32 = 0;
-pub const LOSS_CENTERED_SQUARED_DIFFERENCE: u32 = 1;
-pub const LOSS_SYMMETRIC_KL: u32 = 2;
-pub const LOSS_KL: u32 = 3;
-pub const LOSS_JENSEN_SHANNON: u32 = 4;
 
 impl LossSettings {
     /// Words of workspace for a batch of that many samples, whatever its targets and class weights.
@@ -141,76 +118,6 @@ pub struct Loss {
     /// `u32`, at least [`LossSettings::workspace_len`]. The first word must be zero before the launch and is again after it;
     /// contents of the others are ignored.
     pub workspace: Buffer,
-}
-
-/// Parameters of the kernels `loss*`.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
-pub struct LossParams {
-    logits: Input<Void>,
-    /// Null: the targets are others.
-    labels: Input<i64>,
-    /// Labels that are counted: those above, or more.
-    counted: Input<i64>,
-    /// Probabilities or values.
-    targets: Input<f32>,
-    /// Null: all 1.
-    class_weights: Input<f32>,
-    /// Null: none.
-    history: Output<f32>,
-    index: Input<i64>,
-    /// Null: not wanted.
-    gradient: Output<Void>,
-    values: Output<f32>,
-    status: Output<u64>,
-    workspace: Output<u32>,
-    history_rows: u64,
-    ignore_label: i64,
-    first_row: u64,
-    /// Rows and slices of every tensor start at multiples of 16 bytes and hold whole vectors.
-    aligned: u64,
-    has_ignore_label: u32,
-    two_branches: u32,
-    labelled_only: u32,
-    /// Whether `pull` is still to be divided by the number of labels: they alone take part, and there is no denominator.
-    pull_per_label: u32,
-    accumulate: u32,
-    /// `LOSS_LABELS`, `LOSS_PROBABILITIES` or `LOSS_VALUES`.
-    criterion: u32,
-    /// `LOSS_SQUARED_DIFFERENCE` and so on; the mean of squares differs from their sum by `scale` alone.
-    divergence: u32,
-    /// Whether the criterion is of both branches.
-    both_branches: u32,
-    /// Whether the second half of the logits is their difference.
-    is_difference: u32,
-    detach_target: u32,
-    /// Samples `B`, below 2^24: counts and positions are exact in f32.
-    batch: u32,
-    /// Labels that are counted; samples, where there are none.
-    counted_len: u32,
-    /// Classes `C`.
-    classes: u32,
-    /// Elements of a slice; the last may have fewer.
-    slice: u32,
-    /// Slices of a row.
-    slices: u32,
-    /// Threads of a group.
-    group: u32,
-    lambda: f32,
-    /// Label smoothing `s`.
-    smoothing: f32,
-    /// `s / C`.
-    spread: f32,
-    /// What the divergence's gradient is multiplied by, such as `2 lambda / B`.
-    pull: f32,
-    /// What the divergence is multiplied by: 1, `1 / C`, 1/2, `T^2`.
-    scale: f32,
-    /// What both sums are divided by; 0: it is counted.
-    denominator: f32,
-    /// `1 / T`.
-    inverse_temperature: f32,
-    /// What logits are capped at, of `loss_general*`; 0: they are not.
-    soft_cap: f32,
 }
 
 /// How a divergence is computed: the kernels' number of it, what it is multiplied by, and what its gradient is.

@@ -1,36 +1,23 @@
 //! ΔW and Δb of any number of layers in one launch, and their gradients in two; plans `kernels/weights.cu` and
 //! `kernels/weight_gradients.cu`.
 
-use super::borrows::Borrows;
-use super::buffer::{Address, Buffer, DType, Element, MAX_ROWS, Named, check_disjoint, rows_are_aligned};
-use super::device::Device;
-use super::kernel::{Kernels, WARP, table};
-use super::low_rank_weight::check_workspace;
-use super::partial_sums::SPLIT_BLOCKS;
-use super::plan::{Launch, Plan};
-use super::pointer::{Input, Output, Void};
-use crate::cpu::{LoraFactors, PromptBias};
-use crate::error::{Error, Result};
-use bytemuck::{Pod, Zeroable};
-use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
+mod params;
 
-/// Layers of a launch: as many as parameters have room for in 4 KiB.
-pub const WEIGHT_LAYERS: usize = 32;
-pub const WEIGHT_GRADIENT_LAYERS: usize = 16;
-/// Threads of a block.
-pub const WEIGHT_THREADS: usize = 256;
-pub const WEIGHT_GRADIENT_THREADS: usize = 256;
-pub const WEIGHT_SUM_THREADS: usize = 256;
-/// Rows of ΔW of a block, 8 per warp.
-pub const WEIGHT_ROWS: usize = 64;
-/// Elements of Δb of a block, 2 per warp.
-pub const BIAS_TILE_ROWS: usize = 16;
-/// Columns for which a block makes `Pd·Pu` at a time, and the bytes of `Pd` that it has room for: all columns at once up to 1632 of
-/// rank 10 in 16 bits, in 40 KiB of shared memory.
-pub const PROMPT_COLUMNS: usize = 2048;
-pub const PROMPT_BYTES: usize = 32 << 10;
-/// Elements of a block that adds up partial sums; 8 threads share the parts of one.
-pub const WEIGHT_SUM_LENGTH: usize = 128;
+use crate::cpu::{LoraFactors, PromptBias};
+use crate::cuda::borrows::Borrows;
+use crate::cuda::buffer::{
+    Address, Buffer, DType, Element, MAX_ROWS, Named, check_disjoint, rows_are_aligned,
+};
+use crate::cuda::device::Device;
+use crate::cuda::kernel::{Kernels, WARP, table};
+use crate::cuda::low_rank_weight::check_workspace;
+use crate::cuda::partial_sums::SPLIT_BLOCKS;
+use crate::cuda::plan::{Launch, Plan};
+use crate::error::{Error, Result};
+use bytemuck::Zeroable;
+use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
+pub use params::*;
+
 /// Bytes of a strip along K: a vector for each of a warp's 8 groups of lanes.
 const STRIP_BYTES: usize = 128;
 /// Ranks that are accumulated at a time.
@@ -40,102 +27,6 @@ const PART_STEP: usize = 8;
 const MIN_PART: usize = 64;
 /// Most blocks of a launch.
 const MAX_BLOCKS: usize = i32::MAX as usize;
-
-/// Parameters of `adapter_weights*` for one layer.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
-pub struct WeightLayer {
-    /// W0 `[N, K]`; null for LoRA add.
-    base: Input<Void>,
-    lora_b: Input<Void>,
-    lora_a: Input<Void>,
-    /// Pd `[K, p]`.
-    prompt_down: Input<Void>,
-    /// Pu `[p]`.
-    prompt_up: Input<Void>,
-    /// b0 `[N]`, or null.
-    base_bias: Input<Void>,
-    /// d `[N]`, or null.
-    delta_bias: Input<Void>,
-    /// Wd `[N, K]`; null without LoRA.
-    weight: Output<Void>,
-    /// bd `[N]`; null without a prompt.
-    bias: Output<Void>,
-    /// Out-features `N`.
-    rows: u32,
-    /// In-features `K`.
-    columns: u32,
-    rank: u32,
-    prompt_rank: u32,
-    scale: f32,
-    /// Rows of W0, A and Wd start at multiples of 16 bytes and hold whole vectors.
-    aligned: u32,
-}
-
-/// Parameters of the kernels `adapter_weights*`.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
-pub struct AdapterWeightsParams {
-    layers: [WeightLayer; WEIGHT_LAYERS],
-    /// Of each layer.
-    first_block: [u32; WEIGHT_LAYERS],
-    /// Layers that there are.
-    count: u64,
-}
-
-/// Parameters of `weight_gradient*` for one layer.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
-pub struct WeightGradientLayer {
-    /// `grad_Wd`; null without LoRA.
-    grad: Input<Void>,
-    /// W0; null for LoRA add.
-    base: Input<Void>,
-    lora_b: Input<Void>,
-    lora_a: Input<Void>,
-    /// `grad_bd`.
-    bias_grad: Input<Void>,
-    prompt_down: Input<Void>,
-    prompt_up: Input<Void>,
-    /// b0; null is zero.
-    base_bias: Input<Void>,
-    /// Partial sums: `[parts, r, K]`, `[strips, N, r]`, `[parts, K]` and `[parts * strips, p]`.
-    a_partial: Output<f32>,
-    b_partial: Output<f32>,
-    q_partial: Output<f32>,
-    up_partial: Output<f32>,
-    /// Gradients; null are those that nobody asked for.
-    grad_lora_a: Output<Void>,
-    grad_lora_b: Output<Void>,
-    grad_prompt_down: Output<Void>,
-    grad_prompt_up: Output<Void>,
-    grad_delta_bias: Output<Void>,
-    /// Out-features `N`.
-    rows: u32,
-    /// In-features `K`.
-    columns: u32,
-    /// 0 without LoRA.
-    rank: u32,
-    /// 0 without a prompt.
-    prompt_rank: u32,
-    /// Rows of a part.
-    part: u32,
-    /// Rows of the gradient, W0, A and `a_partial` start at multiples of 16 bytes and hold whole vectors.
-    aligned: u32,
-    scale: f32,
-    reserved: u32,
-}
-
-/// Parameters of the kernels `weight_gradients*` and `weight_gradient_sums*`.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
-pub struct WeightGradientsParams {
-    layers: [WeightGradientLayer; WEIGHT_GRADIENT_LAYERS],
-    /// Of each layer.
-    first_block: [u32; WEIGHT_GRADIENT_LAYERS],
-    /// Layers that there are.
-    count: u64,
-}
 
 /// ΔW of a layer to build: `out [N, K] = scale·B·A`, times W0 for LoRA mul.
 ///
@@ -279,7 +170,7 @@ fn launches<const N: usize>(blocks: &[usize]) -> Vec<(std::ops::Range<usize>, [u
 }
 
 /// The plan that builds ΔW and Δb of these layers, all of which was checked before.
-pub(super) fn build(dtype: DType, layers: &[AdapterWeight<Buffer>]) -> Plan {
+pub(in crate::cuda) fn build(dtype: DType, layers: &[AdapterWeight<Buffer>]) -> Plan {
     let blocks: Vec<usize> = layers.iter().map(|layer| layer.blocks(dtype)).collect();
     let mut plan = Plan::default();
     for (range, first_block, blocks) in launches::<WEIGHT_LAYERS>(&blocks) {
@@ -317,7 +208,7 @@ fn check_outputs<const N: usize>(
 
 impl LoraWeightGrads<Buffer> {
     /// Checks where the gradients of factors go that were checked.
-    pub(super) fn check_outputs(&self, dtype: DType) -> Result<Vec<Named>> {
+    pub(in crate::cuda) fn check_outputs(&self, dtype: DType) -> Result<Vec<Named>> {
         let LoraFactors { out_features: n, in_features: k, rank: r, .. } = self.factors;
         let outputs =
             [("grads.lora_b", "[N, r]", self.lora_b, n * r), ("grads.lora_a", "[r, K]", self.lora_a, r * k)];
@@ -327,7 +218,7 @@ impl LoraWeightGrads<Buffer> {
 
 impl PromptWeightGrads<Buffer> {
     /// Checks where the gradients of a prompt go that was checked.
-    pub(super) fn check_outputs(&self, dtype: DType) -> Result<Vec<Named>> {
+    pub(in crate::cuda) fn check_outputs(&self, dtype: DType) -> Result<Vec<Named>> {
         let PromptBias { out_features: n, in_features: k, rank: r, .. } = self.prompt;
         let outputs = [
             ("grads.prompt_down", "[K, r]", self.prompt_down, k * r),
@@ -340,7 +231,7 @@ impl PromptWeightGrads<Buffer> {
 
 /// Partial sums of the gradients of a layer.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Partial {
+pub(in crate::cuda) struct Partial {
     n: usize,
     k: usize,
     rank: usize,
@@ -353,7 +244,7 @@ pub(super) struct Partial {
 
 impl Partial {
     /// Of a weight `[N, K]`; a rank of 0 is absent.
-    pub(super) fn new(n: usize, k: usize, rank: usize, prompt_rank: usize, dtype: DType) -> Self {
+    pub(in crate::cuda) fn new(n: usize, k: usize, rank: usize, prompt_rank: usize, dtype: DType) -> Self {
         let strips = strips(k, dtype).max(1);
         let rows = n.div_ceil((SPLIT_BLOCKS / strips).max(1));
         let part = rows.clamp(MIN_PART, MAX_ROWS).next_multiple_of(PART_STEP);
@@ -375,7 +266,7 @@ impl Partial {
     }
 
     /// Elements of all; saturates.
-    pub(super) fn len(&self) -> usize {
+    pub(in crate::cuda) fn len(&self) -> usize {
         self.lens().into_iter().fold(0, usize::saturating_add)
     }
 
@@ -458,7 +349,11 @@ impl AdapterWeightGrads<Buffer> {
 
 /// The plan that computes the gradients of these layers, all of which was checked before: partial sums, and their sums.
 /// `workspace` has at least as many elements as [`AdapterWeightGrads::workspace_len`] says.
-pub(super) fn gradients(dtype: DType, layers: &[AdapterWeightGrads<Buffer>], workspace: Address) -> Plan {
+pub(in crate::cuda) fn gradients(
+    dtype: DType,
+    layers: &[AdapterWeightGrads<Buffer>],
+    workspace: Address,
+) -> Plan {
     let partials: Vec<Partial> = layers.iter().map(|layer| layer.partial(dtype)).collect();
     let blocks: Vec<usize> = partials.iter().map(|partial| partial.strips * partial.parts).collect();
     let sums: Vec<usize> = partials.iter().map(Partial::sum_blocks).collect();
