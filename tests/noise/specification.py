@@ -1,8 +1,12 @@
 """A second implementation of docs/noise.md, from its text alone: slow, exact, and without anything but integers.
 
-A line of standard input is `z SEED STEP LAYER KIND BRANCH SAMPLE TOKEN CHANNEL SIGMA`, with KIND either BC or BTC, or
-`mask SEED STEP LAYER SAMPLE P`: integers in hexadecimal, SIGMA and P as the bits of an f32 and of an f64. For each, a line of
-standard output has z's bits, or whether the sample is kept.
+Each line of standard input is a question, and each line of standard output its answer:
+
+    z SEED STEP LAYER BC|BTC BRANCH SAMPLE TOKEN CHANNEL SIGMA      z
+    mask SEED STEP LAYER SAMPLE P                                   1 if the sample is kept, else 0
+    normals W0 W1 W2 W3                                             the four normals
+
+All numbers are integers in hexadecimal; those that are not integers are given as their bits (P as those of an f64).
 """
 
 import struct
@@ -158,16 +162,19 @@ def keep(key, sample, p):
     return word < threshold
 
 
-def answer(line):
-    what, *fields = line.split()
-    if what == "z":
-        kind = fields.pop(3)
-        seed, step, layer, branch, sample, token, channel, sigma = (int(field, 16) for field in fields)
-        z = noise(derive(seed, step, layer), from_bits(sigma), kind, branch, sample, token, channel)
-        return f"{to_bits(z):08x}"
-    seed, step, layer, sample, p = (int(field, 16) for field in fields)
-    (p,) = struct.unpack("<d", struct.pack("<Q", p))
-    return str(int(keep(derive(seed, step, layer), sample, p)))
+def answer(question):
+    what, *fields = question.split()
+    kind = fields.pop(3) if what == "z" else None
+    fields = [int(field, 16) for field in fields]
+    if what == "normals":
+        return " ".join(f"{to_bits(normal(fields, i)):08x}" for i in range(4))
+    key = derive(*fields[:3])
+    if what == "mask":
+        sample, p = fields[3:]
+        (p,) = struct.unpack("<d", struct.pack("<Q", p))
+        return str(int(keep(key, sample, p)))
+    branch, sample, token, channel, sigma = fields[3:]
+    return f"{to_bits(noise(key, from_bits(sigma), kind, branch, sample, token, channel)):08x}"
 
 
 if __name__ == "__main__":
