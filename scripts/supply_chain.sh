@@ -125,7 +125,7 @@ offline() {
     "$work/builder/bin/python" -m pip install -q "setuptools>=77" "setuptools-rust>=1.10"
     cd "$work/offline"
     mkdir .cargo
-    cargo vendor --locked -q >.cargo/config.toml
+    cargo vendor --locked >.cargo/config.toml
     # Dependencies of another place would take the place of what is built.
     export CARGO_TARGET_DIR="$work/offline_target"
     unshare -rn cargo build --frozen --release --lib
