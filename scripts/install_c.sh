@@ -14,9 +14,18 @@ cd "$(dirname "$0")/.."
 profile=${PROFILE:-release}
 # Without a name of its own, programs would remember where the library lay when they were linked.
 soname=()
-[ "$(uname)" = Linux ] && soname=(-C link-arg=-Wl,-soname,libpace_kernels.so)
+[ "$(uname)" = Linux ] && soname=("-Clink-arg=-Wl,-soname,libpace_kernels.so")
+# The same bytes wherever they are built: no path of this machine is in them. Not while developing, for dependencies would be
+# compiled once more.
+paths=()
+if [ "$profile" = release ]; then
+    target=$(cargo metadata --locked --no-deps --format-version 1 | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')
+    remap() { printf "'--remap-path-prefix=%s=%s'," "$@"; }
+    # The last one that fits is used.
+    paths=(--config "build.rustflags=[$(remap "$PWD" pace-kernels "${CARGO_HOME:-$HOME/.cargo}" cargo "$target" target)]")
+fi
 # Where cargo put things, from cargo itself; and what a static library needs besides itself.
-messages=$(cargo rustc --locked --profile "$profile" --lib --features capi --crate-type cdylib,staticlib \
+messages=$(cargo ${paths[@]+"${paths[@]}"} rustc --locked --profile "$profile" --lib --features capi --crate-type cdylib,staticlib \
     --message-format json-render-diagnostics -- ${soname[@]+"${soname[@]}"})
 library() { grep -o "\"[^\"]*/libpace_kernels\.$1\"" <<<"$messages" | tail -n 1 | tr -d '"'; }
 static=$(library a)

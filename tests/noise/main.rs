@@ -14,4 +14,5 @@ mod drop_path;
 mod independence;
 mod instruction_sets;
 mod known_answers;
+mod specification;
 mod support;
