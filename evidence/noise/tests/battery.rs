@@ -140,10 +140,10 @@ faulty! {
     OneBranch: fn counter(a: Address) -> [u32; 4] {
         Library::counter(Address { branch: 0, ..a })
     }
-    /// One bit of one word in 16 384 calls or so is stuck.
+    /// One bit is stuck in one call of 16.
     StuckBit: fn words(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
         let mut words = philox4x32_10(counter, key);
-        words[2] |= u32::from(words[1] >> 23 == 0) << 7;
+        words[2] |= u32::from(words[1] >> 28 == 0) << 7;
         words
     }
     /// ln 2 is 0.69.
@@ -196,7 +196,8 @@ fn faults_of_the_words_are_rejected() {
 
 #[test]
 fn faults_of_the_normals_are_rejected() {
-    rejected("ln 2 = 0.69", &normals::run::<WrongLogarithm>(Axis::Channel, LOG2_DRAWS, 1));
+    // Half a per cent of the variance: 4.6 standard errors of 2^21 draws.
+    rejected("ln 2 = 0.69", &normals::run::<WrongLogarithm>(Axis::Channel, 24, 16));
     rejected("a short circle", &normals::run::<WrongAngle>(Axis::Channel, LOG2_DRAWS, 1));
     rejected("one word for two", &normals::run::<OneWord>(Axis::Channel, LOG2_DRAWS, 1));
 }
