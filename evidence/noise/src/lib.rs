@@ -5,8 +5,6 @@
 
 pub mod finding;
 pub mod generator;
-#[cfg(feature = "nist")]
-pub mod nist;
 pub mod normals;
 pub mod stream;
 mod wide;

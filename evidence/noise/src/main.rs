@@ -11,7 +11,6 @@ use std::time::Instant;
 
 const USAGE: &str = "\
 pace-noise-evidence [BYTES DRAWS]   all tests on 2^BYTES bytes of words and 2^DRAWS normals in all (38 and 33)
-pace-noise-evidence nist SEQUENCES  the suite of NIST SP 800-22, on so many sequences of four walks (--features nist)
 pace-noise-evidence words AXIS      the words of a walk without end, for other programs
 pace-noise-evidence dieharder AXIS  all tests of dieharder on a walk; hours
 ";
@@ -72,19 +71,6 @@ fn all(log2_bytes: u32, log2_draws: u32) -> ExitCode {
     report.verdict()
 }
 
-#[cfg(feature = "nist")]
-fn nist(sequences: u64) -> Result<ExitCode, Box<dyn Error>> {
-    let mut report = Report { findings: Vec::new() };
-    let axes = [Axis::Channel, Axis::Transposed, Axis::Seed, Axis::FewBits];
-    report.table("SP 800-22", &axes, |axis| pace_noise_evidence::nist::run::<Library>(axis, sequences));
-    Ok(report.verdict())
-}
-
-#[cfg(not(feature = "nist"))]
-fn nist(_: u64) -> Result<ExitCode, Box<dyn Error>> {
-    Err("built without --features nist".into())
-}
-
 fn write_words(axis: Axis, mut to: impl Write) -> io::Result<()> {
     let mut stream = Stream::<Library>::new(axis);
     let (mut words, mut bytes) = (vec![0; 1 << 14], Vec::new());
@@ -115,7 +101,6 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
     let arguments: Vec<_> = std::env::args().skip(1).collect();
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         [] => Ok(all(38, 33)),
-        ["nist", sequences] => nist(sequences.parse()?),
         ["words", name] => {
             write_words(axis(name)?, io::stdout().lock())?;
             Ok(ExitCode::SUCCESS)
