@@ -100,6 +100,16 @@ def _targets(model: nn.Module, names: list[str]) -> Union[str, list[str]]:
     return names
 
 
+def _read(folder: Union[str, os.PathLike]) -> tuple:
+    """The configuration and the tensors of a folder, or of a model on a hub."""
+    import peft
+
+    try:
+        return peft.PeftConfig.from_pretrained(folder), peft.load_peft_weights(folder, device="cpu")
+    except Exception as error:  # Whatever PEFT and safetensors raise for any file at all.
+        raise PaceError(f"`{folder}` has no adapter that PEFT can read: {error}") from error
+
+
 @torch.no_grad()
 def load_peft(model: nn.Module, folder: Union[str, os.PathLike]) -> None:
     """Loads LoRA and classifier from PEFT's files, or its model on a hub, into a model injected with `LoRAadd`.
@@ -116,7 +126,7 @@ def load_peft(model: nn.Module, folder: Union[str, os.PathLike]) -> None:
 
     model = unwrapped(model)
     adapters = _adapters(model)
-    config = peft.PeftConfig.from_pretrained(folder)
+    config, tensors = _read(folder)
     if config.peft_type != peft.PeftType.LORA:
         raise PaceError(f"`{folder}` has adapters of the kind {config.peft_type}, expected LoRA")
     kinds = [name for name, field in type(config).__dataclass_fields__.items() if field.metadata.get("is_lora_variant")]
@@ -128,7 +138,6 @@ def load_peft(model: nn.Module, folder: Union[str, os.PathLike]) -> None:
         raise PaceError(f"`{folder}` has LoRA that started as {start!r}, which takes a part of the model's own weights away")
     if config.bias != "none":
         raise PaceError(f"`{folder}` has biases of the model trained too (`bias` is {config.bias!r}), expected 'none'")
-    tensors = peft.load_peft_weights(folder, device="cpu")
     new: list[tuple[Tensor, Tensor]] = []
 
     def take(name: str, part: str, own: Tensor) -> Tensor:
