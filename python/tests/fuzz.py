@@ -281,6 +281,8 @@ def check(name, result, arguments, source, settings, formula, is_right, describe
     assert result.dtype == (torch.float64 if name == "fp_distance" else first.dtype), describe()
     if result.is_meta:
         return
+    if source is not None and source.key is not None and source.z is None:
+        assert 0 <= source.first_sample <= 2**56, f"samples that there are not: {describe()}"
     if "scale" in settings:
         settings = {**settings, "scale": float(settings["scale"])}
     try:

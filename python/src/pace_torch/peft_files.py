@@ -110,6 +110,18 @@ def _read(folder: Union[str, os.PathLike]) -> tuple:
         raise PaceError(f"`{folder}` has no adapter that PEFT can read: {error}") from error
 
 
+def _alpha(config, name: str) -> float:
+    """`lora_alpha` of a layer."""
+    from peft.utils.other import get_pattern_key
+
+    patterns = config.alpha_pattern or {}
+    try:
+        alpha = patterns.get(get_pattern_key(patterns.keys(), name), config.lora_alpha)
+    except (AttributeError, TypeError, re.error) as error:
+        raise PaceError(f"`alpha_pattern` is {patterns!r}, expected numbers by regular expression") from error
+    return check_number("lora_alpha", alpha)
+
+
 @torch.no_grad()
 def load_peft(model: nn.Module, folder: Union[str, os.PathLike]) -> None:
     """Loads LoRA and classifier from PEFT's files, or its model on a hub, into a model injected with `LoRAadd`.
@@ -122,7 +134,6 @@ def load_peft(model: nn.Module, folder: Union[str, os.PathLike]) -> None:
     `LoRAadd` is not (DoRA).
     """
     import peft
-    from peft.utils.other import get_pattern_key
 
     model = unwrapped(model)
     adapters = _adapters(model)
@@ -145,7 +156,7 @@ def load_peft(model: nn.Module, folder: Union[str, os.PathLike]) -> None:
         if tensor is None:
             raise PaceError(f"`{folder}` has no `{PREFIX}{name}.{part}`, but the model has an adapter around `{name}`")
         tensor = tensor.flatten(1) if adapters[name].is_convolution and tensor.dim() > 2 else tensor
-        if tensor.shape[1:] != own.shape[1:] and part != "lora_B.weight" or part != "lora_A.weight" and len(tensor) != len(own):
+        if tensor.dim() != own.dim() or tensor.shape[1:] != own.shape[1:] and part != "lora_B.weight" or part != "lora_A.weight" and len(tensor) != len(own):
             raise PaceError(f"`{folder}` has `{name}.{part}` of {tuple(tensor.shape)}, expected {tuple(own.shape)}")
         return tensor.to(own.device, own.dtype)
 
@@ -158,10 +169,9 @@ def load_peft(model: nn.Module, folder: Union[str, os.PathLike]) -> None:
             continue
         down, up = take(name, "lora_A.weight", adapter.delta_W_up), take(name, "lora_B.weight", adapter.delta_W_down)
         rank = len(down)
-        if rank > len(adapter.delta_W_up) or up.shape[1:] != (rank,):
+        if not 1 <= rank <= len(adapter.delta_W_up) or up.shape[1:] != (rank,):
             raise PaceError(f"`{folder}` has LoRA of rank {rank} around `{name}`, and the model of {len(adapter.delta_W_up)}")
-        patterns = config.alpha_pattern or {}
-        alpha = check_number("lora_alpha", patterns.get(get_pattern_key(patterns.keys(), name), config.lora_alpha))
+        alpha = _alpha(config, name)
         scaling = alpha / (rank**0.5 if config.use_rslora else rank)
         zeros = torch.zeros_like(adapter.delta_W_down)
         zeros[:, :rank] = up * (scaling / adapter.scale)
