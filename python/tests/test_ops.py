@@ -507,3 +507,43 @@ def test_a_forked_process_is_told_that_it_cannot():
             os._exit(7 if "forked" in str(error) else 8)
         os._exit(9)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+def test_what_the_library_would_take_for_something_else_is_refused():
+    """Sizes that do not fit its integers, tensors that are absent to it, and those of which it counts the elements only."""
+    x, weight, z = random(4, 6), random(4, 6), random(4, 5)
+    given = Noise(KEY, 0.5)
+    for call, message in (
+        (lambda: ops.noisy_linear(x, weight, None, None, None, given._replace(first_sample=2**64 + 5)), "first_sample"),
+        (lambda: ops.drop_path(x, KEY, 0.5, first_sample=2**64), "first_sample"),
+        (lambda: ops.noisy_linear(x, weight, None, None, None, given._replace(branches=2**64 + 1), shared_input=True), "branches"),
+        (lambda: ops.drop_path(x, None, 0.5, mask=random(0)), "`mask`"),
+        (lambda: ops.prompt_bias(weight, None, random(6, 2), random(2, 1), random(0)), "delta_bias"),
+        (lambda: ops.prompt_bias(weight, random(1, 4), random(6, 2), random(2, 1)), "base_bias"),
+        (lambda: ops.noisy_linear(x, random(5, 6), None, None, None, Noise(z=z.T)), "`z`"),
+        (lambda: ops.noisy_epilogue(z, z, Noise(z=z.T)), "`z`"),
+        (lambda: ops.noisy_epilogue(z, z, Noise(z=z.to(torch.complex64))), "`z`"),
+        (lambda: ops.fp_distance(x.to_sparse(), x.to_sparse()), "dense"),
+    ):
+        with pytest.raises(PaceError, match=message):
+            call()
+
+
+def test_no_tensor_and_no_matrix():
+    x, weight = random(4, 6), random(5, 6)
+    for call, message in (
+        (lambda: ops.noisy_linear(None, weight, None, None, None), "`x` is None"),
+        (lambda: ops.noisy_linear(x, "weight", None, None, None), "`base_weight` is str"),
+        (lambda: ops.noisy_linear(x, torch.tensor(1.0, dtype=torch.float64), None, None, None), "base_weight"),
+        (lambda: ops.noisy_linear(x[0, 0], weight, None, None, None), "`x`"),
+        (lambda: ops.lora_linear(x, weight, None, random(6), random(5, 2), None), "lora_a"),
+        (lambda: ops.lora_mul_linear(x, None, None, random(2, 6), random(5, 2), None), "base_weight"),
+        (lambda: ops.low_rank_weight(random(6), random(5, 2)), "lora_a"),
+        (lambda: ops.prompt_bias(random(6), None, random(6, 2), random(2, 1)), "base_weight"),
+        (lambda: ops.drop_path(None, None, 0.5, mask=random(4)), "`x`"),
+        (lambda: ops.drop_path(x, None, 0.5, mask=random(4), branches=0), "branches"),
+        (lambda: ops.fp_distance(x, None), "pre_trained"),
+        (lambda: ops.grad_norm([x, 3]), "tensors\\[1\\]"),
+    ):
+        with pytest.raises(PaceError, match=message):
+            call()

@@ -39,6 +39,20 @@ def test_written_for_peft(tmp_path):
     close(fresh.eval()(IMAGES), model(IMAGES), 1e-12)
 
 
+def test_damaged_files_are_refused_whole(tmp_path):
+    pace_torch.save_peft(perturb(ours(), seed=7), tmp_path)
+    model = ours()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        content = (tmp_path / name).read_bytes()
+        for damaged in (b"", content[: len(content) // 2], b"\0" + content[1:]):
+            (tmp_path / name).write_bytes(damaged)
+            with pytest.raises(PaceError, match="no adapter that PEFT can read"):
+                pace_torch.load_peft(model, tmp_path)
+        (tmp_path / name).write_bytes(content)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 class Mixes(nn.Module):
     """Two layers called `mix`, one within `body`, and one without a bias."""
 

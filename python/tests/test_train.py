@@ -306,7 +306,9 @@ def test_a_run_is_not_overwritten_or_mixed_up(folder, tmp_path):
     log.write_text("")
     with pytest.raises(SystemExit, match="metrics.jsonl is shorter than when"):
         run(folder, tmp_path, "--epochs", 1, "--resume")
-    for content in (b"", b"something else", before[0][:1000]):
+    flipped = bytearray(before[0])
+    flipped[len(flipped) // 2] ^= 1  # In the numbers of a tensor.
+    for content in (b"", b"something else", before[0][:1000], bytes(flipped)):
         checkpoint.write_bytes(content)
         with pytest.raises(SystemExit, match="checkpoint.pt is not a checkpoint of this script"):
             run(folder, tmp_path, "--epochs", 1, "--resume")

@@ -100,6 +100,28 @@ def _targets(model: nn.Module, names: list[str]) -> Union[str, list[str]]:
     return names
 
 
+def _read(folder: Union[str, os.PathLike]) -> tuple:
+    """The configuration and the tensors of a folder, or of a model on a hub."""
+    import peft
+
+    try:
+        return peft.PeftConfig.from_pretrained(folder), peft.load_peft_weights(folder, device="cpu")
+    except Exception as error:  # Whatever PEFT and safetensors raise for any file at all.
+        raise PaceError(f"`{folder}` has no adapter that PEFT can read: {error}") from error
+
+
+def _alpha(config, name: str) -> float:
+    """`lora_alpha` of a layer."""
+    from peft.utils.other import get_pattern_key
+
+    patterns = config.alpha_pattern or {}
+    try:
+        alpha = patterns.get(get_pattern_key(patterns.keys(), name), config.lora_alpha)
+    except (AttributeError, TypeError, re.error) as error:
+        raise PaceError(f"`alpha_pattern` is {patterns!r}, expected numbers by regular expression") from error
+    return check_number("lora_alpha", alpha)
+
+
 @torch.no_grad()
 def load_peft(model: nn.Module, folder: Union[str, os.PathLike]) -> None:
     """Loads LoRA and classifier from PEFT's files, or its model on a hub, into a model injected with `LoRAadd`.
@@ -112,11 +134,10 @@ def load_peft(model: nn.Module, folder: Union[str, os.PathLike]) -> None:
     `LoRAadd` is not (DoRA).
     """
     import peft
-    from peft.utils.other import get_pattern_key
 
     model = unwrapped(model)
     adapters = _adapters(model)
-    config = peft.PeftConfig.from_pretrained(folder)
+    config, tensors = _read(folder)
     if config.peft_type != peft.PeftType.LORA:
         raise PaceError(f"`{folder}` has adapters of the kind {config.peft_type}, expected LoRA")
     kinds = [name for name, field in type(config).__dataclass_fields__.items() if field.metadata.get("is_lora_variant")]
@@ -128,7 +149,6 @@ def load_peft(model: nn.Module, folder: Union[str, os.PathLike]) -> None:
         raise PaceError(f"`{folder}` has LoRA that started as {start!r}, which takes a part of the model's own weights away")
     if config.bias != "none":
         raise PaceError(f"`{folder}` has biases of the model trained too (`bias` is {config.bias!r}), expected 'none'")
-    tensors = peft.load_peft_weights(folder, device="cpu")
     new: list[tuple[Tensor, Tensor]] = []
 
     def take(name: str, part: str, own: Tensor) -> Tensor:
@@ -136,7 +156,7 @@ def load_peft(model: nn.Module, folder: Union[str, os.PathLike]) -> None:
         if tensor is None:
             raise PaceError(f"`{folder}` has no `{PREFIX}{name}.{part}`, but the model has an adapter around `{name}`")
         tensor = tensor.flatten(1) if adapters[name].is_convolution and tensor.dim() > 2 else tensor
-        if tensor.shape[1:] != own.shape[1:] and part != "lora_B.weight" or part != "lora_A.weight" and len(tensor) != len(own):
+        if tensor.dim() != own.dim() or tensor.shape[1:] != own.shape[1:] and part != "lora_B.weight" or part != "lora_A.weight" and len(tensor) != len(own):
             raise PaceError(f"`{folder}` has `{name}.{part}` of {tuple(tensor.shape)}, expected {tuple(own.shape)}")
         return tensor.to(own.device, own.dtype)
 
@@ -149,10 +169,9 @@ def load_peft(model: nn.Module, folder: Union[str, os.PathLike]) -> None:
             continue
         down, up = take(name, "lora_A.weight", adapter.delta_W_up), take(name, "lora_B.weight", adapter.delta_W_down)
         rank = len(down)
-        if rank > len(adapter.delta_W_up) or up.shape[1:] != (rank,):
+        if not 1 <= rank <= len(adapter.delta_W_up) or up.shape[1:] != (rank,):
             raise PaceError(f"`{folder}` has LoRA of rank {rank} around `{name}`, and the model of {len(adapter.delta_W_up)}")
-        patterns = config.alpha_pattern or {}
-        alpha = check_number("lora_alpha", patterns.get(get_pattern_key(patterns.keys(), name), config.lora_alpha))
+        alpha = _alpha(config, name)
         scaling = alpha / (rank**0.5 if config.use_rslora else rank)
         zeros = torch.zeros_like(adapter.delta_W_down)
         zeros[:, :rank] = up * (scaling / adapter.scale)

@@ -5,13 +5,13 @@ outputs and set addresses: nothing is checked, converted or looked up twice.
 """
 
 import ctypes
-from typing import Callable, NamedTuple, Optional, Sequence
+from typing import Any, Callable, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
 
 from .. import _library as lib
-from .._errors import PaceError
+from .._errors import PaceError, check_integer
 
 # Structs that a function keeps; a program whose shapes never repeat must not fill the memory with them.
 MOST_PREPARED = 4096
@@ -116,6 +116,11 @@ class _Prepared:
             raise PaceError(
                 f"`key` is {tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}, expected one int64 on {self.device}"
             )
+        # To the library it would be absent, as an `s` is that an operator did not make.
+        if tensor.numel() == 0 and name != "s":
+            raise PaceError(f"`{name}` has shape {tuple(tensor.shape)}, which is empty")
+        if tensor.layout != torch.strided or tensor.is_complex():
+            raise PaceError(f"`{name}` is {tensor.layout} of {tensor.dtype}, expected dense real numbers")
         if tensor.device != self.device:
             raise PaceError(f"`{name}` is on {tensor.device}, expected {self.device} like the other tensors")
         wanted = _type_of(name, self.dtype)
@@ -178,6 +183,8 @@ def _word(arguments: ctypes.Structure, name: str, elements: int) -> int:
 
 def working_dtype(x: Tensor, takes_bf16: bool = False) -> torch.dtype:
     """The type in which the library takes tensors like `x`; `takes_bf16` is whether bfloat16 is one on the CPU."""
+    if x.layout != torch.strided:
+        raise PaceError(f"tensors are {x.layout}, expected dense ones")
     if x.device.type not in ("cpu", "cuda"):
         raise PaceError(f"tensors are on `{x.device}`, expected a CPU or CUDA device")
     if x.dtype not in lib.DTYPES:
@@ -219,10 +226,16 @@ def allows_tf32(dtype: torch.dtype) -> bool:
 # --------------------------------------------------------------------------------------------------------------- checks
 
 
-def not_negative(name: str, number: int) -> int:
-    if number < 0:
-        raise PaceError(f"`{name}` is {number}, expected at least 0")
-    return number
+def check_sample(number: int) -> int:
+    """The number of a sample. ctypes would cut off what does not fit, and other samples would be meant."""
+    return check_integer("first_sample", number, 0, 2**56)
+
+
+def check_tensor(name: str, value: Any, dim: Optional[int] = None) -> None:
+    if not isinstance(value, Tensor):
+        raise PaceError(f"`{name}` is {type(value).__name__}, expected a tensor")
+    if dim is not None and value.dim() != dim:
+        raise PaceError(f"`{name}` has shape {tuple(value.shape)}, expected {dim} dimensions")
 
 
 def batch_of(rows: int, branches: int, name: str = "x") -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _library as lib
 from .._errors import PaceError
-from ._arguments import Function, batch_of, check_shape
+from ._arguments import Function, batch_of, check_shape, check_tensor
 from ._operator import Derivative, Operator
 from .noise import Noise, noise_fields
 
@@ -46,15 +46,13 @@ def settings_of(noise: Noise, shared_input: bool, scale: float = 1.0, exact: boo
 
 
 def shape_fields(x_shape: torch.Size, out_features: int, settings: LayerSettings) -> lib.PaceShape:
-    if len(x_shape) < 2:
-        raise PaceError(f"`x` has shape {tuple(x_shape)}, expected [rows, ..., in_features]")
     elements = torch.Size(x_shape).numel()
     if elements == 0:
         raise PaceError(f"`x` has shape {tuple(x_shape)}, which is empty")
     rows, in_features = x_shape[0], x_shape[-1]
     return lib.PaceShape(
         branches=settings.branches,
-        batch=rows if settings.shared_input else batch_of(rows, settings.branches),
+        batch=batch_of(rows * settings.branches if settings.shared_input else rows, settings.branches),
         tokens=elements // (rows * in_features),
         in_features=in_features,
         out_features=out_features,
@@ -92,9 +90,15 @@ def check_base(base_weight: Optional[Tensor], base_bias: Optional[Tensor], n: in
     check_shape("base_bias", base_bias, n)
 
 
+def rows_of(name: str, weight: Tensor) -> int:
+    """The rows of a matrix."""
+    check_tensor(name, weight, 2)
+    return weight.shape[0]
+
+
 def rank_of(lora_a: Tensor, lora_b: Tensor, n: int, k: int) -> int:
     """The rank of `lora_a [r, K]` and `lora_b [N, r]`."""
-    rank = lora_a.shape[0]
+    rank = rows_of("lora_a", lora_a)
     check_shape("lora_a", lora_a, rank, k)
     check_shape("lora_b", lora_b, n, rank)
     return rank
@@ -172,11 +176,13 @@ class Layer:
         return self._all_fields(settings, tensors[0].shape, dict(zip(self.names, tensors)))
 
     def _all_fields(self, settings: LayerSettings, x_shape: Sequence[int], tensors: dict) -> dict:
+        if len(x_shape) < 2:
+            raise PaceError(f"`x` has shape {tuple(x_shape)}, expected [rows, ..., in_features]")
         n, k = self.out_features(tensors), x_shape[-1]
         check_base(tensors["base_weight"], tensors.get("base_bias"), n, k)
         fields = self.fields(settings, tensors, n, k)
         shape = shape_fields(x_shape, n, settings)
-        return {"shape": shape, "noise": noise_fields(settings, tensors["key"], tensors["z"]), **fields}
+        return {"shape": shape, "noise": noise_fields(settings, tensors["key"], tensors["z"], shape), **fields}
 
     def _save(self, ctx, tensors, settings: LayerSettings, outputs) -> None:
         needs = ctx.needs_input_grad

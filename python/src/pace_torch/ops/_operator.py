@@ -11,6 +11,9 @@ from typing import Callable, NamedTuple, Optional, Sequence, get_type_hints
 import torch
 from torch import Tensor
 
+from .._errors import PaceError
+from ._arguments import check_tensor
+
 
 class _CustomOperator:
     """`function(tensors, settings)` gives a list of tensors, None for those that are not wanted; `shapes(settings, *tensors)`
@@ -29,7 +32,8 @@ class _CustomOperator:
     ):
         self.name, self.function, self.shapes, self.settings = name, function, shapes, settings
         tensors = tensors.split()
-        self.inputs = len(tensors)
+        self.required = [i for i, tensor in enumerate(tensors) if not tensor.endswith("?")]
+        self.names, self.inputs = [tensor.rstrip("?") for tensor in tensors], len(tensors)
         arguments = [f"Tensor? {tensor[:-1]}" if tensor.endswith("?") else f"Tensor {tensor}" for tensor in tensors]
         arguments += _schema(settings)
         self.width = len(arguments)
@@ -70,10 +74,16 @@ class Operator(_CustomOperator):
         self.apply = super(torch.autograd.Function, eager).apply
 
     def __call__(self, tensors: Sequence[Optional[Tensor]], settings: NamedTuple) -> Tensor:
+        for i in self.required:
+            if tensors[i] is None:
+                raise PaceError(f"`{self.names[i]}` is None, expected a tensor")
         if is_plain(tensors):
             if torch.is_grad_enabled():
                 return self.apply(*tensors, settings)
             return self.function(tensors, settings)[0]
+        for name, tensor in zip(self.names, tensors):
+            if tensor is not None:
+                check_tensor(name, tensor)
         output = self.custom(*tensors, *_flattened(settings))
         return output if isinstance(output, Tensor) else output[0]
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _library as lib
 from .._errors import PaceError
-from ._arguments import Function, batch_of, not_negative, real, working_dtype
+from ._arguments import Function, batch_of, check_sample, check_tensor, real, working_dtype
 from ._layer import keep_key, same_key
 from ._operator import Operator
 
@@ -27,8 +27,11 @@ def drop_path(
     The mask is drawn from `key`, or given as `mask [B]`, at any scale. The mean of a drawn one is over the `global_batch`
     samples that all processes hold together (by default the B here).
     """
+    check_tensor("x", x)
+    if x.dim() == 0:
+        raise PaceError("`x` is a scalar, expected [rows, ...]")
     if global_batch is None:
-        global_batch = x.shape[0] // branches
+        global_batch = batch_of(x.shape[0], branches)
     return _drop_path((x, key, mask), DropPathSettings(drop_probability, first_sample, branches, global_batch))
 
 
@@ -63,7 +66,7 @@ def _forward(tensors, settings: DropPathSettings):
 def _part_of_the_global_batch(x: Tensor, key: Tensor, batch: int, settings: DropPathSettings) -> Tensor:
     """The mean is over the whole global batch, whose mask every process can make: it is a pure function."""
     first, whole = settings.first_sample, settings.global_batch
-    not_negative("first_sample", first)
+    check_sample(first)
     if first + batch > whole:
         raise PaceError(f"samples {first} to {first + batch} are not in a batch of {whole}")
     ones = torch.ones(whole, 1, dtype=real(working_dtype(x)), device=x.device)
@@ -78,7 +81,7 @@ def _fields(settings: DropPathSettings, x, key, mask):
         "batch": batch_of(x.shape[0], settings.branches),
         "features": x.numel() // max(x.shape[0], 1),
         "drop_probability": settings.drop_probability,
-        "first_sample": not_negative("first_sample", settings.first_sample),
+        "first_sample": check_sample(settings.first_sample),
     }
 
 

@@ -39,7 +39,8 @@ def _shapes(settings: EpilogueSettings, y, a, key, z):
 def _fields(settings: EpilogueSettings, y, a, key, z):
     if y.shape != a.shape:
         raise PaceError(f"`y` has shape {tuple(y.shape)}, expected {tuple(a.shape)} like `a`")
-    return {"shape": rows_fields(a, settings), "noise": noise_fields(settings, key, z)}
+    shape = rows_fields(a, settings)
+    return {"shape": shape, "noise": noise_fields(settings, key, z, shape)}
 
 
 def _save(ctx, tensors, settings: EpilogueSettings, outputs) -> None:
@@ -84,7 +85,8 @@ def _backward_shapes(settings: EpilogueSettings, dy, key, z):
 
 
 def _backward_fields(settings: EpilogueSettings, dy, key, z):
-    return {"shape": rows_fields(dy, settings), "noise": noise_fields(settings, key, z)}
+    shape = rows_fields(dy, settings)
+    return {"shape": shape, "noise": noise_fields(settings, key, z, shape)}
 
 
 _noisy_epilogue_backward = Derivative(

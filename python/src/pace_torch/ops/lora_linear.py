@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import _library as lib
 from ._arguments import check_shape
-from ._layer import Layer, LayerSettings, rank_of, settings_of
+from ._layer import Layer, LayerSettings, rank_of, rows_of, settings_of
 from .noise import NO_NOISE, Noise, under
 
 
@@ -52,7 +52,7 @@ _lora_linear = Layer(
     lib.PaceLowRankLinear,
     inputs="x base_weight? base_bias? lora_a lora_b delta_bias? key? z?",
     kept="x s? base_weight? lora_a lora_b delta_bias? key? z?",
-    out_features=lambda tensors: tensors["lora_b"].shape[0],
+    out_features=lambda tensors: rows_of("lora_b", tensors["lora_b"]),
     fields=_fields,
     function="low_rank_linear",
     s_shape=_s_shape,

@@ -7,7 +7,7 @@ from torch import Tensor
 from .. import _library as lib
 from .._errors import PaceError
 from ._arguments import check_shape
-from ._layer import Layer, LayerSettings, layer_flags, rank_of, settings_of
+from ._layer import Layer, LayerSettings, layer_flags, rank_of, rows_of, settings_of
 from .noise import NO_NOISE, Noise, under
 
 
@@ -67,7 +67,7 @@ _lora_mul_linear = Layer(
     lib.PaceLoraMulLinear,
     inputs=f"x {_FACTORS}",
     kept=f"x? {_FACTORS}",
-    out_features=lambda tensors: tensors["base_weight"].shape[0],
+    out_features=lambda tensors: rows_of("base_weight", tensors["base_weight"]),
     fields=_fields,
     function="lora_mul_linear",
     readers=2,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _library as lib
 from .._errors import PaceError
-from ._arguments import Function, not_negative
+from ._arguments import Function, check_sample
 
 
 class Noise(NamedTuple):
@@ -52,14 +52,18 @@ def noise(source: Noise, batch: int, channels: int, tokens: int = 1) -> Tensor:
     )
 
 
-def noise_fields(settings, key: Optional[Tensor], z: Optional[Tensor]) -> lib.PaceNoise:
+def noise_fields(settings, key: Optional[Tensor], z: Optional[Tensor], sizes: lib.PaceShape) -> lib.PaceNoise:
     """Where z comes from, for a C struct; the addresses of the key and of z are set later."""
     shape = lib.PER_TOKEN if settings.per_token else lib.PER_SAMPLE
     if z is not None:
+        # The library counts elements only, of which a transposed z has as many.
+        rows, channels = sizes.branches * sizes.batch, sizes.out_features
+        if z.dim() < 2 or (z.shape[0], z.shape[-1]) != (rows, channels):
+            raise PaceError(f"`z` has shape {tuple(z.shape)}, expected {rows} rows of {channels} channels")
         return lib.PaceNoise(kind=lib.NOISE_GIVEN, shape=shape)
     if key is None:
         return lib.PaceNoise()
-    first_sample = not_negative("first_sample", settings.first_sample)
+    first_sample = check_sample(settings.first_sample)
     return lib.PaceNoise(kind=lib.NOISE_GENERATED, shape=shape, first_sample=first_sample, sigma=settings.sigma)
 
 
@@ -122,7 +126,7 @@ def _fields(settings: FillSettings, key: Tensor) -> dict:
         branches=settings.branches, batch=settings.batch, tokens=settings.tokens, in_features=1,
         out_features=settings.channels,
     )
-    return {"shape": shape, "noise": noise_fields(settings, key, None)}
+    return {"shape": shape, "noise": noise_fields(settings, key, None, shape)}
 
 
 _FILL = Function(

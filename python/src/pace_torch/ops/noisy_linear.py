@@ -7,7 +7,7 @@ from torch import Tensor
 from .. import _library as lib
 from .._errors import PaceError
 from ._arguments import check_shape
-from ._layer import Layer, LayerSettings, layer_flags, settings_of
+from ._layer import Layer, LayerSettings, layer_flags, rows_of, settings_of
 from .noise import NO_NOISE, Noise, under
 
 
@@ -50,7 +50,7 @@ def _out_features(tensors: dict) -> int:
     weight = delta_weight if base_weight is None else base_weight
     if weight is None:
         raise PaceError("`delta_weight` is required when there is no `base_weight`")
-    return weight.shape[0]
+    return rows_of("delta_weight" if base_weight is None else "base_weight", weight)
 
 
 def _fields(settings: LayerSettings, tensors: dict, n: int, k: int) -> dict:

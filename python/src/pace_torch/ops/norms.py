@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import _library as lib
 from .._errors import PaceError
-from ._arguments import Function, working_dtype
+from ._arguments import Function, check_tensor, working_dtype
 
 
 def grad_norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -16,6 +16,8 @@ def grad_norm(tensors: Sequence[Tensor]) -> Tensor:
     tensors = list(tensors)
     if not tensors:
         raise PaceError("`tensors` is empty")
+    for i, tensor in enumerate(tensors):
+        check_tensor(f"tensors[{i}]", tensor)
     device, dtype = tensors[0].device, working_dtype(tensors[0])
     for i, tensor in enumerate(tensors):
         for property, like in (("dtype", tensors[0].dtype), ("device", device)):
@@ -40,6 +42,10 @@ def grad_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 def fp_distance(fine_tuned: Tensor, pre_trained: Tensor) -> Tensor:
     """`mean_i ‖f(θ; x_i) − f(θ0; x_i)‖²` (paper section 3.2) of two outputs `[samples, ...]`, as a float64 scalar."""
+    check_tensor("fine_tuned", fine_tuned)
+    check_tensor("pre_trained", pre_trained)
+    if fine_tuned.dim() == 0:
+        raise PaceError("`fine_tuned` is a scalar, expected [samples, ...]")
     if fine_tuned.shape != pre_trained.shape:
         raise PaceError(f"`pre_trained` has shape {tuple(pre_trained.shape)}, expected {tuple(fine_tuned.shape)}")
     return _FP_DISTANCE((fine_tuned.detach(), pre_trained.detach()), _NoSettings())[0][0]

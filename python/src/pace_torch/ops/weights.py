@@ -5,8 +5,8 @@ from typing import NamedTuple, Optional
 from torch import Tensor
 
 from .. import _library as lib
-from ._arguments import Function, check_shape
-from ._layer import frozen, rank_of
+from ._arguments import Function, check_shape, check_tensor
+from ._layer import frozen, rank_of, rows_of
 from ._operator import Derivative, Operator
 
 
@@ -43,7 +43,8 @@ class PromptSettings(NamedTuple):
 
 
 def _weight_fields(settings: WeightSettings, lora_a, lora_b, base_weight):
-    n, k = lora_b.shape[0], lora_a.shape[1]
+    check_tensor("lora_a", lora_a, 2)
+    n, k = rows_of("lora_b", lora_b), lora_a.shape[1]
     check_shape("base_weight", base_weight, n, k)
     return {"out_features": n, "in_features": k, "rank": rank_of(lora_a, lora_b, n, k), "scale": settings.scale}
 
@@ -107,8 +108,11 @@ _low_rank_weight_backward = Derivative(
 
 
 def _prompt_fields(settings: PromptSettings, base_weight, base_bias, prompt_down, prompt_up, delta_bias):
-    (n, k), rank = base_weight.shape, prompt_down.shape[1]
+    check_tensor("base_weight", base_weight, 2)
+    (n, k), rank = base_weight.shape, prompt_up.numel()
     check_shape("prompt_down", prompt_down, k, rank)
+    check_shape("base_bias", base_bias, n)
+    check_shape("delta_bias", delta_bias, n)
     return {"out_features": n, "in_features": k, "rank": rank}
 
 
