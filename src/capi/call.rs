@@ -91,8 +91,8 @@ pub(super) unsafe fn read<A: Args>(args: *const A) -> Result<A> {
     // SAFETY: `size` bytes may be read, by the caller's promise.
     let bytes = unsafe { std::slice::from_raw_parts(args.cast::<u8>(), size) };
     if bytes.iter().skip(known).any(|&byte| byte != 0) {
-        let text = "the arguments are of a newer version of the library, and use what this one does not know";
-        return Err(Failure::new(PACE_ERROR_VERSION, text));
+        let text = "that of a newer version of the library, and what this one does not know is used";
+        return Err(Failure::new(PACE_ERROR_VERSION, format!("`args->size` is {size}, {text}")));
     }
     let mut value = MaybeUninit::<A>::zeroed();
     // SAFETY: both have room for as many bytes; any bytes are a value of `A`.
@@ -108,7 +108,7 @@ pub(super) trait Operator<A> {
     fn on_cpu<T: Real>(args: &A, host: &mut Host<'_, T>) -> Result<()>;
     /// The same in `bf16`, which only layers take there.
     fn on_cpu_in_bf16(_: &A, _: &mut Host<'_, bf16>) -> Result<()> {
-        Err(dtype("on the CPU this operator takes PACE_F32 and PACE_F64 only"))
+        Err(dtype("`dtype` is PACE_BF16, and on the CPU this operator takes PACE_F32 and PACE_F64 only"))
     }
     /// The same on a device.
     fn plan(args: &A, gpu: &Gpu, dtype: DType) -> Result<Plan>;
@@ -140,7 +140,9 @@ pub(super) unsafe fn call<O: Operator<A>, A: Args>(
                 PACE_F64 => O::on_cpu::<f64>(&args, &mut unsafe { Host::new() }),
                 // SAFETY: the caller's promise.
                 PACE_BF16 => O::on_cpu_in_bf16(&args, &mut unsafe { Host::new() }),
-                PACE_F16 => Err(dtype("the CPU takes PACE_F32 and PACE_F64, and for layers PACE_BF16")),
+                PACE_F16 => Err(dtype(
+                    "`dtype` is PACE_F16, and the CPU takes PACE_F32 and PACE_F64, and for layers PACE_BF16",
+                )),
                 other => Err(dtype(&format!("`dtype` is {other}, which is no type"))),
             },
             Some(device) => {
@@ -188,7 +190,7 @@ fn device_dtype(code: u32) -> Result<DType> {
         PACE_F32 => Ok(DType::F32),
         PACE_F16 => Ok(DType::F16),
         PACE_BF16 => Ok(DType::BF16),
-        PACE_F64 => Err(dtype("CUDA takes PACE_F32, PACE_F16 and PACE_BF16 only")),
+        PACE_F64 => Err(dtype("`dtype` is PACE_F64, and CUDA takes PACE_F32, PACE_F16 and PACE_BF16 only")),
         other => Err(dtype(&format!("`dtype` is {other}, which is no type"))),
     }
 }

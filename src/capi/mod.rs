@@ -117,7 +117,7 @@ impl From<Error> for Failure {
             Error::Weights(_) => PACE_ERROR_INTERNAL,
         };
         // The Rust interface's names of arguments, where they are others here.
-        const NAMES: [(&str, &str); 8] = [
+        const NAMES: [(&str, &str); 10] = [
             ("`base.", "`base_"),
             ("`grads.", "`grad_"),
             ("`delta_weight_grad`", "`dout`"),
@@ -126,6 +126,8 @@ impl From<Error> for Failure {
             ("`mask.len()`", "`batch`"),
             ("`history.len()`", "`history.len`"),
             ("`key`", "`key_address`"),
+            ("`both_branches`", "PACE_LOSS_BOTH_BRANCHES of `flags`"),
+            ("`labelled_only`", "PACE_LOSS_LABELLED_ONLY of `flags`"),
         ];
         let rename = |message: String, &(rust, c): &(&str, &str)| message.replace(rust, c);
         Self::new(status, NAMES.iter().fold(error.to_string(), rename))

@@ -66,7 +66,10 @@ impl Operator<PaceNoiseFill> for Fill {
         check_flags(args.flags, 0)?;
         check_generated(args)?;
         if dtype != DType::F32 {
-            return Err(Failure::new(PACE_ERROR_DTYPE, "noise on CUDA is PACE_F32"));
+            return Err(Failure::new(
+                PACE_ERROR_DTYPE,
+                "`dtype` is another than PACE_F32, which noise on CUDA is",
+            ));
         }
         let fill = cuda::NoiseFill {
             shape: linear_shape(&PaceShape { in_features: 1, shared_input: 0, ..args.shape })?,
@@ -116,6 +119,7 @@ fn drop_path_on_cpu<T: Real>(
     apply: DropPathOperator<T>,
 ) -> Result<()> {
     check_flags(args.flags, 0)?;
+    let input_name = input.0;
     let (branches, batch) = (size("branches", args.branches)?, size("batch", args.batch)?);
     let given = host.optional("mask", args.mask)?;
     let key = host.key(args.key, args.key_address)?;
@@ -129,7 +133,7 @@ fn drop_path_on_cpu<T: Real>(
         None => {
             // Before as many elements are allocated: the input has more.
             if batch > input.len() {
-                let (argument, shape) = ("input", "[branches·B, features]");
+                let (argument, shape) = (input_name, "[branches·B, features]");
                 return Err(
                     crate::Error::Length { argument, shape, expected: batch, got: input.len() }.into()
                 );
@@ -243,7 +247,10 @@ pub unsafe extern "C" fn pace_drop_path_mask(
         match dtype {
             PACE_F32 => write::<f32>(key, drop_probability, first_sample, mask),
             PACE_F64 => write::<f64>(key, drop_probability, first_sample, mask),
-            _ => Err(Failure::new(PACE_ERROR_DTYPE, "a mask is PACE_F32 or PACE_F64")),
+            _ => Err(Failure::new(
+                PACE_ERROR_DTYPE,
+                "`dtype` is another than PACE_F32 and PACE_F64, which a mask is",
+            )),
         }
     })
 }

@@ -149,7 +149,7 @@ fn loss_call() -> impl Strategy<Value = LossCall> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(3000) })]
+    #![proptest_config(cases(3000))]
 
     #[test]
     fn one_corruption_of_the_loss_gives_its_error(call in loss_call(), seed: usize) {

@@ -121,7 +121,7 @@ fn op() -> impl Strategy<Value = Op> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(3000) })]
+    #![proptest_config(cases(3000))]
 
     #[test]
     fn one_corruption_gives_its_error(
@@ -136,7 +136,7 @@ proptest! {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(50_000) })]
+    #![proptest_config(cases(50_000))]
 
     /// Sizes and lengths that have nothing to do with each other: an error unless they happen to fit, never a panic.
     #[test]

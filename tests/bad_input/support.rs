@@ -26,3 +26,10 @@ pub fn any_size() -> impl Strategy<Value = usize> {
     let hostile = [0, 0, 1, 2, 255, 1 << 16, 1 << 31, 1 << 32, (1 << 32) - 2, 1 << 40, 1 << 59];
     prop_oneof![6 => 1usize..5, 1 => (0..hostile.len()).prop_map(move |i| hostile[i]), 1 => any::<usize>()]
 }
+
+/// The settings of a test with random arguments: as many cases as `PACE_FUZZ_CALLS` says, or these.
+pub fn cases(default: u32) -> ProptestConfig {
+    let cases = std::env::var("PACE_FUZZ_CALLS");
+    let cases = cases.map_or(default, |cases| cases.parse().expect("PACE_FUZZ_CALLS is a number"));
+    ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(cases) }
+}

@@ -1,6 +1,7 @@
 //! The candle binding: gradients, branches, variants, weight files, and errors instead of panics. What depends on the
 //! device runs on the CPU and on CUDA device 0, and is reported as ignored, with the reason, where there is none.
 
+mod files;
 mod layers;
 #[path = "../common/on.rs"]
 mod on;
@@ -49,6 +50,7 @@ const CPU_TESTS: &[(&str, CpuTest)] = &[
     ("bad_peft_configurations_are_errors", peft::bad_configurations_are_errors_that_name_the_setting),
     ("bad_peft_tensors_are_errors", peft::bad_tensors_are_errors_that_name_the_tensor),
     ("damaged_peft_files_are_errors", peft::damaged_files_are_errors),
+    ("damaged_files_are_read_whole_or_refused", files::files_with_anything_in_them_are_read_whole_or_refused),
     ("what_peft_cannot_hold_is_an_error", peft::what_peft_cannot_hold_is_an_error),
     ("wrong_sizes_are_errors", wrong_use::wrong_sizes_are_errors),
 ];

@@ -18,7 +18,7 @@ const CONFIG_FILE: &str = "adapter_config.json";
 const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 
 /// A new folder for one test.
-fn folder(name: &str) -> PathBuf {
+pub fn folder(name: &str) -> PathBuf {
     let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("peft_{name}"));
     let _ = std::fs::remove_dir_all(&path);
     std::fs::create_dir_all(&path).unwrap();
@@ -26,12 +26,12 @@ fn folder(name: &str) -> PathBuf {
 }
 
 /// What PEFT has recorded, beside `reference.py`.
-fn recorded() -> PathBuf {
+pub fn recorded() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/candle/peft/recorded")
 }
 
 /// Every bit of an adapter, in an order of its own.
-fn bits(adapter: &PeftAdapter) -> Vec<(String, DType, Vec<usize>, Vec<u64>)> {
+pub fn bits(adapter: &PeftAdapter) -> Vec<(String, DType, Vec<usize>, Vec<u64>)> {
     let mut all = Vec::new();
     let mut put = |name: String, tensor: &Tensor| {
         let bits = values(tensor).into_iter().map(f64::to_bits).collect();

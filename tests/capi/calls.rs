@@ -6,7 +6,7 @@ use std::ffi::c_void;
 use std::mem::{offset_of, size_of};
 use std::ptr::{null, null_mut};
 
-/// Every operator under one signature, with its name and the size of its struct.
+/// Every operator under one signature, with its name, and the size and the name of its struct.
 pub type Operator = unsafe extern "C" fn(*const PaceDevice, *mut c_void, *const u8) -> PaceStatus;
 
 macro_rules! operators {
@@ -21,11 +21,12 @@ macro_rules! operators {
                 call as Operator
             },
             size_of::<$args>(),
+            stringify!($args),
         ),)*]
     };
 }
 
-pub const OPERATORS: [(&str, Operator, usize); 22] = operators! {
+pub const OPERATORS: [(&str, Operator, usize, &str); 22] = operators! {
     pace_noise_fill: PaceNoiseFill,
     pace_noisy_linear_forward: PaceNoisyLinear,
     pace_noisy_linear_backward: PaceNoisyLinear,
@@ -125,35 +126,55 @@ impl Arena {
 
 const ABSENT: PaceTensor = PaceTensor { data: std::ptr::null_mut(), len: 0 };
 
-pub fn cases(arena: &mut Arena) -> Vec<Case> {
-    let (n, k, r, m) = (4, 5, 2, 12);
+/// Sizes of right calls; tensors of that many elements fit an area.
+#[derive(Debug, Clone, Copy)]
+pub struct Sizes {
+    pub shape: PaceShape,
+    pub rank: u64,
+    pub prompt_rank: u64,
+    /// Samples of a loss, tokens of a head.
+    pub samples: u64,
+    /// At least as many as samples: these are the labels.
+    pub classes: u64,
+    pub features: u64,
+}
+
+pub const SIZES: Sizes =
+    Sizes { shape: shape(), rank: 2, prompt_rank: 2, samples: 3, classes: 7, features: 5 };
+
+pub fn cases(arena: &mut Arena, sizes: Sizes) -> Vec<Case> {
+    let Sizes { shape, rank: r, prompt_rank: p, samples: b, classes: c, features: h } = sizes;
+    let (n, k, samples) = (shape.out_features, shape.in_features, shape.branches * shape.batch);
+    let m = samples * shape.tokens;
+    let in_rows = if shape.shared_input == 1 { shape.batch * shape.tokens } else { m };
     // Zeros, for a list of tensors that may get longer.
     let list = arena.tensor(0);
     let spare = arena.tensor(0);
     assert_eq!(list.data as usize + AREA, spare.data as usize);
     arena.memory[..2 * AREA / 8].fill(0);
-    let noise = PaceNoise { key_address: arena.tensor(1).data.cast(), z: arena.tensor(4 * n), ..noise() };
+    let noise =
+        PaceNoise { key_address: arena.tensor(1).data.cast(), z: arena.tensor(samples * n), ..noise() };
     let workspace = arena.tensor(0);
     let layer = PaceNoisyLinear {
-        shape: shape(),
+        shape,
         noise,
         workspace,
         base_weight: arena.tensor(n * k),
         base_bias: arena.tensor(n),
         delta_weight: arena.tensor(n * k),
         delta_bias: arena.tensor(n),
-        x: arena.tensor(m / 2 * k),
+        x: arena.tensor(in_rows * k),
         y: arena.tensor(m * n),
         dy: arena.tensor(m * n),
-        grad_input: arena.tensor(m / 2 * k),
+        grad_input: arena.tensor(in_rows * k),
         grad_delta_weight: arena.tensor(n * k),
         grad_delta_bias: arena.tensor(n),
         ..zeroed()
     };
     let low_rank = PaceLowRankLinear {
-        shape: shape(),
+        shape,
         noise: PaceNoise { kind: PACE_NOISE_GIVEN, ..noise },
-        s: arena.tensor(m / 2 * r),
+        s: arena.tensor(in_rows * r),
         workspace,
         rank: r,
         scale: 1.0,
@@ -162,42 +183,42 @@ pub fn cases(arena: &mut Arena) -> Vec<Case> {
         lora_b: arena.tensor(n * r),
         lora_a: arena.tensor(r * k),
         delta_bias: arena.tensor(n),
-        x: arena.tensor(m / 2 * k),
+        x: arena.tensor(in_rows * k),
         y: arena.tensor(m * n),
         dy: arena.tensor(m * n),
-        grad_input: arena.tensor(m / 2 * k),
+        grad_input: arena.tensor(in_rows * k),
         grad_lora_b: arena.tensor(n * r),
         grad_lora_a: arena.tensor(r * k),
         grad_delta_bias: arena.tensor(n),
         ..zeroed()
     };
     let lora_mul = PaceLoraMulLinear {
-        shape: shape(),
+        shape,
         noise,
         workspace,
         rank: r,
-        prompt_rank: r,
+        prompt_rank: p,
         scale: 1.0,
         base_weight: arena.tensor(n * k),
         base_bias: arena.tensor(n),
         lora_a: arena.tensor(r * k),
         lora_b: arena.tensor(n * r),
-        prompt_down: arena.tensor(k * r),
-        prompt_up: arena.tensor(r),
+        prompt_down: arena.tensor(k * p),
+        prompt_up: arena.tensor(p),
         delta_bias: arena.tensor(n),
-        x: arena.tensor(m / 2 * k),
+        x: arena.tensor(in_rows * k),
         y: arena.tensor(m * n),
         dy: arena.tensor(m * n),
-        grad_input: arena.tensor(m / 2 * k),
+        grad_input: arena.tensor(in_rows * k),
         grad_lora_a: arena.tensor(r * k),
         grad_lora_b: arena.tensor(n * r),
-        grad_prompt_down: arena.tensor(k * r),
-        grad_prompt_up: arena.tensor(r),
+        grad_prompt_down: arena.tensor(k * p),
+        grad_prompt_up: arena.tensor(p),
         grad_delta_bias: arena.tensor(n),
         ..zeroed()
     };
     let epilogue = PaceNoisyEpilogue {
-        shape: shape(),
+        shape,
         noise,
         a: arena.tensor(m * n),
         y: arena.tensor(m * n),
@@ -239,13 +260,13 @@ pub fn cases(arena: &mut Arena) -> Vec<Case> {
     };
     let loss = PaceLoss {
         consistency: PACE_CONSISTENCY_HISTORY,
-        classes: 7,
+        classes: c,
         lambda: 0.5,
-        logits: arena.tensor(3 * 7),
-        labels: arena.integers(3),
-        history: arena.tensor(5 * 7),
-        index: arena.integers(3),
-        gradient: arena.tensor(3 * 7),
+        logits: arena.tensor(b * c),
+        labels: arena.integers(b),
+        history: arena.tensor((b + 2) * c),
+        index: arena.integers(b),
+        gradient: arena.tensor(b * c),
         values: arena.tensor(3),
         status: arena.tensor(9),
         workspace,
@@ -258,53 +279,53 @@ pub fn cases(arena: &mut Arena) -> Vec<Case> {
         flags: PACE_LOSS_BOTH_BRANCHES | PACE_LOSS_DETACH_TARGET,
         temperature: 2.0,
         denominator: 5.0,
-        logits: arena.tensor(6 * 7),
+        logits: arena.tensor(2 * b * c),
         labels: ABSENT,
-        targets: arena.probabilities(3 * 7),
-        class_weights: arena.probabilities(7),
+        targets: arena.probabilities(b * c),
+        class_weights: arena.probabilities(c),
         history: ABSENT,
         index: ABSENT,
-        gradient: arena.tensor(6 * 7),
+        gradient: arena.tensor(2 * b * c),
         ..loss
     };
     let lm_head = PaceLmHead {
         divergence: PACE_DIVERGENCE_CENTERED_SQUARED_DIFFERENCE,
-        hidden_size: 5,
-        classes: 7,
+        hidden_size: h,
+        classes: c,
         branches: 2,
-        rank: 2,
+        rank: r,
         chunk_rows: 2,
         lambda: 0.5,
         logit_scale: 1.0,
         scale: 1.0,
-        hidden: arena.tensor(6 * 5),
-        labels: arena.integers(3),
-        weight: arena.tensor(7 * 5),
-        bias: arena.tensor(7),
-        lora_b: arena.tensor(7 * 2),
-        lora_a: arena.tensor(2 * 5),
-        gram: arena.tensor(5 * 5),
-        grad_hidden: arena.tensor(6 * 5),
-        grad_weight: arena.tensor(7 * 5),
-        grad_bias: arena.tensor(7),
-        grad_lora_b: arena.tensor(7 * 2),
-        grad_lora_a: arena.tensor(2 * 5),
+        hidden: arena.tensor(2 * b * h),
+        labels: arena.integers(b),
+        weight: arena.tensor(c * h),
+        bias: arena.tensor(c),
+        lora_b: arena.tensor(c * r),
+        lora_a: arena.tensor(r * h),
+        gram: arena.tensor(h * h),
+        grad_hidden: arena.tensor(2 * b * h),
+        grad_weight: arena.tensor(c * h),
+        grad_bias: arena.tensor(c),
+        grad_lora_b: arena.tensor(c * r),
+        grad_lora_a: arena.tensor(r * h),
         values: arena.tensor(3),
-        class_weights: arena.probabilities(7),
+        class_weights: arena.probabilities(c),
         gemm_flags: PACE_ALLOW_TF32,
         ..zeroed()
     };
     let drop_path = PaceDropPath {
         branches: 2,
-        batch: 3,
-        features: 6,
+        batch: b,
+        features: h,
         key: 1,
         key_address: arena.tensor(1).data.cast(),
         drop_probability: 0.3,
-        x: arena.tensor(36),
-        y: arena.tensor(36),
-        dy: arena.tensor(36),
-        dx: arena.tensor(36),
+        x: arena.tensor(2 * b * h),
+        y: arena.tensor(2 * b * h),
+        dy: arena.tensor(2 * b * h),
+        dx: arena.tensor(2 * b * h),
         ..zeroed()
     };
     let gradients = [arena.tensor(9), arena.tensor(0), arena.tensor(4)];
@@ -313,16 +334,16 @@ pub fn cases(arena: &mut Arena) -> Vec<Case> {
     let norm =
         PaceGradNorm { gradients: list.data.cast(), count: 3, norm: arena.tensor(1), workspace, ..zeroed() };
     let distance = PaceFpDistance {
-        samples: 3,
-        features: 4,
-        fine_tuned: arena.tensor(12),
-        pre_trained: arena.tensor(12),
+        samples: b,
+        features: h,
+        fine_tuned: arena.tensor(b * h),
+        pre_trained: arena.tensor(b * h),
         distance: arena.tensor(1),
         workspace,
         ..zeroed()
     };
     let merge = PaceMerge { target: arena.tensor(9), delta: arena.tensor(9), ..zeroed() };
-    let fill = PaceNoiseFill { shape: shape(), noise, z: arena.tensor(16), ..zeroed() };
+    let fill = PaceNoiseFill { shape, noise, z: arena.tensor(samples * n), ..zeroed() };
     vec![
         words("pace_noise_fill", fill),
         words("pace_noisy_linear_forward", layer),

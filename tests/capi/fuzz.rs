@@ -17,7 +17,7 @@ fn first_size(operator: &str) -> Option<u64> {
 
 #[test]
 fn null_misaligned_and_foreign_structs_are_refused() {
-    for (what, operator, size) in OPERATORS {
+    for (what, operator, size, _) in OPERATORS {
         let mut words = vec![0u64; 1024];
         let call = |args: *const u8| {
             // SAFETY: null, misaligned, or as many bytes as the first word says: the buffer has 8192.
@@ -61,7 +61,7 @@ fn null_misaligned_and_foreign_structs_are_refused() {
 fn structs_of_the_first_version_are_taken() {
     let mut arena = Arena::new(160);
     let mut seen = 0;
-    for mut case in cases(&mut arena) {
+    for mut case in cases(&mut arena, SIZES) {
         let name = OPERATORS[case.operator].0;
         let Some(first) = first_size(name) else { continue };
         // The first version's loss had labels and nothing else.
@@ -79,7 +79,7 @@ fn structs_of_the_first_version_are_taken() {
 #[test]
 fn whatever_is_in_the_structs_there_is_a_status_and_a_message() {
     let mut arena = Arena::new(160);
-    let cases = cases(&mut arena);
+    let cases = cases(&mut arena, SIZES);
     assert!(OPERATORS.iter().enumerate().all(|(i, _)| cases.iter().any(|case| case.operator == i)));
     let before = arena.memory.clone();
     let mut random = Random(11);
@@ -151,7 +151,8 @@ fn whatever_is_in_the_structs_there_is_a_status_and_a_message() {
 #[test]
 fn sizes_and_noise_of_a_layer_are_refused_before_its_tensors() {
     let mut arena = Arena::new(160);
-    let layers = cases(&mut arena).into_iter().filter(|case| OPERATORS[case.operator].0.contains("linear"));
+    let layers =
+        cases(&mut arena, SIZES).into_iter().filter(|case| OPERATORS[case.operator].0.contains("linear"));
     let tensors = offset_of!(PaceNoisyLinear, base_weight) / 8;
     let reserved = (offset_of!(PaceNoisyLinear, noise) + offset_of!(PaceNoise, reserved)) / 8;
     let shared_input = (offset_of!(PaceNoisyLinear, shape) + offset_of!(PaceShape, shared_input)) / 8;
@@ -184,7 +185,7 @@ fn is_length(words: &[u64], at: usize, arena: &Arena) -> bool {
 #[test]
 fn overlap_is_refused() {
     let mut arena = Arena::new(160);
-    let case = cases(&mut arena).swap_remove(1);
+    let case = cases(&mut arena, SIZES).swap_remove(1);
     let is_pointer =
         |&i: &usize| arena.holds(case.words[i]) && i * 8 >= offset_of!(PaceNoisyLinear, base_weight);
     let pointers: Vec<usize> = (0..case.words.len()).filter(is_pointer).collect();

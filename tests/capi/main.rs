@@ -2,7 +2,10 @@
 
 mod abi;
 mod calls;
+mod fields;
 mod fuzz;
+#[cfg(target_os = "linux")]
+mod guarded;
 mod header;
 #[path = "../common/installed.rs"]
 mod installed;

@@ -49,7 +49,7 @@ impl Random {
     }
 }
 
-pub fn shape() -> PaceShape {
+pub const fn shape() -> PaceShape {
     PaceShape { branches: 2, batch: 2, tokens: 3, in_features: 5, out_features: 4, shared_input: 1 }
 }
 

@@ -4,6 +4,7 @@
 mod cublaslt;
 mod cublaslt_steps;
 mod drop_path;
+mod fuzz;
 mod gpu;
 mod layers;
 mod lm_head;
