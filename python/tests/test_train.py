@@ -308,7 +308,7 @@ def test_a_run_is_not_overwritten_or_mixed_up(folder, tmp_path):
         run(folder, tmp_path, "--epochs", 1, "--resume")
     for content in (b"", b"something else", before[0][:1000]):
         checkpoint.write_bytes(content)
-        with pytest.raises(SystemExit, match="checkpoint.pt is not a checkpoint of this script"):
+        with pytest.raises(SystemExit, match="checkpoint.pt is not whole: "):
             run(folder, tmp_path, "--epochs", 1, "--resume")
     torch.save({"model": {}}, checkpoint)
     with pytest.raises(SystemExit, match="checkpoint.pt is not a checkpoint of this script"):

@@ -3,6 +3,7 @@
 
 mod capi;
 mod capi_folding;
+mod capi_streams;
 mod device;
 mod drop_path;
 mod lm_head;
@@ -120,6 +121,7 @@ const C_TESTS: &[(&str, fn())] = &[
     ("capi::drop_path", capi::drop_path),
     ("capi::norms", capi::norms),
     ("capi::errors", capi::errors),
+    ("capi::streams", capi_streams::streams),
 ];
 
 fn main() {
