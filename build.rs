@@ -19,10 +19,6 @@ use std::path::{Path, PathBuf};
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=build");
-    if std::env::var("CARGO_CFG_TARGET_OS").is_ok_and(|system| system == "linux") {
-        // The CPU operators' threads run in the C library until the process ends: `dlclose` must leave it there.
-        println!("cargo:rustc-cdylib-link-arg=-Wl,-z,nodelete");
-    }
     if std::env::var_os("CARGO_FEATURE_CUDA").is_none() {
         return;
     }

@@ -1,7 +1,5 @@
 """Operators against the official formulas: recorded values, the same formulas in plain PyTorch, numerical gradients."""
 
-import os
-
 import official
 import pace_torch
 import pytest
@@ -495,15 +493,3 @@ def test_wrong_shapes_are_named():
             call()
 
 
-def test_a_forked_process_is_told_that_it_cannot():
-    """Its operators would wait for threads that are not there."""
-    layer = (torch.ones(2, 3), torch.ones(4, 3), None, None, None)
-    ops.noisy_linear(*layer)
-    child = os.fork()
-    if child == 0:
-        try:
-            ops.noisy_linear(*layer)
-        except PaceError as error:
-            os._exit(7 if "forked" in str(error) else 8)
-        os._exit(9)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7

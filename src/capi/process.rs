@@ -21,8 +21,8 @@ pub(super) fn check_threads() -> Result<()> {
     }
     if !STARTED.swap(true, Ordering::Relaxed) {
         #[cfg(unix)]
-        // SAFETY: the function may run in a child of a process with many threads: it stores to an atomic. It stays, since
-        // the library is never unloaded (`build.rs`), and is taken off the list where it is.
+        // SAFETY: the function may run in a child of a process with many threads: it stores to an atomic. The loader takes it
+        // off the list if it unloads the library.
         unsafe {
             // Without memory for it, as without the check.
             libc::pthread_atfork(None, None, Some(note_fork));

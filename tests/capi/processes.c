@@ -88,7 +88,39 @@ static void *user(void *library) {
     return NULL;
 }
 
+/* What the child's `run` gives, within seconds. */
+static int in_child(int (*run)(const Library *), const Library *library) {
+    const pid_t child = fork();
+    REQUIRE(child >= 0);
+    if (child == 0) {
+        alarm(10); /* The end of a process that hangs. */
+        _exit(run(library));
+    }
+    int status;
+    REQUIRE(waitpid(child, &status, 0) == child);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
+}
+
+static void *starter(void *library) {
+    REQUIRE(((const Library *)library)->set_threads(2) == PACE_OK);
+    return NULL;
+}
+
+/* Closed while its threads are starting, by a thread that has not used it. */
+static int closes_at_once(const Library *library) {
+    pthread_t thread;
+    if (pthread_create(&thread, NULL, starter, (void *)library) != 0 || pthread_join(thread, NULL) != 0) return 1;
+    if (dlclose(library->handle) != 0) return 2;
+    usleep(20000);
+    return 0;
+}
+
 static void reload(const char *path) {
+    for (int round = 0; round < 5; round++) {
+        Library library = load(path);
+        REQUIRE(in_child(closes_at_once, &library) == 0);
+        REQUIRE(dlclose(library.handle) == 0);
+    }
     for (int round = 0; round < 50; round++) {
         Library library = load(path);
         wrong(&library, round + 100);
@@ -103,7 +135,7 @@ static void reload(const char *path) {
         atomic_store(&unloaded, 1);
         for (int i = 0; i < count; i++) REQUIRE(pthread_join(threads[i], NULL) == 0);
     }
-    /* Whatever is left of its threads finds its code. */
+    /* Its threads live on: the loader leaves their code where it is. */
     void *left = dlopen(path, RTLD_NOW | RTLD_NOLOAD);
     REQUIRE(left);
     dlclose(left);
@@ -116,19 +148,6 @@ static void *worker(void *library) {
     static _Thread_local float y[2 * ROWS * OUT];
     while (!atomic_load(&stop)) REQUIRE(layer(library, y) == PACE_OK);
     return NULL;
-}
-
-/* What the child's `run` gives, within seconds. */
-static int in_child(int (*run)(const Library *), const Library *library) {
-    const pid_t child = fork();
-    REQUIRE(child >= 0);
-    if (child == 0) {
-        alarm(10); /* The end of a process that hangs. */
-        _exit(run(library));
-    }
-    int status;
-    REQUIRE(waitpid(child, &status, 0) == child);
-    return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
 }
 
 static float from_child[2 * ROWS * OUT];
