@@ -1,7 +1,9 @@
 //! Many threads at once: operators on the CPU in pools of every kind, the C interface, and plans.
 
 use pace_kernels::capi::*;
-use pace_kernels::cpu::{Base, Consistency, Loss, LowRankGrads, LowRankLinear, NoisyLinear, NoisyLinearGrads};
+use pace_kernels::cpu::{
+    Base, Consistency, Loss, LowRankGrads, LowRankLinear, NoisyLinear, NoisyLinearGrads,
+};
 use pace_kernels::cuda::{Buffer, DType, Family, Gpu, NoisyLinear as DeviceNoisyLinear, Plan, Source};
 use pace_kernels::noise::{Generator, Key, Noise, NoiseShape};
 use pace_kernels::{LinearShape, LossSettings, Real, Targets};
@@ -71,11 +73,8 @@ impl<T: Real> Inputs<T> {
             fold: true,
         };
         dense.forward(&self.x, &mut y).unwrap();
-        let grads: NoisyLinearGrads<&mut [_]> = NoisyLinearGrads {
-            input: Some(&mut dx),
-            delta_weight: Some(&mut dw),
-            delta_bias: Some(&mut db),
-        };
+        let grads: NoisyLinearGrads<&mut [_]> =
+            NoisyLinearGrads { input: Some(&mut dx), delta_weight: Some(&mut dw), delta_bias: Some(&mut db) };
         dense.backward(&self.x, &self.dy, grads).unwrap();
         let (mut y2, mut dx2, mut dd, mut du) =
             (empty(self.dy.len()), empty(self.x.len()), empty(n * RANK), empty(RANK * k));
@@ -163,7 +162,8 @@ fn operators_in_f64() {
 #[test]
 fn the_c_interface_keeps_threads_apart() {
     let inputs = Inputs::<f32>::new();
-    let tensor = |values: &[f32]| PaceTensor { data: values.as_ptr().cast_mut().cast(), len: values.len() as u64 };
+    let tensor =
+        |values: &[f32]| PaceTensor { data: values.as_ptr().cast_mut().cast(), len: values.len() as u64 };
     let forward = |key: u64, y: &mut [f32], wrong_by: u64| {
         // SAFETY: a struct of numbers and raw pointers.
         let mut args: PaceNoisyLinear = unsafe { std::mem::MaybeUninit::zeroed().assume_init() };
@@ -225,7 +225,9 @@ fn plans_are_those_of_one_thread() {
                 };
                 let (x, y) = (buffer(3, shape.in_rows() * k), buffer(4, shape.out_rows() * n));
                 Family::ALL.map(|family| {
-                    layer.forward(&Gpu::H100.with_family(family), DType::BF16, x, y, buffer(5, 1 << 22)).unwrap()
+                    layer
+                        .forward(&Gpu::H100.with_family(family), DType::BF16, x, y, buffer(5, 1 << 22))
+                        .unwrap()
                 })
             })
             .collect()

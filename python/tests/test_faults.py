@@ -73,7 +73,7 @@ def kill(process, workers=True):
 
 
 def finished(process):
-    process.join(120)
+    process.join(300)
     assert process.exitcode is not None, "it hangs"
     return process.exitcode
 

@@ -31,11 +31,11 @@ fn steps(device: &PaceDevice, memory: &Mutex<Memory>, stream: usize) -> Vec<Vec<
     let shape =
         PaceShape { branches: 2, batch: 3, tokens: 5, in_features: 7, out_features: 9, shared_input: 1 };
     let (out, inputs, weights) = (2 * 3 * 5 * 9, 3 * 5 * 7, 9 * 7);
-    let tensor = |data: &Tensor, len: usize| PaceTensor { data: data.address() as *mut c_void, len: len as u64 };
+    let tensor =
+        |data: &Tensor, len: usize| PaceTensor { data: data.address() as *mut c_void, len: len as u64 };
     let seed = 10 * stream as u32;
-    let input = |number, len| {
-        tensor(&memory.lock().unwrap().input("input", &uniform(seed + number, len)), len)
-    };
+    let input =
+        |number, len| tensor(&memory.lock().unwrap().input("input", &uniform(seed + number, len)), len);
     let output = |len| memory.lock().unwrap().in_out("output", &vec![f32::NAN; len]);
     let outputs = [(out, output(out)), (inputs, output(inputs)), (weights, output(weights))];
     let [y, grad_input, grad_delta_weight] = outputs.each_ref().map(|(len, data)| tensor(data, *len));
