@@ -13,7 +13,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
