@@ -3,7 +3,6 @@
 
 mod capi;
 mod capi_folding;
-mod capi_streams;
 mod device;
 mod drop_path;
 mod lm_head;
@@ -121,7 +120,6 @@ const C_TESTS: &[(&str, fn())] = &[
     ("capi::drop_path", capi::drop_path),
     ("capi::norms", capi::norms),
     ("capi::errors", capi::errors),
-    ("capi::streams", capi_streams::streams),
 ];
 
 fn main() {
