@@ -5,7 +5,7 @@
  * CPU) and a struct of arguments. Zero the struct, set `size` to its sizeof, fill in what you need: what stays zero is absent
  * or off. Every function gives a status, PACE_OK or a PACE_ERROR; pace_last_error() tells the last one of this thread in words.
  * On CUDA nothing waits and nothing is allocated; the device's primary context is used, and the current one is left alone.
- * A lack of host memory ends the process. CPU operators hang in a process that was forked after one has run.
+ * A lack of host memory ends the process. A process that is forked after a CPU operator has run cannot use them.
  *
  * Generated from src/capi by `PACE_UPDATE_DOCS=1 cargo test --test capi`. */
 
@@ -654,6 +654,9 @@ typedef struct PaceMerge {
 // `size` is not that of a struct which this library understands.
 #define PACE_ERROR_VERSION 8
 
+// A CPU operator in a process that was forked from one which had used them.
+#define PACE_ERROR_FORKED 9
+
 // There is no CUDA driver.
 #define PACE_ERROR_NO_DRIVER 16
 
@@ -692,7 +695,7 @@ const char *pace_version(void);
 // Sets how many threads the CPU operators use, instead of one for each core (or `RAYON_NUM_THREADS`). The calling thread is one of
 // them, if there are several: call this on the thread that will call the operators. Only before the first operator has run:
 // later it is a `PACE_ERROR_VALUE`. A process that is forked after that has no such threads, and its operators
-// never return: start processes before, or afresh.
+// are a `PACE_ERROR_FORKED`: start processes before, or afresh.
 PaceStatus pace_set_threads(uint64_t threads);
 
 // Registers a BLAS for the CPU operators' large GEMMs, once and until the process ends; otherwise they use the library's own.

@@ -8,11 +8,13 @@
 A run is a pure function of its settings: the order of the data of (seed, epoch), the noise of (seed, step). It is saved
 after each epoch, and at the next step after SIGTERM or Ctrl-C; `--resume` goes on as if nothing had happened, whatever
 ended it. OUT/metrics.jsonl has a line per training step and per evaluation, OUT/checkpoint.pt the state, in which
-`weights` are the trained parameters by their official names.
+`weights` are the trained parameters by their official names. OUT/checkpoint.previous.pt is the one before, from which
+`--resume` goes on, and says so, if the newest is not whole.
 """
 
 import argparse
 import contextlib
+import functools
 import gzip
 import json
 import multiprocessing
@@ -39,6 +41,7 @@ from torchvision.transforms import functional as image_ops
 from tqdm import tqdm
 
 import pace_torch
+from pace_torch import checkpoint
 
 SHIPPED = Path(__file__).resolve().parents[1] / "examples" / "few_shot"
 # The source model of the few-shot example, pre-trained on MNIST.
@@ -203,23 +206,28 @@ def load_optdigits(shots: int, seed: int, channels: int, size: tuple[int, int]):
     return *(Indexed(images, np.concatenate(part)) for part in parts), 10
 
 
+# Not within `load_folder`: workers that are not forked, as on macOS and from Python 3.14 on, are sent these by their names.
+
+
+def load_image(path: str):
+    try:
+        return torchvision.datasets.folder.default_loader(path)
+    except Exception as error:  # Whatever decoders raise for a broken file.
+        raise OSError(f"{path}: {error}") from error
+
+
+def prepare_image(channels: int, size: tuple[int, int], image) -> torch.Tensor:
+    image = image_ops.resize(image, size, torchvision.transforms.InterpolationMode.BICUBIC)
+    return image_ops.pil_to_tensor(image.convert("L") if channels == 1 else image)
+
+
 def load_folder(folder: Path, channels: int, size: tuple[int, int]):
     """Training and validation set, classes. Images `[channels, *size]` of bytes, stretched as in the official code."""
-
-    def load(path):
-        try:
-            return torchvision.datasets.folder.default_loader(path)
-        except Exception as error:  # Whatever decoders raise for a broken file.
-            raise OSError(f"{path}: {error}") from error
-
-    def prepare(image):
-        image = image_ops.resize(image, size, torchvision.transforms.InterpolationMode.BICUBIC)
-        return image_ops.pil_to_tensor(image.convert("L") if channels == 1 else image)
-
     for part in ("train", "val"):
         if not (folder / part).is_dir():
             raise InputError(f"no folder {folder / part}, expected it with a folder of images per class")
-    train, val = (torchvision.datasets.ImageFolder(folder / part, prepare, loader=load) for part in ("train", "val"))
+    prepare = functools.partial(prepare_image, channels, size)
+    train, val = (torchvision.datasets.ImageFolder(folder / part, prepare, loader=load_image) for part in ("train", "val"))
     if train.classes != val.classes:
         only = sorted(set(train.classes) ^ set(val.classes))
         raise InputError(
@@ -297,6 +305,7 @@ def leave_signals_to_the_process(_worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
 
 
+<<<<<<< HEAD
 def save(path: Path, state: dict) -> None:
     """Writes a checkpoint that is either whole or the one before, whenever the process or the machine stops."""
     part = path.with_suffix(".part")
@@ -317,6 +326,10 @@ def restore(path: Path, settings: dict) -> dict:
         before = state["settings"]
     except Exception as error:  # Whatever torch.load raises for any file at all.
         raise InputError(f"{path} is not a checkpoint of this script") from error
+=======
+def check_settings(path: Path, before: dict, settings: dict) -> None:
+    """That a checkpoint is of a run with these settings."""
+>>>>>>> faults
     changed = [
         f"{name.rstrip('_').replace('_', '-')} was {before.get(name)}, is {settings.get(name)}"
         for name in before | settings
@@ -324,7 +337,6 @@ def restore(path: Path, settings: dict) -> dict:
     ]
     if changed:
         raise InputError(f"{path}: {'; '.join(changed)}. Resume with the same settings, or take another --out")
-    return state
 
 
 # ---------------------------------------------------------------------------------------------------- training
@@ -433,26 +445,50 @@ class Run:
 
 
 class Results:
-    """The files in OUT: the log, and the checkpoint that says how much of the log it goes with."""
+    """The files in OUT: the log, and two checkpoints, each of which says how much of the log it goes with.
+
+    `state` is that of the newest checkpoint that is whole, if there is any; `passed_over` says why it is not checkpoint.pt.
+    """
 
     def __init__(self, folder: Path, settings: dict, resume: bool):
-        self.settings, self.checkpoint, self.log = settings, folder / "checkpoint.pt", folder / "metrics.jsonl"
+        self.settings, self.log = settings, folder / "metrics.jsonl"
+        self.checkpoint, self.previous = folder / "checkpoint.pt", folder / "checkpoint.previous.pt"
         if self.log.exists() and not resume:
             raise InputError(f"{folder} has a run already: go on with it by --resume, or take another --out")
-        self.state = restore(self.checkpoint, settings) if self.checkpoint.exists() else None
-        self.log_length = self.state["log_length"] if self.state else 0
-        if self.log_length > (self.log.stat().st_size if self.log.exists() else 0):
-            raise InputError(f"{self.log} is shorter than when {self.checkpoint} was written")
+        self.passed_over, self.state = None, None
+        try:
+            self.state = self.read(self.checkpoint)
+        except (pace_torch.PaceError, FileNotFoundError) as error:
+            damaged = not isinstance(error, FileNotFoundError)
+            if self.previous.exists():
+                self.passed_over = str(error) if damaged else f"there is no {self.checkpoint}: its writing was cut off"
+                self.state = self.read(self.previous)
+            elif damaged:
+                raise
+
+    def read(self, path: Path) -> dict:
+        state = checkpoint.load(path)
+        if not isinstance(state, dict) or "settings" not in state:
+            raise pace_torch.PaceError(f"{path} is not a checkpoint of this script")
+        check_settings(path, state["settings"], self.settings)
+        if state["log_length"] > (self.log.stat().st_size if self.log.exists() else 0):
+            raise pace_torch.PaceError(f"{self.log} is shorter than when {path} was written")
+        return state
 
     def create(self) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.log.touch()
-        os.truncate(self.log, self.log_length)  # What came after the checkpoint comes again.
+        if self.passed_over:
+            self.previous.replace(self.checkpoint)  # The next one shall not take the place of the only one.
+        os.truncate(self.log, self.state["log_length"] if self.state else 0)  # What came after it comes again.
 
     def save(self, state: dict, log) -> None:
         """Writes the checkpoint that goes with the log, which is open, up to here."""
-        os.fsync(log.fileno())
-        save(self.checkpoint, {"settings": self.settings, "log_length": log.tell(), **state})
+        try:
+            os.fsync(log.fileno())
+            checkpoint.save(self.checkpoint, {"settings": self.settings, "log_length": log.tell(), **state}, self.previous)
+        except OSError as error:
+            raise InputError(f"{self.checkpoint} cannot be written, and is that before step {state['step']}: {error}") from error
 
 
 def normalization(expected: dict, device: torch.device):
@@ -507,6 +543,8 @@ def train(args: argparse.Namespace) -> None:
     process.barrier()  # Every process has seen the files as they were.
     if main_process:
         results.create()
+        if results.passed_over:
+            print(f"{results.passed_over}; goes on from {results.previous}")
         print(describe(run, training, validation, classes))
     engine = run.engine()
     with (

@@ -73,7 +73,7 @@ class Runner:
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
         whole = text[: text.rfind("\n") + 1]
         if whole != text:
-            self.path.write_text(whole, encoding="utf-8")
+            os.truncate(self.path, len(whole.encode()))  # Written anew, all would be lost if this were cut off too.
         return whole.splitlines()
 
     def _load(self) -> None:

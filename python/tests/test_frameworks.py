@@ -94,7 +94,7 @@ def test_trainer(transformers, accumulation, tmp_path):
 
 
 def test_trainer_resumes(transformers, tmp_path):
-    from pace_torch.trainer import PaceCallback
+    from pace_torch.trainer import PaceCallback, last_checkpoint
 
     def trained(resume=None, callback=PaceCallback, folder=tmp_path, **settings):
         model = hugging_face(transformers)
@@ -107,8 +107,23 @@ def test_trainer_resumes(transformers, tmp_path):
         return model
 
     first, other = str(tmp_path / "checkpoint-1"), tmp_path / "other"
+    assert last_checkpoint(tmp_path / "nowhere") is None
     whole = trained()
     assert_equal_weights(trained(first), whole, 0)
+    # The run ended while the second was written, or its disk is damaged.
+    second = tmp_path / "checkpoint-2" / "pace.pt"
+    content = second.read_bytes()
+    half = len(content) // 2
+    flipped = content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    for damaged, message in ((None, r"no .*pace.pt.*`last_checkpoint\(output_dir\)`"), (content[:half], "whole"), (flipped, "whole")):
+        second.unlink() if damaged is None else second.write_bytes(damaged)
+        assert last_checkpoint(tmp_path) == first
+        with pytest.raises(PaceError, match=message):
+            trained(str(second.parent))
+        second.touch()
+    assert_equal_weights(trained(last_checkpoint(tmp_path)), whole, 0)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
     assert_equal_weights(trained(first, PaceCallback(first), other), whole, 0)
     with pytest.raises(PaceError, match="label_smoothing_factor"):
         trained(label_smoothing_factor=0.1)

@@ -1,7 +1,5 @@
 """Operators against the official formulas: recorded values, the same formulas in plain PyTorch, numerical gradients."""
 
-import os
-
 import official
 import pace_torch
 import pytest
@@ -495,6 +493,7 @@ def test_wrong_shapes_are_named():
             call()
 
 
+<<<<<<< HEAD
 def test_a_forked_process_is_told_that_it_cannot():
     """Its operators would wait for threads that are not there."""
     layer = (torch.ones(2, 3), torch.ones(4, 3), None, None, None)
@@ -547,3 +546,5 @@ def test_no_tensor_and_no_matrix():
     ):
         with pytest.raises(PaceError, match=message):
             call()
+=======
+>>>>>>> faults

@@ -310,7 +310,7 @@ def test_a_run_is_not_overwritten_or_mixed_up(folder, tmp_path):
     flipped[len(flipped) // 2] ^= 1  # In the numbers of a tensor.
     for content in (b"", b"something else", before[0][:1000], bytes(flipped)):
         checkpoint.write_bytes(content)
-        with pytest.raises(SystemExit, match="checkpoint.pt is not a checkpoint of this script"):
+        with pytest.raises(SystemExit, match="checkpoint.pt is not whole: "):
             run(folder, tmp_path, "--epochs", 1, "--resume")
     torch.save({"model": {}}, checkpoint)
     with pytest.raises(SystemExit, match="checkpoint.pt is not a checkpoint of this script"):

@@ -3,7 +3,7 @@
 use super::types::*;
 use super::{
     Failure, PACE_ERROR_DTYPE, PACE_ERROR_LENGTH, PACE_ERROR_SIZE, PACE_ERROR_VALUE, PACE_ERROR_VERSION,
-    PaceDevice, PaceStatus, Result, run,
+    PaceDevice, PaceStatus, Result, process, run,
 };
 use crate::cpu::Base;
 use crate::cuda::{Buffer, DType, Gpu, Plan, Source};
@@ -133,7 +133,7 @@ pub(super) unsafe fn call<O: Operator<A>, A: Args>(
             None if !stream.is_null() => {
                 Err(Failure::argument("stream", "needs a device; on the CPU it is NULL"))
             }
-            None => match args.dtype() {
+            None => process::check_threads().and_then(|()| match args.dtype() {
                 // SAFETY: the caller's promise.
                 PACE_F32 => O::on_cpu::<f32>(&args, &mut unsafe { Host::new() }),
                 // SAFETY: the caller's promise.
@@ -144,7 +144,7 @@ pub(super) unsafe fn call<O: Operator<A>, A: Args>(
                     "`dtype` is PACE_F16, and the CPU takes PACE_F32 and PACE_F64, and for layers PACE_BF16",
                 )),
                 other => Err(dtype(&format!("`dtype` is {other}, which is no type"))),
-            },
+            }),
             Some(device) => {
                 let plan = O::plan(&args, device.gpu(), device_dtype(args.dtype())?)?;
                 // SAFETY: the caller's promise; the plan is unchanged.

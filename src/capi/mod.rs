@@ -9,7 +9,7 @@
 //! Every function gives a status; `PACE_OK` is 0. For any other, [`pace_last_error`] tells this thread in words what was wrong,
 //! and which argument; nothing was written then, unless the status is `PACE_ERROR_DRIVER` or `PACE_ERROR_INTERNAL`. No panic
 //! leaves the library; a lack of host memory ends the process, as in any Rust program. Every function may be called from any
-//! thread, but the CPU operators not in a process that was forked after one has run: their threads are not in it.
+//! thread. In a process that was forked after a CPU operator has run they are a `PACE_ERROR_FORKED`: their threads are not in it.
 //!
 //! On CUDA nothing waits, and nothing is allocated: `pace_*_workspace` tells how many bytes of device memory an operator
 //! needs besides its tensors. To capture a layer in a CUDA graph, run it once on the same tensors before: cuBLASLt loads its
@@ -24,6 +24,7 @@ mod lora;
 mod loss;
 mod noise;
 mod norms;
+mod process;
 mod types;
 mod weights;
 
@@ -63,6 +64,8 @@ pub const PACE_ERROR_INDEX: PaceStatus = 6;
 pub const PACE_ERROR_DTYPE: PaceStatus = 7;
 /// `size` is not that of a struct which this library understands.
 pub const PACE_ERROR_VERSION: PaceStatus = 8;
+/// A CPU operator in a process that was forked from one which had used them.
+pub const PACE_ERROR_FORKED: PaceStatus = 9;
 /// There is no CUDA driver.
 pub const PACE_ERROR_NO_DRIVER: PaceStatus = 16;
 /// There is no CUDA device of this number.
@@ -179,6 +182,7 @@ pub extern "C" fn pace_status_name(status: PaceStatus) -> *const c_char {
         PACE_ERROR_INDEX => c"PACE_ERROR_INDEX",
         PACE_ERROR_DTYPE => c"PACE_ERROR_DTYPE",
         PACE_ERROR_VERSION => c"PACE_ERROR_VERSION",
+        PACE_ERROR_FORKED => c"PACE_ERROR_FORKED",
         PACE_ERROR_NO_DRIVER => c"PACE_ERROR_NO_DRIVER",
         PACE_ERROR_NO_DEVICE => c"PACE_ERROR_NO_DEVICE",
         PACE_ERROR_DEVICE_TOO_OLD => c"PACE_ERROR_DEVICE_TOO_OLD",
@@ -205,7 +209,7 @@ pub extern "C" fn pace_version() -> *const c_char {
 /// Sets how many threads the CPU operators use, instead of one for each core (or `RAYON_NUM_THREADS`). The calling thread is one of
 /// them, if there are several: call this on the thread that will call the operators. Only before the first operator has run:
 /// later it is a `PACE_ERROR_VALUE`. A process that is forked after that has no such threads, and its operators
-/// never return: start processes before, or afresh.
+/// are a `PACE_ERROR_FORKED`: start processes before, or afresh.
 #[unsafe(no_mangle)]
 pub extern "C" fn pace_set_threads(threads: u64) -> PaceStatus {
     run(|| {
@@ -213,6 +217,7 @@ pub extern "C" fn pace_set_threads(threads: u64) -> PaceStatus {
         let count = count.ok_or_else(|| {
             Failure::new(PACE_ERROR_VALUE, format!("`threads` is {threads}, expected 1 to 4096"))
         })?;
+        process::check_threads()?;
         let pool = rayon::ThreadPoolBuilder::new().num_threads(count);
         // The caller works instead of waking another and waiting. If it were the only one, calls from elsewhere would hang.
         let built = if count > 1 { pool.use_current_thread().build_global() } else { pool.build_global() };

@@ -10,7 +10,7 @@ const ABOUT: &str = "/* pace-kernels: fused operators for PACE, parameter-effici
  * CPU) and a struct of arguments. Zero the struct, set `size` to its sizeof, fill in what you need: what stays zero is absent
  * or off. Every function gives a status, PACE_OK or a PACE_ERROR; pace_last_error() tells the last one of this thread in words.
  * On CUDA nothing waits and nothing is allocated; the device's primary context is used, and the current one is left alone.
- * A lack of host memory ends the process. CPU operators hang in a process that was forked after one has run.
+ * A lack of host memory ends the process. A process that is forked after a CPU operator has run cannot use them.
  *
  * Generated from src/capi by `PACE_UPDATE_DOCS=1 cargo test --test capi`. */";
 

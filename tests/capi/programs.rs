@@ -59,6 +59,18 @@ fn cpp_program() {
     assert!(printed.contains("finite differences"), "{printed}");
 }
 
+/// Loaded and closed again and again beside threads that have used it; and forked, before and after operators have run.
+#[cfg(target_os = "linux")]
+#[test]
+fn processes_that_load_and_fork() {
+    let own = flags(&["--cflags"]).into_iter().chain(["-pthread".into(), "-ldl".into()]);
+    let program = compile("cc", &["-std=gnu11"], &root().join("tests/capi/processes.c"), own);
+    let library = prefix().join("lib/libpace_kernels.so");
+    for what in ["reload", "fork"] {
+        assert_eq!(run(Command::new(&program).arg(&library).arg(what)), "done\n", "{what}");
+    }
+}
+
 #[test]
 fn the_guide_shows_what_the_programs_do() {
     let guide = std::fs::read_to_string(root().join("docs/embedding.md")).unwrap();

@@ -275,31 +275,15 @@ def device_handle(ordinal: int) -> c_void_p:
     return handle
 
 
-_threads_are_up = forked = False
+_threads_are_up = False
 
 
 def start_threads() -> None:
-    """Starts the threads of the CPU operators before the first of them runs: as many as PyTorch's, the calling one among them.
-
-    They do not live on in a process that is forked later: its operators would wait for them forever.
-    """
+    """Starts the threads of the CPU operators before the first of them runs: as many as PyTorch's, the calling one among them."""
     global _threads_are_up
     if not _threads_are_up:
         check(library.pace_set_threads(c_uint64(torch.get_num_threads())))
-        os.register_at_fork(after_in_child=_note_fork)
         _threads_are_up = True
-
-
-def _note_fork() -> None:
-    global forked
-    forked = True
-
-
-def check_process() -> None:
-    """Raises `PaceError` in a process that was forked after the threads had started."""
-    if forked:
-        raise PaceError("this process was forked from one that had used the CPU operators, and has none of their threads: "
-                        "start it afresh (the start method `spawn`)", "PACE_ERROR_INTERNAL")
 
 
 def call(name: str, arguments: ctypes.Structure, device: torch.device) -> None:
@@ -307,7 +291,6 @@ def call(name: str, arguments: ctypes.Structure, device: torch.device) -> None:
     handle = stream = None
     if device.type == "cpu":
         start_threads()
-        check_process()
     else:
         handle, stream = device_handle(device.index), c_void_p(torch._C._cuda_getCurrentRawStream(device.index))
     check(getattr(library, f"pace_{name}")(handle, stream, ctypes.byref(arguments)))

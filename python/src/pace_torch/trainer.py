@@ -3,11 +3,29 @@
 from pathlib import Path
 from typing import Optional
 
-import torch
 from transformers import TrainerCallback
 
+from . import checkpoint
 from ._library import PaceError
 from .inject import load_trainable_state_dict, trainable_state_dict, unwrapped
+
+
+FILE = "pace.pt"
+
+
+def last_checkpoint(output_dir) -> Optional[str]:
+    """The newest of Trainer's checkpoints that is whole, or `None`: what to give to `train(resume_from_checkpoint=...)`.
+
+    `True` there takes the newest that there is, also one that Trainer was writing when the run ended.
+    """
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    for folder in sorted(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
+        try:
+            checkpoint.load(folder / FILE)  # Written when all else is.
+            return str(folder)
+        except (FileNotFoundError, PaceError):
+            pass
+    return None
 
 
 class PaceCallback(TrainerCallback):
@@ -25,7 +43,7 @@ class PaceCallback(TrainerCallback):
     def on_save(self, args, state, control, model=None, **kwargs):
         saved = {"controller": unwrapped(model).pace.state_dict(), "trained": None if args.fsdp else trainable_state_dict(model)}
         if state.is_world_process_zero:
-            torch.save(saved, Path(args.output_dir, f"checkpoint-{state.global_step}", "pace.pt"))
+            checkpoint.save(Path(args.output_dir, f"checkpoint-{state.global_step}", FILE), saved)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if args.label_smoothing_factor != 0:
@@ -39,11 +57,12 @@ class PaceCallback(TrainerCallback):
             self._load(model, state.best_model_checkpoint)
 
     def _load(self, model, folder) -> dict:
-        path = Path(folder, "pace.pt")
+        path = Path(folder, FILE)
         if not path.exists():
             raise PaceError(f"there is no {path}: resume from a checkpoint that was written with `PaceCallback`, and name it "
-                            "(`PaceCallback(folder)`) if it is not in `output_dir`")
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+                            "(`PaceCallback(folder)`) if it is not in `output_dir`. If the run ended while it was written, resume from "
+                            "`last_checkpoint(output_dir)`")
+        saved = checkpoint.load(path)
         if saved["trained"] is not None:
             load_trainable_state_dict(model, saved["trained"])
         return saved

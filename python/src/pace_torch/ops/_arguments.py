@@ -155,8 +155,6 @@ class _Prepared:
         stream = None
         if self.handle is not None:
             stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self.stream_of))
-        elif lib.forked:
-            lib.check_process()
         status = self.entry(self.handle, stream, words)
         if status:
             lib.check(status)
