@@ -1,17 +1,12 @@
 //! Where a test runs: the simulator, or a device, with plans of one family. A test is written once, against plans and buffers.
 
 use crate::device::Opened;
-use crate::simulate;
+use crate::{schedules, simulate};
 use bytemuck::Pod;
 use pace_kernels::cuda::cudarc::driver::{CudaSlice, DevicePtr};
 use pace_kernels::cuda::{Buffer, Gpu, Plan};
 use pace_simt::{Memory, Schedule, Tensor};
 use std::collections::HashMap;
-
-/// Random orders that small launches run in. What sanitizers look for depends little on the order.
-const SCHEDULES: u64 = if pace_simt::IS_SANITIZED { 1 } else { 32 };
-/// Tests that launch up to so many threads run in all of them; up to four times as many, in a quarter.
-const SMALL: usize = 1024;
 
 /// What to run tests on: what plans are made for, and a machine.
 pub struct Target<'a> {
@@ -26,13 +21,7 @@ impl Target<'_> {
     pub fn run(&self, shift: usize, body: impl Fn(&mut Machine<'_>)) {
         let threads = self.once(shift, &body);
         if self.device.is_none() {
-            let seeds = if threads <= SMALL {
-                SCHEDULES
-            } else if threads <= 4 * SMALL {
-                SCHEDULES.div_ceil(4)
-            } else {
-                1
-            };
+            let seeds = schedules::of_case(threads);
             (0..seeds).for_each(|seed| {
                 self.simulate(shift, Schedule::Random(seed), &body);
             });

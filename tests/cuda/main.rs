@@ -17,6 +17,7 @@ mod noise_fill;
 mod noisy_epilogue;
 mod noisy_linear;
 mod norms;
+mod schedules;
 mod simulate;
 mod support;
 mod weights;
@@ -160,7 +161,12 @@ fn main() {
     for (family, name, test) in layer_tests() {
         trials.push(Trial::ignorable_test(format!("device::{name}"), move || on_family(family, &name, test)));
     }
-    libtest_mimic::run(&arguments, trials).exit();
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    conclusion.exit_if_failed();
+    // All of them have run, rather than some that were asked for by name.
+    if !arguments.list && arguments.filter.is_none_or(|filter| filter == "simt::") {
+        schedules::report();
+    }
 }
 
 /// What layer tests of a family are simulated for. Hopper with few multiprocessors: blocks stay for many tiles, and shall get more than

@@ -1,5 +1,6 @@
 //! Carries out plans in the simulator: launches by `pace_simt`, and GEMMs by a twin of the library.
 
+use crate::schedules;
 use half::{bf16, f16};
 use pace_kernels::cuda::{DType, Gemm, Gpu, Matrix, Plan, Step};
 use pace_simt::{Fault, Launch, Memory, Schedule, TensorMap};
@@ -25,6 +26,9 @@ pub fn run(plan: &Plan, memory: &mut Memory, schedule: Schedule) -> usize {
                     shared_bytes: launch.shared_bytes,
                     params: &params(launch),
                 };
+                if schedule != Schedule::InOrder {
+                    schedules::count_launch(launch.kernel.name);
+                }
                 memory
                     .launch(&simulated, schedule)
                     .unwrap_or_else(|fault| panic!("{}: {fault}", launch.kernel.name));

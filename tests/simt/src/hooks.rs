@@ -8,7 +8,6 @@ use corosensei::Yielder;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::ffi::{CStr, c_char, c_void};
-use std::rc::Rc;
 
 pub const WARP: usize = 32;
 /// What faults call it.
@@ -103,9 +102,10 @@ pub struct Context {
     pub shared: *mut u8,
     pub shared_bytes: usize,
     pub yielder: Cell<*const Yielder<(), Yield>>,
-    /// What it gives to an exchange, and what all lanes gave to the last one.
+    /// What it gives to an exchange, the lane whose gift it takes, and what that was if the lane took part.
     pub given: Cell<u64>,
-    pub received: RefCell<Rc<[Option<u64>; WARP]>>,
+    pub source: Cell<u32>,
+    pub received: Cell<Option<u64>>,
     /// What it brings to a collective operation.
     pub operands: Cell<*mut c_void>,
     /// Asynchronous copies that have not arrived, by group; the last group is open.
@@ -224,9 +224,9 @@ extern "C" fn pace_simt_exchange(file: *const c_char, line: u32, mask: u32, sour
         inactive(own);
     }
     context.given.set(value);
+    context.source.set(source);
     context.wait(Wait::Exchange(place, mask));
-    let received = context.received.borrow().get(source as usize).copied().flatten();
-    received.unwrap_or_else(|| inactive(source))
+    context.received.get().unwrap_or_else(|| inactive(source))
 }
 
 #[unsafe(no_mangle)]

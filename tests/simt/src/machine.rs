@@ -13,7 +13,6 @@ use corosensei::{Coroutine, CoroutineResult};
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::ffi::c_void;
-use std::rc::Rc;
 
 struct Kernel {
     name: &'static str,
@@ -151,7 +150,6 @@ impl Memory {
             Schedule::InOrder => None,
             Schedule::Random(seed) => Some(seed),
         });
-        let nothing = Rc::new([None; WARP]);
         let size = cluster.iter().product::<u32>() as usize;
         let shared: Vec<Region> =
             (0..size).map(|_| Region::new(SHARED_ALIGNMENT, 0, shared_bytes as usize)).collect();
@@ -192,7 +190,8 @@ impl Memory {
                         shared_bytes: shared_bytes as usize,
                         yielder: Cell::new(std::ptr::null()),
                         given: Cell::new(0),
-                        received: RefCell::new(nothing.clone()),
+                        source: Cell::new(0),
+                        received: Cell::new(None),
                         operands: Cell::new(std::ptr::null_mut()),
                         copies: RefCell::new(VecDeque::new()),
                         dice: RefCell::new(dice.fork()),
@@ -508,10 +507,10 @@ impl<'a> Cluster<'a> {
                     }
                     values[i - first] = Some(self.contexts[i].given.get());
                 }
-                let values = Rc::new(values);
                 for i in lanes {
                     if takes_part(i, self.states[i]) {
-                        self.contexts[i].received.replace(values.clone());
+                        let source = self.contexts[i].source.get() as usize;
+                        self.contexts[i].received.set(values.get(source).copied().flatten());
                         self.resume(i);
                     }
                 }
