@@ -212,10 +212,15 @@ pub(super) fn flag(name: &str, value: u64) -> Result<bool> {
 
 /// Checks that only flags which an operator knows are set.
 pub(super) fn check_flags(flags: u32, known: u32) -> Result<()> {
+    check_flags_of("flags", flags, known)
+}
+
+/// The same of a field of another name.
+pub(super) fn check_flags_of(name: &str, flags: u32, known: u32) -> Result<()> {
     if flags & !known == 0 {
         return Ok(());
     }
-    Err(Failure::new(PACE_ERROR_VALUE, format!("`flags` is {flags}, of which the operator knows {known}")))
+    Err(Failure::new(PACE_ERROR_VALUE, format!("`{name}` is {flags}, of which the operator knows {known}")))
 }
 
 pub(super) fn linear_shape(shape: &PaceShape) -> Result<LinearShape> {

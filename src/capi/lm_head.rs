@@ -14,7 +14,7 @@ enum Evaluate {}
 enum Gram {}
 
 fn settings(args: &PaceLmHead) -> Result<LossSettings> {
-    check_flags(args.gemm_flags, PACE_ALLOW_TF32)?;
+    check_flags_of("gemm_flags", args.gemm_flags, PACE_ALLOW_TF32)?;
     LossFields {
         classes: args.classes,
         lambda: args.lambda,

@@ -121,12 +121,14 @@ impl<T: Real> LmHead<'_, T> {
     fn check(&self, hidden: &[T], grads: &LmHeadGrads<&mut [T]>) -> Result<()> {
         let (v, h, m) = (self.settings.classes, self.hidden_size, self.labels.len());
         self.check_weight()?;
-        self.loss(self.labels).check()?;
+        let loss = self.loss(self.labels);
+        loss.check_sizes()?;
         if !(1..=2).contains(&self.branches) {
             return Err(Error::Size { argument: "branches", expected: "1 or 2", got: self.branches });
         }
         let rows = product("hidden", "[branches·M, H]", &[self.branches, m, h])?;
         length("hidden", "[branches·M, H]", hidden, rows)?;
+        loss.check_contents()?;
         if let Some(bias) = self.bias {
             length("bias", "[V]", bias, v)?;
         }

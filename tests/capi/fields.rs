@@ -14,7 +14,8 @@ pub enum Kind {
     Pointer,
 }
 
-/// A field of a struct; those of the structs in it have no prefix, as messages may leave it out.
+/// A field of a struct; those of the structs in it have no prefix, as messages may leave it out, but for the noise's `z`: a struct
+/// may have another.
 #[derive(Debug, Clone)]
 pub struct Field {
     pub name: &'static str,
@@ -56,7 +57,11 @@ fn add(of: &str, at: &mut usize, fields: &mut Vec<Field>) {
             "double" => (Kind::F64, 8),
             other => panic!("{other}"),
         };
-        fields.push(Field { name: name.trim_start_matches('*'), at: *at, kind });
+        let name = match (of, name.trim_start_matches('*')) {
+            ("PaceNoise", "z") => "noise.z",
+            (_, name) => name,
+        };
+        fields.push(Field { name, at: *at, kind });
         *at += bytes;
     }
 }
@@ -68,7 +73,7 @@ pub fn element_size(field: &str, dtype: u32) -> usize {
         "gradients" => size_of::<PaceTensor>(),
         "workspace" => 1,
         _ if dtype == PACE_F64 => 8,
-        "z" | "history" | "targets" | "mask" | "class_weights" | "values" => 4,
+        "z" | "noise.z" | "history" | "targets" | "mask" | "class_weights" | "values" => 4,
         _ if dtype == PACE_F32 => 4,
         _ => 2,
     }
@@ -130,13 +135,13 @@ const FOLLOWERS: &[(&str, &str)] = &[
     ("prompt_rank", "prompt_down prompt_up grad_prompt_down grad_prompt_up"),
     (
         "classes",
-        "logits gradient history index labels targets class_weights weight bias lora_b grad_weight grad_bias grad_lora_b gram",
+        "logits gradient history index labels targets probabilities values class_weights weight bias lora_b grad_weight grad_bias grad_lora_b gram",
     ),
     ("hidden_size", "hidden grad_hidden weight grad_weight lora_a grad_lora_a gram"),
     ("samples", "fine_tuned pre_trained"),
     ("features", "fine_tuned pre_trained x y dy dx"),
     ("labels", "logits gradient index hidden grad_hidden"),
-    ("targets", "logits gradient index"),
+    ("targets", "logits gradient index probabilities values"),
     ("history", "index"),
     ("shape", "z"),
     ("consistency", "logits gradient history index flags"),
@@ -152,10 +157,12 @@ const FOLLOWERS: &[(&str, &str)] = &[
     ("bias", "grad_bias"),
     ("prompt_down", "lora_a grad_prompt_down grad_prompt_up prompt_up"),
     ("prompt_up", "prompt_down"),
+    ("target", "delta"),
 ];
 
 /// Whether an argument may be wrong because another one was changed.
 pub fn follows(changed: &str, named: &str) -> bool {
+    let changed = changed.trim_start_matches("noise.");
     changed == named
         || FOLLOWERS
             .iter()

@@ -148,7 +148,7 @@ impl<'a> Attempt<'a> {
     /// The struct has as many bytes as it says, or the eight that say it.
     fn resize(&mut self, size: u64, random: &mut Random) {
         let readable = if size <= 4096 { (size as usize).next_multiple_of(8).max(8) } else { 8 };
-        let cut = self.fields.iter().filter(|field| field.at >= readable);
+        let cut = self.fields.iter().filter(|field| field.at + size_of::<PaceTensor>() > readable);
         self.changed.extend(cut.map(|field| field.name));
         if readable > self.bytes.len() {
             self.bytes.resize(readable, u8::from(random.below(4) == 0));
@@ -161,7 +161,7 @@ impl<'a> Attempt<'a> {
         let place = self.places.get_mut(field.name).unwrap();
         let (is_pointer, old) = (field.kind == Kind::Pointer, place.len);
         match choice {
-            0 => (place.is_null, place.len) = (true, 0),
+            0 => (place.is_null, place.len) = (true, u64::from(is_pointer)),
             1 => place.is_null = true,
             2 => place.shift = 1 + random.below(7) as usize,
             3 | 4 if !is_pointer => {
@@ -289,7 +289,7 @@ impl<'a> Attempt<'a> {
     fn is_explained(&self) -> bool {
         let message = message();
         let mut named = message.split('`').skip(1).step_by(2).map(|name| {
-            let name = name.split('[').next().unwrap().trim_end_matches(".len");
+            let name = name.split('[').next().unwrap().trim_end_matches("()").trim_end_matches(".len");
             name.rsplit(['.', '>']).next().unwrap()
         });
         // The first is the culprit; of two that overlap either may be.

@@ -53,9 +53,8 @@ impl Arguments {
     fn tensor(&mut self, sizes: &[usize]) -> Buffer {
         let mut len = sizes.iter().fold(1usize, |len, &size| len.saturating_mul(size));
         let mut address = self.address;
-        self.address = self
-            .address
-            .wrapping_add((len as u64).saturating_mul(8).next_multiple_of(4096) & 0xffff_ffff_f000);
+        self.address =
+            self.address.wrapping_add((len as u64).saturating_mul(8).saturating_add(4096) & 0xffff_ffff_f000);
         if self.is_wild() {
             match self.below(5) {
                 0 => len = self.below(100),

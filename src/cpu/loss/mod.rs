@@ -114,10 +114,19 @@ impl<T: Real> Loss<'_, T> {
         rows(argument, len, classes)
     }
 
-    pub(super) fn check(&self) -> Result<usize> {
+    /// Checks settings and lengths, and gives the samples of the batch.
+    pub(super) fn check_sizes(&self) -> Result<usize> {
         let Self { settings, targets, class_weights } = self;
         settings.check(targets, class_weights.is_some())?;
-        let batch = self.batch()?;
+        if let Some(weights) = *class_weights {
+            length("class_weights", "[C]", weights, settings.classes)?;
+        }
+        self.batch()
+    }
+
+    /// Checks what is in targets and weights; a caller looks at the other lengths first, which may show that those of targets are wrong.
+    pub(super) fn check_contents(&self) -> Result<()> {
+        let Self { settings, targets, class_weights } = self;
         if let Targets::Labels(labels) = *targets {
             for (position, &label) in labels.iter().enumerate() {
                 if Some(label) != settings.ignore_label && !in_range(label, settings.classes) {
@@ -137,10 +146,9 @@ impl<T: Real> Loss<'_, T> {
             none_below("probabilities", all)?;
         }
         if let Some(weights) = *class_weights {
-            length("class_weights", "[C]", weights, settings.classes)?;
             none_below("class_weights", weights)?;
         }
-        Ok(batch)
+        Ok(())
     }
 
     /// What sample `i` is trained on.
@@ -185,7 +193,7 @@ impl<T: Real> Loss<'_, T> {
         consistency: Consistency<'_, T>,
         gradient: Option<&mut [T]>,
     ) -> Result<LossValues> {
-        let b = self.check()?;
+        let b = self.check_sizes()?;
         let c = self.settings.classes;
         self.settings.check_history(matches!(consistency, Consistency::History { .. }))?;
         let two = matches!(consistency, Consistency::TwoBranch | Consistency::Difference);
@@ -194,6 +202,7 @@ impl<T: Real> Loss<'_, T> {
         if let Some(gradient) = &gradient {
             length("gradient", shape, gradient, rows * c)?;
         }
+        self.check_contents()?;
         if let Consistency::History { table, index } = &consistency {
             check_history(table, index, b, c)?;
         }
