@@ -17,6 +17,9 @@ mod machine;
 mod on;
 mod operators;
 mod plain;
+#[path = "../cuda/schedules.rs"]
+#[allow(dead_code)]
+mod schedules;
 #[path = "../cuda/simulate.rs"]
 mod simulate;
 mod training;
