@@ -22,7 +22,6 @@ import os
 import signal
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 # PyTorch's threads and the operators' take turns on the CPU: the idle ones must not spin. Read when torch loads.
@@ -305,31 +304,8 @@ def leave_signals_to_the_process(_worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
 
 
-<<<<<<< HEAD
-def save(path: Path, state: dict) -> None:
-    """Writes a checkpoint that is either whole or the one before, whenever the process or the machine stops."""
-    part = path.with_suffix(".part")
-    with open(part, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-
-
-def restore(path: Path, settings: dict) -> dict:
-    """A checkpoint of a run with these settings."""
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums.
-            if archive.testzip() is not None:
-                raise ValueError("a checksum is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        before = state["settings"]
-    except Exception as error:  # Whatever torch.load raises for any file at all.
-        raise InputError(f"{path} is not a checkpoint of this script") from error
-=======
 def check_settings(path: Path, before: dict, settings: dict) -> None:
     """That a checkpoint is of a run with these settings."""
->>>>>>> faults
     changed = [
         f"{name.rstrip('_').replace('_', '-')} was {before.get(name)}, is {settings.get(name)}"
         for name in before | settings

@@ -5,7 +5,7 @@
 #
 # A table at the end says how each step ended. PACE_PYTHON, or python3, is the Python; the wheel needs torch and timm there.
 # Steps are called by their names.
-# shellcheck disable=SC2317
+# shellcheck disable=SC2317,SC2329
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -95,18 +95,23 @@ package() {
 # Built from a copy that is gone when it is installed, in an environment without anything; then a training step.
 wheel() {
     "$python" -c 'import torch, timm' 2>/dev/null || skip "$python has no torch and timm; PACE_PYTHON names another Python"
-    copy "$work/wheel"
-    "$python" -m pip wheel -q --no-deps -w "$work" "$work/wheel/python"
-    rm -r "$work/wheel"
+    # Always the same folder: cargo would compile the crate of another one anew.
+    local source="$CARGO_TARGET_DIR/wheel_source"
+    rm -rf "$source"
+    copy "$source"
+    "$python" -m pip wheel -q --no-deps -w "$work" "$source/python"
+    rm -r "$source"
     local file=("$work"/pace_torch-*.whl)
     # For every Python 3: the library is loaded by ctypes.
     [[ ${file[0]} == *-py3-none-* ]]
-    "$python" -m venv "$work/venv"
-    "$work/venv/bin/python" -m pip install -q --no-deps --no-index "${file[0]}"
+    "$python" -m venv --without-pip "$work/venv"
+    "$python" -m pip --python "$work/venv/bin/python" install -q --no-deps --no-index "${file[0]}"
     # They take gigabytes: those that are there.
-    "$python" -c 'import site; print(*site.getsitepackages(), sep="\n")' >"$("$work/venv/bin/python" -c \
+    "$python" -c 'import site; print(*site.getsitepackages(), site.getusersitepackages(), sep="\n")' >"$("$work/venv/bin/python" -c \
         'import site; print(site.getsitepackages()[0])')/others.pth"
-    if "$work/venv/bin/python" -m pip check | grep '^pace-torch'; then return 1; fi
+    local problems
+    problems=$("$python" -m pip --python "$work/venv/bin/python" check || true)
+    if grep '^pace-torch' <<<"$problems"; then return 1; fi
     cd "$work"
     env -u PYTHONPATH -u PACE_KERNELS_LIBRARY "$work/venv/bin/python" - <<'PYTHON'
 import timm, torch, pace_torch

@@ -5,7 +5,6 @@ the plain formula gives, or it is refused by a `PaceError` or a `TypeError`, and
 a `PaceError` or what its reader raises for any such file, and then the model is as it was; or it is loaded whole.
 """
 
-import importlib.util
 import json
 import pathlib
 import random
@@ -17,7 +16,7 @@ from collections import Counter, OrderedDict
 
 import pace_torch
 import torch
-from pace_torch import Noise, PaceError, ops
+from pace_torch import Noise, PaceError, checkpoint, ops
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 0.1, torch.bfloat16: 0.5}
@@ -358,13 +357,13 @@ def other_config(rng, content):
     return json.dumps(config).encode()
 
 
-def fuzz_files(calls, seed, with_checkpoints=True):
-    """Damaged folders of PEFT, and checkpoints of `train.py`, which takes seconds to import."""
+def fuzz_files(calls, seed):
+    """Damaged folders of PEFT, and checkpoints."""
     warnings.simplefilter("ignore")  # PEFT's, of settings that it does not know.
     rng, seen = random.Random(seed), Counter()
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
-        kinds = [PeftFolder(folder), *([Checkpoint(folder)] if with_checkpoints else [])]
+        kinds = [PeftFolder(folder), Checkpoint(folder)]
         for i in range(calls):
             seen[kinds[i % len(kinds)].damage_and_load(rng)] += 1
     return seen
@@ -411,19 +410,16 @@ class PeftFolder:
 
 class Checkpoint:
     def __init__(self, folder):
-        spec = importlib.util.spec_from_file_location("train", pathlib.Path(__file__).parents[1] / "train.py")
-        self.train = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(self.train)
-        self.path, self.settings = folder / "checkpoint.pt", {"seed": 3}
-        self.state = {"settings": self.settings, "log_length": 7, "model": {"w": torch.arange(100.0)}, "step": 5}
-        self.train.save(self.path, self.state)
+        self.path = folder / "checkpoint.pt"
+        self.state = {"settings": {"seed": 3}, "log_length": 7, "model": {"w": torch.arange(100.0)}, "step": 5}
+        checkpoint.save(self.path, self.state)
         self.content = self.path.read_bytes()
 
     def damage_and_load(self, rng):
         self.path.write_bytes(damaged(rng, self.content, len(self.content)))
         try:
-            state = self.train.restore(self.path, self.settings)
-        except self.train.InputError as error:
+            state = checkpoint.load(self.path)
+        except PaceError as error:
             assert str(self.path) in str(error), error
             return "checkpoint refused"
         # What zip files hold besides their contents may be anything.

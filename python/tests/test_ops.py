@@ -493,21 +493,6 @@ def test_wrong_shapes_are_named():
             call()
 
 
-<<<<<<< HEAD
-def test_a_forked_process_is_told_that_it_cannot():
-    """Its operators would wait for threads that are not there."""
-    layer = (torch.ones(2, 3), torch.ones(4, 3), None, None, None)
-    ops.noisy_linear(*layer)
-    child = os.fork()
-    if child == 0:
-        try:
-            ops.noisy_linear(*layer)
-        except PaceError as error:
-            os._exit(7 if "forked" in str(error) else 8)
-        os._exit(9)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-
-
 def test_what_the_library_would_take_for_something_else_is_refused():
     """Sizes that do not fit its integers, tensors that are absent to it, and those of which it counts the elements only."""
     x, weight, z = random(4, 6), random(4, 6), random(4, 5)
@@ -546,5 +531,3 @@ def test_no_tensor_and_no_matrix():
     ):
         with pytest.raises(PaceError, match=message):
             call()
-=======
->>>>>>> faults

@@ -19,14 +19,16 @@ pub(super) fn check_threads() -> Result<()> {
                     start it afresh (in Python by the start method `spawn`)";
         return Err(Failure::new(PACE_ERROR_FORKED, text));
     }
-    if !STARTED.swap(true, Ordering::Relaxed) {
+    if !STARTED.load(Ordering::Acquire) {
         #[cfg(unix)]
         // SAFETY: the function may run in a child of a process with many threads: it stores to an atomic. The loader takes it
-        // off the list if it unloads the library.
+        // off the list if it unloads the library. Two threads may both be here; then it stores twice.
         unsafe {
             // Without memory for it, as without the check.
             libc::pthread_atfork(None, None, Some(note_fork));
         }
+        // Only now: another thread that sees it starts threads at once.
+        STARTED.store(true, Ordering::Release);
     }
     Ok(())
 }
