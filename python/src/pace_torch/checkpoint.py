@@ -13,7 +13,8 @@ from ._errors import PaceError
 def save(path: Path, state: Any, previous: Optional[Path] = None) -> None:
     """Writes what `torch.load` reads. Until it is on the disk, `path` is what it was; then that becomes `previous`, if it is named.
 
-    If the process ends in between, there is `previous` and no `path`. Raises `OSError`, for a full disk too, and all is as before.
+    If the process ends in between, there is `previous` and no `path`. Raises `OSError`; where the file
+    cannot be written, as on a full disk, all is as before.
     """
     part = path.with_suffix(".part")
     try:
