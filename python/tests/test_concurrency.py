@@ -165,7 +165,8 @@ def test_interpreters_in_one_process():
         # The library is still there for those that are left.
         start(ids[2], programs[2])
     """
-    programs = [program(key) + f"print(digest, flush=True)" for key in (1, 2, 3)]
+    # One call of the system for a line: the outputs of interpreters that run at once would mix.
+    programs = [program(key) + 'import os; os.write(1, (digest + "\\n").encode())' for key in (1, 2, 3)]
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(run)], input=repr(programs), capture_output=True, text=True, timeout=60)
     said = done.stdout + done.stderr
     if "No module named '_xxsubinterpreters'" in said or "does not support loading in subinterpreters" in said:
