@@ -2,7 +2,8 @@
 //
 //   lm_head_difference  D = h0 - h1, rounded: what branch 1's logits are computed from, where they are needed
 //   lm_head_parts       D in bf16 as the sum of two numbers: for products with the Gram matrix G of the weight
-//   lm_head_split       factor * m, a matrix in f32, as one number of T or as the sum of two
+//   lm_head_scale       factor * m, a matrix in f32
+//   lm_head_split       the same in bf16, as one number or as the sum of two
 //   lm_head_pull        from P = D G: dh0 = w P, dh1 = -w P, and the squared difference of logits, sum of D * P, for the values
 //   lm_head_bias        db += factor * sum over rows of dl
 //   lm_head_weight      1 over the number of labels, where they alone take part
@@ -224,7 +225,8 @@ __device__ __forceinline__ void weight(const LmHeadWeightParams &p) {
 
 PACE_KERNELS(lm_head_difference, LmHeadDifferenceParams, (LM_HEAD_THREADS), difference<T, T>(p))
 PACE_KERNELS_16(lm_head_parts, LmHeadDifferenceParams, (LM_HEAD_THREADS), difference<T, bf16>(p))
-PACE_KERNELS(lm_head_split, LmHeadSplitParams, (LM_HEAD_THREADS), split<T>(p))
+PACE_KERNEL(lm_head_scale, LmHeadSplitParams, LM_HEAD_THREADS) { split<float>(p); }
+PACE_KERNEL(lm_head_split, LmHeadSplitParams, LM_HEAD_THREADS) { split<bf16>(p); }
 PACE_KERNELS(lm_head_pull, LmHeadPullParams, (LM_HEAD_THREADS), pull<T>(p))
 PACE_KERNELS(lm_head_bias, LmHeadBiasParams, (LM_HEAD_THREADS), bias<T>(p))
 PACE_KERNEL(lm_head_weight, LmHeadWeightParams, LM_HEAD_THREADS) { weight(p); }

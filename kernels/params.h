@@ -399,7 +399,7 @@ struct LmHeadDifferenceParams {
   Output<void> low;
 };
 
-/// Parameters of the kernels `lm_head_split*`.
+/// Parameters of the kernels `lm_head_scale` and `lm_head_split`.
 struct LmHeadSplitParams {
   Input<float> matrix;
   Output<void> high;

@@ -9,7 +9,7 @@ A run is a pure function of its settings: the order of the data of (seed, epoch)
 after each epoch, and at the next step after SIGTERM or Ctrl-C; `--resume` goes on as if nothing had happened, whatever
 ended it. OUT/metrics.jsonl has a line per training step and per evaluation, OUT/checkpoint.pt the state, in which
 `weights` are the trained parameters by their official names. OUT/checkpoint.previous.pt is the one before, from which
-`--resume` goes on, and says so, if the newest is not whole.
+`--resume` goes on, and says so, if the newest is not whole; that is kept as OUT/checkpoint.damaged.pt.
 """
 
 import argparse
@@ -455,6 +455,9 @@ class Results:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.log.touch()
         if self.passed_over:
+            # It may be the disk that failed, and not the file.
+            if self.checkpoint.exists():
+                self.checkpoint.replace(self.checkpoint.with_suffix(".damaged.pt"))
             self.previous.replace(self.checkpoint)  # The next one shall not take the place of the only one.
         os.truncate(self.log, self.state["log_length"] if self.state else 0)  # What came after it comes again.
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Mutates the kernels one line at a time, and asks the tests in the simulator whether they notice.
 
-    scripts/mutants.py                       a sample of all mutants; writes the table, and prints the share that was caught
+    scripts/mutants.py                       a sample of all mutants; writes the table, and prints the share that was caught.
+                                             Rows of the sample that the table has already are kept: a run that was cut short goes on
     scripts/mutants.py --survivors           only those that the table says survived, after tests or kernels have changed
 
 Linux, g++, objdump and cargo; CARGO_TARGET_DIR as usual. Each mutant is one changed line of kernels/: the file, or for a header the
@@ -178,7 +179,7 @@ class Bench:
         shutil.rmtree(self.kernels, ignore_errors=True)
         shutil.copytree(ROOT / "kernels", self.kernels)
         self.sources = sorted(str(path.relative_to(self.kernels)) for path in self.kernels.rglob("*.cu"))
-        self.link_command = self.rustc_link_command()
+        self.link_command = self.keep(self.rustc_link_command())
         self.code = {source: self.machine_code(self.compile(source)) for source in self.sources}
 
     @staticmethod
@@ -191,6 +192,19 @@ class Bench:
         words = shlex.split(line)
         first = next(i for i, word in enumerate(words) if not re.match(r"\w+=", word))
         return words[first:]
+
+    def keep(self, command):
+        """The command with copies of what it links: other builds go on meanwhile."""
+        folder = self.work / "linked"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        words = []
+        for word in command:
+            if word.endswith((".o", ".rlib")):
+                shutil.copy(word, folder)
+                word = str(folder / os.path.basename(word))
+            words.append(word)
+        return words
 
     def object(self, source):
         return self.work / (source.replace("/", "_") + ".o")
@@ -342,9 +356,11 @@ def read_table():
 def write_table(rows):
     TABLE.parent.mkdir(parents=True, exist_ok=True)
     rows.sort(key=lambda row: (row["file"], int(row["line"]), row["kind"], row["mutant"]))
-    with TABLE.open("w") as file:
+    part = TABLE.with_suffix(".part")
+    with part.open("w") as file:
         file.write("\t".join(COLUMNS) + "\n")
         file.writelines("\t".join(str(row[column]) for column in COLUMNS) + "\n" for row in rows)
+    part.replace(TABLE)
 
 
 def row_of(mutant, result, by, why):
@@ -380,10 +396,14 @@ def main():
         again = {key(row_of(mutant, "", "", "")) for mutant in chosen}
         rows = [row for row in old if key(row) not in again]
     else:
-        chosen, rows = sample(compiled, 2 * arguments.count, random.Random(arguments.seed)), []
+        chosen = sample(compiled, 2 * arguments.count, random.Random(arguments.seed))
+        keys = {key(row_of(mutant, "", "", "")) for mutant in chosen}
+        rows = [row for row in old if key(row) in keys]
+        judged = {key(row) for row in rows}
+        chosen = [mutant for mutant in chosen if key(row_of(mutant, "", "", "")) not in judged]
     start = time.monotonic()
     for number, mutant in enumerate(chosen, 1):
-        if not arguments.survivors and len(rows) == arguments.count:
+        if not arguments.survivors and len(rows) >= arguments.count:
             break
         result, by = bench.judge(mutant, compiled[mutant.file][mutant.line])
         seconds = time.monotonic() - start

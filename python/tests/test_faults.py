@@ -137,6 +137,7 @@ def test_killed_at_random_moments(folder, whole, tmp_path):  # noqa: F811
             kill(process, workers=kills % 3 != 0)
             if process.exitcode == 0:
                 break
+            assert process.exitcode == -signal.SIGKILL, said(out).read_text()
             kills += 1
             there = [name for name in ("checkpoint.part", "checkpoint.pt", "checkpoint.previous.pt") if (out / name).exists()]
             found[", ".join(there)] = found.get(", ".join(there), 0) + 1
@@ -290,11 +291,15 @@ def test_the_one_before_is_used(damage, folder, whole, tmp_path):  # noqa: F811
         # In the data of a tensor: what fills up between them means nothing.
         at = content.index(max(whole(*settings).state["weights"].values(), key=torch.numel).numpy().tobytes())
         newest.write_bytes(content[:at] + (b"" if damage == "cut" else bytes([content[at] ^ 4]) + content[at + 1 :]))
+    found = newest.read_bytes() if newest.exists() else None
     assert finished(start(folder, out, *settings)) == 0, said(out).read_text()
     why = {"gone": f"there is no {newest}: its writing was cut off", "log": f"{log} is shorter than when {newest} was written"}
     text = said(out).read_text()
     assert f"{why.get(damage, f'{newest} is not whole: ')}" in text and f"; goes on from {previous}\n" in text
     assert f"from step {STEPS * (EPOCHS - 1)}" in text
+    # What it cannot go on from is kept.
+    if damage != "gone":
+        assert (out / "checkpoint.damaged.pt").read_bytes() == found
     assert_whole(out, whole(*settings))
     if damage == "cut":
         for path in (newest, previous):
@@ -352,7 +357,8 @@ def test_full_and_read_only_disks(folder, whole, small_disk):  # noqa: F811
 
 def test_a_process_that_dies_ends_the_others(folder, whole, tmp_path):  # noqa: F811
     """At once, since the connection breaks; and the run goes on when all are started again."""
-    settings, ranks = ("--variant", "pace"), 2
+    # So many epochs that nobody ends before it is noticed.
+    settings, ranks = ("--variant", "pace", "--epochs", 30), 2
 
     def together(out):
         with socket.socket() as free:

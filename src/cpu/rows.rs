@@ -374,23 +374,37 @@ pub(super) fn for_channel_blocks<T: Element>(
 
 /// `dΔb = Σ z⊙g` over all output rows: channel blocks in parallel, the rows of each in order.
 pub(super) fn delta_bias<T: Element>(z: &Z<'_, T::Real>, g: &[T], out: &mut [T]) {
+    /// Additions to a sum before it is added to the next: rounding errors grow with the length of a chain.
+    const CHAIN: usize = 32;
     let n = z.shape.out_features;
     let block = channel_block(n);
     out.par_chunks_mut(block).enumerate().for_each_init(
-        || (Vec::new(), Vec::new(), Vec::new()),
-        |(sum, total, scratch), (i, out)| {
+        || (<[Vec<T::Real>; 3]>::default(), Vec::new()),
+        |(sums, scratch), (i, out)| {
             let channels = i * block..i * block + out.len();
-            total.clear();
-            total.resize(channels.len(), T::Real::zero());
-            z.for_runs(0..z.shape.out_rows(), channels.clone(), scratch, |run, z| {
+            for sum in &mut *sums {
                 sum.clear();
                 sum.resize(channels.len(), T::Real::zero());
-                for row in run {
-                    zip1(sum, &g[row * n..][channels.clone()], |sum, g| *sum += g.to_real());
+            }
+            let [sum, part, total] = sums;
+            let mut parts = 0;
+            z.for_runs(0..z.shape.out_rows(), channels.clone(), scratch, |run, z| {
+                for rows in blocks(run.len(), CHAIN) {
+                    sum.fill(T::Real::zero());
+                    for row in rows {
+                        zip1(sum, &g[(run.start + row) * n..][channels.clone()], |sum, g| {
+                            *sum += g.to_real()
+                        });
+                    }
+                    zip2(part, z, sum, |part, z, sum| *part += z * sum);
+                    parts += 1;
+                    if parts % CHAIN == 0 {
+                        zip1(total, part, |total, part: T::Real| *total += part);
+                        part.fill(T::Real::zero());
+                    }
                 }
-                zip2(total, z, sum, |total, z, sum| *total += z * sum);
             });
-            zip1(out, total, |out, total| *out = T::from_real(total));
+            zip2(out, total, part, |out, total, part| *out = T::from_real(total + part));
         },
     );
 }

@@ -21,7 +21,7 @@ impl Launcher for Simulator {
     }
 
     unsafe fn launch(&self, plan: &Plan, _: *mut c_void) -> pace_kernels::Result<()> {
-        simulate::run(plan, &mut self.0.lock().unwrap(), Schedule::InOrder);
+        simulate::run(plan, &mut self.0.lock().unwrap(), Schedule::InOrder, &mut Default::default());
         Ok(())
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::device::Opened;
 use crate::machine::{Machine, Target};
-use crate::support::{Type, assert_close, key, rounded, wide};
+use crate::support::{Type, compare, key, rounded, wide};
 use crate::uniform;
 use half::{bf16, f16};
 use pace_kernels::cpu;
@@ -129,16 +129,17 @@ fn data<T: Type>(case: &Case) -> (Vec<T>, Vec<T>) {
     let unfused: Vec<T> =
         input.iter().enumerate().map(|at| product(at, &|mask| round(round(mask) * round(scale)))).collect();
     let mut exact = vec![0.0; input.len()];
-    match direction {
+    let (mask, wide_input) = (wide(&mask), wide(&input));
+    let (result, done) = match direction {
         Direction::Forward => {
-            cpu::shared_drop_path(branches, features, &wide(&mask), &wide(&input), &mut exact)
+            ("y", cpu::shared_drop_path(branches, features, &mask, &wide_input, &mut exact))
         }
         Direction::Backward => {
-            cpu::shared_drop_path_backward(branches, features, &wide(&mask), &wide(&input), &mut exact)
+            ("dx", cpu::shared_drop_path_backward(branches, features, &mask, &wide_input, &mut exact))
         }
-    }
-    .unwrap();
-    assert_close(&format!("{case:?}"), &want, &unfused, &exact);
+    };
+    done.unwrap();
+    compare(result, case, &want, &unfused, &exact);
     (input, want)
 }
 

@@ -2,6 +2,7 @@
 
 use crate::device;
 use crate::machine::{Machine, Target};
+use crate::numerics;
 use crate::support::{Type, distance, rounded, wide};
 use half::{bf16, f16};
 use pace_kernels::cuda::{Buffer, DType, Finding, LmHead, LmHeadOutputs, Lora, LossStatus, Step};
@@ -265,14 +266,14 @@ impl<T: Type> Data<T> {
 }
 
 /// In `f32` to 1e-5 of the largest value; in others no further away than twice what rounding every step gives, and a rounding.
-fn assert_near<T: Type>(what: &str, got: &[f64], unfused: &[f64], exact: &[f64]) {
+fn assert_near<T: Type>(result: &str, case: &Case, got: &[f64], unfused: &[f64], exact: &[f64]) {
     let error = distance(got, exact);
     let largest = exact.iter().fold(0f64, |largest, value| largest.max(value.abs()));
     let bound = match T::DTYPE {
         DType::F32 => 1e-5 * largest,
         DType::F16 | DType::BF16 => 2.0 * distance(unfused, exact) + T::EPSILON * largest,
     };
-    assert!(error <= bound, "{what} {:?}: error {error:e}, allowed {bound:e}", T::DTYPE);
+    assert!(error <= bound, "{result} of {case:?} {:?}: error {error:e}, allowed {bound:e}", T::DTYPE);
 }
 
 fn evaluate<T: Type>(case: Case, target: &Target<'_>) {
@@ -284,17 +285,20 @@ fn evaluate<T: Type>(case: Case, target: &Target<'_>) {
         assert_eq!(status, LossStatus::default());
         for (i, name) in ["total", "criterion", "consistency"].into_iter().enumerate() {
             let at = i..i + 1;
-            let what = format!("{name} of {case:?}");
-            assert_near::<T>(&what, &got.values[at.clone()], &unfused.values[at.clone()], &exact.values[at]);
-        }
-        for (i, name) in NAMES.into_iter().enumerate().filter(|(i, _)| data.wanted()[*i] > 0) {
             assert_near::<T>(
-                &format!("{name} of {case:?}"),
-                &got.grads[i],
-                &unfused.grads[i],
-                &exact.grads[i],
+                name,
+                &case,
+                &got.values[at.clone()],
+                &unfused.values[at.clone()],
+                &exact.values[at],
             );
         }
+        for (i, name) in NAMES.into_iter().enumerate().filter(|(i, _)| data.wanted()[*i] > 0) {
+            assert_near::<T>(name, &case, &got.grads[i], &unfused.grads[i], &exact.grads[i]);
+            // Weights' gradients are f32, whose unit would say nothing beside operands of 16 bits.
+            numerics::record(T::FORMAT, name, &got.grads[i], Some(&unfused.grads[i]), &exact.grads[i]);
+        }
+        numerics::record(T::FORMAT, "values", &got.values, Some(&unfused.values), &exact.values);
         assert!(first.get_or_init(|| got.clone()) == &got, "{case:?} depends on the order");
     });
 }
@@ -447,9 +451,9 @@ pub fn wrong_labels(target: &Target<'_>) {
         (data.labels[7], data.labels[9]) = (40, -1);
         target.once(0, |machine| {
             let (got, status) = data.run(machine);
-            assert_near::<f32>("total", &got.values[..1], &[], &exact.values[..1]);
+            assert_near::<f32>("total", &case, &got.values[..1], &[], &exact.values[..1]);
             for (i, name) in NAMES.into_iter().enumerate().take(2) {
-                assert_near::<f32>(name, &got.grads[i], &[], &exact.grads[i]);
+                assert_near::<f32>(name, &case, &got.grads[i], &[], &exact.grads[i]);
             }
             assert_eq!(status.labels, Finding { count: 2, position: 7, value: 40 });
         });
@@ -555,10 +559,10 @@ pub fn safe_methods(opened: &device::Opened) {
     let grads =
         [wide(&opened.download(0, &dh)), wide(&opened.download(0, &dw)), wide(&opened.download(0, &db))];
     for (i, got) in grads.iter().enumerate() {
-        assert_near::<bf16>(NAMES[i], got, &unfused.grads[i], &exact.grads[i]);
+        assert_near::<bf16>(NAMES[i], &data.case, got, &unfused.grads[i], &exact.grads[i]);
     }
     let values = wide(&opened.download(0, &values));
-    assert_near::<bf16>("total", &values[..1], &unfused.values[..1], &exact.values[..1]);
+    assert_near::<bf16>("total", &data.case, &values[..1], &unfused.values[..1], &exact.values[..1]);
     let words: Vec<u64> = opened.download(0, &status);
     assert_eq!(LossStatus::new(words.try_into().unwrap()), LossStatus::default());
 }

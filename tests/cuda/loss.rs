@@ -295,7 +295,7 @@ pub fn safe_method(opened: &device::Opened) {
         let words: Vec<u64> = opened.download(shift, &status);
         assert_eq!(LossStatus::new(words.try_into().unwrap()), LossStatus::default());
         if case.gradient {
-            assert_close(&what, &opened.download(shift, &gradient), &want.unfused, &want.gradient);
+            assert_close("dlogits", &case, &opened.download(shift, &gradient), &want.unfused, &want.gradient);
         }
         if case.variant == Variant::History {
             assert!(opened.download(shift, &table) == want.table, "{what}");
@@ -336,7 +336,7 @@ pub fn in_a_graph(opened: &device::Opened) {
             graph.launch().unwrap();
             let want = data.on_cpu().unwrap();
             assert_values("replay", &opened.download(0, &values), &want);
-            assert_close("replay", &opened.download(0, &gradient), &want.unfused, &want.gradient);
+            assert_close("dlogits", &"replay", &opened.download(0, &gradient), &want.unfused, &want.gradient);
         }
     }
 }

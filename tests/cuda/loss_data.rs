@@ -1,6 +1,7 @@
 //! Cases of the loss: their inputs, what the CPU operator in f64 says to them, and the operator on a machine.
 
 use crate::machine::Machine;
+use crate::numerics::{self, Format};
 use crate::support::{Type, assert_close, rounded, wide};
 use crate::uniform;
 use pace_kernels::cpu;
@@ -254,9 +255,22 @@ impl<T: Type> Data<T> {
     /// Checks what a launch has left, and gives the status.
     pub fn check(&self, machine: &Machine<'_>, operator: &Loss, want: &Want<T>) -> LossStatus {
         let what = format!("{:?}", self.case);
-        assert_values(&what, &machine.read::<f32>(operator.values), want);
+        let values = machine.read::<f32>(operator.values);
+        assert_values(&what, &values, want);
+        numerics::record(Format::F32, "values", &wide(&values), None, &want.values);
         if let Some(gradient) = operator.gradient {
-            assert_close(&what, &machine.read::<T>(gradient), &want.unfused, &want.gradient);
+            let got = machine.read::<T>(gradient);
+            assert_close("dlogits", &self.case, &got, &want.unfused, &want.gradient);
+            // Of other logits, and of uniform targets, nothing is left.
+            if self.case.logits == Logits::Uniform && self.case.smoothing < 1.0 {
+                numerics::record(
+                    T::FORMAT,
+                    "dlogits",
+                    &wide(&got),
+                    Some(&wide(&want.unfused)),
+                    &want.gradient,
+                );
+            }
         }
         if let Partner::History { table, .. } = operator.partner {
             assert!(machine.read::<f32>(table) == want.table, "{what}: history");

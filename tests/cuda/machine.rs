@@ -1,6 +1,7 @@
 //! Where a test runs: the simulator, or a device, with plans of one family. A test is written once, against plans and buffers.
 
 use crate::device::Opened;
+use crate::simulate::Launched;
 use crate::{schedules, simulate};
 use bytemuck::Pod;
 use pace_kernels::cuda::cudarc::driver::{CudaSlice, DevicePtr};
@@ -19,37 +20,37 @@ impl Target<'_> {
     /// Runs `body` on an empty machine whose tensors start `shift` elements past an aligned address. In the simulator it
     /// runs again and again with threads in other orders, and has to find the same each time.
     pub fn run(&self, shift: usize, body: impl Fn(&mut Machine<'_>)) {
-        let threads = self.once(shift, &body);
+        let launched = self.once(shift, &body);
         if self.device.is_none() {
-            let seeds = schedules::of_case(threads);
+            let seeds = schedules::of_case(launched.threads, &launched.kernels);
             (0..seeds).for_each(|seed| {
                 self.simulate(shift, Schedule::Random(seed), &body);
             });
         }
     }
 
-    /// The same, but once and with threads in their order. Gives the threads that were launched in the simulator.
-    pub fn once(&self, shift: usize, body: impl Fn(&mut Machine<'_>)) -> usize {
+    /// The same, but once and with threads in their order. Gives what was launched in the simulator.
+    pub fn once(&self, shift: usize, body: impl Fn(&mut Machine<'_>)) -> Launched {
         let Some(opened) = self.device else { return self.simulate(shift, Schedule::InOrder, &body) };
         let place = Place::Device { opened, memory: HashMap::new() };
         body(&mut Machine { gpu: self.gpu, shift, place });
-        0
+        Launched::default()
     }
 
-    fn simulate(&self, shift: usize, schedule: Schedule, body: &impl Fn(&mut Machine<'_>)) -> usize {
+    fn simulate(&self, shift: usize, schedule: Schedule, body: &impl Fn(&mut Machine<'_>)) -> Launched {
         let (memory, tensors) = (Memory::new(shift), HashMap::new());
-        let place = Place::Simulator { memory, tensors, schedule, threads: 0 };
+        let place = Place::Simulator { memory, tensors, schedule, launched: Launched::default() };
         let mut machine = Machine { gpu: self.gpu, shift, place };
         body(&mut machine);
         match machine.place {
-            Place::Simulator { threads, .. } => threads,
+            Place::Simulator { launched, .. } => launched,
             Place::Device { .. } => unreachable!("the place does not change"),
         }
     }
 }
 
 enum Place<'a> {
-    Simulator { memory: Memory, tensors: HashMap<u64, Tensor>, schedule: Schedule, threads: usize },
+    Simulator { memory: Memory, tensors: HashMap<u64, Tensor>, schedule: Schedule, launched: Launched },
     Device { opened: &'a Opened, memory: HashMap<u64, CudaSlice<u8>> },
 }
 
@@ -119,8 +120,8 @@ impl Machine<'_> {
     /// Carries out a plan.
     pub fn launch(&mut self, plan: &Plan) {
         match &mut self.place {
-            Place::Simulator { memory, schedule, threads, .. } => {
-                *threads += simulate::run(plan, memory, *schedule);
+            Place::Simulator { memory, schedule, launched, .. } => {
+                simulate::run(plan, memory, *schedule, launched);
             }
             Place::Device { opened, .. } => {
                 // SAFETY: tests make their plans from buffers of this machine, which live as long as it does.

@@ -17,6 +17,7 @@ mod noise_fill;
 mod noisy_epilogue;
 mod noisy_linear;
 mod norms;
+mod numerics;
 mod schedules;
 mod simulate;
 mod support;
@@ -127,7 +128,9 @@ fn main() {
     let arguments = Arguments::from_args();
     let mut trials: Vec<Trial> = Vec::new();
     let mut simulated = |name: &str, test: Box<dyn FnOnce() + Send>| {
-        trials.push(Trial::test(format!("simt::{name}"), move || {
+        let name = format!("simt::{name}");
+        trials.push(Trial::test(name.clone(), move || {
+            numerics::begin(&name);
             test();
             Ok::<(), Failed>(())
         }));
@@ -144,8 +147,10 @@ fn main() {
         simulated(&name, Box::new(move || test(&Target { gpu, device: None })));
     }
     let mut on_device = |name: &str, test: Box<dyn FnOnce(&device::Opened) + Send>| {
-        trials.push(Trial::ignorable_test(format!("device::{name}"), move || match device::open() {
+        let name = format!("device::{name}");
+        trials.push(Trial::ignorable_test(name.clone(), move || match device::open() {
             Ok(opened) => {
+                numerics::begin(&name);
                 test(&opened);
                 Ok(Completion::Completed)
             }
@@ -159,10 +164,15 @@ fn main() {
         on_device(name, Box::new(test));
     }
     for (family, name, test) in layer_tests() {
-        trials.push(Trial::ignorable_test(format!("device::{name}"), move || on_family(family, &name, test)));
+        let name = format!("device::{name}");
+        trials.push(Trial::ignorable_test(name.clone(), move || {
+            numerics::begin(&name);
+            on_family(family, &name, test)
+        }));
     }
     let conclusion = libtest_mimic::run(&arguments, trials);
     conclusion.exit_if_failed();
+    numerics::write();
     // All of them have run, rather than some that were asked for by name.
     if !arguments.list && arguments.filter.is_none_or(|filter| filter == "simt::") {
         schedules::report();

@@ -442,7 +442,7 @@ pub fn one_gradient(target: &Target<'_>) {
             let workspace = machine.output::<f32>("workspace", len);
             machine
                 .launch(&layer.backward(&machine.gpu, cuda::DType::BF16, x, dy, grads, workspace).unwrap());
-            assert_close(NAMES[i], &machine.read::<bf16>(grad), &unfused[i], &exact[i]);
+            assert_close(NAMES[i], &case, &machine.read::<bf16>(grad), &unfused[i], &exact[i]);
         });
     }
 }

@@ -4,20 +4,28 @@ use crate::schedules;
 use half::{bf16, f16};
 use pace_kernels::cuda::{DType, Gemm, Gpu, Matrix, Plan, Step};
 use pace_simt::{Fault, Launch, Memory, Schedule, TensorMap};
+use std::collections::BTreeSet;
 
 /// What the simulator stands for: any device that has a library. Small workspaces keep it quick.
 pub const GPU: Gpu = Gpu::A100;
 
-/// Carries out a plan, and gives the threads that it launched.
+/// What was launched.
+#[derive(Default)]
+pub struct Launched {
+    pub threads: usize,
+    pub kernels: BTreeSet<&'static str>,
+}
+
+/// Carries out a plan, and adds what it launches.
 ///
 /// # Panics
 /// At the first fault.
-pub fn run(plan: &Plan, memory: &mut Memory, schedule: Schedule) -> usize {
-    let mut threads = 0;
+pub fn run(plan: &Plan, memory: &mut Memory, schedule: Schedule, launched: &mut Launched) {
     for step in plan.steps() {
         match step {
             Step::Launch(launch) => {
-                threads += launch.grid.iter().chain(&launch.block).product::<u32>() as usize;
+                launched.kernels.insert(launch.kernel.name);
+                launched.threads += launch.grid.iter().chain(&launch.block).product::<u32>() as usize;
                 let simulated = Launch {
                     kernel: launch.kernel.name,
                     grid: launch.grid,
@@ -39,7 +47,6 @@ pub fn run(plan: &Plan, memory: &mut Memory, schedule: Schedule) -> usize {
             other => panic!("the simulator does not know {other:?}"),
         }
     }
-    threads
 }
 
 /// The parameters, with tensor maps as the simulator takes them.

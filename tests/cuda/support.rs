@@ -1,6 +1,7 @@
 //! What tests of several operators need: element types, sources of noise, and the bounds on errors.
 
 use crate::machine::{Machine, Target};
+use crate::numerics::{self, Format};
 use crate::uniform;
 use half::{bf16, f16};
 use pace_kernels::LinearShape;
@@ -12,12 +13,14 @@ use pace_kernels::noise::{Generator, Key, Noise, NoiseShape};
 pub trait Type: Element + bytemuck::Pod + PartialEq + std::fmt::Debug {
     /// Largest relative error of rounding to it.
     const EPSILON: f64;
+    const FORMAT: Format;
     fn round(value: f64) -> Self;
     fn widen(self) -> f32;
 }
 
 impl Type for f32 {
     const EPSILON: f64 = f32::EPSILON as f64 / 2.0;
+    const FORMAT: Format = Format::F32;
     fn round(value: f64) -> Self {
         value as f32
     }
@@ -28,6 +31,7 @@ impl Type for f32 {
 
 impl Type for f16 {
     const EPSILON: f64 = 1.0 / 2048.0;
+    const FORMAT: Format = Format::F16;
     fn round(value: f64) -> Self {
         f16::from_f32(value as f32)
     }
@@ -38,6 +42,7 @@ impl Type for f16 {
 
 impl Type for bf16 {
     const EPSILON: f64 = 1.0 / 256.0;
+    const FORMAT: Format = Format::Bf16;
     fn round(value: f64) -> Self {
         bf16::from_f32(value as f32)
     }
@@ -79,9 +84,15 @@ pub fn distance(a: &[f64], b: &[f64]) -> f64 {
     differences.fold(0.0, |largest, d| if d.is_nan() { f64::INFINITY } else { f64::max(largest, d) })
 }
 
-/// Checks a result in `T` against the `exact` one: in `f32` to 1e-5 of the largest value; in the others it is no further
-/// away than twice `unfused`, the same formula with every operation rounded to `T`.
-pub fn assert_close<T: Type>(what: &str, got: &[T], unfused: &[T], exact: &[f64]) {
+/// Checks a result of a case in `T` against the `exact` one: in `f32` to 1e-5 of the largest value; in the others it is no
+/// further away than twice `unfused`, the same formula with every operation rounded to `T`.
+pub fn assert_close<T: Type>(
+    result: &str,
+    case: &dyn std::fmt::Debug,
+    got: &[T],
+    unfused: &[T],
+    exact: &[f64],
+) {
     let error = distance(&wide(got), exact);
     let largest = exact.iter().fold(0f64, |largest, value| largest.max(value.abs()));
     let bound = match size_of::<T>() {
@@ -92,7 +103,16 @@ pub fn assert_close<T: Type>(what: &str, got: &[T], unfused: &[T], exact: &[f64]
         _ if exact.len() < 8 => 2.0 * distance(&wide(unfused), exact) + T::EPSILON * largest.max(1.0),
         _ => 2.0 * distance(&wide(unfused), exact) + T::EPSILON * largest,
     };
-    assert!(error <= bound, "{what} {:?}: error {error:e}, allowed {bound:e}", T::DTYPE);
+    assert!(error <= bound, "{result} of {case:?} {:?}: error {error:e}, allowed {bound:e}", T::DTYPE);
+}
+
+/// The same, and records the errors.
+pub fn compare<T: Type>(result: &str, case: &dyn std::fmt::Debug, got: &[T], unfused: &[T], exact: &[f64]) {
+    assert_close(result, case, got, unfused, exact);
+    // The terms of fewer may have cancelled all together.
+    if exact.len() >= 8 {
+        numerics::record(T::FORMAT, result, &wide(got), Some(&wide(unfused)), exact);
+    }
 }
 
 /// Runs a case and checks each of its results by [`assert_close`], and that they are the same bits in whatever order threads
@@ -109,7 +129,7 @@ pub fn check_results<T: Type, const N: usize>(
     target.run(shift, |machine| {
         let results = run(machine);
         for (i, name) in names.iter().enumerate() {
-            assert_close(&format!("{name} of {case:?}"), &results[i], &unfused[i], &exact[i]);
+            compare(name, case, &results[i], &unfused[i], &exact[i]);
         }
         assert!(first.get_or_init(|| results.clone()) == &results, "{case:?} depends on the order");
     });
@@ -127,8 +147,12 @@ pub fn check_tf32<const N: usize>(
     target.run(0, |machine| {
         for (i, got) in run(machine).iter().enumerate() {
             let largest = exact[i].iter().fold(0f64, |largest, value| largest.max(value.abs()));
-            let error = distance(&wide(got), &exact[i]);
+            let got = wide(got);
+            let error = distance(&got, &exact[i]);
             assert!(error <= bound * largest, "{} of {case:?}: {error:e} of {largest:e}", names[i]);
+            if got.len() >= 8 {
+                numerics::record(Format::Tf32, names[i], &got, None, &exact[i]);
+            }
         }
     });
 }

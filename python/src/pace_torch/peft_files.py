@@ -101,11 +101,16 @@ def _targets(model: nn.Module, names: list[str]) -> Union[str, list[str]]:
 
 
 def _read(folder: Union[str, os.PathLike]) -> tuple:
-    """The configuration and the tensors of a folder, or of a model on a hub."""
+    """The configuration and the tensors of a folder with LoRA, or of a model on a hub."""
     import peft
 
     try:
-        return peft.PeftConfig.from_pretrained(folder), peft.load_peft_weights(folder, device="cpu")
+        config = peft.PeftConfig.from_pretrained(folder)
+        if config.peft_type != peft.PeftType.LORA:
+            raise PaceError(f"`{folder}` has adapters of the kind {config.peft_type}, expected LoRA")
+        return config, peft.load_peft_weights(folder, device="cpu")
+    except PaceError:
+        raise
     except Exception as error:  # Whatever PEFT and safetensors raise for any file at all.
         raise PaceError(f"`{folder}` has no adapter that PEFT can read: {error}") from error
 
@@ -133,13 +138,9 @@ def load_peft(model: nn.Module, folder: Union[str, os.PathLike]) -> None:
     Raises `PaceError`, and loads nothing, if the file is not of LoRA around the layers that have it in the model, or of a kind that
     `LoRAadd` is not (DoRA).
     """
-    import peft
-
     model = unwrapped(model)
     adapters = _adapters(model)
     config, tensors = _read(folder)
-    if config.peft_type != peft.PeftType.LORA:
-        raise PaceError(f"`{folder}` has adapters of the kind {config.peft_type}, expected LoRA")
     kinds = [name for name, field in type(config).__dataclass_fields__.items() if field.metadata.get("is_lora_variant")]
     wrong = next((name for name in {"use_dora", *kinds} if getattr(config, name, None)), None)
     if wrong:

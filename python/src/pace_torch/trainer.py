@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Optional
 
+import torch
 from transformers import TrainerCallback
 
 from . import checkpoint
@@ -44,6 +45,8 @@ class PaceCallback(TrainerCallback):
         saved = {"controller": unwrapped(model).pace.state_dict(), "trained": None if args.fsdp else trainable_state_dict(model)}
         if state.is_world_process_zero:
             checkpoint.save(Path(args.output_dir, f"checkpoint-{state.global_step}", FILE), saved)
+        if args.world_size > 1:
+            torch.distributed.barrier()  # The others may read it next, as the best of all.
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if args.label_smoothing_factor != 0:

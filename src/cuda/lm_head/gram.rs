@@ -148,7 +148,8 @@ impl Pass<'_> {
         Ok(to)
     }
 
-    /// A matrix in `f32` in parts of a type, times a factor and what lies at an address, if any.
+    /// A matrix in `f32` times a factor and what lies at an address, if any: as it is, or in parts of `bf16`. There are no others: tensors
+    /// of `f16` have no Gram matrix, or one of whose products nothing but the values is left.
     fn split(
         &self,
         matrix: Address,
@@ -168,8 +169,8 @@ impl Pass<'_> {
             columns: columns as u32,
             aligned: rows_are_aligned(dtype, columns, &[matrix, high, low]).into(),
         };
-        let blocks = vector_blocks(dtype, rows, columns)?;
-        plan.push(launch(table::LM_HEAD_SPLIT.choose(dtype), blocks, &params));
+        let kernel = if dtype == DType::F32 { table::LM_HEAD_SCALE } else { table::LM_HEAD_SPLIT };
+        plan.push(launch(kernel, vector_blocks(dtype, rows, columns)?, &params));
         Ok(())
     }
 

@@ -34,7 +34,7 @@ pub struct LmHeadDifferenceParams {
     pub(super) low: Output<Void>,
 }
 
-/// Parameters of the kernels `lm_head_split*`.
+/// Parameters of the kernels `lm_head_scale` and `lm_head_split`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
 pub struct LmHeadSplitParams {
