@@ -200,7 +200,10 @@ impl<'a> Attempt<'a> {
         for page in 0..pages.count {
             pages.bytes(page).fill(AROUND);
         }
-        for (&name, place) in &self.places {
+        // The list comes last: another tensor on its page would change lengths to lies that nobody can tell.
+        let mut places: Vec<_> = self.places.iter().collect();
+        places.sort_by_key(|&(&name, _)| name == "gradients");
+        for (&name, place) in places {
             let field = self.fields.iter().find(|field| field.name == name).unwrap();
             let (address, bytes) = self.address(pages, name, place);
             self.bytes[field.at..field.at + 8].copy_from_slice(&(address as u64).to_ne_bytes());

@@ -66,6 +66,8 @@ fn cases() -> Vec<Case> {
         (shape(2, 3, 50, 136, 64, true), Z::Keyed(PerSample), true),
         (shape(1, 3, 257, 40, 136, false), Z::Given(PerSample), true),
         (shape(1, 1, 400, 40, 32, false), Z::Off, true),
+        // Sums of three tiles by two clusters: one begins a tile that it shares where it has another before.
+        (shape(1, 3, 40, 24, 520, false), Z::Given(PerSample), true),
     ] {
         cases.push(Case { shape, z, base: true, delta: true, biases: true, fold, shift: 0 });
     }

@@ -248,6 +248,8 @@ pub fn prompt(target: &Target<'_>) {
         prompt_typed::<f16>(&case, target);
         prompt_typed::<bf16>(&case, target);
     }
+    // More ranks than are staged at once.
+    prompt_typed::<f32>(&Case { n: 40, k: 3, r: 8200, full: true, shift: 0 }, target);
 }
 
 /// Tensors of one layer of a group: sizes, inputs, and whether it has LoRA mul, LoRA add or none, and a prompt.
