@@ -23,6 +23,8 @@ fn lists() -> Vec<Vec<usize>> {
         (0..128).map(|i| i % 5 + 1).collect(),
         (0..257).map(|i| i % 3).collect(),
         (0..260).map(|i| i % 3 + 1).collect(),
+        // More parts than there are threads that add them up.
+        vec![1; 1027],
     ]
 }
 

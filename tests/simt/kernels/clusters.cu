@@ -103,6 +103,9 @@ void named(const BarrierParams &p) {
     if (p.mode == 5) {
         shrink_registers<20>();
     }
+    if (p.mode == 9) {
+        grow_registers<256>();
+    }
     if (p.mode == 6 && threadIdx.x == 3) {
         barrier_wait(shared_base(), 0);
     }

@@ -89,6 +89,8 @@ pub struct Engine {
     pub stores: Vec<Store>,
     pub store_groups: Vec<StoreGroups>,
     pub warpgroups: Vec<Warpgroup>,
+    /// What each warpgroup has set its registers to last.
+    registers: BTreeMap<usize, (Who, u32)>,
     /// Threads whose mbarrier's phase has completed.
     pub woken: Vec<usize>,
 }
@@ -127,6 +129,7 @@ impl Engine {
             stores: Vec::new(),
             store_groups: Vec::new(),
             warpgroups: Vec::new(),
+            registers: BTreeMap::new(),
             woken: Vec::new(),
         }
     }
@@ -282,11 +285,37 @@ impl Engine {
         Ok(())
     }
 
+    /// The warpgroup that begins with this thread has so many registers per thread from here on.
+    pub fn set_registers(&mut self, first: usize, who: Who, count: u32) {
+        self.registers.insert(first / WARPGROUP, (who, count));
+    }
+
+    /// Registers that one warpgroup of a block gets, others have to give back: it would wait for them.
+    fn check_registers(&self) -> Result<(), Fault> {
+        /// Of a multiprocessor, whose only block this is.
+        const ALL: usize = 65_536;
+        let groups = self.per_block / WARPGROUP;
+        let at_start = (ALL / self.per_block / 8 * 8).min(248);
+        for block in 0..self.blocks.len() {
+            let set = |group| self.registers.get(&(block * groups + group));
+            let total: usize =
+                (0..groups).map(|group| set(group).map_or(at_start, |set| set.1 as usize)).sum();
+            let largest = (0..groups).filter_map(set).max_by_key(|set| set.1);
+            if let Some(&(who, count)) = largest.filter(|_| total > at_start * groups) {
+                return Err(who.instruction(format!(
+                    "setmaxnreg to {count} registers waits: the block's warpgroups want {total} of {}",
+                    at_start * groups
+                )));
+            }
+        }
+        Ok(())
+    }
+
     /// All threads have returned.
     pub fn finish(&mut self) -> Result<(), Fault> {
         while !self.stores.is_empty() {
             self.advance_store(0)?;
         }
-        Ok(())
+        self.check_registers()
     }
 }

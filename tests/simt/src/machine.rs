@@ -467,7 +467,7 @@ impl<'a> Cluster<'a> {
                 WarpgroupOperation::Fence => engine.wgmma_fence(first),
                 WarpgroupOperation::Commit => engine.wgmma_commit(first),
                 WarpgroupOperation::Wait(pending) => engine.wgmma_wait(who, pending)?,
-                WarpgroupOperation::SetRegisters(_) => {}
+                WarpgroupOperation::SetRegisters(count) => engine.set_registers(first, who, count),
                 WarpgroupOperation::Wgmma => {
                     let operands = |context: &Context| {
                         // SAFETY: it points to a thread's operands, which waits.

@@ -167,6 +167,7 @@ fn barriers_and_registers_are_what_the_hardware_takes() {
         (3, "named barrier 16 of 64 threads"),
         (4, "named barrier 1 of 48 threads"),
         (5, "setmaxnreg to 20 registers"),
+        (9, "setmaxnreg to 256 registers waits"),
     ] {
         for schedule in schedules() {
             let fault = named(mode, schedule).unwrap_err();
