@@ -5,7 +5,7 @@ use crate::machine::{Machine, Target};
 use crate::numerics;
 use crate::support::{Type, distance, rounded, wide};
 use half::{bf16, f16};
-use pace_kernels::cuda::{Buffer, DType, Finding, LmHead, LmHeadOutputs, Lora, LossStatus, Step};
+use pace_kernels::cuda::{Buffer, DType, Finding, LmHead, LmHeadOutputs, Lora, LossStatus, Plan, Step};
 use pace_kernels::{Divergence, LossSettings, Targets, cpu};
 
 const IGNORED: i64 = -100;
@@ -234,6 +234,11 @@ impl<T: Type> Data<T> {
     }
 
     fn run(&self, machine: &mut Machine<'_>) -> (Results, LossStatus) {
+        self.run_changed(machine, |_| {})
+    }
+
+    /// The same by a plan that is changed before.
+    fn run_changed(&self, machine: &mut Machine<'_>, change: impl Fn(&mut Plan)) -> (Results, LossStatus) {
         let head = self.head(machine);
         let hidden = machine.input("hidden", &self.hidden);
         let [dh, dw, db, d_lora_b, d_lora_a] = self.wanted();
@@ -253,7 +258,9 @@ impl<T: Type> Data<T> {
             status: machine.output::<u64>("status", LossStatus::WORDS),
             workspace: machine.in_out("workspace", &workspace),
         };
-        machine.launch(&head.plan(&machine.gpu, T::DTYPE, hidden, outputs).unwrap());
+        let mut plan = head.plan(&machine.gpu, T::DTYPE, hidden, outputs).unwrap();
+        change(&mut plan);
+        machine.launch(&plan);
         assert_eq!(machine.read::<u32>(outputs.workspace)[0], 0, "the ticket");
         let read = |grad: Option<Buffer>| grad.map_or(Vec::new(), |grad| wide(&machine.read::<f32>(grad)));
         let dh = outputs.hidden.map_or(Vec::new(), |dh| wide(&machine.read::<T>(dh)));
@@ -469,6 +476,24 @@ pub fn no_labels(target: &Target<'_>) {
             let (got, _) = data.run(machine);
             assert_eq!(got.values, [0.0; 3]);
             assert!(got.grads.iter().flatten().all(|&g| g == 0.0), "{got:?}");
+        });
+    }
+}
+
+/// The squared difference by one block, and by more blocks than there are threads that add up what they found.
+pub fn any_grid(target: &Target<'_>) {
+    let data = Data::<f32>::new(CASE);
+    let exact = data.reference(|x| x);
+    for blocks in [1, 300] {
+        target.once(0, |machine| {
+            let (got, _) = data.run_changed(machine, |plan| {
+                let pulls =
+                    plan.launches_mut().filter(|launch| launch.kernel.name.starts_with("lm_head_pull"));
+                assert_eq!(pulls.map(|launch| launch.grid[0] = blocks).count(), 1);
+            });
+            for (got, want) in got.values.iter().zip(&exact.values) {
+                assert!((got - want).abs() <= 1e-5 * want, "{blocks} blocks: {got:e}, expected {want:e}");
+            }
         });
     }
 }

@@ -72,6 +72,7 @@ const TESTS: &[(&str, Test)] = &[
     ("lm_head::by_gram", lm_head::by_gram),
     ("lm_head::by_logits", lm_head::by_logits),
     ("lm_head::streamed", lm_head::streamed),
+    ("lm_head::any_grid", lm_head::any_grid),
     ("lm_head::close_branches", lm_head::close_branches),
     ("lm_head::low_directions", lm_head::low_directions),
     ("lm_head::wrong_labels", lm_head::wrong_labels),
