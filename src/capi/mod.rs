@@ -16,6 +16,8 @@
 //! kernels when they are first used. Devices are used through their primary context, as PyTorch and the CUDA runtime do; the thread's
 //! current context stays what it was.
 
+// SAFETY of every `#[unsafe(no_mangle)]` here: all names begin with `pace_`, and a linker refuses two of one name.
+
 mod call;
 mod device;
 mod linear;

@@ -175,8 +175,7 @@ fn main() {
     conclusion.exit_if_failed();
     numerics::write();
     // All of them have run, rather than some that were asked for by name.
-    let are_all = arguments.filter.is_none_or(|filter| filter == "simt::") && !pace_simt::IS_SANITIZED;
-    if !arguments.list && are_all {
+    if !arguments.list && arguments.filter.is_none_or(|filter| filter == "simt::") {
         schedules::report();
     }
 }
@@ -216,13 +215,9 @@ fn on_family(family: Family, name: &str, test: Test) -> Result<Completion, Faile
 /// The layer tests of each family, as `FAMILY::TEST`.
 fn layer_tests() -> impl Iterator<Item = (Family, String, Test)> {
     Family::ALL.into_iter().flat_map(|family| {
-        let ends = |name: &str, ends: &[&str]| ends.iter().any(|end| name.ends_with(end));
         // A family of 16-bit types has nothing to do in others.
-        let is_other =
-            move |name: &str| family == Family::Sm90 && ends(name, &["::f32", "::tf32", "::long_sums"]);
-        // To sanitizers, which are slow, it is the same code.
-        let is_same = move |name: &str| pace_simt::IS_SANITIZED && ends(name, &["::bf16", "::tf32"]);
-        let tests = LAYER_TESTS.iter().filter(move |(name, _)| !is_other(name) && !is_same(name));
+        let other = |name: &str| ["::f32", "::tf32", "::long_sums"].iter().any(|end| name.ends_with(end));
+        let tests = LAYER_TESTS.iter().filter(move |(name, _)| family != Family::Sm90 || !other(name));
         tests.map(move |&(name, test)| (family, format!("{}::{name}", family.name()), test))
     })
 }

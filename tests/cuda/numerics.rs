@@ -32,8 +32,8 @@ impl Format {
 
 /// The largest error of any element, and the largest mean of any tensor.
 #[derive(Default, Clone, Copy)]
-pub struct Error {
-    pub largest: f64,
+struct Error {
+    largest: f64,
     mean: f64,
 }
 
@@ -87,7 +87,7 @@ fn row(test: &str, result: &str) -> Option<Row> {
 }
 
 /// The error in units of the format at the size of the exact value, which counts as at least the root mean square of all.
-pub fn error(format: Format, got: &[f64], exact: &[f64]) -> Error {
+fn error(format: Format, got: &[f64], exact: &[f64]) -> Error {
     let (digits, least) = format.unit();
     let typical = (exact.iter().map(|value| value * value).sum::<f64>() / exact.len() as f64).sqrt();
     let units = got.iter().zip(exact).map(|(got, exact)| {

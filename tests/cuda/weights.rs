@@ -2,7 +2,7 @@
 
 use crate::device::Opened;
 use crate::machine::{Machine, Target};
-use crate::support::{self, Type, assert_close, rounded, wide};
+use crate::support::{self, Type, rounded, wide};
 use half::{bf16, f16};
 use pace_kernels::cpu;
 use pace_kernels::cuda::cudarc::driver::{DevicePtr, DevicePtrMut};
@@ -86,9 +86,7 @@ fn check<T: Type>(
         let buffers = run(machine);
         let results: Vec<Vec<T>> = buffers.into_iter().map(|buffer| machine.read(buffer)).collect();
         assert!(results.len() == exact.len() && results.len() == unfused.len());
-        for ((result, (name, unfused)), exact) in results.iter().zip(unfused).zip(exact) {
-            support::compare(name, case, result, unfused, exact);
-        }
+        compare(case, unfused, exact, &results);
         // The same bits in whatever order threads run.
         assert!(first.get_or_init(|| results.clone()) == &results, "{case:?} depends on the order");
     });
@@ -436,9 +434,9 @@ pub fn safe_methods(opened: &Opened) {
     }
 }
 
-fn compare(case: &Case, unfused: &Results<f16>, exact: &[Vec<f64>], results: &[Vec<f16>]) {
+fn compare<T: Type>(case: &Case, unfused: &Results<T>, exact: &[Vec<f64>], results: &[Vec<T>]) {
     for ((result, (name, unfused)), exact) in results.iter().zip(unfused).zip(exact) {
-        assert_close(name, case, result, unfused, exact);
+        support::compare(name, case, result, unfused, exact);
     }
 }
 
