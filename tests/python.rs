@@ -8,10 +8,12 @@ mod installed;
 #[path = "common/python.rs"]
 mod python;
 
-use installed::{prefix, root, run, say};
+use installed::{prefix, root, say};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
-use std::process::Command;
-use std::sync::LazyLock;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::{LazyLock, Mutex};
 
 /// The Python to use, or why there is none.
 static PYTHON: LazyLock<Result<String, String>> = LazyLock::new(|| {
@@ -21,29 +23,66 @@ static PYTHON: LazyLock<Result<String, String>> = LazyLock::new(|| {
     python
 });
 
+/// A `files.py`, which has loaded PyTorch, and waits for a file of tests.
+struct Server {
+    process: Child,
+    answers: BufReader<ChildStdout>,
+}
+
+impl Server {
+    fn start(python: &str) -> Self {
+        let library = format!("libpace_kernels{}", std::env::consts::DLL_SUFFIX);
+        let mut process = Command::new(python)
+            .arg(tests().join("files.py"))
+            .env("PYTHONPATH", root().join("python/src"))
+            .env("PYTHONDONTWRITEBYTECODE", "1")
+            .env("PACE_KERNELS_LIBRARY", prefix().join("lib").join(library))
+            .current_dir(env!("CARGO_TARGET_TMPDIR"))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let answers = BufReader::new(process.stdout.take().unwrap());
+        Self { process, answers }
+    }
+
+    /// Whether these tests pass, and what pytest says.
+    fn test(&mut self, file: &str) -> (bool, String) {
+        let log = Path::new(env!("CARGO_TARGET_TMPDIR")).join(file).with_extension("log");
+        let (tests, mut answer) = (tests().join(file), String::new());
+        writeln!(self.process.stdin.as_ref().unwrap(), "{}\t{}", tests.display(), log.display()).unwrap();
+        self.answers.read_line(&mut answer).unwrap();
+        (answer == "0\n", std::fs::read_to_string(log).unwrap() + &answer)
+    }
+}
+
+/// Those that wait: as many as there ever were trials at once.
+static SERVERS: Mutex<Vec<Server>> = Mutex::new(Vec::new());
+
+fn tests() -> PathBuf {
+    root().join("python/tests")
+}
+
 fn test(file: &str) -> Result<Completion, Failed> {
     let python = match &*PYTHON {
         Ok(python) => python,
         Err(why) => return Ok(Completion::ignored_with(why)),
     };
-    let library = format!("libpace_kernels{}", std::env::consts::DLL_SUFFIX);
-    let mut pytest = Command::new(python);
-    pytest
-        // `-rs` tells why tests were skipped.
-        .args(["-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"])
-        .arg(root().join("python/tests").join(file))
-        .env("PYTHONPATH", root().join("python/src"))
-        .env("PYTHONDONTWRITEBYTECODE", "1")
-        .env("PACE_KERNELS_LIBRARY", prefix().join("lib").join(library))
-        .current_dir(env!("CARGO_TARGET_TMPDIR"));
+    let waiting = SERVERS.lock().unwrap().pop();
+    let mut server = waiting.unwrap_or_else(|| Server::start(python));
     say(&format!("pytest {file}"));
-    println!("{}", run(&mut pytest));
+    let (passed, said) = server.test(file);
+    if !passed {
+        return Err(said.into());
+    }
+    SERVERS.lock().unwrap().push(server);
+    println!("{said}");
     Ok(Completion::Completed)
 }
 
 fn main() {
     let arguments = Arguments::from_args();
-    let entries = std::fs::read_dir(root().join("python/tests")).unwrap();
+    let entries = std::fs::read_dir(tests()).unwrap();
     let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
     let mut files: Vec<_> = names.filter(|name| name.starts_with("test_") && name.ends_with(".py")).collect();
     // The longest, which are at the end of the alphabet, come first.

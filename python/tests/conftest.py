@@ -1,6 +1,10 @@
 import json
+import multiprocessing
+import os
+import socket
 import struct
 import sys
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -46,6 +50,25 @@ def golden(*patterns):
 @pytest.fixture
 def case(request):
     return Case(request.param)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def fork_server(*modules):
+    """Processes that `multiprocessing` starts by "forkserver" come from one that has loaded these modules of the tests, instead of each loading
+    PyTorch again."""
+    paths = [str(ROOT / "python" / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(modules))
+        context.Process(target=int).start()
+        yield
 
 
 def vit(classes=7, drop_path_rate=0.0, depth=3, dtype=torch.float64, seed=0):

@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import socket
 import warnings
 
 import pace_torch
@@ -10,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import close, perturb, vit
+from conftest import close, fork_server, free_port, perturb, vit
 from pace_torch import PaceError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -195,11 +194,14 @@ def fall_out_of_step(rank):
 
 def run(world_size, folder, *more):
     """What the processes saw."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(worker, (world_size, port, str(folder), *more), nprocs=world_size)
+    mp.start_processes(worker, (world_size, free_port(), str(folder), *more), nprocs=world_size, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server():
+    with fork_server("test_distributed"):
+        yield
 
 
 @pytest.fixture(scope="module")

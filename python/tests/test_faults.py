@@ -10,7 +10,6 @@ import os
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from conftest import fork_server, free_port
 from pace_torch import PaceError, checkpoint
 from test_train import SCRIPT, STEPS, arguments, assert_same, folder, results, train  # noqa: F401
 
@@ -30,13 +30,8 @@ PROCESSES = multiprocessing.get_context("forkserver")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def fork_server():
-    """A server that has loaded what the runs need."""
-    paths = [str(SCRIPT.parent), os.path.dirname(__file__), *filter(None, [os.environ.get("PYTHONPATH")])]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
-        PROCESSES.set_forkserver_preload(["test_faults"])
-        PROCESSES.Process(target=int).start()
+def server():
+    with fork_server("test_faults"):
         yield
 
 
@@ -361,10 +356,7 @@ def test_a_process_that_dies_ends_the_others(folder, whole, tmp_path):  # noqa: 
     settings, ranks = ("--variant", "pace", "--epochs", 30), 2
 
     def together(out):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        run = dict(WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        run = dict(WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
         return [start(folder, out, *settings, **run, RANK=str(rank)) for rank in range(ranks)]
 
     for victim in range(ranks) if KILLS else (1,):

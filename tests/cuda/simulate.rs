@@ -92,12 +92,14 @@ fn multiply(gemm: &Gemm, memory: &mut Memory) -> Result<(), Fault> {
         _ => read(memory, gemm.output, gemm.d.0, gemm.m * gemm.n)?,
     };
     let mut d = Vec::with_capacity(gemm.m * gemm.n);
-    for i in 0..gemm.m {
-        for j in 0..gemm.n {
-            let sum: f64 = (0..gemm.k).map(|k| a[i * gemm.k + k] * b[k * gemm.n + j]).sum();
-            let (alpha, beta) = (f64::from(gemm.alpha), f64::from(gemm.beta));
-            d.push(alpha * sum + beta * before[i * gemm.n + j] + bias[j]);
+    let mut sums = vec![0.0; gemm.n];
+    for (i, a) in a.chunks_exact(gemm.k).enumerate() {
+        sums.fill(0.0);
+        for (a, b) in a.iter().zip(b.chunks_exact(gemm.n)) {
+            sums.iter_mut().zip(b).for_each(|(sum, b)| *sum += a * b);
         }
+        let (alpha, beta) = (f64::from(gemm.alpha), f64::from(gemm.beta));
+        d.extend((0..gemm.n).map(|j| alpha * sums[j] + beta * before[i * gemm.n + j] + bias[j]));
     }
     match gemm.output {
         DType::F32 => memory.library_write(gemm.d.0, &d.iter().map(|&d| d as f32).collect::<Vec<_>>()),

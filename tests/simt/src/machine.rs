@@ -81,7 +81,7 @@ impl Dice {
 }
 
 /// Stack of one thread; the kernels keep little there, but a sanitizer puts red zones around it.
-const STACK: usize = if crate::IS_SANITIZED { 256 << 10 } else { 64 << 10 };
+const STACK: usize = if crate::IS_SANITIZED { 128 << 10 } else { 64 << 10 };
 /// What every device since compute capability 8.0 allows.
 const MAX_THREADS: u32 = 1024;
 const MAX_BLOCK: [u32; 3] = [1024, 1024, 64];

@@ -114,6 +114,29 @@ impl Allocation {
     fn start(&self) -> usize {
         self.region.data() as usize
     }
+
+    /// Whether all of these bytes lie in it.
+    fn holds(&self, address: usize, bytes: usize) -> bool {
+        let offset = address.wrapping_sub(self.start());
+        offset <= self.region.bytes && bytes <= self.region.bytes - offset
+    }
+
+    /// How many bytes they miss it by.
+    fn distance(&self, address: usize, bytes: usize) -> usize {
+        let (start, end) = (self.start(), self.start() + self.region.bytes);
+        start.saturating_sub(address).max(address.saturating_add(bytes).saturating_sub(end))
+    }
+}
+
+/// Calls `body` with the flags, and as many as the compiler knows of: one load or store instead of a loop, for every access.
+fn counted<R>(flags: &[Cell<bool>], body: impl Fn(&[Cell<bool>]) -> R) -> R {
+    match flags.len() {
+        2 => body(&flags[..2]),
+        4 => body(&flags[..4]),
+        8 => body(&flags[..8]),
+        16 => body(&flags[..16]),
+        _ => body(flags),
+    }
 }
 
 /// A tensor in simulated device memory.
@@ -145,6 +168,8 @@ impl Tensor {
 pub struct Memory {
     shift: usize,
     allocations: Vec<Allocation>,
+    /// Where they start, in order, and which they are.
+    starts: Vec<(usize, usize)>,
     /// Which of them was accessed last: the next access is often to the same.
     last: Cell<usize>,
 }
@@ -152,7 +177,7 @@ pub struct Memory {
 impl Memory {
     /// Empty memory whose tensors will start `shift` elements past a multiple of 256 bytes.
     pub fn new(shift: usize) -> Self {
-        Self { shift, allocations: Vec::new(), last: Cell::new(0) }
+        Self { shift, allocations: Vec::new(), starts: Vec::new(), last: Cell::new(0) }
     }
 
     /// A tensor that kernels may read.
@@ -176,6 +201,9 @@ impl Memory {
         let region = Region::new(ALIGNMENT, self.shift * size_of::<T>(), bytes);
         let tensor = Tensor { index: self.allocations.len(), address: region.data() as u64, len };
         let written = vec![Cell::new(false); bytes];
+        let start = region.data() as usize;
+        let place = self.starts.partition_point(|&(other, _)| other < start);
+        self.starts.insert(place, (start, tensor.index));
         self.allocations.push(Allocation { name: name.into(), region, input: None, written });
         tensor
     }
@@ -222,23 +250,25 @@ impl Memory {
         alignment: usize,
         is_write: bool,
     ) -> Result<(), Fault> {
-        let distance = |allocation: &Allocation| {
-            let (start, end) = (allocation.start(), allocation.start() + allocation.region.bytes);
-            start.saturating_sub(address).max(address.saturating_add(bytes).saturating_sub(end))
+        let is_holder = |&i: &usize| self.allocations.get(i).is_some_and(|it| it.holds(address, bytes));
+        let searched = || {
+            let place = self.starts.partition_point(|&(start, _)| start <= address);
+            place.checked_sub(1).map(|place| self.starts[place].1)
         };
-        let last = self.allocations.get(self.last.get()).filter(|last| distance(last) == 0);
-        let nearest = || (0..self.allocations.len()).min_by_key(|&i| distance(&self.allocations[i]));
-        let Some(nearest) = last.or_else(|| {
-            let nearest = nearest()?;
-            self.last.set(nearest);
-            Some(&self.allocations[nearest])
+        let holder = Some(self.last.get()).filter(is_holder).or_else(|| searched().filter(is_holder));
+        // Whose bounds were missed is worth a longer search.
+        let nearest =
+            || (0..self.allocations.len()).min_by_key(|&i| self.allocations[i].distance(address, bytes));
+        let Some(nearest) = holder.or_else(nearest).map(|i| {
+            self.last.set(i);
+            &self.allocations[i]
         }) else {
             let access = Access { offset: address as i64, bytes, is_write };
             return Err(Fault::OutOfBounds { thread, access, tensor: "nothing".into() });
         };
         let access = Access { offset: address as i64 - nearest.start() as i64, bytes, is_write };
         let tensor = || nearest.name.clone();
-        if distance(nearest) > 0 {
+        if holder.is_none() {
             return Err(Fault::OutOfBounds { thread, access, tensor: tensor() });
         }
         if !address.is_multiple_of(alignment) {
@@ -246,7 +276,7 @@ impl Memory {
         }
         let written = &nearest.written[access.offset as usize..][..bytes];
         if !is_write {
-            return match written.iter().all(Cell::get) {
+            return match counted(written, |flags| flags.iter().fold(true, |all, flag| all & flag.get())) {
                 true => Ok(()),
                 false => Err(Fault::ReadBeforeWrite { thread, access, tensor: tensor() }),
             };
@@ -254,7 +284,7 @@ impl Memory {
         if nearest.input.is_some() {
             return Err(Fault::WriteToInput { thread, access, tensor: tensor() });
         }
-        written.iter().for_each(|written| written.set(true));
+        counted(written, |flags| flags.iter().for_each(|flag| flag.set(true)));
         Ok(())
     }
 
@@ -263,14 +293,12 @@ impl Memory {
     /// # Errors
     /// As a kernel's access: [`Fault::OutOfBounds`], [`Fault::Misaligned`], [`Fault::ReadBeforeWrite`].
     pub fn library_read<T: Pod>(&self, address: u64, len: usize) -> Result<Vec<T>, Fault> {
-        (0..len)
-            .map(|i| {
-                let at = address as usize + i * size_of::<T>();
-                self.access(LIBRARY, at, size_of::<T>(), false)?;
-                // SAFETY: the access was just found to lie in an allocation, aligned to its size.
-                Ok(unsafe { (at as *const T).read_unaligned() })
-            })
-            .collect()
+        let (start, size) = (address as usize, size_of::<T>());
+        if len > 0 {
+            self.access_aligned(LIBRARY, start, len * size, size, false)?;
+        }
+        // SAFETY: all elements were just found to lie in an allocation, aligned to their size.
+        Ok((0..len).map(|i| unsafe { ((start + i * size) as *const T).read_unaligned() }).collect())
     }
 
     /// What a library writes that runs between kernels.
@@ -278,11 +306,11 @@ impl Memory {
     /// # Errors
     /// As a kernel's access: [`Fault::OutOfBounds`], [`Fault::Misaligned`], [`Fault::WriteToInput`].
     pub fn library_write<T: Pod>(&mut self, address: u64, values: &[T]) -> Result<(), Fault> {
-        for (i, value) in values.iter().enumerate() {
-            let at = address as usize + i * size_of::<T>();
-            self.access(LIBRARY, at, size_of::<T>(), true)?;
-            // SAFETY: the access was just found to lie in an allocation that is no input.
-            unsafe { (at as *mut T).write_unaligned(*value) };
+        let bytes: &[u8] = bytemuck::cast_slice(values);
+        if !bytes.is_empty() {
+            self.access_aligned(LIBRARY, address as usize, bytes.len(), size_of::<T>(), true)?;
+            // SAFETY: all elements were just found to lie in an allocation that is no input; it is not the slice's.
+            unsafe { (address as *mut u8).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
         }
         Ok(())
     }
