@@ -237,6 +237,8 @@ pub unsafe extern "C" fn pace_drop_path_mask(
     first_sample: u64,
     mask: PaceTensor,
 ) -> PaceStatus {
+    /// # Safety
+    /// As of the function around it.
     unsafe fn write<T: Real>(key: u64, probability: f64, first: u64, mask: PaceTensor) -> Result<()> {
         // SAFETY: the caller's promise.
         let mask = unsafe { Host::<T>::new() }.output("mask", mask)?;

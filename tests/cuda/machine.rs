@@ -20,18 +20,13 @@ impl Target<'_> {
     /// Runs `body` on an empty machine whose tensors start `shift` elements past an aligned address. In the simulator it
     /// runs again and again with threads in other orders, and has to find the same each time.
     pub fn run(&self, shift: usize, body: impl Fn(&mut Machine<'_>)) {
-        if self.device.is_some() {
-            self.once(shift, &body);
-            return;
+        let launched = self.once(shift, &body);
+        if self.device.is_none() {
+            let seeds = schedules::of_case(launched.threads, &launched.kernels);
+            (0..seeds).for_each(|seed| {
+                self.simulate(shift, Schedule::Random(seed), &body);
+            });
         }
-        // What sanitizers look for depends little on the order, and they take long.
-        let seed = Schedule::Random;
-        let (first, next) = if pace_simt::IS_SANITIZED { (seed(0), 1) } else { (Schedule::InOrder, 0) };
-        let launched = self.simulate(shift, first, &body);
-        let seeds = schedules::of_case(launched.threads, &launched.kernels);
-        (next..seeds).for_each(|i| {
-            self.simulate(shift, seed(i), &body);
-        });
     }
 
     /// The same, but once and with threads in their order. Gives what was launched in the simulator.

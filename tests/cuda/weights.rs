@@ -50,16 +50,11 @@ fn cases() -> Vec<Case> {
     ];
     let variants = [(true, 0), (false, 1)];
     let of = |(n, k, r)| variants.map(|(full, shift)| Case { n, k, r, full, shift });
-    sizes.into_iter().flat_map(of).collect()
-}
-
-/// These take long: the 16-bit types, whose kernels differ in conversions only, are not both tried.
-fn large_cases() -> [Case; 2] {
     // More parts than a device is kept busy by if they had 64 rows.
     let long = Case { n: 17000, k: 8, r: 1, full: true, shift: 0 };
     // Strips of which a part takes several turns of all warps.
     let wide = Case { n: 200, k: 8200, r: 2, full: true, shift: 0 };
-    [long, wide]
+    sizes.into_iter().flat_map(of).chain([long, wide]).collect()
 }
 
 fn round<T: Type>(value: f64) -> f64 {
@@ -168,10 +163,6 @@ pub fn low_rank(target: &Target<'_>) {
         low_rank_typed::<f16>(&case, target);
         low_rank_typed::<bf16>(&case, target);
     }
-    for case in large_cases() {
-        low_rank_typed::<f32>(&case, target);
-        low_rank_typed::<f16>(&case, target);
-    }
 }
 
 /// Operands of a prompt: `W0`, `Pd`, `Pu`, `b0`, `δb` and the gradient to `Δb`.
@@ -254,10 +245,6 @@ pub fn prompt(target: &Target<'_>) {
         prompt_typed::<f32>(&case, target);
         prompt_typed::<f16>(&case, target);
         prompt_typed::<bf16>(&case, target);
-    }
-    for case in large_cases() {
-        prompt_typed::<f32>(&case, target);
-        prompt_typed::<f16>(&case, target);
     }
     // More ranks than are staged at once.
     prompt_typed::<f32>(&Case { n: 40, k: 3, r: 8200, full: true, shift: 0 }, target);
@@ -430,7 +417,7 @@ pub fn merge(target: &Target<'_>) {
 /// The safe methods, on half-open views of larger tensors.
 pub fn safe_methods(opened: &Opened) {
     let Opened { device, stream } = opened;
-    for case in cases().into_iter().chain(large_cases()) {
+    for case in cases() {
         lora_methods(opened, &case);
         prompt_methods(opened, &case);
     }
