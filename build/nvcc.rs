@@ -10,7 +10,8 @@ use std::time::Instant;
 
 /// What `PACE_CUDA_ARCHS` is if it is not set: Ampere and up, with Hopper's own instructions.
 pub const DEFAULT_ARCHS: &str = "80;90a";
-/// PTX for every device that has no image of its own.
+/// What portable kernels are compiled to: PTX, which is assembled for each image, and kept for devices that have none. Compiled for
+/// a newer architecture they are the same instructions, which takes as long again.
 const PTX_FLOOR: &str = "80";
 /// The first release that knows `sm_90a`.
 const OLDEST: (u32, u32) = (12, 0);
@@ -110,7 +111,12 @@ pub struct Targets {
 pub fn targets(family: &str, archs: &[String]) -> Result<Targets, String> {
     let number = |arch: &str| arch.trim_end_matches(['a', 'f']).to_owned();
     match FAMILIES.into_iter().find(|&(name, _)| name == family) {
-        Some((_, None)) => Ok(Targets { images: archs.to_vec(), ptx: Some(PTX_FLOOR) }),
+        Some((_, None)) => {
+            let mut images: Vec<String> = archs.iter().map(|arch| number(arch)).collect();
+            images.sort_by_key(|arch| arch.parse::<u32>().ok());
+            images.dedup();
+            Ok(Targets { images, ptx: Some(PTX_FLOOR) })
+        }
         Some((_, Some(only))) => {
             let wanted = archs.iter().any(|arch| number(arch) == number(only));
             Ok(Targets { images: wanted.then(|| only.to_owned()).into_iter().collect(), ptx: None })
@@ -317,22 +323,24 @@ impl Nvcc {
             command.extend(["-o".into(), to.into(), source.path.clone().into()]);
             command
         };
-        let gencode = |arch: &str, code: &str| format!("arch=compute_{arch},code={code}_{arch}").into();
+        let gencode =
+            |ptx: &str, code: &str, arch: &str| format!("arch=compute_{ptx},code={code}_{arch}").into();
         // Bound to one architecture, there is one image, and the driver takes that as well as a file of many.
         let bound = targets.images.first().filter(|_| targets.ptx.is_none());
         let (commands, version) = match self.ptxas.as_ref().zip(bound) {
             Some((ptxas, arch)) => {
                 let ptx = output("ptx");
                 let commands = vec![
-                    compile("-ptx", &[gencode(arch, "compute")], &ptx),
+                    compile("-ptx", &[gencode(arch, "compute", arch)], &ptx),
                     ptxas.command(arch, &ptx, &fatbin),
                 ];
                 (commands, &*ptxas.version)
             }
             None => {
-                let images = targets.images.iter().map(|arch| gencode(arch, "sm"));
+                let images =
+                    targets.images.iter().map(|arch| gencode(targets.ptx.unwrap_or(arch), "sm", arch));
                 let codes: Vec<OsString> =
-                    images.chain(targets.ptx.map(|arch| gencode(arch, "compute"))).collect();
+                    images.chain(targets.ptx.map(|arch| gencode(arch, "compute", arch))).collect();
                 (vec![compile("-fatbin", &codes, &fatbin)], "")
             }
         };

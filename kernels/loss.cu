@@ -56,9 +56,9 @@ constexpr u32 SUMMARY_WORDS = 5;
 
 // The summary of the slice that a group holds; `logit` becomes exp(logit - max). `label`: where it lies, from the thread's
 // first element on.
-template <class T, bool ALIGNED>
-__device__ __forceinline__ Summary summarise(const LossParams &p, const Slice<T, ALIGNED> &slice,
-                                             float (&logit)[ELEMENTS], const float (&difference)[ELEMENTS], u32 label) {
+template <class T>
+__device__ __forceinline__ Summary summarise(const LossParams &p, const Slice<T> &slice, float (&logit)[ELEMENTS],
+                                             const float (&difference)[ELEMENTS], u32 label) {
     float peak[1] = {LOWEST};
     float sum[4] = {};
 #pragma unroll
@@ -130,8 +130,8 @@ __device__ __forceinline__ void store_record(const LossParams &p, const Summary 
 }
 
 // Gradients to both branches in place of exp(l - M) and the differences. `weight`: of the cross-entropy.
-template <class T, bool ALIGNED>
-__device__ __forceinline__ void gradients(const LossParams &p, const Slice<T, ALIGNED> &slice, const Summary &all,
+template <class T>
+__device__ __forceinline__ void gradients(const LossParams &p, const Slice<T> &slice, const Summary &all,
                                           bool has_label, u32 label_at, float sum, float weight,
                                           float (&logit)[ELEMENTS], float (&difference)[ELEMENTS]) {
     const float inverse = 1.0f / sum;
@@ -164,7 +164,7 @@ template <class T, Form FORM, bool ALIGNED> __device__ __forceinline__ void eval
         const u32 sample = base + own;
         const bool exists = sample < p.batch;
         const u64 row = static_cast<u64>(sample) * p.classes;
-        const Slice<T, ALIGNED> slice(thread, exists ? min(p.slice, p.classes - start) : 0u);
+        const Slice<T> slice(thread, exists ? min(p.slice, p.classes - start) : 0u, ALIGNED);
 
         // Loads: logits, label and partner. Labels are counted here, with all loads of the first samples under way.
         const i64 label = exists ? load(p.labels + sample) : -1;

@@ -37,20 +37,21 @@ template <class P> __device__ __forceinline__ bool is_labelled(const P &p, i64 l
 }
 
 // What a thread has of one slice: a warp holds 32 * ELEMENTS adjacent elements, a thread of it vectors or every 32nd one.
-template <class T, bool ALIGNED> struct Slice {
-    u32 first; // the thread's first element
-    u32 left;  // elements of the slice from there on
+template <class T> struct Slice {
+    bool aligned; // vectors; a constant where the kernel has code for each
+    u32 first;    // the thread's first element
+    u32 left;     // elements of the slice from there on
 
-    __device__ __forceinline__ Slice(u32 thread, u32 count) {
+    __device__ __forceinline__ Slice(u32 thread, u32 count, bool aligned) : aligned(aligned) {
         const u32 lane = thread % WARP;
-        first = (thread - lane) * ELEMENTS + (ALIGNED ? lane * Vector<T>::SIZE : lane);
+        first = (thread - lane) * ELEMENTS + (aligned ? lane * Vector<T>::SIZE : lane);
         left = count > first ? count - first : 0u;
     }
 
     // Where the thread's element k lies, from the first on.
-    static __device__ __forceinline__ constexpr u32 at(u32 k) {
+    __device__ __forceinline__ u32 at(u32 k) const {
         constexpr u32 W = Vector<T>::SIZE;
-        return ALIGNED ? k / W * W * WARP + k % W : k * WARP;
+        return aligned ? k / W * W * WARP + k % W : k * WARP;
     }
 
     __device__ __forceinline__ bool has(u32 k) const { return at(k) < left; }
@@ -58,7 +59,7 @@ template <class T, bool ALIGNED> struct Slice {
     // -inf stands for what there is not: it is no maximum and its exponential is zero.
     template <class S> __device__ __forceinline__ void read(const S *slice, float (&value)[ELEMENTS]) const {
         // Before the load and not after it, so that nothing waits for it yet: other loads are to follow.
-        if constexpr (ALIGNED) {
+        if (aligned) {
             constexpr u32 STEP = Vector<S>::SIZE;
 #pragma unroll
             for (u32 k = 0; k < ELEMENTS; k += STEP) {
@@ -90,18 +91,23 @@ template <class T, bool ALIGNED> struct Slice {
     }
 
     template <class S> __device__ __forceinline__ void write(S *slice, const float (&value)[ELEMENTS]) const {
-        constexpr u32 STEP = ALIGNED ? Vector<S>::SIZE : 1;
+        if (aligned) {
+            constexpr u32 STEP = Vector<S>::SIZE;
 #pragma unroll
-        for (u32 k = 0; k < ELEMENTS; k += STEP) {
-            if (has(k)) {
-                if constexpr (ALIGNED) {
+            for (u32 k = 0; k < ELEMENTS; k += STEP) {
+                if (has(k)) {
                     float floats[STEP];
 #pragma unroll
                     for (u32 i = 0; i < STEP; ++i) {
                         floats[i] = value[k + i];
                     }
                     store_vector(slice + first + at(k), from_floats<S>(floats));
-                } else {
+                }
+            }
+        } else {
+#pragma unroll
+            for (u32 k = 0; k < ELEMENTS; ++k) {
+                if (has(k)) {
                     store(slice + first + at(k), from_float<S>(value[k]));
                 }
             }
@@ -182,8 +188,8 @@ struct Partner {
 };
 
 // Reads what this slice is compared with: branch 1, or the remembered logits, which `logit` then overwrites.
-template <class T, Form FORM, bool ALIGNED>
-__device__ __forceinline__ Partner read_partner(const LossParams &p, const Slice<T, ALIGNED> &slice, const T *branch_1,
+template <class T, Form FORM>
+__device__ __forceinline__ Partner read_partner(const LossParams &p, const Slice<T> &slice, const T *branch_1,
                                                 u32 sample, u32 thread, u32 start, const float (&logit)[ELEMENTS],
                                                 float (&partner)[ELEMENTS]) {
     Partner found = {p.two_branches != 0u, 0u};

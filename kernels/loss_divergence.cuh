@@ -154,9 +154,9 @@ __device__ __forceinline__ float second_order(float t) {
 }
 
 // The sums of the divergence over the group's slice.
-template <class T, bool ALIGNED>
-__device__ __forceinline__ Divergence sum_divergence(const LossParams &p, const Slice<T, ALIGNED> &slice,
-                                                     const Elements &of, const Row &row) {
+template <class T>
+__device__ __forceinline__ Divergence sum_divergence(const LossParams &p, const Slice<T> &slice, const Elements &of,
+                                                     const Row &row) {
     float sum[3] = {};
     const Softmaxes all(p, row);
     const float mean = row.sums.zero / static_cast<float>(p.classes);

@@ -45,9 +45,8 @@ namespace loss {
 namespace general {
 
 // What the cap makes of logits; not of elements that there are not.
-template <class T, bool ALIGNED>
-__device__ __forceinline__ void cap_logits(const LossParams &p, const Slice<T, ALIGNED> &slice,
-                                           float (&logit)[ELEMENTS]) {
+template <class T>
+__device__ __forceinline__ void cap_logits(const LossParams &p, const Slice<T> &slice, float (&logit)[ELEMENTS]) {
 #pragma unroll
     for (u32 k = 0; k < ELEMENTS; ++k) {
         if (slice.has(k)) {
@@ -67,9 +66,8 @@ __device__ __forceinline__ void pull_through_cap(const LossParams &p, const floa
 }
 
 // Both logits of each element and their difference, from what was read in the place of the second ones.
-template <class T, bool ALIGNED>
-__device__ __forceinline__ void compare(const LossParams &p, const Slice<T, ALIGNED> &slice, bool exists,
-                                        Elements &of) {
+template <class T>
+__device__ __forceinline__ void compare(const LossParams &p, const Slice<T> &slice, bool exists, Elements &of) {
 #pragma unroll
     for (u32 k = 0; k < ELEMENTS; ++k) {
         const float first = of.logit[0][k], read = exists ? of.logit[1][k] : first;
@@ -85,8 +83,8 @@ __device__ __forceinline__ void compare(const LossParams &p, const Slice<T, ALIG
 }
 
 // t of each element, or v.
-template <class T, bool ALIGNED>
-__device__ __forceinline__ void read_targets(const LossParams &p, const Slice<T, ALIGNED> &slice, u32 sample, u32 start,
+template <class T>
+__device__ __forceinline__ void read_targets(const LossParams &p, const Slice<T> &slice, u32 sample, u32 start,
                                              u32 label_at, bool has_target, float (&target)[ELEMENTS]) {
     if (p.criterion != LOSS_LABELS) {
         slice.read(p.targets + static_cast<u64>(sample) * p.classes + start, target);
@@ -108,8 +106,8 @@ __device__ __forceinline__ void read_targets(const LossParams &p, const Slice<T,
 }
 
 // The criterion's sums over the group's slice.
-template <class T, bool ALIGNED>
-__device__ __forceinline__ Criterion sum_criterion(const LossParams &p, const Slice<T, ALIGNED> &slice,
+template <class T>
+__device__ __forceinline__ Criterion sum_criterion(const LossParams &p, const Slice<T> &slice,
                                                    const float (&logit)[ELEMENTS], const float (&target)[ELEMENTS],
                                                    float max, u32 part) {
     float sum[5] = {};
@@ -161,8 +159,8 @@ __device__ __forceinline__ Sums sum_powers(const LossParams &p, const Elements &
 }
 
 // All that a first look at a slice finds.
-template <class T, bool ALIGNED>
-__device__ __forceinline__ Row summarise(const LossParams &p, const Slice<T, ALIGNED> &slice, const Elements &of) {
+template <class T>
+__device__ __forceinline__ Row summarise(const LossParams &p, const Slice<T> &slice, const Elements &of) {
     Row row = {};
     row.max[0] = LOWEST;
     row.max[1] = LOWEST;
@@ -347,8 +345,8 @@ __device__ __forceinline__ Weights weigh(const LossParams &p) {
 }
 
 // The sample's gradients.
-template <class T, bool ALIGNED>
-__device__ __forceinline__ void write_gradients(const LossParams &p, const Slice<T, ALIGNED> &slice, const Elements &of,
+template <class T>
+__device__ __forceinline__ void write_gradients(const LossParams &p, const Slice<T> &slice, const Elements &of,
                                                 const Row &row, Divergence divergence, bool has_target, bool takes_part,
                                                 Weights weights, T *to) {
     float zero[ELEMENTS] = {}, one[ELEMENTS] = {};
@@ -371,7 +369,7 @@ __device__ __forceinline__ void write_gradients(const LossParams &p, const Slice
     }
 }
 
-template <class T, Form FORM, bool ALIGNED> __device__ __forceinline__ void evaluate(const LossParams &p) {
+template <class T, Form FORM> __device__ __forceinline__ void evaluate(const LossParams &p) {
     const u32 thread = threadIdx.x & (p.group - 1u), own = threadIdx.x / p.group, groups = blockDim.x / p.group;
     const u32 start = blockIdx.x * p.slice;
     const T *const logits = static_cast<const T *>(p.logits);
@@ -383,7 +381,7 @@ template <class T, Form FORM, bool ALIGNED> __device__ __forceinline__ void eval
         const u32 sample = base + own;
         const bool exists = sample < p.batch;
         const u64 row = static_cast<u64>(sample) * p.classes;
-        const Slice<T, ALIGNED> slice(thread, exists ? min(p.slice, p.classes - start) : 0u);
+        const Slice<T> slice(thread, exists ? min(p.slice, p.classes - start) : 0u, p.aligned != 0u);
         const i64 label = p.criterion == LOSS_LABELS && exists ? load(p.labels + sample) : -1;
         Elements of;
         slice.read(logits + row + start, of.logit[0]);
@@ -437,14 +435,6 @@ template <class T, Form FORM, bool ALIGNED> __device__ __forceinline__ void eval
     }
     if ((FORM == WHOLE || FORM == APPLY) && is_last_block(p.workspace, reinterpret_cast<u32 *>(shared(FLAG)))) {
         finish<true>(p);
-    }
-}
-
-template <class T, Form FORM> __device__ __forceinline__ void evaluate(const LossParams &p) {
-    if (p.aligned != 0u) {
-        evaluate<T, FORM, true>(p);
-    } else {
-        evaluate<T, FORM, false>(p);
     }
 }
 

@@ -4,7 +4,9 @@ use crate::cpu::Store;
 use half::bf16;
 
 mod sealed {
-    pub trait Sealed: faer::traits::ComplexField + crate::cpu::BlasReal + crate::cpu::Scratched {}
+    use crate::cpu::{BlasReal, LossReal, Scratched};
+
+    pub trait Sealed: faer::traits::ComplexField + BlasReal + LossReal + Scratched {}
     impl Sealed for f32 {}
     impl Sealed for f64 {}
 }

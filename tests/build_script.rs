@@ -105,8 +105,9 @@ fn architectures_are_read() {
 fn families_have_their_own_architectures() {
     let targets_of = |family, list| targets(family, &archs(list).unwrap());
     for family in ["", "sm80"] {
-        let images = ["80", "86", "90a"].map(String::from).to_vec();
-        assert_eq!(targets_of(family, "80;86;90a"), Ok(Targets { images, ptx: Some("80") }), "{family}");
+        let images = ["80", "86", "90", "120"].map(String::from).to_vec();
+        let targets = targets_of(family, "86;90;80;90a;120f");
+        assert_eq!(targets, Ok(Targets { images, ptx: Some("80") }), "{family}");
         assert_eq!(only_capability(family), None);
     }
     for (list, images) in
@@ -306,7 +307,7 @@ fn sources_are_compiled_once_and_again_when_something_changed() {
     assert!((0..5).all(|i| folder.join(format!("{i}.fatbin")).is_file()));
     let command = fs::read_to_string(&log).unwrap();
     for argument in
-        ["arch=compute_90a,code=sm_90a", "arch=compute_80,code=compute_80", "-ccbin my-g++", "-std=c++17"]
+        ["arch=compute_80,code=sm_90 ", "arch=compute_80,code=compute_80", "-ccbin my-g++", "-std=c++17"]
     {
         assert!(command.contains(argument), "{command}");
     }

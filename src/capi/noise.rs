@@ -5,8 +5,8 @@ use super::types::*;
 use super::{Failure, PACE_ERROR_DTYPE, PACE_ERROR_VALUE, PaceDevice, PaceStatus, Result, run};
 use crate::cuda::{self, DType, Direction, Gpu, MaskSource, Plan};
 use crate::noise::{self, Key, NoiseShape};
+use crate::parallel;
 use crate::{Real, cpu, schedule, shape};
-use rayon::prelude::*;
 use std::ffi::c_void;
 
 /// The key of layer `layer` at step `step` of the run seeded with `seed`.
@@ -54,7 +54,7 @@ impl Operator<PaceNoiseFill> for Fill {
         };
         let channels = shape.out_features;
         shape::length("z", name, z, shape.samples() * tokens * channels)?;
-        z.par_chunks_mut(channels).enumerate().for_each(|(row, z)| {
+        parallel::for_each(z.chunks_mut(channels).enumerate(), |(row, z)| {
             let (sample, token) = (row / tokens, row % tokens);
             let (branch, sample) = (sample / shape.batch, sample % shape.batch);
             generator.fill(branch as u8, sample as u64, token as u32, 0, z);

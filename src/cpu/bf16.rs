@@ -23,7 +23,9 @@ pub(super) fn gemm(
         let (c, a, b) =
             if c.col_stride() == 1 { (c, a, b) } else { (c.transpose_mut(), b.transpose(), a.transpose()) };
         let parts = par.degree().min(c.nrows().max(c.ncols()));
-        return in_parts(c, a, b, parts, &|c, a, b| unit.gemm(c, matches!(accum, Accum::Add), scale, a, b));
+        return in_parts((c, a, b), parts, |(c, a, b)| {
+            unit.gemm(c, matches!(accum, Accum::Add), scale, a, b)
+        });
     }
     through_f32(c, accum, scale, a, b, par);
 }

@@ -1,9 +1,9 @@
 //! Shared DropPath: both branches of a sample live or die together, and the mask is divided by its own mean.
 
 use crate::error::{Error, Result};
+use crate::parallel;
 use crate::real::Real;
 use crate::shape::{length, nonzero, product};
-use rayon::prelude::*;
 
 /// Keeps the division defined when every sample is dropped.
 const EPSILON: f64 = 1e-12;
@@ -56,13 +56,12 @@ fn apply<T: Real>(
     length(output.0, "[branches·B, features]", output.1, total)?;
     let mean = mask.iter().map(|m| m.to_f64()).sum::<f64>() / mask.len() as f64;
     let scale = T::from_f64(1.0 / (mean + EPSILON));
-    output.1.par_chunks_mut(features).zip(input.1.par_chunks(features)).enumerate().for_each(
-        |(row, (out, input))| {
-            let factor = mask[row % mask.len()] * scale;
-            for (out, &input) in out.iter_mut().zip(input) {
-                *out = input * factor;
-            }
-        },
-    );
+    let rows = output.1.chunks_mut(features).zip(input.1.chunks(features));
+    parallel::for_each(rows.enumerate(), |(row, (out, input))| {
+        let factor = mask[row % mask.len()] * scale;
+        for (out, &input) in out.iter_mut().zip(input) {
+            *out = input * factor;
+        }
+    });
     Ok(())
 }

@@ -5,17 +5,18 @@
 
 use super::Base;
 use super::matmul::{
-    Accum, MatMut, Par, add_up, all_threads, gemm, gemm_scaled, mat, mat_mut, mat_mut_t, mat_t, transpose,
+    Accum, MatMut, Par, add_up, all_threads, gemm, gemm_scaled, mat, mat_mut, mat_mut_t, mat_t,
+    row_chunks_mut, transpose,
 };
 use super::noisy_linear::{check_base, check_io};
 use super::rows::{self, CHANNEL_BLOCK, Z, blocks};
 use crate::error::{Error, Result};
 use crate::noise::Noise;
+use crate::parallel;
 use crate::real::{Element, Real};
 use crate::shape::{LinearShape, length, nonzero, product};
 use crate::vector::zip1;
 use num_traits::Zero;
-use rayon::prelude::*;
 use std::ops::Range;
 
 /// `y = x·W0ᵀ + b0 + z ⊙ (scale·(x·Aᵀ)·Bᵀ + δb)` and its gradients: the paper's LoRA add with noise.
@@ -152,7 +153,7 @@ impl<T: Element> LowRankLinear<'_, T> {
         let (d, u) = (mat(&d, n, r), mat(&u, r, k));
         let size = m.div_ceil(m.div_ceil(ROWS).next_multiple_of(2).min(MAX_SUMS)).max(MIN_ROWS);
         let dx: Vec<_> = match dx {
-            Some(dx) => dx.par_row_chunks_mut(size).map(Some).collect(),
+            Some(dx) => row_chunks_mut(dx, size).map(Some).collect(),
             None => x.chunks(size * k).map(|_| None).collect(),
         };
         let task = |scratch: &mut Scratch<T::Real>, (i, mut dx): (usize, Option<MatMut<'_, T::Real>>)| {
@@ -197,7 +198,7 @@ impl<T: Element> LowRankLinear<'_, T> {
             }
             sums
         };
-        let parts: Vec<_> = dx.into_par_iter().enumerate().map_init(Scratch::default, task).collect();
+        let parts = parallel::map_init(dx.into_iter().enumerate(), Scratch::default, task);
         if let Some(lora_b) = lora_b {
             let total = add_up(parts.iter().filter_map(|part| part.lora_b.as_deref()));
             transpose(&total, lora_b, r);

@@ -2,12 +2,12 @@
 //! partial ones.
 
 use super::blas;
+use crate::parallel;
 use crate::real::{Element, Real};
 use crate::vector::zip1;
 use faer::linalg::matmul::matmul;
 pub(super) use faer::{Accum, MatMut, MatRef, Par};
 use num_traits::One;
-use rayon::join;
 
 /// A row-major slice as a matrix.
 pub(super) fn mat<T>(slice: &[T], rows: usize, cols: usize) -> MatRef<'_, T> {
@@ -64,34 +64,56 @@ pub(super) fn gemm_of_reals<T: Real>(
     let parts = par.degree();
     if blas::suits(c.as_ref(), a, b, parts) {
         let beta = if matches!(accum, Accum::Add) { T::one() } else { T::zero() };
-        in_parts(c, a, b, parts, &|c, a, b| blas::gemm(c, beta, scale, a, b));
+        in_parts((c, a, b), parts, |(c, a, b)| blas::gemm(c, beta, scale, a, b));
     } else {
         matmul(c, accum, a, b, scale, par);
     }
 }
 
+/// `c`, `a` and `b` of a GEMM.
+type Operands<'a, C, T> = (MatMut<'a, C>, MatRef<'a, T>, MatRef<'a, T>);
+
 /// A GEMM in parts that run in parallel, each by `gemm`.
 pub(super) fn in_parts<C: Send, T: Sync>(
-    c: MatMut<'_, C>,
-    a: MatRef<'_, T>,
-    b: MatRef<'_, T>,
+    operands: Operands<'_, C, T>,
     parts: usize,
-    gemm: &(impl Fn(MatMut<'_, C>, MatRef<'_, T>, MatRef<'_, T>) + Sync),
+    gemm: impl Fn(Operands<'_, C, T>) + Sync,
 ) {
+    let mut tasks = Vec::with_capacity(parts);
+    split(operands, parts, &mut tasks);
+    parallel::for_each(tasks.into_iter(), gemm);
+}
+
+/// Parts of a GEMM, halved along the longer side.
+fn split<'a, C, T>((c, a, b): Operands<'a, C, T>, parts: usize, out: &mut Vec<Operands<'a, C, T>>) {
     if parts <= 1 {
-        return gemm(c, a, b);
+        return out.push((c, a, b));
     }
     let half = parts / 2;
-    let rest = parts - half;
-    if c.nrows() >= c.ncols() {
+    let halves = if c.nrows() >= c.ncols() {
         let at = c.nrows() * half / parts;
         let ((c0, c1), (a0, a1)) = (c.split_at_row_mut(at), a.split_at_row(at));
-        join(|| in_parts(c0, a0, b, half, gemm), || in_parts(c1, a1, b, rest, gemm));
+        [(c0, a0, b), (c1, a1, b)]
     } else {
         let at = c.ncols() * half / parts;
         let ((c0, c1), (b0, b1)) = (c.split_at_col_mut(at), b.split_at_col(at));
-        join(|| in_parts(c0, a, b0, half, gemm), || in_parts(c1, a, b1, rest, gemm));
+        [(c0, a, b0), (c1, a, b1)]
+    };
+    for (operands, parts) in halves.into_iter().zip([half, parts - half]) {
+        split(operands, parts, out);
     }
+}
+
+/// Blocks of `size` rows.
+pub(super) fn row_chunks_mut<T>(all: MatMut<'_, T>, size: usize) -> impl Iterator<Item = MatMut<'_, T>> {
+    let mut rest = Some(all);
+    std::iter::from_fn(move || {
+        let all = rest.take().filter(|all| all.nrows() > 0)?;
+        let at = size.min(all.nrows());
+        let (chunk, later) = all.split_at_row_mut(at);
+        rest = Some(later);
+        Some(chunk)
+    })
 }
 
 /// The sum of partial results, in their order.

@@ -28,6 +28,7 @@ pub use lm_head::{LmHead, LmHeadGrads};
 #[cfg(feature = "cuda")]
 pub(crate) use lora_mul_linear::check_adapter;
 pub use lora_mul_linear::{Lora, LoraMulLinear, LoraMulLinearGrads, Prompt};
+pub(crate) use loss::LossReal;
 #[cfg(feature = "cuda")]
 pub(crate) use loss::rows;
 pub use loss::{Consistency, Loss, LossValues};

@@ -3,10 +3,10 @@
 use super::rows::Z;
 use crate::error::Result;
 use crate::noise::Noise;
+use crate::parallel;
 use crate::real::Real;
 use crate::shape::{LinearShape, length};
 use crate::vector::zip2;
-use rayon::prelude::*;
 
 /// Elements in one parallel task.
 const TASK: usize = 1 << 15;
@@ -52,17 +52,15 @@ fn apply<T: Real>(
     length(input.0, "[M, N]", input.1, m * n)?;
     length(output.0, "[M, N]", output.1, m * n)?;
     let rows = (TASK / n).max(1);
-    output.1.par_chunks_mut(rows * n).zip(input.1.par_chunks(rows * n)).enumerate().for_each_init(
-        Vec::new,
-        |scratch, (i, (out, input))| {
-            let first = i * rows;
-            z.for_runs(first..first + out.len() / n, 0..n, scratch, |run, z| {
-                for row in run {
-                    let at = (row - first) * n..(row - first + 1) * n;
-                    zip2(&mut out[at.clone()], &input[at], z, &op);
-                }
-            });
-        },
-    );
+    let tasks = output.1.chunks_mut(rows * n).zip(input.1.chunks(rows * n));
+    parallel::for_each_init(tasks.enumerate(), Vec::new, |scratch, (i, (out, input))| {
+        let first = i * rows;
+        z.for_runs(first..first + out.len() / n, 0..n, scratch, |run, z| {
+            for row in run {
+                let at = (row - first) * n..(row - first + 1) * n;
+                zip2(&mut out[at.clone()], &input[at], z, &op);
+            }
+        });
+    });
     Ok(())
 }

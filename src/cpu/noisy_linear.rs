@@ -15,11 +15,11 @@ use super::scratch::Scratch;
 use super::{Base, blas};
 use crate::error::{Error, Result};
 use crate::noise::Noise;
+use crate::parallel;
 use crate::real::Element;
 use crate::shape::{LinearShape, length};
 use crate::vector::zip2;
 use num_traits::{One, Zero};
-use rayon::prelude::*;
 use std::ops::Range;
 
 /// Tokens per sample from which building an effective weight per sample is cheaper than a second GEMM.
@@ -178,7 +178,8 @@ impl<T: Element> NoisyLinear<'_, T> {
         let cached = if T::ROUNDS { (FOLDED / k).clamp(MIN_FOLDED, CHANNEL_BLOCK) } else { CHANNEL_BLOCK };
         let tasks = column_tasks(y, t, n, fold_part::<T>(n, cached.next_multiple_of(MIN_FOLDED)));
         let par = inner_threads(tasks.len());
-        tasks.into_par_iter().for_each_init(
+        parallel::for_each_init(
+            tasks.into_iter(),
             || (Scratch::take(), Vec::new()),
             |(weight, z_row), (sample, channels, y)| {
                 let width = channels.len();
@@ -280,7 +281,8 @@ impl<T: Element> NoisyLinear<'_, T> {
                     column_tasks(dx, t, k, fold_part::<T>(k, if T::ROUNDS { 2 * CHANNEL_BLOCK } else { k }));
                 let par = inner_threads(tasks.len());
                 let block = if blas::is_registered() && !T::ROUNDS { n } else { CHANNEL_BLOCK };
-                tasks.into_par_iter().for_each_init(
+                parallel::for_each_init(
+                    tasks.into_iter(),
                     || (Scratch::take(), Vec::new()),
                     |(weight, z_row), (sample, columns, dx)| {
                         let dy = mat(&dy[sample * t * n..][..t * n], t, n);
@@ -356,11 +358,10 @@ impl<T: Element> Fold<'_, T> {
                 *out = T::from_real(w.to_real() + z * d.to_real());
             });
         };
-        let width = columns.len();
-        if matches!(par, Par::Seq) {
-            out.chunks_exact_mut(width).zip(channels.zip(z)).for_each(row);
-        } else {
-            out.par_chunks_exact_mut(width).zip(channels.into_par_iter().zip(z)).for_each(row);
+        let rows = out.chunks_exact_mut(columns.len()).zip(channels.zip(z));
+        match par {
+            Par::Seq => rows.for_each(row),
+            _ => parallel::for_each(rows, row),
         }
     }
 

@@ -1,15 +1,17 @@
 //! What every noisy layer on the CPU shares: `z` by rows, the blocked forward pass, and tiles of `e = z⊙g`.
 
 use super::Base;
-use super::matmul::{Accum, MatMut, MatRef, Par, all_threads, gemm, inner_threads, mat, mat_mut};
+use super::matmul::{
+    Accum, MatMut, MatRef, Par, all_threads, gemm, inner_threads, mat, mat_mut, row_chunks_mut,
+};
 use super::scratch::Scratch;
 use crate::error::Result;
 use crate::noise::{Noise, NoiseShape, check_samples};
+use crate::parallel;
 use crate::real::{Element, Real};
 use crate::shape::{LinearShape, length};
 use crate::vector::{zip1, zip2, zip4};
 use num_traits::Zero;
-use rayon::prelude::*;
 use std::ops::Range;
 
 /// Output channels that are handled while a tile of them stays in the L2 cache.
@@ -194,7 +196,7 @@ pub(super) fn forward<T: Element>(
     let delta_bias = delta_bias.map(T::reals);
     let mut tasks = tasks(&shape, rows_per_task::<T>(shape.in_rows()), y);
     let par = inner_threads(tasks.len());
-    tasks.par_iter_mut().for_each_init(Buffers::default, |buffers, task| {
+    parallel::for_each_init(tasks.iter_mut(), Buffers::default, |buffers, task| {
         let rows = task.out[0].len() / n;
         let first = task.first_row;
         let x = mat(&x[first * k..][..rows * k], rows, k);
@@ -291,7 +293,7 @@ pub(super) fn base_gradient<T: Element>(
     }
     let rows = rows_per_task::<T>(m);
     let par = inner_threads(m.div_ceil(rows));
-    dx.par_row_chunks_mut(rows).enumerate().for_each_init(Vec::new, |sum, (i, dx)| {
+    parallel::for_each_init(row_chunks_mut(dx, rows).enumerate(), Vec::new, |sum, (i, dx)| {
         let count = dx.nrows();
         let g = sum_branches(shape, g, i * rows, count, sum);
         gemm(dx, Accum::Replace, mat(g, count, n), weight, par);
@@ -308,7 +310,8 @@ pub(super) fn project_gradient<T: Element>(
     let n = weight.nrows();
     let rows = rows_per_task::<T>(z.shape.in_rows());
     let par = inner_threads(z.shape.in_rows().div_ceil(rows));
-    out.par_row_chunks_mut(rows).enumerate().for_each_init(
+    parallel::for_each_init(
+        row_chunks_mut(out, rows).enumerate(),
         || (Vec::<T>::new(), Vec::new()),
         |(tile, scratch), (i, out)| {
             let (first, count) = (i * rows, out.nrows());
@@ -356,7 +359,8 @@ pub(super) fn for_channel_blocks<T: Element>(
     let n = z.shape.out_features;
     let block = channel_block(n);
     let par = inner_threads(n.div_ceil(block));
-    out.par_chunks_mut(block * width).enumerate().for_each_init(
+    parallel::for_each_init(
+        out.chunks_mut(block * width).enumerate(),
         || (Vec::<T>::new(), Vec::new()),
         |(tile, scratch), (i, out)| {
             let channels = i * block..n.min((i + 1) * block);
@@ -378,7 +382,8 @@ pub(super) fn delta_bias<T: Element>(z: &Z<'_, T::Real>, g: &[T], out: &mut [T])
     const CHAIN: usize = 32;
     let n = z.shape.out_features;
     let block = channel_block(n);
-    out.par_chunks_mut(block).enumerate().for_each_init(
+    parallel::for_each_init(
+        out.chunks_mut(block).enumerate(),
         || (<[Vec<T::Real>; 3]>::default(), Vec::new()),
         |(sums, scratch), (i, out)| {
             let channels = i * block..i * block + out.len();

@@ -1,11 +1,11 @@
 //! From what tensors are stored in to what is computed in, and back.
 
 use super::bf16;
-use super::matmul::{Accum, MatMut, MatRef, Par, gemm_of_reals, mat_mut};
+use super::matmul::{Accum, MatMut, MatRef, Par, gemm_of_reals, mat_mut, row_chunks_mut};
 use super::scratch::{Scratch, Scratched};
+use crate::parallel;
 use crate::real::{Element, Real};
 use crate::vector::zip1;
-use rayon::prelude::*;
 use std::borrow::Cow;
 
 /// What an [`Element`] with this `Real` has besides, for the operators only.
@@ -20,21 +20,35 @@ pub trait Store<R: Real>: Scratched {
     fn write(out: MatMut<'_, Self>, par: Par, body: impl FnOnce(MatMut<'_, R>));
 }
 
-impl<T: Real> Store<T> for T {
-    const ROUNDS: bool = false;
+macro_rules! stored_as_it_is {
+    ($($type:ty),*) => {$(
+        impl Store<$type> for $type {
+            const ROUNDS: bool = false;
 
-    fn gemm(c: MatMut<'_, T>, accum: Accum, scale: T, a: MatRef<'_, T>, b: MatRef<'_, T>, par: Par) {
-        gemm_of_reals(c, accum, scale, a, b, par);
-    }
+            fn gemm(
+                c: MatMut<'_, $type>,
+                accum: Accum,
+                scale: $type,
+                a: MatRef<'_, $type>,
+                b: MatRef<'_, $type>,
+                par: Par,
+            ) {
+                gemm_of_reals(c, accum, scale, a, b, par);
+            }
 
-    fn reals(values: &[T]) -> Cow<'_, [T]> {
-        Cow::Borrowed(values)
-    }
+            fn reals(values: &[$type]) -> Cow<'_, [$type]> {
+                Cow::Borrowed(values)
+            }
 
-    fn write(out: MatMut<'_, T>, _: Par, body: impl FnOnce(MatMut<'_, T>)) {
-        body(out);
-    }
+            fn write(out: MatMut<'_, $type>, _: Par, body: impl FnOnce(MatMut<'_, $type>)) {
+                body(out);
+            }
+        }
+    )*};
 }
+
+// Not for all `Real`s at once: what is generic is compiled again in every program that uses it, and GEMMs are large.
+stored_as_it_is!(f32, f64);
 
 impl Store<f32> for half::bf16 {
     const ROUNDS: bool = true;
@@ -71,7 +85,7 @@ impl Store<f32> for half::bf16 {
         };
         match par {
             Par::Seq => round((out, reals)),
-            _ => out.par_row_chunks_mut(ROWS).zip(reals.par_chunks_mut(ROWS * columns)).for_each(round),
+            _ => parallel::for_each(row_chunks_mut(out, ROWS).zip(reals.chunks_mut(ROWS * columns)), round),
         }
     }
 }

@@ -11,11 +11,11 @@ use super::matmul::{
     Accum, MatRef, Par, add_up, all_threads, gemm, gemm_scaled, mat, mat_mut, mat_mut_t, transpose,
 };
 use crate::error::{Error, Result};
+use crate::parallel;
 use crate::real::{Element, Real};
 use crate::shape::{length, nonzero, product};
 use crate::vector::{zip1, zip2};
 use num_traits::Zero;
-use rayon::prelude::*;
 
 /// Channels of a block of ΔW that stays in the cache while it is used twice.
 const CHANNELS: usize = 192;
@@ -84,8 +84,8 @@ impl<T: Element> LoraFactors<&[T], T::Real> {
     fn product(&self, base: Option<&[T]>, out: &mut [T]) {
         let Self { in_features: k, rank: r, .. } = *self;
         let lora_a = mat(self.lora_a, r, k);
-        let blocks = out.par_chunks_mut(CHANNELS * k).zip(self.lora_b.par_chunks(CHANNELS * r));
-        blocks.enumerate().for_each(|(i, (out, lora_b))| {
+        let blocks = out.chunks_mut(CHANNELS * k).zip(self.lora_b.chunks(CHANNELS * r));
+        parallel::for_each(blocks.enumerate(), |(i, (out, lora_b))| {
             let count = lora_b.len() / r;
             T::write(mat_mut(out, count, k), Par::Seq, |mut out| {
                 let lora_b = mat(lora_b, count, r);
@@ -108,43 +108,39 @@ impl<T: Element> LoraFactors<&[T], T::Real> {
         self.check_grads(&grads)?;
         let lora_a = mat(self.lora_a, r, k).transpose();
         let block = n.div_ceil(MAX_SUMS).max(CHANNELS);
-        let parts: Vec<Vec<T::Real>> = grads
-            .lora_b
-            .par_chunks_mut(block * r)
-            .zip(self.lora_b.par_chunks(block * r))
-            .enumerate()
-            .map_init(
-                || (Vec::new(), Vec::new()),
-                |(product, dd_t), (i, (dd, d))| {
-                    let count = dd.len() / r;
-                    let grad = &grad[i * block * k..][..count * k];
-                    let q = match base {
-                        None => grad,
-                        Some(base) => {
-                            product.resize(count * k, T::default());
-                            zip2(product, grad, &base[i * block * k..], |q: &mut T, grad, base| {
-                                *q = T::from_real(grad.to_real() * base.to_real());
-                            });
-                            &product[..]
-                        }
-                    };
-                    let (q, d) = (mat(q, count, k), mat(d, count, r));
-                    dd_t.resize(count * r, T::Real::zero());
-                    gemm_scaled(mat_mut_t(dd_t, count, r), Accum::Replace, self.scale, q, lora_a, Par::Seq);
-                    transpose(dd_t, dd, r);
-                    let mut share = vec![T::Real::zero(); r * k];
-                    gemm_scaled(
-                        mat_mut(&mut share, r, k),
-                        Accum::Replace,
-                        self.scale,
-                        d.transpose(),
-                        q,
-                        Par::Seq,
-                    );
-                    share
-                },
-            )
-            .collect();
+        let blocks = grads.lora_b.chunks_mut(block * r).zip(self.lora_b.chunks(block * r));
+        let parts: Vec<Vec<T::Real>> = parallel::map_init(
+            blocks.enumerate(),
+            || (Vec::new(), Vec::new()),
+            |(product, dd_t), (i, (dd, d))| {
+                let count = dd.len() / r;
+                let grad = &grad[i * block * k..][..count * k];
+                let q = match base {
+                    None => grad,
+                    Some(base) => {
+                        product.resize(count * k, T::default());
+                        zip2(product, grad, &base[i * block * k..], |q: &mut T, grad, base| {
+                            *q = T::from_real(grad.to_real() * base.to_real());
+                        });
+                        &product[..]
+                    }
+                };
+                let (q, d) = (mat(q, count, k), mat(d, count, r));
+                dd_t.resize(count * r, T::Real::zero());
+                gemm_scaled(mat_mut_t(dd_t, count, r), Accum::Replace, self.scale, q, lora_a, Par::Seq);
+                transpose(dd_t, dd, r);
+                let mut share = vec![T::Real::zero(); r * k];
+                gemm_scaled(
+                    mat_mut(&mut share, r, k),
+                    Accum::Replace,
+                    self.scale,
+                    d.transpose(),
+                    q,
+                    Par::Seq,
+                );
+                share
+            },
+        );
         zip1(grads.lora_a, &add_up(parts.iter().map(Vec::as_slice)), |out, sum| *out = T::from_real(sum));
         Ok(())
     }
@@ -330,7 +326,7 @@ fn write_product<T: Element>(
 /// If the slices differ in length.
 pub fn merge<T: Real>(target: &mut [T], delta: &[T]) -> Result<()> {
     same_length(target, delta)?;
-    target.par_iter_mut().zip(delta).for_each(|(w, &d)| *w += d);
+    combine(target, delta, |w, d| *w += d);
     Ok(())
 }
 
@@ -340,8 +336,15 @@ pub fn merge<T: Real>(target: &mut [T], delta: &[T]) -> Result<()> {
 /// If the slices differ in length.
 pub fn unmerge<T: Real>(target: &mut [T], delta: &[T]) -> Result<()> {
     same_length(target, delta)?;
-    target.par_iter_mut().zip(delta).for_each(|(w, &d)| *w -= d);
+    combine(target, delta, |w, d| *w -= d);
     Ok(())
+}
+
+fn combine<T: Real>(target: &mut [T], delta: &[T], op: impl Fn(&mut T, T) + Sync) {
+    /// Elements of one parallel task.
+    const TASK: usize = 1 << 14;
+    let tasks = target.chunks_mut(TASK).zip(delta.chunks(TASK));
+    parallel::for_each(tasks, |(target, delta)| zip1(target, delta, &op));
 }
 
 fn same_length<T>(target: &[T], delta: &[T]) -> Result<(), Error> {

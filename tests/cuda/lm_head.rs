@@ -134,7 +134,7 @@ impl<T: Type> Data<T> {
     }
 
     /// By all logits, with every product and sum rounded.
-    fn reference(&self, round: impl Fn(f64) -> f64 + Copy) -> Results {
+    fn reference(&self, round: fn(f64) -> f64) -> Results {
         let Case { branches, hidden_size: h, classes: v, logit_scale: a, soft_cap, has_lora, .. } = self.case;
         let all = |values: Vec<f64>| -> Vec<f64> { values.into_iter().map(round).collect() };
         let scaled =

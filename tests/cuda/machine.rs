@@ -24,27 +24,30 @@ impl Target<'_> {
         if self.device.is_none() {
             let seeds = schedules::of_case(launched.threads, &launched.kernels);
             (0..seeds).for_each(|seed| {
-                self.simulate(shift, Schedule::Random(seed), &body);
+                self.in_order(Schedule::Random(seed), shift, &body);
             });
         }
     }
 
     /// The same, but once and with threads in their order. Gives what was launched in the simulator.
     pub fn once(&self, shift: usize, body: impl Fn(&mut Machine<'_>)) -> Launched {
-        let Some(opened) = self.device else { return self.simulate(shift, Schedule::InOrder, &body) };
-        let place = Place::Device { opened, memory: HashMap::new() };
-        body(&mut Machine { gpu: self.gpu, shift, place });
-        Launched::default()
+        self.in_order(Schedule::InOrder, shift, &body)
     }
 
-    fn simulate(&self, shift: usize, schedule: Schedule, body: &impl Fn(&mut Machine<'_>)) -> Launched {
-        let (memory, tensors) = (Memory::new(shift), HashMap::new());
-        let place = Place::Simulator { memory, tensors, schedule, launched: Launched::default() };
+    // Without a parameter for the body's type: there are many of them.
+    fn in_order(&self, schedule: Schedule, shift: usize, body: &dyn Fn(&mut Machine<'_>)) -> Launched {
+        let place = match self.device {
+            Some(opened) => Place::Device { opened, memory: HashMap::new() },
+            None => {
+                let (memory, tensors) = (Memory::new(shift), HashMap::new());
+                Place::Simulator { memory, tensors, schedule, launched: Launched::default() }
+            }
+        };
         let mut machine = Machine { gpu: self.gpu, shift, place };
         body(&mut machine);
         match machine.place {
             Place::Simulator { launched, .. } => launched,
-            Place::Device { .. } => unreachable!("the place does not change"),
+            Place::Device { .. } => Launched::default(),
         }
     }
 }

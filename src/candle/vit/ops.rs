@@ -7,12 +7,12 @@
 mod composed;
 
 use crate::candle::ops::{Element, Grads, Kernel, apply1, apply3};
+use crate::parallel;
 use crate::vector::{Loop, widest, zip1, zip2};
 use candle_core::{Result, Shape, Tensor};
 use faer::linalg::matmul::matmul;
 use faer::prelude::ReborrowMut;
 use faer::{Accum, MatMut, MatRef, Par};
-use rayon::prelude::*;
 
 /// Elements of one parallel task.
 const TASK: usize = 1 << 14;
@@ -59,7 +59,7 @@ impl Kernel<3> for LayerNormKernel {
     fn forward<T: Element>(&self, [x, weight, bias]: [&[T]; 3], out: &mut [T]) -> Result<()> {
         let width = weight.len();
         let task = (TASK / width).max(1) * width;
-        out.par_chunks_mut(task).zip(x.par_chunks(task)).for_each(|(out, x)| {
+        parallel::for_each(out.chunks_mut(task).zip(x.chunks(task)), |(out, x)| {
             for (out, x) in out.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
                 let (mean, scale) = moments(x, self.epsilon);
                 for (((out, &x), &w), &b) in out.iter_mut().zip(x).zip(weight).zip(bias) {
@@ -80,8 +80,8 @@ impl Kernel<3> for LayerNormKernel {
         let count = T::from_usize(width);
         if let Some(dx) = dx {
             let task = (TASK / width).max(1) * width;
-            let tasks = dx.par_chunks_mut(task).zip(x.par_chunks(task)).zip(grad.par_chunks(task));
-            tasks.for_each(|((dx, x), grad)| {
+            let tasks = dx.chunks_mut(task).zip(x.chunks(task)).zip(grad.chunks(task));
+            parallel::for_each(tasks, |((dx, x), grad)| {
                 let rows = dx.chunks_exact_mut(width).zip(x.chunks_exact(width));
                 for ((dx, x), grad) in rows.zip(grad.chunks_exact(width)) {
                     let (mean, scale) = moments(x, self.epsilon);
@@ -209,8 +209,8 @@ impl Kernel<1> for AttentionKernel {
 
     fn forward<T: Element>(&self, [qkv]: [&[T]; 1], out: &mut [T]) -> Result<()> {
         let (t, width, dim) = (self.tokens, self.width(), self.head_dim);
-        let samples = out.par_chunks_mut(t * width).zip(qkv.par_chunks(3 * t * width));
-        samples.for_each_init(
+        parallel::for_each_init(
+            out.chunks_mut(t * width).zip(qkv.chunks(3 * t * width)),
             || vec![T::zero(); t * t],
             |weights, (out, qkv)| {
                 let mut out = MatMut::from_row_major_slice_mut(out, t, width);
@@ -230,8 +230,9 @@ impl Kernel<1> for AttentionKernel {
         let Some(dqkv) = dqkv else { return Ok(()) };
         let (t, width, dim) = (self.tokens, self.width(), self.head_dim);
         let scale: T = Element::from_f64((dim as f64).powf(-0.5));
-        let samples = dqkv.par_chunks_mut(3 * t * width).zip(qkv.par_chunks(3 * t * width));
-        samples.zip(grad.par_chunks(t * width)).for_each_init(
+        let samples = dqkv.chunks_mut(3 * t * width).zip(qkv.chunks(3 * t * width));
+        parallel::for_each_init(
+            samples.zip(grad.chunks(t * width)),
             || (vec![T::zero(); t * t], vec![T::zero(); t * t]),
             |(weights, scores), ((dqkv, qkv), grad)| {
                 let grad = MatRef::from_row_major_slice(grad, t, width);
@@ -277,7 +278,7 @@ impl Kernel<1> for GeluKernel {
     }
 
     fn forward<T: Element>(&self, [x]: [&[T]; 1], out: &mut [T]) -> Result<()> {
-        out.par_chunks_mut(TASK).zip(x.par_chunks(TASK)).for_each(|(out, x)| {
+        parallel::for_each(out.chunks_mut(TASK).zip(x.chunks(TASK)), |(out, x)| {
             zip1(out, x, |out, x| *out = x * normal_cdf(x));
         });
         Ok(())
@@ -287,8 +288,8 @@ impl Kernel<1> for GeluKernel {
         let Some(dx) = dx else { return Ok(()) };
         let (half, norm): (T, T) =
             (Element::from_f64(-0.5), Element::from_f64((2.0 * std::f64::consts::PI).sqrt().recip()));
-        let tasks = dx.par_chunks_mut(TASK).zip(x.par_chunks(TASK)).zip(grad.par_chunks(TASK));
-        tasks.for_each(|((dx, x), grad)| {
+        let tasks = dx.chunks_mut(TASK).zip(x.chunks(TASK)).zip(grad.chunks(TASK));
+        parallel::for_each(tasks, |((dx, x), grad)| {
             zip2(dx, x, grad, |dx, x, g| *dx = g * (normal_cdf(x) + x * norm * (half * x * x).exp()));
         });
         Ok(())

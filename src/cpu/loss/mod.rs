@@ -7,9 +7,10 @@ mod terms;
 
 use crate::error::{Error, Result};
 use crate::loss::{Divergence, LossSettings, Targets};
+use crate::parallel;
 use crate::real::Real;
 use crate::shape::{length, nonzero, product};
-use rayon::prelude::*;
+use std::iter::repeat_with;
 
 /// Fewest logits of a branch in a task: less than 30 µs of work is not worth waking another thread for.
 const MIN_WORK: usize = 1 << 14;
@@ -101,6 +102,37 @@ enum Target<'a, T> {
     Probabilities(&'a [T]),
     Values(&'a [T]),
 }
+
+/// A type that losses are computed for. Not for all `Real`s at once: what is generic is compiled again in every program that uses
+/// it, and losses are large.
+pub trait LossReal: Sized {
+    /// [`Loss::sums`].
+    fn sums(
+        loss: &Loss<'_, Self>,
+        logits: &[Self],
+        consistency: &Consistency<'_, Self>,
+        gradient: Option<&mut [Self]>,
+        denominators: (f64, f64),
+    ) -> (f64, f64);
+}
+
+macro_rules! loss_reals {
+    ($($type:ty),*) => {$(
+        impl LossReal for $type {
+            fn sums(
+                loss: &Loss<'_, $type>,
+                logits: &[$type],
+                consistency: &Consistency<'_, $type>,
+                gradient: Option<&mut [$type]>,
+                denominators: (f64, f64),
+            ) -> (f64, f64) {
+                loss.add_up(logits, consistency, gradient, denominators)
+            }
+        }
+    )*};
+}
+
+loss_reals!(f32, f64);
 
 impl<T: Real> Loss<'_, T> {
     /// Samples of the batch.
@@ -230,6 +262,16 @@ impl<T: Real> Loss<'_, T> {
         logits: &[T],
         consistency: &Consistency<'_, T>,
         gradient: Option<&mut [T]>,
+        denominators: (f64, f64),
+    ) -> (f64, f64) {
+        T::sums(self, logits, consistency, gradient, denominators)
+    }
+
+    fn add_up(
+        &self,
+        logits: &[T],
+        consistency: &Consistency<'_, T>,
+        gradient: Option<&mut [T]>,
         (of_criterion, of_consistency): (f64, f64),
     ) -> (f64, f64) {
         let c = self.settings.classes;
@@ -259,18 +301,19 @@ impl<T: Real> Loss<'_, T> {
             }
         };
         let samples = MIN_WORK.div_ceil(c);
-        let parts: Vec<(f64, f64)> = match gradient {
-            None => (0..b).into_par_iter().with_min_len(samples).map(|i| row(i, None, None)).collect(),
-            Some(gradient) => {
-                let (g0, g1) = gradient.split_at_mut(b * c);
-                let g0 = g0.par_chunks_mut(c).with_min_len(samples).enumerate();
-                if two {
-                    g0.zip(g1.par_chunks_mut(c)).map(|((i, g0), g1)| row(i, Some(g0), Some(g1))).collect()
-                } else {
-                    g0.map(|(i, g0)| row(i, Some(g0), None)).collect()
-                }
+        let (g0, g1) = gradient.map(|gradient| gradient.split_at_mut(b * c)).unzip();
+        let mut parts = vec![(0.0, 0.0); b];
+        let tasks = parts
+            .chunks_mut(samples)
+            .zip(parts_of(g0, samples * c))
+            .zip(parts_of(g1, samples * c))
+            .enumerate();
+        parallel::for_each(tasks, |(i, ((parts, g0), g1))| {
+            let rows = parts.iter_mut().zip(parts_of(g0, c)).zip(parts_of(g1, c));
+            for (at, ((part, g0), g1)) in rows.enumerate() {
+                *part = row(i * samples + at, g0, g1);
             }
-        };
+        });
         parts.iter().fold((0.0, 0.0), |sum, part| (sum.0 + part.0, sum.1 + part.1))
     }
 
@@ -298,6 +341,11 @@ impl<T: Real> Loss<'_, T> {
             Target::Probabilities(_) | Target::Values(_) => None,
         }
     }
+}
+
+/// Parts of `size` elements of what may be missing; then its parts are as well.
+fn parts_of<T>(all: Option<&mut [T]>, size: usize) -> impl Iterator<Item = Option<&mut [T]>> {
+    all.into_iter().flat_map(move |all| all.chunks_mut(size)).map(Some).chain(repeat_with(|| None))
 }
 
 /// The rows of a tensor of `len` elements.
