@@ -25,6 +25,7 @@ mod built {
 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use pace_kernels::cuda::{KERNELS, Kernel};
+use rayon::prelude::*;
 use sass::Instruction;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
@@ -161,13 +162,13 @@ impl Compiled {
         let tools = Tools::find()?;
         let list = std::env::var_os("PACE_CUDA_ARCHS").unwrap_or(nvcc::DEFAULT_ARCHS.into());
         let archs = nvcc::archs(&list.to_string_lossy())?;
-        let mut kernels = BTreeMap::new();
-        for (file, ..) in built::FATBINS {
+        let take_apart = |&(file, ..): &built::Fatbin| {
             let fatbin = Path::new(env!("OUT_DIR")).join(format!("{}.fatbin", file.replace('/', "_")));
-            for ((arch, kernel), code) in tools.take_apart(&fatbin)? {
-                kernels.insert(((*file).to_owned(), kernel, arch), code);
-            }
-        }
+            let kernels = tools.take_apart(&fatbin)?;
+            Ok(kernels.into_iter().map(move |((arch, kernel), code)| ((file.to_owned(), kernel, arch), code)))
+        };
+        let files = built::FATBINS.par_iter().map(take_apart).collect::<Result<Vec<_>, String>>()?;
+        let kernels = files.into_iter().flatten().collect();
         Ok(Self { tools, archs, kernels })
     }
 }

@@ -7,9 +7,8 @@ pub fn matmul(m: usize, k: usize, n: usize, a: &[f64], b: &[f64]) -> Vec<f64> {
     let mut c = vec![0.0; m * n];
     for i in 0..m {
         for p in 0..k {
-            for j in 0..n {
-                c[i * n + j] += a[i * k + p] * b[p * n + j];
-            }
+            let row = c[i * n..][..n].iter_mut().zip(&b[p * n..][..n]);
+            row.for_each(|(c, b)| *c += a[i * k + p] * b);
         }
     }
     c
