@@ -11,7 +11,7 @@ use std::time::Instant;
 /// What `PACE_CUDA_ARCHS` is if it is not set: Ampere and up, with Hopper's own instructions.
 pub const DEFAULT_ARCHS: &str = "80;90a";
 /// What portable kernels are compiled to: PTX, which is assembled for each image, and kept for devices that have none. Compiled for
-/// a newer architecture they are the same instructions, which takes as long again.
+/// 9.0 they were the same instructions, but for a few registers, and that takes as long again.
 const PTX_FLOOR: &str = "80";
 /// The first release that knows `sm_90a`.
 const OLDEST: (u32, u32) = (12, 0);

@@ -369,6 +369,7 @@ fn a_family_is_compiled_for_its_architectures() {
     };
     assert_eq!(codes("sm80_linear.fatbin"), ["sm_80", "sm_90", "compute_80"]);
     assert_eq!(codes("sm90_linear.fatbin"), ["sm_90a"]);
+    assert!(commands.contains("arch=compute_90a,code=sm_90a "), "{commands}");
     // Nobody asked for Hopper.
     assert_eq!(compile("80", &all).as_deref(), Ok(&all[..2]));
 

@@ -54,10 +54,13 @@ impl Operator<PaceNoiseFill> for Fill {
         };
         let channels = shape.out_features;
         shape::length("z", name, z, shape.samples() * tokens * channels)?;
-        parallel::for_each(z.chunks_mut(channels).enumerate(), |(row, z)| {
-            let (sample, token) = (row / tokens, row % tokens);
-            let (branch, sample) = (sample / shape.batch, sample % shape.batch);
-            generator.fill(branch as u8, sample as u64, token as u32, 0, z);
+        let rows = parallel::rows(channels);
+        parallel::for_each(z.chunks_mut(rows * channels).enumerate(), |(i, z)| {
+            for (row, z) in (i * rows..).zip(z.chunks_mut(channels)) {
+                let (sample, token) = (row / tokens, row % tokens);
+                let (branch, sample) = (sample / shape.batch, sample % shape.batch);
+                generator.fill(branch as u8, sample as u64, token as u32, 0, z);
+            }
         });
         Ok(())
     }

@@ -56,11 +56,15 @@ fn apply<T: Real>(
     length(output.0, "[branches·B, features]", output.1, total)?;
     let mean = mask.iter().map(|m| m.to_f64()).sum::<f64>() / mask.len() as f64;
     let scale = T::from_f64(1.0 / (mean + EPSILON));
-    let rows = output.1.chunks_mut(features).zip(input.1.chunks(features));
-    parallel::for_each(rows.enumerate(), |(row, (out, input))| {
-        let factor = mask[row % mask.len()] * scale;
-        for (out, &input) in out.iter_mut().zip(input) {
-            *out = input * factor;
+    let rows = parallel::rows(features);
+    let tasks = output.1.chunks_mut(rows * features).zip(input.1.chunks(rows * features));
+    parallel::for_each(tasks.enumerate(), |(i, (out, input))| {
+        let both = out.chunks_mut(features).zip(input.chunks(features));
+        for (row, (out, input)) in (i * rows..).zip(both) {
+            let factor = mask[row % mask.len()] * scale;
+            for (out, &input) in out.iter_mut().zip(input) {
+                *out = input * factor;
+            }
         }
     });
     Ok(())

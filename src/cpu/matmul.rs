@@ -106,13 +106,14 @@ fn split<'a, C, T>((c, a, b): Operands<'a, C, T>, parts: usize, out: &mut Vec<Op
 
 /// Blocks of `size` rows.
 pub(super) fn row_chunks_mut<T>(all: MatMut<'_, T>, size: usize) -> impl Iterator<Item = MatMut<'_, T>> {
+    let count = all.nrows().div_ceil(size);
     let mut rest = Some(all);
-    std::iter::from_fn(move || {
-        let all = rest.take().filter(|all| all.nrows() > 0)?;
+    (0..count).map(move |_| {
+        let all = rest.take().expect("put back below");
         let at = size.min(all.nrows());
         let (chunk, later) = all.split_at_row_mut(at);
         rest = Some(later);
-        Some(chunk)
+        chunk
     })
 }
 

@@ -352,16 +352,22 @@ struct Fold<'a, T> {
 impl<T: Element> Fold<'_, T> {
     /// Writes `[channels, columns]` of the effective weight.
     fn block(&self, channels: Range<usize>, columns: Range<usize>, z: &[T::Real], out: &mut [T], par: Par) {
-        let row = |(out, (channel, &z)): (&mut [T], (usize, &T::Real))| {
-            let at = channel * self.k + columns.start..channel * self.k + columns.end;
-            zip2(out, &self.base[at.clone()], &self.delta[at], |out, w, d| {
-                *out = T::from_real(w.to_real() + z * d.to_real());
-            });
+        let width = columns.len();
+        let write = |first: usize, out: &mut [T]| {
+            for (row, out) in (first..).zip(out.chunks_exact_mut(width)) {
+                let start = (channels.start + row) * self.k;
+                let at = start + columns.start..start + columns.end;
+                zip2(out, &self.base[at.clone()], &self.delta[at], |out, w, d| {
+                    *out = T::from_real(w.to_real() + z[row] * d.to_real());
+                });
+            }
         };
-        let rows = out.chunks_exact_mut(columns.len()).zip(channels.zip(z));
         match par {
-            Par::Seq => rows.for_each(row),
-            _ => parallel::for_each(rows, row),
+            Par::Seq => write(0, out),
+            _ => {
+                let rows = parallel::rows(width);
+                parallel::for_each(out.chunks_mut(rows * width).enumerate(), |(i, out)| write(i * rows, out));
+            }
         }
     }
 

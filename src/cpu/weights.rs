@@ -11,7 +11,7 @@ use super::matmul::{
     Accum, MatRef, Par, add_up, all_threads, gemm, gemm_scaled, mat, mat_mut, mat_mut_t, transpose,
 };
 use crate::error::{Error, Result};
-use crate::parallel;
+use crate::parallel::{self, TASK};
 use crate::real::{Element, Real};
 use crate::shape::{length, nonzero, product};
 use crate::vector::{zip1, zip2};
@@ -341,8 +341,6 @@ pub fn unmerge<T: Real>(target: &mut [T], delta: &[T]) -> Result<()> {
 }
 
 fn combine<T: Real>(target: &mut [T], delta: &[T], op: impl Fn(&mut T, T) + Sync) {
-    /// Elements of one parallel task.
-    const TASK: usize = 1 << 14;
     let tasks = target.chunks_mut(TASK).zip(delta.chunks(TASK));
     parallel::for_each(tasks, |(target, delta)| zip1(target, delta, &op));
 }

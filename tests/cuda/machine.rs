@@ -24,18 +24,18 @@ impl Target<'_> {
         if self.device.is_none() {
             let seeds = schedules::of_case(launched.threads, &launched.kernels);
             (0..seeds).for_each(|seed| {
-                self.in_order(Schedule::Random(seed), shift, &body);
+                self.run_once(Schedule::Random(seed), shift, &body);
             });
         }
     }
 
     /// The same, but once and with threads in their order. Gives what was launched in the simulator.
     pub fn once(&self, shift: usize, body: impl Fn(&mut Machine<'_>)) -> Launched {
-        self.in_order(Schedule::InOrder, shift, &body)
+        self.run_once(Schedule::InOrder, shift, &body)
     }
 
-    // Without a parameter for the body's type: there are many of them.
-    fn in_order(&self, schedule: Schedule, shift: usize, body: &dyn Fn(&mut Machine<'_>)) -> Launched {
+    /// Without a parameter for the body's type: there are many of them.
+    fn run_once(&self, schedule: Schedule, shift: usize, body: &dyn Fn(&mut Machine<'_>)) -> Launched {
         let place = match self.device {
             Some(opened) => Place::Device { opened, memory: HashMap::new() },
             None => {

@@ -7,15 +7,12 @@
 mod composed;
 
 use crate::candle::ops::{Element, Grads, Kernel, apply1, apply3};
-use crate::parallel;
+use crate::parallel::{self, TASK};
 use crate::vector::{Loop, widest, zip1, zip2};
 use candle_core::{Result, Shape, Tensor};
 use faer::linalg::matmul::matmul;
 use faer::prelude::ReborrowMut;
 use faer::{Accum, MatMut, MatRef, Par};
-
-/// Elements of one parallel task.
-const TASK: usize = 1 << 14;
 
 /// Folds a row in sixteen lanes, in a fixed order, so that the loop becomes vector code.
 #[inline(always)]
@@ -58,7 +55,7 @@ impl Kernel<3> for LayerNormKernel {
 
     fn forward<T: Element>(&self, [x, weight, bias]: [&[T]; 3], out: &mut [T]) -> Result<()> {
         let width = weight.len();
-        let task = (TASK / width).max(1) * width;
+        let task = parallel::rows(width) * width;
         parallel::for_each(out.chunks_mut(task).zip(x.chunks(task)), |(out, x)| {
             for (out, x) in out.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
                 let (mean, scale) = moments(x, self.epsilon);
@@ -79,7 +76,7 @@ impl Kernel<3> for LayerNormKernel {
         let width = weight.len();
         let count = T::from_usize(width);
         if let Some(dx) = dx {
-            let task = (TASK / width).max(1) * width;
+            let task = parallel::rows(width) * width;
             let tasks = dx.chunks_mut(task).zip(x.chunks(task)).zip(grad.chunks(task));
             parallel::for_each(tasks, |((dx, x), grad)| {
                 let rows = dx.chunks_exact_mut(width).zip(x.chunks_exact(width));
