@@ -355,10 +355,10 @@ impl<T: Element> Fold<'_, T> {
         let width = columns.len();
         let write = |first: usize, out: &mut [T]| {
             for (row, out) in (first..).zip(out.chunks_exact_mut(width)) {
-                let start = (channels.start + row) * self.k;
+                let (z, start) = (z[row], (channels.start + row) * self.k);
                 let at = start + columns.start..start + columns.end;
                 zip2(out, &self.base[at.clone()], &self.delta[at], |out, w, d| {
-                    *out = T::from_real(w.to_real() + z[row] * d.to_real());
+                    *out = T::from_real(w.to_real() + z * d.to_real());
                 });
             }
         };
