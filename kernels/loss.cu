@@ -81,15 +81,16 @@ __device__ __forceinline__ Summary summarise(const LossParams &p, const Slice<T>
     return {peak[0], sum[0], sum[1], sum[2], sum[3]};
 }
 
-// The summary of a row from those of its slices; a whole group computes it.
-__device__ __forceinline__ Summary combine(const LossParams &p, u32 sample, u32 thread) {
+// The summary of a row from those of its slices; a warp computes it.
+__device__ __forceinline__ Summary combine(const LossParams &p, u32 sample) {
+    const u32 lane = threadIdx.x % WARP;
     float peak[1] = {LOWEST};
-    for (u32 i = thread; i < p.slices; i += p.group) {
+    for (u32 i = lane; i < p.slices; i += WARP) {
         peak[0] = fmaxf(peak[0], load(summary_of<SUMMARY_WORDS>(p, sample, i)));
     }
-    group_reduce<Max>(peak, first_warp(p), p.group / WARP, shared(PEAKS));
+    warp_reduce_all<Max>(peak);
     float sum[4] = {};
-    for (u32 i = thread; i < p.slices; i += p.group) {
+    for (u32 i = lane; i < p.slices; i += WARP) {
         const float *part = summary_of<SUMMARY_WORDS>(p, sample, i);
         const float below = peak[0] - load(part);
         sum[0] += expf(-below) * load(part + 1);
@@ -97,7 +98,7 @@ __device__ __forceinline__ Summary combine(const LossParams &p, u32 sample, u32 
         sum[2] += load(part + 3);
         sum[3] += load(part + 4);
     }
-    group_reduce<Sum>(sum, first_warp(p), p.group / WARP, shared(FIRST_SUMS));
+    warp_reduce_all<Sum>(sum);
     return {peak[0], sum[0], sum[1], sum[2], sum[3]};
 }
 
@@ -146,10 +147,10 @@ __device__ __forceinline__ void gradients(const LossParams &p, const Slice<T> &s
 }
 
 template <class T, Form FORM, bool ALIGNED> __device__ __forceinline__ void evaluate(const LossParams &p) {
-    // Divisions take long at the head of the chain: none where the block is one group.
-    const u32 thread = threadIdx.x & (p.group - 1u);
-    u32 own = 0, groups = 1;
-    if (blockDim.x != p.group) {
+    // Divisions take long at the head of the chain: none where the block is one group, as it is of rows of more slices.
+    u32 thread = threadIdx.x, own = 0, groups = 1;
+    if (FORM == WHOLE && blockDim.x != p.group) {
+        thread = threadIdx.x & (p.group - 1u);
         own = threadIdx.x / p.group;
         groups = blockDim.x / p.group;
     }
@@ -182,19 +183,19 @@ template <class T, Form FORM, bool ALIGNED> __device__ __forceinline__ void eval
         const u32 label_at = has_label ? static_cast<u32>(label) - start - slice.first : NONE;
 
         // The summary of the slice, or of the row; logits become exp(l - M).
+        Summary all;
+        if (FORM == APPLY) {
+            all = of_first_warp(shared_by_block<Summary>(), [&] { return combine(p, sample); });
+        }
 #pragma unroll
         for (u32 k = 0; k < ELEMENTS; ++k) {
             // Equal ones differ by nothing: classes that both branches mask by -inf, and elements that there are not.
             difference[k] = takes_part && logit[k] != difference[k] ? logit[k] - difference[k] : 0.0f;
-        }
-        Summary all;
-        if (FORM == APPLY) {
-            all = combine(p, sample, thread);
-#pragma unroll
-            for (u32 k = 0; k < ELEMENTS; ++k) {
+            if (FORM == APPLY) {
                 logit[k] = expf(logit[k] - all.max);
             }
-        } else {
+        }
+        if (FORM != APPLY) {
             all = summarise(p, slice, logit, difference, label_at);
         }
         if (FORM == SCAN) {

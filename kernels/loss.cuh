@@ -138,6 +138,12 @@ __device__ __forceinline__ float *shared(u32 part) {
     return words + part * (blockDim.x / WARP);
 }
 
+// Where a T lies that concerns the whole block, in the place of sums.
+template <class T> __device__ __forceinline__ T *shared_by_block() {
+    static_assert(sizeof(T) <= 4 * 5 * (LOSS_GROUP / WARP), "the first sums of a group");
+    return reinterpret_cast<T *>(shared(FIRST_SUMS));
+}
+
 // The first warp of the thread's group. A group has 2^n threads.
 __device__ __forceinline__ u32 first_warp(const LossParams &p) { return (threadIdx.x & ~(p.group - 1u)) / WARP; }
 

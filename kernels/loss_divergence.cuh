@@ -70,17 +70,46 @@ __device__ __forceinline__ bool needs_sums(const LossParams &p) {
 // p x, nothing without probability.
 __device__ __forceinline__ float share(float p, float x) { return p == 0.0f ? 0.0f : p * x; }
 
-// a - b where a = b exp(exponent).
-__device__ __forceinline__ float subtract(float a, float b, float exponent) {
-    return fabsf(exponent) < CLOSE ? b * expm1f(exponent) : a - b;
-}
-
 __device__ __forceinline__ float softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))); }
 
 // log(S0 / S1), from S0 - S1.
 __device__ __forceinline__ float log_ratio(const Sums &sums) {
-    return sums.less >= 0.0f ? log1pf(sums.less / sums.one) : -log1pf(-sums.less / sums.zero);
+    const bool is_zero = sums.less >= 0.0f;
+    const float larger = is_zero ? sums.zero : sums.one, smaller = is_zero ? sums.one : sums.zero;
+    // As in `Powers`, so that of one class nothing is left.
+    const float change = -fabsf(sums.less) / larger;
+    const float log = change > -CLOSE ? log1pf(change) : logf(smaller / larger);
+    return is_zero ? -log : log;
 }
+
+// expm1(t) - t, for |t| < CLOSE.
+__device__ __forceinline__ float second_order(float t) {
+    float series = 1.0f / 40320.0f;
+    series = series * t + 1.0f / 5040.0f;
+    series = series * t + 1.0f / 720.0f;
+    series = series * t + 1.0f / 120.0f;
+    series = series * t + 1.0f / 24.0f;
+    series = series * t + 1.0f / 6.0f;
+    series = series * t + 0.5f;
+    return t * t * series;
+}
+
+// Two powers and how much less the second one is: exp(exponent) times a factor, of which `log` is the logarithm of the ratio.
+struct Powers {
+    float zero, one, less;
+
+    __device__ __forceinline__ Powers(float exponent_zero, float exponent_one, float factor_zero, float factor_one,
+                                      float log) {
+        const bool is_zero = log > 0.0f;
+        const float larger = expf(is_zero ? exponent_zero : exponent_one) * (is_zero ? factor_zero : factor_one);
+        // Of the smaller one to the larger.
+        const float below = -fabsf(log), ratio = expf(below), smaller = larger * ratio;
+        const float change = larger * (below > -CLOSE ? below + second_order(below) : ratio - 1.0f);
+        zero = is_zero ? larger : smaller;
+        one = is_zero ? smaller : larger;
+        less = is_zero ? -change : change;
+    }
+};
 
 // What turns logits into probabilities and the logarithm of their ratio.
 struct Softmaxes {
@@ -89,31 +118,40 @@ struct Softmaxes {
     // log p/q where the one and the other branch has its maximum; 0 where that is infinite.
     float at_peak[2];
 
-    __device__ __forceinline__ Softmaxes(const LossParams &p, const Row &row)
-        : max{row.max[0], row.max[1]}, inverse{1.0f / row.sums.zero, 1.0f / row.sums.one}, scale(p.inverse_temperature),
-          shift(row.max[0] - row.max[1]), offset(log_ratio(row.sums)) {
-#pragma unroll
-        for (u32 branch = 0; branch < 2; ++branch) {
-            const float log = of(row.sums.at_peak[branch] / row.sums.peaks[branch]);
-            at_peak[branch] = fabsf(log) < INF ? log : 0.0f;
-        }
-    }
-
     // log p/q, from the difference of the logits.
     __device__ __forceinline__ float of(float difference) const { return (difference - shift) * scale - offset; }
 };
+
+__device__ __forceinline__ Softmaxes softmaxes_of(const LossParams &p, const Row &row) {
+    Softmaxes all = {};
+    if (!has_partner(p) || !is_of_probabilities(p)) {
+        return all;
+    }
+    all.scale = p.inverse_temperature;
+    all.shift = row.max[0] - row.max[1];
+    all.offset = log_ratio(row.sums);
+#pragma unroll
+    for (u32 branch = 0; branch < 2; ++branch) {
+        all.max[branch] = row.max[branch];
+        all.inverse[branch] = 1.0f / (branch == 0 ? row.sums.zero : row.sums.one);
+        const float log = all.of(row.sums.at_peak[branch] / row.sums.peaks[branch]);
+        all.at_peak[branch] = fabsf(log) < INF ? log : 0.0f;
+    }
+    return all;
+}
 
 // p, q, log p/q and p - q of an element.
 struct Ratio {
     float p, q, log, less;
 
     __device__ __forceinline__ Ratio(const Softmaxes &all, const Elements &of, u32 k) {
-        const float zero = of.logit[0][k], one = of.logit[1][k];
-        p = expf((zero - all.max[0]) * all.scale) * all.inverse[0];
-        q = expf((one - all.max[1]) * all.scale) * all.inverse[1];
         // Of what is masked in both it is some number, which no probability is multiplied by.
         log = all.of(of.difference[k]);
-        less = subtract(p, q, log);
+        const Powers powers((of.logit[0][k] - all.max[0]) * all.scale, (of.logit[1][k] - all.max[1]) * all.scale,
+                            all.inverse[0], all.inverse[1], log);
+        p = powers.zero;
+        q = powers.one;
+        less = powers.less;
     }
 };
 
@@ -142,23 +180,11 @@ struct Mixture {
     }
 };
 
-// expm1(t) - t, for small t.
-__device__ __forceinline__ float second_order(float t) {
-    float series = 1.0f + t * (1.0f / 8.0f);
-    series = 1.0f + t * (1.0f / 7.0f) * series;
-    series = 1.0f + t * (1.0f / 6.0f) * series;
-    series = 1.0f + t * (1.0f / 5.0f) * series;
-    series = 1.0f + t * (1.0f / 4.0f) * series;
-    series = 1.0f + t * (1.0f / 3.0f) * series;
-    return 0.5f * t * t * series;
-}
-
 // The sums of the divergence over the group's slice.
 template <class T>
 __device__ __forceinline__ Divergence sum_divergence(const LossParams &p, const Slice<T> &slice, const Elements &of,
-                                                     const Row &row) {
+                                                     const Row &row, const Softmaxes &all) {
     float sum[3] = {};
-    const Softmaxes all(p, row);
     const float mean = row.sums.zero / static_cast<float>(p.classes);
 #pragma unroll
     for (u32 k = 0; k < ELEMENTS; ++k) {
@@ -188,15 +214,16 @@ __device__ __forceinline__ Divergence sum_divergence(const LossParams &p, const 
     return {sum[0], sum[1], sum[2]};
 }
 
-__device__ __forceinline__ Divergence combine_divergence(const LossParams &p, u32 sample, u32 thread) {
+// The same of a row from those of its slices; a warp computes it.
+__device__ __forceinline__ Divergence combine_divergence(const LossParams &p, u32 sample) {
     float sum[3] = {};
-    for (u32 i = thread; i < p.slices; i += p.group) {
+    for (u32 i = threadIdx.x % WARP; i < p.slices; i += WARP) {
         const float *const part = summary_of<SUMMARY_WORDS>(p, sample, i) + ROW_WORDS;
         sum[0] += load(part);
         sum[1] += load(part + 1);
         sum[2] += load(part + 2);
     }
-    group_reduce<Sum>(sum, first_warp(p), p.group / WARP, shared(LAST_SUMS));
+    warp_reduce_all<Sum>(sum);
     return {sum[0], sum[1], sum[2]};
 }
 
@@ -214,12 +241,20 @@ __device__ __forceinline__ Divergence finish_divergence(const LossParams &p, con
     return sums;
 }
 
+// What is known of a row.
+struct Known {
+    Row row;
+    Softmaxes softmaxes;
+    Divergence divergence;
+};
+
 // Adds the divergence's gradients, times `pull`.
-__device__ __forceinline__ void pull_together(const LossParams &p, const Elements &of, const Row &row, Divergence all,
-                                              float pull, float (&zero)[ELEMENTS], float (&one)[ELEMENTS]) {
-    const Softmaxes softmaxes(p, row);
+__device__ __forceinline__ void pull_together(const LossParams &p, const Elements &of, const Known &known, float pull,
+                                              float (&zero)[ELEMENTS], float (&one)[ELEMENTS]) {
+    const Softmaxes &softmaxes = known.softmaxes;
+    const Divergence &all = known.divergence;
     const float mean =
-        p.divergence == LOSS_CENTERED_SQUARED_DIFFERENCE ? row.sums.zero / static_cast<float>(p.classes) : 0.0f;
+        p.divergence == LOSS_CENTERED_SQUARED_DIFFERENCE ? known.row.sums.zero / static_cast<float>(p.classes) : 0.0f;
 #pragma unroll
     for (u32 k = 0; k < ELEMENTS; ++k) {
         float to_zero, to_one;

@@ -17,8 +17,8 @@
 // e_c = exp(l_c - M) and O that without the elements that are M:
 //   log S = log1p(O) if one element is M. Its gradient A e/S - t, A = sum of t, is (A - t) - A O/S where
 //   O < 1, and A - t is a sum as well.
-//   r_c = D_c - (M0 - M1),  t_c = log(p_c/q_c) = r_c - log(S0/S1),  S0 - S1 = sum q-part e1_c expm1(r_c):  no difference of large
-//   numbers, and for any M0 - M1 the same. p - q = q expm1(t). Each divergence is a sum of terms that are not negative:
+//   r_c = D_c - (M0 - M1),  t_c = log(p_c/q_c) = r_c - log(S0/S1),  S0 - S1 = sum +-max(e0_c, e1_c) expm1(-|r_c|):  no difference
+//   of large numbers, and for any M0 - M1 the same. p - q likewise. Each divergence is a sum of terms that are not negative:
 //   (p - q) t;  q (expm1(t) - t) = p - q - q t;  p u + q v with u = log p/m = t/2 - h, v = log q/m = -t/2 - h, h = log cosh(t/2).
 //   Without probability a term is nothing: there t may be infinite.
 // Gradients to l0, l1: of squares +-2 D;  p (t - sum pt) + p - q, q (sum qt - t) + q - p;  p - q, q (-t - KL);
@@ -119,12 +119,14 @@ __device__ __forceinline__ Criterion sum_criterion(const LossParams &p, const Sl
         } else {
             // Of an infinite maximum it is no number.
             const float below = max - logit[k], power = expf(-below);
-            const bool is_peak = logit[k] == max;
-            sum[0] += is_peak ? power : 0.0f;
-            sum[1] += is_peak ? 0.0f : power;
+            if (logit[k] == max) {
+                sum[0] += power;
+                sum[3] += target[k];
+            } else {
+                sum[1] += power;
+                sum[4] += target[k];
+            }
             sum[2] += share(target[k], below);
-            sum[3] += is_peak ? target[k] : 0.0f;
-            sum[4] += is_peak ? 0.0f : target[k];
         }
     }
     group_reduce<Sum>(sum, first_warp(p), p.group / WARP, shared(part));
@@ -138,16 +140,18 @@ __device__ __forceinline__ Sums sum_powers(const LossParams &p, const Elements &
     for (u32 k = 0; k < ELEMENTS; ++k) {
         const float difference = of.difference[k];
         if (is_of_probabilities(p)) {
-            const float zero = expf((of.logit[0][k] - max[0]) * p.inverse_temperature);
-            const float one = expf((of.logit[1][k] - max[1]) * p.inverse_temperature);
-            sum[0] += zero;
-            sum[1] += one;
-            sum[2] += subtract(zero, one, (difference - shift) * p.inverse_temperature);
+            const Powers powers((of.logit[0][k] - max[0]) * p.inverse_temperature,
+                                (of.logit[1][k] - max[1]) * p.inverse_temperature, 1.0f, 1.0f,
+                                (difference - shift) * p.inverse_temperature);
+            sum[0] += powers.zero;
+            sum[1] += powers.one;
+            sum[2] += powers.less;
 #pragma unroll
             for (u32 branch = 0; branch < 2; ++branch) {
-                const bool is_peak = of.logit[branch][k] == max[branch];
-                sum[3 + branch] += is_peak ? difference : 0.0f;
-                sum[5 + branch] += is_peak ? 1.0f : 0.0f;
+                if (of.logit[branch][k] == max[branch]) {
+                    sum[3 + branch] += difference;
+                    sum[5 + branch] += 1.0f;
+                }
             }
         } else {
             sum[0] += difference;
@@ -170,12 +174,12 @@ __device__ __forceinline__ Row summarise(const LossParams &p, const Slice<T> &sl
         row.max[1] = fmaxf(row.max[1], of.logit[1][k]);
     }
     group_reduce<Max>(row.max, first_warp(p), p.group / WARP, shared(PEAKS));
+    if (has_partner(p)) {
+        row.sums = sum_powers(p, of, row.max);
+    }
     row.criterion[0] = sum_criterion(p, slice, of.logit[0], of.target, row.max[0], FIRST_SUMS);
     if (p.both_branches != 0u) {
         row.criterion[1] = sum_criterion(p, slice, of.logit[1], of.target, row.max[1], SECOND_SUMS);
-    }
-    if (has_partner(p)) {
-        row.sums = sum_powers(p, of, row.max);
     }
     return row;
 }
@@ -203,11 +207,10 @@ __device__ __forceinline__ void store_row(const LossParams &p, const Row &row, u
     }
 }
 
-// The criterion of a row from those of its slices.
-__device__ __forceinline__ Criterion combine_criterion(const LossParams &p, u32 sample, u32 thread, u32 branch,
-                                                       float max, u32 shared_part) {
+// The criterion of a row from those of its slices; a warp computes it.
+__device__ __forceinline__ Criterion combine_criterion(const LossParams &p, u32 sample, u32 branch, float max) {
     float sum[5] = {};
-    for (u32 i = thread; i < p.slices; i += p.group) {
+    for (u32 i = threadIdx.x % WARP; i < p.slices; i += WARP) {
         const float *const part = summary_of<SUMMARY_WORDS>(p, sample, i);
         const float *const words = part + 2 + 5 * branch;
         const float below = max - load(part + branch);
@@ -220,25 +223,24 @@ __device__ __forceinline__ Criterion combine_criterion(const LossParams &p, u32 
         sum[3] += is_peak ? peak_target : 0.0f;
         sum[4] += is_peak ? rest_target : peak_target + rest_target;
     }
-    group_reduce<Sum>(sum, first_warp(p), p.group / WARP, shared(shared_part));
+    warp_reduce_all<Sum>(sum);
     return {sum[0], sum[1], sum[2], sum[3], sum[4]};
 }
 
-__device__ __forceinline__ Sums combine_powers(const LossParams &p, u32 sample, u32 thread, const float (&max)[2]) {
+__device__ __forceinline__ Sums combine_powers(const LossParams &p, u32 sample, const float (&max)[2]) {
     float sum[7] = {};
     const float shift = max[0] - max[1];
-    for (u32 i = thread; i < p.slices; i += p.group) {
+    for (u32 i = threadIdx.x % WARP; i < p.slices; i += WARP) {
         const float *const part = summary_of<SUMMARY_WORDS>(p, sample, i);
         const float zero = load(part + 12), one = load(part + 13), less = load(part + 14);
         if (is_of_probabilities(p)) {
             const float of_zero = load(part), of_one = load(part + 1);
-            const float scale_zero = expf((of_zero - max[0]) * p.inverse_temperature);
-            const float scale_one = expf((of_one - max[1]) * p.inverse_temperature);
+            const Powers scale((of_zero - max[0]) * p.inverse_temperature, (of_one - max[1]) * p.inverse_temperature,
+                               1.0f, 1.0f, (of_zero - of_one - shift) * p.inverse_temperature);
             // S0 - S1 = scale0 (S0' - S1') + (scale0 - scale1) S1'
-            const float scales = subtract(scale_zero, scale_one, (of_zero - of_one - shift) * p.inverse_temperature);
-            sum[0] += scale_zero * zero;
-            sum[1] += scale_one * one;
-            sum[2] += scale_zero * less + scales * one;
+            sum[0] += scale.zero * zero;
+            sum[1] += scale.one * one;
+            sum[2] += scale.zero * less + scale.less * one;
 #pragma unroll
             for (u32 branch = 0; branch < 2; ++branch) {
                 const bool is_peak = load(part + branch) == max[branch];
@@ -250,30 +252,34 @@ __device__ __forceinline__ Sums combine_powers(const LossParams &p, u32 sample, 
             sum[1] += one;
         }
     }
-    group_reduce<Sum>(sum, first_warp(p), p.group / WARP, shared(DIVERGENCE_SUMS));
+    warp_reduce_all<Sum>(sum);
     return {sum[0], sum[1], sum[2], {sum[3], sum[4]}, {sum[5], sum[6]}};
 }
 
-// What is known of a row, from what is known of its slices; a whole group computes it.
-template <Form FORM> __device__ __forceinline__ Row combine(const LossParams &p, u32 sample, u32 thread) {
+// What is known of a row, from what is known of its slices; a warp computes it.
+template <Form FORM> __device__ __forceinline__ Known combine(const LossParams &p, u32 sample) {
     Row row = {};
     row.max[0] = LOWEST;
     row.max[1] = LOWEST;
-    for (u32 i = thread; i < p.slices; i += p.group) {
+    for (u32 i = threadIdx.x % WARP; i < p.slices; i += WARP) {
         row.max[0] = fmaxf(row.max[0], load(summary_of<SUMMARY_WORDS>(p, sample, i)));
         row.max[1] = fmaxf(row.max[1], load(summary_of<SUMMARY_WORDS>(p, sample, i) + 1));
     }
-    group_reduce<Max>(row.max, first_warp(p), p.group / WARP, shared(PEAKS));
+    warp_reduce_all<Max>(row.max);
     if (FORM != SUMS) {
-        row.criterion[0] = combine_criterion(p, sample, thread, 0, row.max[0], FIRST_SUMS);
+        row.criterion[0] = combine_criterion(p, sample, 0, row.max[0]);
     }
     if (FORM != SUMS && p.both_branches != 0u) {
-        row.criterion[1] = combine_criterion(p, sample, thread, 1, row.max[1], SECOND_SUMS);
+        row.criterion[1] = combine_criterion(p, sample, 1, row.max[1]);
     }
     if (has_partner(p)) {
-        row.sums = combine_powers(p, sample, thread, row.max);
+        row.sums = combine_powers(p, sample, row.max);
     }
-    return row;
+    Known known = {row, softmaxes_of(p, row), {}};
+    if (FORM != SUMS) {
+        known.divergence = finish_divergence(p, row, needs_sums(p) ? combine_divergence(p, sample) : Divergence{});
+    }
+    return known;
 }
 
 // The criterion of a branch.
@@ -347,8 +353,9 @@ __device__ __forceinline__ Weights weigh(const LossParams &p) {
 // The sample's gradients.
 template <class T>
 __device__ __forceinline__ void write_gradients(const LossParams &p, const Slice<T> &slice, const Elements &of,
-                                                const Row &row, Divergence divergence, bool has_target, bool takes_part,
-                                                Weights weights, T *to) {
+                                                const Known &known, bool has_target, bool takes_part, Weights weights,
+                                                T *to) {
+    const Row &row = known.row;
     float zero[ELEMENTS] = {}, one[ELEMENTS] = {};
     if (has_target) {
         criterion_gradient(p, row.criterion[0], row.max[0], weights.criterion, of.logit[0], of.target, zero);
@@ -357,7 +364,7 @@ __device__ __forceinline__ void write_gradients(const LossParams &p, const Slice
         }
     }
     if (takes_part) {
-        pull_together(p, of, row, divergence, weights.pull, zero, one);
+        pull_together(p, of, known, weights.pull, zero, one);
     }
     if (p.soft_cap > 0.0f) {
         pull_through_cap(p, of.logit[0], zero);
@@ -370,7 +377,13 @@ __device__ __forceinline__ void write_gradients(const LossParams &p, const Slice
 }
 
 template <class T, Form FORM> __device__ __forceinline__ void evaluate(const LossParams &p) {
-    const u32 thread = threadIdx.x & (p.group - 1u), own = threadIdx.x / p.group, groups = blockDim.x / p.group;
+    // A row of more slices is for whole blocks.
+    u32 thread = threadIdx.x, own = 0, groups = 1;
+    if (FORM == WHOLE) {
+        thread = threadIdx.x & (p.group - 1u);
+        own = threadIdx.x / p.group;
+        groups = blockDim.x / p.group;
+    }
     const u32 start = blockIdx.x * p.slice;
     const T *const logits = static_cast<const T *>(p.logits);
     const u64 branch = static_cast<u64>(p.batch) * p.classes;
@@ -404,33 +417,41 @@ template <class T, Form FORM> __device__ __forceinline__ void evaluate(const Los
             weights = weigh(p);
         }
 
-        const Row all = FORM == WHOLE || FORM == SCAN ? summarise(p, slice, of) : combine<FORM>(p, sample, thread);
+        Known known = {};
+        if (FORM == WHOLE || FORM == SCAN) {
+            known.row = summarise(p, slice, of);
+        } else {
+            known = of_first_warp(shared_by_block<Known>(), [&] { return combine<FORM>(p, sample); });
+        }
         if (FORM == SCAN) {
             if (thread == 0 && exists) {
-                store_row(p, all, sample);
+                store_row(p, known.row, sample);
             }
             continue;
-        }
-        Divergence divergence = {};
-        if (needs_sums(p)) {
-            divergence = FORM == APPLY ? combine_divergence(p, sample, thread) : sum_divergence(p, slice, of, all);
         }
         if (FORM == SUMS) {
+            const Divergence sums = sum_divergence(p, slice, of, known.row, known.softmaxes);
             if (thread == 0 && exists) {
                 float *const part = summary_of<SUMMARY_WORDS>(p, sample, blockIdx.x) + ROW_WORDS;
-                store(part, divergence.value);
-                store(part + 1, divergence.of_p);
-                store(part + 2, divergence.of_q);
+                store(part, sums.value);
+                store(part + 1, sums.of_p);
+                store(part + 2, sums.of_q);
             }
             continue;
         }
-        divergence = finish_divergence(p, all, divergence);
+        if (FORM == WHOLE) {
+            known.softmaxes = softmaxes_of(p, known.row);
+            const Divergence sums =
+                needs_sums(p) ? sum_divergence(p, slice, of, known.row, known.softmaxes) : Divergence{};
+            known.divergence = finish_divergence(p, known.row, sums);
+        }
         if (blockIdx.x == 0 && thread == 0 && exists) {
-            store_record(p, all, takes_part ? divergence.value : 0.0f, sample, label, has_target, partner.wrong);
+            const float divergence = takes_part ? known.divergence.value : 0.0f;
+            store_record(p, known.row, divergence, sample, label, has_target, partner.wrong);
         }
         if (p.gradient != nullptr) {
             T *const to = static_cast<T *>(p.gradient) + row + start;
-            write_gradients(p, slice, of, all, divergence, has_target, takes_part, weights, to);
+            write_gradients(p, slice, of, known, has_target, takes_part, weights, to);
         }
     }
     if ((FORM == WHOLE || FORM == APPLY) && is_last_block(p.workspace, reinterpret_cast<u32 *>(shared(FLAG)))) {
@@ -439,8 +460,8 @@ template <class T, Form FORM> __device__ __forceinline__ void evaluate(const Los
 }
 
 PACE_KERNELS(loss_general, LossParams, (LOSS_GROUP, 1), evaluate<T, WHOLE>(p))
-PACE_KERNELS(loss_general_scan, LossParams, (LOSS_GROUP, 1), evaluate<T, SCAN>(p))
-PACE_KERNELS(loss_general_sums, LossParams, (LOSS_GROUP, 1), evaluate<T, SUMS>(p))
+PACE_KERNELS(loss_general_scan, LossParams, (LOSS_GROUP, 2), evaluate<T, SCAN>(p))
+PACE_KERNELS(loss_general_sums, LossParams, (LOSS_GROUP, 2), evaluate<T, SUMS>(p))
 PACE_KERNELS(loss_general_apply, LossParams, (LOSS_GROUP, 1), evaluate<T, APPLY>(p))
 
 } // namespace general

@@ -10,97 +10,115 @@ namespace pace {
 
 constexpr u32 ALL_LANES = 0xffffffffu;
 
-// Every lane gets the sum, bit for bit the same one. T: float or double.
-template <class T> __device__ __forceinline__ T warp_sum(T value) {
+struct Sum {
+    static constexpr float NEUTRAL = 0.0f;
+    template <class T> static __device__ __forceinline__ T of(T a, T b) { return a + b; }
+};
+
+// NaN counts as nothing.
+struct Max {
+    static constexpr float NEUTRAL = -__builtin_huge_valf();
+    static __device__ __forceinline__ float of(float a, float b) { return fmaxf(a, b); }
+};
+
+// Reduces over the lanes that differ from this one in the bits from COUNT on; each gets the same, bit for bit.
+template <class Operation, u32 COUNT, class T> __device__ __forceinline__ T warp_reduce_strided(T value) {
 #pragma unroll
-    for (u32 bits = WARP / 2; bits > 0; bits /= 2) {
-        value += __shfl_xor_sync(ALL_LANES, value, bits);
+    for (u32 bits = WARP / 2; bits >= COUNT; bits /= 2) {
+        value = Operation::of(value, __shfl_xor_sync(ALL_LANES, value, bits));
     }
     return value;
 }
 
-// Lane i gets the sum over the lanes of their value[i]; `value` is used up. One exchange per sum. The sums that are left
-// after each step are a parameter of the template, so that `value` stays in registers.
-template <u32 LEFT = WARP / 2> __device__ __forceinline__ float warp_sums(float (&value)[WARP]) {
-    // Half of the lanes go on with the upper half of the sums, the others with the lower half.
-    const bool upper = (threadIdx.x & LEFT) != 0u;
+// Every lane gets the sum. T: float or double.
+template <class T> __device__ __forceinline__ T warp_sum(T value) { return warp_reduce_strided<Sum, 1>(value); }
+
+// Lane i gets the reduction over the lanes of their value[i % COUNT]; `value` is used up. COUNT: 2^n, at most a warp. Hardly more
+// than one exchange per value. The values that are left after each step are a parameter of the template, so that they
+// stay in registers.
+template <class Operation, u32 COUNT, u32 LEFT = COUNT / 2, class T>
+__device__ __forceinline__ T warp_reduce(T (&value)[COUNT]) {
+    if constexpr (LEFT == 0) {
+        return warp_reduce_strided<Operation, COUNT>(value[0]);
+    } else {
+        // Half of the lanes go on with the upper half of the values, the others with the lower half.
+        const bool upper = (threadIdx.x & LEFT) != 0u;
 #pragma unroll
-    for (u32 i = 0; i < LEFT; ++i) {
-        const float keep = upper ? value[i + LEFT] : value[i];
-        const float give = upper ? value[i] : value[i + LEFT];
-        value[i] = keep + __shfl_xor_sync(ALL_LANES, give, LEFT);
+        for (u32 i = 0; i < LEFT; ++i) {
+            const T keep = upper ? value[i + LEFT] : value[i];
+            const T give = upper ? value[i] : value[i + LEFT];
+            value[i] = Operation::of(keep, __shfl_xor_sync(ALL_LANES, give, LEFT));
+        }
+        return warp_reduce<Operation, COUNT, LEFT / 2>(value);
     }
-    return warp_sums<LEFT / 2>(value);
 }
 
-template <> __device__ __forceinline__ float warp_sums<0>(float (&value)[WARP]) { return value[0]; }
+// The least 2^n that is not below.
+__device__ constexpr u32 power_of_two(u32 least) { return least <= 1u ? 1u : 2u * power_of_two((least + 1u) / 2u); }
 
-__device__ __forceinline__ float warp_max(float value) {
+// Reduces N values over each group of `warps` adjacent warps of a one-dimensional block of whole groups; every thread gets
+// its group's results. `first`: the first warp of the thread's group. `scratch`: N values per warp of the block in shared memory,
+// free again after the next barrier. With groups of one warp there is no barrier in here; otherwise it must be called by all
+// threads in the block.
+template <class Operation, u32 N, class T>
+__device__ __forceinline__ void group_reduce(T (&value)[N], u32 first, u32 warps, T *scratch) {
+    constexpr u32 COUNT = power_of_two(N);
+    T padded[COUNT];
 #pragma unroll
-    for (u32 bits = WARP / 2; bits > 0; bits /= 2) {
-        value = fmaxf(value, __shfl_xor_sync(ALL_LANES, value, bits));
+    for (u32 i = 0; i < COUNT; ++i) {
+        padded[i] = i < N ? value[i] : Operation::NEUTRAL;
     }
-    return value;
+    // Each lane has one of the values, and many lanes the same.
+    const u32 lane = threadIdx.x % WARP, own = lane % COUNT;
+    T result = warp_reduce<Operation>(padded);
+    if (warps > 1) {
+        if (lane < N) {
+            scratch[threadIdx.x / WARP * N + lane] = result;
+        }
+        __syncthreads();
+        // Those that have the same share the warps, of which a block has at most as many as a warp has lanes.
+        result = Operation::NEUTRAL;
+#pragma unroll
+        for (u32 i = 0; i < COUNT; ++i) {
+            const u32 warp = lane / COUNT + i * (WARP / COUNT);
+            if (warp < warps) {
+                result = Operation::of(result, scratch[(first + warp) * N + min(own, N - 1u)]);
+            }
+        }
+        result = warp_reduce_strided<Operation, COUNT>(result);
+    }
+#pragma unroll
+    for (u32 i = 0; i < N; ++i) {
+        value[i] = N == 1 ? result : __shfl_sync(ALL_LANES, result, i);
+    }
+}
+
+// Reduces N values over a warp; every lane gets all of them.
+template <class Operation, u32 N, class T> __device__ __forceinline__ void warp_reduce_all(T (&value)[N]) {
+    group_reduce<Operation>(value, 0, 1, static_cast<T *>(nullptr));
 }
 
 // Sum over a one-dimensional block of whole warps; every thread gets it. `scratch`: a T per warp in shared memory, free
 // again after the next barrier. Must be called by all threads in the block.
 template <class T> __device__ __forceinline__ T block_sum(T value, T *scratch) {
-    value = warp_sum(value);
-    if (threadIdx.x % WARP == 0) {
-        scratch[threadIdx.x / WARP] = value;
-    }
-    __syncthreads();
-    T sum = scratch[0];
-    for (u32 warp = 1; warp < blockDim.x / WARP; ++warp) {
-        sum += scratch[warp];
-    }
-    return sum;
+    T sum[1] = {value};
+    group_reduce<Sum>(sum, 0, blockDim.x / WARP, scratch);
+    return sum[0];
 }
 
-struct Sum {
-    static __device__ __forceinline__ float of(float a, float b) { return a + b; }
-    static __device__ __forceinline__ float of_warp(float value) { return warp_sum(value); }
-};
-
-// NaN counts as nothing.
-struct Max {
-    static __device__ __forceinline__ float of(float a, float b) { return fmaxf(a, b); }
-    static __device__ __forceinline__ float of_warp(float value) { return warp_max(value); }
-};
-
-// Reduces N values over each group of `warps` adjacent warps of a one-dimensional block of whole groups; every thread gets
-// its group's results. `first`: the first warp of the thread's group. `scratch`: N floats per warp of the block in shared memory,
-// free again after the next barrier. With groups of one warp there is no barrier in here; otherwise it must be called by all
-// threads in the block.
-template <class Operation, unsigned N>
-__device__ __forceinline__ void group_reduce(float (&value)[N], u32 first, u32 warps, float *scratch) {
-#pragma unroll
-    for (unsigned i = 0; i < N; ++i) {
-        value[i] = Operation::of_warp(value[i]);
-    }
-    if (warps == 1) {
-        return;
-    }
-    const u32 warp = threadIdx.x / WARP;
-    if (threadIdx.x % WARP == 0) {
-#pragma unroll
-        for (unsigned i = 0; i < N; ++i) {
-            scratch[warp * N + i] = value[i];
+// What the first warp of a block finds, for all of its threads. `shared`: a T in shared memory. Must be called by all threads in the
+// block.
+template <class T, class Find> __device__ __forceinline__ T of_first_warp(T *shared, const Find &find) {
+    // All have read what was here.
+    __syncthreads();
+    if (threadIdx.x < WARP) {
+        const T found = find();
+        if (threadIdx.x == 0) {
+            *shared = found;
         }
     }
     __syncthreads();
-    const float *group = scratch + first * N;
-#pragma unroll
-    for (unsigned i = 0; i < N; ++i) {
-        value[i] = group[i];
-    }
-    for (u32 other = 1; other < warps; ++other) {
-#pragma unroll
-        for (unsigned i = 0; i < N; ++i) {
-            value[i] = Operation::of(value[i], group[other * N + i]);
-        }
-    }
+    return *shared;
 }
 
 // Whether this block is the last of the grid to come here; it then sees all that the others had written to global memory by

@@ -165,17 +165,15 @@ template <class T> __device__ __forceinline__ void build_bias(const WeightLayer 
             }
         }
     }
-#pragma unroll
-    for (u32 i = 0; i < BIAS_ROWS; ++i) {
-        float value = warp_sum(sum[i]);
-        const u32 n = row + i;
-        if (lane == 0u && n < p.rows) {
-            if (p.base_bias != nullptr && p.delta_bias != nullptr) {
-                value += to_float(load(static_cast<const T *>(p.base_bias) + n)) *
-                         to_float(load(static_cast<const T *>(p.delta_bias) + n));
-            }
-            store(static_cast<T *>(p.bias) + n, from_float<T>(value));
+    // A lane has a row.
+    float value = warp_reduce<Sum>(sum);
+    const u32 n = row + lane;
+    if (lane < BIAS_ROWS && n < p.rows) {
+        if (p.base_bias != nullptr && p.delta_bias != nullptr) {
+            value += to_float(load(static_cast<const T *>(p.base_bias) + n)) *
+                     to_float(load(static_cast<const T *>(p.delta_bias) + n));
         }
+        store(static_cast<T *>(p.bias) + n, from_float<T>(value));
     }
 }
 

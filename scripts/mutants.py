@@ -2,7 +2,8 @@
 """Mutates the kernels one line at a time, and asks the tests in the simulator whether they notice.
 
     scripts/mutants.py                       a sample of all mutants; writes the table, and prints the share that was caught.
-                                             Rows of the sample that the table has already are kept: a run that was cut short goes on
+                                             Rows of the table whose line the kernels still have are kept: a run that was cut
+                                             short goes on
     scripts/mutants.py --survivors           only those that the table says survived, after tests or kernels have changed
 
 Linux, g++, objdump and cargo; CARGO_TARGET_DIR as usual. Each mutant is one changed line of kernels/: the file, or for a header the
@@ -368,14 +369,15 @@ def row_of(mutant, result, by, why):
     return dict(zip(COLUMNS, (mutant.file, mutant.line, mutant.kind, *texts, result, by, why)))
 
 
-def survivors(rows):
-    """The mutants of the table that survived, where the kernels still have their lines."""
+def still_there(rows):
+    """(row, mutant) of the table, where the kernels still have the line."""
     for row in rows:
-        lines = (ROOT / "kernels" / row["file"]).read_text().splitlines()
+        path = ROOT / "kernels" / row["file"]
+        lines = path.read_text().splitlines() if path.exists() else []
         at = [i for i, line in enumerate(lines, 1) if code_of(line).strip() == row["original"]]
-        if row["result"] == "survived" and at:
+        if at:
             line = min(at, key=lambda i: abs(i - int(row["line"])))
-            yield Mutant(row["file"], line, row["kind"], code_of(lines[line - 1]), row["mutant"])
+            yield {**row, "line": line}, Mutant(row["file"], line, row["kind"], code_of(lines[line - 1]), row["mutant"])
 
 
 def main():
@@ -388,17 +390,15 @@ def main():
     bench = Bench(target / "mutants")
     bench.measure()
     compiled = bench.compiled_lines()
-    old = read_table()
+    old = list(still_there(read_table()))
     key = lambda row: (row["file"], row["original"], row["mutant"])
-    why = {key(row): row["why"] for row in old}
+    why = {key(row): row["why"] for row, _ in old}
     if arguments.survivors:
-        chosen = list(survivors(old))
-        again = {key(row_of(mutant, "", "", "")) for mutant in chosen}
-        rows = [row for row in old if key(row) not in again]
+        chosen = [mutant for row, mutant in old if row["result"] == "survived"]
+        rows = [row for row, _ in old if row["result"] != "survived"]
     else:
         chosen = sample(compiled, 2 * arguments.count, random.Random(arguments.seed))
-        keys = {key(row_of(mutant, "", "", "")) for mutant in chosen}
-        rows = [row for row in old if key(row) in keys]
+        rows = [row for row, _ in old]
         judged = {key(row) for row in rows}
         chosen = [mutant for mutant in chosen if key(row_of(mutant, "", "", "")) not in judged]
     start = time.monotonic()
