@@ -33,7 +33,7 @@
 //   loss_general_apply  combines them, in the order of the slices, and reads again for the gradient.
 // Bytes: logits, H, probabilities or values read once per launch, gradient and H written once; class weights come from a cache.
 // Operations: per element and branch up to 5 exponentials or logarithms (loss_general), so the divergences of probabilities are bound by
-// arithmetic as much as by memory.
+// arithmetic rather than by memory.
 // Determinism: as in loss.cu.
 
 #include "loss_divergence.cuh"
