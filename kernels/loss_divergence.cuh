@@ -74,12 +74,7 @@ __device__ __forceinline__ float softplus(float x) { return fmaxf(x, 0.0f) + log
 
 // log(S0 / S1), from S0 - S1.
 __device__ __forceinline__ float log_ratio(const Sums &sums) {
-    const bool is_zero = sums.less >= 0.0f;
-    const float larger = is_zero ? sums.zero : sums.one, smaller = is_zero ? sums.one : sums.zero;
-    // As in `Powers`, so that of one class nothing is left.
-    const float change = -fabsf(sums.less) / larger;
-    const float log = change > -CLOSE ? log1pf(change) : logf(smaller / larger);
-    return is_zero ? -log : log;
+    return sums.less >= 0.0f ? log1pf(sums.less / sums.one) : -log1pf(-sums.less / sums.zero);
 }
 
 // expm1(t) - t, for |t| < CLOSE.
@@ -94,22 +89,10 @@ __device__ __forceinline__ float second_order(float t) {
     return t * t * series;
 }
 
-// Two powers and how much less the second one is: exp(exponent) times a factor, of which `log` is the logarithm of the ratio.
-struct Powers {
-    float zero, one, less;
-
-    __device__ __forceinline__ Powers(float exponent_zero, float exponent_one, float factor_zero, float factor_one,
-                                      float log) {
-        const bool is_zero = log > 0.0f;
-        const float larger = expf(is_zero ? exponent_zero : exponent_one) * (is_zero ? factor_zero : factor_one);
-        // Of the smaller one to the larger.
-        const float below = -fabsf(log), ratio = expf(below), smaller = larger * ratio;
-        const float change = larger * (below > -CLOSE ? below + second_order(below) : ratio - 1.0f);
-        zero = is_zero ? larger : smaller;
-        one = is_zero ? smaller : larger;
-        less = is_zero ? -change : change;
-    }
-};
+// a - b where a = b exp(exponent). Without a branch: of the lanes of a warp some are close.
+__device__ __forceinline__ float subtract(float a, float b, float exponent) {
+    return fabsf(exponent) < CLOSE ? b * (exponent + second_order(exponent)) : a - b;
+}
 
 // What turns logits into probabilities and the logarithm of their ratio.
 struct Softmaxes {
@@ -147,11 +130,9 @@ struct Ratio {
     __device__ __forceinline__ Ratio(const Softmaxes &all, const Elements &of, u32 k) {
         // Of what is masked in both it is some number, which no probability is multiplied by.
         log = all.of(of.difference[k]);
-        const Powers powers((of.logit[0][k] - all.max[0]) * all.scale, (of.logit[1][k] - all.max[1]) * all.scale,
-                            all.inverse[0], all.inverse[1], log);
-        p = powers.zero;
-        q = powers.one;
-        less = powers.less;
+        p = expf((of.logit[0][k] - all.max[0]) * all.scale) * all.inverse[0];
+        q = expf((of.logit[1][k] - all.max[1]) * all.scale) * all.inverse[1];
+        less = subtract(p, q, log);
     }
 };
 

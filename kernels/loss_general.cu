@@ -17,9 +17,10 @@
 // e_c = exp(l_c - M) and O that without the elements that are M:
 //   log S = log1p(O) if one element is M. Its gradient A e/S - t, A = sum of t, is (A - t) - A O/S where
 //   O < 1, and A - t is a sum as well.
-//   r_c = D_c - (M0 - M1),  t_c = log(p_c/q_c) = r_c - log(S0/S1),  S0 - S1 = sum +-max(e0_c, e1_c) expm1(-|r_c|):  no difference
-//   of large numbers, and for any M0 - M1 the same. p - q likewise. Each divergence is a sum of terms that are not negative:
-//   (p - q) t;  q (expm1(t) - t) = p - q - q t;  p u + q v with u = log p/m = t/2 - h, v = log q/m = -t/2 - h, h = log cosh(t/2).
+//   r_c = D_c - (M0 - M1),  t_c = log(p_c/q_c) = r_c - log(S0/S1),  S0 - S1 = sum of e0_c - e1_c, or of e1_c expm1(r_c) where
+//   r_c is near 0:  no difference of large numbers, and for any M0 - M1 the same. p - q likewise. Each divergence is a sum of
+//   terms that are not negative:  (p - q) t;  q (expm1(t) - t) = p - q - q t;  p u + q v with u = log p/m = t/2 - h,
+//   v = log q/m = -t/2 - h, h = log cosh(t/2).
 //   Without probability a term is nothing: there t may be infinite.
 // Gradients to l0, l1: of squares +-2 D;  p (t - sum pt) + p - q, q (sum qt - t) + q - p;  p - q, q (-t - KL);
 // p (u - sum pu), q (v - sum qv), times what `pull` has of lambda, T and D'.
@@ -30,7 +31,7 @@
 //   loss_general        a slice is the row (C <= 4096): one launch.
 //   loss_general_scan   more slices, by x: first launch. Writes maxima and sums of each slice (struct Row).
 //   loss_general_sums   where the divergence is a sum that needs these: a second launch, the same for its two sums.
-//   loss_general_apply  combines them, in the order of the slices, and reads again for the gradient.
+//   loss_general_apply  combines them, always in the same order, and reads again for the gradient.
 // Bytes: logits, H, probabilities or values read once per launch, gradient and H written once; class weights come from a cache.
 // Operations: per element and branch up to 5 exponentials or logarithms (loss_general), so the divergences of probabilities are bound by
 // arithmetic rather than by memory.
@@ -140,12 +141,11 @@ __device__ __forceinline__ Sums sum_powers(const LossParams &p, const Elements &
     for (u32 k = 0; k < ELEMENTS; ++k) {
         const float difference = of.difference[k];
         if (is_of_probabilities(p)) {
-            const Powers powers((of.logit[0][k] - max[0]) * p.inverse_temperature,
-                                (of.logit[1][k] - max[1]) * p.inverse_temperature, 1.0f, 1.0f,
-                                (difference - shift) * p.inverse_temperature);
-            sum[0] += powers.zero;
-            sum[1] += powers.one;
-            sum[2] += powers.less;
+            const float zero = expf((of.logit[0][k] - max[0]) * p.inverse_temperature);
+            const float one = expf((of.logit[1][k] - max[1]) * p.inverse_temperature);
+            sum[0] += zero;
+            sum[1] += one;
+            sum[2] += subtract(zero, one, (difference - shift) * p.inverse_temperature);
 #pragma unroll
             for (u32 branch = 0; branch < 2; ++branch) {
                 if (of.logit[branch][k] == max[branch]) {
@@ -235,12 +235,13 @@ __device__ __forceinline__ Sums combine_powers(const LossParams &p, u32 sample, 
         const float zero = load(part + 12), one = load(part + 13), less = load(part + 14);
         if (is_of_probabilities(p)) {
             const float of_zero = load(part), of_one = load(part + 1);
-            const Powers scale((of_zero - max[0]) * p.inverse_temperature, (of_one - max[1]) * p.inverse_temperature,
-                               1.0f, 1.0f, (of_zero - of_one - shift) * p.inverse_temperature);
+            const float scale_zero = expf((of_zero - max[0]) * p.inverse_temperature);
+            const float scale_one = expf((of_one - max[1]) * p.inverse_temperature);
             // S0 - S1 = scale0 (S0' - S1') + (scale0 - scale1) S1'
-            sum[0] += scale.zero * zero;
-            sum[1] += scale.one * one;
-            sum[2] += scale.zero * less + scale.less * one;
+            const float scales = subtract(scale_zero, scale_one, (of_zero - of_one - shift) * p.inverse_temperature);
+            sum[0] += scale_zero * zero;
+            sum[1] += scale_one * one;
+            sum[2] += scale_zero * less + scales * one;
 #pragma unroll
             for (u32 branch = 0; branch < 2; ++branch) {
                 const bool is_peak = load(part + branch) == max[branch];

@@ -63,6 +63,7 @@ __device__ constexpr u32 power_of_two(u32 least) { return least <= 1u ? 1u : 2u 
 template <class Operation, u32 N, class T>
 __device__ __forceinline__ void group_reduce(T (&value)[N], u32 first, u32 warps, T *scratch) {
     constexpr u32 COUNT = power_of_two(N);
+    static_assert(COUNT <= WARP, "a lane has a value");
     T padded[COUNT];
 #pragma unroll
     for (u32 i = 0; i < COUNT; ++i) {

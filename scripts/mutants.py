@@ -370,19 +370,19 @@ def row_of(mutant, result, by, why):
 
 
 def still_there(rows):
-    """(row, mutant) of the table, where the kernels still have the line."""
+    """(row, mutant) of the table, where the kernels still have the line, and it is clear which one it is."""
     for row in rows:
         path = ROOT / "kernels" / row["file"]
         lines = path.read_text().splitlines() if path.exists() else []
         at = [i for i, line in enumerate(lines, 1) if code_of(line).strip() == row["original"]]
-        if at:
-            line = min(at, key=lambda i: abs(i - int(row["line"])))
+        line = at[0] if len(at) == 1 else int(row["line"])
+        if line in at:
             yield {**row, "line": line}, Mutant(row["file"], line, row["kind"], code_of(lines[line - 1]), row["mutant"])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=220, help="mutants that count; twice as many are made")
+    parser.add_argument("--count", type=int, default=220, help="rows that the table is to have; twice as many mutants are made")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--survivors", action="store_true", help="only what survived by the table")
     arguments = parser.parse_args()
@@ -392,15 +392,13 @@ def main():
     compiled = bench.compiled_lines()
     old = list(still_there(read_table()))
     key = lambda row: (row["file"], row["original"], row["mutant"])
-    why = {key(row): row["why"] for row, _ in old}
+    # One that is judged again keeps its old row until then.
+    rows = {key(row): row for row, _ in old}
     if arguments.survivors:
         chosen = [mutant for row, mutant in old if row["result"] == "survived"]
-        rows = [row for row, _ in old if row["result"] != "survived"]
     else:
         chosen = sample(compiled, 2 * arguments.count, random.Random(arguments.seed))
-        rows = [row for row, _ in old]
-        judged = {key(row) for row in rows}
-        chosen = [mutant for mutant in chosen if key(row_of(mutant, "", "", "")) not in judged]
+        chosen = [mutant for mutant in chosen if key(row_of(mutant, "", "", "")) not in rows]
     start = time.monotonic()
     for number, mutant in enumerate(chosen, 1):
         if not arguments.survivors and len(rows) >= arguments.count:
@@ -408,11 +406,13 @@ def main():
         result, by = bench.judge(mutant, compiled[mutant.file][mutant.line])
         seconds = time.monotonic() - start
         print(f"{number}/{len(chosen)} {seconds:.0f} s {mutant.file}:{mutant.line} {mutant.kind}: {result} {by}", flush=True)
+        row = row_of(mutant, result, by, "")
+        before = rows.pop(key(row), None)
         if result in ("caught", "survived"):
-            row = row_of(mutant, result, by, "")
-            rows.append({**row, "why": why.get(key(row), "") if result == "survived" else ""})
-            write_table(rows)
-    caught = sum(row["result"] == "caught" for row in rows)
+            why = before["why"] if before and result == "survived" else ""
+            rows[key(row)] = {**row, "why": why}
+        write_table(list(rows.values()))
+    caught = sum(row["result"] == "caught" for row in rows.values())
     print(f"{caught} of {len(rows)} mutants caught, {len(rows) - caught} survived")
 
 

@@ -277,12 +277,16 @@ pub fn wrong_data(target: &Target<'_>) {
 pub fn not_a_number(target: &Target<'_>) {
     for divergence in DIVERGENCES {
         for (number, value) in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY].into_iter().enumerate() {
-            for place in [11, 31] {
+            // In the second sample of a branch, and beside a class that one branch masks.
+            for (place, masked) in [(11, None), (31, None), (11, Some(35)), (31, Some(15)), (31, Some(11))] {
                 let criterion = [Criterion::Probabilities, Criterion::WeightedLabels][number % 2];
                 let case = Case { divergence, criterion, batch: 2, smoothing: 0.0, ..CASE };
                 let mut data = Data::<f32>::new(case);
                 data.labels.fill(0);
                 data.logits[place] = value;
+                if let Some(masked) = masked {
+                    data.logits[masked] = f32::NEG_INFINITY;
+                }
                 let want = data.on_cpu();
                 target.once(0, |machine| {
                     let operator = data.operator(machine);
@@ -295,7 +299,7 @@ pub fn not_a_number(target: &Target<'_>) {
                         let same = got == want
                             || got.is_nan() && want.is_nan()
                             || (got - want).abs() <= 1e-5 * want.abs() + 1e-7;
-                        assert!(same, "{case:?} {value} at {place}: {got} {want}");
+                        assert!(same, "{case:?} {value} at {place}, masked {masked:?}: {got} {want}");
                     }
                 });
             }
