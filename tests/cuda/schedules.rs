@@ -4,7 +4,7 @@ use pace_kernels::cuda::KERNELS;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{LazyLock, Mutex};
 
-/// Random schedules of a small case. What sanitizers look for depends little on the order.
+/// Random schedules of a small case; under sanitizers the only one there is.
 const SCHEDULES: u64 = if pace_simt::IS_SANITIZED { 1 } else { 32 };
 /// Cases that launch up to so many threads run in all of them; up to four times as many, in a quarter.
 const SMALL: usize = 1024;

@@ -20,6 +20,9 @@ pub struct Address {
 /// `key` and `counter` write the library's functions again, because those are not inlined into vector loops; a test
 /// compares them.
 pub trait Generator {
+    /// Whether its streams are long, so that compiling for wide vectors pays.
+    const IS_LONG: bool = false;
+
     #[inline(always)]
     fn words(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
         philox4x32_10(counter, key)
@@ -51,4 +54,6 @@ pub trait Generator {
 /// The library's noise.
 pub struct Library;
 
-impl Generator for Library {}
+impl Generator for Library {
+    const IS_LONG: bool = true;
+}

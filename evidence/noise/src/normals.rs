@@ -3,7 +3,7 @@
 use crate::finding::Finding;
 use crate::generator::Generator;
 use crate::stream::{Axis, Stream};
-use crate::wide::{Loop, widest};
+use crate::wide::{self, Loop, widest};
 use realfft::num_complex::Complex;
 use realfft::{RealFftPlanner, RealToComplex};
 use statrs::distribution::{ChiSquared, ContinuousCDF, Normal};
@@ -218,7 +218,7 @@ pub fn run<G: Generator>(axis: Axis, log2_draws: u32, spectra: u64) -> Vec<Findi
     let (mut plain, mut squares) = (Spectrum::new("draws"), Spectrum::new("squares"));
     for chunk in 0..(1u64 << log2_draws) / CHUNK as u64 {
         stream.read(&mut words);
-        widest(Transform::<G>(&words, &mut draws, PhantomData));
+        wide::run::<G>(Transform::<G>(&words, &mut draws, PhantomData));
         moments.feed(&draws);
         histogram.feed(&draws);
         if chunk % spectra == 0 {

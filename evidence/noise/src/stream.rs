@@ -1,7 +1,7 @@
 //! Streams of raw words: walks through the addresses of the noise.
 
 use crate::generator::{Address, Generator};
-use crate::wide::{Loop, widest};
+use crate::wide::{self, Loop};
 use std::marker::PhantomData;
 use std::sync::LazyLock;
 
@@ -322,7 +322,7 @@ impl<G: Generator> Stream<G> {
         while !out.is_empty() {
             if self.read == self.words.len() {
                 let (axis, row) = (self.axis, self.row);
-                widest(Row::<G> { axis, row, out: &mut self.words, generator: PhantomData });
+                wide::run::<G>(Row::<G> { axis, row, out: &mut self.words, generator: PhantomData });
                 (self.row, self.read) = (row + 1, 0);
             }
             let words = &self.words[self.read..];

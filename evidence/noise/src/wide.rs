@@ -1,5 +1,7 @@
 //! Loops compiled for the widest vectors that the processor has, as the library's own are.
 
+use crate::generator::Generator;
+
 /// A loop that gains from wide vectors; `run` is to be `#[inline(always)]`.
 pub trait Loop {
     fn run(self);
@@ -30,4 +32,13 @@ pub fn widest(body: impl Loop) {
         }
     }
     body.run();
+}
+
+/// With the widest vectors if `G`'s streams are long, or else with those that every processor has.
+pub fn run<G: Generator>(body: impl Loop) {
+    if G::IS_LONG {
+        widest(body);
+    } else {
+        body.run();
+    }
 }
