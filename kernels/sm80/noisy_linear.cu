@@ -130,9 +130,8 @@ template <class Math> __device__ __forceinline__ void forward_folded(const Noisy
     const u32 sample = rest / tile_rows, row = rest % tile_rows * TILE;
     const u32 first = sample * p.tokens, inner = p.segments[0].inner;
 
-    // The sample's own x, and its z for this thread's columns.
-    const T *x =
-        static_cast<const T *>(p.segments[0].left) + static_cast<u64>(first >= p.wrap ? first - p.wrap : first) * inner;
+    // The sample's own x, for branches that share theirs are not folded, and its z for this thread's columns.
+    const T *x = static_cast<const T *>(p.segments[0].left) + static_cast<u64>(first) * inner;
     const Operand<T> a = operand<T>(x, p.tokens, inner, NO_WRAP, p.segments[0].aligned);
     fill_noise<THREADS, TILE / 4>(z, p.noise, key_of(p.noise), sample, 1, p.tokens, column, p.channels,
                                   p.noise.aligned != 0u);
