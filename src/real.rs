@@ -4,9 +4,9 @@ use crate::cpu::Store;
 use half::bf16;
 
 mod sealed {
-    use crate::cpu::{BlasReal, LossReal, Scratched};
+    use crate::cpu::{BlasReal, Scratched};
 
-    pub trait Sealed: faer::traits::ComplexField + BlasReal + LossReal + Scratched {}
+    pub trait Sealed: faer::traits::ComplexField + BlasReal + Scratched {}
     impl Sealed for f32 {}
     impl Sealed for f64 {}
 }

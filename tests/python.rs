@@ -8,7 +8,7 @@ mod installed;
 #[path = "common/python.rs"]
 mod python;
 
-use installed::{prefix, root, say};
+use installed::{prefix, root};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
@@ -61,6 +61,12 @@ static SERVERS: Mutex<Vec<Server>> = Mutex::new(Vec::new());
 
 fn tests() -> PathBuf {
     root().join("python/tests")
+}
+
+/// Says what is going on while nothing else is printed. Not by `eprintln!`: the test harness keeps that until a test fails.
+fn say(what: &str) {
+    // It does not matter if nobody listens.
+    let _ = writeln!(std::io::stderr(), "... {what}");
 }
 
 fn test(file: &str) -> Result<Completion, Failed> {

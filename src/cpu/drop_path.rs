@@ -15,6 +15,7 @@ const EPSILON: f64 = 1e-12;
 ///
 /// # Errors
 /// If `branches` is not 1 or 2, a size is zero, or a slice has another length than its shape.
+#[inline(never)]
 pub fn shared_drop_path<T: Real>(
     branches: usize,
     features: usize,
@@ -29,6 +30,7 @@ pub fn shared_drop_path<T: Real>(
 ///
 /// # Errors
 /// As [`shared_drop_path`].
+#[inline(never)]
 pub fn shared_drop_path_backward<T: Real>(
     branches: usize,
     features: usize,

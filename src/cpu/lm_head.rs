@@ -102,6 +102,7 @@ impl<T: Real> LmHead<'_, T> {
     ///
     /// # Errors
     /// If a slice has another length than its shape.
+    #[inline(never)]
     pub fn gram(&self, gram: &mut [T]) -> Result<()> {
         let h = self.hidden_size;
         self.check_weight()?;
@@ -197,6 +198,7 @@ impl<T: Real> LmHead<'_, T> {
     /// # Errors
     /// If a size is zero or overflows, a slice has another length than its shape, a setting or a class weight is out of range, a label
     /// is neither a token nor the ignored one, or a gradient to what is absent is asked for.
+    #[inline(never)]
     pub fn evaluate(&self, hidden: &[T], grads: LmHeadGrads<&mut [T]>) -> Result<LossValues> {
         self.check(hidden, &grads)?;
         let (v, h, m) = (self.settings.classes, self.hidden_size, self.labels.len());

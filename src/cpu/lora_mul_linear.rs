@@ -165,6 +165,7 @@ impl<'a, T: Element> LoraMulLinear<'a, T> {
     ///
     /// # Errors
     /// If there is neither LoRA nor a prompt, a size is zero or too large, a slice has another length than its shape, or `scale` is not finite.
+    #[inline(never)]
     pub fn forward(&self, x: &[T], y: &mut [T]) -> Result<()> {
         self.check()?;
         self.dense(true, |layer| layer.forward(x, y))
@@ -175,6 +176,7 @@ impl<'a, T: Element> LoraMulLinear<'a, T> {
     ///
     /// # Errors
     /// As [`forward`](Self::forward); also if a gradient is asked for whose factor the layer does not have.
+    #[inline(never)]
     pub fn backward(&self, x: Option<&[T]>, dy: &[T], grads: LoraMulLinearGrads<&mut [T]>) -> Result<()> {
         self.check()?;
         grads.check(self.lora.is_some(), self.prompt.is_some())?;

@@ -79,6 +79,7 @@ impl<T: Element> LowRankLinear<'_, T> {
     ///
     /// # Errors
     /// If a size is zero or overflows, a slice does not have the length that the sizes ask for, or `scale` is not finite.
+    #[inline(never)]
     pub fn forward(&self, x: &[T], y: &mut [T]) -> Result<()> {
         let z = self.check()?;
         check_io(&self.shape, ("x", x), ("y", y))?;
@@ -104,6 +105,7 @@ impl<T: Element> LowRankLinear<'_, T> {
     ///
     /// # Errors
     /// As [`forward`](Self::forward).
+    #[inline(never)]
     pub fn backward(&self, x: &[T], dy: &[T], grads: LowRankGrads<&mut [T]>) -> Result<()> {
         let z = self.check()?;
         check_io(&self.shape, ("x", x), ("dy", dy))?;

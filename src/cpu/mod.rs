@@ -3,6 +3,9 @@
 //! Every forward comes with its backward. Operands are row-major slices; outputs are the caller's. All operators
 //! are deterministic run to run. In `f64` they are the oracle that other back ends are tested against.
 //! Threads are rayon's: run inside a [`rayon` pool](https://docs.rs/rayon) of your own to choose how many.
+//
+// What is generic and public is `#[inline(never)]`: the compiler then takes the instances of this library, which the C interface and
+// candle's operators have, instead of compiling them in every program again.
 
 mod bf16;
 mod blas;
@@ -28,7 +31,6 @@ pub use lm_head::{LmHead, LmHeadGrads};
 #[cfg(feature = "cuda")]
 pub(crate) use lora_mul_linear::check_adapter;
 pub use lora_mul_linear::{Lora, LoraMulLinear, LoraMulLinearGrads, Prompt};
-pub(crate) use loss::LossReal;
 #[cfg(feature = "cuda")]
 pub(crate) use loss::rows;
 pub use loss::{Consistency, Loss, LossValues};

@@ -17,6 +17,7 @@ const TASK: usize = 1 << 15;
 ///
 /// # Errors
 /// If a size is zero or overflows, or a slice is not of `M·N` elements.
+#[inline(never)]
 pub fn noisy_epilogue<T: Real>(
     shape: LinearShape,
     noise: Noise<&'_ [T]>,
@@ -30,6 +31,7 @@ pub fn noisy_epilogue<T: Real>(
 ///
 /// # Errors
 /// As [`noisy_epilogue`].
+#[inline(never)]
 pub fn noisy_epilogue_backward<T: Real>(
     shape: LinearShape,
     noise: Noise<&'_ [T]>,

@@ -144,6 +144,7 @@ impl<T: Element> NoisyLinear<'_, T> {
     /// # Errors
     /// If there is neither a base nor ΔW, a size is zero or overflows, or a slice does not have the length that the sizes ask
     /// for.
+    #[inline(never)]
     pub fn forward(&self, x: &[T], y: &mut [T]) -> Result<()> {
         let z = self.check()?;
         check_io(&self.shape, ("x", x), ("y", y))?;
@@ -212,6 +213,7 @@ impl<T: Element> NoisyLinear<'_, T> {
     ///
     /// # Errors
     /// As [`forward`](Self::forward); also if the gradient of ΔW is asked for and the layer has none.
+    #[inline(never)]
     pub fn backward(&self, x: &[T], dy: &[T], grads: NoisyLinearGrads<&mut [T]>) -> Result<()> {
         self.backward_from(Some(x), dy, grads)
     }

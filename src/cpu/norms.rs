@@ -16,6 +16,7 @@ fn sum_of_squares<T: Real>(values: impl Iterator<Item = T>) -> f64 {
 /// ```
 /// assert_eq!(pace_kernels::cpu::grad_norm(&[&[3.0f32], &[0.0, 4.0]]), 5.0);
 /// ```
+#[inline(never)]
 pub fn grad_norm<T: Real>(gradients: &[&[T]]) -> f64 {
     let chunks = gradients.iter().flat_map(|gradient| gradient.chunks(CHUNK));
     chunks.map(|chunk| sum_of_squares(chunk.iter().copied())).sum::<f64>().sqrt()
@@ -26,6 +27,7 @@ pub fn grad_norm<T: Real>(gradients: &[&[T]]) -> f64 {
 ///
 /// # Errors
 /// If a size is zero or a slice has another length than its shape.
+#[inline(never)]
 pub fn fp_distance<T: Real>(
     samples: usize,
     features: usize,

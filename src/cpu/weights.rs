@@ -150,6 +150,7 @@ impl<T: Element> LoraFactors<&[T], T::Real> {
 ///
 /// # Errors
 /// If a size is zero, a slice has another length than its shape, or `scale` is not finite.
+#[inline(never)]
 pub fn low_rank_weight<T: Element>(lora: LoraFactors<&[T], T::Real>, out: &mut [T]) -> Result<()> {
     lora.check()?;
     lora.check_weight("out", out)?;
@@ -161,6 +162,7 @@ pub fn low_rank_weight<T: Element>(lora: LoraFactors<&[T], T::Real>, out: &mut [
 ///
 /// # Errors
 /// As [`low_rank_weight`].
+#[inline(never)]
 pub fn low_rank_weight_backward<T: Element>(
     lora: LoraFactors<&[T], T::Real>,
     delta_weight_grad: &[T],
@@ -175,6 +177,7 @@ pub fn low_rank_weight_backward<T: Element>(
 ///
 /// # Errors
 /// As [`low_rank_weight`].
+#[inline(never)]
 pub fn lora_mul_weight<T: Element>(
     lora: LoraFactors<&[T], T::Real>,
     base_weight: &[T],
@@ -191,6 +194,7 @@ pub fn lora_mul_weight<T: Element>(
 ///
 /// # Errors
 /// As [`low_rank_weight`].
+#[inline(never)]
 pub fn lora_mul_weight_backward<T: Element>(
     lora: LoraFactors<&[T], T::Real>,
     base_weight: &[T],
@@ -265,6 +269,7 @@ impl<T: Element> PromptBias<&[T]> {
     ///
     /// # Errors
     /// If a size is zero or a slice has another length than its shape.
+    #[inline(never)]
     pub fn forward(&self, out: &mut [T]) -> Result<()> {
         self.check()?;
         let Self { out_features: n, in_features: k, rank: r, .. } = *self;
@@ -287,6 +292,7 @@ impl<T: Element> PromptBias<&[T]> {
     ///
     /// # Errors
     /// As [`forward`](Self::forward).
+    #[inline(never)]
     pub fn backward(&self, delta_bias_grad: &[T], grads: PromptGrads<&mut [T]>) -> Result<()> {
         self.check()?;
         let Self { out_features: n, in_features: k, rank: r, .. } = *self;
@@ -324,6 +330,7 @@ fn write_product<T: Element>(
 ///
 /// # Errors
 /// If the slices differ in length.
+#[inline(never)]
 pub fn merge<T: Real>(target: &mut [T], delta: &[T]) -> Result<()> {
     same_length(target, delta)?;
     combine(target, delta, |w, d| *w += d);
@@ -334,6 +341,7 @@ pub fn merge<T: Real>(target: &mut [T], delta: &[T]) -> Result<()> {
 ///
 /// # Errors
 /// If the slices differ in length.
+#[inline(never)]
 pub fn unmerge<T: Real>(target: &mut [T], delta: &[T]) -> Result<()> {
     same_length(target, delta)?;
     combine(target, delta, |w, d| *w -= d);

@@ -11,7 +11,7 @@ const SHAPE: LinearShape =
 
 #[test]
 fn a_layer_gives_what_the_rust_interface_gives() {
-    let mut random = Random(1);
+    let mut random = Random::new(1);
     let [mut weight, mut bias, mut delta, mut x, mut dy] = [20, 4, 20, 30, 48].map(|len| random.floats(len));
     let layer = cpu::NoisyLinear {
         shape: SHAPE,

@@ -85,7 +85,7 @@ pub const AREA: usize = 4096;
 
 impl Arena {
     pub fn new(areas: usize) -> Self {
-        let mut random = Random(3);
+        let mut random = Random::new(3);
         // Floats of modest size whichever way they are read, and small integers as 64 bits are rare: those are written.
         let memory = (0..areas * AREA / 8).map(|_| {
             let f = |r: &mut Random| u64::from((r.below(200) as f32 / 100.0 - 1.0).to_bits());
@@ -142,11 +142,13 @@ pub struct Sizes {
 pub const SIZES: Sizes =
     Sizes { shape: shape(), rank: 2, prompt_rank: 2, samples: 3, classes: 7, features: 5 };
 
+/// They take the place of those that were made before in this memory.
 pub fn cases(arena: &mut Arena, sizes: Sizes) -> Vec<Case> {
     let Sizes { shape, rank: r, prompt_rank: p, samples: b, classes: c, features: h } = sizes;
     let (n, k, samples) = (shape.out_features, shape.in_features, shape.branches * shape.batch);
     let m = samples * shape.tokens;
     let in_rows = if shape.shared_input == 1 { shape.batch * shape.tokens } else { m };
+    arena.used = 0;
     // Zeros, for a list of tensors that may get longer.
     let list = arena.tensor(0);
     let spare = arena.tensor(0);

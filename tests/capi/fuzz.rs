@@ -82,7 +82,7 @@ fn whatever_is_in_the_structs_there_is_a_status_and_a_message() {
     let cases = cases(&mut arena, SIZES);
     assert!(OPERATORS.iter().enumerate().all(|(i, _)| cases.iter().any(|case| case.operator == i)));
     let before = arena.memory.clone();
-    let mut random = Random(11);
+    let mut random = Random::new(11);
     let mut seen = std::collections::BTreeMap::<PaceStatus, usize>::new();
     for case in &cases {
         assert_eq!(call(case, &case.words), PACE_OK, "{}: {}", OPERATORS[case.operator].0, message());

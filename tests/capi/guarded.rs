@@ -357,30 +357,55 @@ pub fn calls() -> usize {
     calls.unwrap_or(60_000)
 }
 
+/// Where calls are made.
+pub struct Guarded {
+    pages: Pages,
+    /// Those of each operator's struct.
+    fields: Vec<Vec<Field>>,
+}
+
+impl Guarded {
+    /// None where pages are larger than tensors here.
+    pub fn new() -> Option<Self> {
+        // SAFETY: a question.
+        let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+        let fields = OPERATORS.iter().map(|operator| fields(operator.3)).collect();
+        (page == PAGE as i64).then(|| Self { pages: Pages::new(32), fields })
+    }
+
+    /// This call with up to three changes, and what comes of it.
+    fn attempt(&mut self, case: &Case, random: &mut Random) -> PaceStatus {
+        let mut attempt = Attempt::new(case, &self.fields[case.operator], random.below(4) > 0);
+        let changes = [0, 1, 1, 1, 2, 3][random.below(6) as usize];
+        for _ in 0..changes {
+            attempt.change(random, changes == 1);
+        }
+        attempt.lay_out(&mut self.pages, random);
+        attempt.run(&mut self.pages)
+    }
+
+    /// A call of sizes and changes of the fuzzer's choice.
+    #[allow(dead_code, reason = "evidence/fuzz calls it")]
+    pub fn led(&mut self, arena: &mut Arena, random: &mut Random) -> PaceStatus {
+        let cases = cases(arena, sizes(random));
+        let case = &cases[random.below(cases.len() as u64) as usize];
+        self.attempt(case, random)
+    }
+}
+
 #[test]
 fn fuzz_between_guard_pages() {
-    // SAFETY: a question.
-    let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
-    if page != PAGE as i64 {
-        println!("skipped: pages of {page} bytes, larger than tensors of this test");
+    let Some(mut guarded) = Guarded::new() else {
+        println!("skipped: pages are not of {PAGE} bytes, which tensors of this test fit");
         return;
-    }
-    let mut random = Random(std::env::var("PACE_FUZZ_SEED").map_or(1, |seed| seed.parse().unwrap()));
-    let mut pages = Pages::new(32);
+    };
+    let mut random = Random::new(std::env::var("PACE_FUZZ_SEED").map_or(1, |seed| seed.parse().unwrap()));
     let (mut seen, mut done) = (BTreeMap::<PaceStatus, usize>::new(), 0);
-    let all_fields: Vec<Vec<Field>> = OPERATORS.iter().map(|operator| fields(operator.3)).collect();
+    let mut arena = Arena::new(160);
     while done < calls() {
-        let mut arena = Arena::new(160);
         for case in cases(&mut arena, sizes(&mut random)) {
-            let fields = &all_fields[case.operator];
             for _ in 0..100 {
-                let mut attempt = Attempt::new(&case, fields, random.below(4) > 0);
-                let changes = [0, 1, 1, 1, 2, 3][random.below(6) as usize];
-                for _ in 0..changes {
-                    attempt.change(&mut random, changes == 1);
-                }
-                attempt.lay_out(&mut pages, &mut random);
-                *seen.entry(attempt.run(&mut pages)).or_default() += 1;
+                *seen.entry(guarded.attempt(&case, &mut random)).or_default() += 1;
                 done += 1;
             }
         }

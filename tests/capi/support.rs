@@ -29,19 +29,35 @@ pub fn name(status: PaceStatus) -> String {
 }
 
 /// Numbers in [-1, 1) and choices among a few, from a seed.
-pub struct Random(pub u64);
+pub struct Random {
+    state: u64,
+    /// What a fuzzer that looks at coverage chose, from the last to the first; the seed has the rest.
+    chosen: Vec<u8>,
+}
 
 impl Random {
+    pub fn new(seed: u64) -> Self {
+        Self::led_by(&[], seed)
+    }
+
+    pub fn led_by(choices: &[u8], seed: u64) -> Self {
+        Self { state: seed, chosen: choices.iter().rev().copied().collect() }
+    }
+
     pub fn next(&mut self) -> u64 {
+        if let Some(start) = self.chosen.len().checked_sub(8) {
+            return self.chosen.drain(start..).rev().fold(0, |word, byte| word << 8 | u64::from(byte));
+        }
         // SplitMix64.
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        self.state = self.state.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let z = (self.state ^ (self.state >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
         let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
         z ^ (z >> 31)
     }
 
     pub fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
+        let chosen = if n <= 256 { self.chosen.pop().map(u64::from) } else { None };
+        chosen.unwrap_or_else(|| self.next()) % n
     }
 
     pub fn floats(&mut self, len: usize) -> Vec<f32> {

@@ -1,6 +1,5 @@
 //! The C library as `scripts/install_c.sh` installs it.
 
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
@@ -15,22 +14,11 @@ pub fn prefix() -> &'static Path {
     static PREFIX: OnceLock<PathBuf> = OnceLock::new();
     PREFIX.get_or_init(|| {
         let prefix = Path::new(env!("CARGO_TARGET_TMPDIR")).join("installed");
-        let mut install = Command::new(root().join("scripts/install_c.sh"));
-        install.arg(&prefix).env("PROFILE", "dev");
-        // Who uses it here computes on the CPU, and kernels take minutes to compile.
-        for variable in ["NVCC", "CUDA_HOME", "CUDA_PATH", "PACE_REQUIRE_NVCC"] {
-            install.env_remove(variable);
-        }
-        say("building the C library, which may take minutes");
-        run(&mut install);
+        // Those of `tests/c_library` are beside the tests.
+        let tests = std::env::current_exe().unwrap();
+        run(Command::new(root().join("scripts/install_c.sh")).arg(&prefix).arg(tests.parent().unwrap()));
         prefix
     })
-}
-
-/// Says what is going on while nothing else is printed. Not by `eprintln!`: the test harness keeps that until a test fails.
-pub fn say(what: &str) {
-    // It does not matter if nobody listens.
-    let _ = writeln!(std::io::stderr(), "... {what}");
 }
 
 /// Runs a command that must succeed, and gives what it printed.

@@ -8,17 +8,17 @@ use pace_kernels::cuda::{
 };
 use pace_kernels::noise::{Generator, Key, NoiseShape};
 use rand::rngs::StdRng;
-use rand::{RngExt, SeedableRng};
+use rand::{Rng, RngExt, SeedableRng};
 
 /// A source of arguments.
-struct Arguments {
-    random: StdRng,
+struct Arguments<'a> {
+    random: &'a mut dyn Rng,
     address: u64,
     /// Of 64, how many sizes and tensors are wild.
     wild: u32,
 }
 
-impl Arguments {
+impl Arguments<'_> {
     fn below(&mut self, n: usize) -> usize {
         self.random.random_range(0..n)
     }
@@ -121,7 +121,7 @@ impl Arguments {
 }
 
 /// Plans both passes of a layer; how many there were.
-fn a_layer(a: &mut Arguments) -> usize {
+fn a_layer(a: &mut Arguments<'_>) -> usize {
     let shape = a.shape();
     let (noise, gpu, dtype) = (a.noise(&shape), a.gpu(), a.dtype());
     let (k, n, r, p) = (shape.in_features, shape.out_features, a.size(), a.size());
@@ -197,7 +197,7 @@ fn a_layer(a: &mut Arguments) -> usize {
 }
 
 /// The same for what builds weights.
-fn a_weight(a: &mut Arguments) -> usize {
+fn a_weight(a: &mut Arguments<'_>) -> usize {
     let (n, k, r, dtype) = (a.size(), a.size(), a.size(), a.dtype());
     let plans = if a.below(2) == 0 {
         let lora = LoraFactors {
@@ -236,7 +236,7 @@ fn a_weight(a: &mut Arguments) -> usize {
 }
 
 /// The same for all others but losses.
-fn another(a: &mut Arguments) -> usize {
+fn another(a: &mut Arguments<'_>) -> usize {
     let dtype = a.dtype();
     let direction = if a.below(2) == 0 { Direction::Forward } else { Direction::Backward };
     let plan = match a.below(5) {
@@ -280,20 +280,22 @@ fn another(a: &mut Arguments) -> usize {
     usize::from(plan.is_ok())
 }
 
+/// Plans of a random operator, and how many there were; of 64 sizes and tensors `wild` are.
+pub fn an_operator(random: &mut dyn Rng, kind: usize, wild: u32) -> usize {
+    let mut a = Arguments { random, address: 1 << 20, wild };
+    match kind % 4 {
+        0 | 1 => a_layer(&mut a),
+        2 => a_weight(&mut a),
+        _ => another(&mut a),
+    }
+}
+
 #[test]
 fn sizes_up_to_the_largest_give_a_plan_or_an_error() {
     let calls = std::env::var("PACE_FUZZ_CALLS")
         .map_or(30_000, |calls| calls.parse().expect("PACE_FUZZ_CALLS is a number"));
-    let mut a = Arguments { random: StdRng::seed_from_u64(1), address: 1 << 20, wild: 0 };
-    let mut planned = 0;
-    for i in 0..calls {
-        (a.address, a.wild) = (1 << 20, [0, 2, 8, 40][i % 4]);
-        planned += match i / 4 % 4 {
-            0 | 1 => a_layer(&mut a),
-            2 => a_weight(&mut a),
-            _ => another(&mut a),
-        };
-    }
+    let mut random = StdRng::seed_from_u64(1);
+    let planned: usize = (0..calls).map(|i| an_operator(&mut random, i / 4, [0, 2, 8, 40][i % 4])).sum();
     println!("{calls} calls, {planned} plans");
     assert!(planned > calls / 4, "{planned} plans");
 }

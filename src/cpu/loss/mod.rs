@@ -103,37 +103,6 @@ enum Target<'a, T> {
     Values(&'a [T]),
 }
 
-/// A type that losses are computed for. Not for all `Real`s at once: what is generic is compiled again in every program that uses
-/// it, and losses are large.
-pub trait LossReal: Sized {
-    /// [`Loss::sums`].
-    fn sums(
-        loss: &Loss<'_, Self>,
-        logits: &[Self],
-        consistency: &Consistency<'_, Self>,
-        gradient: Option<&mut [Self]>,
-        denominators: (f64, f64),
-    ) -> (f64, f64);
-}
-
-macro_rules! loss_reals {
-    ($($type:ty),*) => {$(
-        impl LossReal for $type {
-            fn sums(
-                loss: &Loss<'_, $type>,
-                logits: &[$type],
-                consistency: &Consistency<'_, $type>,
-                gradient: Option<&mut [$type]>,
-                denominators: (f64, f64),
-            ) -> (f64, f64) {
-                loss.add_up(logits, consistency, gradient, denominators)
-            }
-        }
-    )*};
-}
-
-loss_reals!(f32, f64);
-
 impl<T: Real> Loss<'_, T> {
     /// Samples of the batch.
     fn batch(&self) -> Result<usize> {
@@ -219,6 +188,7 @@ impl<T: Real> Loss<'_, T> {
     /// # Errors
     /// If a size is zero, a slice has another length than its shape, a setting is out of range or has no meaning for the targets, a
     /// label, probability or weight is out of range, or a history index is out of range or repeated.
+    #[inline(never)]
     pub fn evaluate(
         &self,
         logits: &[T],
@@ -258,16 +228,6 @@ impl<T: Real> Loss<'_, T> {
     /// The sums of the criterion and of the divergence over samples, and the gradient of the total with these denominators. Arguments
     /// have been checked.
     pub(super) fn sums(
-        &self,
-        logits: &[T],
-        consistency: &Consistency<'_, T>,
-        gradient: Option<&mut [T]>,
-        denominators: (f64, f64),
-    ) -> (f64, f64) {
-        T::sums(self, logits, consistency, gradient, denominators)
-    }
-
-    fn add_up(
         &self,
         logits: &[T],
         consistency: &Consistency<'_, T>,
