@@ -52,12 +52,13 @@ impl Buffer {
         self.check_workspace_of(needed, 4)
     }
 
-    /// Checks that it has at least `needed` elements of `bytes` bytes each.
+    /// Checks that it has at least `needed` elements of `bytes` bytes each; what is not needed may be anything, and is absent.
     pub(super) fn check_workspace_of(&self, needed: usize, bytes: usize) -> Result<Buffer> {
-        let workspace = Buffer { len: self.len.min(needed), ..*self };
-        if needed > 0 {
-            workspace.check("workspace", "[workspace_len()]", needed, bytes)?;
+        if needed == 0 {
+            return Ok(Buffer::ABSENT);
         }
+        let workspace = Buffer { len: self.len.min(needed), ..*self };
+        workspace.check("workspace", "[workspace_len()]", needed, bytes)?;
         Ok(workspace)
     }
 

@@ -56,11 +56,12 @@ impl Arguments<'_> {
         self.address =
             self.address.wrapping_add((len as u64).saturating_mul(8).saturating_add(4096) & 0xffff_ffff_f000);
         if self.is_wild() {
-            match self.below(5) {
+            match self.below(6) {
                 0 => len = self.below(100),
                 1 => len = len.wrapping_sub(1),
                 2 => address = 0,
                 3 => address |= 1,
+                4 => address = u64::MAX - self.below(4096) as u64,
                 _ => address = self.random.random(),
             }
         }

@@ -330,10 +330,12 @@ fn wrong_workspaces_of_linear_layers_are_refused() {
                 refused(dtype, needed, &|workspace| dense.backward(gpu, dtype, X, DY, grads, workspace));
             } else {
                 // Where none is needed, any will do.
-                let inside = buffer(y.address + 8, 9);
-                for workspace in [buffer(0, 0), buffer(1, 0), Buffer { len: 9, ..X }, inside] {
+                let (inside, last) = (buffer(y.address + 8, 9), buffer(u64::MAX - 3, 9));
+                let weight = Some(tensor(18, 24 * 7));
+                let grads = NoisyLinearGrads { delta_weight: weight, ..NoisyLinearGrads::default() };
+                for workspace in [buffer(0, 0), buffer(1, 0), Buffer { len: 9, ..X }, inside, last] {
                     dense.forward(gpu, dtype, X, y, workspace).unwrap();
-                    dense.backward(gpu, dtype, X, DY, NoisyLinearGrads::default(), workspace).unwrap();
+                    dense.backward(gpu, dtype, X, DY, grads, workspace).unwrap();
                 }
             }
             let needed = low.workspace_len(gpu, dtype);
