@@ -513,6 +513,17 @@ def test_what_the_library_would_take_for_something_else_is_refused():
             call()
 
 
+def test_a_setting_is_refused_whatever_was_called_before():
+    """`5.0` equals 5, for which the struct of the call is there already."""
+    y, noise = random(4, 6), Noise(KEY, 0.5, first_sample=5)
+    ops.noisy_epilogue(y, y, noise)
+    with pytest.raises(PaceError, match="first_sample"):
+        ops.noisy_epilogue(y, y, noise._replace(first_sample=5.0))
+    ops.drop_path(y, KEY, 0.5, first_sample=0)
+    with pytest.raises(PaceError, match="first_sample"):
+        ops.drop_path(y, KEY, 0.5, first_sample=False)
+
+
 def test_no_tensor_and_no_matrix():
     x, weight = random(4, 6), random(5, 6)
     for call, message in (

@@ -314,6 +314,8 @@ fn wrong_workspaces_of_linear_layers_are_refused() {
         let start = before(9 << 20);
         assert_error(plan(buffer(start, needed)), &argument("key", "overlaps the output"));
         assert_error(plan(buffer(17 << 20, needed)), &argument("workspace", "overlaps another output"));
+        // The last there is.
+        assert!(plan(buffer((end - 4) / 4 * 4, needed)).is_ok());
         // Longer is fine, and only what is needed is used.
         let exact = plan(Buffer { len: needed, ..WORKSPACE }).unwrap();
         assert_eq!(plan(Buffer { len: usize::MAX, ..WORKSPACE }).unwrap(), exact);
@@ -339,7 +341,8 @@ fn wrong_workspaces_of_linear_layers_are_refused() {
                 }
             }
             let needed = low.workspace_len(gpu, dtype);
-            let grads = LowRankGrads { input: Some(dx), ..LowRankGrads::default() };
+            let (lora_b, lora_a) = (Some(tensor(21, 24 * 5)), Some(tensor(22, 5 * 7)));
+            let grads = LowRankGrads { input: Some(dx), lora_b, lora_a, delta_bias: None };
             refused(dtype, needed, &|workspace| low.forward(gpu, dtype, X, S, y, workspace));
             refused(dtype, needed, &|workspace| low.backward(gpu, dtype, X, S, DY, grads, workspace));
         }

@@ -210,7 +210,8 @@ impl WeightGradient {
         // Without a weight gradient there are no columns, and x is not read.
         let k = if self.weight.is_some() { k } else { 0 };
         let (columns, rows) = (k.div_ceil(SM80_TILE).max(1), n.div_ceil(SM80_TILE));
-        let workspace = [self.workspace, self.workspace.offset(parts * n * k * 4)];
+        let sums_of_weight = if partial { parts * n * k * 4 } else { 0 };
+        let workspace = [self.workspace, self.workspace.offset(sums_of_weight)];
         let targets = [self.weight, self.bias];
         let target = |i: usize| match targets[i] {
             Some(_) if partial => workspace[i],

@@ -50,7 +50,8 @@ class Function:
 
     def __call__(self, tensors: Sequence[Optional[Tensor]], settings: NamedTuple) -> list[Optional[Tensor]]:
         flags = lib.ALLOW_TF32 if self.takes_tf32 and tensors[0].is_cuda and allows_tf32(tensors[0].dtype) else 0
-        layouts = [settings, flags]
+        # With their types: 5.0 equals 5, and is refused.
+        layouts = [settings, *map(type, settings), flags]
         for tensor in tensors:
             layouts += (None,) if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
         layouts = tuple(layouts)
