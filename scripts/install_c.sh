@@ -26,6 +26,7 @@ build() {
 }
 if [ -n "$folder" ]; then
     libraries=$(printf '%s\n' "$folder"/libpace_c_library.*)
+    [ -e "$folder/libpace_c_library.a" ] || { echo "no libraries in $folder: cargo build --package pace-c-library" >&2; exit 1; }
 else
     libraries=$(build | grep -o '"[^"]*/libpace_kernels\.[a-z]*"' | tr -d '"')
 fi

@@ -219,6 +219,7 @@ impl<T: Element> NoisyLinear<'_, T> {
     }
 
     /// The same without `x`, if the gradient of ΔW is not asked for.
+    #[inline(never)]
     pub(crate) fn backward_from(
         &self,
         x: Option<&[T]>,

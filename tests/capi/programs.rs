@@ -1,4 +1,4 @@
-//! Programs in C and C++ against the header and the library, as a user gets them.
+//! Programs in C and C++ against the header and the library, installed as for a user.
 
 use crate::installed::{prefix, root, run};
 use std::ffi::OsStr;

@@ -1,4 +1,4 @@
-//! The C library as `scripts/install_c.sh` installs it.
+//! The C library as `scripts/install_c.sh` installs it, here of `tests/c_library`.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
