@@ -284,7 +284,7 @@ typedef struct PaceLmHead {
   uint64_t branches;
   // `r` of the LoRA.
   uint64_t rank;
-  // Rows of a branch whose logits are in memory at a time; 0: as many as are fast.
+  // Rows of a branch whose logits are in memory at a time; 0: as many as are fast. On a device at least `M` / 2^17.
   uint64_t chunk_rows;
   // `PACE_LOSS_*`, added up.
   uint32_t flags;

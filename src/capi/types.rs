@@ -201,7 +201,7 @@ pub struct PaceLmHead {
     pub branches: u64,
     /// `r` of the LoRA.
     pub rank: u64,
-    /// Rows of a branch whose logits are in memory at a time; 0: as many as are fast.
+    /// Rows of a branch whose logits are in memory at a time; 0: as many as are fast. On a device at least `M` / 2^17.
     pub chunk_rows: u64,
     /// `PACE_LOSS_*`, added up.
     pub flags: u32,

@@ -1,12 +1,13 @@
 //! Plans of random sizes, up to the largest there are, over tensors that fit them or not: a plan or an error, never a panic.
 
-use pace_kernels::LinearShape;
 use pace_kernels::cuda::{
-    Base, Buffer, DType, Direction, DropPath, Family, FpDistance, Gpu, GradNorm, Lora, LoraFactors,
-    LoraGrads, LoraMulLinear, LoraMulLinearGrads, LowRankGrads, LowRankLinear, MaskSource, Merge, MergeSign,
-    NoisyEpilogue, NoisyLinear, NoisyLinearGrads, Prompt, PromptBias, PromptGrads, Source,
+    Base, Buffer, DType, Direction, DropPath, Family, FpDistance, Gpu, GradNorm, LmHead, LmHeadOutputs, Lora,
+    LoraFactors, LoraGrads, LoraMulLinear, LoraMulLinearGrads, Loss, LossStatus, LowRankGrads, LowRankLinear,
+    MaskSource, Merge, MergeSign, NoiseFill, NoisyEpilogue, NoisyLinear, NoisyLinearGrads, Partner, Prompt,
+    PromptBias, PromptGrads, Source,
 };
 use pace_kernels::noise::{Generator, Key, NoiseShape};
+use pace_kernels::{Divergence, LinearShape, LossSettings, Targets};
 use rand::rngs::StdRng;
 use rand::{Rng, RngExt, SeedableRng};
 
@@ -83,12 +84,16 @@ impl Arguments<'_> {
         }
     }
 
-    fn noise(&mut self, shape: &LinearShape) -> Source {
-        let per_token = self.below(2) == 0;
-        let noise_shape = if per_token { NoiseShape::PerToken } else { NoiseShape::PerSample };
-        let tokens = if per_token { shape.tokens } else { 1 };
+    fn generator(&mut self) -> Generator {
+        let shape = if self.below(2) == 0 { NoiseShape::PerToken } else { NoiseShape::PerSample };
         let first = if self.is_wild() { (1 << 56) - 1 } else { 7 };
-        let generator = Generator::new(Key([1, 2]), 0.5, noise_shape, first).unwrap();
+        Generator::new(Key([1, 2]), 0.5, shape, first).unwrap()
+    }
+
+    fn noise(&mut self, shape: &LinearShape) -> Source {
+        let generator = self.generator();
+        let noise_shape = generator.shape();
+        let tokens = if noise_shape == NoiseShape::PerToken { shape.tokens } else { 1 };
         match self.below(4) {
             0 => Source::Off,
             1 => Source::Generated(generator),
@@ -97,6 +102,25 @@ impl Arguments<'_> {
                 z: self.tensor(&[shape.samples(), tokens, shape.out_features]),
                 shape: noise_shape,
             },
+        }
+    }
+
+    fn loss_settings(&mut self, classes: usize) -> LossSettings {
+        let divergence = match self.below(6) {
+            0 => Divergence::SquaredDifference,
+            1 => Divergence::MeanSquaredDifference,
+            2 => Divergence::CenteredSquaredDifference,
+            3 => Divergence::SymmetricKl,
+            4 => Divergence::Kl { temperature: 2.0, detach_target: self.below(2) == 0 },
+            _ => Divergence::JensenShannon,
+        };
+        LossSettings {
+            divergence,
+            ignore_label: (self.below(2) == 0).then_some(-100),
+            labelled_only: self.below(4) == 0,
+            both_branches: self.below(4) == 0,
+            denominator: (self.below(4) == 0).then_some(3.0),
+            ..LossSettings::new(classes, 0.5)
         }
     }
 
@@ -236,11 +260,86 @@ fn a_weight(a: &mut Arguments<'_>) -> usize {
     plans.into_iter().filter(|plan| plan.is_ok()).count()
 }
 
-/// The same for all others but losses.
+/// The same for losses.
+fn a_loss(a: &mut Arguments<'_>) -> usize {
+    let (batch, classes, dtype) = (a.size(), a.size(), a.dtype());
+    let settings = a.loss_settings(classes);
+    let row = [batch, classes];
+    let partner = match a.below(4) {
+        0 => Partner::None,
+        1 => Partner::OtherBranch,
+        2 => Partner::Difference,
+        _ => {
+            let samples = a.size();
+            Partner::History { table: a.tensor(&[samples, classes]), index: a.tensor(&[batch]) }
+        }
+    };
+    let branches = if matches!(partner, Partner::OtherBranch | Partner::Difference) { 2 } else { 1 };
+    let logits = [branches, batch, classes];
+    let loss = Loss {
+        settings,
+        dtype,
+        logits: a.tensor(&logits),
+        targets: match a.below(4) {
+            0 => Targets::Probabilities(a.tensor(&row)),
+            1 => Targets::Values(a.tensor(&row)),
+            _ => Targets::Labels(a.tensor(&[batch])),
+        },
+        class_weights: (a.below(4) == 0).then(|| a.tensor(&[classes])),
+        counted: (a.below(4) == 0).then(|| a.tensor(&[batch, 2])),
+        partner,
+        gradient: a.maybe(&logits),
+        values: a.tensor(&[3]),
+        status: a.tensor(&[LossStatus::WORDS]),
+        accumulate: a.below(4) == 0,
+        first_row: if a.is_wild() { a.size() } else { 0 },
+        workspace: a.workspace(settings.workspace_len(batch)),
+    };
+    usize::from(loss.plan().is_ok())
+}
+
+/// The same for the head of a language model, and for its Gram matrix.
+fn a_head(a: &mut Arguments<'_>) -> usize {
+    let (tokens, hidden_size, classes, rank, dtype, gpu) =
+        (a.size(), a.size(), a.size(), a.size(), a.dtype(), a.gpu());
+    let branches = if a.is_wild() { a.size() } else { 1 + a.below(2) };
+    let (lora_a, lora_b) = (a.tensor(&[rank, hidden_size]), a.tensor(&[classes, rank]));
+    let (labels, weight) = (a.tensor(&[tokens]), a.tensor(&[classes, hidden_size]));
+    let head = LmHead {
+        branches,
+        bias: a.maybe(&[classes]),
+        lora: (a.below(3) == 0).then_some(Lora { rank, lora_a, lora_b, scale: 0.5 }),
+        class_weights: (a.below(4) == 0).then(|| a.tensor(&[classes])),
+        gram: a.maybe(&[hidden_size, hidden_size]),
+        soft_cap: (a.below(4) == 0).then_some(30.0),
+        chunk_rows: (a.below(2) == 0).then(|| a.size()),
+        allow_tf32: a.below(2) == 0,
+        ..LmHead::new(a.loss_settings(classes), tokens, hidden_size, labels, weight)
+    };
+    let rows = [branches, tokens, hidden_size];
+    let trained = a.maybe(&[classes, hidden_size]);
+    let outputs = LmHeadOutputs {
+        hidden: a.maybe(&rows),
+        weight: trained,
+        bias: a.maybe(&[classes]).filter(|_| head.bias.is_some()),
+        lora_b: a.maybe(&[classes, rank]).filter(|_| head.lora.is_some()),
+        lora_a: a.maybe(&[rank, hidden_size]).filter(|_| head.lora.is_some()),
+        values: a.tensor(&[3]),
+        status: a.tensor(&[LossStatus::WORDS]),
+        workspace: a.workspace(head.workspace_len(&gpu, dtype, trained.is_some())),
+    };
+    let hidden = a.tensor(&rows);
+    let (gram, workspace) =
+        (a.tensor(&[hidden_size, hidden_size]), a.workspace(head.gram_workspace_len(&gpu)));
+    let plans = [head.plan(&gpu, dtype, hidden, outputs), head.gram(&gpu, dtype, gram, workspace)];
+    plans.into_iter().filter(|plan| plan.is_ok()).count()
+}
+
+/// The same for all others.
 fn another(a: &mut Arguments<'_>) -> usize {
     let dtype = a.dtype();
     let direction = if a.below(2) == 0 { Direction::Forward } else { Direction::Backward };
-    let plan = match a.below(5) {
+    let plan = match a.below(6) {
         0 => {
             let shape = a.shape();
             let (noise, sizes) = (a.noise(&shape), [shape.out_rows(), shape.out_features]);
@@ -273,6 +372,13 @@ fn another(a: &mut Arguments<'_>) -> usize {
             let norm = a.tensor(&[1]);
             GradNorm { dtype, gradients: &gradients, norm, workspace }.plan()
         }
+        4 => {
+            let (shape, generator) = (a.shape(), a.generator());
+            let tokens = if generator.shape() == NoiseShape::PerToken { shape.tokens } else { 1 };
+            let key = (a.below(2) == 0).then(|| a.tensor(&[1]));
+            let z = a.tensor(&[shape.samples(), tokens, shape.out_features]);
+            NoiseFill { shape, generator, key, z }.plan()
+        }
         _ => {
             let len = a.size();
             Merge { sign: MergeSign::Merge, dtype, target: a.tensor(&[len]), delta: a.tensor(&[len]) }.plan()
@@ -284,9 +390,11 @@ fn another(a: &mut Arguments<'_>) -> usize {
 /// Plans of a random operator, and how many there were; of 64 sizes and tensors `wild` are.
 pub fn an_operator(random: &mut dyn Rng, kind: usize, wild: u32) -> usize {
     let mut a = Arguments { random, address: 1 << 20, wild };
-    match kind % 4 {
+    match kind % 6 {
         0 | 1 => a_layer(&mut a),
         2 => a_weight(&mut a),
+        3 => a_loss(&mut a),
+        4 => a_head(&mut a),
         _ => another(&mut a),
     }
 }

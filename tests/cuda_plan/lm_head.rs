@@ -146,6 +146,9 @@ fn wrong_sizes_and_settings_are_refused() {
     wrong(Head { settings: wide, ..head() }, size("classes", "at most 2^30", many));
     wrong(Head { branches: 3, ..head() }, size("branches", "1 or 2", 3));
     wrong(Head { chunk_rows: Some(0), ..head() }, size("chunk_rows", "at least 1", 0));
+    // A plan lists the steps of all chunks: these would be many gigabytes.
+    let many = Head { tokens: 1 << 24, chunk_rows: Some(127), ..head() };
+    wrong(many, size("chunk_rows", "at least M / 2^17", 127));
     wrong(
         Head { lora: head().lora.map(|lora| Lora { rank: 0, ..lora }), ..head() },
         size("rank", "at least 1", 0),

@@ -1,4 +1,4 @@
-//! Plans of all operators but losses over sizes up to the largest: those of `tests/cuda_plan/fuzz.rs`, by the fuzzer's choice.
+//! Plans of all operators over sizes up to the largest: those of `tests/cuda_plan/fuzz.rs`, by the fuzzer's choice.
 
 #![no_main]
 // The test uses all of it.

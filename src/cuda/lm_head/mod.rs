@@ -22,6 +22,8 @@ use pass::Pass;
 
 /// Blocks that add to one sum, at most.
 const MAX_BLOCKS: usize = 1024;
+/// Chunks, at most: a plan lists all of their steps.
+const MAX_CHUNKS: usize = 1 << 17;
 
 /// A linear layer from hidden states to a vocabulary, and the loss of its logits: forward and backward in one plan, with the logits of
 /// some rows in memory at a time. What [`cpu::LmHead`](crate::cpu::LmHead) computes, whose documentation has the formulas.
@@ -62,7 +64,7 @@ pub struct LmHead<T, I, F> {
     pub logit_scale: f64,
     /// `cap`, more than 0.
     pub soft_cap: Option<f64>,
-    /// Rows of a branch whose logits are in memory at a time; `None`: as many as fit in 250 MB.
+    /// Rows of a branch whose logits are in memory at a time; `None`: as many as fit in 250 MB. At least `M` / 2^17.
     pub chunk_rows: Option<usize>,
     /// Whether `f32` is multiplied as TF32 (10 fraction bits); never by the Gram matrix.
     pub allow_tf32: bool,
@@ -167,7 +169,12 @@ impl<T, I, F> LmHead<T, I, F> {
         if !(1..=2).contains(&self.branches) {
             return Err(Error::Size { argument: "branches", expected: "1 or 2", got: self.branches });
         }
-        self.chunk_rows.map_or(Ok(()), |rows| nonzero("chunk_rows", rows))
+        let Some(rows) = self.chunk_rows else { return Ok(()) };
+        nonzero("chunk_rows", rows)?;
+        if self.tokens.div_ceil(rows) > MAX_CHUNKS {
+            return Err(Error::Size { argument: "chunk_rows", expected: "at least M / 2^17", got: rows });
+        }
+        Ok(())
     }
 
     fn check_weight_sizes(&self) -> Result<()> {
