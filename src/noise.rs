@@ -225,6 +225,7 @@ impl Generator {
     /// Writes `z` of channels `first_channel..first_channel + out.len()` of one (branch, local sample, token).
     ///
     /// `token` is ignored for [`NoiseShape::PerSample`]. Any window of channels gives the same values as the whole row.
+    /// Samples count modulo 2⁵⁶, which operators refuse to reach.
     #[inline(never)]
     pub fn fill<T: Real>(&self, branch: u8, sample: u64, token: u32, first_channel: u32, out: &mut [T]) {
         let counter = self.counter(branch, sample, token);

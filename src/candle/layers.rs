@@ -67,8 +67,8 @@ impl PaceContext {
 
     /// Replaces the noise of the layer `name` in training by `z`, `[R, N]` or `[R, T, N]`; `None` gives it back.
     ///
-    /// `z` is where the layer's tensors are and of their type; on CUDA it is rounded to `F32`. A layer with σ = 0 has no
-    /// noise to replace.
+    /// `z` is where the layer's tensors are and of their type, and takes no gradient; on CUDA it is rounded to `F32`. A layer
+    /// with σ = 0 has no noise to replace.
     pub fn set_noise(&self, name: &str, z: Option<Tensor>) {
         self.change(|state| match z {
             Some(z) => state.given.insert(name.to_owned(), z),
@@ -257,8 +257,19 @@ impl PaceLinear {
                     state.branches
                 );
             }
+            let shape = shape(state.branches, batch);
             let noise = match state.given.get(&self.name) {
-                Some(z) => LayerNoise::Given(z.contiguous()?, self.noise_shape),
+                Some(z) => {
+                    // As many elements in another order would be the noise of others.
+                    let expected = match self.noise_shape {
+                        NoiseShape::PerSample => vec![shape.samples(), out_features],
+                        NoiseShape::PerToken => vec![shape.samples(), shape.tokens, out_features],
+                    };
+                    if z.dims() != expected {
+                        candle_core::bail!("`{}`: z is {:?}, expected {expected:?}", self.name, z.dims());
+                    }
+                    LayerNoise::Given(z.contiguous()?, self.noise_shape)
+                }
                 None => LayerNoise::Generated(wrap(Generator::new(
                     Key::derive(state.seed, step, self.layer),
                     self.sigma,
@@ -266,7 +277,7 @@ impl PaceLinear {
                     state.first_sample,
                 ))?),
             };
-            Ok((shape(state.branches, batch), noise))
+            Ok((shape, noise))
         })
     }
 

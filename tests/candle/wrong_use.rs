@@ -20,8 +20,10 @@ pub fn wrong_use_is_an_error(on: &On) -> Result<()> {
     assert!(layer.forward(&on.random("x", &[2, 4]).narrow(0, 0, 0)?).is_err(), "empty batch");
     assert!(layer.forward(&on.random("x", &[4, 4]).to_dtype(other)?).is_err(), "mixed types");
     assert!(layer.forward(&on.random("x", &[4, 4]).to_dtype(DType::F16)?).is_err(), "half");
-    context.set_noise("layer", Some(on.random("z", &[4, 5])));
-    assert!(layer.forward(&on.random("x", &[4, 4])).is_err(), "wrong z");
+    for (z, what) in [(&[4, 5], "wrong z"), (&[6, 4], "transposed z")] {
+        context.set_noise("layer", Some(on.random("z", z)));
+        assert!(layer.forward(&on.random("x", &[4, 4])).is_err(), "{what}");
+    }
     context.set_noise("layer", None);
     assert!(layer.forward(&on.random("x", &[4, 4])).is_ok());
     for branches in [0, 3] {
