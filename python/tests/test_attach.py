@@ -411,6 +411,15 @@ def test_what_pace_cannot_be_attached_to():
         pace_torch.attach(pace_torch.attach(with_lora()))
     with pytest.raises(PaceError, match="no LoRA of PEFT's"):
         pace_torch.attach(llama())
+    model = with_lora()
+    model.pace = 3.5
+    with pytest.raises(PaceError, match="`pace` of its own"):
+        pace_torch.attach(model)
+    assert model.pace == 3.5 and not noises(model)
+    with torch.inference_mode():
+        model = with_lora()
+    with pytest.raises(PaceError, match="inference_mode"):
+        pace_torch.attach(model)
     with pytest.raises(PaceError, match="merge_and_unload"):
         pace_torch.merge(pace_torch.attach(with_lora()))
     for config in (peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]), peft.LoHaConfig(target_modules=["q_proj"])):

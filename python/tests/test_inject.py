@@ -11,7 +11,7 @@ import torch
 from conftest import close, perturb, vit
 from models import SETTINGS, Tokens, batch, explicit, injected, linear, names_of
 from pace_torch import NoisyLinear, PaceError
-from torch import nn
+from torch import Tensor, nn
 
 
 CALLS = {
@@ -123,6 +123,70 @@ def test_where_branches_start():
 
     with pytest.raises(PaceError, match="head|rows"):
         injected(Mixes())(torch.ones(3, 4, dtype=torch.float64))
+
+
+class InPace(nn.Module):
+    """Has something called `pace`, and a layer called `adapter`."""
+
+    def __init__(self, pace=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.ModuleDict({"adapter": linear(6, 8)})
+        self.classifier = linear(8, 5)
+        if pace is not None:
+            self.pace = pace
+
+    def forward(self, x):
+        return self.classifier(torch.tanh(self.body["adapter"](x)).mean(1))
+
+
+def made_in_inference_mode():
+    with torch.inference_mode():
+        return InPace()
+
+
+def quantised_head():
+    model = InPace()
+    model.classifier.weight = nn.Parameter(torch.ones(5, 8, dtype=torch.int8), requires_grad=False)
+    return model
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: InPace(nn.Linear(3, 3)), "`pace` of its own"),
+    (lambda: InPace(nn.Parameter(torch.ones(3))), "`pace` of its own"),
+    (lambda: InPace(3.5), "`pace` of its own"),
+    (made_in_inference_mode, "inference_mode"),
+    (quantised_head, "`classifier` .*int8"),
+])
+def test_what_cannot_be_injected_is_left_as_it_was(make, message):
+    model = make()
+
+    def state():
+        return [*model.named_modules(), *vars(model).items(), *((name, p.requires_grad) for name, p in model.named_parameters())]
+
+    before = state()
+    for variant in ("pace", "baseline"):
+        with pytest.raises(PaceError, match=message):
+            pace_torch.inject(model, "LoRAadd", 2, variant=variant)
+    assert state() == before
+
+
+def test_what_ddp_is_told_to_ignore():
+    model, ignored = InPace(), "_ddp_params_and_buffers_to_ignore"
+    setattr(model, ignored, ["classifier.bias"])
+    assert getattr(pace_torch.inject(model), ignored) == ["classifier.bias", "pace.keys"]
+    assert getattr(pace_torch.merge(model), ignored) == ["classifier.bias"]
+    assert not hasattr(pace_torch.merge(pace_torch.inject(InPace())), ignored)
+
+
+@pytest.mark.parametrize("variant", ["pace", "baseline"])
+def test_a_layer_called_adapter(variant):
+    model, x = injected(InPace(), adapter="LoRAadd", variant=variant).eval(), batch()[0]
+    want, table = model(x), pace_torch.describe(model)
+    assert [line.split()[0] for line in table.splitlines()[1:-1]] == ["body.adapter", "classifier"]
+    merged = pace_torch.merge(model)
+    assert type(merged.body["adapter"]) is nn.Linear and merged.state_dict().keys() == InPace().state_dict().keys()
+    close(merged(x), want, 1e-12)
 
 
 def test_which_layers():
@@ -257,6 +321,27 @@ def test_what_is_saved():
     assert "body.0" in table and "LoraMulVptAdd" in table and "Head" in table and "0.5" in table
 
 
+@pytest.mark.filterwarnings("ignore:1 layers work on rows")
+def test_nothing_is_loaded_unless_all_can_be():
+    model = injected()
+    saved = {name: tensor + 1 for name, tensor in pace_torch.trainable_state_dict(model).items()}
+    before, last = copy.deepcopy(model.state_dict()), list(saved)[-1]
+    for of_last, message in (
+        (lambda tensor: tensor.to("meta"), f"`{last}` .*meta"),
+        (Tensor.to_sparse, f"`{last}` .*sparse"),
+        (lambda tensor: torch.quantize_per_tensor(tensor.float(), 0.1, 0, torch.qint8), f"`{last}` .*qint8"),
+        (lambda tensor: tensor + 1j, f"`{last}` .*complex128"),
+        (lambda tensor: tensor.to(torch.uint8).view(torch.bits8), f"`{last}` .*bits8"),
+        (Tensor.tolist, "no mapping of names to tensors"),
+    ):
+        with pytest.raises(PaceError, match=message):
+            pace_torch.load_trainable_state_dict(model, {**saved, last: of_last(saved[last])})
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for wrong in ({1: torch.ones(1), "a": torch.ones(1)}, {**saved, 1: torch.ones(1)}, None):
+        with pytest.raises(PaceError, match="no mapping of names to tensors"):
+            pace_torch.load_trainable_state_dict(model, wrong)
+
+
 def test_soft_labels():
     logits = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
     labels = torch.arange(3)
@@ -315,6 +400,30 @@ def test_the_look_at_the_model_leaves_no_trace():
     model = injected(OneOnly(), exclude_modules=["position"])
     with pytest.warns(UserWarning, match="not two.*taken for granted"):
         close(model(x, mask), explicit(model, x, mask), 1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:1 layers work on rows")
+@pytest.mark.parametrize("dropout", ["independent", "shared"])
+def test_the_look_at_the_model_leaves_the_batch_alone(dropout):
+    """Models that normalise in place do so once in each step, to what has rows of samples and to what has none."""
+
+    class InPlace(Tokens):
+        def forward(self, x, scale):
+            return super().forward(x.sub_(10).mul_(scale.mul_(0.5)))
+
+    x, labels = batch()[0], torch.arange(3)
+    given, scale, seen = x.clone(), torch.ones((), dtype=torch.float64), []
+    model = injected(InPlace(), dropout=dropout)
+    model.body[0].register_forward_pre_hook(lambda layer, args: seen.append(args[0].detach().clone()))
+    model.pace.training_step(model, (given, scale), labels)
+    assert torch.equal(given, x) and scale == 0.5 and torch.equal(seen[-1], torch.cat([(x - 10) * 0.5] * 2))
+
+
+def test_the_look_at_the_model_takes_buffers_of_inference_mode():
+    model = injected(exclude_modules=["position"])
+    with torch.inference_mode():
+        model.table = model.table.clone()
+    model.pace.training_step(model, batch()[:2], batch()[2]).total.backward()
 
 
 @pytest.mark.filterwarnings("ignore")

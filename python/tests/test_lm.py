@@ -1,5 +1,6 @@
 """The head of a language model with its loss, some rows at a time, against all logits at once."""
 
+import concurrent.futures
 from functools import partial
 
 import pace_torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from conftest import close
 from pace_torch import PaceError, lm_gram, lm_loss
 from pace_torch.ops._arguments import allows_tf32
-from pace_torch.ops.ieee_matmul import ieee_matmul
+from pace_torch.ops.ieee_matmul import _CUDA, ieee_matmul
 from test_losses import DIVERGENCES, divergence_of, options_of
 
 
@@ -254,6 +255,23 @@ def test_wrong_arguments_are_named():
         (lambda: run(bias=bias[1:]), "`bias`"),
         (lambda: run(bias=bias.float()), "`bias` is of torch.float32"),
         (lambda: run(gram=torch.ones(H, H)), "`gram` is .*float32"),
+        (lambda: run(gram=lm_gram(weight).to_sparse()), "`gram` is .*sparse"),
+        (lambda: run(class_weights=WEIGHTS.to_sparse()), "`class_weights` is .*sparse"),
+        (lambda: run(class_weights=WEIGHTS.to("meta")), "`class_weights` is .*meta"),
+        (lambda: run(denominator=torch.tensor(2.0, device="meta")), "`denominator` is .*meta"),
+        (lambda: lm_loss(hidden.to_sparse(), weight, labels), "`hidden` is .*sparse"),
+        (lambda: lm_loss(hidden, weight, labels.to_sparse()), "`labels` is .*sparse"),
+        (lambda: run(bias=bias.to_sparse()), "`bias` is .*sparse"),
+        (lambda: run(lambda_=10**400), "`lambda_` is"),
+        (lambda: run(logit_scale=10**400), "`logit_scale` is"),
+        (lambda: run(causal=torch.tensor([True, False])), "`causal` is"),
+        (lambda: lm_gram("x"), "`weight` is str"),
+        (lambda: lm_gram(weight[0]), "`weight` .*dimensions"),
+        (lambda: lm_gram(weight[:, :0]), r"`weight` .*\(11, 0\)"),
+        (lambda: lm_gram(weight.int()), "`weight` is .*int32"),
+        (lambda: lm_gram(weight + 0j), "`weight` is .*complex"),
+        (lambda: lm_gram(weight.to_sparse()), "`weight` is .*sparse"),
+        (lambda: lm_gram(weight.to("meta")), "`weight` is .*meta"),
         (lambda: lm_loss(hidden, weight.clone().requires_grad_(), labels, gram=lm_gram(weight)), "`gram` is given for a `weight` that is trained"),
         (lambda: lm_loss(hidden[:3], weight, labels), "`hidden` is"),
         (lambda: lm_loss(hidden, weight[:, 1:], labels), "`hidden` is"),
@@ -358,14 +376,27 @@ def test_float16_keeps_small_gradients():
         close(got, want, 1e-2)
 
 
-def test_the_gram_matrix_is_in_ieee_float32(monkeypatch):
+def rounds():
+    """Whether PyTorch's matmuls in float32 may be of fewer bits here."""
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    return allows_tf32(torch.float32) if matmul is None else matmul.fp32_precision != "ieee"
+
+
+@pytest.fixture
+def precision():
+    before = torch.get_float32_matmul_precision()
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)
+
+
+def test_the_gram_matrix_is_in_ieee_float32(monkeypatch, precision):
     """Whatever PyTorch's own matmuls may use: rounded to TF32 as to 16 bits it can have negative distances."""
     seen = []
 
     class Watch(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, function, types, args=(), kwargs=None):
             if getattr(function, "__name__", "") in ("matmul", "__matmul__", "mm", "addmm", "addmm_", "linear", "__rmatmul__"):
-                seen.append(allows_tf32(args[0].dtype))
+                seen.append(rounds())
             return function(*args, **(kwargs or {}))
 
     def watched(*args):
@@ -377,26 +408,42 @@ def test_the_gram_matrix_is_in_ieee_float32(monkeypatch):
     monkeypatch.setattr(pace_torch.lm, "_distance", watched)
     hidden, weight, labels, _ = make(dtype=torch.float32)
     factors = make_lora(torch.float32)
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("high")
-        for run in (lambda: lm_loss(hidden, weight, labels, lora_a=factors[0], lora_b=factors[1]),
-                    lambda: lm_loss(hidden, weight.detach(), labels, gram=lm_gram(weight))):
-            seen.clear()
-            run()
-            assert seen and not any(seen) and allows_tf32(torch.float32)
-        with Watch():
-            seen.clear()
-            lm_gram(weight)
-            assert seen == [False] and allows_tf32(torch.float32)
-        with pytest.raises(RuntimeError):
-            ieee_matmul(torch.ones(2, 3), torch.ones(2, 3))
-        assert allows_tf32(torch.float32)
-        torch.set_float32_matmul_precision("highest")
+    precision("medium")
+    for run in (lambda: lm_loss(hidden, weight, labels, lora_a=factors[0], lora_b=factors[1]),
+                lambda: lm_loss(hidden, weight.detach(), labels, gram=lm_gram(weight))):
+        seen.clear()
+        run()
+        assert seen and not any(seen) and rounds()
+    with Watch():
+        seen.clear()
         lm_gram(weight)
+        assert seen == [False] and rounds()
+    with pytest.raises(RuntimeError):
+        ieee_matmul(torch.ones(2, 3), torch.ones(2, 3))
+    assert rounds() and torch.get_float32_matmul_precision() == "medium"
+    # Where the processor has matmuls of 16 bits.
+    large = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+    close(lm_gram(large), large.double().T @ large.double(), 1e-6)
+    precision("highest")
+    lm_gram(weight)
+    assert not rounds()
+
+
+def test_threads_leave_the_settings_of_pytorch_alone(precision):
+    precision("high")
+    weight, before = make(dtype=torch.float32)[1].detach(), (rounds(), allows_tf32(torch.float32))
+    with concurrent.futures.ThreadPoolExecutor(3) as threads:
+        for _ in range(8):
+            list(threads.map(lambda _: [lm_gram(weight) for _ in range(100)], range(3)))
+            assert (rounds(), allows_tf32(torch.float32)) == before
+    # As of two matmuls on CUDA, the first of which ends first.
+    cuda = [_CUDA, _CUDA]
+    for within in cuda:
+        within.__enter__()
         assert not allows_tf32(torch.float32)
-    finally:
-        torch.set_float32_matmul_precision(before)
+    for within, allowed in zip(cuda, (False, True)):
+        within.__exit__(None, None, None)
+        assert allows_tf32(torch.float32) == allowed
 
 
 def test_autocast_does_not_round_a_gram_matrix_by_itself():

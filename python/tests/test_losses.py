@@ -268,6 +268,14 @@ WRONG_CALLS = [
     (dict(criterion="mean_squared_error"), torch.zeros(BATCH), r"`labels` is \(5,\).*expected floating \[B, 7\]"),
     (dict(class_weights=WEIGHTS[1:]), LABELS, r"`class_weights` is \(6,\), expected \[7\]"),
     (dict(class_weights=-WEIGHTS), LABELS, "class_weights"),
+    (dict(class_weights=WEIGHTS.to_sparse()), LABELS, "`class_weights` is .*sparse"),
+    (dict(class_weights=WEIGHTS.to("meta")), LABELS, "`class_weights` is .*meta"),
+    (dict(denominator=torch.tensor(2.0, device="meta")), LABELS, "`denominator` is .*meta"),
+    (dict(denominator=torch.tensor(2.0).to_sparse()), LABELS, "`denominator` is .*sparse"),
+    (dict(denominator=10**400), LABELS, "`denominator` is"),
+    (dict(lambda_=10**400), LABELS, "`lambda_` is"),
+    (dict(), torch.full((BATCH, CLASSES), 1 / CLASSES).to_sparse(), "`labels` is .*sparse"),
+    (dict(criterion="mean_squared_error"), torch.ones(BATCH, CLASSES).to_sparse(), "`labels` is .*sparse"),
     (dict(labelled_only=True), torch.full((BATCH, CLASSES), 1 / CLASSES), "`labelled_only`.*only such are ignored"),
     (dict(denominator=0), LABELS, "`denominator` is 0"),
     (dict(denominator=-1.0), LABELS, "`denominator` is -1.0"),
@@ -291,6 +299,10 @@ def test_what_has_no_meaning_is_named():
     history = dict(history=torch.zeros(BATCH, CLASSES, dtype=torch.float64), index=torch.arange(BATCH))
     with pytest.raises(PaceError, match="`both_branches`.*`history`"):
         pace_loss(make(BATCH), LABELS, both_branches=True, **history)
+    with pytest.raises(PaceError, match="`history` is .*sparse"):
+        pace_loss(make(BATCH), LABELS, **{**history, "history": history["history"].to_sparse()})
+    with pytest.raises(PaceError, match="`logits` is .*sparse"):
+        pace_loss(make().detach().to_sparse(), LABELS)
     for settings, message in (
         (dict(variant="fast", samples=9, both_branches=True), "`both_branches`.*fast"),
         (dict(variant="fast", samples=9, packed=True), "`packed`.*fast"),

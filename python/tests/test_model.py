@@ -551,9 +551,20 @@ def test_wrong_use_is_named():
     for variant in ("pace", "baseline"):
         with pytest.raises(PaceError, match="linear.*bias.*exclude_modules"):
             pace_torch.inject(ReadsWeights(), variant=variant)(torch.ones(2, 4))
+    for settings in ({}, {"variant": "noise"}, {"packed": True}):
+        one = pace_torch.inject(vit(), rank=2, **settings).train()
+        none = {"x": x[:0], "position_ids": labels[:0, None]} if one.pace.packed else x[:0]
+        with pytest.raises(PaceError, match="the batch is empty"):
+            one.pace.training_step(one, none, labels[:0])
+        assert one.pace.step == 0
     lazy = pace_torch.inject(vit(), rank=2, variant="lazy").train()
-    with pytest.raises(PaceError, match="half|halves"):
-        lazy.pace.select(x[:1], labels[:1])
+    for few in (0, 1):
+        with pytest.raises(PaceError, match=f"{few} samples.*halves"):
+            lazy.pace.select(x[:few], labels[:few])
+    for wrong, message in ((None, "`labels` is NoneType"), ([0, 1, 2, 3], "`labels` is list"), (labels[:3], "3 rows.*4 samples")):
+        with pytest.raises(PaceError, match=message):
+            lazy.pace.training_step(lazy, x, wrong)
+    assert lazy.pace.iteration == 0
     fast = pace_torch.inject(vit(), rank=2, variant="fast", samples=4).train()
     with pytest.raises(PaceError, match="index"):
         fast.pace.training_step(fast, x, labels)

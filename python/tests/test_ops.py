@@ -1,12 +1,16 @@
 """Operators against the official formulas: recorded values, the same formulas in plain PyTorch, numerical gradients."""
 
+import math
+
+import numpy
 import official
 import pace_torch
 import pytest
 import torch
 from conftest import close, error, golden
 from pace_torch import Noise, PaceError, _library, ops
-from torch.autograd import gradcheck
+from pace_torch.ops import _layer
+from torch.autograd import forward_ad, gradcheck
 
 ADAPTERS = {
     "LoRAmul_VPTadd_Linear": pace_torch.LoraMulVptAdd,
@@ -331,8 +335,66 @@ def test_outputs_may_be_changed_in_place():
 
 
 def test_frozen_tensors_must_not_ask_for_gradients():
-    with pytest.raises(PaceError, match="base_weight"):
-        pace_torch.noisy_linear(random(2, 5), leaf(4, 5), None, None, None)
+    labels, index = torch.tensor([1, 0]), torch.tensor([2, 0])
+    for call, name in (
+        (lambda: pace_torch.noisy_linear(random(2, 5), leaf(4, 5), None, None, None), "base_weight"),
+        (lambda: pace_torch.drop_path(random(2, 5), None, 0.5, mask=leaf(2)), "mask"),
+        (lambda: pace_torch.pace_loss(leaf(2, 5), labels, history=leaf(3, 5), index=index), "history"),
+        (lambda: pace_torch.lm_loss(leaf(4, 5), random(6, 5), labels, gram=leaf(5, 5)), "gram"),
+    ):
+        with pytest.raises(PaceError, match=f"`{name}`"):
+            call()
+
+
+WEIGHT, LORA = random(5, 6), (random(2, 6), random(5, 2))
+# Everything that is made of an `x [4, 6]`.
+OF_X = {
+    "noisy_linear": lambda x: ops.noisy_linear(x, WEIGHT, None, None, None),
+    "lora_linear": lambda x: ops.lora_linear(x, WEIGHT, None, *LORA, None, Noise(KEY, 0.5)),
+    "lora_mul_linear": lambda x: ops.lora_mul_linear(x, WEIGHT, None, *LORA, None),
+    "noisy_epilogue": lambda x: ops.noisy_epilogue(x, x, Noise(KEY, 0.5)),
+    "low_rank_weight": lambda x: ops.low_rank_weight(x, WEIGHT[:, :4]),
+    "prompt_bias": lambda x: ops.prompt_bias(WEIGHT[:, :4], None, x, WEIGHT[:1].T),
+    "drop_path": lambda x: ops.drop_path(x, KEY, 0.5),
+    "fp_distance": lambda x: ops.fp_distance(x, x),
+    "grad_norm": lambda x: ops.grad_norm([x]),
+    "pace_loss": lambda x: pace_torch.pace_loss(x, torch.tensor([1, 0])).total,
+    "lm_loss": lambda x: pace_torch.lm_loss(x, WEIGHT, torch.tensor([1, 0])).total,
+    "lm_gram": pace_torch.lm_gram,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.script")
+@pytest.mark.parametrize("call", OF_X.values(), ids=OF_X)
+def test_forward_mode_differentiation_is_an_error(call):
+    """An operator would pass for a constant."""
+    x = random(4, 6)
+    with pytest.raises(PaceError, match="forward mode"):
+        torch.func.jvp(call, (x,), (x,))
+    with pytest.raises(PaceError, match="forward mode"):
+        torch.func.jacfwd(call)(x)
+    for with_gradient in (True, False):
+        with forward_ad.dual_level(), torch.set_grad_enabled(with_gradient):
+            dual = forward_ad.make_dual(x, x)
+            with pytest.raises(PaceError, match="forward mode"):
+                call(dual)
+            # What does not depend on anything is right.
+            assert torch.equal(call(x), call(x.clone()))
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.script")
+def test_forward_mode_in_other_transforms():
+    x, call = random(4, 6), OF_X["lora_linear"]
+    for function in (torch.compile(call, backend="aot_eager"), torch.vmap(call)):
+        with pytest.raises(PaceError, match="forward mode"):
+            torch.func.jvp(function, (x[None],), (x[None],))
+    # Constants in it.
+    y, tangent = torch.func.jvp(lambda v: v * torch.vmap(call)(x[None]).sum(), (x,), (x,))
+    close(tangent, x * call(x).sum())
+    # A gradient with a tangent, of a forward pass without.
+    y = call(leaf := x.clone().requires_grad_())
+    with forward_ad.dual_level(), pytest.raises(PaceError, match="forward mode"):
+        torch.autograd.grad(y, leaf, forward_ad.make_dual(torch.ones_like(y), torch.ones_like(y)))
 
 
 def test_layouts_other_than_contiguous():
@@ -349,6 +411,69 @@ def test_layouts_other_than_contiguous():
         results.append((y, torch.autograd.grad(y.sum(), [inputs[0], *inputs[2:]])))
     assert torch.equal(results[0][0], results[1][0])
     assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1]))
+
+
+def test_numbers_that_are_stored_with_the_other_sign():
+    """Of one element, so that they are contiguous."""
+    x = torch.tensor([[1 + 2j]]).conj().imag
+    assert x.is_neg() and x.is_contiguous()
+    one = torch.ones(1, 1)
+    assert ops.noisy_linear(x, one, None, None, None) == -2
+    assert ops.noisy_linear(one, x, None, None, None, Noise(z=x.detach())) == -2
+    assert ops.fp_distance(x, one) == 9
+    close(ops.grad_norm([x, one]), torch.tensor(5.0).sqrt(), 1e-6)
+    history = torch.tensor([[1 + 2j]]).conj().imag
+    with pytest.raises(PaceError, match="`history`"):
+        pace_torch.pace_loss(one, torch.tensor([0]), history=history, index=torch.tensor([0]))
+
+
+def test_keys_that_are_copied_on_the_way():
+    """What is kept for the backward pass may come back as a copy, and a forward pass that runs again may make its key again."""
+    x, weight, lora = random(4, 6), random(5, 6), (leaf(2, 6), leaf(5, 2))
+    layers = (
+        lambda key, x: ops.lora_linear(x, weight, None, *lora, None, Noise(key, 0.5)),
+        lambda key, x: ops.noisy_epilogue(x, x @ lora[0].T @ lora[1].T @ weight, Noise(key, 0.5)),
+        lambda key, x: ops.drop_path(x @ lora[0].T @ lora[1].T, key, 0.5),
+    )
+
+    def checkpointed(layer, make):
+        return torch.utils.checkpoint.checkpoint(lambda x: layer(make(), x), x.clone().requires_grad_(), use_reentrant=False)
+
+    def copied(layer, key):
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda kept: kept):
+            return layer(key, x)
+
+    for layer in layers:
+        want = torch.autograd.grad(layer(pace_torch.keys(1, 2, 1), x).square().sum(), lora)
+        for y in (copied(layer, pace_torch.keys(1, 2, 1)), checkpointed(layer, lambda: pace_torch.keys(1, 2, 1))):
+            for got, expected in zip(torch.autograd.grad(y.square().sum(), lora), want):
+                assert torch.equal(got, expected)
+        # Other noise in the meantime, in another tensor and in the same one.
+        steps = iter((2, 3))
+        y = checkpointed(layer, lambda: pace_torch.keys(1, next(steps), 1))
+        with pytest.raises(RuntimeError, match="gradient checkpointing"):
+            y.sum().backward()
+        for run in (lambda key: copied(layer, key), lambda key: checkpointed(layer, lambda: key)):
+            key = pace_torch.keys(1, 2, 1)
+            y = run(key)
+            key.add_(1)
+            with pytest.raises(RuntimeError, match="gradient checkpointing"):
+                y.sum().backward()
+
+
+def test_whose_hooks_make_again_what_they_do_not_keep():
+    """By which a backward pass on CUDA knows whether it may have met other noise."""
+    seen = []
+
+    def layer(x):
+        seen.append(_layer._is_checkpointed())
+        return x * x
+
+    layer(leaf(2))
+    torch.utils.checkpoint.checkpoint(layer, leaf(2), use_reentrant=False)
+    with torch.autograd.graph.save_on_cpu():
+        layer(leaf(2))
+    assert seen == [False, True, False]
 
 
 def test_noise_is_the_specified_one():
@@ -507,7 +632,11 @@ def test_what_the_library_would_take_for_something_else_is_refused():
         (lambda: ops.noisy_linear(x, random(5, 6), None, None, None, Noise(z=z.T)), "`z`"),
         (lambda: ops.noisy_epilogue(z, z, Noise(z=z.T)), "`z`"),
         (lambda: ops.noisy_epilogue(z, z, Noise(z=z.to(torch.complex64))), "`z`"),
-        (lambda: ops.fp_distance(x.to_sparse(), x.to_sparse()), "dense"),
+        (lambda: ops.fp_distance(x.to_sparse(), x.to_sparse()), "`fine_tuned` is .*dense"),
+        (lambda: ops.fp_distance(x, x.to_sparse()), "`pre_trained` is .*dense"),
+        (lambda: ops.grad_norm([x, x.to_sparse()]), r"`tensors\[1\]` is .*dense"),
+        (lambda: ops.low_rank_weight(x.to("meta"), weight), "`lora_a` is .*meta"),
+        (lambda: ops.noisy_linear(x.int(), weight, None, None, None), "`x` is .*int32"),
     ):
         with pytest.raises(PaceError, match=message):
             call()
@@ -522,6 +651,97 @@ def test_a_setting_is_refused_whatever_was_called_before():
     ops.drop_path(y, KEY, 0.5, first_sample=0)
     with pytest.raises(PaceError, match="first_sample"):
         ops.drop_path(y, KEY, 0.5, first_sample=False)
+
+
+@pytest.mark.parametrize("value", [torch.tensor(0.5), torch.nn.Parameter(torch.tensor(0.5)), torch.ones(2), "a", [0.5], None, math.nan, 10**400],
+                         ids=lambda value: type(value).__name__)
+def test_settings_are_numbers(value):
+    """A tensor's first value would be kept for ever, and a parameter get no gradient."""
+    x, weight, lora = random(4, 6), random(5, 6), (random(2, 6), random(5, 2))
+    for _ in range(2):
+        for call, name in (
+            (lambda: ops.lora_linear(x, weight, None, *lora, None, Noise(KEY, value)), "sigma"),
+            (lambda: ops.lora_linear(x, weight, None, *lora, None, scale=value), "scale"),
+            (lambda: ops.lora_linear(x, weight, None, *lora, None, shared_input=value), "shared_input"),
+            (lambda: ops.lora_mul_linear(x, weight, None, *lora, None, scale=value), "scale"),
+            (lambda: ops.lora_mul_linear(x, weight, None, *lora, None, exact=value), "exact"),
+            (lambda: ops.lora_linear(x, weight, None, *lora, None, Noise(branches=value)), "branches"),
+            (lambda: ops.noisy_linear(x, weight, None, None, None, Noise(per_token=value)), "per_token"),
+            (lambda: ops.noisy_epilogue(x, x, Noise(KEY, value)), "sigma"),
+            (lambda: ops.noisy_epilogue(x, x, Noise(KEY, first_sample=value)), "first_sample"),
+            (lambda: ops.low_rank_weight(*lora, scale=value), "scale"),
+            (lambda: ops.drop_path(x, KEY, value), "drop_probability"),
+            (lambda: ops.drop_path(x, KEY, 0.5, branches=value), "branches"),
+            (lambda: ops.drop_path(x, KEY, 0.5, global_batch="4" if value is None else value), "global_batch"),
+            (lambda: ops.noise(Noise(KEY, value), 2, 4), "sigma"),
+            (lambda: ops.noise(Noise(KEY, 0.5), value, 4), "batch"),
+            (lambda: ops.noise(Noise(KEY, 0.5), 2, value), "channels"),
+            (lambda: ops.noise(Noise(KEY, 0.5), 2, 4, value), "tokens"),
+            (lambda: pace_torch.pace_loss(x, torch.arange(4), value), "lambda_"),
+            (lambda: pace_torch.pace_loss(x, torch.arange(4), both_branches=value), "both_branches"),
+            (lambda: pace_torch.keys(value, 0, 1), "seed"),
+            (lambda: pace_torch.keys(0, value, 1), "step"),
+            (lambda: pace_torch.keys(0, 0, value), "layers"),
+        ):
+            with pytest.raises(PaceError, match=f"`{name}`"):
+                call()
+
+
+@pytest.mark.parametrize("transform", [torch.vmap, lambda call: torch.compile(call, backend="aot_eager")], ids=["vmap", "compile"])
+def test_no_setting_is_a_tensor_in_a_transform(transform):
+    sigma = torch.nn.Parameter(torch.tensor(0.5))
+    for call in (lambda x: ops.noisy_linear(x, WEIGHT, None, WEIGHT, None, Noise(KEY, sigma)), lambda x: ops.drop_path(x, KEY, sigma)):
+        with pytest.raises(PaceError, match="is Parameter"):
+            transform(call)(random(1, 4, 6))
+
+
+def test_numbers_of_numpy_are_numbers():
+    x, weight, lora = random(4, 6), random(5, 6), (random(2, 6), leaf(5, 2))
+    y = ops.lora_linear(x, weight, None, *lora, None, Noise(KEY, 0.5, branches=2), scale=0.25)
+    other = ops.lora_linear(x, weight, None, *lora, None, Noise(KEY, numpy.float32(0.5), branches=numpy.int64(2)), scale=numpy.float64(0.25))
+    assert torch.equal(y, other)
+    assert torch.equal(*(torch.autograd.grad(output.sum(), lora[1])[0] for output in (y, other)))
+
+
+def test_numbers_that_the_library_would_cut():
+    for call, name in (
+        (lambda: pace_torch.keys(2**64, 0, 1), "seed"),
+        (lambda: pace_torch.keys(-(2**63) - 1, 0, 1), "seed"),
+        (lambda: pace_torch.keys(0, 2**64, 1), "step"),
+        (lambda: pace_torch.keys(0, -1, 1), "step"),
+        (lambda: pace_torch.keys(0, 0, -1), "layers"),
+        (lambda: pace_torch.keys(0, 0, 2**32 + 1), "layers"),
+        (lambda: ops.noise(Noise(KEY, 0.5), -1, 4), "batch"),
+        (lambda: ops.noise(Noise(KEY, 0.5), 2, 2**60), "channels"),
+        (lambda: ops.noise(Noise(KEY, 0.5), 1, 0), "channels"),
+        (lambda: pace_torch.sigma_by_block(2**62, 1.0, 0), "blocks"),
+        (lambda: pace_torch.lm_loss(random(2, 6), random(5, 6), torch.tensor([1, 0]), chunk_rows=2**64 + 1), "chunk_rows"),
+    ):
+        with pytest.raises(PaceError, match=f"`{name}`"):
+            call()
+    assert torch.equal(pace_torch.keys(-1, 0, 1), pace_torch.keys(2**64 - 1, 0, 1))
+
+
+def test_what_is_no_noise():
+    x, weight, lora = random(4, 6), random(5, 6), (random(2, 6), random(5, 2))
+    for wrong in (None, (KEY, 0.5), 0.5, KEY):
+        for call, name in (
+            (lambda: ops.noisy_linear(x, weight, None, None, None, wrong), "noise"),
+            (lambda: ops.lora_linear(x, weight, None, *lora, None, wrong), "noise"),
+            (lambda: ops.lora_mul_linear(x, weight, None, *lora, None, wrong), "noise"),
+            (lambda: ops.noisy_epilogue(x, x, wrong), "noise"),
+            (lambda: ops.noise(wrong, 2, 4), "source"),
+        ):
+            with pytest.raises(PaceError, match=f"`{name}` is {type(wrong).__name__}"):
+                call()
+    for key in (KEY.to("meta"), KEY.to_sparse()):
+        with pytest.raises(PaceError, match="`key` is"):
+            ops.noise(Noise(key, 0.5), 2, 4)
+    for key in ([3], 3, "key"):
+        for call in (lambda: ops.noise(Noise(key, 0.5), 2, 4), lambda: ops.drop_path(x, key, 0.5),
+                     lambda: ops.noisy_linear(x, weight, None, None, None, Noise(key, 0.5))):
+            with pytest.raises(PaceError, match="`key` is"):
+                call()
 
 
 def test_no_tensor_and_no_matrix():

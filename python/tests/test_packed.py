@@ -207,15 +207,35 @@ def test_what_a_layer_keeps_of_packed_rows():
         close(torch.autograd.grad(other(x).square().sum(), a)[0], want, 1e-12)
     flat = pace_torch.lora_linear(x.flatten(0, 1), w, None, a, b, None, noise._replace(rows=noise.rows.flatten()))
     close(flat.view_as(y), y, 1e-12)
-    y = layer(x)
-    noise.z.add_(1)
-    with pytest.raises(RuntimeError, match="changed in place"):
-        y.sum().backward()
-    for rows in (noise.rows.int(), noise.rows[0, 0]):
-        with pytest.raises(PaceError, match="`rows`"):
-            pace_torch.lora_linear(x, w, None, a, b, None, noise._replace(rows=rows))
+    for changed in (noise.z, noise.rows):
+        y = layer(x)
+        changed.mul_(0)
+        with pytest.raises(RuntimeError, match="changed in place"):
+            y.sum().backward()
+    with torch.inference_mode():
+        assert torch.equal(pace_torch.lora_linear(x, w, None, a, b, None, noise._replace(z=noise.z.clone())), layer(x))
+
+
+def test_wrong_rows_are_named():
+    x, w, z = torch.randn(2, 5, 6), torch.randn(8, 6), torch.rand(3, 8)
+    rows = torch.zeros(2, 5, dtype=torch.int64)
+    outside, negative = rows.clone(), rows.clone()
+    outside[1, 2], negative[1, 2] = 3, -1
+    for wrong, message in (
+        (rows.int(), "int32"), (rows[0, 0], r"\(\)"), (rows[:, :4], r"\(2, 4\)"), (rows[:1], r"\(1, 5\)"),
+        (rows.tolist(), "list"), (rows.to("meta"), "meta"), (outside, "from 0 to 2"), (negative, "from 0 to 2"),
+    ):
+        with pytest.raises(PaceError, match=f"`rows` .*{message}"):
+            pace_torch.noisy_linear(x, w, None, w, None, pace_torch.Noise(z=z, rows=wrong))
+        with pytest.raises(PaceError, match=f"`rows` .*{message}"):
+            pace_torch.noisy_epilogue(x, x, pace_torch.Noise(z=z[:, :6], rows=wrong))
     with pytest.raises(PaceError, match="`rows`"):
-        pace_torch.noisy_epilogue(x, x, pace_torch.Noise(rows=noise.rows))
+        pace_torch.noisy_linear(x[:1], w, None, w, None, pace_torch.Noise(z=z, rows=rows[:1], branches=2), shared_input=True)
+    for table in (None, z.tolist(), z[0]):
+        with pytest.raises(PaceError, match="`z`"):
+            pace_torch.noisy_epilogue(x, x, pace_torch.Noise(z=table, rows=rows))
+    shared = pace_torch.noisy_linear(x[:1], w, None, w, None, pace_torch.Noise(z=z, rows=rows, branches=2), shared_input=True)
+    assert shared.shape == (2, 5, 8)
 
 
 def test_checkpointed_and_compiled_models():

@@ -8,7 +8,7 @@ import torch
 from conftest import close, perturb, vit
 from pace_torch import PaceError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 peft = pytest.importorskip("peft")
 IMAGES = torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -163,6 +163,55 @@ def test_layers_of_other_kinds(kind, tmp_path):
     # PEFT's layers are no nn.Conv1d, which this model asks for.
     merged = loaded.merge_and_unload()
     close(merged(x), model(x), 1e-12)
+
+
+class Adapters(nn.Module):
+    """Layers that are called as the inside of one with an adapter is."""
+
+    def __init__(self, first="adapter"):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.adapter = nn.ModuleDict({first: nn.Linear(6, 6), "base_module": nn.Linear(6, 4)}), nn.Linear(4, 3)
+        self.double()
+
+    def forward(self, x):
+        for layer in self.body.values():
+            x = torch.tanh(layer(x))
+        return self.adapter(x)
+
+
+@pytest.mark.filterwarnings("ignore:no classifier")
+@pytest.mark.parametrize("variant", ["pace", "baseline"])
+def test_layers_called_adapter(variant, tmp_path):
+    x = torch.randn(3, 6, dtype=torch.float64)
+    for target, head in ((["body.adapter"], "body.base_module"), (["body.adapter", "body.base_module"], None)):
+        settings = dict(target_modules=target, head=head and [head], variant=variant)
+        model, fresh = perturb(ours(Adapters(), **settings)).eval(), ours(Adapters(), **settings)
+        pace_torch.save_peft(model, tmp_path)
+        close(peft.PeftModel.from_pretrained(Adapters(), tmp_path).eval()(x), model(x), 1e-12)
+        pace_torch.load_peft(fresh, tmp_path)
+        close(fresh.eval()(x), model(x), 1e-12)
+    # PEFT would take both for the classifier; it sees nothing of what is within a layer.
+    settings = dict(target_modules=["body.base_module"], head="adapter", variant=variant)
+    with pytest.raises(PaceError, match="`body.adapter` for the classifier `adapter`"):
+        pace_torch.save_peft(ours(Adapters(), **settings), tmp_path)
+    model = perturb(ours(Adapters("other"), **settings)).eval()
+    pace_torch.save_peft(model, tmp_path)
+    close(peft.PeftModel.from_pretrained(Adapters("other"), tmp_path).eval()(x), model(x), 1e-12)
+
+
+def test_tensors_that_cannot_be_loaded(tmp_path):
+    theirs().save_pretrained(tmp_path)
+    weights, model = load_file(tmp_path / "adapter_model.safetensors"), ours()
+    (tmp_path / "adapter_model.safetensors").unlink()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    name = list(weights)[-1]
+    for of_name in (Tensor.to_sparse, lambda tensor: tensor.to("meta"), lambda tensor: tensor + 1j,
+                    lambda tensor: torch.quantize_per_tensor(tensor.float(), 0.1, 0, torch.qint8)):
+        torch.save({**weights, name: of_name(weights[name])}, tmp_path / "adapter_model.bin")
+        with pytest.raises(PaceError, match=name.removeprefix("base_model.model.")):
+            pace_torch.load_peft(model, tmp_path)
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_refusals(tmp_path):

@@ -137,6 +137,25 @@ def test_changed_classifiers():
             setattr(model.head, name, nn.Parameter(torch.zeros(5)))
 
 
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_forward_pass_that_fails(plain, error, compiled):
+    """Its layers are outside of their model again, and the next step is what it would have been."""
+    model = injected()
+
+    def fail(module, args):
+        raise error
+
+    failing, engine = model.norm.register_forward_pre_hook(fail), torch.compile(model, backend="eager") if compiled else model
+    with pytest.raises(error):
+        step(model, engine)
+    with pytest.raises(PaceError, match="outside of its model"):
+        model.blocks[1](torch.ones(8, 17, 24, dtype=torch.float64))
+    failing.remove()
+    model.pace.step = 0
+    same(step(model, engine), plain)
+
+
 def test_wrapped_models(plain, evaluated):
     for wrap in (nn.DataParallel, lambda model: torch.compile(model, backend="eager")):
         with pytest.raises(PaceError, match=r"wrapped.*\((DataParallel|OptimizedModule)\).*`inject` or `attach` first"):
@@ -333,6 +352,8 @@ def checkpointed(model, **settings):
 def test_reentrant_checkpointing(plain):
     torch.manual_seed(0)
     model = checkpointed(injected(), use_reentrant=True)
+    for number, block in enumerate(model.blocks):
+        block.layer = 4 * number  # a name that layers with noise have too
     # What `enable_input_require_grads` does for Hugging Face's models.
     handle = model.patch_embed.register_forward_hook(lambda module, args, y: y.requires_grad_())
     for _ in range(2):
@@ -342,6 +363,11 @@ def test_reentrant_checkpointing(plain):
     with pytest.raises(PaceError, match=r"8 layers .*blocks.1.attn.qkv.*`backward\(\)` was not called"):
         model(X)
     logits.sum().backward()
+    # A pass that failed has no backward pass.
+    failing = model.norm.register_forward_pre_hook(lambda module, args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(X)
+    failing.remove()
     with torch.no_grad():
         model(X), model(X)
     # Without a gradient of the input the adapters would stay as they are.

@@ -53,6 +53,43 @@ def test_wrong_settings_are_named(name):
     pace_torch.inject(model, rank=2)
 
 
+ATTRIBUTES = {
+    "step": ((-1, 2**64, 7.5, "7", True, None, torch.tensor(3)), "expected an integer from 0 to 18446744073709551615"),
+    "iteration": ((-1, 7.5, "7", None), "expected an integer of at least 0"),
+    "branches": ((0, 3, "2", None, 1.0), "expected an integer from 1 to 2"),
+    "manual_steps": (("no", None), "expected one of True, False"),
+    "causal": (("no", 3), "expected one of None, True, False"),
+    "shard": ((2, (-1, 2), (0, 0), (0, "2"), (0, 1, 2)), r"expected None or \(rank, number\) of processes"),
+    "history": (([1], 1.0, torch.ones(3), torch.ones(3, 2).long(), torch.ones(3, 2).to_sparse(), torch.ones(3, 2, device="meta")),
+                r"expected None or a floating tensor \[samples, classes\]"),
+}
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_wrong_attributes_are_named(name):
+    """Those of the controller, set one by one or as the state of a run, none of which is taken then."""
+    values, message = ATTRIBUTES[name]
+    pace = pace_torch.inject(vit(), rank=2, variant="fast", samples=3).pace
+    good = {"step": 5, "iteration": 6, "history": torch.ones(3, 7)}
+    pace.load_state_dict(good)
+    before = getattr(pace, name)
+    for value in values:
+        with pytest.raises(PaceError, match=f"`{name}` is .*{message}"):
+            setattr(pace, name, value)
+        if name in good:
+            with pytest.raises(PaceError, match=f"`{name}` is .*{message}"):
+                pace.load_state_dict({"step": 1, "iteration": 1, "history": None, name: value})
+    assert getattr(pace, name) is before and pace.step == 5 and pace.iteration == 6 and torch.equal(pace.history, good["history"])
+
+
+def test_wrong_states_are_named():
+    pace = pace_torch.inject(vit(), rank=2).pace
+    for state in (None, [("step", 1)], {}, {"step": 1}, {"step": 1, "iteration": 1, "history": None, 1: 2}):
+        with pytest.raises(PaceError, match="expected step, iteration and history"):
+            pace.load_state_dict(state)
+    assert pace.step == 0
+
+
 def test_more_settings():
     for settings, message in (
         ({"sigma": -0.5}, "`sigma` is -0.5, expected finite and not negative"),

@@ -49,7 +49,7 @@ def check_rerun(pace: "Pace", module: nn.Module) -> None:
     """That all layers of the last step ran with gradients."""
     if not pace.to_run_again:
         return
-    names = [layer.path for layer in module.modules() if getattr(layer, "layer", None) in pace.to_run_again]
+    names = [layer.path for layer in module.modules() if hasattr(layer, "fixed_rows") and layer.layer in pace.to_run_again]
     pace.to_run_again.clear()
     raise PaceError(f"{len(names)} layers with adapters ran without gradients in the last step, and not again with them "
                     f"({names[0]}): they are within `torch.no_grad()`, in reentrant checkpointing whose input requires no gradient "

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from math import inf
+from math import inf, isfinite
 from numbers import Integral, Real
 from typing import Any, Optional, Union
 
@@ -31,17 +31,29 @@ def check_integer(name: str, value: Any, low: int, high: float = inf) -> int:
 
 
 def _in_range(name: str, value: Any, low: float, high: float, kind: type, expected: str) -> Any:
-    if isinstance(value, bool) or not isinstance(value, kind) or not (low <= value <= high and abs(value) < inf):
+    if isinstance(value, bool) or not isinstance(value, kind) or not (low <= value <= high and _is_finite(value)):
         allowed = f" from {low} to {high}" if high < inf else f" of at least {low}" if low > -inf else ""
         raise PaceError(f"`{name}` is {value!r}, expected {expected}{allowed}")
     return value
 
 
+def _is_finite(value: Real) -> bool:
+    try:
+        return isfinite(value)
+    except OverflowError:
+        # An integer that is larger than any float.
+        return False
+
+
 def check_choice(name: str, value: Any, choices: tuple) -> Any:
     """A setting that has to be one of `choices`."""
-    if value not in choices:
-        raise PaceError(f"`{name}` is {value!r}, expected one of {', '.join(map(str, choices))}")
-    return value
+    try:
+        # By hash: comparing a tensor gives another tensor.
+        if value in frozenset(choices):
+            return value
+    except TypeError:
+        pass
+    raise PaceError(f"`{name}` is {value!r}, expected one of {', '.join(map(str, choices))}")
 
 
 def check_names(name: str, value: Any) -> Optional[Names]:

@@ -160,6 +160,9 @@ def choose(
         if other != names[0]:
             raise PaceError(f"`{other}` and `{names[0]}` are two layers with one weight, which adapters would tear apart: name them in "
                             "`exclude_modules`")
+        if linear in heads and not linear.weight.is_floating_point():
+            raise PaceError(f"the weight of `{names[0]}` is {linear.weight.dtype}, as of a quantised layer, and the classifier is trained in full: "
+                            "name another by `head`, or the layer in `exclude_modules`")
         if needs_weight and linear not in heads and is_opaque(linear) and not is_plain(linear.weight):
             raise PaceError(f"`{names[0]}` is a {type(linear).__name__} whose weight is quantised, which LoRAmul and prompts multiply by: "
                             "choose LoRAadd, or name the layer in `exclude_modules`")

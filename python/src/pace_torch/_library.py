@@ -319,7 +319,7 @@ def sigma_by_block(blocks: int, sigma: float, first_noisy: int) -> list[float]:
     Raises `PaceError` if `blocks` is zero, `first_noisy` is not below it, or `sigma` is
     negative or not finite.
     """
-    blocks, sigma = check_integer("blocks", blocks, 1), check_number("sigma", sigma)
+    blocks, sigma = check_integer("blocks", blocks, 1, 2**20), check_number("sigma", sigma)
     first_noisy = check_integer("first_noisy", first_noisy, 0, blocks - 1)
     out = (c_double * blocks)()
     check(library.pace_sigma_by_block(blocks, sigma, first_noisy, ctypes.cast(out, c_void_p)))

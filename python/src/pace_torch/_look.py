@@ -1,12 +1,12 @@
 """A look at a model before its first step: which layers work on rows that are those of samples."""
 
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Optional
 
 import torch
 from torch import Tensor, nn
 
-from ._batch import PACKED, find_logits, twice, with_rows
+from ._batch import PACKED, find_logits, map_tensors, twice, with_rows
 from ._dropout import check_branches_alike
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def look_at(model: nn.Module, pace: "Pace", args: tuple, kwargs: dict) -> None:
     ]
     # Not `eval()`, which some modules take for a sign to change.
     training = {submodule: submodule.training for submodule in model.modules()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
+    buffers = _copied_buffers(model)
     seen: list[dict[nn.Module, list[int]]] = []
     try:
         for submodule in training:
@@ -51,7 +51,7 @@ def look_at(model: nn.Module, pace: "Pace", args: tuple, kwargs: dict) -> None:
             rows.clear()
             with torch.no_grad():
                 one, named = with_rows(lambda tensor: tensor[samples], args, kwargs, pace.batch, pace.batch_of)  # noqa: B023
-                logits = find_logits(model.forward(*one, **named))
+                logits = _logits_of_a_copy(model, one, named)
             if samples is ONE_TWICE and logits is not None and logits.dim() == 2:
                 pace.classes = logits.shape[1]
             seen.append(dict(rows))
@@ -89,17 +89,29 @@ def look_at(model: nn.Module, pace: "Pace", args: tuple, kwargs: dict) -> None:
 @torch.no_grad()
 def look_at_dropout(model: nn.Module, pace: "Pace", args: tuple, kwargs: dict) -> None:
     """Runs the model in training without noise, and checks that its branches are alike."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
+    buffers = _copied_buffers(model)
     args, kwargs = with_rows(twice, args, {name: value for name, value in kwargs.items() if name not in PACKED}, pace.batch, pace.batch_of)
     # Layers have no noise then.
     pace.training, pace.looking = False, True
     try:
-        check_branches_alike(pace, lambda: find_logits(model.forward(*args, **kwargs)), pace.keys.device)
+        check_branches_alike(pace, lambda: _logits_of_a_copy(model, args, kwargs), pace.keys.device)
         pace.is_alike = True
     finally:
         pace.training, pace.looking = True, False
         for buffer, value in buffers:
             buffer.copy_(value)
+
+
+def _logits_of_a_copy(model: nn.Module, args: tuple, kwargs: dict) -> Optional[Tensor]:
+    """The logits of a batch that is the caller's, and not to be changed by a model that normalises it in place."""
+    args, kwargs = map_tensors(torch.clone, (args, kwargs))
+    return find_logits(model.forward(*args, **kwargs))
+
+
+def _copied_buffers(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """The buffers that a look may change, with copies. Those of inference mode cannot be changed outside of it."""
+    is_inference = torch.is_inference_mode_enabled()
+    return [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta and (is_inference or not buffer.is_inference())]
 
 
 def _warn(layers: list[str], what: str) -> None:

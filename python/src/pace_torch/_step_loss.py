@@ -28,6 +28,7 @@ class StepLoss:
         if not self.training:
             raise PaceError("the model is in evaluation: `select` and `training_step` are for training")
         if self.settings.variant == "lazy":
+            _check_labels(labels)
             self.branches = 2 if self.iteration % self.lazy_interval == 0 else 1
             if self.branches == 2:
                 args, kwargs = ((), dict(x)) if isinstance(x, Mapping) else ((x,), {})
@@ -35,7 +36,9 @@ class StepLoss:
                 batch = batch_size(args, kwargs, batch_of)
                 half = batch // 2
                 if half == 0:
-                    raise PaceError("`x` has one sample, expected at least 2 (the lazy variant halves the batch)")
+                    raise PaceError(f"`x` has {batch} samples, expected at least 2 (the lazy variant halves the batch)")
+                if labels.shape[0] != batch:
+                    raise PaceError(f"`labels` has {labels.shape[0]} rows, and the batch {batch} samples")
                 args, kwargs = with_rows(lambda tensor: tensor[:half], args, kwargs, batch, batch_of)
                 x = kwargs or args[0]
                 labels = labels[:half]
@@ -58,8 +61,7 @@ class StepLoss:
         give `samples` and `index` as numbers within the process, and set `shard` to (rank, number of processes).
         """
         logits = logits_of(output)
-        if not isinstance(labels, Tensor) or labels.dim() == 0:
-            raise PaceError(f"`labels` is {type(labels).__name__}, expected a tensor with a row for each sample")
+        _check_labels(labels)
         self._place_class_weights(logits)
         if self.training:
             check_in_step(self)
@@ -178,5 +180,11 @@ class StepLoss:
         try:
             output = call(model, x)
         finally:
-            self.in_training_step = False
+            # Hooks do not run after a KeyboardInterrupt.
+            self.in_training_step = self.running = False
         return self.loss(output, labels, index)
+
+
+def _check_labels(labels: Any) -> None:
+    if not isinstance(labels, Tensor) or labels.dim() == 0:
+        raise PaceError(f"`labels` is {type(labels).__name__}, expected a tensor with a row for each sample")

@@ -79,8 +79,15 @@ class StepNoise:
         positions = kwargs.get("position_ids")
         if not self.training and (not isinstance(positions, Tensor) or positions.dim() != 2):
             return None
-        batch = batch_size(args, kwargs, self.settings.batch_of) if self.training else positions.shape[0]
+        batch = self._batch_size(args, kwargs) if self.training else positions.shape[0]
         return _starts(positions, batch).flatten().cumsum(0).view(batch, -1) - 1
+
+    def _batch_size(self, args: tuple, kwargs: dict) -> int:
+        """The rows of a training step's batch."""
+        batch = batch_size(args, kwargs, self.settings.batch_of)
+        if batch == 0:
+            raise PaceError("the batch is empty: the first tensor of the call, or the one that `batch_of` names, has no rows")
+        return batch
 
     @torch.compiler.disable
     def _pack(self, sample_of_token: Tensor) -> Packing:

@@ -1,15 +1,17 @@
 """What the layers of a model have in common: noise keys, branches, the variant of the loss."""
 
 import dataclasses
+from collections.abc import Mapping
+from numbers import Integral
 from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 
-from ._batch import batch_size, twice, twice_packed, with_rows
+from ._batch import twice, twice_packed, with_rows
 from ._checks import check_cache, check_generation, check_model, check_output, check_packing, check_rerun
 from ._dropout import SharedDropout
-from ._errors import PaceError
+from ._errors import PaceError, check_choice, check_integer
 from ._fused_head import FusedHead
 from ._look import look_at, look_at_dropout
 from ._step_loss import StepLoss
@@ -20,6 +22,34 @@ TRACED_IN_TRAINING = "the model is in training, whose noise a traced or exported
 _NAMES = tuple(field.name for field in dataclasses.fields(Settings))
 
 
+def _check_shard(shard: Any) -> Optional[tuple[int, int]]:
+    is_pair = isinstance(shard, (tuple, list)) and len(shard) == 2 and all(isinstance(number, Integral) for number in shard)
+    if shard is not None and not (is_pair and shard[0] >= 0 and shard[1] >= 1):
+        raise PaceError(f"`shard` is {shard!r}, expected None or (rank, number) of processes")
+    return shard
+
+
+def _check_history(history: Any) -> Optional[Tensor]:
+    is_table = isinstance(history, Tensor) and history.dim() == 2 and history.is_floating_point() and history.layout == torch.strided
+    if history is not None and (not is_table or history.is_meta):
+        what = f"{tuple(history.shape)} of {history.dtype} on {history.device}" if isinstance(history, Tensor) else type(history).__name__
+        raise PaceError(f"`history` is {what}, expected None or a floating tensor [samples, classes]")
+    return history
+
+
+# Of what may be set besides the settings: the value as it is kept, or `PaceError`.
+_CHECKS = {
+    "step": lambda step: check_integer("step", step, 0, 2**64 - 1),
+    "iteration": lambda iteration: check_integer("iteration", iteration, 0),
+    "branches": lambda branches: check_integer("branches", branches, 1, 2),
+    "manual_steps": lambda manual_steps: check_choice("manual_steps", manual_steps, (True, False)),
+    "causal": lambda causal: check_choice("causal", causal, (None, True, False)),
+    "shard": _check_shard,
+    "history": _check_history,
+}
+_STATE = ("step", "iteration", "history")
+
+
 class Pace(StepNoise, StepLoss, nn.Module):
     """The controller of a PACE model, `model.pace`. It adds nothing to the state dict.
 
@@ -27,7 +57,7 @@ class Pace(StepNoise, StepLoss, nn.Module):
     `lambda_`, `seed`, `batch_of` or `criterion`; what is set is checked. `criterion` is no submodule: put what weights it has on the
     device yourself.
 
-    Other attributes that may be read and set:
+    Other attributes that may be read and set, and are checked too:
 
     * `step`: the noise is a pure function of (seed, step, layer, branch, sample, channel). `step` counts the
       training forward passes; set it to continue a run with the noise that it would have had.
@@ -60,6 +90,7 @@ class Pace(StepNoise, StepLoss, nn.Module):
         self.probed, self.classes = False, None
         # Whether the branches are known to differ by noise alone, or by dropout as they may.
         self.is_alike = self.settings.dropout == "independent"
+        # 0 before the first forward pass: none has an empty batch.
         self.batch = self.first_sample = self.global_batch = 0
         # Whether the model runs; whether that is a look at it, without noise, and by `fused_head` without logits too.
         self.running = self.looking = False
@@ -87,15 +118,16 @@ class Pace(StepNoise, StepLoss, nn.Module):
         """Where training is: `step`, `iteration` and `history`. Not part of the model's state dict."""
         if destination is not None or args:
             return destination if destination is not None else args[0]
-        return {"step": self.step, "iteration": self.iteration, "history": self.history}
+        return {name: getattr(self, name) for name in _STATE}
 
     def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False) -> None:
-        """Goes on where `state_dict()` was taken."""
-        if state_dict.keys() != {"step", "iteration", "history"}:
-            raise PaceError(f"`state_dict` has {', '.join(map(str, state_dict))}, expected step, iteration and history")
-        self.step, self.iteration = state_dict["step"], state_dict["iteration"]
-        history = state_dict["history"]
-        self.history = None if history is None else history.to(self.keys.device, copy=True)
+        """Goes on where `state_dict()` was taken. Raises `PaceError`, and stays where it is, if it is no such state."""
+        if not isinstance(state_dict, Mapping) or state_dict.keys() != set(_STATE):
+            what = f"has {', '.join(map(str, state_dict))}" if isinstance(state_dict, Mapping) else f"is {type(state_dict).__name__}"
+            raise PaceError(f"`state_dict` {what}, expected step, iteration and history")
+        self.step, self.iteration, history = (_CHECKS[name](state_dict[name]) for name in _STATE)
+        # `loss` puts it beside the logits.
+        self.history = None if history is None else history.detach().clone()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _NAMES:
@@ -105,7 +137,7 @@ class Pace(StepNoise, StepLoss, nn.Module):
             of_tokens = dataclasses.replace(value, labelled_only=OF_TOKENS["labelled_only"])
             self.__dict__.update(settings=value, of_tokens=of_tokens, per_token=value.noise_shape == "BTC")
         else:
-            super().__setattr__(name, value)
+            super().__setattr__(name, _CHECKS[name](value) if name in _CHECKS else value)
 
     def _with_setting(self, name: str, value: Any) -> Settings:
         """The settings with one of them changed, if it can be changed in a model that is there."""
@@ -148,7 +180,7 @@ class Pace(StepNoise, StepLoss, nn.Module):
         self.with_gradient = torch.is_grad_enabled()
         self.is_labelled = self.with_gradient and kwargs.get("labels") is not None and not self.in_training_step
         rank, world_size = self._shard()
-        self.batch = batch_size(args, kwargs, self.settings.batch_of)
+        self.batch = self._batch_size(args, kwargs)
         self.first_sample, self.global_batch = rank * self.batch, world_size * self.batch
         self.packing = None
         if self.sample_of_token is not None:
@@ -187,8 +219,11 @@ class Pace(StepNoise, StepLoss, nn.Module):
         return doubled if self.packing is None else (doubled[0], {**doubled[1], **twice_packed(kwargs)})
 
     def after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
-        """Forward hook of the model: whether it kept the branches apart."""
+        """Forward hook of the model: whether it kept the branches apart. Runs without `output` if the forward pass failed."""
         self.running = False
+        if output is None:
+            # What ran without gradients does not run again.
+            self.to_run_again.clear()
         if module.training:
             check_output(self, output)
 

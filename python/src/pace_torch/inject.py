@@ -17,7 +17,7 @@ from ._library import sigma_by_block
 from .attached import AttachedNoise
 from .controller import Pace
 from .drop_paths import SameInBranches, SharedDropPath
-from .modules import Adapter, Head, LoraAdd, LoraMulVptAdd, NoisyLinear, RecomputedGELU, VptAdd
+from .modules import Adapter, Head, LoraAdd, LoraMulVptAdd, NoisyLinear, RecomputedGELU, VptAdd, adapters_of
 from .settings import settings_from, takes_settings
 
 ADAPTERS = ("LoRAmul_VPTadd", "LoRAadd", "VPTadd")
@@ -26,6 +26,8 @@ INPUT, FIRST_NOISY_BLOCK = "input", "first noisy block"
 _DOUBLE_WITHIN = (VisionTransformer, SwinTransformer)
 
 
+# A model's parameters and buffers that DistributedDataParallel leaves alone.
+_DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
 # What keeps a list of a model's parameters, or a graph.
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule")
 
@@ -126,7 +128,8 @@ def inject(
       `divergence`, `criterion`, `label_smoothing`, …), `variant`, `noise_shape`, `seed`, `batch_of`, `packed`. The variant `baseline`
       has no `.adapter` in the names.
 
-    Raises `PaceError` for an unknown name, a setting out of range, a model without linear layers, or one that is injected already.
+    Raises `PaceError` for an unknown name, a setting out of range, a model without linear layers, or one that is injected already, has
+    something else called `pace`, or was made in inference mode.
     Warns of a model most of whose weights are in other layers (convolutions, an LSTM), which stay frozen.
     """
     of_pace = settings_from(settings)
@@ -196,6 +199,12 @@ def check_model(model: nn.Module, branches_at: Optional[str]) -> None:
     check_choice("branches_at", branches_at, (None, INPUT, FIRST_NOISY_BLOCK))
     if any(isinstance(module, (Adapter, Pace)) for module in model.modules()):
         raise PaceError("`model` has adapters already")
+    if hasattr(model, "pace"):
+        raise PaceError("`model` has a `pace` of its own, whose place the controller would take: give it another name")
+    if not torch.is_inference_mode_enabled():
+        for name, parameter in model.named_parameters():
+            if not isinstance(parameter, nn.UninitializedParameter) and parameter.is_inference():
+                raise PaceError(f"`{name}` was made under `torch.inference_mode()`, and cannot be trained with: make the model outside of it")
     wrappers = [type(module).__name__ for module in model.modules() if type(module).__name__ in _WRAPPERS]
     if wrappers or any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
         raise PaceError(f"`model` is wrapped or sharded ({wrappers[0] if wrappers else 'DTensor'}), which would not know of its adapters: "
@@ -249,12 +258,12 @@ def control(model: nn.Module, pace: Pace, first_noisy_block: str) -> None:
     """Makes `pace` the model's controller."""
     put_into(model, pace)
     # Processes that share a model derive the same keys; DistributedDataParallel need not send them around.
-    model._ddp_params_and_buffers_to_ignore = ["pace.keys", "pace.history"]
+    setattr(model, _DDP_IGNORES, [*getattr(model, _DDP_IGNORES, ()), "pace.keys"])
     pace.handles.append(model.register_forward_pre_hook(pace.before_forward, with_kwargs=True))
     if not pace.doubles_input:
         block = model.get_submodule(first_noisy_block)
         pace.handles.append(block.register_forward_pre_hook(pace.double_rows, with_kwargs=True))
-    pace.handles.append(model.register_forward_hook(pace.after_forward))
+    pace.handles.append(model.register_forward_hook(pace.after_forward, always_call=True))
 
 
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
@@ -276,7 +285,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
-        elif "pace" not in model._modules and isinstance(getattr(model, "module", None), nn.Module):
+        elif not isinstance(model._modules.get("pace"), Pace) and isinstance(getattr(model, "module", None), nn.Module):
             model = model.module
         else:
             return model
@@ -331,32 +340,45 @@ def load_trainable_state_dict(model: nn.Module, state_dict: dict[str, Tensor]) -
     Raises `PaceError`, and loads nothing, unless it is of a model with the same adapters around the same layers.
     """
     own = _trained(model)
-    if not isinstance(state_dict, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state_dict.values()):
+    if not isinstance(state_dict, Mapping) or not all(isinstance(name, str) and isinstance(t, Tensor) for name, t in state_dict.items()):
         raise PaceError("`state_dict` is no mapping of names to tensors")
     for kind, names in (("is not in the model", state_dict.keys() - own.keys()), ("is missing", own.keys() - state_dict.keys())):
         if names:
             raise PaceError(f"`state_dict` is of other adapters: `{min(names)}` {kind} ({len(names)} such names)")
+    new: list[tuple[Tensor, Tensor]] = []
     for name, tensor in state_dict.items():
         if tensor.shape != own[name].shape:
             raise PaceError(f"`state_dict` has `{name}` of {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
         if own[name].is_meta:
             raise PaceError(f"`{name}` is on the meta device, where nothing can be loaded: `to_empty` first")
-    for name, tensor in state_dict.items():
-        target = own[name]
+        new.append((own[name], to_load(name, tensor, own[name])))
+    for target, tensor in new:
         if hasattr(target, "full_tensor"):
-            tensor = torch.distributed.tensor.distribute_tensor(tensor.to(target.device), target.device_mesh, target.placements)
+            tensor = torch.distributed.tensor.distribute_tensor(tensor, target.device_mesh, target.placements)
         target.copy_(tensor)
+
+
+def to_load(name: str, tensor: Tensor, target: Tensor) -> Tensor:
+    """A tensor of a file in the type of one that it is to be copied to, and on its device; raises `PaceError` if it has no such numbers."""
+    is_plain = tensor.layout == torch.strided and not (tensor.is_complex() or tensor.is_quantized or hasattr(tensor, "full_tensor"))
+    try:
+        if is_plain:
+            return tensor.to(target.device, target.dtype)
+    except NotImplementedError:  # Of the meta device, or of bits.
+        pass
+    raise PaceError(f"`{name}` is of {tensor.dtype} ({tensor.layout}, on {tensor.device}), expected a dense tensor of {target.dtype}")
 
 
 def describe(model: nn.Module) -> str:
     """A table of the layers with adapters, for people to read: adapter, standard deviation of the noise, trained numbers."""
     model = unwrapped(model)
     rows = [("layer", "adapter", "sigma", "trained")]
+    layers = adapters_of(model)
     for name, module in model.named_modules():
-        adapter, kind = module.adapter if isinstance(module, NoisyLinear) else module, ""
+        adapter, kind = layers.get(module), ""
         if isinstance(module, AttachedNoise):
             name, adapter, kind = module.path, module.watched, "PEFT "
-        elif not isinstance(adapter, Adapter) or name.endswith(".adapter"):
+        elif adapter is None:
             continue
         trained = sum(parameter.numel() for parameter in adapter.parameters() if parameter.requires_grad)
         sigma = f"{module.sigma:.3g}" if hasattr(module, "sigma") else "–"
@@ -398,18 +420,20 @@ def merge(model: nn.Module) -> nn.Module:
     model = unwrapped(model)
     if any(is_peft(module) for module in model.modules()):
         raise PaceError("`model` has layers of PEFT's: its own `merge_and_unload` merges it")
+    layers = adapters_of(model)
     for name, module in model.named_modules():
-        if isinstance(module, Adapter) and module.is_opaque and not isinstance(module, Head):
-            raise PaceError(f"`{name.removesuffix('.adapter')}` is a {type(module.base_module).__name__}, which computes by itself: what an adapter "
+        adapter = layers.get(module)
+        if adapter is not None and adapter.is_opaque and not isinstance(adapter, Head):
+            raise PaceError(f"`{name}` is a {type(adapter.base_module).__name__}, which computes by itself: what an adapter "
                             "adds to that does not go into its weight. Keep the adapters (`trainable_state_dict`), and evaluate with them")
-    if not any(isinstance(module, Adapter) for module in model.modules()):
+    if not layers:
         raise PaceError("`model` has no adapters: it is merged already, or was never injected")
     plain: dict[nn.Module, nn.Module] = {}  # by what it replaces
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in plain:
             _replace(model, name, plain[module])
-        elif isinstance(module, NoisyLinear) or (isinstance(module, Adapter) and not name.endswith(".adapter")):
-            linear = (module.adapter if isinstance(module, NoisyLinear) else module).plain()
+        elif module in layers:
+            linear = layers[module].plain()
             move_hooks(module, linear)
             plain[module] = linear
             _replace(model, name, linear)
@@ -434,4 +458,6 @@ def take_out(model: nn.Module) -> None:
             for handle in module.pace.handles:
                 handle.remove()
             del module.pace
-            module.__dict__.pop("_ddp_params_and_buffers_to_ignore", None)
+            own = [name for name in module.__dict__.pop(_DDP_IGNORES, ()) if name != "pace.keys"]
+            if own:
+                setattr(module, _DDP_IGNORES, own)

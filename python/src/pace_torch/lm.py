@@ -15,7 +15,8 @@ from torch import Tensor
 from . import _library as lib
 from ._errors import PaceError, check_choice, check_integer, check_number
 from .loss import Losses
-from .ops._arguments import real
+from .ops._arguments import check_dense, check_tensor, real
+from .ops._operator import refuse_forward_mode
 from .ops.ieee_matmul import ieee_matmul
 from .ops.lm_head import HeadSettings, lm_head, takes
 from .ops.loss import LossSettings, loss_and_gradient
@@ -75,11 +76,13 @@ def lm_loss(
     if soft_cap is not None and check_number("soft_cap", soft_cap, 0) == 0:
         raise PaceError("`soft_cap` is 0, expected more than 0, or None")
     if chunk_rows is not None:
-        check_integer("chunk_rows", chunk_rows, 1)
+        check_integer("chunk_rows", chunk_rows, 1, 2**63 - 1)
     by_gram = branches == 2 and takes_gram(checked, soft_cap)
     if gram is not None:
         _check_gram(gram, weight)
     head = _Head(_settings(checked), torch.is_grad_enabled(), branches, by_gram, float(logit_scale), soft_cap, float(scale), chunk_rows or 0)
+    if isinstance(denominator, Tensor):
+        check_dense("denominator", denominator)
     denominator = check_denominator(denominator, hidden.device, real(hidden.dtype))
     class_weights = None if checked.class_weights is None else _check_class_weights(checked.class_weights, weight)
     if denominator is None:
@@ -96,6 +99,11 @@ def lm_loss(
 @torch.no_grad()
 def lm_gram(weight: Tensor) -> Tensor:
     """`G = WᵀW [H, H]` in float32 (float64 beside float64): in 16 bits it would be useless, and even negative."""
+    check_tensor("weight", weight, 2)
+    check_dense("weight", weight)
+    refuse_forward_mode((weight,))
+    if weight.numel() == 0 or weight.dtype not in lib.DTYPES:
+        raise PaceError(f"`weight` is {tuple(weight.shape)} of {weight.dtype}, expected floating [V, H]")
     gram = torch.zeros(weight.shape[1], weight.shape[1], dtype=real(weight.dtype), device=weight.device)
     for part in weight.detach().split(_rows_of(weight)):
         part = part.to(gram.dtype)
@@ -341,6 +349,8 @@ def _check(tensors: _Tensors, labels: Any, causal: bool, ignore_index: int) -> t
     for name, tensor in given.items():
         if not isinstance(tensor, Tensor) and not (tensor is None and name in ("bias", "lora_a", "lora_b")):
             raise PaceError(f"`{name}` is {type(tensor).__name__}, expected a tensor")
+        check_dense(name, tensor)
+    refuse_forward_mode(tensors)
     hidden, weight, bias, lora_a, lora_b = tensors
     if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] == 0:
         raise PaceError(f"`weight` is {tuple(weight.shape)}, expected [V, H]")
@@ -387,6 +397,7 @@ def _check_class_weights(class_weights: Tensor, weight: Tensor) -> Tensor:
     """The weights of the tokens beside the head."""
     if class_weights.shape != weight.shape[:1]:
         raise PaceError(f"`class_weights` is {tuple(class_weights.shape)}, expected [{weight.shape[0]}]")
+    check_dense("class_weights", class_weights)
     # On a GPU nobody waits for a look at them.
     if class_weights.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = class_weights[~((class_weights >= 0) & class_weights.isfinite())]
@@ -410,3 +421,6 @@ def _check_gram(gram: Any, weight: Tensor) -> None:
         raise PaceError(f"`gram` is {what}, expected `lm_gram(weight)`, {shape} of {dtype} on {weight.device}")
     if weight.requires_grad:
         raise PaceError("`gram` is given for a `weight` that is trained, of which it would soon be wrong")
+    check_dense("gram", gram)
+    if gram.requires_grad:
+        raise PaceError("`gram` requires a gradient, and has none")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import _library as lib
 from ._errors import PaceError
-from .ops._arguments import real
+from .ops._arguments import check_dense, real
 from .ops.loss import LossSettings, loss_and_gradient, loss_total
 from .settings import DIVERGENCES, SQUARED_ERROR, Criterion, Denominator, LossOptions, check_denominator
 
@@ -96,6 +96,8 @@ def evaluate(
     """As `pace_loss`, with options that are checked already. `difference`: the second half of the logits is branch 0 minus branch 1, to
     both of which the gradient is."""
     _check_tensors(logits, labels, history, index, options.criterion)
+    if isinstance(denominator, Tensor):
+        check_dense("denominator", denominator)
     denominator = check_denominator(denominator, logits.device, real(logits.dtype))
     batch, classes = labels.shape[0], logits.shape[1]
     by_function = callable(options.criterion)
@@ -154,6 +156,7 @@ def _targets(logits: Tensor, labels: Tensor, options: LossOptions) -> tuple[Tens
     if weights is not None:
         if weights.shape != (classes,):
             raise PaceError(f"`class_weights` is {tuple(weights.shape)}, expected [{classes}]")
+        check_dense("class_weights", weights)
         weights = weights.to(logits.device, real(logits.dtype))
     if is_label:
         return labels, lib.TARGETS_LABELS, weights
@@ -177,6 +180,9 @@ def _check_tensors(logits, labels, history, index, criterion) -> None:
         may_be_absent = name in ("history", "index")
         if not isinstance(tensor, Tensor) and not (tensor is None and may_be_absent):
             raise PaceError(f"`{name}` is {type(tensor).__name__}, expected a tensor")
+        # What a function takes for labels is its own affair.
+        if name != "labels" or not callable(criterion):
+            check_dense(name, tensor)
     if logits.dim() != 2:
         raise PaceError(f"`logits` has shape {tuple(logits.shape)}, expected [rows, classes]")
     if labels.dim() == 0:
@@ -197,6 +203,8 @@ def _check_history(history: Tensor, logits: Tensor) -> None:
         raise PaceError(f"`history` is {shape} of {history.dtype}, expected [n, {classes}] of {dtype}")
     if not history.is_contiguous() or history.device != logits.device:
         raise PaceError(f"`history` must be contiguous and on {logits.device}")
+    if history.requires_grad:
+        raise PaceError("`history` requires a gradient, and has none")
 
 
 def _check_probabilities(labels: Tensor, classes: int) -> None:

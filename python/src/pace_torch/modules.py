@@ -23,6 +23,17 @@ def _autocast(x: Tensor, *tensors: Optional[Tensor]) -> list[Optional[Tensor]]:
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *tensors)]
 
 
+def adapters_of(model: nn.Module) -> "dict[nn.Module, Adapter]":
+    """The layers with adapters, and the adapter of each: the layer is the noise around it where there is some, and otherwise the same."""
+    layers: dict[nn.Module, Adapter] = {}
+    within: set[nn.Module] = set()
+    for module in model.modules():  # from the outside to the inside
+        if isinstance(module, (NoisyLinear, Adapter)) and module not in within:
+            within.update(module.modules())
+            layers[module] = next(part for part in module.modules() if isinstance(part, Adapter))
+    return layers
+
+
 def _rename(state_dict: dict, prefix: str, new_name) -> None:
     """Renames the entries of a module; `new_name` gives the new relative name of a relative name."""
     for name in [name for name in state_dict if name.startswith(prefix)]:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ._layers import is_conv1d
 from ._errors import PaceError, check_number
-from .inject import trainable_state_dict, unwrapped
-from .modules import Adapter, Head, LoraAdd, NoisyLinear
+from .inject import to_load, trainable_state_dict, unwrapped
+from .modules import Adapter, Head, LoraAdd, adapters_of
 
 PREFIX = "base_model.model."
 # Ways to start that leave the model's own weights as they are.
@@ -20,9 +20,10 @@ _STARTS = ("gaussian", "eva", "orthogonal", "mica")
 def _adapters(model: nn.Module) -> dict[str, Adapter]:
     """The adapters by the names of the layers they are around."""
     adapters: dict[str, Adapter] = {}
+    layers = adapters_of(model)
     for name, module in model.named_modules(remove_duplicate=False):
-        adapter = module.adapter if isinstance(module, NoisyLinear) else module
-        if not isinstance(adapter, Adapter) or name.endswith(".adapter"):
+        adapter = layers.get(module)
+        if adapter is None:
             continue
         if adapter in adapters.values():
             raise PaceError(f"`{name}` is a layer with other names too, of which PEFT knows one only")
@@ -50,6 +51,8 @@ def save_peft(model: nn.Module, folder: Union[str, os.PathLike], base_model_name
 
     model = unwrapped(model)
     adapters = _adapters(model)
+    # Those that PEFT sees: of the plain model.
+    names = [name for name, _ in model.named_modules() if not any(name.startswith(f"{adapter}.") for adapter in adapters)]
     tensors: dict[str, Tensor] = {}
     loras = {name: adapter for name, adapter in adapters.items() if isinstance(adapter, LoraAdd)}
     has_bias = any(adapter.has_bias and bool((adapter.delta_b != 0).any()) for adapter in loras.values())
@@ -61,7 +64,7 @@ def save_peft(model: nn.Module, folder: Union[str, os.PathLike], base_model_name
     heads = [name for name, adapter in adapters.items() if isinstance(adapter, Head)]
     for name in heads:
         # PEFT takes what ends like it for the same.
-        other = next((other for other, _ in model.named_modules() if other.endswith(name) and not f"{other}.".startswith(f"{name}.")), None)
+        other = next((other for other in names if other.endswith(name) and other != name), None)
         if other:
             raise PaceError(f"PEFT would take `{other}` for the classifier `{name}`, as its name ends alike: keep the adapters by "
                             "`trainable_state_dict`")
@@ -76,7 +79,7 @@ def save_peft(model: nn.Module, folder: Union[str, os.PathLike], base_model_name
     config = LoraConfig(
         r=rank,
         lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
-        target_modules=_targets(model, list(loras)),
+        target_modules=_targets(list(loras), names),
         modules_to_save=heads or None,
         lora_bias=has_bias,
         fan_in_fan_out=any(is_conv1d(adapter.replaced) for adapter in loras.values()),
@@ -92,10 +95,9 @@ def save_peft(model: nn.Module, folder: Union[str, os.PathLike], base_model_name
     config.save_pretrained(folder)
 
 
-def _targets(model: nn.Module, names: list[str]) -> Union[str, list[str]]:
+def _targets(names: list[str], every: list[str]) -> Union[str, list[str]]:
     """What tells PEFT these layers and no others: their names, which PEFT also finds at the end of longer ones."""
-    others = {name for name, _ in model.named_modules()} - set(names)
-    if any(other.endswith(f".{name}") for name in names for other in others):
+    if any(other.endswith(f".{name}") for name in names for other in set(every) - set(names)):
         return "|".join(map(re.escape, names))
     return names
 
@@ -156,10 +158,11 @@ def load_peft(model: nn.Module, folder: Union[str, os.PathLike]) -> None:
         tensor = tensors.pop(f"{PREFIX}{name}.{part}", None)
         if tensor is None:
             raise PaceError(f"`{folder}` has no `{PREFIX}{name}.{part}`, but the model has an adapter around `{name}`")
+        tensor = to_load(f"{name}.{part}", tensor, own)
         tensor = tensor.flatten(1) if adapters[name].is_convolution and tensor.dim() > 2 else tensor
         if tensor.dim() != own.dim() or tensor.shape[1:] != own.shape[1:] and part != "lora_B.weight" or part != "lora_A.weight" and len(tensor) != len(own):
             raise PaceError(f"`{folder}` has `{name}.{part}` of {tuple(tensor.shape)}, expected {tuple(own.shape)}")
-        return tensor.to(own.device, own.dtype)
+        return tensor
 
     for name, adapter in adapters.items():
         if isinstance(adapter, Head):
@@ -177,14 +180,12 @@ def load_peft(model: nn.Module, folder: Union[str, os.PathLike]) -> None:
         zeros = torch.zeros_like(adapter.delta_W_down)
         zeros[:, :rank] = up * (scaling / adapter.scale)
         new += [(adapter.delta_W_up[:rank], down), (adapter.delta_W_down, zeros)]
-        bias = tensors.get(f"{PREFIX}{name}.lora_B.bias")
-        if bias is not None and not adapter.has_bias:
-            if bias.any():
-                raise PaceError(f"`{folder}` has a bias for `{name}`, which has none: `inject` with `new_biases=True`")
-            del tensors[f"{PREFIX}{name}.lora_B.bias"]
-        elif adapter.has_bias:
-            zero = torch.zeros_like(adapter.delta_b)
-            new.append((adapter.delta_b, zero if bias is None else scaling * take(name, "lora_B.bias", adapter.delta_b)))
+        own = adapter.delta_b
+        bias = take(name, "lora_B.bias", own) if f"{PREFIX}{name}.lora_B.bias" in tensors else torch.zeros_like(own)
+        if adapter.has_bias:
+            new.append((own, scaling * bias))
+        elif bias.any():
+            raise PaceError(f"`{folder}` has a bias for `{name}`, which has none: `inject` with `new_biases=True`")
     if tensors:
         raise PaceError(f"`{folder}` has `{min(tensors)}`, but the model has no adapter there ({len(tensors)} such names)")
     for own, tensor in new:

@@ -1,6 +1,6 @@
 """The operators, as PyTorch custom operators of the namespace `pace` (`torch.ops.pace`).
 
-Each is differentiable once, known to `torch.compile` as one node, and runs on the CPU (float32, float64; float16 and
+Each is differentiable once, not in forward mode, known to `torch.compile` as one node, and runs on the CPU (float32, float64; float16 and
 bfloat16 through float32, each operator rounding its result once) and on CUDA (float32, float16, bfloat16; on the current stream,
 without synchronisation). A layer is one call of the C library in each pass. Inputs that are not contiguous are copied.
 

@@ -5,13 +5,14 @@ outputs and set addresses: nothing is checked, converted or looked up twice.
 """
 
 import ctypes
-from typing import Any, Callable, NamedTuple, Optional, Sequence
+from math import inf
+from typing import Any, Callable, NamedTuple, Optional, Sequence, get_type_hints
 
 import torch
 from torch import Tensor
 
 from .. import _library as lib
-from .._errors import PaceError, check_integer
+from .._errors import PaceError, check_choice, check_integer, check_number
 
 # Structs that a function keeps; a program whose shapes never repeat must not fill the memory with them.
 MOST_PREPARED = 4096
@@ -57,21 +58,30 @@ class Function:
         layouts = tuple(layouts)
         try:
             prepared = self.prepared[layouts]
-        except KeyError:
+        except (KeyError, TypeError):
+            # A TypeError is that of a setting without a hash, which is refused now.
+            prepared = None
+        if prepared is None:
             prepared = _Prepared(self, tensors, settings, flags)
             if len(self.prepared) >= MOST_PREPARED:
                 self.prepared.clear()
             self.prepared[layouts] = prepared
-        return prepared(tensors)
+        try:
+            return prepared(tensors)
+        except RuntimeError:
+            # A sparse tensor may have the shape of a dense one that was here before: this refuses it.
+            _Prepared(self, tensors, settings, flags)
+            raise
 
 
 class _Prepared:
     """A function's struct for tensors of certain shapes, lacking their addresses."""
 
     def __init__(self, function: Function, tensors: Sequence[Optional[Tensor]], settings: NamedTuple, flags: int):
-        like = tensors[0]
+        like, settings = tensors[0], checked(settings)
+        check_dense(_shown(function.inputs[0]), like)
         self.entry, self.device = function.entry, like.device
-        self.dtype = function.dtype or working_dtype(like, function.takes_bf16)
+        self.dtype = function.dtype or working_dtype(function.inputs[0], like, function.takes_bf16)
         result = function.dtype or like.dtype
         self.rounds = self.dtype != result
         if self.device.type == "cpu":
@@ -83,7 +93,8 @@ class _Prepared:
         arguments.size, arguments.dtype = ctypes.sizeof(arguments), lib.DTYPES[self.dtype]
         if flags:
             arguments.flags |= flags
-        # (which of the tensors, word of the address, type to convert to or None)
+        # (which of the tensors, word of the address, type to convert to or None, whether it may be contiguous and yet a view with the other
+        # sign, as the imaginary part of a conjugate is)
         self.inputs = []
         for i, (name, tensor) in enumerate(zip(function.inputs, tensors)):
             if tensor is None:
@@ -91,7 +102,8 @@ class _Prepared:
             wanted = self._input_type(name, tensor, like)
             if name not in function.outputs:
                 convert = None if tensor.dtype == wanted else wanted
-                self.inputs.append((i, _word(arguments, name, tensor.numel()), convert))
+                may_be_neg = tensor.numel() == 1 and tensor.is_floating_point()
+                self.inputs.append((i, _word(arguments, name, tensor.numel()), convert, may_be_neg))
         # (shape, type, word of the address, which input it is a copy of or None, type to round to or None)
         self.outputs = []
         for name, shape in zip(function.outputs, function.shapes(settings, *tensors)):
@@ -121,7 +133,7 @@ class _Prepared:
         if tensor.numel() == 0 and name != "s":
             raise PaceError(f"`{name}` has shape {tuple(tensor.shape)}, which is empty")
         if tensor.layout != torch.strided or tensor.is_complex():
-            raise PaceError(f"`{name}` is {tensor.layout} of {tensor.dtype}, expected dense real numbers")
+            raise PaceError(f"`{_shown(name)}` is {tensor.layout} of {tensor.dtype}, expected dense real numbers")
         if tensor.device != self.device:
             raise PaceError(f"`{name}` is on {tensor.device}, expected {self.device} like the other tensors")
         wanted = _type_of(name, self.dtype)
@@ -133,10 +145,10 @@ class _Prepared:
         # A copy of its own: other threads may be in the same call.
         words = self.words.from_buffer_copy(self.arguments)
         held = []
-        for i, word, dtype in self.inputs:
+        for i, word, dtype, may_be_neg in self.inputs:
             tensor = tensors[i]
-            if dtype is not None or not tensor.is_contiguous():
-                tensor = tensor.to(dtype or tensor.dtype).contiguous()
+            if dtype is not None or not tensor.is_contiguous() or may_be_neg and tensor.is_neg():
+                tensor = tensor.to(dtype or tensor.dtype).contiguous().resolve_neg()
                 held += (tensor,)
             words[word] = tensor.data_ptr()
         outputs = []
@@ -167,6 +179,11 @@ class _Prepared:
         return outputs
 
 
+def _shown(name: str) -> str:
+    """An argument's name in Python."""
+    return "key" if name == "key_address" else name
+
+
 def _word(arguments: ctypes.Structure, name: str, elements: int) -> int:
     """Sets the length of a tensor in a struct; which 64-bit word of the struct its address is."""
     offset = 0
@@ -180,17 +197,16 @@ def _word(arguments: ctypes.Structure, name: str, elements: int) -> int:
 # ---------------------------------------------------------------------------------------------------------------- types
 
 
-def working_dtype(x: Tensor, takes_bf16: bool = False) -> torch.dtype:
-    """The type in which the library takes tensors like `x`; `takes_bf16` is whether bfloat16 is one on the CPU."""
-    if x.layout != torch.strided:
-        raise PaceError(f"tensors are {x.layout}, expected dense ones")
+def working_dtype(name: str, x: Tensor, takes_bf16: bool = False) -> torch.dtype:
+    """The type in which the library takes tensors like this one; `takes_bf16` is whether bfloat16 is one on the CPU."""
+    check_dense(name, x)
     if x.device.type not in ("cpu", "cuda"):
-        raise PaceError(f"tensors are on `{x.device}`, expected a CPU or CUDA device")
+        raise PaceError(f"`{name}` is on `{x.device}`, expected a CPU or CUDA device")
     if x.dtype not in lib.DTYPES:
-        raise PaceError(f"tensors are of {x.dtype}, expected float32, float64, float16 or bfloat16")
+        raise PaceError(f"`{name}` is of {x.dtype}, expected float32, float64, float16 or bfloat16")
     if x.device.type == "cuda":
         if x.dtype == torch.float64:
-            raise PaceError("tensors are of torch.float64, which the CUDA kernels do not have: use float32, or the CPU")
+            raise PaceError(f"`{name}` is of torch.float64, which the CUDA kernels do not have: use float32, or the CPU")
         return x.dtype
     if x.dtype == torch.float64 or (takes_bf16 and x.dtype == torch.bfloat16):
         return x.dtype
@@ -225,6 +241,22 @@ def allows_tf32(dtype: torch.dtype) -> bool:
 # --------------------------------------------------------------------------------------------------------------- checks
 
 
+def checked(settings: NamedTuple) -> NamedTuple:
+    """Settings as plain numbers; raises `PaceError` for those that are none. A tensor would be read once and never again."""
+    values = []
+    for (name, kind), value in zip(get_type_hints(type(settings)).items(), settings):
+        if kind is float:
+            value = check_number(name, value)
+        elif kind is int:
+            value = check_integer(name, value, -inf)
+        elif kind is bool:
+            value = check_choice(name, value, (True, False))
+        elif hasattr(kind, "_fields"):
+            value = checked(value)
+        values.append(value)
+    return type(settings)(*values)
+
+
 def check_sample(number: int) -> int:
     """The number of a sample. ctypes would cut off what does not fit, and other samples would be meant."""
     return check_integer("first_sample", number, 0, 2**56)
@@ -237,10 +269,15 @@ def check_tensor(name: str, value: Any, dim: Optional[int] = None) -> None:
         raise PaceError(f"`{name}` has shape {tuple(value.shape)}, expected {dim} dimensions")
 
 
+def check_dense(name: str, tensor: Optional[Tensor]) -> None:
+    """Raises `PaceError` for a tensor whose numbers are not all there."""
+    if tensor is not None and (tensor.layout is not torch.strided or tensor.is_meta):
+        raise PaceError(f"`{name}` is {tensor.layout} on {tensor.device}, expected a dense tensor on the CPU or a CUDA device")
+
+
 def batch_of(rows: int, branches: int, name: str = "x") -> int:
     """The samples of a branch among `rows`."""
-    if branches not in (1, 2):
-        raise PaceError(f"`branches` is {branches}, expected 1 or 2")
+    check_choice("branches", branches, (1, 2))
     if rows % branches:
         raise PaceError(f"`{name}` has {rows} rows, which {branches} branches cannot share evenly")
     return rows // branches

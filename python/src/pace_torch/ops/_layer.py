@@ -13,7 +13,7 @@ from .. import _library as lib
 from .._errors import PaceError
 from ._arguments import Function, batch_of, check_shape, check_tensor
 from ._operator import Derivative, Operator
-from .noise import Noise, noise_fields
+from .noise import Noise, no_noise, noise_fields
 
 
 class LayerSettings(NamedTuple):
@@ -39,6 +39,8 @@ class BackwardSettings(NamedTuple):
 
 
 def settings_of(noise: Noise, shared_input: bool, scale: float = 1.0, exact: bool = False) -> LayerSettings:
+    if type(noise) is not Noise:
+        raise no_noise("noise", noise)
     return LayerSettings(noise.sigma, noise.per_token, noise.first_sample, noise.branches, shared_input, scale, exact)
 
 
@@ -60,13 +62,13 @@ def shape_fields(x_shape: torch.Size, out_features: int, settings: LayerSettings
     )
 
 
-def rows_fields(x: Tensor, settings) -> lib.PaceShape:
+def rows_fields(name: str, x: Tensor, settings) -> lib.PaceShape:
     """The sizes of an operator on outputs, `[rows, ..., features]`."""
     if x.dim() < 2:
-        raise PaceError(f"the tensor has shape {tuple(x.shape)}, expected [rows, ..., features]")
+        raise PaceError(f"`{name}` has shape {tuple(x.shape)}, expected [rows, ..., features]")
     return lib.PaceShape(
         branches=settings.branches,
-        batch=batch_of(x.shape[0], settings.branches),
+        batch=batch_of(x.shape[0], settings.branches, name),
         tokens=x.numel() // max(x.shape[0] * x.shape[-1], 1),
         in_features=1,
         out_features=x.shape[-1],
@@ -187,7 +189,7 @@ class Layer:
     def _save(self, ctx, tensors, settings: LayerSettings, outputs) -> None:
         needs = ctx.needs_input_grad
         if needs[1] or needs[2] or needs[self.z]:
-            raise frozen("base_weight", "base_bias", "z")
+            raise frozen(ctx, base_weight=1, base_bias=2, z=self.z)
         ctx.settings = BackwardSettings((needs[0], *needs[self.wanted]), tensors[0].shape, settings)
         keep_key(ctx, tensors[-2])
         x = tensors[0] if True in needs[self.readers] else None
@@ -222,9 +224,10 @@ def _of_library(names: Sequence[str]) -> str:
 # ------------------------------------------------------------------------------------------------------- autograd context
 
 
-def frozen(*names: str) -> PaceError:
-    """The error for inputs that require a gradient and have none."""
-    return PaceError(f"{', '.join(f'`{name}`' for name in names)}: these have no gradient, and must not require one")
+def frozen(ctx, **places: int) -> PaceError:
+    """The error for that of these inputs, by their places, which requires a gradient and has none."""
+    name = next(name for name, place in places.items() if ctx.needs_input_grad[place])
+    return PaceError(f"`{name}` has no gradient, and must not require one")
 
 
 def keep_key(ctx, key: Optional[Tensor]) -> None:
@@ -232,18 +235,33 @@ def keep_key(ctx, key: Optional[Tensor]) -> None:
     ctx.key = key
     # Compilation runs this on stand-ins, whose versions mean nothing.
     ctx.key_version = key._version if type(key) is Tensor else None
+    ctx.runs_again = ctx.key_version is not None and key.is_cuda and _is_checkpointed()
 
 
 def same_key(ctx, key: Optional[Tensor]) -> Optional[Tensor]:
     """The saved key, if it is the one that the forward pass used.
 
     Gradient checkpointing saves nothing and runs the forward pass again, which then reads the model's present keys: other
-    ones, or the same tensor with other contents.
+    ones, or the same tensor with other contents. Other hooks bring back a copy of what was saved.
     """
     if type(key) is Tensor and type(ctx.key) is Tensor:
-        if key.data_ptr() != ctx.key.data_ptr() or ctx.key._version != ctx.key_version:
-            raise RuntimeError(
-                "gradient checkpointing ran a layer again after the model had moved on to other noise: "
-                "call backward() before the next forward pass"
-            )
+        if ctx.key._version != ctx.key_version:
+            raise RuntimeError(_OTHER_NOISE)
+        if key.data_ptr() != ctx.key.data_ptr():
+            if ctx.runs_again:
+                raise RuntimeError(f"{_OTHER_NOISE} (on CUDA nobody looks whether another tensor has the same key: make keys outside of what "
+                                   "is checkpointed)")
+            # On CUDA by the device: to look would be to wait for it.
+            torch._assert_async(key == ctx.key, _OTHER_NOISE)
     return key
+
+
+_OTHER_NOISE = (
+    "gradient checkpointing ran a layer again after the model had moved on to other noise: call backward() before the next forward pass"
+)
+
+
+def _is_checkpointed() -> bool:
+    """Whether what is saved now is not kept but made again, by PyTorch's own gradient checkpointing."""
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)(True)
+    return hooks is not None and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint"

@@ -10,6 +10,7 @@ from typing import Callable, NamedTuple, Optional, Sequence, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .._errors import PaceError
 from ._arguments import check_tensor
@@ -84,6 +85,7 @@ class Operator(_CustomOperator):
         for name, tensor in zip(self.names, tensors):
             if tensor is not None:
                 check_tensor(name, tensor)
+        refuse_tensors(settings)
         output = self.custom(*tensors, *_flattened(settings))
         return output if isinstance(output, Tensor) else output[0]
 
@@ -113,7 +115,7 @@ class Derivative(_CustomOperator):
     """The backward pass of an operator. It has no derivative: where autograd records it, the custom operator says so."""
 
     def __call__(self, tensors: Sequence[Optional[Tensor]], settings: NamedTuple) -> Sequence[Optional[Tensor]]:
-        if not torch.is_grad_enabled() and is_plain(tensors):
+        if is_plain(tensors) and not torch.is_grad_enabled():
             return self.function(tensors, settings)
         grads = self.custom(*tensors, *_flattened(settings))
         grads = (grads,) if isinstance(grads, Tensor) else grads
@@ -125,12 +127,39 @@ _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 
 def is_plain(tensors: Sequence[Optional[Tensor]]) -> bool:
-    """True in plain eager mode: no compiler, no tracer, no function transform, no tensor subclasses."""
+    """True in plain eager mode: no compiler, no tracer, no function transform, no tensor subclasses.
+
+    Raises `PaceError` for forward-mode differentiation: nothing that asks has such a derivative.
+    """
+    if forward_ad._current_level >= 0:
+        refuse_forward_mode(tensors)
     if torch.compiler.is_compiling() or torch._C._is_tracing():
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return False
     return set(map(type, tensors)) <= _PLAIN
+
+
+def refuse_tensors(settings: NamedTuple) -> None:
+    """Raises `PaceError` for a setting that is a tensor, of which a custom operator would take the number and give no gradient."""
+    for name, setting in zip(settings._fields, settings):
+        if isinstance(setting, Tensor):
+            raise PaceError(f"`{name}` is {type(setting).__name__}, expected a number")
+
+
+def refuse_forward_mode(tensors: Sequence[Optional[Tensor]]) -> None:
+    """Raises `PaceError` in forward-mode differentiation to one of the tensors, in which an operator would pass for a constant."""
+    if forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
+        raise PaceError("operators have no derivative in forward mode (`jvp`, `jacfwd`, `dual_level`): differentiate backwards")
+
+
+def _has_tangent(tensor: Optional[Tensor]) -> bool:
+    if not isinstance(tensor, Tensor):
+        return False
+    # Within `vmap`, whose own tensors cannot be asked.
+    while torch._C._functorch.is_batchedtensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _returned(like: Tensor, outputs: Sequence[Optional[Tensor]]):

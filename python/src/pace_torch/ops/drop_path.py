@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import _library as lib
-from .._errors import PaceError
-from ._arguments import Function, batch_of, check_sample, check_tensor, real, working_dtype
-from ._layer import keep_key, same_key
+from .._errors import PaceError, check_integer
+from ._arguments import Function, batch_of, check_sample, check_tensor, checked, real, working_dtype
+from ._layer import frozen, keep_key, same_key
 from ._operator import Operator
 
 
@@ -56,11 +56,13 @@ def _forward(tensors, settings: DropPathSettings):
     batch = batch_of(x.shape[0], settings.branches)
     if (key is None) == (mask is None):
         raise PaceError("one of `key` and `mask` is required, and not both")
-    if settings.global_batch == batch:
+    whole = settings.global_batch
+    if type(whole) is int and whole == batch:
         return _FORWARD(tensors, settings)
     if mask is not None:
         raise PaceError("`mask` is of this batch: `global_batch` goes with `key`")
-    return [_part_of_the_global_batch(x, key, batch, settings)]
+    check_integer("global_batch", whole, 1, 2**56)
+    return [_part_of_the_global_batch(x, key, batch, checked(settings))]
 
 
 def _part_of_the_global_batch(x: Tensor, key: Tensor, batch: int, settings: DropPathSettings) -> Tensor:
@@ -69,7 +71,7 @@ def _part_of_the_global_batch(x: Tensor, key: Tensor, batch: int, settings: Drop
     check_sample(first)
     if first + batch > whole:
         raise PaceError(f"samples {first} to {first + batch} are not in a batch of {whole}")
-    ones = torch.ones(whole, 1, dtype=real(working_dtype(x)), device=x.device)
+    ones = torch.ones(whole, 1, dtype=real(working_dtype("x", x)), device=x.device)
     (scale,) = _FORWARD((ones, key, None), DropPathSettings(settings.drop_probability, 0, 1, whole))
     scale = scale[first : first + batch].repeat(settings.branches, 1)
     return (x * scale.view(-1, *[1] * (x.dim() - 1))).to(x.dtype)
@@ -92,6 +94,8 @@ _FORWARD = Function(
 
 def _save(ctx, tensors, settings: DropPathSettings, outputs) -> None:
     _, key, mask = tensors
+    if ctx.needs_input_grad[2]:
+        raise frozen(ctx, mask=2)
     ctx.settings = settings
     keep_key(ctx, key)
     ctx.save_for_backward(key, mask)

@@ -9,11 +9,13 @@ from .._errors import PaceError
 from ._arguments import Function
 from ._layer import frozen, keep_key, rows_fields, same_key
 from ._operator import Derivative, Operator
-from .noise import Noise, noise_fields, under
+from .noise import Noise, no_noise, noise_fields, under
 
 
 def noisy_epilogue(y: Tensor, a: Tensor, noise: Noise) -> Tensor:
     """`y + z ⊙ a` for an adapter `a` of any other kind; both `[R, ..., N]`."""
+    if type(noise) is not Noise:
+        raise no_noise("noise", noise)
     settings = EpilogueSettings(noise.sigma, noise.per_token, noise.first_sample, noise.branches)
     if noise.rows is not None:
         return under(noise, _noisy_epilogue, (y, a), settings)
@@ -39,14 +41,14 @@ def _shapes(settings: EpilogueSettings, y, a, key, z):
 def _fields(settings: EpilogueSettings, y, a, key, z):
     if y.shape != a.shape:
         raise PaceError(f"`y` has shape {tuple(y.shape)}, expected {tuple(a.shape)} like `a`")
-    shape = rows_fields(a, settings)
+    shape = rows_fields("a", a, settings)
     return {"shape": shape, "noise": noise_fields(settings, key, z, shape)}
 
 
 def _save(ctx, tensors, settings: EpilogueSettings, outputs) -> None:
     _, _, key, z = tensors
     if ctx.needs_input_grad[3]:
-        raise frozen("z")
+        raise frozen(ctx, z=3)
     ctx.settings = settings
     keep_key(ctx, key)
     ctx.save_for_backward(key, z)
@@ -85,7 +87,7 @@ def _backward_shapes(settings: EpilogueSettings, dy, key, z):
 
 
 def _backward_fields(settings: EpilogueSettings, dy, key, z):
-    shape = rows_fields(dy, settings)
+    shape = rows_fields("dy", dy, settings)
     return {"shape": shape, "noise": noise_fields(settings, key, z, shape)}
 
 

@@ -1,7 +1,7 @@
 """Matmuls in IEEE float32 whatever PyTorch's own may use, for sums in which digits cancel."""
 
-import contextlib
-from collections.abc import Iterator
+import threading
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,18 +26,33 @@ def _(a, b):
 
 
 def _evaluate(a: Tensor, b: Tensor) -> Tensor:
-    with torch.autocast(a.device.type, enabled=False), _without_tf32():
+    with torch.autocast(a.device.type, enabled=False), _CUDA if a.is_cuda else _CPU:
         return a @ b
 
 
-@contextlib.contextmanager
-def _without_tf32() -> Iterator[None]:
-    matmul = torch.backends.cuda.matmul
-    # PyTorch 2.9 has another name for it, and an error for whoever reads one after the other was set.
-    name, ieee = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
-    before = getattr(matmul, name)
-    setattr(matmul, name, ieee)
-    try:
-        yield
-    finally:
-        setattr(matmul, name, before)
+class _Ieee:
+    """While anyone is within it, PyTorch's matmuls are in IEEE float32: its setting is one for all threads."""
+
+    def __init__(self, settings: Any, name: str, ieee: Any):
+        self.settings, self.name, self.ieee = settings, name, ieee
+        self.lock, self.users = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.users == 0:
+                self.before = getattr(self.settings, self.name)
+                setattr(self.settings, self.name, self.ieee)
+            self.users += 1
+
+    def __exit__(self, *_) -> None:
+        with self.lock:
+            self.users -= 1
+            if self.users == 0:
+                setattr(self.settings, self.name, self.before)
+
+
+# PyTorch 2.9 has other names for it, and an error for whoever reads one after the other was set.
+if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+    _CUDA, _CPU = (_Ieee(backend.matmul, "fp32_precision", "ieee") for backend in (torch.backends.cuda, torch.backends.mkldnn))
+else:
+    _CUDA = _CPU = _Ieee(torch.backends.cuda.matmul, "allow_tf32", False)

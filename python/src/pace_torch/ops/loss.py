@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _library as lib
+from .._errors import PaceError
 from ._arguments import Function, real
 from ._operator import Derivative, Operator, is_plain
 
@@ -108,6 +109,10 @@ def _(logits, *arguments):
 
 
 def _evaluate(tensors, settings: LossSettings) -> tuple[Tensor, Tensor, Tensor]:
+    history = tensors[4]
+    if history is not None and history.is_neg():
+        # A copy would be written to.
+        raise PaceError("`history` is a view with the other sign, as the imaginary part of a conjugate is")
     gradient, values, status = _LOSS(tensors, settings)
     nothing = tensors[0].new_empty(0)
     return values, nothing if gradient is None else gradient, nothing.long() if status is None else status

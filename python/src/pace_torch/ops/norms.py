@@ -8,7 +8,8 @@ from torch import Tensor
 
 from .. import _library as lib
 from .._errors import PaceError
-from ._arguments import Function, check_tensor, working_dtype
+from ._arguments import Function, check_dense, check_tensor, working_dtype
+from ._operator import refuse_forward_mode
 
 
 def grad_norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -18,12 +19,14 @@ def grad_norm(tensors: Sequence[Tensor]) -> Tensor:
         raise PaceError("`tensors` is empty")
     for i, tensor in enumerate(tensors):
         check_tensor(f"tensors[{i}]", tensor)
-    device, dtype = tensors[0].device, working_dtype(tensors[0])
+        check_dense(f"tensors[{i}]", tensor)
+    refuse_forward_mode(tensors)
+    device, dtype = tensors[0].device, working_dtype("tensors[0]", tensors[0])
     for i, tensor in enumerate(tensors):
         for property, like in (("dtype", tensors[0].dtype), ("device", device)):
             if getattr(tensor, property) != like:
                 raise PaceError(f"`tensors[{i}]` has {property} {getattr(tensor, property)}, expected {like} as the first")
-    tensors = [tensor.detach().to(dtype).contiguous() for tensor in tensors]
+    tensors = [tensor.detach().to(dtype).contiguous().resolve_neg() for tensor in tensors]
     norm = torch.empty(1, dtype=torch.float64, device=device)
     arguments = lib.PaceGradNorm(
         size=ctypes.sizeof(lib.PaceGradNorm),
@@ -48,6 +51,7 @@ def fp_distance(fine_tuned: Tensor, pre_trained: Tensor) -> Tensor:
         raise PaceError("`fine_tuned` is a scalar, expected [samples, ...]")
     if fine_tuned.shape != pre_trained.shape:
         raise PaceError(f"`pre_trained` has shape {tuple(pre_trained.shape)}, expected {tuple(fine_tuned.shape)}")
+    refuse_forward_mode((fine_tuned, pre_trained))
     return _FP_DISTANCE((fine_tuned.detach(), pre_trained.detach()), _NoSettings())[0][0]
 
 

@@ -55,7 +55,7 @@ def _weight_shapes(settings: WeightSettings, lora_a, lora_b, base_weight):
 
 def _save_weight(ctx, tensors, settings: WeightSettings, outputs) -> None:
     if ctx.needs_input_grad[2]:
-        raise frozen("base_weight")
+        raise frozen(ctx, base_weight=2)
     ctx.settings = settings
     ctx.save_for_backward(*tensors)
 
@@ -122,7 +122,7 @@ def _prompt_shapes(settings: PromptSettings, base_weight, base_bias, prompt_down
 
 def _save_prompt(ctx, tensors, settings: PromptSettings, outputs) -> None:
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-        raise frozen("base_weight", "base_bias")
+        raise frozen(ctx, base_weight=0, base_bias=1)
     ctx.settings = settings
     ctx.save_for_backward(*tensors)
 
