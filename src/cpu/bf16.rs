@@ -1,5 +1,7 @@
-//! GEMMs of `bf16` operands with `f32` results, by the processor's `AVX512_BF16` where it has that, otherwise through `f32`.
+//! GEMMs of `bf16` operands with `f32` results, by the processor's AMX or `AVX512_BF16` where it has one, otherwise through `f32`.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 
@@ -19,15 +21,27 @@ pub(super) fn gemm(
 ) {
     #[cfg(target_arch = "x86_64")]
     if let Some(unit) = avx512::Unit::detect() {
-        // Rows of `c` are written: a column-major result is the transpose of one.
-        let (c, a, b) =
-            if c.col_stride() == 1 { (c, a, b) } else { (c.transpose_mut(), b.transpose(), a.transpose()) };
-        let parts = par.degree().min(c.nrows().max(c.ncols()));
-        return in_parts((c, a, b), parts, |(c, a, b)| {
-            unit.gemm(c, matches!(accum, Accum::Add), scale, a, b)
-        });
+        return by(unit, c, accum, scale, a, b, par);
     }
     through_f32(c, accum, scale, a, b, par);
+}
+
+/// The same by the processor's own instructions.
+#[cfg(target_arch = "x86_64")]
+fn by(
+    unit: avx512::Unit,
+    c: MatMut<'_, f32>,
+    accum: Accum,
+    scale: f32,
+    a: MatRef<'_, bf16>,
+    b: MatRef<'_, bf16>,
+    par: Par,
+) {
+    // Rows of `c` are written: a column-major result is the transpose of one.
+    let (c, a, b) =
+        if c.col_stride() == 1 { (c, a, b) } else { (c.transpose_mut(), b.transpose(), a.transpose()) };
+    let parts = par.degree().min(c.nrows().max(c.ncols()));
+    in_parts((c, a, b), parts, |(c, a, b)| unit.gemm(c, matches!(accum, Accum::Add), scale, a, b));
 }
 
 /// The same by a GEMM in `f32`.
@@ -74,6 +88,23 @@ mod tests {
         [wide, tall].map(|matrix| matrix.submatrix(1, 2, rows, columns))
     }
 
+    /// Without AMX.
+    fn by_vectors(
+        c: MatMut<'_, f32>,
+        accum: Accum,
+        scale: f32,
+        a: MatRef<'_, bf16>,
+        b: MatRef<'_, bf16>,
+        par: Par,
+    ) {
+        #[cfg(target_arch = "x86_64")]
+        if avx512::Unit::detect().is_some() {
+            return by(avx512::Unit { amx: None }, c, accum, scale, a, b, par);
+        }
+        println!("skipped: this processor has no AVX512_BF16");
+        through_f32(c, accum, scale, a, b, par);
+    }
+
     type Gemm = fn(MatMut<'_, f32>, Accum, f32, MatRef<'_, bf16>, MatRef<'_, bf16>, Par);
 
     /// Every way to compute gives the sums of the definition, in all layouts, at sizes around those of tiles, panels and blocks.
@@ -94,7 +125,7 @@ mod tests {
             for (a, b) in
                 layouts(&a_memory, m, k).into_iter().flat_map(|a| layouts(&b_memory, k, n).map(|b| (a, b)))
             {
-                for (gemm, accum, c_by_rows) in [gemm as Gemm, through_f32]
+                for (gemm, accum, c_by_rows) in [gemm as Gemm, by_vectors, through_f32]
                     .into_iter()
                     .flat_map(|gemm| [(gemm, Accum::Replace, true), (gemm, Accum::Add, false)])
                 {

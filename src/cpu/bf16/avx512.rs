@@ -1,15 +1,16 @@
-//! GEMMs of `bf16` by `VDPBF16PS`, on one thread.
+//! GEMMs of `bf16` by `VDPBF16PS`, or by AMX where there is that, on one thread.
 //!
 //! The instruction multiplies pairs of neighbours along the reduction and adds both products to an `f32`: twice the operations of
 //! an FMA. So operands are words of two neighbours.
 //!
 //! * *B* is packed in panels of [`PANEL`] columns, word by word, for [`DEPTH`] of the reduction; a panel stays in the L1 cache.
 //! * *A* is read where it lies if its rows are contiguous, otherwise it is packed by rows; a word is broadcast to a vector.
-//! * *C* is computed in tiles of [`ROWS`] rows and [`PANEL`] columns, which take 24 of 32 registers.
+//! * *C* is computed in tiles of [`ROWS`] rows and [`PANEL`] columns, which take 24 of 32 registers; by AMX in those of [`amx`].
 
 use super::super::matmul::{MatMut, MatRef};
 use super::super::rows::blocks;
 use super::super::scratch::Scratch;
+use super::amx::{self, Amx, Registers, Support};
 use half::bf16;
 use std::arch::x86_64::*;
 use std::array::from_fn;
@@ -17,7 +18,7 @@ use std::array::from_fn;
 /// Rows of a tile.
 const ROWS: usize = 12;
 /// Columns of a tile and of a panel of B: two vectors.
-const PANEL: usize = 32;
+pub(super) const PANEL: usize = 32;
 /// Words of the reduction for which operands are packed: a panel has 16 KiB.
 const WORDS: usize = 128;
 /// The same in numbers.
@@ -28,12 +29,16 @@ const COLUMNS: usize = 256;
 const PACKED: usize = 4 * DEPTH;
 /// Rows of A that are used, or packed, at a time: 60 KiB.
 const BLOCK: usize = 10 * ROWS;
+/// The same by AMX: 64 KiB.
+const AMX_BLOCK: usize = 4 * amx::ROWS;
 /// 32-bit words in a vector.
-const LANES: usize = 16;
+pub(super) const LANES: usize = 16;
 
 /// That the processor has the instructions.
 #[derive(Clone, Copy)]
-pub(super) struct Unit(());
+pub(super) struct Unit {
+    pub(super) amx: Option<Amx>,
+}
 
 impl Unit {
     pub(super) fn detect() -> Option<Self> {
@@ -41,7 +46,13 @@ impl Unit {
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512vl")
             && is_x86_feature_detected!("avx512bf16");
-        has_all.then_some(Self(()))
+        let amx = match Support::detect() {
+            Support::Absent => None,
+            Support::Usable(amx) => Some(amx),
+            // Processors with AMX do `VDPBF16PS` at half of the rate of FMA in `f32`.
+            Support::Refused => return None,
+        };
+        has_all.then_some(Self { amx })
     }
 
     /// `c = scale·a·b`, or `c += scale·a·b`; rows of `c` are contiguous, of `a` and `b` rows or columns.
@@ -54,17 +65,29 @@ impl Unit {
         b: MatRef<'_, bf16>,
     ) {
         // SAFETY: the processor has every feature that `gemm` enables, or there would be no `self`.
-        unsafe { gemm(c, add, scale, a, b) }
+        unsafe { gemm(self.amx.map(Amx::registers), c, add, scale, a, b) }
     }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-fn gemm(mut c: MatMut<'_, f32>, add: bool, scale: f32, a: MatRef<'_, bf16>, b: MatRef<'_, bf16>) {
+fn gemm(
+    registers: Option<Registers>,
+    mut c: MatMut<'_, f32>,
+    add: bool,
+    scale: f32,
+    a: MatRef<'_, bf16>,
+    b: MatRef<'_, bf16>,
+) {
+    // Rows of a tile and of a block, and by how many words operands are read.
+    let (tile_rows, block, step) = match registers {
+        Some(_) => (amx::ROWS, AMX_BLOCK, LANES),
+        None => (ROWS, BLOCK, 1),
+    };
     let (m, n, k) = (c.nrows(), c.ncols(), a.ncols());
     assert!(a.nrows() == m && b.nrows() == k && b.ncols() == n, "shapes agree");
     assert!(c.col_stride() == 1, "rows of c are contiguous");
     let of_b = n.min(COLUMNS).next_multiple_of(PANEL) * k.min(PACKED).next_multiple_of(DEPTH) / 2;
-    let of_a = m.min(BLOCK).next_multiple_of(LANES) * WORDS;
+    let of_a = m.min(block).next_multiple_of(amx::ROWS) * WORDS;
     let mut scratch = Scratch::<u32>::take();
     let memory = scratch.get(of_b + of_a + LANES);
     // A load that crosses a cache line takes twice as long.
@@ -81,25 +104,34 @@ fn gemm(mut c: MatMut<'_, f32>, add: bool, scale: f32, a: MatRef<'_, bf16>, b: M
                     pack_panel(b.subcols(panel.start, panel.len()), packed);
                 }
             }
-            for rows in blocks(m, BLOCK) {
+            for rows in blocks(m, block) {
                 for (depth, packed_b) in blocks(part.len(), DEPTH).zip(packed_b.chunks_exact(of_depth)) {
-                    let words = depth.len().div_ceil(2);
+                    let words = depth.len().div_ceil(2).next_multiple_of(step);
                     let add = add || part.start + depth.start > 0;
                     let a = a.submatrix(rows.start, part.start + depth.start, rows.len(), depth.len());
-                    let (a, stride) = if a.col_stride() == 1 && depth.len().is_multiple_of(2) {
+                    // AMX reads all rows of a tile.
+                    let has_all = depth.len() == 2 * words
+                        && (registers.is_none() || rows.len().is_multiple_of(tile_rows));
+                    let (a, stride) = if a.col_stride() == 1 && has_all {
                         (a.as_ptr(), a.row_stride())
                     } else {
                         pack_rows(a, packed_a);
                         (packed_a.as_ptr().cast(), DEPTH as isize)
                     };
                     for (panel, b) in blocks(columns.len(), PANEL).zip(packed_b.chunks_exact(PANEL * WORDS)) {
-                        for tile in blocks(rows.len(), ROWS) {
+                        for tile in blocks(rows.len(), tile_rows) {
                             let first = (rows.start + tile.start, columns.start + panel.start);
                             let c = c.as_mut().submatrix_mut(first.0, first.1, tile.len(), panel.len());
-                            // SAFETY: A has these rows of `words` words, `stride` numbers apart, in its own memory or packed.
+                            // SAFETY: A has these rows of `words` words, `stride` numbers apart, in its own memory or packed,
+                            // where there is room for all rows of a tile.
                             unsafe {
                                 let a = a.offset(tile.start as isize * stride);
-                                compute(c, add, scale, words, a, stride, b);
+                                match &registers {
+                                    Some(registers) => {
+                                        by_amx(registers, c, (add, scale), words, a, stride, b)
+                                    }
+                                    None => compute(c, add, scale, words, a, stride, b),
+                                }
                             }
                         }
                     }
@@ -114,11 +146,12 @@ fn first(count: usize) -> u32 {
     if count >= 32 { u32::MAX } else { (1 << count) - 1 }
 }
 
-/// Packs a panel `[depth, columns]` of B: word by word of the reduction, [`PANEL`] columns of each, zeros where there are none.
+/// Packs a panel `[depth, columns]` of B: word by word of the reduction, [`PANEL`] columns of each, zeros where there are none, up to
+/// a multiple of [`LANES`] words.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 fn pack_panel(b: MatRef<'_, bf16>, out: &mut [u32]) {
     let (depth, columns) = (b.nrows(), b.ncols());
-    let words = depth.div_ceil(2);
+    let words = depth.div_ceil(2).next_multiple_of(LANES);
     assert!(columns <= PANEL && words * PANEL <= out.len());
     if b.col_stride() == 1 {
         // Numbers 0…31 are those of the even row, 32…63 of the odd one.
@@ -170,7 +203,7 @@ fn pack_panel(b: MatRef<'_, bf16>, out: &mut [u32]) {
     }
 }
 
-/// Packs rows `[rows, depth]` of A: [`WORDS`] words each, zeros where there are none.
+/// Packs rows `[rows, depth]` of A: [`WORDS`] words each, of which those up to a multiple of [`LANES`] are zeros where there are none.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 fn pack_rows(a: MatRef<'_, bf16>, out: &mut [u32]) {
     let (rows, depth) = (a.nrows(), a.ncols());
@@ -299,10 +332,39 @@ unsafe fn tile<const R: usize>(
             }
         }
     }
-    let (columns, c_stride) = (c.ncols(), c.row_stride());
+    store(c, add, scale, &sums);
+}
+
+/// A tile of C by AMX; of a pair, as [`compute`] has them.
+///
+/// # Safety
+/// `a` has [`amx::ROWS`] rows of `words` words, `stride` numbers apart; `words` is a multiple of [`LANES`] and not 0.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn by_amx(
+    registers: &Registers,
+    c: MatMut<'_, f32>,
+    (add, scale): (bool, f32),
+    words: usize,
+    a: *const bf16,
+    stride: isize,
+    b: &[u32],
+) {
+    assert!(words * PANEL <= b.len() && c.nrows() <= amx::ROWS && c.ncols() <= PANEL);
+    let mut tile = amx::Tile([[0.0; PANEL]; amx::ROWS]);
+    // SAFETY: the caller's promise, and the assertion.
+    unsafe { registers.multiply(&mut tile, words / LANES, a, stride, b.as_ptr()) };
+    // SAFETY: two vectors are as many numbers as a row, and any bits are some; a tile is aligned to vectors.
+    let sums = unsafe { &*(&raw const tile.0).cast::<[[__m512; 2]; amx::ROWS]>() };
+    store(c, add, scale, sums);
+}
+
+/// `c = scale·sums` or `c += scale·sums`, as far as `c` has rows and columns.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn store(c: MatMut<'_, f32>, add: bool, scale: f32, sums: &[[__m512; 2]]) {
+    let (rows, columns, c_stride) = (c.nrows(), c.ncols(), c.row_stride());
     let (scale, c) = (_mm512_set1_ps(scale), c.as_ptr_mut());
-    for (row, sums) in sums.into_iter().enumerate() {
-        for (half, sum) in sums.into_iter().enumerate() {
+    for (row, sums) in sums.iter().take(rows).enumerate() {
+        for (half, &sum) in sums.iter().enumerate() {
             let mask = (first(columns) >> (half * LANES)) as u16;
             // SAFETY: only elements of this row of `c` are read and written.
             unsafe {
