@@ -65,7 +65,7 @@ impl PaceContext {
         self.read(|state| state.branches)
     }
 
-    /// Replaces the noise of the layer `name` in training by `z`, `[R, N]` or `[R, T, N]`; `None` gives it back.
+    /// Replaces the noise of the layer `name` in training by `z`, `[R, N]` (or `[R, 1, N]`) or `[R, T, N]`; `None` gives it back.
     ///
     /// `z` is where the layer's tensors are and of their type, and takes no gradient; on CUDA it is rounded to `F32`. A layer
     /// with σ = 0 has no noise to replace.
@@ -261,12 +261,12 @@ impl PaceLinear {
             let noise = match state.given.get(&self.name) {
                 Some(z) => {
                     // As many elements in another order would be the noise of others.
-                    let expected = match self.noise_shape {
-                        NoiseShape::PerSample => vec![shape.samples(), out_features],
-                        NoiseShape::PerToken => vec![shape.samples(), shape.tokens, out_features],
-                    };
-                    if z.dims() != expected {
-                        candle_core::bail!("`{}`: z is {:?}, expected {expected:?}", self.name, z.dims());
+                    let (rows, dims) = (shape.samples(), z.dims());
+                    if dims.first() != Some(&rows) || dims.last() != Some(&out_features) {
+                        candle_core::bail!(
+                            "`{}`: z is {dims:?}, expected [{rows}, …, {out_features}]",
+                            self.name
+                        );
                     }
                     LayerNoise::Given(z.contiguous()?, self.noise_shape)
                 }
