@@ -61,9 +61,9 @@ newer = [f"{p['"'name'"']} {p['"'version'"']} needs Rust {p['"'rust_version'"']}
 print(len(packages), "packages")
 sys.exit("\n".join(newer))' "$version"
     # Its lint `incompatible_msrv` is on.
-    cargo clippy --locked --lib --features capi -- -D warnings
+    cargo clippy --locked -p pace-kernels --lib --features capi -- -D warnings
     if rustup toolchain list 2>/dev/null | grep -q "^$version"; then
-        cargo "+$version" check --locked --lib --features capi
+        cargo "+$version" check --locked -p pace-kernels --lib --features capi
     else
         echo "Rust $version itself is not here"
     fi

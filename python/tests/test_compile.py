@@ -124,3 +124,11 @@ def test_settings_that_differ_from_graph_to_graph():
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     for sigma, first_sample in ((0.3, 0), (0.5, 4), (0.7, 8), (0.9, 12)):
         close(compiled(sigma, first_sample), run(sigma, first_sample), 1e-12)
+
+
+def test_a_setting_that_changes_at_every_call():
+    """The compiler makes a symbol of such a number, as of a schedule's."""
+    logits, labels = torch.randn(4, 3), torch.tensor([0, 2])
+    loss = torch.compile(lambda value: pace_torch.pace_loss(logits, labels, lambda_=value).total, backend="aot_eager", fullgraph=True)
+    for value in (0.5, 0.6, 0.7):
+        close(loss(value), pace_torch.pace_loss(logits, labels, lambda_=value).total)

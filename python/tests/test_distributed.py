@@ -180,7 +180,7 @@ def fall_out_of_step(rank):
             except pace_torch.PaceError as error:
                 complaints.setdefault(extra, []).append((number, str(error)))
     # Whoever numbers the processes himself is left alone.
-    model.pace.shard, model.pace.step = (rank, 2), rank
+    model.pace.shard, model.pace.step = (rank, dist.get_world_size()), rank
     for _ in range(50):
         model.pace.loss(logits, labels[:2])
     # So is one model after another.

@@ -59,7 +59,7 @@ ATTRIBUTES = {
     "branches": ((0, 3, "2", None, 1.0), "expected an integer from 1 to 2"),
     "manual_steps": (("no", None), "expected one of True, False"),
     "causal": (("no", 3), "expected one of None, True, False"),
-    "shard": ((2, (-1, 2), (0, 0), (0, "2"), (0, 1, 2)), r"expected None or \(rank, number\) of processes"),
+    "shard": ((2, (-1, 2), (2, 2), (0, 0), (0, "2"), (True, 2), (0, 1, 2)), r"expected None or \(rank, number\) of processes"),
     "history": (([1], 1.0, torch.ones(3), torch.ones(3, 2).long(), torch.ones(3, 2).to_sparse(), torch.ones(3, 2, device="meta")),
                 r"expected None or a floating tensor \[samples, classes\]"),
 }

@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Iterable
-from math import inf, isfinite
+from math import inf
 from numbers import Integral, Real
+from sys import float_info
 from typing import Any, Optional, Union
 
 Names = Union[str, Iterable[str]]
@@ -31,18 +32,10 @@ def check_integer(name: str, value: Any, low: int, high: float = inf) -> int:
 
 
 def _in_range(name: str, value: Any, low: float, high: float, kind: type, expected: str) -> Any:
-    if isinstance(value, bool) or not isinstance(value, kind) or not (low <= value <= high and _is_finite(value)):
+    if isinstance(value, bool) or not isinstance(value, kind) or not (low <= value <= high and abs(value) <= float_info.max):
         allowed = f" from {low} to {high}" if high < inf else f" of at least {low}" if low > -inf else ""
         raise PaceError(f"`{name}` is {value!r}, expected {expected}{allowed}")
     return value
-
-
-def _is_finite(value: Real) -> bool:
-    try:
-        return isfinite(value)
-    except OverflowError:
-        # An integer that is larger than any float.
-        return False
 
 
 def check_choice(name: str, value: Any, choices: tuple) -> Any:

@@ -23,8 +23,8 @@ _NAMES = tuple(field.name for field in dataclasses.fields(Settings))
 
 
 def _check_shard(shard: Any) -> Optional[tuple[int, int]]:
-    is_pair = isinstance(shard, (tuple, list)) and len(shard) == 2 and all(isinstance(number, Integral) for number in shard)
-    if shard is not None and not (is_pair and shard[0] >= 0 and shard[1] >= 1):
+    is_pair = isinstance(shard, (tuple, list)) and len(shard) == 2 and all(isinstance(n, Integral) and not isinstance(n, bool) for n in shard)
+    if shard is not None and not (is_pair and 0 <= shard[0] < shard[1]):
         raise PaceError(f"`shard` is {shard!r}, expected None or (rank, number) of processes")
     return shard
 

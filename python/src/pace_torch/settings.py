@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import isfinite
+from math import inf
 from typing import Any, Optional, Union
 
 import torch
@@ -201,6 +201,6 @@ def check_denominator(denominator: Any, device: torch.device, dtype: torch.dtype
         if denominator.requires_grad:
             raise PaceError("`denominator` requires a gradient, and has none")
         return denominator.to(device, dtype, non_blocking=True)
-    if check_number("denominator", denominator, 0) == 0 or not isfinite(1 / denominator):
+    if check_number("denominator", denominator, 0) == 0 or 1 / denominator == inf:
         raise PaceError(f"`denominator` is {denominator}, expected more than 0")
     return denominator

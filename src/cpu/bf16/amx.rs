@@ -56,7 +56,12 @@ impl Amx {
         let configuration = Configuration { palette: 1, start_row: 0, reserved: [0; 14], row_bytes, rows };
         // SAFETY: there are the instructions, and 64 bytes in their layout.
         unsafe {
-            asm!("ldtilecfg [{}]", in(reg) &raw const configuration, options(nostack, preserves_flags, readonly))
+            asm!(
+                "ldtilecfg [{}]",
+                in(reg) &raw const configuration,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack, preserves_flags, readonly),
+            );
         };
         Registers(PhantomData)
     }
@@ -64,8 +69,11 @@ impl Amx {
 
 /// Whether the processor has AMX-TILE and AMX-BF16.
 fn is_there() -> bool {
-    let leaves = __cpuid_count(0, 0).eax;
-    let features = if leaves >= 7 { __cpuid_count(7, 0).edx } else { 0 };
+    // SAFETY: every x86-64 processor has the instruction. (It is safe from Rust 1.94 on.)
+    #[allow(unused_unsafe)]
+    let cpuid = |leaf| unsafe { __cpuid_count(leaf, 0) };
+    let leaves = cpuid(0).eax;
+    let features = if leaves >= 7 { cpuid(7).edx } else { 0 };
     features & (1 << 24) != 0 && features & (1 << 22) != 0
 }
 
@@ -102,7 +110,9 @@ pub(super) struct Registers(PhantomData<*const ()>);
 impl Drop for Registers {
     fn drop(&mut self) {
         // SAFETY: there are the instructions. Registers that are in use would be saved at each change of threads.
-        unsafe { asm!("tilerelease", options(nomem, nostack, preserves_flags)) };
+        unsafe {
+            asm!("tilerelease", out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _, options(nomem, nostack, preserves_flags))
+        };
     }
 }
 
@@ -114,7 +124,7 @@ impl Registers {
     /// `tile = a·b` for `32·steps` of the reduction, at least 32.
     ///
     /// # Safety
-    /// `a` has [`ROWS`] rows of `16·steps` words, `stride` numbers apart, `b` is a panel of as many words.
+    /// `a` has [`ROWS`] rows of `16·steps` words, `stride` numbers apart, `b` is a panel of as many words, and `steps` is not 0.
     pub(super) unsafe fn multiply(
         &self,
         tile: &mut Tile,
@@ -157,6 +167,7 @@ impl Registers {
                 c = in(reg) tile,
                 columns = in(reg) 4 * PANEL,
                 steps = inout(reg) steps => _,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                 options(nostack),
             );
         }

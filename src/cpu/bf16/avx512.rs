@@ -1,10 +1,11 @@
 //! GEMMs of `bf16` by `VDPBF16PS`, or by AMX where there is that, on one thread.
 //!
-//! The instruction multiplies pairs of neighbours along the reduction and adds both products to an `f32`: twice the operations of
-//! an FMA. So operands are words of two neighbours.
+//! Both multiply pairs of neighbours along the reduction and add both products to an `f32`, `VDPBF16PS` with twice the operations
+//! of an FMA. So operands are words of two neighbours.
 //!
 //! * *B* is packed in panels of [`PANEL`] columns, word by word, for [`DEPTH`] of the reduction; a panel stays in the L1 cache.
-//! * *A* is read where it lies if its rows are contiguous, otherwise it is packed by rows; a word is broadcast to a vector.
+//! * *A* is read where it lies if its rows are contiguous (by AMX: and fill tiles), otherwise it is packed by rows; a word is broadcast
+//!   to a vector.
 //! * *C* is computed in tiles of [`ROWS`] rows and [`PANEL`] columns, which take 24 of 32 registers; by AMX in those of [`amx`].
 
 use super::super::matmul::{MatMut, MatRef};
@@ -335,7 +336,7 @@ unsafe fn tile<const R: usize>(
     store(c, add, scale, &sums);
 }
 
-/// A tile of C by AMX; of a pair, as [`compute`] has them.
+/// A tile of C by AMX, as [`compute`]; `add` and `scale` are a pair.
 ///
 /// # Safety
 /// `a` has [`amx::ROWS`] rows of `words` words, `stride` numbers apart; `words` is a multiple of [`LANES`] and not 0.

@@ -263,5 +263,8 @@ _OTHER_NOISE = (
 
 def _is_checkpointed() -> bool:
     """Whether what is saved now is not kept but made again, by PyTorch's own gradient checkpointing."""
-    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)(True)
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if top is None:  # Before PyTorch 2.8 nobody can tell: an error that can be caught rather than one of the device.
+        return True
+    hooks = top(True)
     return hooks is not None and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint"

@@ -47,7 +47,11 @@ class _Ieee:
     def __exit__(self, *_) -> None:
         with self.lock:
             self.users -= 1
-            if self.users == 0:
+            if self.users > 0:
+                return
+            if self.name == "fp32_precision":
+                setattr(self.settings, self.name, "none")  # inherited, if it was
+            if getattr(self.settings, self.name) != self.before:
                 setattr(self.settings, self.name, self.before)
 
 
