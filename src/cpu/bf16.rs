@@ -4,11 +4,15 @@
 mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod pack;
 
 use super::matmul::{Accum, MatMut, MatRef, Par, gemm_of_reals, in_parts};
 use crate::real::Element;
 use crate::vector::zip1;
 use half::bf16;
+#[cfg(target_arch = "x86_64")]
+use std::sync::OnceLock;
 
 /// `c = scale·a·b` or `c += scale·a·b`.
 pub(super) fn gemm(
@@ -20,16 +24,37 @@ pub(super) fn gemm(
     par: Par,
 ) {
     #[cfg(target_arch = "x86_64")]
-    if let Some(unit) = avx512::Unit::detect() {
+    if let Some(unit) = Unit::detect() {
         return by(unit, c, accum, scale, a, b, par);
     }
     through_f32(c, accum, scale, a, b, par);
 }
 
+/// What the processor has for `bf16`.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy)]
+enum Unit {
+    Tiles(amx::Unit),
+    Vectors(avx512::Unit),
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Unit {
+    fn detect() -> Option<Self> {
+        static UNIT: OnceLock<Option<Unit>> = OnceLock::new();
+        *UNIT.get_or_init(|| match amx::Unit::detect() {
+            Some(unit) => Some(Self::Tiles(unit)),
+            // Processors with AMX do `VDPBF16PS` at half of the rate of FMA in `f32`.
+            None if amx::is_there() => None,
+            None => avx512::Unit::detect().map(Self::Vectors),
+        })
+    }
+}
+
 /// The same by the processor's own instructions.
 #[cfg(target_arch = "x86_64")]
 fn by(
-    unit: avx512::Unit,
+    unit: Unit,
     c: MatMut<'_, f32>,
     accum: Accum,
     scale: f32,
@@ -41,7 +66,11 @@ fn by(
     let (c, a, b) =
         if c.col_stride() == 1 { (c, a, b) } else { (c.transpose_mut(), b.transpose(), a.transpose()) };
     let parts = par.degree().min(c.nrows().max(c.ncols()));
-    in_parts((c, a, b), parts, |(c, a, b)| unit.gemm(c, matches!(accum, Accum::Add), scale, a, b));
+    let add = matches!(accum, Accum::Add);
+    in_parts((c, a, b), parts, |(c, a, b)| match unit {
+        Unit::Tiles(unit) => unit.gemm(c, add, scale, a, b),
+        Unit::Vectors(unit) => unit.gemm(c, add, scale, a, b),
+    });
 }
 
 /// The same by a GEMM in `f32`.
@@ -93,9 +122,9 @@ mod tests {
     /// By vectors alone, which AMX otherwise goes before.
     #[cfg(target_arch = "x86_64")]
     const BY_VECTORS: Gemm = |c, accum, scale, a, b, par| match avx512::Unit::detect() {
-        Some(_) => by(avx512::Unit { amx: None }, c, accum, scale, a, b, par),
+        Some(unit) => by(Unit::Vectors(unit), c, accum, scale, a, b, par),
         None => {
-            println!("skipped: vectors alone, which this processor has not for bf16, or not fast");
+            println!("skipped: vectors alone, which this processor has not for bf16");
             through_f32(c, accum, scale, a, b, par);
         }
     };

@@ -89,7 +89,8 @@ impl<T: Element> LowRankLinear<'_, T> {
         let lora_a = mat(self.lora_a, r, k).transpose();
         gemm_scaled(mat_mut_t(&mut s, m, r), Accum::Replace, self.scale, mat(x, m, k), lora_a, all_threads());
         let s = mat_t(&s, m, r);
-        let lora_b = T::reals(self.lora_b);
+        let mut memory = Vec::new();
+        let lora_b = T::reals(self.lora_b, &mut memory);
         let adapter = |rows: Range<usize>, channels: Range<usize>, tile: MatMut<'_, T::Real>, par: Par| {
             let lora_b = mat(&lora_b[channels.start * r..channels.end * r], channels.len(), r);
             gemm(tile, Accum::Replace, s.subrows(rows.start, rows.len()), lora_b.transpose(), par);
@@ -151,8 +152,9 @@ impl<T: Element> LowRankLinear<'_, T> {
     ) {
         let LinearShape { in_features: k, out_features: n, .. } = self.shape;
         let (m, r) = (self.shape.in_rows(), self.rank);
-        let (d, u) = (T::reals(self.lora_b), T::reals(self.lora_a));
-        let (d, u) = (mat(&d, n, r), mat(&u, r, k));
+        let mut memory = [const { Vec::new() }; 2];
+        let [d, u] = &mut memory;
+        let (d, u) = (mat(T::reals(self.lora_b, d), n, r), mat(T::reals(self.lora_a, u), r, k));
         let size = m.div_ceil(m.div_ceil(ROWS).next_multiple_of(2).min(MAX_SUMS)).max(MIN_ROWS);
         let dx: Vec<_> = match dx {
             Some(dx) => row_chunks_mut(dx, size).map(Some).collect(),
@@ -167,9 +169,8 @@ impl<T: Element> LowRankLinear<'_, T> {
             let part = i * size..m.min((i + 1) * size);
             for rows in blocks(part.len(), ROWS) {
                 let (first, count) = (part.start + rows.start, rows.len());
-                let x = T::reals(&x[first * k..][..count * k]);
-                let x = mat(&x, count, k);
-                let Scratch { s, ds, tile, z_row } = scratch;
+                let Scratch { s, ds, tile, z_row, x: memory } = scratch;
+                let x = mat(T::reals(&x[first * k..][..count * k], memory), count, k);
                 s.resize(count * r, T::Real::zero());
                 ds.resize(count * r, T::Real::zero());
                 if sums.lora_b.is_some() {
@@ -231,11 +232,12 @@ struct Scratch<T> {
     ds: Vec<T>,
     tile: Vec<T>,
     z_row: Vec<T>,
+    x: Vec<T>,
 }
 
 impl<T> Default for Scratch<T> {
     fn default() -> Self {
-        Self { s: Vec::new(), ds: Vec::new(), tile: Vec::new(), z_row: Vec::new() }
+        Self { s: Vec::new(), ds: Vec::new(), tile: Vec::new(), z_row: Vec::new(), x: Vec::new() }
     }
 }
 

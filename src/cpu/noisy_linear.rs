@@ -174,8 +174,10 @@ impl<T: Element> NoisyLinear<'_, T> {
     /// One effective weight per sample; a task is some channels of one sample.
     fn forward_folded(&self, z: &Z<'_, T::Real>, fold: &Fold<'_, T>, x: &[T], y: &mut [T]) {
         let LinearShape { tokens: t, in_features: k, out_features: n, .. } = self.shape;
-        let base_bias = self.base.and_then(|base| base.bias).map(T::reals);
-        let delta_bias = self.delta_bias.map(T::reals);
+        let mut memory = [const { Vec::new() }; 2];
+        let [base_memory, delta_memory] = &mut memory;
+        let base_bias = self.base.and_then(|base| base.bias).map(|bias| T::reals(bias, base_memory));
+        let delta_bias = self.delta_bias.map(|bias| T::reals(bias, delta_memory));
         let cached = if T::ROUNDS { (FOLDED / k).clamp(MIN_FOLDED, CHANNEL_BLOCK) } else { CHANNEL_BLOCK };
         let tasks = column_tasks(y, t, n, fold_part::<T>(n, cached.next_multiple_of(MIN_FOLDED)));
         let par = inner_threads(tasks.len());

@@ -192,8 +192,10 @@ pub(super) fn forward<T: Element>(
 ) {
     let shape = z.shape;
     let (k, n) = (shape.in_features, shape.out_features);
-    let base_bias = base.and_then(|base| base.bias).map(T::reals);
-    let delta_bias = delta_bias.map(T::reals);
+    let mut memory = [const { Vec::new() }; 2];
+    let [base_memory, delta_memory] = &mut memory;
+    let base_bias = base.and_then(|base| base.bias).map(|bias| T::reals(bias, base_memory));
+    let delta_bias = delta_bias.map(|bias| T::reals(bias, delta_memory));
     let mut tasks = tasks(&shape, rows_per_task::<T>(shape.in_rows()), y);
     let par = inner_threads(tasks.len());
     parallel::for_each_init(tasks.iter_mut(), Buffers::default, |buffers, task| {

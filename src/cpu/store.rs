@@ -6,7 +6,6 @@ use super::scratch::{Scratch, Scratched};
 use crate::parallel;
 use crate::real::{Element, Real};
 use crate::vector::zip1;
-use std::borrow::Cow;
 
 /// What an [`Element`] with this `Real` has besides, for the operators only.
 pub trait Store<R: Real>: Scratched {
@@ -14,8 +13,8 @@ pub trait Store<R: Real>: Scratched {
     const ROUNDS: bool;
     /// `c = scale·a·b` or `c += scale·a·b`.
     fn gemm(c: MatMut<'_, R>, accum: Accum, scale: R, a: MatRef<'_, Self>, b: MatRef<'_, Self>, par: Par);
-    /// The same numbers.
-    fn reals(values: &[Self]) -> Cow<'_, [R]>;
+    /// The same numbers, in their own memory or in this.
+    fn reals<'a>(values: &'a [Self], memory: &'a mut Vec<R>) -> &'a [R];
     /// Overwrites a row-major matrix with what `body` writes: all of it, into memory of any contents.
     fn write(out: MatMut<'_, Self>, par: Par, body: impl FnOnce(MatMut<'_, R>));
 }
@@ -36,8 +35,8 @@ macro_rules! stored_as_it_is {
                 gemm_of_reals(c, accum, scale, a, b, par);
             }
 
-            fn reals(values: &[$type]) -> Cow<'_, [$type]> {
-                Cow::Borrowed(values)
+            fn reals<'a>(values: &'a [$type], _: &'a mut Vec<$type>) -> &'a [$type] {
+                values
             }
 
             fn write(out: MatMut<'_, $type>, _: Par, body: impl FnOnce(MatMut<'_, $type>)) {
@@ -64,10 +63,10 @@ impl Store<f32> for half::bf16 {
         bf16::gemm(c, accum, scale, a, b, par);
     }
 
-    fn reals(values: &[Self]) -> Cow<'_, [f32]> {
-        let mut reals = vec![0.0; values.len()];
-        zip1(&mut reals, values, |real, value| *real = value.to_real());
-        Cow::Owned(reals)
+    fn reals<'a>(values: &'a [Self], memory: &'a mut Vec<f32>) -> &'a [f32] {
+        memory.resize(values.len(), 0.0);
+        zip1(memory, values, |real, value| *real = value.to_real());
+        memory
     }
 
     fn write(out: MatMut<'_, Self>, par: Par, body: impl FnOnce(MatMut<'_, f32>)) {

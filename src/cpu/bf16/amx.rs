@@ -1,46 +1,74 @@
-//! Tiles of C by AMX: one `TDPBF16PS` multiplies 16 rows of A and 16 columns of B, for 32 of the reduction.
+//! GEMMs of `bf16` by AMX, on one thread: one `TDPBF16PS` multiplies 16 rows of A and 16 columns of B, for 32 of the reduction.
 //!
 //! A tile of C takes four of the eight registers, two of A and two of B the others, so that each operand is used twice. The
 //! instructions are written as text: their intrinsics are not in stable Rust.
+//!
+//! * *A* is packed by rows, once for all columns, or read where it lies if there are few columns; [`ROWS`] rows of [`DEPTH`] stay in
+//!   the L1 cache.
+//! * *B* is packed in panels of [`PANEL`] columns, word by word; it stays in the L2 cache, from where panels come.
+//! * *C* is computed in tiles, which wait in memory while there is more of the reduction.
 
-use super::avx512::{LANES, PANEL};
+use super::super::matmul::{MatMut, MatRef};
+use super::super::rows::blocks;
+use super::super::scratch::Scratch;
+use super::pack::{LANES, PANEL, pack_panels, pack_rows, store};
 use half::bf16;
 use std::arch::asm;
-use std::arch::x86_64::__cpuid_count;
+use std::arch::x86_64::{__cpuid_count, __m512};
 use std::marker::PhantomData;
-use std::sync::OnceLock;
 
 /// Rows of a tile of C; it has [`PANEL`] columns.
-pub(super) const ROWS: usize = 2 * LANES;
+const ROWS: usize = 2 * LANES;
+/// Most of the reduction for which a tile is computed at a time: its rows of A have 32 KiB.
+const DEPTH: usize = 512;
+/// Most of the reduction for which operands are packed at a time.
+const PART: usize = 2048;
+/// Columns of B that are packed at a time: at most 1 MiB, half of an L2 cache.
+const COLUMNS: usize = 256;
+/// Numbers of A that are packed at a time: 4 MiB.
+const PACKED: usize = 1 << 21;
+/// Columns for which packing A would take longer than reading it where it lies.
+const FEW: usize = 2 * PANEL;
 
-/// Whether a process can use AMX.
-#[derive(Clone, Copy)]
-pub(super) enum Support {
-    /// The processor has none, or not for `bf16`.
-    Absent,
-    /// The system keeps it to itself.
-    Refused,
-    Usable(Amx),
-}
-
-impl Support {
-    pub(super) fn detect() -> Self {
-        static SUPPORT: OnceLock<Support> = OnceLock::new();
-        *SUPPORT.get_or_init(|| match is_there() {
-            false => Self::Absent,
-            true if is_allowed() => Self::Usable(Amx(())),
-            true => Self::Refused,
-        })
-    }
+/// Whether the processor has AMX, for `bf16`.
+pub(super) fn is_there() -> bool {
+    // SAFETY: every x86-64 processor has the instruction. (It is safe from Rust 1.94 on.)
+    #[allow(unused_unsafe)]
+    let cpuid = |leaf| unsafe { __cpuid_count(leaf, 0) };
+    let leaves = cpuid(0).eax;
+    let features = if leaves >= 7 { cpuid(7).edx } else { 0 };
+    features & (1 << 24) != 0 && features & (1 << 22) != 0
 }
 
 /// That the processor has the instructions, and that the system lets this process use them.
 #[derive(Clone, Copy)]
-pub(super) struct Amx(());
+pub(super) struct Unit(());
 
-impl Amx {
+impl Unit {
+    pub(super) fn detect() -> Option<Self> {
+        let has_all = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512vl")
+            && is_there()
+            && is_allowed();
+        has_all.then_some(Self(()))
+    }
+
+    /// `c = scale·a·b`, or `c += scale·a·b`; rows of `c` are contiguous, of `a` and `b` rows or columns.
+    pub(super) fn gemm(
+        self,
+        c: MatMut<'_, f32>,
+        add: bool,
+        scale: f32,
+        a: MatRef<'_, bf16>,
+        b: MatRef<'_, bf16>,
+    ) {
+        // SAFETY: the processor has every feature that `gemm` enables, or there would be no `self`.
+        unsafe { gemm(&self.registers(), c, add, scale, a, b) }
+    }
+
     /// Sets up the registers of this thread, until they are dropped.
-    pub(super) fn registers(self) -> Registers {
+    fn registers(self) -> Registers {
         /// 16 rows of 64 bytes for each of the eight, by palette 1.
         #[repr(C, align(64))]
         struct Configuration {
@@ -65,16 +93,6 @@ impl Amx {
         };
         Registers(PhantomData)
     }
-}
-
-/// Whether the processor has AMX-TILE and AMX-BF16.
-fn is_there() -> bool {
-    // SAFETY: every x86-64 processor has the instruction. (It is safe from Rust 1.94 on.)
-    #[allow(unused_unsafe)]
-    let cpuid = |leaf| unsafe { __cpuid_count(leaf, 0) };
-    let leaves = cpuid(0).eax;
-    let features = if leaves >= 7 { cpuid(7).edx } else { 0 };
-    features & (1 << 24) != 0 && features & (1 << 22) != 0
 }
 
 /// Asks the system, which saves the registers of processes that have asked.
@@ -105,7 +123,7 @@ fn is_allowed() -> bool {
 }
 
 /// The registers of this thread, set up.
-pub(super) struct Registers(PhantomData<*const ()>);
+struct Registers(PhantomData<*const ()>);
 
 impl Drop for Registers {
     fn drop(&mut self) {
@@ -118,16 +136,110 @@ impl Drop for Registers {
 
 /// A tile of C, by rows.
 #[repr(align(64))]
-pub(super) struct Tile(pub(super) [[f32; PANEL]; ROWS]);
+struct Tile(#[expect(dead_code, reason = "read as vectors")] [[f32; PANEL]; ROWS]);
+
+/// Equal parts of `total` of at most `most`, in multiples of `unit`.
+fn even(total: usize, most: usize, unit: usize) -> usize {
+    total.div_ceil(total.div_ceil(most).max(1)).next_multiple_of(unit)
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn gemm(
+    registers: &Registers,
+    mut c: MatMut<'_, f32>,
+    add: bool,
+    scale: f32,
+    a: MatRef<'_, bf16>,
+    b: MatRef<'_, bf16>,
+) {
+    let (m, n, k) = (c.nrows(), c.ncols(), a.ncols());
+    assert!(a.nrows() == m && b.nrows() == k && b.ncols() == n, "shapes agree");
+    assert!(c.col_stride() == 1, "rows of c are contiguous");
+    // How much of the reduction is packed at a time, and how much of that one tile has; rows that are packed at a time.
+    let part = even(k, PART, 2 * LANES);
+    let depth = even(part, DEPTH, 2 * LANES);
+    let block = even(m, PACKED / part, ROWS);
+    let (words, depths) = (depth / 2, part.div_ceil(depth));
+    let panels = n.min(COLUMNS).div_ceil(PANEL);
+    let direct = n <= FEW && a.col_stride() == 1;
+    // Words for tiles that wait, and for one depth of A and of B.
+    let of_c = if depths == 1 { 1 } else { panels } * ROWS * PANEL;
+    let of_a = if direct { ROWS } else { block } * words;
+    let of_b = panels * PANEL * words;
+    let mut scratch = Scratch::<u32>::take();
+    let memory = scratch.get(of_c + depths * (of_a + of_b) + LANES);
+    // A load that crosses a cache line takes twice as long.
+    let aligned = memory.as_ptr().align_offset(align_of::<Tile>()).min(LANES);
+    let (tiles, packed) = memory[aligned..].split_at_mut(of_c);
+    let (packed_a, packed_b) = packed.split_at_mut(depths * of_a);
+    for part in blocks(k, part) {
+        let a = a.subcols(part.start, part.len());
+        let b = b.subrows(part.start, part.len());
+        let add = add || part.start > 0;
+        for rows in blocks(m, block) {
+            let a = a.subrows(rows.start, rows.len());
+            if !direct {
+                for (depth, packed) in blocks(part.len(), depth).zip(packed_a.chunks_exact_mut(of_a)) {
+                    pack_rows(a.subcols(depth.start, depth.len()), packed, words);
+                }
+            }
+            for columns in blocks(n, COLUMNS) {
+                let b = b.subcols(columns.start, columns.len());
+                for (depth, packed) in blocks(part.len(), depth).zip(packed_b.chunks_exact_mut(of_b)) {
+                    pack_panels(b.subrows(depth.start, depth.len()), packed, words);
+                }
+                for tile_rows in blocks(rows.len(), ROWS) {
+                    let packed = packed_a.chunks_exact_mut(of_a).zip(packed_b.chunks_exact(of_b));
+                    for (depth, (packed_a, packed_b)) in blocks(part.len(), depth).zip(packed) {
+                        let steps = depth.len().div_ceil(2 * LANES);
+                        let in_packed = if direct { 0 } else { tile_rows.start * words };
+                        let (mut a_words, mut stride) =
+                            (packed_a[in_packed..].as_ptr().cast(), 2 * words as isize);
+                        if direct {
+                            let a = a.submatrix(tile_rows.start, depth.start, tile_rows.len(), depth.len());
+                            // All rows of a tile are read, and all of each step.
+                            if tile_rows.len() == ROWS && depth.len().is_multiple_of(2 * LANES) {
+                                (a_words, stride) = (a.as_ptr(), a.row_stride());
+                            } else {
+                                pack_rows(a, packed_a, words);
+                            }
+                        }
+                        let panels = packed_b.chunks_exact(PANEL * words);
+                        for (at, (panel, b)) in blocks(columns.len(), PANEL).zip(panels).enumerate() {
+                            let tile =
+                                &mut tiles[if depths == 1 { 0 } else { at } * ROWS * PANEL..][..ROWS * PANEL];
+                            let tile = tile.as_mut_ptr().cast::<Tile>();
+                            // SAFETY: a tile's memory, as aligned as one. A has its rows of `steps` steps, in its own memory or
+                            // packed, where there is room for all rows of a tile; `b` is a packed panel of as many.
+                            let sums = unsafe {
+                                registers.multiply(tile, depth.start > 0, steps, a_words, stride, b.as_ptr());
+                                // Two vectors are as many numbers as a row.
+                                &*tile.cast::<[[__m512; 2]; ROWS]>()
+                            };
+                            if depth.end == part.len() {
+                                let (row, column) =
+                                    (rows.start + tile_rows.start, columns.start + panel.start);
+                                let c = c.as_mut().submatrix_mut(row, column, tile_rows.len(), panel.len());
+                                store(c, add, scale, sums);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
 
 impl Registers {
-    /// `tile = a·b` for `32·steps` of the reduction, at least 32.
+    /// `tile = a·b` or `tile += a·b` for `32·steps` of the reduction, at least 32.
     ///
     /// # Safety
-    /// `a` has [`ROWS`] rows of `16·steps` words, `stride` numbers apart, `b` is a panel of as many words, and `steps` is not 0.
-    pub(super) unsafe fn multiply(
+    /// `tile` is memory of a tile, and has one if `add`. `a` has [`ROWS`] rows of `16·steps` words, `stride` numbers apart, `b` is a
+    /// panel of as many words, and `steps` is not 0.
+    unsafe fn multiply(
         &self,
-        tile: &mut Tile,
+        tile: *mut Tile,
+        add: bool,
         steps: usize,
         a: *const bf16,
         stride: isize,
@@ -138,11 +250,19 @@ impl Registers {
         // SAFETY: the caller's promise; the registers are set up, and nothing else uses them.
         unsafe {
             asm!(
+                "test {add:e}, {add:e}",
+                "jnz 2f",
                 "tilezero tmm0",
                 "tilezero tmm1",
                 "tilezero tmm2",
                 "tilezero tmm3",
+                "jmp 3f",
                 "2:",
+                "tileloadd tmm0, [{c} + {columns}*1]",
+                "tileloadd tmm1, [{c} + {columns}*1 + 64]",
+                "tileloadd tmm2, [{c} + {columns}*1 + 2048]",
+                "tileloadd tmm3, [{c} + {columns}*1 + 2112]",
+                "3:",
                 "tileloadd tmm4, [{a0} + {stride}*1]",
                 "tileloadd tmm6, [{b} + {columns}*1]",
                 "tileloadd tmm7, [{b} + {columns}*1 + 64]",
@@ -155,11 +275,12 @@ impl Registers {
                 "add {a1}, 64",
                 "add {b}, 2048",
                 "dec {steps}",
-                "jnz 2b",
+                "jnz 3b",
                 "tilestored [{c} + {columns}*1], tmm0",
                 "tilestored [{c} + {columns}*1 + 64], tmm1",
                 "tilestored [{c} + {columns}*1 + 2048], tmm2",
                 "tilestored [{c} + {columns}*1 + 2112], tmm3",
+                add = in(reg) u32::from(add),
                 a0 = inout(reg) a => _,
                 a1 = inout(reg) a.byte_offset(LANES as isize * stride) => _,
                 stride = in(reg) stride,
