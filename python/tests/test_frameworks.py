@@ -4,7 +4,7 @@ import pace_torch
 import pytest
 import torch
 from conftest import LABELS, X, assert_equal_weights, close, injected, perturb, same, step, vit
-from pace_torch import NoisyLinear, PaceError
+from pace_torch import NoisyLinear, PaceError, checkpoint
 from torch import nn
 
 # ----------------------------------------------------------------------------------------------------------- offloading
@@ -124,6 +124,11 @@ def test_trainer_resumes(transformers, tmp_path):
         with pytest.raises(PaceError, match=message):
             trained(str(second.parent))
         second.touch()
+    for other_file in ([], {}, {"controller": {}}, {"controller": {}, "trained": None, "step": 1}):
+        checkpoint.save(second, other_file)
+        assert last_checkpoint(tmp_path) == first
+        with pytest.raises(PaceError, match="not what `PaceCallback` writes"):
+            trained(str(second.parent))
     assert_equal_weights(trained(last_checkpoint(tmp_path)), whole, 0)
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
     assert_equal_weights(trained(first, PaceCallback(first), other), whole, 0)

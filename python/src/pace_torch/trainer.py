@@ -14,6 +14,14 @@ from .inject import load_trainable_state_dict, trainable_state_dict, unwrapped
 FILE = "pace.pt"
 
 
+def _saved(path: Path) -> dict:
+    """What a file has that `PaceCallback` wrote. Raises `PaceError` for any other, and `OSError` if it cannot be opened."""
+    saved = checkpoint.load(path)
+    if not isinstance(saved, dict) or saved.keys() != {"controller", "trained"}:
+        raise PaceError(f"{path} is not what `PaceCallback` writes")
+    return saved
+
+
 def last_checkpoint(output_dir) -> Optional[str]:
     """The newest of Trainer's checkpoints that is whole, or `None`: what to give to `train(resume_from_checkpoint=...)`.
 
@@ -22,7 +30,7 @@ def last_checkpoint(output_dir) -> Optional[str]:
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
     for folder in sorted(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
         try:
-            checkpoint.load(folder / FILE)  # Written when all else is.
+            _saved(folder / FILE)  # Written when all else is.
             return str(folder)
         except (FileNotFoundError, PaceError):
             pass
@@ -65,7 +73,7 @@ class PaceCallback(TrainerCallback):
             raise PaceError(f"there is no {path}: resume from a checkpoint that was written with `PaceCallback`, and name it "
                             "(`PaceCallback(folder)`) if it is not in `output_dir`. If the run ended while it was written, resume from "
                             "`last_checkpoint(output_dir)`")
-        saved = checkpoint.load(path)
+        saved = _saved(path)
         if saved["trained"] is not None:
             load_trainable_state_dict(model, saved["trained"])
         return saved
