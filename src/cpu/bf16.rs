@@ -143,9 +143,9 @@ mod tests {
             (130, 40, 513),
             (2, 530, 259),
             (40, 1, 7),
-            // More of the reduction, and more rows, than are packed at a time.
+            // More of the reduction, and in each of three parts more rows, than are packed at a time.
             (5, 70, 2100),
-            (1100, 2, 2080),
+            (3200, 2, 2048),
         ];
         for (m, n, k) in sizes {
             let (a_memory, b_memory) = (values((m + 3) * (k + 3), 1), values((k + 3) * (n + 3), 2));

@@ -140,7 +140,8 @@ struct Tile(#[expect(dead_code, reason = "read as vectors")] [[f32; PANEL]; ROWS
 
 /// Equal parts of `total` of at most `most`, in multiples of `unit`.
 fn even(total: usize, most: usize, unit: usize) -> usize {
-    total.div_ceil(total.div_ceil(most).max(1)).next_multiple_of(unit)
+    let total = total.max(1);
+    total.div_ceil(total.div_ceil(most)).next_multiple_of(unit)
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
@@ -192,18 +193,18 @@ fn gemm(
                     let packed = packed_a.chunks_exact_mut(of_a).zip(packed_b.chunks_exact(of_b));
                     for (depth, (packed_a, packed_b)) in blocks(part.len(), depth).zip(packed) {
                         let steps = depth.len().div_ceil(2 * LANES);
-                        let in_packed = if direct { 0 } else { tile_rows.start * words };
-                        let (mut a_words, mut stride) =
-                            (packed_a[in_packed..].as_ptr().cast(), 2 * words as isize);
-                        if direct {
-                            let a = a.submatrix(tile_rows.start, depth.start, tile_rows.len(), depth.len());
-                            // All rows of a tile are read, and all of each step.
-                            if tile_rows.len() == ROWS && depth.len().is_multiple_of(2 * LANES) {
-                                (a_words, stride) = (a.as_ptr(), a.row_stride());
-                            } else {
-                                pack_rows(a, packed_a, words);
-                            }
-                        }
+                        let (first, count) = (tile_rows.start, tile_rows.len());
+                        let in_place = a.submatrix(first, depth.start, count, depth.len());
+                        // All rows of a tile are read, and all of each step.
+                        let is_whole = count == ROWS && depth.len().is_multiple_of(2 * LANES);
+                        let (a, stride) = if direct && is_whole {
+                            (in_place.as_ptr(), in_place.row_stride())
+                        } else if direct {
+                            pack_rows(in_place, packed_a, words);
+                            (packed_a.as_ptr().cast(), 2 * words as isize)
+                        } else {
+                            (packed_a[first * words..].as_ptr().cast(), 2 * words as isize)
+                        };
                         let panels = packed_b.chunks_exact(PANEL * words);
                         for (at, (panel, b)) in blocks(columns.len(), PANEL).zip(panels).enumerate() {
                             let tile =
@@ -212,14 +213,13 @@ fn gemm(
                             // SAFETY: a tile's memory, as aligned as one. A has its rows of `steps` steps, in its own memory or
                             // packed, where there is room for all rows of a tile; `b` is a packed panel of as many.
                             let sums = unsafe {
-                                registers.multiply(tile, depth.start > 0, steps, a_words, stride, b.as_ptr());
+                                registers.multiply(tile, depth.start > 0, steps, a, stride, b.as_ptr());
                                 // Two vectors are as many numbers as a row.
                                 &*tile.cast::<[[__m512; 2]; ROWS]>()
                             };
                             if depth.end == part.len() {
-                                let (row, column) =
-                                    (rows.start + tile_rows.start, columns.start + panel.start);
-                                let c = c.as_mut().submatrix_mut(row, column, tile_rows.len(), panel.len());
+                                let (row, column) = (rows.start + first, columns.start + panel.start);
+                                let c = c.as_mut().submatrix_mut(row, column, count, panel.len());
                                 store(c, add, scale, sums);
                             }
                         }
