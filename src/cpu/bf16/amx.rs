@@ -25,7 +25,7 @@ const DEPTH: usize = 512;
 const PART: usize = 2048;
 /// Columns of B that are packed at a time: at most 1 MiB, half of an L2 cache.
 const COLUMNS: usize = 256;
-/// Numbers of A that are packed at a time: 4 MiB.
+/// Numbers of A that are packed at a time, about: 4 MiB.
 const PACKED: usize = 1 << 21;
 /// Columns for which packing A would take longer than reading it where it lies.
 const FEW: usize = 2 * PANEL;
