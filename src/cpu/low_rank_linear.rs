@@ -226,7 +226,7 @@ struct Sums<T> {
     lora_a: Option<Vec<T>>,
 }
 
-/// Buffers of one thread: `sᵀ` and `dsᵀ [r, rows]`, a tile of `e`, and `z` of its channels.
+/// Buffers of one thread: `sᵀ` and `dsᵀ [r, rows]`, a tile of `e`, `z` of its channels, and rows of `x` to compute in.
 struct Scratch<T> {
     s: Vec<T>,
     ds: Vec<T>,
