@@ -159,10 +159,10 @@ fn gemm(
     // How much of the reduction is packed at a time, and how much of that one tile has; rows that are packed at a time.
     let part = even(k, PART, 2 * LANES);
     let depth = even(part, DEPTH, 2 * LANES);
-    let block = even(m, PACKED / part, ROWS);
+    let direct = n <= FEW && a.col_stride() == 1;
+    let block = even(m, if direct { usize::MAX } else { PACKED / part }, ROWS);
     let (words, depths) = (depth / 2, part.div_ceil(depth));
     let panels = n.min(COLUMNS).div_ceil(PANEL);
-    let direct = n <= FEW && a.col_stride() == 1;
     // Words for tiles that wait, and for one depth of A and of B.
     let of_c = if depths == 1 { 1 } else { panels } * ROWS * PANEL;
     let of_a = if direct { ROWS } else { block } * words;
