@@ -22,8 +22,8 @@ pub trait Real: sealed::Sealed + Element<Real = Self> + num_traits::NumAssign {
 }
 
 /// What tensors of a layer are stored in: `f32`, `f64` or `bf16`. With `bf16` GEMMs multiply numbers of that type and add up in
-/// `f32`, in which all else is computed. What one GEMM gives to the next is rounded to `bf16`, as PyTorch does it: `Pd·Pu`, `W0ᵀ·g`,
-/// `dΔW⊙W0`. Subnormal numbers may count as zero.
+/// `f32`, in which all else is computed. What one GEMM gives to the next is rounded to `bf16`, as PyTorch does it: `z⊙g`, `x·Aᵀ`,
+/// `(z⊙g)·B`, `Pd·Pu`, `W0ᵀ·g`, `dΔW⊙W0`. Subnormal numbers may count as zero.
 pub trait Element:
     Store<<Self as Element>::Real> + Copy + Send + Sync + PartialEq + std::fmt::Debug + 'static
 {

@@ -1,4 +1,4 @@
-//! Layers in `bf16` against the same layers in `f64`, on numbers that `bf16` holds exactly.
+//! Layers in `bf16` against the same layers in `f64`, and against their formula, on numbers that `bf16` holds exactly.
 
 use half::bf16;
 use pace_kernels::cpu::{
@@ -137,8 +137,12 @@ fn layers_in_bf16_are_those_in_f64_but_for_rounding() {
         Case { shape: shape(1, 35, 67, 1101, false), noise: sample, fold: true, base: true },
     ];
     for case in cases {
-        for ((name, got), (_, want)) in run::<bf16>(case).into_iter().zip(run::<f64>(case)) {
-            let largest = want.iter().fold(0f64, |largest, value| largest.max(value.abs()));
+        // Base and adapter may cancel: their sum is as exact as they are.
+        let without_base = run::<f64>(Case { base: false, ..case });
+        for (((name, got), (_, want)), (_, terms)) in
+            run::<bf16>(case).into_iter().zip(run::<f64>(case)).zip(without_base)
+        {
+            let largest = want.iter().chain(&terms).fold(0f64, |largest, value| largest.max(value.abs()));
             for (i, (got, want)) in got.into_iter().zip(want).enumerate() {
                 // A result is rounded once, and what it is made of once or twice before.
                 let error = (got - want).abs();
@@ -169,4 +173,54 @@ fn branches_that_cancel_are_rounded_once() {
         NoisyLinearGrads { input: Some(&mut dx), delta_weight: Some(&mut dw), delta_bias: None };
     layer.backward(&one, &[bf16::ONE, bf16::NEG_ONE], grads).unwrap();
     assert_eq!((dx[0].to_f32(), dw[0].to_f32()), (1.0 / 256.0, 1.0 / 256.0));
+}
+
+/// Weights so large that they are prepared in parts, of channels and of columns: some of each, by the formula.
+fn large_weights_are_used_whole<T: Element>(bound: f64) {
+    let (k, n, tokens) = (16500, 300, 3);
+    let shape =
+        LinearShape { branches: 2, batch: 1, tokens, in_features: k, out_features: n, shared_input: false };
+    let m = shape.out_rows();
+    let [weight, delta, x, dy] = [n * k, n * k, m * k, m * n].map(|len| values::<T>(len, len));
+    let delta: Vec<T> = delta.into_iter().rev().collect();
+    let z: Vec<T::Real> = values::<T>(9, 2 * n).into_iter().map(Element::to_real).collect();
+    let layer = NoisyLinear {
+        shape,
+        noise: Noise::Given { z: &z[..], shape: NoiseShape::PerSample },
+        base: Some(Base { weight: &weight[..], bias: None }),
+        delta_weight: Some(&delta),
+        delta_bias: None,
+        fold: false,
+    };
+    let (mut y, mut dx) = (vec![T::default(); m * n], vec![T::default(); m * k]);
+    layer.forward(&x, &mut y).unwrap();
+    layer.backward(&x, &dy, NoisyLinearGrads { input: Some(&mut dx), ..Default::default() }).unwrap();
+    let [weight, delta, x, dy, y, dx] = [weight, delta, x, dy, y, dx].map(wide);
+    let effective = |row: usize, channel: usize, column: usize| {
+        let z = z[row / tokens * n + channel].to_f64();
+        weight[channel * k + column] + z * delta[channel * k + column]
+    };
+    for row in 0..m {
+        for channel in [0, 255, 256, 299] {
+            let want: f64 = (0..k).map(|column| x[row * k + column] * effective(row, channel, column)).sum();
+            let got = y[row * n + channel];
+            assert!((got - want).abs() <= bound * 100.0, "y of {row}, {channel}: {got}, not {want}");
+        }
+        for column in [0, 255, 256, 13823, 13824, 16499] {
+            let want: f64 =
+                (0..n).map(|channel| dy[row * n + channel] * effective(row, channel, column)).sum();
+            let got = dx[row * k + column];
+            assert!((got - want).abs() <= bound * 10.0, "dx of {row}, {column}: {got}, not {want}");
+        }
+    }
+}
+
+#[test]
+fn large_weights_are_used_whole_in_bf16() {
+    large_weights_are_used_whole::<bf16>(2f64.powi(-7));
+}
+
+#[test]
+fn large_weights_are_used_whole_in_f32() {
+    large_weights_are_used_whole::<f32>(2f64.powi(-17));
 }

@@ -1,5 +1,6 @@
 //! A layer with the paper's main adapter (LoRA mul, VPT add, or both), from the adapter's own parameters.
 
+use super::scratch::Scratch;
 use super::{
     Base, LoraFactors, LoraGrads, NoisyLinear, NoisyLinearGrads, PromptBias, PromptGrads, lora_mul_weight,
     lora_mul_weight_backward,
@@ -143,9 +144,10 @@ impl<'a, T: Element> LoraMulLinear<'a, T> {
     /// Calls `body` with the layer whose ΔW and Δb are these. Of a ΔW that is not needed only the length counts.
     fn dense<R>(&self, needs_weight: bool, body: impl FnOnce(&NoisyLinear<'_, T>) -> Result<R>) -> Result<R> {
         let LinearShape { in_features: k, out_features: n, .. } = self.shape;
-        let mut weight = vec![T::default(); if self.lora.is_some() { n * k } else { 0 }];
+        let mut scratch = Scratch::take();
+        let weight = scratch.get(if self.lora.is_some() { n * k } else { 0 });
         if let Some(lora) = self.lora.filter(|_| needs_weight) {
-            lora_mul_weight(lora.factors(&self.shape), self.base.weight, &mut weight)?;
+            lora_mul_weight(lora.factors(&self.shape), self.base.weight, weight)?;
         }
         let mut bias = vec![T::default(); if self.prompt.is_some() { n } else { 0 }];
         if let Some(prompt) = self.prompt {
@@ -155,7 +157,7 @@ impl<'a, T: Element> LoraMulLinear<'a, T> {
             shape: self.shape,
             noise: self.noise,
             base: Some(self.base),
-            delta_weight: self.lora.map(|_| &weight[..]),
+            delta_weight: self.lora.map(|_| &*weight),
             delta_bias: if self.prompt.is_some() { Some(&bias) } else { self.delta_bias },
             fold: self.fold,
         })
@@ -211,16 +213,17 @@ impl<'a, T: Element> LoraMulLinear<'a, T> {
             }
             None => None,
         };
-        let mut dw = vec![T::default(); if with_lora { n * k } else { 0 }];
+        let mut scratch = Scratch::take();
+        let dw = scratch.get(if with_lora { n * k } else { 0 });
         let mut db = vec![T::default(); if with_prompt { n } else { 0 }];
         // Δb has no part in any gradient.
         Self { prompt: None, ..*self }.dense(input.is_some(), |layer| {
-            let delta_weight = with_lora.then_some(&mut dw[..]);
+            let delta_weight = with_lora.then_some(&mut *dw);
             let delta_bias = if with_prompt { Some(&mut db[..]) } else { own_bias };
             layer.backward_from(x, dy, NoisyLinearGrads { input, delta_weight, delta_bias })
         })?;
         if let Some((factors, grads)) = lora {
-            lora_mul_weight_backward(factors, self.base.weight, &dw, grads)?;
+            lora_mul_weight_backward(factors, self.base.weight, dw, grads)?;
         }
         if let Some((prompt, grads)) = prompt {
             prompt.backward(&db, grads)?;

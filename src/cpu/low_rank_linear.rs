@@ -4,12 +4,9 @@
 //! in its epilogue. The backward pass does the same with `ds = c·e·B`.
 
 use super::Base;
-use super::matmul::{
-    Accum, MatMut, Par, add_up, all_threads, gemm, gemm_scaled, mat, mat_mut, mat_mut_t, mat_t,
-    row_chunks_mut, transpose,
-};
+use super::matmul::{Accum, Par, add_up, all_threads, gemm, gemm_scaled, mat, mat_mut, mat_mut_t, transpose};
 use super::noisy_linear::{check_base, check_io};
-use super::rows::{self, CHANNEL_BLOCK, Z, blocks};
+use super::rows::{self, CHANNEL_BLOCK, Term, Z, blocks};
 use crate::error::{Error, Result};
 use crate::noise::Noise;
 use crate::parallel;
@@ -17,7 +14,6 @@ use crate::real::{Element, Real};
 use crate::shape::{LinearShape, length, nonzero, product};
 use crate::vector::zip1;
 use num_traits::Zero;
-use std::ops::Range;
 
 /// `y = x·W0ᵀ + b0 + z ⊙ (scale·(x·Aᵀ)·Bᵀ + δb)` and its gradients: the paper's LoRA add with noise.
 #[derive(Debug, Clone, Copy)]
@@ -83,19 +79,15 @@ impl<T: Element> LowRankLinear<'_, T> {
     pub fn forward(&self, x: &[T], y: &mut [T]) -> Result<()> {
         let z = self.check()?;
         check_io(&self.shape, ("x", x), ("y", y))?;
-        let (m, k, r) = (self.shape.in_rows(), self.shape.in_features, self.rank);
-        // sᵀ [r, M]
+        let LinearShape { in_features: k, out_features: n, .. } = self.shape;
+        let (m, r) = (self.shape.in_rows(), self.rank);
         let mut s = vec![T::Real::zero(); r * m];
         let lora_a = mat(self.lora_a, r, k).transpose();
         gemm_scaled(mat_mut_t(&mut s, m, r), Accum::Replace, self.scale, mat(x, m, k), lora_a, all_threads());
-        let s = mat_t(&s, m, r);
-        let mut memory = Vec::new();
-        let lora_b = T::reals(self.lora_b, &mut memory);
-        let adapter = |rows: Range<usize>, channels: Range<usize>, tile: MatMut<'_, T::Real>, par: Par| {
-            let lora_b = mat(&lora_b[channels.start * r..channels.end * r], channels.len(), r);
-            gemm(tile, Accum::Replace, s.subrows(rows.start, rows.len()), lora_b.transpose(), par);
-        };
-        rows::forward(&z, self.base, Some(&adapter), self.delta_bias, x, y);
+        let mut left = vec![T::default(); m * r];
+        transpose(&s, &mut left, r);
+        let adapter = Term { left: Some(&left), right: mat(self.lora_b, n, r).transpose() };
+        rows::forward(&z, self.base, Some(adapter), self.delta_bias, x, y);
         Ok(())
     }
 
@@ -124,13 +116,12 @@ impl<T: Element> LowRankLinear<'_, T> {
         }
 
         let LowRankGrads { input, lora_b, lora_a, delta_bias } = grads;
-        if let Some(dx) = input {
-            T::write(mat_mut(dx, self.shape.in_rows(), k), all_threads(), |mut dx| {
-                rows::base_gradient(&self.shape, self.base, dy, dx.as_mut());
-                self.backward_factors(&z, x, dy, Some(dx), lora_b, lora_a);
-            });
-        } else if lora_b.is_some() || lora_a.is_some() {
-            self.backward_factors(&z, x, dy, None, lora_b, lora_a);
+        if input.is_some() || lora_b.is_some() || lora_a.is_some() {
+            let ds = self.backward_factors(&z, x, dy, lora_b, lora_a);
+            if let Some(dx) = input {
+                let adapter = Term { left: Some(&ds), right: mat(self.lora_a, r, k) };
+                rows::input_gradient(&z, self.base, Some(adapter), dy, dx);
+            }
         }
         if let Some(db) = delta_bias {
             rows::delta_bias(&z, dy, db);
@@ -138,7 +129,7 @@ impl<T: Element> LowRankLinear<'_, T> {
         Ok(())
     }
 
-    /// `dx += ds·A`, `dB = eᵀ·s`, `dA = dsᵀ·x` in one pass over `g`: each tile of `e` serves `ds` and `dB`.
+    /// `ds [M, r]`, `dB = eᵀ·s` and `dA = dsᵀ·x` in one pass over `g`: each tile of `e` serves `ds` and `dB`.
     ///
     /// A task is some rows and has sums of its own for `dB` and `dA`; these are added up in the order of the rows.
     fn backward_factors(
@@ -146,21 +137,15 @@ impl<T: Element> LowRankLinear<'_, T> {
         z: &Z<'_, T::Real>,
         x: &[T],
         dy: &[T],
-        dx: Option<MatMut<'_, T::Real>>,
         lora_b: Option<&mut [T]>,
         lora_a: Option<&mut [T]>,
-    ) {
+    ) -> Vec<T> {
         let LinearShape { in_features: k, out_features: n, .. } = self.shape;
         let (m, r) = (self.shape.in_rows(), self.rank);
-        let mut memory = [const { Vec::new() }; 2];
-        let [d, u] = &mut memory;
-        let (d, u) = (mat(T::reals(self.lora_b, d), n, r), mat(T::reals(self.lora_a, u), r, k));
+        let (d, u) = (mat(self.lora_b, n, r), mat(self.lora_a, r, k));
         let size = m.div_ceil(m.div_ceil(ROWS).next_multiple_of(2).min(MAX_SUMS)).max(MIN_ROWS);
-        let dx: Vec<_> = match dx {
-            Some(dx) => row_chunks_mut(dx, size).map(Some).collect(),
-            None => x.chunks(size * k).map(|_| None).collect(),
-        };
-        let task = |scratch: &mut Scratch<T::Real>, (i, mut dx): (usize, Option<MatMut<'_, T::Real>>)| {
+        let mut all = vec![T::default(); m * r];
+        let task = |scratch: &mut Scratch<T>, (i, all): (usize, &mut [T])| {
             let zeros = |len| vec![T::Real::zero(); len];
             let mut sums = Sums {
                 lora_b: lora_b.as_ref().map(|_| zeros(n * r)),
@@ -169,39 +154,37 @@ impl<T: Element> LowRankLinear<'_, T> {
             let part = i * size..m.min((i + 1) * size);
             for rows in blocks(part.len(), ROWS) {
                 let (first, count) = (part.start + rows.start, rows.len());
-                let Scratch { s, ds, tile, z_row, x: memory } = scratch;
-                let x = mat(T::reals(&x[first * k..][..count * k], memory), count, k);
-                s.resize(count * r, T::Real::zero());
-                ds.resize(count * r, T::Real::zero());
+                let Scratch { product, s, tile, z_row } = scratch;
+                let x = mat(&x[first * k..][..count * k], count, k);
+                product.resize(count * r, T::Real::zero());
+                s.resize(count * r, T::default());
                 if sums.lora_b.is_some() {
-                    let s = mat_mut_t(s, count, r);
-                    gemm_scaled(s, Accum::Replace, self.scale, x, u.transpose(), Par::Seq);
+                    let s_t = mat_mut_t(product, count, r);
+                    gemm_scaled(s_t, Accum::Replace, self.scale, x, u.transpose(), Par::Seq);
+                    transpose(product, s, r);
                 }
                 for channels in blocks(n, CHANNEL_BLOCK) {
                     let (at, width) = (channels.start, channels.len());
-                    tile.resize(count * width, T::Real::zero());
+                    tile.resize(count * width, T::default());
                     z.gradient_tile(dy, first..first + count, channels, z_row, tile);
                     let e = mat(tile, count, width);
                     let d = d.subrows(at, width);
                     let accum = if at == 0 { Accum::Replace } else { Accum::Add };
-                    gemm_scaled(mat_mut_t(ds, count, r), accum, self.scale, e, d, Par::Seq);
+                    gemm_scaled(mat_mut_t(product, count, r), accum, self.scale, e, d, Par::Seq);
                     if let Some(sum) = &mut sums.lora_b {
                         let sum = mat_mut_t(sum, n, r).subrows_mut(at, width);
-                        gemm(sum, Accum::Add, e.transpose(), mat_t(s, count, r), Par::Seq);
+                        gemm(sum, Accum::Add, e.transpose(), mat(s, count, r), Par::Seq);
                     }
                 }
-                let ds = mat_t(ds, count, r);
-                if let Some(dx) = &mut dx {
-                    let dx = dx.as_mut().subrows_mut(rows.start, count);
-                    gemm(dx, Accum::Add, ds, u, Par::Seq);
-                }
+                let ds = &mut all[rows.start * r..][..count * r];
+                transpose(product, ds, r);
                 if let Some(sum) = &mut sums.lora_a {
-                    gemm(mat_mut(sum, r, k), Accum::Add, ds.transpose(), x, Par::Seq);
+                    gemm(mat_mut(sum, r, k), Accum::Add, mat(ds, count, r).transpose(), x, Par::Seq);
                 }
             }
             sums
         };
-        let parts = parallel::map_init(dx.into_iter().enumerate(), Scratch::default, task);
+        let parts = parallel::map_init(all.chunks_mut(size * r).enumerate(), Scratch::default, task);
         if let Some(lora_b) = lora_b {
             let total = add_up(parts.iter().filter_map(|part| part.lora_b.as_deref()));
             transpose(&total, lora_b, r);
@@ -210,6 +193,7 @@ impl<T: Element> LowRankLinear<'_, T> {
             let total = add_up(parts.iter().filter_map(|part| part.lora_a.as_deref()));
             zip1(lora_a, &total, |out, total| *out = T::from_real(total));
         }
+        all
     }
 }
 
@@ -226,18 +210,17 @@ struct Sums<T> {
     lora_a: Option<Vec<T>>,
 }
 
-/// Buffers of one thread: `sᵀ` and `dsᵀ [r, rows]`, a tile of `e`, `z` of its channels, and rows of `x` to compute in.
-struct Scratch<T> {
+/// Buffers of one thread: `sᵀ` or `dsᵀ [r, rows]` as it is summed, `s [rows, r]`, a tile of `e`, and `z` of its channels.
+struct Scratch<T: Element> {
+    product: Vec<T::Real>,
     s: Vec<T>,
-    ds: Vec<T>,
     tile: Vec<T>,
-    z_row: Vec<T>,
-    x: Vec<T>,
+    z_row: Vec<T::Real>,
 }
 
-impl<T> Default for Scratch<T> {
+impl<T: Element> Default for Scratch<T> {
     fn default() -> Self {
-        Self { s: Vec::new(), ds: Vec::new(), tile: Vec::new(), z_row: Vec::new(), x: Vec::new() }
+        Self { product: Vec::new(), s: Vec::new(), tile: Vec::new(), z_row: Vec::new() }
     }
 }
 

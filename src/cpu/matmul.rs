@@ -14,11 +14,6 @@ pub(super) fn mat<T>(slice: &[T], rows: usize, cols: usize) -> MatRef<'_, T> {
     MatRef::from_row_major_slice(slice, rows, cols)
 }
 
-/// A column-major slice as a matrix.
-pub(super) fn mat_t<T>(slice: &[T], rows: usize, cols: usize) -> MatRef<'_, T> {
-    MatRef::from_column_major_slice(slice, rows, cols)
-}
-
 /// A row-major slice as a mutable matrix.
 pub(super) fn mat_mut<T>(slice: &mut [T], rows: usize, cols: usize) -> MatMut<'_, T> {
     MatMut::from_row_major_slice_mut(slice, rows, cols)

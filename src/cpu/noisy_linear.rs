@@ -10,7 +10,7 @@
 //! The weight gradient is the same in both: each row of dΔW is summed over all token rows in a fixed order.
 
 use super::matmul::{Accum, MatMut, Par, all_threads, gemm, inner_threads, mat, mat_mut};
-use super::rows::{self, CHANNEL_BLOCK, Z, blocks};
+use super::rows::{self, CHANNEL_BLOCK, Term, Z, blocks};
 use super::scratch::Scratch;
 use super::{Base, blas};
 use crate::error::{Error, Result};
@@ -22,8 +22,6 @@ use crate::vector::zip2;
 use num_traits::{One, Zero};
 use std::ops::Range;
 
-/// Tokens per sample from which building an effective weight per sample is cheaper than a second GEMM.
-const FOLD_TOKENS: usize = 32;
 /// Elements of an effective weight in `bf16` that are made at once in the forward pass: 384 KiB.
 const FOLDED: usize = 3 << 16;
 /// Fewest channels of it.
@@ -135,7 +133,7 @@ impl<T: Element> NoisyLinear<'_, T> {
             return None;
         }
         let one_z = z.is_off();
-        let pays = z.per_sample() && self.shape.tokens >= FOLD_TOKENS && self.shape.fan_out() == 1;
+        let pays = z.per_sample() && self.shape.tokens >= T::fold_tokens() && self.shape.fan_out() == 1;
         (one_z || pays).then_some(Fold { base: base.weight, delta, k: self.shape.in_features })
     }
 
@@ -157,14 +155,8 @@ impl<T: Element> NoisyLinear<'_, T> {
             }
             Some(fold) => self.forward_folded(&z, &fold, x, y),
             None => {
-                let adapter =
-                    |rows: Range<usize>, channels: Range<usize>, tile: MatMut<'_, T::Real>, par: Par| {
-                        let weight = self.delta_weight.expect("called only with a delta weight");
-                        let weight = mat(&weight[channels.start * k..channels.end * k], channels.len(), k);
-                        let x = mat(&x[rows.start * k..rows.end * k], rows.len(), k);
-                        gemm(tile, Accum::Replace, x, weight.transpose(), par);
-                    };
-                let adapter = self.delta_weight.map(|_| &adapter as _);
+                let adapter = self.delta_weight.map(|weight| mat(weight, n, k).transpose());
+                let adapter = adapter.map(|right| Term { left: None, right });
                 rows::forward(&z, self.base, adapter, self.delta_bias, x, y);
             }
         }
@@ -272,14 +264,11 @@ impl<T: Element> NoisyLinear<'_, T> {
 
     fn backward_input(&self, z: &Z<'_, T::Real>, dy: &[T], dx: &mut [T]) {
         let LinearShape { tokens: t, in_features: k, out_features: n, .. } = self.shape;
-        let m = self.shape.in_rows();
         match self.fold(z) {
             Some(fold) if z.is_off() => {
                 let merged = fold.merged(n);
                 let base = Base { weight: &merged[..], bias: None };
-                T::write(mat_mut(dx, m, k), all_threads(), |dx| {
-                    rows::base_gradient(&self.shape, Some(base), dy, dx);
-                });
+                rows::input_gradient(z, Some(base), None, dy, dx);
             }
             Some(fold) => {
                 let tasks =
@@ -307,12 +296,8 @@ impl<T: Element> NoisyLinear<'_, T> {
                 );
             }
             None => {
-                T::write(mat_mut(dx, m, k), all_threads(), |mut dx| {
-                    rows::base_gradient(&self.shape, self.base, dy, dx.as_mut());
-                    if let Some(weight) = self.delta_weight {
-                        rows::project_gradient(z, dy, mat(weight, n, k), dx);
-                    }
-                });
+                let adapter = self.delta_weight.map(|weight| Term { left: None, right: mat(weight, n, k) });
+                rows::input_gradient(z, self.base, adapter, dy, dx);
             }
         }
     }

@@ -4,7 +4,7 @@ use super::Base;
 use super::matmul::{
     Accum, MatMut, MatRef, Par, all_threads, gemm, inner_threads, mat, mat_mut, row_chunks_mut,
 };
-use super::scratch::Scratch;
+use super::scratch::{Scratch, Scratched};
 use crate::error::Result;
 use crate::noise::{Noise, NoiseShape, check_samples};
 use crate::parallel;
@@ -21,9 +21,14 @@ const MAX_ROWS: usize = 128;
 /// Fewest input rows for which a task of its own is worth while.
 const MIN_ROWS: usize = 16;
 
-/// Rows per task, so that every thread of the pool gets as many tasks as the others.
+/// Rows per task, so that every thread of the pool gets about as many tasks as the others.
 fn rows_per_task<T: Element>(rows: usize) -> usize {
-    even(rows, if T::ROUNDS { 2 * MAX_ROWS } else { MAX_ROWS }).max(MIN_ROWS)
+    /// Rows of a tile of a GEMM in 16 bits: 197 rows are as much work as 224.
+    const TILE: usize = 32;
+    match T::ROUNDS {
+        true => (even(rows, 2 * MAX_ROWS) / TILE * TILE).max(TILE),
+        false => even(rows, MAX_ROWS).max(MIN_ROWS),
+    }
 }
 
 /// The size of equal parts of at most `most`, as many for each thread.
@@ -178,14 +183,34 @@ fn tasks<'a, T>(shape: &LinearShape, rows: usize, y: &'a mut [T]) -> Vec<Task<'a
     tasks
 }
 
-/// Computes `x·ΔWᵀ` of some input rows and channels into a tile.
-pub(super) type AdapterProduct<'f, T> = dyn Fn(Range<usize>, Range<usize>, MatMut<'_, T>, Par) + Sync + 'f;
+/// The product that an adapter adds to that of the frozen layer, `left·right`; without `left`, what is multiplied with a whole ΔW:
+/// `x` in the forward pass, `e = Σ z⊙g` in the backward pass.
+#[derive(Clone, Copy)]
+pub(super) struct Term<'a, T> {
+    /// `[input rows, q]`.
+    pub left: Option<&'a [T]>,
+    /// `[q, N]` or `[q, K]`.
+    pub right: MatRef<'a, T>,
+}
+
+impl<'a, T: Element> Term<'a, T> {
+    /// Rows of `left`, if it is there.
+    fn rows(&self, first: usize, count: usize) -> Option<MatRef<'a, T>> {
+        let q = self.right.nrows();
+        self.left.map(|left| mat(&left[first * q..][..count * q], count, q))
+    }
+}
+
+/// Columns of a weight with so many rows that are prepared for GEMMs at a time, for all tasks: 4 Mi numbers, which stay in an L3 cache.
+fn prepared(rows: usize) -> usize {
+    ((1 << 22) / rows).max(CHANNEL_BLOCK) / CHANNEL_BLOCK * CHANNEL_BLOCK
+}
 
 /// `y = base(x) + z ⊙ (adapter(x) + Δb)` in tiles of rows × channels; no adapter stands for ΔW = 0.
 pub(super) fn forward<T: Element>(
     z: &Z<'_, T::Real>,
     base: Option<Base<&[T]>>,
-    adapter: Option<&AdapterProduct<'_, T::Real>>,
+    adapter: Option<Term<'_, T>>,
     delta_bias: Option<&[T]>,
     x: &[T],
     y: &mut [T],
@@ -198,45 +223,60 @@ pub(super) fn forward<T: Element>(
     let delta_bias = delta_bias.map(|bias| T::reals(bias, delta_memory));
     let mut tasks = tasks(&shape, rows_per_task::<T>(shape.in_rows()), y);
     let par = inner_threads(tasks.len());
-    parallel::for_each_init(tasks.iter_mut(), Buffers::default, |buffers, task| {
-        let rows = task.out[0].len() / n;
-        let first = task.first_row;
-        let x = mat(&x[first * k..][..rows * k], rows, k);
-        for channels in blocks(n, CHANNEL_BLOCK) {
-            let width = channels.len();
-            let size = rows * width;
-            buffers.base.resize(size, T::Real::zero());
-            match base {
-                Some(base) => {
-                    let weight = mat(&base.weight[channels.start * k..channels.end * k], width, k);
-                    let tile = mat_mut(&mut buffers.base, rows, width);
-                    gemm(tile, Accum::Replace, x, weight.transpose(), par);
+    let [mut base_memory, mut adapter_memory] = <[T::Memory; 2]>::default();
+    for part in blocks(n, prepared(k)) {
+        let weight = base.map(|base| {
+            let weight = mat(&base.weight[part.start * k..part.end * k], part.len(), k);
+            T::right(weight.transpose(), &mut base_memory, all_threads())
+        });
+        let adapter = adapter.map(|term| {
+            let right = term.right.subcols(part.start, part.len());
+            (term, T::right(right, &mut adapter_memory, all_threads()))
+        });
+        let init = || (Buffers::default(), <[T::Memory; 2]>::default());
+        parallel::for_each_init(tasks.iter_mut(), init, |(buffers, memory), task| {
+            let rows = task.out[0].len() / n;
+            let first = task.first_row;
+            let [x_memory, left_memory] = memory;
+            let x = T::left(mat(&x[first * k..][..rows * k], rows, k), x_memory);
+            let adapter = adapter.map(|(term, right)| {
+                (term.rows(first, rows).map_or(x, |left| T::left(left, left_memory)), right)
+            });
+            for channels in blocks(part.len(), CHANNEL_BLOCK) {
+                let width = channels.len();
+                let size = rows * width;
+                let tile = buffers.base.get(size);
+                match weight {
+                    Some(weight) => {
+                        let tile = mat_mut(tile, rows, width);
+                        T::product(tile, Accum::Replace, x, weight, channels.clone(), par);
+                    }
+                    None => tile.fill(T::Real::zero()),
                 }
-                None => buffers.base.fill(T::Real::zero()),
+                if let Some((left, right)) = adapter {
+                    let tile = mat_mut(buffers.adapter.get(size), rows, width);
+                    T::product(tile, Accum::Replace, left, right, channels.clone(), par);
+                }
+                let channels = part.start + channels.start..part.start + channels.end;
+                let biases =
+                    [&base_bias, &delta_bias].map(|bias| bias.as_ref().map(|bias| &bias[channels.clone()]));
+                epilogue(z, biases, first, channels, buffers, adapter.is_some(), &mut task.out);
             }
-            if let Some(adapter) = adapter {
-                buffers.adapter.resize(size, T::Real::zero());
-                let tile = mat_mut(&mut buffers.adapter, rows, width);
-                adapter(first..first + rows, channels.clone(), tile, par);
-            }
-            let biases =
-                [&base_bias, &delta_bias].map(|bias| bias.as_ref().map(|bias| &bias[channels.clone()]));
-            epilogue(z, biases, first, channels, buffers, adapter.is_some(), &mut task.out);
-        }
-    });
+        });
+    }
 }
 
 /// Buffers of one thread: tiles of `x·W0ᵀ` and `x·ΔWᵀ`, and of its channels `z` and the bias under it.
-struct Buffers<R> {
-    base: Vec<R>,
-    adapter: Vec<R>,
+struct Buffers<R: Scratched> {
+    base: Scratch<R>,
+    adapter: Scratch<R>,
     z: Vec<R>,
     bias: Vec<R>,
 }
 
-impl<R> Default for Buffers<R> {
+impl<R: Scratched> Default for Buffers<R> {
     fn default() -> Self {
-        Self { base: Vec::new(), adapter: Vec::new(), z: Vec::new(), bias: Vec::new() }
+        Self { base: Scratch::take(), adapter: Scratch::take(), z: Vec::new(), bias: Vec::new() }
     }
 }
 
@@ -253,6 +293,8 @@ fn epilogue<T: Element>(
     let (n, width) = (z.shape.out_features, channels.len());
     let rows = out[0].len() / n;
     let Buffers { base, adapter, z: z_row, bias } = buffers;
+    let (base, adapter) =
+        (&*base.get(rows * width), &*adapter.get(if has_adapter { rows * width } else { 0 }));
     bias.resize(width, T::Real::zero());
     for (branch, out) in out.iter_mut().enumerate() {
         let offset = branch * z.shape.in_rows() + first_row;
@@ -280,48 +322,110 @@ fn epilogue<T: Element>(
     }
 }
 
-/// `dx = Σ g·W0`, or zero without a base term; the sum goes over the branches that share the input.
-pub(super) fn base_gradient<T: Element>(
-    shape: &LinearShape,
+/// `dx = g·W0 + left·right`, with `g` summed over the branches that share the input.
+pub(super) fn input_gradient<T: Element>(
+    z: &Z<'_, T::Real>,
     base: Option<Base<&[T]>>,
+    adapter: Option<Term<'_, T>>,
+    g: &[T],
+    dx: &mut [T],
+) {
+    let (m, k) = (z.shape.in_rows(), z.shape.in_features);
+    let dx = mat_mut(dx, m, k);
+    match T::packs() {
+        true => input_gradient_in_tiles(z, base, adapter, g, dx),
+        false => T::write(dx, all_threads(), |dx| input_gradient_in_place(z, base, adapter, g, dx)),
+    }
+}
+
+/// [`input_gradient`] with weights that are packed for all tasks: in tiles of rows × columns, complete and rounded while they are in
+/// the L2 cache.
+fn input_gradient_in_tiles<T: Element>(
+    z: &Z<'_, T::Real>,
+    base: Option<Base<&[T]>>,
+    adapter: Option<Term<'_, T>>,
+    g: &[T],
+    mut dx: MatMut<'_, T>,
+) {
+    let shape = z.shape;
+    let (m, k, n) = (shape.in_rows(), shape.in_features, shape.out_features);
+    let rows = rows_per_task::<T>(m);
+    let par = inner_threads(m.div_ceil(rows));
+    let [mut base_memory, mut adapter_memory] = <[T::Memory; 2]>::default();
+    for part in blocks(k, prepared(n)) {
+        let weight = base.map(|base| {
+            T::right(mat(base.weight, n, k).subcols(part.start, part.len()), &mut base_memory, all_threads())
+        });
+        let adapter = adapter.map(|term| {
+            (term, T::right(term.right.subcols(part.start, part.len()), &mut adapter_memory, all_threads()))
+        });
+        let dx = row_chunks_mut(dx.as_mut().subcols_mut(part.start, part.len()), rows).enumerate();
+        let init = || (<[Vec<T>; 2]>::default(), Vec::new(), <[T::Memory; 2]>::default());
+        parallel::for_each_init(dx, init, |([sum, e], z_row, [g_memory, left_memory]), (i, mut dx)| {
+            let (first, count) = (i * rows, dx.nrows());
+            let weight = weight.map(|weight| {
+                let g = sum_branches(&shape, g, first, count, sum);
+                (T::left(mat(g, count, n), g_memory), weight)
+            });
+            let adapter = adapter.map(|(term, right)| {
+                let left = term.rows(first, count).unwrap_or_else(|| {
+                    e.resize(count * n, T::default());
+                    z.gradient_tile(g, first..first + count, 0..n, z_row, e);
+                    mat(e, count, n)
+                });
+                (T::left(left, left_memory), right)
+            });
+            for columns in blocks(part.len(), CHANNEL_BLOCK) {
+                let dx = dx.as_mut().subcols_mut(columns.start, columns.len());
+                T::write(dx, Par::Seq, |mut dx| {
+                    let mut accum = Accum::Replace;
+                    for (left, right) in [weight, adapter].into_iter().flatten() {
+                        T::product(dx.as_mut(), accum, left, right, columns.clone(), par);
+                        accum = Accum::Add;
+                    }
+                });
+            }
+        });
+    }
+}
+
+/// [`input_gradient`] where GEMMs pack for themselves: by such as are as large as they can be.
+fn input_gradient_in_place<T: Element>(
+    z: &Z<'_, T::Real>,
+    base: Option<Base<&[T]>>,
+    adapter: Option<Term<'_, T>>,
     g: &[T],
     mut dx: MatMut<'_, T::Real>,
 ) {
+    let shape = z.shape;
     let (m, k, n) = (shape.in_rows(), shape.in_features, shape.out_features);
-    let Some(base) = base else { return dx.fill(T::Real::zero()) };
-    let weight = mat(base.weight, n, k);
-    if shape.fan_out() == 1 {
-        return gemm(dx, Accum::Replace, mat(g, m, n), weight, all_threads());
-    }
     let rows = rows_per_task::<T>(m);
     let par = inner_threads(m.div_ceil(rows));
-    parallel::for_each_init(row_chunks_mut(dx, rows).enumerate(), Vec::new, |sum, (i, dx)| {
-        let count = dx.nrows();
-        let g = sum_branches(shape, g, i * rows, count, sum);
-        gemm(dx, Accum::Replace, mat(g, count, n), weight, par);
+    match base.map(|base| mat(base.weight, n, k)) {
+        None => dx.fill(T::Real::zero()),
+        Some(weight) if shape.fan_out() == 1 => {
+            gemm(dx.as_mut(), Accum::Replace, mat(g, m, n), weight, all_threads());
+        }
+        Some(weight) => {
+            let dx = row_chunks_mut(dx.as_mut(), rows).enumerate();
+            parallel::for_each_init(dx, Vec::new, |sum, (i, dx)| {
+                let count = dx.nrows();
+                let g = sum_branches(&shape, g, i * rows, count, sum);
+                gemm(dx, Accum::Replace, mat(g, count, n), weight, par);
+            });
+        }
+    }
+    let Some(term) = adapter else { return };
+    let dx = row_chunks_mut(dx, rows).enumerate();
+    parallel::for_each_init(dx, <(Vec<T>, Vec<T::Real>)>::default, |(e, z_row), (i, dx)| {
+        let (first, count) = (i * rows, dx.nrows());
+        let left = term.rows(first, count).unwrap_or_else(|| {
+            e.resize(count * n, T::default());
+            z.gradient_tile(g, first..first + count, 0..n, z_row, e);
+            mat(e, count, n)
+        });
+        gemm(dx, Accum::Add, left, term.right, par);
     });
-}
-
-/// `out [input rows, C] += e·weight [N, C]`, with `e = Σ z⊙g` over the branches that share the input.
-pub(super) fn project_gradient<T: Element>(
-    z: &Z<'_, T::Real>,
-    g: &[T],
-    weight: MatRef<'_, T>,
-    out: MatMut<'_, T::Real>,
-) {
-    let n = weight.nrows();
-    let rows = rows_per_task::<T>(z.shape.in_rows());
-    let par = inner_threads(z.shape.in_rows().div_ceil(rows));
-    parallel::for_each_init(
-        row_chunks_mut(out, rows).enumerate(),
-        || (Vec::<T>::new(), Vec::new()),
-        |(tile, scratch), (i, out)| {
-            let (first, count) = (i * rows, out.nrows());
-            tile.resize(count * n, T::default());
-            z.gradient_tile(g, first..first + count, 0..n, scratch, tile);
-            gemm(out, Accum::Add, mat(tile, count, n), weight, par);
-        },
-    );
 }
 
 /// The rows of `g` that belong to some input rows, added up over the branches if these share the input.

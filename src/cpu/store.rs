@@ -6,6 +6,7 @@ use super::scratch::{Scratch, Scratched};
 use crate::parallel;
 use crate::real::{Element, Real};
 use crate::vector::zip1;
+use std::ops::Range;
 
 /// What an [`Element`] with this `Real` has besides, for the operators only.
 pub trait Store<R: Real>: Scratched {
@@ -13,6 +14,33 @@ pub trait Store<R: Real>: Scratched {
     const ROUNDS: bool;
     /// `c = scale·a·b` or `c += scale·a·b`.
     fn gemm(c: MatMut<'_, R>, accum: Accum, scale: R, a: MatRef<'_, Self>, b: MatRef<'_, Self>, par: Par);
+    /// Whether packing an operand once for several GEMMs pays.
+    fn packs() -> bool {
+        false
+    }
+    /// Tokens per sample from which building an effective weight per sample is cheaper than a second GEMM.
+    fn fold_tokens() -> usize {
+        32
+    }
+    /// The left operand of several GEMMs, prepared for them once.
+    type Left<'a>: Copy + Sync;
+    /// The right operand of several GEMMs, prepared for them once.
+    type Right<'a>: Copy + Sync;
+    /// What operands are prepared in.
+    type Memory: Default;
+    /// Prepares a left operand, whose rows or columns are contiguous.
+    fn left<'a>(a: MatRef<'a, Self>, memory: &'a mut Self::Memory) -> Self::Left<'a>;
+    /// Prepares a right operand, whose rows or columns are contiguous.
+    fn right<'a>(b: MatRef<'a, Self>, memory: &'a mut Self::Memory, par: Par) -> Self::Right<'a>;
+    /// `c = left·right[:, columns]`, or `c += …`; rows of `c` are contiguous, and columns begin at a multiple of 32.
+    fn product(
+        c: MatMut<'_, R>,
+        accum: Accum,
+        left: Self::Left<'_>,
+        right: Self::Right<'_>,
+        columns: Range<usize>,
+        par: Par,
+    );
     /// The same numbers, in their own memory or in this.
     fn reals<'a>(values: &'a [Self], memory: &'a mut Vec<R>) -> &'a [R];
     /// Overwrites a row-major matrix with what `body` writes: all of it, into memory of any contents.
@@ -33,6 +61,29 @@ macro_rules! stored_as_it_is {
                 par: Par,
             ) {
                 gemm_of_reals(c, accum, scale, a, b, par);
+            }
+
+            type Left<'a> = MatRef<'a, $type>;
+            type Right<'a> = MatRef<'a, $type>;
+            type Memory = ();
+
+            fn left<'a>(a: MatRef<'a, $type>, (): &'a mut ()) -> MatRef<'a, $type> {
+                a
+            }
+
+            fn right<'a>(b: MatRef<'a, $type>, (): &'a mut (), _: Par) -> MatRef<'a, $type> {
+                b
+            }
+
+            fn product(
+                c: MatMut<'_, $type>,
+                accum: Accum,
+                left: MatRef<'_, $type>,
+                right: MatRef<'_, $type>,
+                columns: Range<usize>,
+                par: Par,
+            ) {
+                gemm_of_reals(c, accum, 1.0, left, right.subcols(columns.start, columns.len()), par);
             }
 
             fn reals<'a>(values: &'a [$type], _: &'a mut Vec<$type>) -> &'a [$type] {
@@ -61,6 +112,38 @@ impl Store<f32> for half::bf16 {
         par: Par,
     ) {
         bf16::gemm(c, accum, scale, a, b, par);
+    }
+
+    fn packs() -> bool {
+        bf16::has_tiles()
+    }
+
+    fn fold_tokens() -> usize {
+        // A second GEMM with AMX costs less than building and packing a weight for fewer.
+        if bf16::has_tiles() { 64 } else { 32 }
+    }
+
+    type Left<'a> = bf16::Left<'a>;
+    type Right<'a> = bf16::Right<'a>;
+    type Memory = bf16::Memory;
+
+    fn left<'a>(a: MatRef<'a, Self>, memory: &'a mut bf16::Memory) -> bf16::Left<'a> {
+        bf16::left(a, memory)
+    }
+
+    fn right<'a>(b: MatRef<'a, Self>, memory: &'a mut bf16::Memory, par: Par) -> bf16::Right<'a> {
+        bf16::right(b, memory, par)
+    }
+
+    fn product(
+        c: MatMut<'_, f32>,
+        accum: Accum,
+        left: bf16::Left<'_>,
+        right: bf16::Right<'_>,
+        columns: Range<usize>,
+        par: Par,
+    ) {
+        bf16::product(c, accum, left, right, columns, par);
     }
 
     fn reals<'a>(values: &'a [Self], memory: &'a mut Vec<f32>) -> &'a [f32] {

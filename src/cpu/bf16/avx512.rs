@@ -60,10 +60,7 @@ fn gemm(mut c: MatMut<'_, f32>, add: bool, scale: f32, a: MatRef<'_, bf16>, b: M
     let of_b = n.min(COLUMNS).next_multiple_of(PANEL) * k.min(PACKED).next_multiple_of(DEPTH) / 2;
     let of_a = m.min(BLOCK).next_multiple_of(LANES) * WORDS;
     let mut scratch = Scratch::<u32>::take();
-    let memory = scratch.get(of_b + of_a + LANES);
-    // A load that crosses a cache line takes twice as long.
-    let aligned = memory.as_ptr().align_offset(align_of::<__m512i>()).min(LANES);
-    let (packed_b, packed_a) = memory[aligned..].split_at_mut(of_b);
+    let (packed_b, packed_a) = scratch.get(of_b + of_a).split_at_mut(of_b);
     for columns in blocks(n, COLUMNS) {
         let of_depth = columns.len().next_multiple_of(PANEL) * WORDS;
         for part in blocks(k, PACKED) {
