@@ -104,17 +104,48 @@
 // `PACE_DIVERGENCE_KL`: branch 1 gets no gradient of the consistency.
 #define PACE_LOSS_DETACH_TARGET 4
 
-typedef struct Option_PaceDgemm Option_PaceDgemm;
-
-typedef struct Option_PaceSetNumThreads Option_PaceSetNumThreads;
-
-typedef struct Option_PaceSgemm Option_PaceSgemm;
-
 // An open CUDA device. It may be used from any thread, and by many at a time.
 typedef struct PaceDevice PaceDevice;
 
 // What a function gives back: `PACE_OK`, or what kind of thing was wrong.
 typedef int32_t PaceStatus;
+
+// `sgemm` of a BLAS as Fortran declares it, with 32-bit integers.
+typedef void (*PaceSgemm)(const char *transa,
+                          const char *transb,
+                          const int32_t *m,
+                          const int32_t *n,
+                          const int32_t *k,
+                          const float *alpha,
+                          const float *a,
+                          const int32_t *lda,
+                          const float *b,
+                          const int32_t *ldb,
+                          const float *beta,
+                          float *c,
+                          const int32_t *ldc);
+
+// `dgemm` of the same BLAS.
+typedef void (*PaceDgemm)(const char *transa,
+                          const char *transb,
+                          const int32_t *m,
+                          const int32_t *n,
+                          const int32_t *k,
+                          const double *alpha,
+                          const double *a,
+                          const int32_t *lda,
+                          const double *b,
+                          const int32_t *ldb,
+                          const double *beta,
+                          double *c,
+                          const int32_t *ldc);
+
+// `MKL_Set_Num_Threads_Local`: sets how many threads GEMMs on the calling thread use, and gives the number before.
+typedef int32_t (*PaceSetNumThreads)(int32_t threads);
+
+// `GOMP_parallel`: calls `work(data)` on the calling thread and on others of its team, `threads` in all or fewer, and returns when
+// all have returned.
+typedef void (*PaceOpenMp)(void (*work)(void *data), void *data, unsigned int threads, unsigned int flags);
 
 // Sizes of a linear layer. Rows are ordered branch-major: all samples of branch 0, then all of branch 1; inside a sample, its
 // tokens. `R = branches·batch`, `M = R·tokens`; `x [M, K]`, `y [M, N]`.
@@ -704,9 +735,17 @@ PaceStatus pace_set_threads(uint64_t threads);
 //
 // # Safety
 // The functions are what their names say, and stay.
-PaceStatus pace_set_blas(struct Option_PaceSgemm sgemm,
-                         struct Option_PaceDgemm dgemm,
-                         struct Option_PaceSetNumThreads set_num_threads_local);
+PaceStatus pace_set_blas(PaceSgemm sgemm,
+                         PaceDgemm dgemm,
+                         PaceSetNumThreads set_num_threads_local);
+
+// Runs the CPU operators on the threads of an OpenMP runtime, once and until the process ends; otherwise they have threads of their
+// own. For a program whose own loops run there: threads of OpenMP wait for the next loop without sleeping, for milliseconds, and
+// others would share cores with them. `pace_set_threads` still says how many there are.
+//
+// # Safety
+// The function is `GOMP_parallel` of libgomp, of LLVM's or of Intel's OpenMP, or does the same, and stays.
+PaceStatus pace_set_openmp(PaceOpenMp parallel);
 
 // Opens device number `ordinal` (from 0) through its primary context and loads the kernels, which takes a moment and is not
 // allowed while a stream is being captured. Later calls for the same device are quick. `*device` is closed with

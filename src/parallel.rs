@@ -1,9 +1,14 @@
-//! Loops over tasks on the threads of rayon's current pool.
+//! Loops over tasks, on the threads of rayon's current pool or of the host program's OpenMP.
 //!
 //! All of them are one loop to rayon, whose parallel iterators would be compiled again for each: a quarter of this crate's code.
 
+use crate::error::{Error, Result};
 use rayon::prelude::*;
-use std::sync::Mutex;
+use std::any::Any;
+use std::cell::Cell;
+use std::ffi::{c_uint, c_void};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// Elements of one task that does little with each: so many are worth handing over.
 pub(crate) const TASK: usize = 1 << 14;
@@ -57,9 +62,78 @@ pub(crate) fn map_init<T, S, R: Send>(
 
 /// Calls `work` on every thread that is free, of `most` at most.
 fn on_threads(most: usize, work: &(dyn Fn() + Sync)) {
-    match most.min(rayon::current_num_threads()) {
-        0 | 1 => work(),
-        threads => (0..threads).into_par_iter().for_each(|_| work()),
+    let threads = rayon::current_num_threads();
+    // The threads of a process that this one was forked from are not here.
+    let openmp = OPENMP.get().filter(|(_, process)| *process == std::process::id());
+    match (most.min(threads), openmp) {
+        (0 | 1, _) => work(),
+        // OpenMP's loops within loops are serial.
+        _ if in_openmp() => work(),
+        // All threads, since OpenMP ends those that a smaller team does not have, and starts others for the next.
+        (_, Some(&(parallel, _))) => on_openmp(parallel, threads, work),
+        (threads, None) => (0..threads).into_par_iter().for_each(|_| work()),
+    }
+}
+
+thread_local! {
+    static IN_OPENMP: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether the calling thread is in a loop on OpenMP's threads. It must not wait for rayon's, which may all be in such loops.
+pub(crate) fn in_openmp() -> bool {
+    IN_OPENMP.get()
+}
+
+/// `GOMP_parallel`: calls `work(data)` on the calling thread and on others of its team, `threads` in all or fewer, and returns when
+/// all have returned. `flags` are 0.
+pub type OpenMp = unsafe extern "C" fn(
+    work: unsafe extern "C" fn(*mut c_void),
+    data: *mut c_void,
+    threads: c_uint,
+    flags: c_uint,
+);
+
+/// The function, and the process that registered it.
+static OPENMP: OnceLock<(OpenMp, u32)> = OnceLock::new();
+
+/// Runs the CPU operators on the threads of an OpenMP runtime instead of rayon's, from now until the process ends.
+///
+/// It is for host programs whose own loops run on that runtime. Its threads wait for the next loop without sleeping, for
+/// milliseconds, and threads of another pool would share cores with them. How many threads there are is still what rayon says, and had
+/// better be what the host program's loops have. Loops within loops are serial. In a process that is forked after this the operators
+/// are on rayon's threads again.
+///
+/// # Errors
+/// [`Error::Argument`] if one has been set already.
+///
+/// # Safety
+/// The function must be `GOMP_parallel` of libgomp, of LLVM's or of Intel's OpenMP, or do the same, callable from any thread at any
+/// time, for as long as the process runs.
+pub unsafe fn set_openmp(parallel: OpenMp) -> Result<()> {
+    let set = OPENMP.set((parallel, std::process::id()));
+    set.map_err(|_| Error::Argument { argument: "parallel", problem: "has been set before" })
+}
+
+fn on_openmp(parallel: OpenMp, threads: usize, work: &(dyn Fn() + Sync)) {
+    struct Job<'a> {
+        work: &'a (dyn Fn() + Sync),
+        panic: Mutex<Option<Box<dyn Any + Send>>>,
+    }
+    unsafe extern "C" fn enter(data: *mut c_void) {
+        // SAFETY: the job below, which outlives the call of `parallel`.
+        let job = unsafe { &*data.cast::<Job<'_>>() };
+        let before = IN_OPENMP.replace(true);
+        // Nothing may unwind through the runtime.
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(job.work)) {
+            job.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(panic);
+        }
+        IN_OPENMP.set(before);
+    }
+    let job = Job { work, panic: Mutex::new(None) };
+    // SAFETY: by the promise of `set_openmp`; what threads share of the job is `Sync`.
+    unsafe { parallel(enter, (&raw const job).cast_mut().cast(), threads as c_uint, 0) };
+    if let Some(panic) = job.panic.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        resume_unwind(panic);
     }
 }
 
@@ -116,6 +190,34 @@ mod tests {
             );
             assert!(sums.into_iter().eq((0..count).map(|i| (0..i).sum::<usize>())));
         });
+    }
+
+    /// Some of the threads that are asked for may be all that there are; a panic on one of them reaches the caller.
+    #[test]
+    fn openmp_runs_tasks() {
+        unsafe extern "C" fn alone(
+            work: unsafe extern "C" fn(*mut c_void),
+            data: *mut c_void,
+            threads: c_uint,
+            flags: c_uint,
+        ) {
+            assert_eq!((threads, flags), (4, 0));
+            // SAFETY: `work` is called with its data.
+            unsafe {
+                work(data);
+                work(data);
+            }
+        }
+        let calls = AtomicUsize::new(0);
+        on_openmp(alone, 4, &|| {
+            calls.fetch_add(1, Ordering::Relaxed);
+        });
+        assert_eq!(calls.load(Ordering::Relaxed), 2);
+        let second = || assert_eq!(calls.fetch_add(1, Ordering::Relaxed), 2, "the second fails");
+        let caught = catch_unwind(AssertUnwindSafe(|| on_openmp(alone, 4, &second)));
+        let message = *caught.unwrap_err().downcast::<String>().unwrap();
+        assert!(message.contains("the second fails"), "{message}");
+        assert_eq!(calls.load(Ordering::Relaxed), 4);
     }
 
     /// A panic reaches the caller, and whoever comes next finds nothing broken.

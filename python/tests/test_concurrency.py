@@ -77,11 +77,13 @@ def in_child(work):
 
 
 def test_a_forked_process_is_told_that_it_cannot():
-    """Its operators would wait for threads that are not there. Before there are any, it is a process like others."""
+    """Its operators would wait for threads that are not there. Before there are any, it is a process like others, also if PyTorch has threads."""
     program = """
         import sys; sys.path.insert(0, sys.argv[1])
-        from test_concurrency import Drawing, in_child, torch
-        print(in_child(lambda: Drawing()[0]), in_child(lambda: torch.ones(3).sum()), Drawing()[0].numel(), in_child(lambda: Drawing()[0]))
+        from test_concurrency import Drawing, in_child, step, torch
+        torch.ones(1 << 22).add(1)
+        tensors = [torch.ones(*shape) for shape in ((32, 5, 96), (80, 96), (80, 96))]
+        print(in_child(lambda: step(0, *tensors)), in_child(lambda: torch.ones(3).sum()), Drawing()[0].numel(), in_child(lambda: Drawing()[0]))
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program), os.path.dirname(__file__)], capture_output=True, text=True)
     assert done.stdout == "0 0 8 7\n", done

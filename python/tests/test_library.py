@@ -140,3 +140,14 @@ NOISE = pace_torch.Noise(KEY, 0.5, branches=2)
 def test_wrong_arguments_are_named(call, message):
     with pytest.raises(PaceError, match=message):
         call()
+
+
+def test_the_operators_run_on_pytorchs_threads():
+    with pytest.raises(PaceError, match="`parallel` is a null pointer"):
+        lib.check(lib.library.pace_set_openmp(None))
+    parallel = lib.openmp()
+    if parallel is None:
+        pytest.skip("this PyTorch has an OpenMP without GOMP_parallel")
+    # It is registered once, and was when the package was imported.
+    with pytest.raises(PaceError, match="`parallel` has been set before"):
+        lib.check(lib.library.pace_set_openmp(parallel))

@@ -42,7 +42,7 @@ pub use weights::*;
 
 use crate::error::Error;
 use std::cell::RefCell;
-use std::ffi::{CStr, CString, c_char};
+use std::ffi::{CStr, CString, c_char, c_uint, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// What a function gives back: `PACE_OK`, or what kind of thing was wrong.
@@ -229,41 +229,45 @@ pub extern "C" fn pace_set_threads(threads: u64) -> PaceStatus {
 }
 
 /// `sgemm` of a BLAS as Fortran declares it, with 32-bit integers.
-pub type PaceSgemm = unsafe extern "C" fn(
-    transa: *const c_char,
-    transb: *const c_char,
-    m: *const i32,
-    n: *const i32,
-    k: *const i32,
-    alpha: *const f32,
-    a: *const f32,
-    lda: *const i32,
-    b: *const f32,
-    ldb: *const i32,
-    beta: *const f32,
-    c: *mut f32,
-    ldc: *const i32,
-);
+pub type PaceSgemm = Option<
+    unsafe extern "C" fn(
+        transa: *const c_char,
+        transb: *const c_char,
+        m: *const i32,
+        n: *const i32,
+        k: *const i32,
+        alpha: *const f32,
+        a: *const f32,
+        lda: *const i32,
+        b: *const f32,
+        ldb: *const i32,
+        beta: *const f32,
+        c: *mut f32,
+        ldc: *const i32,
+    ),
+>;
 
 /// `dgemm` of the same BLAS.
-pub type PaceDgemm = unsafe extern "C" fn(
-    transa: *const c_char,
-    transb: *const c_char,
-    m: *const i32,
-    n: *const i32,
-    k: *const i32,
-    alpha: *const f64,
-    a: *const f64,
-    lda: *const i32,
-    b: *const f64,
-    ldb: *const i32,
-    beta: *const f64,
-    c: *mut f64,
-    ldc: *const i32,
-);
+pub type PaceDgemm = Option<
+    unsafe extern "C" fn(
+        transa: *const c_char,
+        transb: *const c_char,
+        m: *const i32,
+        n: *const i32,
+        k: *const i32,
+        alpha: *const f64,
+        a: *const f64,
+        lda: *const i32,
+        b: *const f64,
+        ldb: *const i32,
+        beta: *const f64,
+        c: *mut f64,
+        ldc: *const i32,
+    ),
+>;
 
 /// `MKL_Set_Num_Threads_Local`: sets how many threads GEMMs on the calling thread use, and gives the number before.
-pub type PaceSetNumThreads = unsafe extern "C" fn(threads: i32) -> i32;
+pub type PaceSetNumThreads = Option<unsafe extern "C" fn(threads: i32) -> i32>;
 
 /// Registers a BLAS for the CPU operators' large GEMMs, once and until the process ends; otherwise they use the library's own.
 /// It is called from many threads at a time, and each GEMM is to run on the calling thread alone:
@@ -273,14 +277,40 @@ pub type PaceSetNumThreads = unsafe extern "C" fn(threads: i32) -> i32;
 /// The functions are what their names say, and stay.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pace_set_blas(
-    sgemm: Option<PaceSgemm>,
-    dgemm: Option<PaceDgemm>,
-    set_num_threads_local: Option<PaceSetNumThreads>,
+    sgemm: PaceSgemm,
+    dgemm: PaceDgemm,
+    set_num_threads_local: PaceSetNumThreads,
 ) -> PaceStatus {
     run(|| {
         let sgemm = sgemm.ok_or_else(|| Failure::argument("sgemm", "is a null pointer"))?;
         let dgemm = dgemm.ok_or_else(|| Failure::argument("dgemm", "is a null pointer"))?;
         // SAFETY: the caller's promise.
         Ok(unsafe { crate::cpu::set_blas(crate::cpu::Blas { sgemm, dgemm, set_num_threads_local }) }?)
+    })
+}
+
+/// `GOMP_parallel`: calls `work(data)` on the calling thread and on others of its team, `threads` in all or fewer, and returns when
+/// all have returned.
+pub type PaceOpenMp = Option<
+    unsafe extern "C" fn(
+        work: unsafe extern "C" fn(data: *mut c_void),
+        data: *mut c_void,
+        threads: c_uint,
+        flags: c_uint,
+    ),
+>;
+
+/// Runs the CPU operators on the threads of an OpenMP runtime, once and until the process ends; otherwise they have threads of their
+/// own. For a program whose own loops run there: threads of OpenMP wait for the next loop without sleeping, for milliseconds, and
+/// others would share cores with them. `pace_set_threads` still says how many there are.
+///
+/// # Safety
+/// The function is `GOMP_parallel` of libgomp, of LLVM's or of Intel's OpenMP, or does the same, and stays.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pace_set_openmp(parallel: PaceOpenMp) -> PaceStatus {
+    run(|| {
+        let parallel = parallel.ok_or_else(|| Failure::argument("parallel", "is a null pointer"))?;
+        // SAFETY: the caller's promise.
+        Ok(unsafe { crate::cpu::set_openmp(parallel) }?)
     })
 }

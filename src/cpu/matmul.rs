@@ -56,6 +56,7 @@ pub(super) fn gemm_of_reals<T: Real>(
     b: MatRef<'_, T>,
     par: Par,
 ) {
+    let par = if parallel::in_openmp() { Par::Seq } else { par };
     let parts = par.degree();
     if blas::suits(c.as_ref(), a, b, parts) {
         let beta = if matches!(accum, Accum::Add) { T::one() } else { T::zero() };

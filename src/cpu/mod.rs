@@ -2,7 +2,8 @@
 //!
 //! Every forward comes with its backward. Operands are row-major slices; outputs are the caller's. All operators
 //! are deterministic run to run. In `f64` they are the oracle that other back ends are tested against.
-//! Threads are rayon's: run inside a [`rayon` pool](https://docs.rs/rayon) of your own to choose how many.
+//! Threads are rayon's: run inside a [`rayon` pool](https://docs.rs/rayon) of your own to choose how many. In a program whose own
+//! loops run on OpenMP, [`set_openmp`] has the operators run there too.
 //
 // What is generic and public is `#[inline(never)]`: the compiler then takes the instances of this library, which the C interface and
 // candle's operators have, instead of compiling them in every program again.
@@ -24,6 +25,7 @@ mod scratch;
 mod store;
 mod weights;
 
+pub use crate::parallel::{OpenMp, set_openmp};
 pub(crate) use blas::BlasReal;
 pub use blas::{Blas, Gemm, set_blas};
 pub use drop_path::{shared_drop_path, shared_drop_path_backward};

@@ -31,6 +31,8 @@ typedef struct {
     __typeof__(pace_sigma_by_block) *sigma_by_block;
     __typeof__(pace_noisy_linear_forward) *forward;
     __typeof__(pace_set_threads) *set_threads;
+    __typeof__(pace_set_blas) *set_blas;
+    __typeof__(pace_set_openmp) *set_openmp;
 } Library;
 
 static void find(void *handle, const char *name, void *function) {
@@ -49,6 +51,8 @@ static Library load(const char *path) {
     find(library.handle, "pace_sigma_by_block", &library.sigma_by_block);
     find(library.handle, "pace_noisy_linear_forward", &library.forward);
     find(library.handle, "pace_set_threads", &library.set_threads);
+    find(library.handle, "pace_set_blas", &library.set_blas);
+    find(library.handle, "pace_set_openmp", &library.set_openmp);
     return library;
 }
 
@@ -190,9 +194,52 @@ static void forks(const char *path) {
     REQUIRE(layer(&library, y) == PACE_OK);
 }
 
+static atomic_int loops;
+
+struct Job {
+    void (*work)(void *data);
+    void *data;
+};
+
+static void *member(void *job) {
+    ((struct Job *)job)->work(((struct Job *)job)->data);
+    return NULL;
+}
+
+/* GOMP_parallel, with a thread more than the calling one. */
+static void parallel(void (*work)(void *data), void *data, unsigned threads, unsigned flags) {
+    struct Job job = {work, data};
+    pthread_t thread;
+    REQUIRE(threads == 3 && flags == 0);
+    atomic_fetch_add(&loops, 1);
+    REQUIRE(pthread_create(&thread, NULL, member, &job) == 0);
+    work(data);
+    REQUIRE(pthread_join(thread, NULL) == 0);
+}
+
+static int works_without_openmp(const Library *library) {
+    const int before = atomic_load(&loops);
+    return works(library) || atomic_load(&loops) != before;
+}
+
+/* What a host registers: none, wrongly, and its threads, which a child does not have. */
+static void registers(const char *path) {
+    Library library = load(path);
+    REQUIRE(library.set_blas(NULL, NULL, NULL) == PACE_ERROR_ARGUMENT);
+    REQUIRE(library.set_openmp(NULL) == PACE_ERROR_ARGUMENT);
+    REQUIRE(library.set_openmp(parallel) == PACE_OK);
+    REQUIRE(library.set_openmp(parallel) == PACE_ERROR_ARGUMENT);
+    REQUIRE(in_child(works_without_openmp, &library) == 0);
+    REQUIRE(library.set_threads(3) == PACE_OK);
+    static float y[2 * ROWS * OUT];
+    REQUIRE(layer(&library, y) == PACE_OK && atomic_load(&loops) > 0);
+    REQUIRE(in_child(is_told, &library) == 0);
+}
+
 int main(int count, char **arguments) {
     REQUIRE(count == 3);
-    (strcmp(arguments[2], "fork") ? reload : forks)(arguments[1]);
+    const char *what = arguments[2];
+    (strcmp(what, "fork") == 0 ? forks : strcmp(what, "register") == 0 ? registers : reload)(arguments[1]);
     puts("done");
     return 0;
 }

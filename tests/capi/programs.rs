@@ -59,14 +59,14 @@ fn cpp_program() {
     assert!(printed.contains("finite differences"), "{printed}");
 }
 
-/// Loaded and closed again and again beside threads that have used it; and forked, before and after operators have run.
+/// Loaded and closed again and again beside threads that have used it; forked, before and after operators have run; and given threads.
 #[cfg(target_os = "linux")]
 #[test]
 fn processes_that_load_and_fork() {
     let own = flags(&["--cflags"]).into_iter().chain(["-pthread".into(), "-ldl".into()]);
     let program = compile("cc", &["-std=gnu11"], &root().join("tests/capi/processes.c"), own);
     let library = prefix().join("lib/libpace_kernels.so");
-    for what in ["reload", "fork"] {
+    for what in ["reload", "fork", "register"] {
         assert_eq!(run(Command::new(&program).arg(&library).arg(what)), "done\n", "{what}");
     }
 }

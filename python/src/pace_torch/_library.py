@@ -5,6 +5,7 @@ import functools
 import os
 from ctypes import c_double, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from pathlib import Path
+from typing import Optional
 
 import torch
 
@@ -265,6 +266,27 @@ def _register_blas() -> None:
 
 
 _register_blas()
+
+
+def openmp() -> Optional[c_void_p]:
+    """`GOMP_parallel` of the OpenMP that PyTorch's operators run on, if it has one (libgomp, and Intel's and LLVM's on Linux)."""
+    for path in (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"):
+        # Looked for in what this library depends on too.
+        parallel = getattr(ctypes.CDLL(str(path)), "GOMP_parallel", None)
+        if parallel is not None:
+            return ctypes.cast(parallel, c_void_p)
+    return None
+
+
+def _register_openmp() -> None:
+    """PyTorch's threads wait for its next operator without sleeping; ours run on them instead of sharing cores with them."""
+    parallel = openmp()
+    if parallel is not None:
+        # A program that has registered one before keeps that.
+        library.pace_set_openmp(parallel)
+
+
+_register_openmp()
 
 
 @functools.cache

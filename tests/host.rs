@@ -1,12 +1,38 @@
-//! GEMMs by a registered BLAS: a plain one, written here after the definition, must be given what it asks for.
+//! What a host program registers: threads, by a small runtime of this file, and GEMMs, by a plain BLAS, written here after the
+//! definition, that must be given what it asks for.
 
 use pace_kernels::LinearShape;
-use pace_kernels::cpu::{Base, Blas, LowRankGrads, LowRankLinear, NoisyLinear, NoisyLinearGrads, set_blas};
+use pace_kernels::cpu::{
+    Base, Blas, LowRankGrads, LowRankLinear, NoisyLinear, NoisyLinearGrads, set_blas, set_openmp,
+};
 use pace_kernels::noise::{Generator, Key, Noise, NoiseShape};
-use std::ffi::{c_char, c_int};
+use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 static CALLS: AtomicUsize = AtomicUsize::new(0);
+static LOOPS: AtomicUsize = AtomicUsize::new(0);
+
+/// `GOMP_parallel`.
+unsafe extern "C" fn parallel(
+    work: unsafe extern "C" fn(*mut c_void),
+    data: *mut c_void,
+    threads: c_uint,
+    flags: c_uint,
+) {
+    struct Data(*mut c_void);
+    // SAFETY: the library's data are for all threads of the loop.
+    unsafe impl Sync for Data {}
+    assert_eq!((threads, flags), (3, 0));
+    LOOPS.fetch_add(1, Ordering::Relaxed);
+    let data = &Data(data);
+    // SAFETY: `work` is called with its data, which last as long as this function runs.
+    let work = move || unsafe { work(data.0) };
+    std::thread::scope(|scope| {
+        scope.spawn(work);
+        scope.spawn(work);
+        work();
+    });
+}
 
 macro_rules! gemm {
     ($name:ident, $type:ty) => {
@@ -95,7 +121,9 @@ fn run(noise: Noise<&'_ [f64]>, shape: LinearShape) -> Vec<Vec<f64>> {
 }
 
 #[test]
-fn a_registered_blas_gives_what_the_crates_own_gemms_give() {
+fn what_a_host_registers_gives_what_the_crate_gives() {
+    // Threads say how many of them compute, wherever they are.
+    rayon::ThreadPoolBuilder::new().num_threads(3).build_global().unwrap();
     let noise = |shape| Noise::Generated(Generator::new(Key::derive(1, 2, 3), 0.7, shape, 5).unwrap());
     let shape = |batch, tokens, shared_input| LinearShape {
         branches: 2,
@@ -114,6 +142,25 @@ fn a_registered_blas_gives_what_the_crates_own_gemms_give() {
         (noise(NoiseShape::PerSample), shape(1, 150, false)),
     ];
     let before: Vec<_> = cases.map(|(noise, shape)| run(noise, shape)).into();
+    // SAFETY: this is such a function.
+    unsafe {
+        set_openmp(parallel).unwrap();
+        assert!(set_openmp(parallel).is_err(), "twice");
+    }
+    assert_eq!(LOOPS.load(Ordering::Relaxed), 0);
+    for ((noise, shape), before) in cases.into_iter().zip(&before) {
+        let loops = LOOPS.load(Ordering::Relaxed);
+        assert_eq!(&run(noise, shape), before, "{shape:?}");
+        assert!(LOOPS.load(Ordering::Relaxed) > loops, "{shape:?} did not run there");
+    }
+
+    // Operators on all threads of the pool at once, with fewer rows than are shared out, wait for none of these.
+    let (noise, shape) = (noise(NoiseShape::PerToken), shape(1, 10, false));
+    let want = run(noise, shape);
+    rayon::scope(|scope| {
+        (0..3).for_each(|_| scope.spawn(|_| assert_eq!(run(noise, shape), want)));
+    });
+
     assert_eq!(CALLS.load(Ordering::Relaxed), 0);
     let blas = Blas { sgemm, dgemm, set_num_threads_local: None };
     // SAFETY: these are such functions.
