@@ -199,6 +199,26 @@ impl<'a, T: Element> Term<'a, T> {
         let q = self.right.nrows();
         self.left.map(|left| mat(&left[first * q..][..count * q], count, q))
     }
+
+    /// The same of the backward pass; `e` is made in this memory.
+    fn gradient_rows<'s>(
+        &self,
+        z: &Z<'_, T::Real>,
+        g: &[T],
+        first: usize,
+        count: usize,
+        (e, z_row): &'s mut (Vec<T>, Vec<T::Real>),
+    ) -> MatRef<'s, T>
+    where
+        'a: 's,
+    {
+        let n = z.shape.out_features;
+        self.rows(first, count).unwrap_or_else(|| {
+            e.resize(count * n, T::default());
+            z.gradient_tile(g, first..first + count, 0..n, z_row, e);
+            mat(e, count, n)
+        })
+    }
 }
 
 /// Columns of a weight with so many rows that are prepared for GEMMs at a time, for all tasks: 4 Mi numbers, which stay in an L3 cache.
@@ -360,20 +380,15 @@ fn input_gradient_in_tiles<T: Element>(
             (term, T::right(term.right.subcols(part.start, part.len()), &mut adapter_memory, all_threads()))
         });
         let dx = row_chunks_mut(dx.as_mut().subcols_mut(part.start, part.len()), rows).enumerate();
-        let init = || (<[Vec<T>; 2]>::default(), Vec::new(), <[T::Memory; 2]>::default());
-        parallel::for_each_init(dx, init, |([sum, e], z_row, [g_memory, left_memory]), (i, mut dx)| {
+        let init = || (Vec::new(), Default::default(), <[T::Memory; 2]>::default());
+        parallel::for_each_init(dx, init, |(sum, e, [g_memory, left_memory]), (i, mut dx)| {
             let (first, count) = (i * rows, dx.nrows());
             let weight = weight.map(|weight| {
                 let g = sum_branches(&shape, g, first, count, sum);
                 (T::left(mat(g, count, n), g_memory), weight)
             });
             let adapter = adapter.map(|(term, right)| {
-                let left = term.rows(first, count).unwrap_or_else(|| {
-                    e.resize(count * n, T::default());
-                    z.gradient_tile(g, first..first + count, 0..n, z_row, e);
-                    mat(e, count, n)
-                });
-                (T::left(left, left_memory), right)
+                (T::left(term.gradient_rows(z, g, first, count, e), left_memory), right)
             });
             for columns in blocks(part.len(), CHANNEL_BLOCK) {
                 let dx = dx.as_mut().subcols_mut(columns.start, columns.len());
@@ -417,13 +432,8 @@ fn input_gradient_in_place<T: Element>(
     }
     let Some(term) = adapter else { return };
     let dx = row_chunks_mut(dx, rows).enumerate();
-    parallel::for_each_init(dx, <(Vec<T>, Vec<T::Real>)>::default, |(e, z_row), (i, dx)| {
-        let (first, count) = (i * rows, dx.nrows());
-        let left = term.rows(first, count).unwrap_or_else(|| {
-            e.resize(count * n, T::default());
-            z.gradient_tile(g, first..first + count, 0..n, z_row, e);
-            mat(e, count, n)
-        });
+    parallel::for_each_init(dx, Default::default, |e, (i, dx)| {
+        let left = term.gradient_rows(z, g, i * rows, dx.nrows(), e);
         gemm(dx, Accum::Add, left, term.right, par);
     });
 }
