@@ -119,8 +119,10 @@ fn on_openmp(parallel: OpenMp, threads: usize, work: &(dyn Fn() + Sync)) {
         work: &'a (dyn Fn() + Sync),
         panic: Mutex<Option<Box<dyn Any + Send>>>,
     }
+    /// # Safety
+    /// `data` is a [`Job`].
     unsafe extern "C" fn enter(data: *mut c_void) {
-        // SAFETY: the job below, which outlives the call of `parallel`.
+        // SAFETY: the caller's promise; the job is the one below, which outlives the call of `parallel`.
         let job = unsafe { &*data.cast::<Job<'_>>() };
         let before = IN_OPENMP.replace(true);
         // Nothing may unwind through the runtime.

@@ -22,6 +22,9 @@ use crate::vector::zip2;
 use num_traits::{One, Zero};
 use std::ops::Range;
 
+/// Tokens per sample from which building an effective weight per sample is cheaper than a second GEMM, and where that takes weights
+/// which are packed once.
+const FOLD_TOKENS: [usize; 2] = [32, 64];
 /// Elements of an effective weight in `bf16` that are made at once in the forward pass: 384 KiB.
 const FOLDED: usize = 3 << 16;
 /// Fewest channels of it.
@@ -133,7 +136,9 @@ impl<T: Element> NoisyLinear<'_, T> {
             return None;
         }
         let one_z = z.is_off();
-        let pays = z.per_sample() && self.shape.tokens >= T::fold_tokens() && self.shape.fan_out() == 1;
+        let pays = z.per_sample()
+            && self.shape.tokens >= FOLD_TOKENS[usize::from(T::packs())]
+            && self.shape.fan_out() == 1;
         (one_z || pays).then_some(Fold { base: base.weight, delta, k: self.shape.in_features })
     }
 

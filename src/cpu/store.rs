@@ -18,10 +18,6 @@ pub trait Store<R: Real>: Scratched {
     fn packs() -> bool {
         false
     }
-    /// Tokens per sample from which building an effective weight per sample is cheaper than a second GEMM.
-    fn fold_tokens() -> usize {
-        32
-    }
     /// The left operand of several GEMMs, prepared for them once.
     type Left<'a>: Copy + Sync;
     /// The right operand of several GEMMs, prepared for them once.
@@ -116,11 +112,6 @@ impl Store<f32> for half::bf16 {
 
     fn packs() -> bool {
         bf16::has_tiles()
-    }
-
-    fn fold_tokens() -> usize {
-        // A second GEMM with AMX costs less than building and packing a weight for fewer.
-        if bf16::has_tiles() { 64 } else { 32 }
     }
 
     type Left<'a> = bf16::Left<'a>;
