@@ -18,6 +18,8 @@ constexpr float INF = __builtin_huge_valf();
 // Where maxima start. Not at -inf: exp(-inf - -inf) would make NaN of a slice of -inf only, whose row may have more.
 constexpr float LOWEST = -3.402823466e+38f;
 
+constexpr float LOG2_E = 1.44269504088896f;
+
 enum Form {
     WHOLE, // a row has one slice
     SCAN,  // first launch for more
@@ -35,6 +37,15 @@ __device__ __forceinline__ bool is_below(i64 value, u64 end) { return static_cas
 template <class P> __device__ __forceinline__ bool is_labelled(const P &p, i64 label) {
     return is_below(label, p.classes) && !is_ignored(p, label);
 }
+
+// exp(x / T) of logits that are stored as S. Those of 16 bits have the special function unit's: its error, and that of x as a
+// multiple of log 2, are 2^-22 to 2^-18, and a rounding of theirs 2^-9 or 2^-12.
+template <class S> struct Exponential {
+    float rate;
+    __device__ __forceinline__ explicit Exponential(float inverse_temperature)
+        : rate(sizeof(S) == 2 ? inverse_temperature * LOG2_E : inverse_temperature) {}
+    __device__ __forceinline__ float operator()(float x) const { return sizeof(S) == 2 ? exp2_fast(x * rate) : expf(x * rate); }
+};
 
 // What a thread has of one slice: a warp holds 32 * ELEMENTS adjacent elements, a thread of it vectors or every 32nd one.
 template <class T> struct Slice {
@@ -56,8 +67,15 @@ template <class T> struct Slice {
 
     __device__ __forceinline__ bool has(u32 k) const { return at(k) < left; }
 
-    // -inf stands for what there is not: it is no maximum and its exponential is zero.
-    template <class S> __device__ __forceinline__ void read(const S *slice, float (&value)[ELEMENTS]) const {
+    // Whether one of the thread's elements lies there, from the first one on.
+    __device__ __forceinline__ bool holds(u32 place) const {
+        return place < min(left, ELEMENTS * WARP) &&
+               (aligned ? place % (Vector<T>::SIZE * WARP) < Vector<T>::SIZE : place % WARP == 0u);
+    }
+
+    // -inf stands for what there is not: it is no maximum and its exponential is zero. Or something else does.
+    template <class S>
+    __device__ __forceinline__ void read(const S *slice, float (&value)[ELEMENTS], float otherwise = -INF) const {
         // Before the load and not after it, so that nothing waits for it yet: other loads are to follow.
         if (aligned) {
             constexpr u32 STEP = Vector<S>::SIZE;
@@ -66,7 +84,7 @@ template <class T> struct Slice {
                 float floats[STEP];
 #pragma unroll
                 for (u32 i = 0; i < STEP; ++i) {
-                    floats[i] = -INF;
+                    floats[i] = otherwise;
                 }
                 Vector<S> vector = from_floats<S>(floats);
                 if (has(k)) {
@@ -81,7 +99,7 @@ template <class T> struct Slice {
         } else {
 #pragma unroll
             for (u32 k = 0; k < ELEMENTS; ++k) {
-                S element = from_float<S>(-INF);
+                S element = from_float<S>(otherwise);
                 if (has(k)) {
                     element = load(slice + first + at(k));
                 }
@@ -147,6 +165,21 @@ template <class T> __device__ __forceinline__ T *shared_by_block() {
 // The first warp of the thread's group. A group has 2^n threads.
 __device__ __forceinline__ u32 first_warp(const LossParams &p) { return (threadIdx.x & ~(p.group - 1u)) / WARP; }
 
+// Sums over the group of a thread, which all of its threads get. Where a row has more slices, nobody does: they go to the summary
+// of the block's slice, which has WORDS words, from `word` on. `scratch`: N words per warp.
+template <Form FORM, u32 WORDS, u32 N>
+__device__ __forceinline__ void group_sum(const LossParams &p, float (&sum)[N], float *scratch, u32 sample, u32 word) {
+    constexpr u32 MOST = LOSS_GROUP / WARP;
+    if constexpr (FORM == WHOLE) {
+        group_reduce<Sum, MOST>(sum, first_warp(p), p.group / WARP, scratch);
+    } else {
+        const float result = group_reduce_to_lanes<Sum, MOST, false>(sum, 0, MOST, scratch);
+        if (threadIdx.x < N) {
+            store(summary_of<WORDS>(p, sample, blockIdx.x) + word + threadIdx.x, result);
+        }
+    }
+}
+
 // Labelled samples of the batch that counts, and the weights of their classes.
 struct Labelled {
     float count;
@@ -200,7 +233,7 @@ __device__ __forceinline__ Partner read_partner(const LossParams &p, const Slice
                                                 float (&partner)[ELEMENTS]) {
     Partner found = {p.two_branches != 0u, 0u};
     if (found.exists) {
-        slice.read(branch_1, partner);
+        slice.read(branch_1, partner, p.is_difference != 0u ? 0.0f : -INF);
     } else if (p.history != nullptr) {
         const i64 index = sample < p.batch ? load(p.index + sample) : -1;
         const bool is_row = is_below(index, p.history_rows);

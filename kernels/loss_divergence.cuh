@@ -14,8 +14,8 @@ namespace general {
 constexpr u32 SECOND_SUMS = FIRST_SUMS + 5, DIVERGENCE_SUMS = SECOND_SUMS + 5,
               LAST_SUMS = DIVERGENCE_SUMS + 7; // LAST_SUMS: 3
 constexpr float LN_2 = 0.693147180559945f;
-// Below, exponentials are close to 1.
-constexpr float CLOSE = 0.5f;
+// Below, series take the place of what would lose digits; 1/8 for differences of two numbers, whose digits it loses gradually.
+constexpr float CLOSE = 0.5f, CLOSE_TO_SUBTRACT = 0.125f;
 
 // What is known of the criterion of a branch, in a slice or a row: five sums.
 struct Criterion {
@@ -38,22 +38,24 @@ struct Row {
     Criterion criterion[2];
     Sums sums;
 };
-constexpr u32 ROW_WORDS = 2 + 2 * 5 + 7;
 
 // And of a divergence that needs these: its value before `scale`, the sum of p log p/q or p log p/m, and that of q log p/q or
 // q log q/m, both without what the logarithm is at the maximum: with a probability near 1 nothing would be left of it. Of
-// centred squares those of the squares around the mean, which is rounded, and of what is around it.
+// centred squares those of the squares around the mean, which is rounded, and of what is around it; then the mean.
 struct Divergence {
     float value, of_p, of_q;
 };
+
+// Where these lie in the summary of a slice.
+constexpr u32 CRITERION_WORDS = 2, POWER_WORDS = CRITERION_WORDS + 2 * 5, DIVERGENCE_WORDS = POWER_WORDS + 7;
 constexpr u32 SUMMARY_WORDS = LOSS_GENERAL_SUMMARY_WORDS;
-static_assert(SUMMARY_WORDS == ROW_WORDS + 3, "a Row and a Divergence");
+static_assert(SUMMARY_WORDS == DIVERGENCE_WORDS + 3, "a Row and a Divergence");
 
 // A thread's elements.
 struct Elements {
     float logit[2][ELEMENTS];
-    float difference[ELEMENTS];
-    float target[ELEMENTS]; // t, or v
+    float difference[ELEMENTS]; // then log p/q
+    float target[ELEMENTS];     // t, or v; not where `is_hard`
 };
 
 __device__ __forceinline__ bool has_partner(const LossParams &p) {
@@ -67,10 +69,13 @@ __device__ __forceinline__ bool needs_sums(const LossParams &p) {
     return has_partner(p) && p.divergence >= LOSS_CENTERED_SQUARED_DIFFERENCE;
 }
 
-// p x, nothing without probability.
-__device__ __forceinline__ float share(float p, float x) { return p == 0.0f ? 0.0f : p * x; }
+// Whether it takes the probabilities of both branches.
+__device__ __forceinline__ bool needs_softmaxes(const LossParams &p) { return has_partner(p) && is_of_probabilities(p); }
 
-__device__ __forceinline__ float softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))); }
+// p x, nothing without probability. Where all x are finite there is nothing to ask.
+template <bool FINITE = false> __device__ __forceinline__ float share(float p, float x) {
+    return !FINITE && p == 0.0f ? 0.0f : p * x;
+}
 
 // log(S0 / S1), from S0 - S1.
 __device__ __forceinline__ float log_ratio(const Sums &sums) {
@@ -89,9 +94,10 @@ __device__ __forceinline__ float second_order(float t) {
     return t * t * series;
 }
 
-// a - b where a = b exp(exponent). Without a branch: of the lanes of a warp some are close.
-__device__ __forceinline__ float subtract(float a, float b, float exponent) {
-    return fabsf(exponent) < CLOSE ? b * (exponent + second_order(exponent)) : a - b;
+// a - b where a = b exp(t). Without a branch: of the lanes of a warp some are close.
+__device__ __forceinline__ float subtract(float a, float b, float t) {
+    const float series = t + t * t * (0.5f + t * (1.0f / 6.0f + t * (1.0f / 24.0f + t * (1.0f / 120.0f))));
+    return fabsf(t) < CLOSE_TO_SUBTRACT ? b * series : a - b;
 }
 
 // What turns logits into probabilities and the logarithm of their ratio.
@@ -107,7 +113,7 @@ struct Softmaxes {
 
 __device__ __forceinline__ Softmaxes softmaxes_of(const LossParams &p, const Row &row) {
     Softmaxes all = {};
-    if (!has_partner(p) || !is_of_probabilities(p)) {
+    if (!needs_softmaxes(p)) {
         return all;
     }
     all.scale = p.inverse_temperature;
@@ -123,75 +129,104 @@ __device__ __forceinline__ Softmaxes softmaxes_of(const LossParams &p, const Row
     return all;
 }
 
-// p, q, log p/q and p - q of an element.
-struct Ratio {
+// Puts log p/q in the place of the differences, and says whether all are finite. Of what is masked in both branches it is some
+// number, which no probability is multiplied by.
+__device__ __forceinline__ bool compute_logs(const Softmaxes &all, Elements &of) {
+    bool finite = true;
+#pragma unroll
+    for (u32 k = 0; k < ELEMENTS; ++k) {
+        of.difference[k] = all.of(of.difference[k]);
+        finite &= fabsf(of.difference[k]) < INF;
+    }
+    return finite;
+}
+
+// p, q, log p/q and p - q of an element of logits that are stored as S.
+template <class S> struct Ratio {
     float p, q, log, less;
 
-    __device__ __forceinline__ Ratio(const Softmaxes &all, const Elements &of, u32 k) {
-        // Of what is masked in both it is some number, which no probability is multiplied by.
-        log = all.of(of.difference[k]);
-        p = expf((of.logit[0][k] - all.max[0]) * all.scale) * all.inverse[0];
-        q = expf((of.logit[1][k] - all.max[1]) * all.scale) * all.inverse[1];
+    __device__ __forceinline__ Ratio(const Softmaxes &all, const Elements &of, u32 k) : log(of.difference[k]) {
+        const Exponential<S> exponential(all.scale);
+        p = exponential(of.logit[0][k] - all.max[0]) * all.inverse[0];
+        q = exponential(of.logit[1][k] - all.max[1]) * all.inverse[1];
         less = subtract(p, q, log);
     }
 };
 
-// log p/m and log q/m, from log p/q. What is near 0 has not lost digits.
+// log p/m and log q/m, from t = log p/q. What is near 0 has not lost digits.
 struct Mixture {
-    float of_p, of_q, log_cosh, power; // the last two where `is_close`
+    float of_p, of_q, log_cosh; // the last one where `is_close`: log cosh(t/2)
     bool is_close;
 
-    __device__ __forceinline__ explicit Mixture(float log) : log_cosh(0.0f), power(0.0f), is_close(fabsf(log) < 1.0f) {
-        if (is_close) {
-            // cosh(t/2)^2 = 1 + (e^t - 1)^2 / (4 e^t)
-            power = expm1f(log);
-            log_cosh = 0.5f * log1pf(power * power / (4.0f + 4.0f * power));
-            of_p = 0.5f * log - log_cosh;
-            of_q = -0.5f * log - log_cosh;
-        } else {
-            of_p = LN_2 - softplus(-log);
-            of_q = LN_2 - softplus(log);
-        }
+    __device__ __forceinline__ explicit Mixture(float t) {
+        const float size = fabsf(t), square = t * t;
+        is_close = size < CLOSE;
+        log_cosh = square * (1.0f / 8.0f + square * (-1.0f / 192.0f + square * (1.0f / 2880.0f + square * (-17.0f / 645120.0f))));
+        // log 2 - log(1 + exp(-+t))
+        const float far = LN_2 - log1pf(expf(-size));
+        of_p = is_close ? 0.5f * t - log_cosh : far + fminf(t, 0.0f);
+        of_q = is_close ? -0.5f * t - log_cosh : far - fmaxf(t, 0.0f);
     }
 
     // p times the one plus q times the other.
-    __device__ __forceinline__ float term(const Ratio &ratio) const {
-        return is_close ? ratio.q * (power * (0.5f * ratio.log) - (2.0f + power) * log_cosh)
-                        : share(ratio.p, of_p) + share(ratio.q, of_q);
+    template <bool FINITE, class S> __device__ __forceinline__ float term(const Ratio<S> &ratio) const {
+        return is_close ? 0.5f * ratio.less * ratio.log - (ratio.p + ratio.q) * log_cosh
+                        : share<FINITE>(ratio.p, of_p) + share<FINITE>(ratio.q, of_q);
     }
 };
 
-// The sums of the divergence over the group's slice.
-template <class T>
-__device__ __forceinline__ Divergence sum_divergence(const LossParams &p, const Slice<T> &slice, const Elements &of,
-                                                     const Row &row, const Softmaxes &all) {
-    float sum[3] = {};
-    const float mean = row.sums.zero / static_cast<float>(p.classes);
+// Adds a thread's part of the sums of a divergence of probabilities.
+template <class S, bool FINITE>
+__device__ __forceinline__ void sum_ratios(const LossParams &p, const Elements &of, const Softmaxes &all, float (&sum)[3]) {
+    // A loop for each, rather than a question for each element.
+    if (p.divergence == LOSS_SYMMETRIC_KL) {
 #pragma unroll
-    for (u32 k = 0; k < ELEMENTS; ++k) {
-        if (p.divergence == LOSS_CENTERED_SQUARED_DIFFERENCE) {
+        for (u32 k = 0; k < ELEMENTS; ++k) {
+            const Ratio<S> ratio(all, of, k);
+            sum[0] += share<FINITE>(ratio.less, ratio.log);
+            sum[1] += share<FINITE>(ratio.p, ratio.log - all.at_peak[0]);
+            sum[2] += share<FINITE>(ratio.q, ratio.log - all.at_peak[1]);
+        }
+    } else if (p.divergence == LOSS_KL) {
+#pragma unroll
+        for (u32 k = 0; k < ELEMENTS; ++k) {
+            const Ratio<S> ratio(all, of, k);
+            sum[0] += fabsf(ratio.log) < CLOSE ? ratio.q * second_order(ratio.log)
+                                               : ratio.less - share<FINITE>(ratio.q, ratio.log);
+            sum[2] += share<FINITE>(ratio.q, ratio.log - all.at_peak[1]);
+        }
+    } else {
+        const float peak_p = Mixture(all.at_peak[0]).of_p, peak_q = Mixture(all.at_peak[1]).of_q;
+#pragma unroll
+        for (u32 k = 0; k < ELEMENTS; ++k) {
+            const Ratio<S> ratio(all, of, k);
+            const Mixture mixture(ratio.log);
+            sum[0] += mixture.term<FINITE>(ratio);
+            sum[1] += share<FINITE>(ratio.p, mixture.of_p - peak_p);
+            sum[2] += share<FINITE>(ratio.q, mixture.of_q - peak_q);
+        }
+    }
+}
+
+// The sums of the divergence over the group's slice, or to its summary; `finite`: whether the thread's log p/q are.
+template <class T, Form FORM>
+__device__ __forceinline__ Divergence sum_divergence(const LossParams &p, const Slice<T> &slice, const Elements &of,
+                                                     const Row &row, const Softmaxes &all, bool finite, u32 sample) {
+    float sum[3] = {};
+    if (p.divergence == LOSS_CENTERED_SQUARED_DIFFERENCE) {
+        const float mean = row.sums.zero / static_cast<float>(p.classes);
+#pragma unroll
+        for (u32 k = 0; k < ELEMENTS; ++k) {
             const float centred = slice.has(k) ? of.difference[k] - mean : 0.0f;
             sum[0] += centred * centred;
             sum[1] += centred;
-            continue;
         }
-        const Ratio ratio(all, of, k);
-        if (p.divergence == LOSS_SYMMETRIC_KL) {
-            sum[0] += share(ratio.less, ratio.log);
-            sum[1] += share(ratio.p, ratio.log - all.at_peak[0]);
-            sum[2] += share(ratio.q, ratio.log - all.at_peak[1]);
-        } else if (p.divergence == LOSS_KL) {
-            const bool is_close = fabsf(ratio.log) < CLOSE;
-            sum[0] += is_close ? ratio.q * second_order(ratio.log) : ratio.less - share(ratio.q, ratio.log);
-            sum[2] += share(ratio.q, ratio.log - all.at_peak[1]);
-        } else {
-            const Mixture mixture(ratio.log);
-            sum[0] += mixture.term(ratio);
-            sum[1] += share(ratio.p, mixture.of_p - Mixture(all.at_peak[0]).of_p);
-            sum[2] += share(ratio.q, mixture.of_q - Mixture(all.at_peak[1]).of_q);
-        }
+    } else if (finite) {
+        sum_ratios<T, true>(p, of, all, sum);
+    } else {
+        sum_ratios<T, false>(p, of, all, sum);
     }
-    group_reduce<Sum>(sum, first_warp(p), p.group / WARP, shared(LAST_SUMS));
+    group_sum<FORM, SUMMARY_WORDS>(p, sum, shared(LAST_SUMS), sample, DIVERGENCE_WORDS);
     return {sum[0], sum[1], sum[2]};
 }
 
@@ -199,7 +234,7 @@ __device__ __forceinline__ Divergence sum_divergence(const LossParams &p, const 
 __device__ __forceinline__ Divergence combine_divergence(const LossParams &p, u32 sample) {
     float sum[3] = {};
     for (u32 i = threadIdx.x % WARP; i < p.slices; i += WARP) {
-        const float *const part = summary_of<SUMMARY_WORDS>(p, sample, i) + ROW_WORDS;
+        const float *const part = summary_of<SUMMARY_WORDS>(p, sample, i) + DIVERGENCE_WORDS;
         sum[0] += load(part);
         sum[1] += load(part + 1);
         sum[2] += load(part + 2);
@@ -208,7 +243,8 @@ __device__ __forceinline__ Divergence combine_divergence(const LossParams &p, u3
     return {sum[0], sum[1], sum[2]};
 }
 
-// The divergence of a row and what its gradient needs, from the sums. Of centred squares `of_p` is the mean's rounding.
+// The divergence of a row and what its gradient needs, from the sums. Of centred squares `of_p` is the mean's
+// rounding, and `of_q` the mean.
 __device__ __forceinline__ Divergence finish_divergence(const LossParams &p, const Row &row, Divergence sums) {
     if (p.divergence < LOSS_CENTERED_SQUARED_DIFFERENCE) {
         return {row.sums.one, 0.0f, 0.0f};
@@ -217,47 +253,102 @@ __device__ __forceinline__ Divergence finish_divergence(const LossParams &p, con
         const float rounding = sums.of_p / static_cast<float>(p.classes);
         // None of an infinite mean.
         const float left = fabsf(rounding) < INF ? rounding : 0.0f;
-        return {sums.value - sums.of_p * left, left, 0.0f};
+        return {sums.value - sums.of_p * left, left, row.sums.zero / static_cast<float>(p.classes)};
     }
     return sums;
 }
+
+// What the terms of a sample weigh in the gradient: of the criterion, and of the divergence.
+struct Weights {
+    float criterion, pull;
+};
 
 // What is known of a row.
 struct Known {
     Row row;
     Softmaxes softmaxes;
+    Weights weights;
+    float scale[2]; // see `scale_criteria`
     Divergence divergence;
 };
+constexpr u32 KNOWN_WORDS = LOSS_GENERAL_KNOWN_WORDS;
+static_assert(sizeof(Known) == sizeof(float) * KNOWN_WORDS, "words");
 
-// Adds the divergence's gradients, times `pull`.
-__device__ __forceinline__ void pull_together(const LossParams &p, const Elements &of, const Known &known, float pull,
-                                              float (&zero)[ELEMENTS], float (&one)[ELEMENTS]) {
-    const Softmaxes &softmaxes = known.softmaxes;
-    const Divergence &all = known.divergence;
-    const float mean =
-        p.divergence == LOSS_CENTERED_SQUARED_DIFFERENCE ? known.row.sums.zero / static_cast<float>(p.classes) : 0.0f;
+// Of a row of more slices; behind all summaries.
+__device__ __forceinline__ float *known_of(const LossParams &p, u32 sample) {
+    return summary_of<SUMMARY_WORDS>(p, p.batch, 0) + KNOWN_WORDS * static_cast<u64>(sample);
+}
+
+template <class S> __device__ __forceinline__ void store_words(float *to, const S &value) {
+    float words[sizeof(S) / sizeof(float)];
+    memcpy(words, &value, sizeof value);
 #pragma unroll
-    for (u32 k = 0; k < ELEMENTS; ++k) {
-        float to_zero, to_one;
-        if (!is_of_probabilities(p)) {
-            to_zero = of.difference[k] - mean - all.of_p;
-            to_one = -to_zero;
-        } else {
-            const Ratio ratio(softmaxes, of, k);
-            if (p.divergence == LOSS_SYMMETRIC_KL) {
-                to_zero = share(ratio.p, ratio.log - softmaxes.at_peak[0] - all.of_p) + ratio.less;
-                to_one = share(ratio.q, all.of_q - (ratio.log - softmaxes.at_peak[1])) - ratio.less;
-            } else if (p.divergence == LOSS_KL) {
-                to_zero = ratio.less;
-                to_one = p.detach_target != 0u ? 0.0f : share(ratio.q, all.of_q - (ratio.log - softmaxes.at_peak[1]));
-            } else {
-                const Mixture mixture(ratio.log);
-                to_zero = share(ratio.p, mixture.of_p - Mixture(softmaxes.at_peak[0]).of_p - all.of_p);
-                to_one = share(ratio.q, mixture.of_q - Mixture(softmaxes.at_peak[1]).of_q - all.of_q);
-            }
+    for (u32 i = 0; i < sizeof(S) / sizeof(float); ++i) {
+        store(to + i, words[i]);
+    }
+}
+
+template <class S> __device__ __forceinline__ S load_words(const float *from) {
+    float words[sizeof(S) / sizeof(float)];
+#pragma unroll
+    for (u32 i = 0; i < sizeof(S) / sizeof(float); ++i) {
+        words[i] = load(from + i);
+    }
+    S value;
+    memcpy(&value, words, sizeof value);
+    return value;
+}
+
+// The gradients of a divergence of probabilities, times `pull`.
+template <class S, bool FINITE>
+__device__ __forceinline__ void pull_ratios(const LossParams &p, const Elements &of, const Known &known, float pull,
+                                            float (&zero)[ELEMENTS], float (&one)[ELEMENTS]) {
+    const Softmaxes &all = known.softmaxes;
+    const float mean_p = known.divergence.of_p, mean_q = known.divergence.of_q;
+    if (p.divergence == LOSS_SYMMETRIC_KL) {
+#pragma unroll
+        for (u32 k = 0; k < ELEMENTS; ++k) {
+            const Ratio<S> ratio(all, of, k);
+            zero[k] = pull * (share<FINITE>(ratio.p, ratio.log - all.at_peak[0] - mean_p) + ratio.less);
+            one[k] = pull * (share<FINITE>(ratio.q, mean_q - (ratio.log - all.at_peak[1])) - ratio.less);
         }
-        zero[k] += pull * to_zero;
-        one[k] += pull * to_one;
+    } else if (p.divergence == LOSS_KL) {
+#pragma unroll
+        for (u32 k = 0; k < ELEMENTS; ++k) {
+            const Ratio<S> ratio(all, of, k);
+            zero[k] = pull * ratio.less;
+            one[k] = p.detach_target != 0u
+                         ? 0.0f
+                         : pull * share<FINITE>(ratio.q, mean_q - (ratio.log - all.at_peak[1]));
+        }
+    } else {
+        const float peak_p = Mixture(all.at_peak[0]).of_p, peak_q = Mixture(all.at_peak[1]).of_q;
+#pragma unroll
+        for (u32 k = 0; k < ELEMENTS; ++k) {
+            const Ratio<S> ratio(all, of, k);
+            const Mixture mixture(ratio.log);
+            zero[k] = pull * share<FINITE>(ratio.p, mixture.of_p - peak_p - mean_p);
+            one[k] = pull * share<FINITE>(ratio.q, mixture.of_q - peak_q - mean_q);
+        }
+    }
+}
+
+// The divergence's gradients, times `pull`; `finite` as above.
+template <class S>
+__device__ __forceinline__ void pull_together(const LossParams &p, const Elements &of, const Known &known, float pull,
+                                              bool finite, float (&zero)[ELEMENTS], float (&one)[ELEMENTS]) {
+    if (!is_of_probabilities(p)) {
+        // No mean of others.
+        const float mean = known.divergence.of_q, rounding = known.divergence.of_p;
+#pragma unroll
+        for (u32 k = 0; k < ELEMENTS; ++k) {
+            zero[k] = pull * (of.difference[k] - mean - rounding);
+            one[k] = -zero[k];
+        }
+    } else if (finite && fabsf(known.divergence.of_p) < INF && fabsf(known.divergence.of_q) < INF) {
+        pull_ratios<S, true>(p, of, known, pull, zero, one);
+    } else {
+        pull_ratios<S, false>(p, of, known, pull, zero, one);
     }
 }
 

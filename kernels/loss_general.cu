@@ -28,10 +28,12 @@
 // With a soft cap, logits are given as x of l = cap tanh(x / cap), and the gradient is to x.
 //
 // Slices, groups, alignment, records and status are those of loss.cu; a thread has 8 elements of both rows, of D and of t.
-//   loss_general        a slice is the row (C <= 4096): one launch.
-//   loss_general_scan   more slices, by x: first launch. Writes maxima and sums of each slice (struct Row).
-//   loss_general_sums   where the divergence is a sum that needs these: a second launch, the same for its two sums.
-//   loss_general_apply  combines them, always in the same order, and reads again for the gradient.
+//   loss_general            a slice is the row (C <= 4096): one launch.
+//   loss_general_scan       more slices, by x: first launch. Writes maxima and sums of each slice.
+//   loss_general_rows       combines them, always in the same order: a warp finds what is known of a row (struct Known).
+//   loss_general_sums       where the divergence is a sum that needs these: the same for its sums,
+//   loss_general_divergence and for them.
+//   loss_general_apply      reads again for the gradient. Its threads have nothing to find out together.
 // Bytes: logits, H, probabilities or values read once per launch, gradient and H written once; class weights come from a cache.
 // Operations: per element and branch up to 5 exponentials or logarithms (loss_general), so the divergences of probabilities are bound by
 // arithmetic rather than by memory.
@@ -59,31 +61,50 @@ __device__ __forceinline__ void cap_logits(const LossParams &p, const Slice<T> &
 // Gradients to logits before the cap: d cap tanh(x / cap) = 1 - (l / cap)^2.
 __device__ __forceinline__ void pull_through_cap(const LossParams &p, const float (&logit)[ELEMENTS],
                                                  float (&gradient)[ELEMENTS]) {
+    const float inverse = 1.0f / p.soft_cap;
 #pragma unroll
     for (u32 k = 0; k < ELEMENTS; ++k) {
-        const float ratio = logit[k] / p.soft_cap;
+        const float ratio = logit[k] * inverse;
         gradient[k] *= 1.0f - ratio * ratio;
     }
 }
 
 // Both logits of each element and their difference, from what was read in the place of the second ones.
-template <class T>
-__device__ __forceinline__ void compare(const LossParams &p, const Slice<T> &slice, bool exists, Elements &of) {
+__device__ __forceinline__ void compare(const LossParams &p, bool exists, Elements &of) {
+    if (!exists) {
 #pragma unroll
-    for (u32 k = 0; k < ELEMENTS; ++k) {
-        const float first = of.logit[0][k], read = exists ? of.logit[1][k] : first;
-        if (exists && p.is_difference != 0u) {
-            of.difference[k] = slice.has(k) ? read : 0.0f;
-            of.logit[1][k] = first - of.difference[k];
-        } else {
+        for (u32 k = 0; k < ELEMENTS; ++k) {
+            of.difference[k] = 0.0f;
+            of.logit[1][k] = of.logit[0][k];
+        }
+    } else if (p.is_difference != 0u) {
+#pragma unroll
+        for (u32 k = 0; k < ELEMENTS; ++k) {
+            of.difference[k] = of.logit[1][k];
+            of.logit[1][k] = of.logit[0][k] - of.difference[k];
+        }
+    } else {
+#pragma unroll
+        for (u32 k = 0; k < ELEMENTS; ++k) {
             // Equal ones may be infinite: classes that both branches mask, and elements that there are not.
-            of.difference[k] = first == read ? 0.0f : first - read;
-            of.logit[1][k] = read;
+            const float first = of.logit[0][k], second = of.logit[1][k];
+            of.difference[k] = first == second ? 0.0f : first - second;
         }
     }
 }
 
-// t of each element, or v.
+// Whether the target of a sample is its label alone, so that all other elements have t = 0.
+__device__ __forceinline__ bool is_hard(const LossParams &p) {
+    return p.criterion == LOSS_LABELS && p.spread == 0.0f;
+}
+
+// A label: where it lies, from the thread's first element on, and the weight of its class.
+struct Label {
+    u32 at;
+    float weight;
+};
+
+// t of each element, or v; not where `is_hard`.
 template <class T>
 __device__ __forceinline__ void read_targets(const LossParams &p, const Slice<T> &slice, u32 sample, u32 start,
                                              u32 label_at, bool has_target, float (&target)[ELEMENTS]) {
@@ -106,105 +127,122 @@ __device__ __forceinline__ void read_targets(const LossParams &p, const Slice<T>
     }
 }
 
-// The criterion's sums over the group's slice.
-template <class T>
-__device__ __forceinline__ Criterion sum_criterion(const LossParams &p, const Slice<T> &slice,
-                                                   const float (&logit)[ELEMENTS], const float (&target)[ELEMENTS],
-                                                   float max, u32 part) {
+// The criterion's sums over the group's slice, or to its summary. `peak`: the maximum of the thread's elements, most of which are not that of all, so
+// that the others do not ask.
+template <class T, Form FORM>
+__device__ __forceinline__ Criterion sum_criterion(const LossParams &p, const Slice<T> &slice, const Elements &of,
+                                                   const Label &label, u32 branch, float peak, float max,
+                                                   u32 sample) {
+    const float(&logit)[ELEMENTS] = of.logit[branch];
     float sum[5] = {};
+    if (p.criterion == LOSS_VALUES) {
 #pragma unroll
-    for (u32 k = 0; k < ELEMENTS; ++k) {
-        if (p.criterion == LOSS_VALUES) {
-            const float error = slice.has(k) ? logit[k] - target[k] : 0.0f;
+        for (u32 k = 0; k < ELEMENTS; ++k) {
+            const float error = slice.has(k) ? logit[k] - of.target[k] : 0.0f;
             sum[2] += error * error;
-        } else {
+        }
+    } else {
+        const Exponential<T> exponential(1.0f);
+#pragma unroll
+        for (u32 k = 0; k < ELEMENTS; ++k) {
             // Of an infinite maximum it is no number.
-            const float below = max - logit[k], power = expf(-below);
-            if (logit[k] == max) {
-                sum[0] += power;
-                sum[3] += target[k];
-            } else {
-                sum[1] += power;
-                sum[4] += target[k];
+            sum[1] += exponential(logit[k] - max);
+        }
+        if (!is_hard(p)) {
+#pragma unroll
+            for (u32 k = 0; k < ELEMENTS; ++k) {
+                sum[2] += share(of.target[k], max - logit[k]);
+                sum[4] += of.target[k];
             }
-            sum[2] += share(target[k], below);
+        } else if (slice.holds(label.at)) {
+            sum[4] = label.weight;
+#pragma unroll
+            for (u32 k = 0; k < ELEMENTS; ++k) {
+                if (slice.at(k) == label.at) {
+                    sum[2] = share(label.weight, max - logit[k]);
+                }
+            }
+        }
+        if (peak == max) {
+            sum[1] = 0.0f;
+            sum[4] = 0.0f;
+#pragma unroll
+            for (u32 k = 0; k < ELEMENTS; ++k) {
+                const bool is_label = slice.has(k) && slice.at(k) == label.at;
+                const float target = is_hard(p) ? (is_label ? label.weight : 0.0f) : of.target[k];
+                const bool is_peak = logit[k] == max;
+                sum[is_peak ? 0 : 1] += exponential(logit[k] - max);
+                sum[is_peak ? 3 : 4] += target;
+            }
         }
     }
-    group_reduce<Sum>(sum, first_warp(p), p.group / WARP, shared(part));
+    group_sum<FORM, SUMMARY_WORDS>(p, sum, shared(branch == 0 ? FIRST_SUMS : SECOND_SUMS), sample,
+                                   CRITERION_WORDS + 5 * branch);
     return {sum[0], sum[1], sum[2], sum[3], sum[4]};
 }
 
-__device__ __forceinline__ Sums sum_powers(const LossParams &p, const Elements &of, const float (&max)[2]) {
+template <class T, Form FORM>
+__device__ __forceinline__ Sums sum_powers(const LossParams &p, const Elements &of, const float (&peak)[2],
+                                           const float (&max)[2], u32 sample) {
     float sum[7] = {};
-    const float shift = max[0] - max[1];
+    if (is_of_probabilities(p)) {
+        const Exponential<T> exponential(p.inverse_temperature);
+        const float shift = max[0] - max[1];
 #pragma unroll
-    for (u32 k = 0; k < ELEMENTS; ++k) {
-        const float difference = of.difference[k];
-        if (is_of_probabilities(p)) {
-            const float zero = expf((of.logit[0][k] - max[0]) * p.inverse_temperature);
-            const float one = expf((of.logit[1][k] - max[1]) * p.inverse_temperature);
+        for (u32 k = 0; k < ELEMENTS; ++k) {
+            const float zero = exponential(of.logit[0][k] - max[0]), one = exponential(of.logit[1][k] - max[1]);
             sum[0] += zero;
             sum[1] += one;
-            sum[2] += subtract(zero, one, (difference - shift) * p.inverse_temperature);
+            sum[2] += subtract(zero, one, (of.difference[k] - shift) * p.inverse_temperature);
+        }
 #pragma unroll
-            for (u32 branch = 0; branch < 2; ++branch) {
-                if (of.logit[branch][k] == max[branch]) {
-                    sum[3 + branch] += difference;
-                    sum[5 + branch] += 1.0f;
+        for (u32 branch = 0; branch < 2; ++branch) {
+            if (peak[branch] == max[branch]) {
+#pragma unroll
+                for (u32 k = 0; k < ELEMENTS; ++k) {
+                    const bool is_peak = of.logit[branch][k] == max[branch];
+                    sum[3 + branch] += is_peak ? of.difference[k] : 0.0f;
+                    sum[5 + branch] += is_peak ? 1.0f : 0.0f;
                 }
             }
-        } else {
-            sum[0] += difference;
-            sum[1] += difference * difference;
+        }
+    } else {
+#pragma unroll
+        for (u32 k = 0; k < ELEMENTS; ++k) {
+            sum[0] += of.difference[k];
+            sum[1] += of.difference[k] * of.difference[k];
         }
     }
-    group_reduce<Sum>(sum, first_warp(p), p.group / WARP, shared(DIVERGENCE_SUMS));
+    group_sum<FORM, SUMMARY_WORDS>(p, sum, shared(DIVERGENCE_SUMS), sample, POWER_WORDS);
     return {sum[0], sum[1], sum[2], {sum[3], sum[4]}, {sum[5], sum[6]}};
 }
 
-// All that a first look at a slice finds.
-template <class T>
-__device__ __forceinline__ Row summarise(const LossParams &p, const Slice<T> &slice, const Elements &of) {
+// All that a first look at a slice finds, or nothing but the maxima, and the rest goes to the slice's summary.
+template <class T, Form FORM>
+__device__ __forceinline__ Row summarise(const LossParams &p, const Slice<T> &slice, const Label &label, const Elements &of,
+                                         u32 sample) {
     Row row = {};
-    row.max[0] = LOWEST;
-    row.max[1] = LOWEST;
+    float peak[2] = {LOWEST, LOWEST};
 #pragma unroll
     for (u32 k = 0; k < ELEMENTS; ++k) {
-        row.max[0] = fmaxf(row.max[0], of.logit[0][k]);
-        row.max[1] = fmaxf(row.max[1], of.logit[1][k]);
+        peak[0] = fmaxf(peak[0], of.logit[0][k]);
+        peak[1] = fmaxf(peak[1], of.logit[1][k]);
     }
-    group_reduce<Max>(row.max, first_warp(p), p.group / WARP, shared(PEAKS));
-    if (has_partner(p)) {
-        row.sums = sum_powers(p, of, row.max);
+    row.max[0] = peak[0];
+    row.max[1] = peak[1];
+    group_reduce<Max, LOSS_GROUP / WARP>(row.max, first_warp(p), p.group / WARP, shared(PEAKS));
+    if (FORM == SCAN && threadIdx.x == 0) {
+        store(summary_of<SUMMARY_WORDS>(p, sample, blockIdx.x), row.max[0]);
+        store(summary_of<SUMMARY_WORDS>(p, sample, blockIdx.x) + 1, row.max[1]);
     }
-    row.criterion[0] = sum_criterion(p, slice, of.logit[0], of.target, row.max[0], FIRST_SUMS);
+    row.criterion[0] = sum_criterion<T, FORM>(p, slice, of, label, 0, peak[0], row.max[0], sample);
     if (p.both_branches != 0u) {
-        row.criterion[1] = sum_criterion(p, slice, of.logit[1], of.target, row.max[1], SECOND_SUMS);
+        row.criterion[1] = sum_criterion<T, FORM>(p, slice, of, label, 1, peak[1], row.max[1], sample);
+    }
+    if (has_partner(p)) {
+        row.sums = sum_powers<T, FORM>(p, of, peak, row.max, sample);
     }
     return row;
-}
-
-__device__ __forceinline__ void store_row(const LossParams &p, const Row &row, u32 sample) {
-    float *const part = summary_of<SUMMARY_WORDS>(p, sample, blockIdx.x);
-    store(part, row.max[0]);
-    store(part + 1, row.max[1]);
-#pragma unroll
-    for (u32 branch = 0; branch < 2; ++branch) {
-        const Criterion &all = row.criterion[branch];
-        const float words[5] = {all.peaks, all.others, all.terms, all.peak_target, all.rest_target};
-#pragma unroll
-        for (u32 i = 0; i < 5; ++i) {
-            store(part + 2 + 5 * branch + i, words[i]);
-        }
-    }
-    store(part + 12, row.sums.zero);
-    store(part + 13, row.sums.one);
-    store(part + 14, row.sums.less);
-#pragma unroll
-    for (u32 branch = 0; branch < 2; ++branch) {
-        store(part + 15 + branch, row.sums.at_peak[branch]);
-        store(part + 17 + branch, row.sums.peaks[branch]);
-    }
 }
 
 // The criterion of a row from those of its slices; a warp computes it.
@@ -212,7 +250,7 @@ __device__ __forceinline__ Criterion combine_criterion(const LossParams &p, u32 
     float sum[5] = {};
     for (u32 i = threadIdx.x % WARP; i < p.slices; i += WARP) {
         const float *const part = summary_of<SUMMARY_WORDS>(p, sample, i);
-        const float *const words = part + 2 + 5 * branch;
+        const float *const words = part + CRITERION_WORDS + 5 * branch;
         const float below = max - load(part + branch);
         const float peaks = load(words), others = load(words + 1);
         const float peak_target = load(words + 3), rest_target = load(words + 4);
@@ -232,7 +270,8 @@ __device__ __forceinline__ Sums combine_powers(const LossParams &p, u32 sample, 
     const float shift = max[0] - max[1];
     for (u32 i = threadIdx.x % WARP; i < p.slices; i += WARP) {
         const float *const part = summary_of<SUMMARY_WORDS>(p, sample, i);
-        const float zero = load(part + 12), one = load(part + 13), less = load(part + 14);
+        const float *const words = part + POWER_WORDS;
+        const float zero = load(words), one = load(words + 1), less = load(words + 2);
         if (is_of_probabilities(p)) {
             const float of_zero = load(part), of_one = load(part + 1);
             const float scale_zero = expf((of_zero - max[0]) * p.inverse_temperature);
@@ -245,8 +284,8 @@ __device__ __forceinline__ Sums combine_powers(const LossParams &p, u32 sample, 
 #pragma unroll
             for (u32 branch = 0; branch < 2; ++branch) {
                 const bool is_peak = load(part + branch) == max[branch];
-                sum[3 + branch] += is_peak ? load(part + 15 + branch) : 0.0f;
-                sum[5 + branch] += is_peak ? load(part + 17 + branch) : 0.0f;
+                sum[3 + branch] += is_peak ? load(words + 3 + branch) : 0.0f;
+                sum[5 + branch] += is_peak ? load(words + 5 + branch) : 0.0f;
             }
         } else {
             sum[0] += zero;
@@ -255,32 +294,6 @@ __device__ __forceinline__ Sums combine_powers(const LossParams &p, u32 sample, 
     }
     warp_reduce_all<Sum>(sum);
     return {sum[0], sum[1], sum[2], {sum[3], sum[4]}, {sum[5], sum[6]}};
-}
-
-// What is known of a row, from what is known of its slices; a warp computes it.
-template <Form FORM> __device__ __forceinline__ Known combine(const LossParams &p, u32 sample) {
-    Row row = {};
-    row.max[0] = LOWEST;
-    row.max[1] = LOWEST;
-    for (u32 i = threadIdx.x % WARP; i < p.slices; i += WARP) {
-        row.max[0] = fmaxf(row.max[0], load(summary_of<SUMMARY_WORDS>(p, sample, i)));
-        row.max[1] = fmaxf(row.max[1], load(summary_of<SUMMARY_WORDS>(p, sample, i) + 1));
-    }
-    warp_reduce_all<Max>(row.max);
-    if (FORM != SUMS) {
-        row.criterion[0] = combine_criterion(p, sample, 0, row.max[0]);
-    }
-    if (FORM != SUMS && p.both_branches != 0u) {
-        row.criterion[1] = combine_criterion(p, sample, 1, row.max[1]);
-    }
-    if (has_partner(p)) {
-        row.sums = combine_powers(p, sample, row.max);
-    }
-    Known known = {row, softmaxes_of(p, row), {}};
-    if (FORM != SUMS) {
-        known.divergence = finish_divergence(p, row, needs_sums(p) ? combine_divergence(p, sample) : Divergence{});
-    }
-    return known;
 }
 
 // The criterion of a branch.
@@ -292,25 +305,71 @@ __device__ __forceinline__ float value_of(const LossParams &p, const Criterion &
     return (all.peak_target + all.rest_target) * log_sum + all.terms;
 }
 
-// The gradient of a branch's criterion, times `weight`.
-__device__ __forceinline__ void criterion_gradient(const LossParams &p, const Criterion &all, float max, float weight,
-                                                   const float (&logit)[ELEMENTS], const float (&target)[ELEMENTS],
+// What the criteria's gradients are multiples of: of errors, or of powers.
+__device__ __forceinline__ void scale_criteria(const LossParams &p, Known &known) {
+#pragma unroll
+    for (u32 branch = 0; branch < 2; ++branch) {
+        const Criterion &all = known.row.criterion[branch];
+        known.scale[branch] = p.criterion == LOSS_VALUES ? 2.0f / static_cast<float>(p.classes)
+                                                         : (all.peak_target + all.rest_target) / (all.peaks + all.others);
+    }
+}
+
+// What is known of a row but for sums of its divergence, from what is known of its slices; a warp computes it.
+__device__ __forceinline__ Known combine(const LossParams &p, u32 sample) {
+    Row row = {};
+    row.max[0] = LOWEST;
+    row.max[1] = LOWEST;
+    for (u32 i = threadIdx.x % WARP; i < p.slices; i += WARP) {
+        row.max[0] = fmaxf(row.max[0], load(summary_of<SUMMARY_WORDS>(p, sample, i)));
+        row.max[1] = fmaxf(row.max[1], load(summary_of<SUMMARY_WORDS>(p, sample, i) + 1));
+    }
+    warp_reduce_all<Max>(row.max);
+    row.criterion[0] = combine_criterion(p, sample, 0, row.max[0]);
+    if (p.both_branches != 0u) {
+        row.criterion[1] = combine_criterion(p, sample, 1, row.max[1]);
+    }
+    if (has_partner(p)) {
+        row.sums = combine_powers(p, sample, row.max);
+    }
+    Known known = {row, softmaxes_of(p, row), {}, {}, finish_divergence(p, row, {})};
+    scale_criteria(p, known);
+    return known;
+}
+
+// Adds the gradient of a branch's criterion, times `weight`.
+template <class T>
+__device__ __forceinline__ void criterion_gradient(const LossParams &p, const Slice<T> &slice, const Elements &of,
+                                                   const Label &label, const Known &known, u32 branch, float weight,
                                                    float (&gradient)[ELEMENTS]) {
-    const float scale = (all.peak_target + all.rest_target) / (all.peaks + all.others);
-    const float twice = 2.0f / static_cast<float>(p.classes);
+    const float(&logit)[ELEMENTS] = of.logit[branch];
+    const Criterion &all = known.row.criterion[branch];
+    const float scale = known.scale[branch];
+    if (p.criterion == LOSS_VALUES) {
+#pragma unroll
+        for (u32 k = 0; k < ELEMENTS; ++k) {
+            gradient[k] += weight * scale * (logit[k] - of.target[k]);
+        }
+        return;
+    }
     // Nothing cancels in 1 - O/S of a probability below a half, nor in O/S of one above.
     const bool is_sure = all.peaks == 1.0f && all.others < 1.0f;
+    const float of_peak = all.rest_target - scale * all.others;
+    const bool holds_label = is_hard(p) && slice.holds(label.at);
+    const Exponential<T> exponential(1.0f);
+    const float max = known.row.max[branch];
+    if (is_hard(p) && !is_sure && !holds_label) {
+#pragma unroll
+        for (u32 k = 0; k < ELEMENTS; ++k) {
+            gradient[k] += weight * scale * exponential(logit[k] - max);
+        }
+        return;
+    }
 #pragma unroll
     for (u32 k = 0; k < ELEMENTS; ++k) {
-        float of_one;
-        if (p.criterion == LOSS_VALUES) {
-            of_one = twice * (logit[k] - target[k]);
-        } else if (is_sure && logit[k] == max) {
-            of_one = all.rest_target - scale * all.others;
-        } else {
-            of_one = scale * expf(logit[k] - max) - target[k];
-        }
-        gradient[k] = weight * of_one;
+        const float target = !is_hard(p) ? of.target[k] : holds_label && slice.at(k) == label.at ? label.weight : 0.0f;
+        const float soft = scale * exponential(logit[k] - max) - target;
+        gradient[k] += weight * (is_sure && logit[k] == max ? of_peak : soft);
     }
 }
 
@@ -333,11 +392,6 @@ __device__ __forceinline__ void store_record(const LossParams &p, const Row &row
     store(record + 2, static_cast<float>(found | wrong_index));
 }
 
-// What the terms of a sample weigh in the gradient: of the criterion, and of the divergence.
-struct Weights {
-    float criterion, pull;
-};
-
 // A whole block computes it.
 __device__ __forceinline__ Weights weigh(const LossParams &p) {
     Labelled all = {p.denominator, p.denominator};
@@ -351,21 +405,20 @@ __device__ __forceinline__ Weights weigh(const LossParams &p) {
             p.pull_per_label != 0u ? p.pull * per_label : p.pull};
 }
 
-// The sample's gradients.
+// The sample's gradients. `finite`: see `compute_logs`.
 template <class T>
 __device__ __forceinline__ void write_gradients(const LossParams &p, const Slice<T> &slice, const Elements &of,
-                                                const Known &known, bool has_target, bool takes_part, Weights weights,
-                                                T *to) {
-    const Row &row = known.row;
+                                                const Label &label, const Known &known, bool has_target,
+                                                bool takes_part, bool finite, T *to) {
     float zero[ELEMENTS] = {}, one[ELEMENTS] = {};
-    if (has_target) {
-        criterion_gradient(p, row.criterion[0], row.max[0], weights.criterion, of.logit[0], of.target, zero);
-        if (p.both_branches != 0u) {
-            criterion_gradient(p, row.criterion[1], row.max[1], weights.criterion, of.logit[1], of.target, one);
-        }
-    }
     if (takes_part) {
-        pull_together(p, of, known, weights.pull, zero, one);
+        pull_together<T>(p, of, known, known.weights.pull, finite, zero, one);
+    }
+    if (has_target) {
+        criterion_gradient(p, slice, of, label, known, 0, known.weights.criterion, zero);
+        if (p.both_branches != 0u) {
+            criterion_gradient(p, slice, of, label, known, 1, known.weights.criterion, one);
+        }
     }
     if (p.soft_cap > 0.0f) {
         pull_through_cap(p, of.logit[0], zero);
@@ -396,16 +449,20 @@ template <class T, Form FORM> __device__ __forceinline__ void evaluate(const Los
         const bool exists = sample < p.batch;
         const u64 row = static_cast<u64>(sample) * p.classes;
         const Slice<T> slice(thread, exists ? min(p.slice, p.classes - start) : 0u, p.aligned != 0u);
-        const i64 label = p.criterion == LOSS_LABELS && exists ? load(p.labels + sample) : -1;
+        const i64 class_of_label = p.criterion == LOSS_LABELS && exists ? load(p.labels + sample) : -1;
         Elements of;
         slice.read(logits + row + start, of.logit[0]);
         const Partner partner = read_partner<T, FORM>(p, slice, logits + branch + row + start, sample, thread, start,
                                                       of.logit[0], of.logit[1]);
-        const bool has_target = p.criterion == LOSS_LABELS ? is_labelled(p, label) : exists;
-        const u32 label_at = has_target ? static_cast<u32>(label) - start - slice.first : NONE;
+        const bool has_target = p.criterion == LOSS_LABELS ? is_labelled(p, class_of_label) : exists;
+        Label label = {has_target ? static_cast<u32>(class_of_label) - start - slice.first : NONE, 1.0f};
         const bool takes_part = partner.exists && (p.labelled_only == 0u || has_target);
         if (FORM != SUMS) {
-            read_targets(p, slice, sample, start, label_at, has_target, of.target);
+            if (!is_hard(p)) {
+                read_targets(p, slice, sample, start, label.at, has_target, of.target);
+            } else if (p.class_weights != nullptr && has_target) {
+                label.weight = load(p.class_weights + class_of_label);
+            }
         }
         if (p.soft_cap > 0.0f) {
             cap_logits(p, slice, of.logit[0]);
@@ -413,46 +470,44 @@ template <class T, Form FORM> __device__ __forceinline__ void evaluate(const Los
                 cap_logits(p, slice, of.logit[1]);
             }
         }
-        compare(p, slice, partner.exists, of);
-        if ((FORM == WHOLE || FORM == APPLY) && p.gradient != nullptr && base == first) {
+        compare(p, partner.exists, of);
+        if (FORM == WHOLE && p.gradient != nullptr && base == first) {
             weights = weigh(p);
         }
 
         Known known = {};
-        if (FORM == WHOLE || FORM == SCAN) {
-            known.row = summarise(p, slice, of);
+        if (FORM == SUMS || FORM == APPLY) {
+            known = load_words<Known>(known_of(p, sample));
         } else {
-            known = of_first_warp(shared_by_block<Known>(), [&] { return combine<FORM>(p, sample); });
+            known.row = summarise<T, FORM>(p, slice, label, of, sample);
         }
         if (FORM == SCAN) {
-            if (thread == 0 && exists) {
-                store_row(p, known.row, sample);
-            }
-            continue;
-        }
-        if (FORM == SUMS) {
-            const Divergence sums = sum_divergence(p, slice, of, known.row, known.softmaxes);
-            if (thread == 0 && exists) {
-                float *const part = summary_of<SUMMARY_WORDS>(p, sample, blockIdx.x) + ROW_WORDS;
-                store(part, sums.value);
-                store(part + 1, sums.of_p);
-                store(part + 2, sums.of_q);
-            }
             continue;
         }
         if (FORM == WHOLE) {
             known.softmaxes = softmaxes_of(p, known.row);
-            const Divergence sums =
-                needs_sums(p) ? sum_divergence(p, slice, of, known.row, known.softmaxes) : Divergence{};
+            known.weights = weights;
+            scale_criteria(p, known);
+        }
+        const bool finite = needs_softmaxes(p) && compute_logs(known.softmaxes, of);
+        if (FORM == SUMS) {
+            sum_divergence<T, FORM>(p, slice, of, known.row, known.softmaxes, finite, sample);
+            continue;
+        }
+        if (FORM == WHOLE) {
+            Divergence sums = {};
+            if (needs_sums(p)) {
+                sums = sum_divergence<T, FORM>(p, slice, of, known.row, known.softmaxes, finite, sample);
+            }
             known.divergence = finish_divergence(p, known.row, sums);
         }
         if (blockIdx.x == 0 && thread == 0 && exists) {
             const float divergence = takes_part ? known.divergence.value : 0.0f;
-            store_record(p, known.row, divergence, sample, label, has_target, partner.wrong);
+            store_record(p, known.row, divergence, sample, class_of_label, has_target, partner.wrong);
         }
         if (p.gradient != nullptr) {
             T *const to = static_cast<T *>(p.gradient) + row + start;
-            write_gradients(p, slice, of, known, has_target, takes_part, weights, to);
+            write_gradients(p, slice, of, label, known, has_target, takes_part, finite, to);
         }
     }
     if ((FORM == WHOLE || FORM == APPLY) && is_last_block(p.workspace, reinterpret_cast<u32 *>(shared(FLAG)))) {
@@ -460,10 +515,35 @@ template <class T, Form FORM> __device__ __forceinline__ void evaluate(const Los
     }
 }
 
+// What is known of rows, from what is known of their slices; a warp for each.
+template <Form FORM> __device__ __forceinline__ void combine_rows(const LossParams &p) {
+    const Weights weights = FORM == SCAN && p.gradient != nullptr ? weigh(p) : Weights{};
+    const u32 warps = blockDim.x / WARP;
+    for (u32 sample = blockIdx.y * warps + threadIdx.x / WARP; sample < p.batch; sample += gridDim.y * warps) {
+        float *const to = known_of(p, sample);
+        Known known = {};
+        if (FORM == SCAN) {
+            known = combine(p, sample);
+            known.weights = weights;
+        } else {
+            known.divergence = finish_divergence(p, load_words<Row>(to), combine_divergence(p, sample));
+        }
+        if (threadIdx.x % WARP == 0) {
+            if (FORM == SCAN) {
+                store_words(to, known);
+            } else {
+                store_words(to + offsetof(Known, divergence) / sizeof(float), known.divergence);
+            }
+        }
+    }
+}
+
 PACE_KERNELS(loss_general, LossParams, (LOSS_GROUP, 1), evaluate<T, WHOLE>(p))
 PACE_KERNELS(loss_general_scan, LossParams, (LOSS_GROUP, 2), evaluate<T, SCAN>(p))
 PACE_KERNELS(loss_general_sums, LossParams, (LOSS_GROUP, 2), evaluate<T, SUMS>(p))
-PACE_KERNELS(loss_general_apply, LossParams, (LOSS_GROUP, 1), evaluate<T, APPLY>(p))
+PACE_KERNELS(loss_general_apply, LossParams, (LOSS_APPLY_GROUP, 3), evaluate<T, APPLY>(p))
+PACE_KERNEL(loss_general_rows, LossParams, LOSS_GROUP) { combine_rows<SCAN>(p); }
+PACE_KERNEL(loss_general_divergence, LossParams, LOSS_GROUP) { combine_rows<SUMS>(p); }
 
 } // namespace general
 

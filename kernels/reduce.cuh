@@ -56,14 +56,14 @@ __device__ __forceinline__ T warp_reduce(T (&value)[COUNT]) {
 // The least 2^n that is not below.
 __device__ constexpr u32 power_of_two(u32 least) { return least <= 1u ? 1u : 2u * power_of_two((least + 1u) / 2u); }
 
-// Reduces N values over each group of `warps` adjacent warps of a one-dimensional block of whole groups; every thread gets
-// its group's results. `first`: the first warp of the thread's group. `scratch`: N values per warp of the block in shared memory,
-// free again after the next barrier. With groups of one warp there is no barrier in here; otherwise it must be called by all
-// threads in the block.
-template <class Operation, u32 N, class T>
-__device__ __forceinline__ void group_reduce(T (&value)[N], u32 first, u32 warps, T *scratch) {
+// Reduces N values over each group of `warps` adjacent warps of a one-dimensional block of whole groups. Lane i of a warp gets the
+// i-th of its group's results; without EVERYWHERE, only lanes of the group's first warp do. `first`: the first warp of the thread's
+// group. MOST: warps of a group, at most. `scratch`: N values per warp of the block in shared memory, free again after the next
+// barrier. With groups of one warp there is no barrier in here; otherwise it must be called by all threads in the block.
+template <class Operation, u32 MOST, bool EVERYWHERE, u32 N, class T>
+__device__ __forceinline__ T group_reduce_to_lanes(const T (&value)[N], u32 first, u32 warps, T *scratch) {
     constexpr u32 COUNT = power_of_two(N);
-    static_assert(COUNT <= WARP, "a lane has a value");
+    static_assert(COUNT <= WARP && MOST <= WARP, "a lane has a value, and at most one of each warp");
     T padded[COUNT];
 #pragma unroll
     for (u32 i = 0; i < COUNT; ++i) {
@@ -77,17 +77,26 @@ __device__ __forceinline__ void group_reduce(T (&value)[N], u32 first, u32 warps
             scratch[threadIdx.x / WARP * N + lane] = result;
         }
         __syncthreads();
-        // Those that have the same share the warps, of which a block has at most as many as a warp has lanes.
-        result = Operation::NEUTRAL;
+        if (EVERYWHERE || threadIdx.x / WARP == first) {
+            // Those that have the same share the warps.
+            result = Operation::NEUTRAL;
 #pragma unroll
-        for (u32 i = 0; i < COUNT; ++i) {
-            const u32 warp = lane / COUNT + i * (WARP / COUNT);
-            if (warp < warps) {
-                result = Operation::of(result, scratch[(first + warp) * N + min(own, N - 1u)]);
+            for (u32 i = 0; i < (MOST * COUNT + WARP - 1) / WARP; ++i) {
+                const u32 warp = lane / COUNT + i * (WARP / COUNT);
+                if (warp < warps) {
+                    result = Operation::of(result, scratch[(first + warp) * N + min(own, N - 1u)]);
+                }
             }
+            result = warp_reduce_strided<Operation, COUNT>(result);
         }
-        result = warp_reduce_strided<Operation, COUNT>(result);
     }
+    return result;
+}
+
+// The same, and every thread gets all results of its group.
+template <class Operation, u32 MOST = WARP, u32 N, class T>
+__device__ __forceinline__ void group_reduce(T (&value)[N], u32 first, u32 warps, T *scratch) {
+    const T result = group_reduce_to_lanes<Operation, MOST, true>(value, first, warps, scratch);
 #pragma unroll
     for (u32 i = 0; i < N; ++i) {
         value[i] = N == 1 ? result : __shfl_sync(ALL_LANES, result, i);
@@ -96,7 +105,7 @@ __device__ __forceinline__ void group_reduce(T (&value)[N], u32 first, u32 warps
 
 // Reduces N values over a warp; every lane gets all of them.
 template <class Operation, u32 N, class T> __device__ __forceinline__ void warp_reduce_all(T (&value)[N]) {
-    group_reduce<Operation>(value, 0, 1, static_cast<T *>(nullptr));
+    group_reduce<Operation, 1>(value, 0, 1, static_cast<T *>(nullptr));
 }
 
 // Sum over a one-dimensional block of whole warps; every thread gets it. `scratch`: a T per warp in shared memory, free

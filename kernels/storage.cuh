@@ -123,6 +123,17 @@ template <class T> __device__ __forceinline__ void store(T *address, T value) {
     *address = value;
 }
 
+// 2^x with a relative error of 2^-22, and 0 for what is below the normal numbers.
+__device__ __forceinline__ float exp2_fast(float x) {
+#if defined(__CUDA_ARCH__)
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+    return power;
+#else
+    return exp2f(x);
+#endif
+}
+
 // Adds 1 to a counter in global memory, or sets it to 0 if it has reached `last`, and gives what it held before. A release of what
 // the thread, and the block before its last barrier, had written, and an acquire: cheaper than fences around an atomic.
 __device__ __forceinline__ u32 count_up(u32 *counter, u32 last) {

@@ -66,6 +66,9 @@ const INSTRUCTIONS: &[(&str, &str, &[&str])] = &[
     ("loss", "loss_", VECTORS),
     ("loss_general", "loss_general_scan_", LOADS),
     ("loss_general", "loss_general_sums_", LOADS),
+    // Read what others have found of slices.
+    ("loss_general", "loss_general_rows", &[]),
+    ("loss_general", "loss_general_divergence", &[]),
     ("loss_general", "loss_general_", VECTORS),
     ("sm80/low_rank_linear", "low_rank_factors_", FACTORS),
     ("sm80/low_rank_linear", "low_rank_linear_", PRODUCT),

@@ -262,15 +262,24 @@ fn the_papers_loss_has_kernels_of_its_own() {
     ] {
         assert_eq!(names(operator), ["loss_general_f16"], "{operator:?}");
     }
-    // More than one slice: a launch for what comes first, one for sums that need it, one for the gradient.
+    // More than one slice: a launch for what comes first, one for sums that need it, one for the gradient, and what combines slices.
     let wide = general(4104);
-    let launches = ["loss_general_scan_f16", "loss_general_sums_f16", "loss_general_apply_f16"];
+    let launches = [
+        "loss_general_scan_f16",
+        "loss_general_rows",
+        "loss_general_sums_f16",
+        "loss_general_divergence",
+        "loss_general_apply_f16",
+    ];
     assert_eq!(names(wide), launches);
-    let plan = Loss { gradient: None, ..wide }.plan().unwrap();
-    let grids: Vec<_> = plan.launches().map(|launch| (launch.grid, launch.block)).collect();
-    assert_eq!(grids, [([2, 6, 1], [512, 1, 1]), ([2, 6, 1], [512, 1, 1]), ([1, 6, 1], [512, 1, 1])]);
+    let grids = |operator: Loss| -> Vec<_> {
+        operator.plan().unwrap().launches().map(|launch| (launch.grid, launch.block)).collect()
+    };
+    let (slices, rows) = (([2, 6, 1], [512, 1, 1]), ([1, 1, 1], [512, 1, 1]));
+    assert_eq!(grids(wide), [slices, rows, slices, rows, ([3, 6, 1], [256, 1, 1])]);
+    assert_eq!(grids(Loss { gradient: None, ..wide })[4], ([1, 6, 1], [256, 1, 1]));
     let squares = LossSettings { divergence: Divergence::SquaredDifference, ..wide.settings };
-    assert_eq!(names(Loss { settings: squares, ..wide }), [launches[0], launches[2]]);
+    assert_eq!(names(Loss { settings: squares, ..wide }), [launches[0], launches[1], launches[4]]);
 }
 
 #[test]

@@ -6,7 +6,7 @@ mod status;
 use super::borrows::Borrows;
 use super::buffer::{Buffer, DType, Element, check_disjoint, in_bytes};
 use super::device::Device;
-use super::kernel::{Kernels, WARP, table};
+use super::kernel::{Kernel, Kernels, WARP, table};
 use super::plan::{Launch, Plan};
 use crate::cpu::rows as rows_of;
 use crate::error::{Error, Result};
@@ -27,7 +27,10 @@ const MAX_BLOCKS: usize = 1024;
 /// Samples, at most: the kernels count them in `f32`.
 pub(super) const MAX_BATCH: usize = 1 << 24;
 pub(super) const MAX_CLASSES: usize = 1 << 30;
-/// Words of the workspace: the counter of finished blocks, then for each sample its record, then for each of its slices.
+/// Blocks of one column of a grid, at most.
+const MAX_ROWS: usize = 65_535;
+/// Words of the workspace: the counter of finished blocks, then for each sample its record, then for each of its slices, then again for
+/// each sample what its slices add up to.
 const TICKET_WORDS: usize = 1;
 const RECORD_WORDS: usize = 3;
 
@@ -36,7 +39,9 @@ impl LossSettings {
     pub fn workspace_len(&self, batch: usize) -> usize {
         let summaries = match self.slices() {
             1 => 0,
-            slices => slices.saturating_mul(LOSS_GENERAL_SUMMARY_WORDS),
+            slices => {
+                slices.saturating_mul(LOSS_GENERAL_SUMMARY_WORDS).saturating_add(LOSS_GENERAL_KNOWN_WORDS)
+            }
         };
         batch.saturating_mul(summaries.saturating_add(RECORD_WORDS)).saturating_add(TICKET_WORDS)
     }
@@ -135,7 +140,7 @@ pub(super) fn how(divergence: Divergence, classes: usize) -> (u32, f64, f64) {
 }
 
 impl Loss {
-    /// The plan that computes everything: one launch up to 4096 classes, two or three above.
+    /// The plan that computes everything: one launch up to 4096 classes, two to five above.
     ///
     /// Probabilities and class weights are not checked: finite and not negative.
     ///
@@ -152,30 +157,40 @@ impl Loss {
         let params = self.params(batch, self.check(batch)?, soft_cap);
         let (group, slices) = (params.group as usize, params.slices as usize);
         let groups = (batch / SPREAD).clamp(1, (THREADS / group).max(1));
-        let threads = groups * group;
-        let launch = |kernels: Kernels, columns: usize| {
-            let rows = batch.div_ceil(groups).min((MAX_BLOCKS / columns).max(1));
-            let (grid, block) = ([columns as u32, rows as u32, 1], [threads as u32, 1, 1]);
+        let launch = |kernel: Kernel, [columns, rows]: [usize; 2], params: &LossParams| {
+            let threads = groups * params.group as usize;
             let shared = 4 * (LOSS_SHARED_WORDS * threads / WARP + 1);
-            Launch::new(kernels.choose(self.dtype), grid, block, shared, &params)
+            Launch::new(kernel, [columns as u32, rows as u32, 1], [threads as u32, 1, 1], shared, params)
+        };
+        let counting = |kernels: Kernels, columns: usize| {
+            let rows = batch.div_ceil(groups).min((MAX_BLOCKS / columns).max(1));
+            launch(kernels.choose(self.dtype), [columns, rows], &params)
         };
         // Without something to write for every element, one block per row combines what the launches before found.
         let writes = self.gradient.is_some() || matches!(self.partner, Partner::History { .. });
-        let columns = if writes { slices } else { 1 };
+        let columns = |slices: usize| if writes { slices } else { 1 };
         let mut plan = Plan::default();
         match (self.is_plain() && soft_cap.is_none(), slices) {
-            (true, 1) => plan.push(launch(table::LOSS, 1)),
+            (true, 1) => plan.push(counting(table::LOSS, 1)),
             (true, _) => {
-                plan.push(launch(table::LOSS_SCAN, slices));
-                plan.push(launch(table::LOSS_APPLY, columns));
+                plan.push(counting(table::LOSS_SCAN, slices));
+                plan.push(counting(table::LOSS_APPLY, columns(slices)));
             }
-            (false, 1) => plan.push(launch(table::LOSS_GENERAL, 1)),
+            (false, 1) => plan.push(counting(table::LOSS_GENERAL, 1)),
             (false, _) => {
-                plan.push(launch(table::LOSS_GENERAL_SCAN, slices));
+                // A warp for each row.
+                let of_rows = [1, batch.div_ceil(LOSS_GROUP / WARP).min(MAX_BLOCKS)];
+                plan.push(counting(table::LOSS_GENERAL_SCAN, slices));
+                plan.push(launch(table::LOSS_GENERAL_ROWS, of_rows, &params));
                 if self.partner != Partner::None && params.divergence >= LOSS_CENTERED_SQUARED_DIFFERENCE {
-                    plan.push(launch(table::LOSS_GENERAL_SUMS, slices));
+                    plan.push(counting(table::LOSS_GENERAL_SUMS, slices));
+                    plan.push(launch(table::LOSS_GENERAL_DIVERGENCE, of_rows, &params));
                 }
-                plan.push(launch(table::LOSS_GENERAL_APPLY, columns));
+                // Nothing is counted or shared here, so blocks may be of any size and as many as there are.
+                let slice = LOSS_APPLY_GROUP * LOSS_ELEMENTS;
+                let apply = LossParams { group: LOSS_APPLY_GROUP as u32, slice: slice as u32, ..params };
+                let grid = [columns(self.settings.classes.div_ceil(slice)), batch.min(MAX_ROWS)];
+                plan.push(launch(table::LOSS_GENERAL_APPLY.choose(self.dtype), grid, &apply));
             }
         }
         Ok(plan)
