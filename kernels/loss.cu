@@ -54,30 +54,50 @@ struct Summary {
 
 constexpr u32 SUMMARY_WORDS = 5;
 
-// The summary of the slice that a group holds; `logit` becomes exp(logit - max). `label`: where it lies, from the thread's
-// first element on.
-template <class T>
+// The summary of the slice that a group holds; or it is stored, where a row has more. `logit` becomes exp(logit - max). `label`:
+// where it lies, from the thread's first element on.
+template <class T, Form FORM>
 __device__ __forceinline__ Summary summarise(const LossParams &p, const Slice<T> &slice, float (&logit)[ELEMENTS],
-                                             const float (&difference)[ELEMENTS], u32 label) {
+                                             const float (&difference)[ELEMENTS], u32 label, u32 sample) {
+    // Most threads have no label.
+    const bool holds_label = slice.holds(label);
     float peak[1] = {LOWEST};
     float sum[4] = {};
 #pragma unroll
     for (u32 k = 0; k < ELEMENTS; ++k) {
         peak[0] = fmaxf(peak[0], logit[k]);
-        if (slice.at(k) == label && slice.has(k)) {
-            sum[3] = logit[k];
+    }
+    if (holds_label) {
+#pragma unroll
+        for (u32 k = 0; k < ELEMENTS; ++k) {
+            sum[3] = slice.at(k) == label ? logit[k] : sum[3];
         }
     }
-    group_reduce<Max>(peak, first_warp(p), p.group / WARP, shared(PEAKS));
+    group_reduce<Max, LOSS_GROUP / WARP>(peak, first_warp(p), p.group / WARP, shared(PEAKS));
+    if (p.spread != 0.0f) {
+#pragma unroll
+        for (u32 k = 0; k < ELEMENTS; ++k) {
+            sum[1] += slice.has(k) ? peak[0] - logit[k] : 0.0f;
+        }
+    }
+    const Exponential<T> exponential(1.0f);
 #pragma unroll
     for (u32 k = 0; k < ELEMENTS; ++k) {
-        const float below = peak[0] - logit[k];
-        logit[k] = expf(-below);
-        sum[0] += slice.at(k) == label ? 0.0f : logit[k];
-        sum[1] += slice.has(k) ? below : 0.0f;
+        logit[k] = exponential(logit[k] - peak[0]);
+        sum[0] += logit[k];
         sum[2] += difference[k] * difference[k];
     }
-    group_reduce<Sum>(sum, first_warp(p), p.group / WARP, shared(FIRST_SUMS));
+    if (holds_label) {
+        sum[0] = 0.0f;
+#pragma unroll
+        for (u32 k = 0; k < ELEMENTS; ++k) {
+            sum[0] += slice.at(k) == label ? 0.0f : logit[k];
+        }
+    }
+    if (FORM == SCAN && threadIdx.x == 0) {
+        store(summary_of<SUMMARY_WORDS>(p, sample, blockIdx.x), peak[0]);
+    }
+    group_sum<FORM, SUMMARY_WORDS>(p, sum, shared(FIRST_SUMS), sample, 1);
     return {peak[0], sum[0], sum[1], sum[2], sum[3]};
 }
 
@@ -100,15 +120,6 @@ __device__ __forceinline__ Summary combine(const LossParams &p, u32 sample) {
     }
     warp_reduce_all<Sum>(sum);
     return {peak[0], sum[0], sum[1], sum[2], sum[3]};
-}
-
-__device__ __forceinline__ void store_summary(const LossParams &p, const Summary &all, u32 sample) {
-    float *const part = summary_of<SUMMARY_WORDS>(p, sample, blockIdx.x);
-    store(part, all.max);
-    store(part + 1, all.others);
-    store(part + 2, all.below);
-    store(part + 3, all.distance);
-    store(part + 4, all.of_label);
 }
 
 // The sample's record: its cross-entropy, zero without a label, its distance, and what was found. `sum`: S.
@@ -135,14 +146,30 @@ template <class T>
 __device__ __forceinline__ void gradients(const LossParams &p, const Slice<T> &slice, const Summary &all,
                                           bool has_label, u32 label_at, float sum, float weight,
                                           float (&logit)[ELEMENTS], float (&difference)[ELEMENTS]) {
-    const float inverse = 1.0f / sum;
     const float pull = p.pull_per_label != 0u ? p.pull * weight : p.pull;
 #pragma unroll
     for (u32 k = 0; k < ELEMENTS; ++k) {
+        difference[k] *= -pull;
+    }
+    if (!has_label) {
+#pragma unroll
+        for (u32 k = 0; k < ELEMENTS; ++k) {
+            logit[k] = -difference[k];
+        }
+        return;
+    }
+    const float inverse = 1.0f / sum;
+    if (!slice.holds(label_at)) {
+#pragma unroll
+        for (u32 k = 0; k < ELEMENTS; ++k) {
+            logit[k] = (logit[k] * inverse - p.spread) * weight - difference[k];
+        }
+        return;
+    }
+#pragma unroll
+    for (u32 k = 0; k < ELEMENTS; ++k) {
         const float probability = slice.at(k) == label_at ? p.smoothing - all.others * inverse : logit[k] * inverse;
-        const float pulled = pull * difference[k];
-        logit[k] = pulled + (has_label ? (probability - p.spread) * weight : 0.0f);
-        difference[k] = -pulled;
+        logit[k] = (probability - p.spread) * weight - difference[k];
     }
 }
 
@@ -174,7 +201,8 @@ template <class T, Form FORM, bool ALIGNED> __device__ __forceinline__ void eval
         const Partner partner =
             read_partner<T, FORM>(p, slice, logits + branch + row + start, sample, thread, start, logit, difference);
         if (FORM != SCAN && gradient != nullptr && base == first) {
-            const float count = p.denominator > 0.0f ? p.denominator : labelled<false>(p).count;
+            constexpr u32 LOADS = FORM == WHOLE ? IN_FLIGHT : LABELS_IN_FLIGHT;
+            const float count = p.denominator > 0.0f ? p.denominator : labelled<false, LOADS>(p).count;
             weight = count > 0.0f ? 1.0f / count : 0.0f;
         }
         // Not before the labels of the batch are on their way: this waits for the label.
@@ -192,21 +220,18 @@ template <class T, Form FORM, bool ALIGNED> __device__ __forceinline__ void eval
             // Equal ones differ by nothing: classes that both branches mask by -inf, and elements that there are not.
             difference[k] = takes_part && logit[k] != difference[k] ? logit[k] - difference[k] : 0.0f;
             if (FORM == APPLY) {
-                logit[k] = expf(logit[k] - all.max);
+                logit[k] = Exponential<T>(1.0f)(logit[k] - all.max);
             }
         }
         if (FORM != APPLY) {
-            all = summarise(p, slice, logit, difference, label_at);
+            all = summarise<T, FORM>(p, slice, logit, difference, label_at, sample);
         }
         if (FORM == SCAN) {
-            if (thread == 0 && exists) {
-                store_summary(p, all, sample);
-            }
             continue;
         }
 
         // The sample's record and gradients.
-        const float sum = all.others + (has_label ? expf(all.of_label - all.max) : 0.0f);
+        const float sum = all.others + (has_label ? Exponential<T>(1.0f)(all.of_label - all.max) : 0.0f);
         if (blockIdx.x == 0 && thread == 0 && exists) {
             store_record(p, all, sample, label, sum, partner.wrong);
         }

@@ -13,6 +13,7 @@ namespace loss {
 
 constexpr u32 ELEMENTS = LOSS_ELEMENTS; // of a row in a thread's registers
 constexpr u32 IN_FLIGHT = 2;            // samples per thread whose loads go out together, in loops over the batch
+constexpr u32 LABELS_IN_FLIGHT = 8;     // the same of labels alone, for batches of many blocks
 constexpr u32 NONE = 0xffffffffu;
 constexpr float INF = __builtin_huge_valf();
 // Where maxima start. Not at -inf: exp(-inf - -inf) would make NaN of a slice of -inf only, whose row may have more.
@@ -186,18 +187,18 @@ struct Labelled {
     float weight;
 };
 
-// A whole block computes it. Without WEIGHTED there are no class weights.
-template <bool WEIGHTED> __device__ __forceinline__ Labelled labelled(const LossParams &p) {
+// A whole block computes it. Without WEIGHTED there are no class weights. LOADS: labels in flight.
+template <bool WEIGHTED, u32 LOADS = IN_FLIGHT> __device__ __forceinline__ Labelled labelled(const LossParams &p) {
     float sum[WEIGHTED ? 2 : 1] = {};
-    for (u32 start = threadIdx.x; start < p.counted_len; start += IN_FLIGHT * blockDim.x) {
-        i64 label[IN_FLIGHT];
+    for (u32 start = threadIdx.x; start < p.counted_len; start += LOADS * blockDim.x) {
+        i64 label[LOADS];
 #pragma unroll
-        for (u32 k = 0; k < IN_FLIGHT; ++k) {
+        for (u32 k = 0; k < LOADS; ++k) {
             // Without a branch, or the next load would wait for this one.
             label[k] = load(p.counted + min(start + k * blockDim.x, p.counted_len - 1u));
         }
 #pragma unroll
-        for (u32 k = 0; k < IN_FLIGHT; ++k) {
+        for (u32 k = 0; k < LOADS; ++k) {
             const bool exists = start + k * blockDim.x < p.counted_len;
             const bool counts = exists & is_labelled(p, label[k]);
             sum[0] += counts ? 1.0f : 0.0f;

@@ -393,11 +393,11 @@ __device__ __forceinline__ void store_record(const LossParams &p, const Row &row
 }
 
 // A whole block computes it.
-__device__ __forceinline__ Weights weigh(const LossParams &p) {
+template <u32 LOADS> __device__ __forceinline__ Weights weigh(const LossParams &p) {
     Labelled all = {p.denominator, p.denominator};
     if (!(p.denominator > 0.0f)) {
         const float batch = static_cast<float>(p.counted_len);
-        all = p.criterion == LOSS_LABELS ? labelled<true>(p) : Labelled{batch, batch};
+        all = p.criterion == LOSS_LABELS ? labelled<true, LOADS>(p) : Labelled{batch, batch};
     }
     const float share_of_branch = p.both_branches != 0u ? 0.5f : 1.0f;
     const float per_label = all.count > 0.0f ? 1.0f / all.count : 0.0f;
@@ -472,7 +472,7 @@ template <class T, Form FORM> __device__ __forceinline__ void evaluate(const Los
         }
         compare(p, partner.exists, of);
         if (FORM == WHOLE && p.gradient != nullptr && base == first) {
-            weights = weigh(p);
+            weights = weigh<IN_FLIGHT>(p);
         }
 
         Known known = {};
@@ -517,7 +517,7 @@ template <class T, Form FORM> __device__ __forceinline__ void evaluate(const Los
 
 // What is known of rows, from what is known of their slices; a warp for each.
 template <Form FORM> __device__ __forceinline__ void combine_rows(const LossParams &p) {
-    const Weights weights = FORM == SCAN && p.gradient != nullptr ? weigh(p) : Weights{};
+    const Weights weights = FORM == SCAN && p.gradient != nullptr ? weigh<LABELS_IN_FLIGHT>(p) : Weights{};
     const u32 warps = blockDim.x / WARP;
     for (u32 sample = blockIdx.y * warps + threadIdx.x / WARP; sample < p.batch; sample += gridDim.y * warps) {
         float *const to = known_of(p, sample);
