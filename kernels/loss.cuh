@@ -166,18 +166,18 @@ template <class T> __device__ __forceinline__ T *shared_by_block() {
 // The first warp of the thread's group. A group has 2^n threads.
 __device__ __forceinline__ u32 first_warp(const LossParams &p) { return (threadIdx.x & ~(p.group - 1u)) / WARP; }
 
-// Sums over the group of a thread, which all of its threads get. Where a row has more slices, nobody does: they go to the summary
-// of the block's slice, which has WORDS words, from `word` on. `scratch`: N words per warp.
-template <Form FORM, u32 WORDS, u32 N>
+// Sums over the group of a thread, which all of its threads get if EVERYWHERE. Where a row has more slices, they go to the summary of the
+// block's slice, which has WORDS words, from `word` on. `scratch`: N words per warp.
+template <Form FORM, u32 WORDS, bool EVERYWHERE = FORM == WHOLE, u32 N>
 __device__ __forceinline__ void group_sum(const LossParams &p, float (&sum)[N], float *scratch, u32 sample, u32 word) {
     constexpr u32 MOST = LOSS_GROUP / WARP;
-    if constexpr (FORM == WHOLE) {
-        group_reduce<Sum, MOST>(sum, first_warp(p), p.group / WARP, scratch);
-    } else {
-        const float result = group_reduce_to_lanes<Sum, MOST, false>(sum, 0, MOST, scratch);
-        if (threadIdx.x < N) {
-            store(summary_of<WORDS>(p, sample, blockIdx.x) + word + threadIdx.x, result);
-        }
+    const float result =
+        group_reduce_to_lanes<Sum, MOST, EVERYWHERE>(sum, first_warp(p), p.group / WARP, scratch);
+    if (FORM != WHOLE && threadIdx.x < N) {
+        store(summary_of<WORDS>(p, sample, blockIdx.x) + word + threadIdx.x, result);
+    }
+    if (EVERYWHERE) {
+        each_lane_to_all(result, sum);
     }
 }
 

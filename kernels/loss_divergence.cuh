@@ -12,7 +12,7 @@ namespace loss {
 namespace general {
 
 constexpr u32 SECOND_SUMS = FIRST_SUMS + 5, DIVERGENCE_SUMS = SECOND_SUMS + 5,
-              LAST_SUMS = DIVERGENCE_SUMS + 7; // LAST_SUMS: 3
+              LAST_SUMS = DIVERGENCE_SUMS + 7; // LAST_SUMS: 4
 constexpr float LN_2 = 0.693147180559945f;
 // Below, series take the place of what would lose digits; 1/8 for differences of two numbers, whose digits it loses gradually.
 constexpr float CLOSE = 0.5f, CLOSE_TO_SUBTRACT = 0.125f;
@@ -44,12 +44,34 @@ struct Row {
 // centred squares those of the squares around the mean, which is rounded, and of what is around it; then the mean.
 struct Divergence {
     float value, of_p, of_q;
+    float mean_log; // sum of q log p/q, of a slice
 };
 
-// Where these lie in the summary of a slice.
+// Where these lie in the summary of a slice, which is a Row and a Divergence.
 constexpr u32 CRITERION_WORDS = 2, POWER_WORDS = CRITERION_WORDS + 2 * 5, DIVERGENCE_WORDS = POWER_WORDS + 7;
 constexpr u32 SUMMARY_WORDS = LOSS_GENERAL_SUMMARY_WORDS;
-static_assert(SUMMARY_WORDS == DIVERGENCE_WORDS + 3, "a Row and a Divergence");
+static_assert(sizeof(Row) == sizeof(float) * DIVERGENCE_WORDS, "words");
+static_assert(sizeof(Divergence) == sizeof(float) * (SUMMARY_WORDS - DIVERGENCE_WORDS), "words");
+
+template <class S> __device__ __forceinline__ void store_words(float *to, const S &value) {
+    float words[sizeof(S) / sizeof(float)];
+    memcpy(words, &value, sizeof value);
+#pragma unroll
+    for (u32 i = 0; i < sizeof(S) / sizeof(float); ++i) {
+        store(to + i, words[i]);
+    }
+}
+
+template <class S> __device__ __forceinline__ S load_words(const float *from) {
+    float words[sizeof(S) / sizeof(float)];
+#pragma unroll
+    for (u32 i = 0; i < sizeof(S) / sizeof(float); ++i) {
+        words[i] = load(from + i);
+    }
+    S value;
+    memcpy(&value, words, sizeof value);
+    return value;
+}
 
 // A thread's elements.
 struct Elements {
@@ -67,6 +89,11 @@ __device__ __forceinline__ bool is_of_probabilities(const LossParams &p) { retur
 // Whether the divergence is a sum that needs sums.
 __device__ __forceinline__ bool needs_sums(const LossParams &p) {
     return has_partner(p) && p.divergence >= LOSS_CENTERED_SQUARED_DIFFERENCE;
+}
+
+// Whether that of a row can be had from those of slices.
+__device__ __forceinline__ bool has_chain_rule(const LossParams &p) {
+    return has_partner(p) && (p.divergence == LOSS_SYMMETRIC_KL || p.divergence == LOSS_KL);
 }
 
 // Whether it takes the probabilities of both branches.
@@ -177,7 +204,7 @@ struct Mixture {
 
 // Adds a thread's part of the sums of a divergence of probabilities.
 template <class S, bool FINITE>
-__device__ __forceinline__ void sum_ratios(const LossParams &p, const Elements &of, const Softmaxes &all, float (&sum)[3]) {
+__device__ __forceinline__ void sum_ratios(const LossParams &p, const Elements &of, const Softmaxes &all, float (&sum)[4]) {
     // A loop for each, rather than a question for each element.
     if (p.divergence == LOSS_SYMMETRIC_KL) {
 #pragma unroll
@@ -186,6 +213,7 @@ __device__ __forceinline__ void sum_ratios(const LossParams &p, const Elements &
             sum[0] += share<FINITE>(ratio.less, ratio.log);
             sum[1] += share<FINITE>(ratio.p, ratio.log - all.at_peak[0]);
             sum[2] += share<FINITE>(ratio.q, ratio.log - all.at_peak[1]);
+            sum[3] += share<FINITE>(ratio.q, ratio.log);
         }
     } else if (p.divergence == LOSS_KL) {
 #pragma unroll
@@ -212,7 +240,7 @@ __device__ __forceinline__ void sum_ratios(const LossParams &p, const Elements &
 template <class T, Form FORM>
 __device__ __forceinline__ Divergence sum_divergence(const LossParams &p, const Slice<T> &slice, const Elements &of,
                                                      const Row &row, const Softmaxes &all, bool finite, u32 sample) {
-    float sum[3] = {};
+    float sum[4] = {};
     if (p.divergence == LOSS_CENTERED_SQUARED_DIFFERENCE) {
         const float mean = row.sums.zero / static_cast<float>(p.classes);
 #pragma unroll
@@ -227,33 +255,74 @@ __device__ __forceinline__ Divergence sum_divergence(const LossParams &p, const 
         sum_ratios<T, false>(p, of, all, sum);
     }
     group_sum<FORM, SUMMARY_WORDS>(p, sum, shared(LAST_SUMS), sample, DIVERGENCE_WORDS);
-    return {sum[0], sum[1], sum[2]};
+    return {sum[0], sum[1], sum[2], sum[3]};
 }
 
-// The same of a row from those of its slices; a warp computes it.
+// The same of a row from those of its slices, which are sums of the same; a warp computes it.
 __device__ __forceinline__ Divergence combine_divergence(const LossParams &p, u32 sample) {
     float sum[3] = {};
     for (u32 i = threadIdx.x % WARP; i < p.slices; i += WARP) {
-        const float *const part = summary_of<SUMMARY_WORDS>(p, sample, i) + DIVERGENCE_WORDS;
-        sum[0] += load(part);
-        sum[1] += load(part + 1);
-        sum[2] += load(part + 2);
+        const Divergence part = load_words<Divergence>(summary_of<SUMMARY_WORDS>(p, sample, i) + DIVERGENCE_WORDS);
+        sum[0] += part.value;
+        sum[1] += part.of_p;
+        sum[2] += part.of_q;
     }
     warp_reduce_all<Sum>(sum);
-    return {sum[0], sum[1], sum[2]};
+    return {sum[0], sum[1], sum[2], 0.0f};
+}
+
+// And from those of slices that took their own softmaxes, by the chain rule. With P and Q what a slice has of the probabilities and
+// T = log P/Q, an element's p is P times that of the slice, and log p/q is T more than there:
+//   KL(q|p) = sum of Q KL there + P - Q - Q T;  sum of (p - q) log p/q = sum of P times that there + (P - Q) (T + sum of q log p/q there)
+__device__ __forceinline__ Divergence chain_divergence(const LossParams &p, u32 sample, const Row &row, const Softmaxes &all) {
+    float sum[3] = {};
+    for (u32 i = threadIdx.x % WARP; i < p.slices; i += WARP) {
+        const float *const part = summary_of<SUMMARY_WORDS>(p, sample, i);
+        const Row own = load_words<Row>(part);
+        Divergence inner = load_words<Divergence>(part + DIVERGENCE_WORDS);
+        if (own.sums.zero == 0.0f || own.sums.one == 0.0f) {
+            // All masked: the slice has no softmax.
+            inner = {};
+        }
+        const Softmaxes softmaxes = softmaxes_of(p, own);
+        const float shares[2] = {expf((own.max[0] - row.max[0]) * all.scale) * own.sums.zero * all.inverse[0],
+                                 expf((own.max[1] - row.max[1]) * all.scale) * own.sums.one * all.inverse[1]};
+        const float log = (softmaxes.shift - all.shift) * all.scale + (softmaxes.offset - all.offset);
+        const float less = subtract(shares[0], shares[1], log);
+        if (p.divergence == LOSS_SYMMETRIC_KL) {
+            // Of what branch 0 alone masks the first is infinite, the second either way.
+            sum[0] += inner.mean_log == -INF ? share(shares[0] + shares[1], INF)
+                                             : share(shares[0], inner.value) + share(less, inner.mean_log + log);
+        } else {
+            sum[0] += share(shares[1], inner.value) + (fabsf(log) < CLOSE ? shares[1] * second_order(log)
+                                                                          : less - share(shares[1], log));
+        }
+#pragma unroll
+        for (u32 branch = 0; branch < 2; ++branch) {
+            // From log p/q at the row's maximum to that at the slice's: nothing, without a rounding, where they are the same.
+            const float here = own.sums.at_peak[branch] / own.sums.peaks[branch];
+            const float there = row.sums.at_peak[branch] / row.sums.peaks[branch];
+            const float from_peak = fabsf(here) < INF && fabsf(there) < INF
+                                        ? (here - there) * all.scale
+                                        : softmaxes.at_peak[branch] + log - all.at_peak[branch];
+            sum[1 + branch] += share(shares[branch], (branch == 0 ? inner.of_p : inner.of_q) + from_peak);
+        }
+    }
+    warp_reduce_all<Sum>(sum);
+    return {sum[0], sum[1], sum[2], 0.0f};
 }
 
 // The divergence of a row and what its gradient needs, from the sums. Of centred squares `of_p` is the mean's
 // rounding, and `of_q` the mean.
 __device__ __forceinline__ Divergence finish_divergence(const LossParams &p, const Row &row, Divergence sums) {
     if (p.divergence < LOSS_CENTERED_SQUARED_DIFFERENCE) {
-        return {row.sums.one, 0.0f, 0.0f};
+        return {row.sums.one, 0.0f, 0.0f, 0.0f};
     }
     if (p.divergence == LOSS_CENTERED_SQUARED_DIFFERENCE) {
         const float rounding = sums.of_p / static_cast<float>(p.classes);
         // None of an infinite mean.
         const float left = fabsf(rounding) < INF ? rounding : 0.0f;
-        return {sums.value - sums.of_p * left, left, row.sums.zero / static_cast<float>(p.classes)};
+        return {sums.value - sums.of_p * left, left, row.sums.zero / static_cast<float>(p.classes), 0.0f};
     }
     return sums;
 }
@@ -277,26 +346,6 @@ static_assert(sizeof(Known) == sizeof(float) * KNOWN_WORDS, "words");
 // Of a row of more slices; behind all summaries.
 __device__ __forceinline__ float *known_of(const LossParams &p, u32 sample) {
     return summary_of<SUMMARY_WORDS>(p, p.batch, 0) + KNOWN_WORDS * static_cast<u64>(sample);
-}
-
-template <class S> __device__ __forceinline__ void store_words(float *to, const S &value) {
-    float words[sizeof(S) / sizeof(float)];
-    memcpy(words, &value, sizeof value);
-#pragma unroll
-    for (u32 i = 0; i < sizeof(S) / sizeof(float); ++i) {
-        store(to + i, words[i]);
-    }
-}
-
-template <class S> __device__ __forceinline__ S load_words(const float *from) {
-    float words[sizeof(S) / sizeof(float)];
-#pragma unroll
-    for (u32 i = 0; i < sizeof(S) / sizeof(float); ++i) {
-        words[i] = load(from + i);
-    }
-    S value;
-    memcpy(&value, words, sizeof value);
-    return value;
 }
 
 // The gradients of a divergence of probabilities, times `pull`.

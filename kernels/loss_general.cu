@@ -182,6 +182,15 @@ __device__ __forceinline__ Criterion sum_criterion(const LossParams &p, const Sl
 }
 
 template <class T, Form FORM>
+__device__ __forceinline__ void sum_criteria(const LossParams &p, const Slice<T> &slice, const Elements &of, const Label &label,
+                                             const float (&peak)[2], u32 sample, Row &row) {
+    row.criterion[0] = sum_criterion<T, FORM>(p, slice, of, label, 0, peak[0], row.max[0], sample);
+    if (p.both_branches != 0u) {
+        row.criterion[1] = sum_criterion<T, FORM>(p, slice, of, label, 1, peak[1], row.max[1], sample);
+    }
+}
+
+template <class T, Form FORM>
 __device__ __forceinline__ Sums sum_powers(const LossParams &p, const Elements &of, const float (&peak)[2],
                                            const float (&max)[2], u32 sample) {
     float sum[7] = {};
@@ -213,36 +222,29 @@ __device__ __forceinline__ Sums sum_powers(const LossParams &p, const Elements &
             sum[1] += of.difference[k] * of.difference[k];
         }
     }
-    group_sum<FORM, SUMMARY_WORDS>(p, sum, shared(DIVERGENCE_SUMS), sample, POWER_WORDS);
+    // Slices that have a divergence of their own need them.
+    group_sum<FORM, SUMMARY_WORDS, true>(p, sum, shared(DIVERGENCE_SUMS), sample, POWER_WORDS);
     return {sum[0], sum[1], sum[2], {sum[3], sum[4]}, {sum[5], sum[6]}};
 }
 
-// All that a first look at a slice finds, or nothing but the maxima, and the rest goes to the slice's summary.
-template <class T, Form FORM>
-__device__ __forceinline__ Row summarise(const LossParams &p, const Slice<T> &slice, const Label &label, const Elements &of,
-                                         u32 sample) {
-    Row row = {};
-    float peak[2] = {LOWEST, LOWEST};
+// The maxima of the group's slice; `peak`: those of the thread.
+template <Form FORM>
+__device__ __forceinline__ void find_maxima(const LossParams &p, const Elements &of, u32 sample, float (&peak)[2],
+                                            float (&max)[2]) {
+    peak[0] = LOWEST;
+    peak[1] = LOWEST;
 #pragma unroll
     for (u32 k = 0; k < ELEMENTS; ++k) {
         peak[0] = fmaxf(peak[0], of.logit[0][k]);
         peak[1] = fmaxf(peak[1], of.logit[1][k]);
     }
-    row.max[0] = peak[0];
-    row.max[1] = peak[1];
-    group_reduce<Max, LOSS_GROUP / WARP>(row.max, first_warp(p), p.group / WARP, shared(PEAKS));
+    max[0] = peak[0];
+    max[1] = peak[1];
+    group_reduce<Max, LOSS_GROUP / WARP>(max, first_warp(p), p.group / WARP, shared(PEAKS));
     if (FORM == SCAN && threadIdx.x == 0) {
-        store(summary_of<SUMMARY_WORDS>(p, sample, blockIdx.x), row.max[0]);
-        store(summary_of<SUMMARY_WORDS>(p, sample, blockIdx.x) + 1, row.max[1]);
+        store(summary_of<SUMMARY_WORDS>(p, sample, blockIdx.x), max[0]);
+        store(summary_of<SUMMARY_WORDS>(p, sample, blockIdx.x) + 1, max[1]);
     }
-    row.criterion[0] = sum_criterion<T, FORM>(p, slice, of, label, 0, peak[0], row.max[0], sample);
-    if (p.both_branches != 0u) {
-        row.criterion[1] = sum_criterion<T, FORM>(p, slice, of, label, 1, peak[1], row.max[1], sample);
-    }
-    if (has_partner(p)) {
-        row.sums = sum_powers<T, FORM>(p, of, peak, row.max, sample);
-    }
-    return row;
 }
 
 // The criterion of a row from those of its slices; a warp computes it.
@@ -315,7 +317,7 @@ __device__ __forceinline__ void scale_criteria(const LossParams &p, Known &known
     }
 }
 
-// What is known of a row but for sums of its divergence, from what is known of its slices; a warp computes it.
+// What is known of a row from what is known of its slices, but for divergences without a chain rule; a warp computes it.
 __device__ __forceinline__ Known combine(const LossParams &p, u32 sample) {
     Row row = {};
     row.max[0] = LOWEST;
@@ -332,7 +334,9 @@ __device__ __forceinline__ Known combine(const LossParams &p, u32 sample) {
     if (has_partner(p)) {
         row.sums = combine_powers(p, sample, row.max);
     }
-    Known known = {row, softmaxes_of(p, row), {}, {}, finish_divergence(p, row, {})};
+    Known known = {row, softmaxes_of(p, row), {}, {}, {}};
+    known.divergence =
+        finish_divergence(p, row, has_chain_rule(p) ? chain_divergence(p, sample, row, known.softmaxes) : Divergence{});
     scale_criteria(p, known);
     return known;
 }
@@ -441,7 +445,8 @@ template <class T, Form FORM> __device__ __forceinline__ void evaluate(const Los
     const u32 start = blockIdx.x * p.slice;
     const T *const logits = static_cast<const T *>(p.logits);
     const u64 branch = static_cast<u64>(p.batch) * p.classes;
-    const u32 first = blockIdx.y * groups;
+    // A block of a slice has one sample: what a loop keeps in registers would not fit beside its elements.
+    const u32 first = FORM == WHOLE ? blockIdx.y * groups : blockIdx.z * gridDim.y + blockIdx.y;
     Weights weights = {};
     for (u32 base = first; base < p.batch; base += gridDim.y * groups) {
         // A group without a sample goes along with nothing to read or write: the others may wait for it at a barrier.
@@ -457,12 +462,16 @@ template <class T, Form FORM> __device__ __forceinline__ void evaluate(const Los
         const bool has_target = p.criterion == LOSS_LABELS ? is_labelled(p, class_of_label) : exists;
         Label label = {has_target ? static_cast<u32>(class_of_label) - start - slice.first : NONE, 1.0f};
         const bool takes_part = partner.exists && (p.labelled_only == 0u || has_target);
-        if (FORM != SUMS) {
+        const auto read_target = [&] {
             if (!is_hard(p)) {
                 read_targets(p, slice, sample, start, label.at, has_target, of.target);
             } else if (p.class_weights != nullptr && has_target) {
                 label.weight = load(p.class_weights + class_of_label);
             }
+        };
+        // Many slices have their targets late, when registers are free again.
+        if (FORM == WHOLE) {
+            read_target();
         }
         if (p.soft_cap > 0.0f) {
             cap_logits(p, slice, of.logit[0]);
@@ -475,31 +484,47 @@ template <class T, Form FORM> __device__ __forceinline__ void evaluate(const Los
             weights = weigh<IN_FLIGHT>(p);
         }
 
+        // What is known of the row, or found of the slice.
         Known known = {};
+        float peak[2];
         if (FORM == SUMS || FORM == APPLY) {
             known = load_words<Known>(known_of(p, sample));
         } else {
-            known.row = summarise<T, FORM>(p, slice, label, of, sample);
+            find_maxima<FORM>(p, of, sample, peak, known.row.max);
+            if (FORM == SCAN) {
+                read_target();
+            }
+            sum_criteria<T, FORM>(p, slice, of, label, peak, sample, known.row);
+            if (has_partner(p)) {
+                known.row.sums = sum_powers<T, FORM>(p, of, peak, known.row.max, sample);
+            }
+        }
+        // Of a slice its divergence, where that of the row can be had from it.
+        bool finite = true;
+        if (FORM != SCAN || has_chain_rule(p)) {
+            if (FORM == WHOLE || FORM == SCAN) {
+                known.softmaxes = softmaxes_of(p, known.row);
+            }
+            if (needs_softmaxes(p)) {
+                finite = compute_logs(known.softmaxes, of);
+            }
+            if (FORM == SUMS || FORM == SCAN || (FORM == WHOLE && needs_sums(p))) {
+                known.divergence = sum_divergence<T, FORM>(p, slice, of, known.row, known.softmaxes, finite, sample);
+            }
+        }
+        if (FORM == SUMS) {
+            return;
+        }
+        if (FORM == APPLY) {
+            read_target();
         }
         if (FORM == SCAN) {
-            continue;
+            return;
         }
         if (FORM == WHOLE) {
-            known.softmaxes = softmaxes_of(p, known.row);
+            known.divergence = finish_divergence(p, known.row, known.divergence);
             known.weights = weights;
             scale_criteria(p, known);
-        }
-        const bool finite = needs_softmaxes(p) && compute_logs(known.softmaxes, of);
-        if (FORM == SUMS) {
-            sum_divergence<T, FORM>(p, slice, of, known.row, known.softmaxes, finite, sample);
-            continue;
-        }
-        if (FORM == WHOLE) {
-            Divergence sums = {};
-            if (needs_sums(p)) {
-                sums = sum_divergence<T, FORM>(p, slice, of, known.row, known.softmaxes, finite, sample);
-            }
-            known.divergence = finish_divergence(p, known.row, sums);
         }
         if (blockIdx.x == 0 && thread == 0 && exists) {
             const float divergence = takes_part ? known.divergence.value : 0.0f;
@@ -508,6 +533,9 @@ template <class T, Form FORM> __device__ __forceinline__ void evaluate(const Los
         if (p.gradient != nullptr) {
             T *const to = static_cast<T *>(p.gradient) + row + start;
             write_gradients(p, slice, of, label, known, has_target, takes_part, finite, to);
+        }
+        if (FORM == APPLY) {
+            break;
         }
     }
     if ((FORM == WHOLE || FORM == APPLY) && is_last_block(p.workspace, reinterpret_cast<u32 *>(shared(FLAG)))) {
@@ -541,9 +569,9 @@ template <Form FORM> __device__ __forceinline__ void combine_rows(const LossPara
 PACE_KERNELS(loss_general, LossParams, (LOSS_GROUP, 1), evaluate<T, WHOLE>(p))
 PACE_KERNELS(loss_general_scan, LossParams, (LOSS_GROUP, 2), evaluate<T, SCAN>(p))
 PACE_KERNELS(loss_general_sums, LossParams, (LOSS_GROUP, 2), evaluate<T, SUMS>(p))
-PACE_KERNELS(loss_general_apply, LossParams, (LOSS_APPLY_GROUP, 3), evaluate<T, APPLY>(p))
-PACE_KERNEL(loss_general_rows, LossParams, LOSS_GROUP) { combine_rows<SCAN>(p); }
-PACE_KERNEL(loss_general_divergence, LossParams, LOSS_GROUP) { combine_rows<SUMS>(p); }
+PACE_KERNELS(loss_general_apply, LossParams, (LOSS_GROUP, 2), evaluate<T, APPLY>(p))
+PACE_KERNEL(loss_general_rows, LossParams, LOSS_GROUP, 1) { combine_rows<SCAN>(p); }
+PACE_KERNEL(loss_general_divergence, LossParams, LOSS_GROUP, 1) { combine_rows<SUMS>(p); }
 
 } // namespace general
 

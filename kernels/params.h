@@ -57,17 +57,14 @@ constexpr u32 LOSS_ELEMENTS = 8;
 /// Threads that share a row or a slice of one, at most; then they are the block.
 constexpr u32 LOSS_GROUP = 512;
 
-/// The same in `loss_general_apply`, whose threads have nothing to find out together and need more registers.
-constexpr u32 LOSS_APPLY_GROUP = 256;
-
 /// Words of shared memory for each warp of a block; one more is for all of them.
-constexpr u32 LOSS_SHARED_WORDS = 34;
+constexpr u32 LOSS_SHARED_WORDS = 35;
 
 /// Of a slice, where the loss is not the paper's; more than what the paper's needs.
-constexpr u32 LOSS_GENERAL_SUMMARY_WORDS = 22;
+constexpr u32 LOSS_GENERAL_SUMMARY_WORDS = 23;
 
 /// Of a row of more slices, there.
-constexpr u32 LOSS_GENERAL_KNOWN_WORDS = 35;
+constexpr u32 LOSS_GENERAL_KNOWN_WORDS = 36;
 
 /// Words of the status.
 constexpr u32 LOSS_STATUS_WORDS = 9;

@@ -93,14 +93,18 @@ __device__ __forceinline__ T group_reduce_to_lanes(const T (&value)[N], u32 firs
     return result;
 }
 
-// The same, and every thread gets all results of its group.
-template <class Operation, u32 MOST = WARP, u32 N, class T>
-__device__ __forceinline__ void group_reduce(T (&value)[N], u32 first, u32 warps, T *scratch) {
-    const T result = group_reduce_to_lanes<Operation, MOST, true>(value, first, warps, scratch);
+// What the first lanes of a warp have, for all of them.
+template <u32 N, class T> __device__ __forceinline__ void each_lane_to_all(T of_lane, T (&value)[N]) {
 #pragma unroll
     for (u32 i = 0; i < N; ++i) {
-        value[i] = N == 1 ? result : __shfl_sync(ALL_LANES, result, i);
+        value[i] = N == 1 ? of_lane : __shfl_sync(ALL_LANES, of_lane, i);
     }
+}
+
+// The same as `group_reduce_to_lanes`, and every thread gets all results of its group.
+template <class Operation, u32 MOST = WARP, u32 N, class T>
+__device__ __forceinline__ void group_reduce(T (&value)[N], u32 first, u32 warps, T *scratch) {
+    each_lane_to_all(group_reduce_to_lanes<Operation, MOST, true>(value, first, warps, scratch), value);
 }
 
 // Reduces N values over a warp; every lane gets all of them.

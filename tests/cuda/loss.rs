@@ -103,10 +103,11 @@ pub fn any_grid(target: &Target<'_>) {
                 let operator = data.operator(machine);
                 let mut plan = operator.plan().unwrap();
                 for launch in plan.launches_mut() {
+                    let words_of_warp = (launch.shared_bytes / 4 - 1) / (launch.block[0] / 32);
                     let group = case.classes.div_ceil(8).next_power_of_two().clamp(32, 512) as u32;
                     launch.grid[1] = rows;
                     launch.block[0] = groups * group;
-                    launch.shared_bytes = 4 * (34 * groups * group / 32 + 1);
+                    launch.shared_bytes = 4 * (words_of_warp * groups * group / 32 + 1);
                 }
                 machine.launch(&plan);
                 let status = data.check(machine, &operator, &want);

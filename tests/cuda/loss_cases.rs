@@ -63,6 +63,28 @@ pub enum Logits {
     Masked,
     /// And that one has.
     MaskedInOne,
+    /// The last of three slices of 9001 classes, masked by both branches.
+    MaskedSlice,
+    /// And by one.
+    MaskedSliceInOne,
+}
+
+impl Logits {
+    /// Whether branch 0 masks a class.
+    fn masks(self, class: usize, classes: usize) -> bool {
+        match self {
+            Self::Masked | Self::MaskedInOne => class % 3 == 1,
+            Self::MaskedSlice | Self::MaskedSliceInOne => {
+                class >= 2 * classes.div_ceil(3).next_multiple_of(8)
+            }
+            _ => false,
+        }
+    }
+
+    /// Whether branch 1 has other classes.
+    pub fn is_masked_in_one(self) -> bool {
+        matches!(self, Self::MaskedInOne | Self::MaskedSliceInOne)
+    }
 }
 
 pub const LOGITS: [Logits; 7] = [
@@ -156,10 +178,10 @@ fn logits(case: &Case) -> [Vec<f64>; 2] {
                 row.iter_mut().for_each(|l| *l = values[(l.abs() * 1e4) as usize % values.len()]);
             }
         }
-        Logits::Masked | Logits::MaskedInOne => {
-            for i in (0..len).filter(|i| i % case.classes % 3 == 1) {
+        Logits::Masked | Logits::MaskedInOne | Logits::MaskedSlice | Logits::MaskedSliceInOne => {
+            for i in (0..len).filter(|i| case.logits.masks(i % case.classes, case.classes)) {
                 pair[0][i] = f64::NEG_INFINITY;
-                if case.logits == Logits::Masked {
+                if !case.logits.is_masked_in_one() {
                     pair[1][i] = f64::NEG_INFINITY;
                 }
             }
@@ -174,7 +196,8 @@ impl<T: Type> Data<T> {
         let labels: Vec<i64> = (0..batch)
             .map(|i| match case.ignored {
                 Some(every) if i.is_multiple_of(every) => IGNORED,
-                // Never one that is masked.
+                // Never one that is masked; of rows of several slices, in any of them.
+                _ if classes > 4096 => ((i * 5003 + 4000) % classes / 3 * 3) as i64,
                 _ => ((i * 7 + 3) % classes / 3 * 3) as i64,
             })
             .collect();
@@ -203,7 +226,7 @@ impl<T: Type> Data<T> {
             table.extend(uniform(9, 2 * classes));
         }
         let sure = case.logits == Logits::Sure;
-        let masked = |k: usize| matches!(case.logits, Logits::Masked | Logits::MaskedInOne) && k % 3 == 1;
+        let masked = |k: usize| case.logits.masks(k, classes);
         let mut targets: Vec<f32> = match case.criterion {
             Criterion::Labels | Criterion::WeightedLabels => Vec::new(),
             Criterion::Probabilities => rounded::<f32>(5, batch * classes).iter().map(|p| p * p).collect(),

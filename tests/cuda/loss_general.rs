@@ -97,11 +97,11 @@ pub fn extremes(target: &Target<'_>) {
     for divergence in DIVERGENCES {
         for logits in LOGITS {
             // Masked in one branch alone, differences are infinite: only the divergences of probabilities may come to something.
-            if logits == Logits::MaskedInOne && !divergence.is_of_probabilities() {
+            if logits.is_masked_in_one() && !divergence.is_of_probabilities() {
                 continue;
             }
             for compared in [Compared::TwoBranch, Compared::Difference] {
-                if compared == Compared::Difference && matches!(logits, Logits::MaskedInOne) {
+                if compared == Compared::Difference && logits.is_masked_in_one() {
                     continue;
                 }
                 for (classes, criterion) in [(10, Criterion::Labels), (300, Criterion::Probabilities)] {
@@ -156,6 +156,20 @@ pub fn streamed(target: &Target<'_>) {
         for logits in [Logits::Extreme, Logits::Masked] {
             let case = Case { divergence, logits, classes: 4104, batch: 1, smoothing: 0.0, ..CASE };
             evaluate::<f32>(case, false, target);
+        }
+    }
+    // A row's divergence from those of its slices, where these, or their shares, are close, far apart or nothing.
+    let all = LOGITS.into_iter().chain([Logits::MaskedSlice, Logits::MaskedSliceInOne]);
+    for (number, logits) in all.enumerate() {
+        for divergence in DIVERGENCES.into_iter().filter(Divergence::is_of_probabilities) {
+            let compared = match logits.is_masked_in_one() {
+                true => Compared::TwoBranch,
+                false => [Compared::TwoBranch, Compared::Difference][number % 2],
+            };
+            let both_branches = number % 2 == 1;
+            let case =
+                Case { divergence, logits, compared, classes: 9001, both_branches, smoothing: 0.0, ..CASE };
+            evaluate::<f32>(Case { batch: 2, ..case }, false, target);
         }
     }
     // Nothing but the summaries is left.

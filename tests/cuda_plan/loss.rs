@@ -263,7 +263,9 @@ fn the_papers_loss_has_kernels_of_its_own() {
         assert_eq!(names(operator), ["loss_general_f16"], "{operator:?}");
     }
     // More than one slice: a launch for what comes first, one for sums that need it, one for the gradient, and what combines slices.
+    let centred = Divergence::CenteredSquaredDifference;
     let wide = general(4104);
+    let wide = Loss { settings: LossSettings { divergence: centred, ..wide.settings }, ..wide };
     let launches = [
         "loss_general_scan_f16",
         "loss_general_rows",
@@ -276,10 +278,30 @@ fn the_papers_loss_has_kernels_of_its_own() {
         operator.plan().unwrap().launches().map(|launch| (launch.grid, launch.block)).collect()
     };
     let (slices, rows) = (([2, 6, 1], [512, 1, 1]), ([1, 1, 1], [512, 1, 1]));
-    assert_eq!(grids(wide), [slices, rows, slices, rows, ([3, 6, 1], [256, 1, 1])]);
-    assert_eq!(grids(Loss { gradient: None, ..wide })[4], ([1, 6, 1], [256, 1, 1]));
-    let squares = LossSettings { divergence: Divergence::SquaredDifference, ..wide.settings };
-    assert_eq!(names(Loss { settings: squares, ..wide }), [launches[0], launches[1], launches[4]]);
+    assert_eq!(grids(wide), [slices, rows, slices, rows, slices]);
+    assert_eq!(grids(Loss { gradient: None, ..wide })[4], ([1, 6, 1], [512, 1, 1]));
+    // Others need no sums, or have a chain rule.
+    let kl = Divergence::Kl { temperature: 2.0, detach_target: false };
+    for divergence in [Divergence::SquaredDifference, Divergence::SymmetricKl, kl] {
+        let settings = LossSettings { divergence, ..wide.settings };
+        assert_eq!(
+            names(Loss { settings, ..wide }),
+            [launches[0], launches[1], launches[4]],
+            "{divergence:?}"
+        );
+    }
+    // More rows than a grid has blocks in its second dimension.
+    let batch = 140_000;
+    let settings = LossSettings { classes: 4104, ..wide.settings };
+    let many = Loss {
+        logits: buffer(1 << 40, 2 * batch * 4104),
+        targets: Targets::Labels(buffer(1 << 50, batch)),
+        gradient: Some(buffer(1 << 42, 2 * batch * 4104)),
+        workspace: buffer(1 << 44, settings.workspace_len(batch)),
+        ..wide
+    };
+    let geometry: Vec<_> = grids(many).into_iter().map(|(grid, _)| grid).collect();
+    assert_eq!(geometry, [[2, 65535, 3], [1, 1024, 1], [2, 65535, 3], [1, 1024, 1], [2, 65535, 3]]);
 }
 
 #[test]

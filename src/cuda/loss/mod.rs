@@ -27,7 +27,7 @@ const MAX_BLOCKS: usize = 1024;
 /// Samples, at most: the kernels count them in `f32`.
 pub(super) const MAX_BATCH: usize = 1 << 24;
 pub(super) const MAX_CLASSES: usize = 1 << 30;
-/// Blocks of one column of a grid, at most.
+/// Blocks along the second dimension of a grid, at most.
 const MAX_ROWS: usize = 65_535;
 /// Words of the workspace: the counter of finished blocks, then for each sample its record, then for each of its slices, then again for
 /// each sample what its slices add up to.
@@ -157,40 +157,45 @@ impl Loss {
         let params = self.params(batch, self.check(batch)?, soft_cap);
         let (group, slices) = (params.group as usize, params.slices as usize);
         let groups = (batch / SPREAD).clamp(1, (THREADS / group).max(1));
-        let launch = |kernel: Kernel, [columns, rows]: [usize; 2], params: &LossParams| {
-            let threads = groups * params.group as usize;
+        let launch = |kernel: Kernel, grid: [usize; 3], threads: usize| {
             let shared = 4 * (LOSS_SHARED_WORDS * threads / WARP + 1);
-            Launch::new(kernel, [columns as u32, rows as u32, 1], [threads as u32, 1, 1], shared, params)
+            Launch::new(kernel, grid.map(|blocks| blocks as u32), [threads as u32, 1, 1], shared, &params)
         };
         let counting = |kernels: Kernels, columns: usize| {
             let rows = batch.div_ceil(groups).min((MAX_BLOCKS / columns).max(1));
-            launch(kernels.choose(self.dtype), [columns, rows], &params)
+            launch(kernels.choose(self.dtype), [columns, rows, 1], groups * group)
+        };
+        // A block for each slice of each row.
+        let parts = |kernels: Kernels, columns: usize| {
+            let rows = batch.min(MAX_ROWS);
+            launch(kernels.choose(self.dtype), [columns, rows, batch.div_ceil(rows)], LOSS_GROUP)
+        };
+        // A warp for each row.
+        let combine = |kernel: Kernel| {
+            let blocks = batch.div_ceil(LOSS_GROUP / WARP).min(MAX_BLOCKS);
+            launch(kernel, [1, blocks, 1], LOSS_GROUP)
         };
         // Without something to write for every element, one block per row combines what the launches before found.
         let writes = self.gradient.is_some() || matches!(self.partner, Partner::History { .. });
-        let columns = |slices: usize| if writes { slices } else { 1 };
+        let columns = if writes { slices } else { 1 };
         let mut plan = Plan::default();
         match (self.is_plain() && soft_cap.is_none(), slices) {
             (true, 1) => plan.push(counting(table::LOSS, 1)),
             (true, _) => {
                 plan.push(counting(table::LOSS_SCAN, slices));
-                plan.push(counting(table::LOSS_APPLY, columns(slices)));
+                plan.push(counting(table::LOSS_APPLY, columns));
             }
             (false, 1) => plan.push(counting(table::LOSS_GENERAL, 1)),
             (false, _) => {
-                // A warp for each row.
-                let of_rows = [1, batch.div_ceil(LOSS_GROUP / WARP).min(MAX_BLOCKS)];
-                plan.push(counting(table::LOSS_GENERAL_SCAN, slices));
-                plan.push(launch(table::LOSS_GENERAL_ROWS, of_rows, &params));
-                if self.partner != Partner::None && params.divergence >= LOSS_CENTERED_SQUARED_DIFFERENCE {
-                    plan.push(counting(table::LOSS_GENERAL_SUMS, slices));
-                    plan.push(launch(table::LOSS_GENERAL_DIVERGENCE, of_rows, &params));
+                plan.push(parts(table::LOSS_GENERAL_SCAN, slices));
+                plan.push(combine(table::LOSS_GENERAL_ROWS));
+                // Those of the others are sums over slices that know the whole row, as they have no chain rule.
+                let without_chain = [LOSS_CENTERED_SQUARED_DIFFERENCE, LOSS_JENSEN_SHANNON];
+                if self.partner != Partner::None && without_chain.contains(&params.divergence) {
+                    plan.push(parts(table::LOSS_GENERAL_SUMS, slices));
+                    plan.push(combine(table::LOSS_GENERAL_DIVERGENCE));
                 }
-                // Nothing is counted or shared here, so blocks may be of any size and as many as there are.
-                let slice = LOSS_APPLY_GROUP * LOSS_ELEMENTS;
-                let apply = LossParams { group: LOSS_APPLY_GROUP as u32, slice: slice as u32, ..params };
-                let grid = [columns(self.settings.classes.div_ceil(slice)), batch.min(MAX_ROWS)];
-                plan.push(launch(table::LOSS_GENERAL_APPLY.choose(self.dtype), grid, &apply));
+                plan.push(parts(table::LOSS_GENERAL_APPLY, columns));
             }
         }
         Ok(plan)

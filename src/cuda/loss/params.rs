@@ -7,14 +7,12 @@ use bytemuck::{Pod, Zeroable};
 pub const LOSS_ELEMENTS: usize = 8;
 /// Threads that share a row or a slice of one, at most; then they are the block.
 pub const LOSS_GROUP: usize = 512;
-/// The same in `loss_general_apply`, whose threads have nothing to find out together and need more registers.
-pub const LOSS_APPLY_GROUP: usize = 256;
 /// Words of shared memory for each warp of a block; one more is for all of them.
-pub const LOSS_SHARED_WORDS: usize = 34;
+pub const LOSS_SHARED_WORDS: usize = 35;
 /// Of a slice, where the loss is not the paper's; more than what the paper's needs.
-pub const LOSS_GENERAL_SUMMARY_WORDS: usize = 22;
+pub const LOSS_GENERAL_SUMMARY_WORDS: usize = 23;
 /// Of a row of more slices, there.
-pub const LOSS_GENERAL_KNOWN_WORDS: usize = 35;
+pub const LOSS_GENERAL_KNOWN_WORDS: usize = 36;
 /// Words of the status.
 pub const LOSS_STATUS_WORDS: usize = 9;
 
