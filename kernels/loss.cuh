@@ -45,7 +45,9 @@ template <class S> struct Exponential {
     float rate;
     __device__ __forceinline__ explicit Exponential(float inverse_temperature)
         : rate(sizeof(S) == 2 ? inverse_temperature * LOG2_E : inverse_temperature) {}
-    __device__ __forceinline__ float operator()(float x) const { return sizeof(S) == 2 ? exp2_fast(x * rate) : expf(x * rate); }
+    __device__ __forceinline__ float operator()(float x) const {
+        return sizeof(S) == 2 ? exp2_fast(x * rate) : expf(x * rate);
+    }
 };
 
 // What a thread has of one slice: a warp holds 32 * ELEMENTS adjacent elements, a thread of it vectors or every 32nd one.
@@ -171,8 +173,7 @@ __device__ __forceinline__ u32 first_warp(const LossParams &p) { return (threadI
 template <Form FORM, u32 WORDS, bool EVERYWHERE = FORM == WHOLE, u32 N>
 __device__ __forceinline__ void group_sum(const LossParams &p, float (&sum)[N], float *scratch, u32 sample, u32 word) {
     constexpr u32 MOST = LOSS_GROUP / WARP;
-    const float result =
-        group_reduce_to_lanes<Sum, MOST, EVERYWHERE>(sum, first_warp(p), p.group / WARP, scratch);
+    const float result = group_reduce_to_lanes<Sum, MOST, EVERYWHERE>(sum, first_warp(p), p.group / WARP, scratch);
     if (FORM != WHOLE && threadIdx.x < N) {
         store(summary_of<WORDS>(p, sample, blockIdx.x) + word + threadIdx.x, result);
     }

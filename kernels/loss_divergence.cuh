@@ -97,7 +97,9 @@ __device__ __forceinline__ bool has_chain_rule(const LossParams &p) {
 }
 
 // Whether it takes the probabilities of both branches.
-__device__ __forceinline__ bool needs_softmaxes(const LossParams &p) { return has_partner(p) && is_of_probabilities(p); }
+__device__ __forceinline__ bool needs_softmaxes(const LossParams &p) {
+    return has_partner(p) && is_of_probabilities(p);
+}
 
 // p x, nothing without probability. Where all x are finite there is nothing to ask.
 template <bool FINITE = false> __device__ __forceinline__ float share(float p, float x) {
@@ -188,7 +190,8 @@ struct Mixture {
     __device__ __forceinline__ explicit Mixture(float t) {
         const float size = fabsf(t), square = t * t;
         is_close = size < CLOSE;
-        log_cosh = square * (1.0f / 8.0f + square * (-1.0f / 192.0f + square * (1.0f / 2880.0f + square * (-17.0f / 645120.0f))));
+        log_cosh = square * (1.0f / 8.0f +
+                             square * (-1.0f / 192.0f + square * (1.0f / 2880.0f + square * (-17.0f / 645120.0f))));
         // log 2 - log(1 + exp(-+t))
         const float far = LN_2 - log1pf(expf(-size));
         of_p = is_close ? 0.5f * t - log_cosh : far + fminf(t, 0.0f);
@@ -204,7 +207,8 @@ struct Mixture {
 
 // Adds a thread's part of the sums of a divergence of probabilities.
 template <class S, bool FINITE>
-__device__ __forceinline__ void sum_ratios(const LossParams &p, const Elements &of, const Softmaxes &all, float (&sum)[4]) {
+__device__ __forceinline__ void sum_ratios(const LossParams &p, const Elements &of, const Softmaxes &all,
+                                           float (&sum)[4]) {
     // A loop for each, rather than a question for each element.
     if (p.divergence == LOSS_SYMMETRIC_KL) {
 #pragma unroll
@@ -274,7 +278,8 @@ __device__ __forceinline__ Divergence combine_divergence(const LossParams &p, u3
 // And from those of slices that took their own softmaxes, by the chain rule. With P and Q what a slice has of the probabilities and
 // T = log P/Q, an element's p is P times that of the slice, and log p/q is T more than there:
 //   KL(q|p) = sum of Q KL there + P - Q - Q T;  sum of (p - q) log p/q = sum of P times that there + (P - Q) (T + sum of q log p/q there)
-__device__ __forceinline__ Divergence chain_divergence(const LossParams &p, u32 sample, const Row &row, const Softmaxes &all) {
+__device__ __forceinline__ Divergence chain_divergence(const LossParams &p, u32 sample, const Row &row,
+                                                       const Softmaxes &all) {
     float sum[3] = {};
     for (u32 i = threadIdx.x % WARP; i < p.slices; i += WARP) {
         const float *const part = summary_of<SUMMARY_WORDS>(p, sample, i);
@@ -294,8 +299,8 @@ __device__ __forceinline__ Divergence chain_divergence(const LossParams &p, u32 
             sum[0] += inner.mean_log == -INF ? share(shares[0] + shares[1], INF)
                                              : share(shares[0], inner.value) + share(less, inner.mean_log + log);
         } else {
-            sum[0] += share(shares[1], inner.value) + (fabsf(log) < CLOSE ? shares[1] * second_order(log)
-                                                                          : less - share(shares[1], log));
+            sum[0] += share(shares[1], inner.value) +
+                      (fabsf(log) < CLOSE ? shares[1] * second_order(log) : less - share(shares[1], log));
         }
 #pragma unroll
         for (u32 branch = 0; branch < 2; ++branch) {
@@ -366,9 +371,8 @@ __device__ __forceinline__ void pull_ratios(const LossParams &p, const Elements 
         for (u32 k = 0; k < ELEMENTS; ++k) {
             const Ratio<S> ratio(all, of, k);
             zero[k] = pull * ratio.less;
-            one[k] = p.detach_target != 0u
-                         ? 0.0f
-                         : pull * share<FINITE>(ratio.q, mean_q - (ratio.log - all.at_peak[1]));
+            one[k] =
+                p.detach_target != 0u ? 0.0f : pull * share<FINITE>(ratio.q, mean_q - (ratio.log - all.at_peak[1]));
         }
     } else {
         const float peak_p = Mixture(all.at_peak[0]).of_p, peak_q = Mixture(all.at_peak[1]).of_q;

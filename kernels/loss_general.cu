@@ -29,11 +29,16 @@
 //
 // Slices, groups, alignment, records and status are those of loss.cu; a thread has 8 elements of both rows, of D and of t.
 //   loss_general            a slice is the row (C <= 4096): one launch.
-//   loss_general_scan       more slices, by x: first launch. Writes maxima and sums of each slice.
+//   loss_general_scan       more slices, by x, of a sample, by y and z: first launch. Writes maxima and sums of each slice, and
+//                           its own KL divergence, with softmaxes of its own.
 //   loss_general_rows       combines them, always in the same order: a warp finds what is known of a row (struct Known).
-//   loss_general_sums       where the divergence is a sum that needs these: the same for its sums,
-//   loss_general_divergence and for them.
-//   loss_general_apply      reads again for the gradient. Its threads have nothing to find out together.
+//   loss_general_sums       where the divergence is a sum that needs these: the same for its sums, as slices do not add up
+//   loss_general_divergence to the one of centred squares or of Jensen and Shannon; and for them.
+//   loss_general_apply      reads again for the gradient.
+// KL by the chain rule: with P and Q what a slice has of the probabilities and T = log P/Q,
+//   KL(q|p) = sum over slices of Q KL(q|p there) + Q (expm1(T) - T).
+// What is the same for all elements is asked outside of loops over them, and threads without the maximum or the label of their slice do
+// not compare elements with them.
 // Bytes: logits, H, probabilities or values read once per launch, gradient and H written once; class weights come from a cache.
 // Operations: per element and branch up to 5 exponentials or logarithms (loss_general), so the divergences of probabilities are bound by
 // arithmetic rather than by memory.
@@ -94,9 +99,7 @@ __device__ __forceinline__ void compare(const LossParams &p, bool exists, Elemen
 }
 
 // Whether the target of a sample is its label alone, so that all other elements have t = 0.
-__device__ __forceinline__ bool is_hard(const LossParams &p) {
-    return p.criterion == LOSS_LABELS && p.spread == 0.0f;
-}
+__device__ __forceinline__ bool is_hard(const LossParams &p) { return p.criterion == LOSS_LABELS && p.spread == 0.0f; }
 
 // A label: where it lies, from the thread's first element on, and the weight of its class.
 struct Label {
@@ -131,8 +134,7 @@ __device__ __forceinline__ void read_targets(const LossParams &p, const Slice<T>
 // that the others do not ask.
 template <class T, Form FORM>
 __device__ __forceinline__ Criterion sum_criterion(const LossParams &p, const Slice<T> &slice, const Elements &of,
-                                                   const Label &label, u32 branch, float peak, float max,
-                                                   u32 sample) {
+                                                   const Label &label, u32 branch, float peak, float max, u32 sample) {
     const float(&logit)[ELEMENTS] = of.logit[branch];
     float sum[5] = {};
     if (p.criterion == LOSS_VALUES) {
@@ -170,9 +172,12 @@ __device__ __forceinline__ Criterion sum_criterion(const LossParams &p, const Sl
             for (u32 k = 0; k < ELEMENTS; ++k) {
                 const bool is_label = slice.has(k) && slice.at(k) == label.at;
                 const float target = is_hard(p) ? (is_label ? label.weight : 0.0f) : of.target[k];
+                const float power = exponential(logit[k] - max);
                 const bool is_peak = logit[k] == max;
-                sum[is_peak ? 0 : 1] += exponential(logit[k] - max);
-                sum[is_peak ? 3 : 4] += target;
+                sum[0] += is_peak ? power : 0.0f;
+                sum[1] += is_peak ? 0.0f : power;
+                sum[3] += is_peak ? target : 0.0f;
+                sum[4] += is_peak ? 0.0f : target;
             }
         }
     }
@@ -182,8 +187,8 @@ __device__ __forceinline__ Criterion sum_criterion(const LossParams &p, const Sl
 }
 
 template <class T, Form FORM>
-__device__ __forceinline__ void sum_criteria(const LossParams &p, const Slice<T> &slice, const Elements &of, const Label &label,
-                                             const float (&peak)[2], u32 sample, Row &row) {
+__device__ __forceinline__ void sum_criteria(const LossParams &p, const Slice<T> &slice, const Elements &of,
+                                             const Label &label, const float (&peak)[2], u32 sample, Row &row) {
     row.criterion[0] = sum_criterion<T, FORM>(p, slice, of, label, 0, peak[0], row.max[0], sample);
     if (p.both_branches != 0u) {
         row.criterion[1] = sum_criterion<T, FORM>(p, slice, of, label, 1, peak[1], row.max[1], sample);
@@ -312,8 +317,9 @@ __device__ __forceinline__ void scale_criteria(const LossParams &p, Known &known
 #pragma unroll
     for (u32 branch = 0; branch < 2; ++branch) {
         const Criterion &all = known.row.criterion[branch];
-        known.scale[branch] = p.criterion == LOSS_VALUES ? 2.0f / static_cast<float>(p.classes)
-                                                         : (all.peak_target + all.rest_target) / (all.peaks + all.others);
+        known.scale[branch] = p.criterion == LOSS_VALUES
+                                  ? 2.0f / static_cast<float>(p.classes)
+                                  : (all.peak_target + all.rest_target) / (all.peaks + all.others);
     }
 }
 
@@ -409,16 +415,17 @@ template <u32 LOADS> __device__ __forceinline__ Weights weigh(const LossParams &
             p.pull_per_label != 0u ? p.pull * per_label : p.pull};
 }
 
-// The sample's gradients. `finite`: see `compute_logs`.
-template <class T>
+// The sample's gradients. `finite`: see `compute_logs`. `read_late`: reads the targets, if they are not there yet.
+template <class T, class Read>
 __device__ __forceinline__ void write_gradients(const LossParams &p, const Slice<T> &slice, const Elements &of,
                                                 const Label &label, const Known &known, bool has_target,
-                                                bool takes_part, bool finite, T *to) {
+                                                bool takes_part, bool finite, const Read &read_late, T *to) {
     float zero[ELEMENTS] = {}, one[ELEMENTS] = {};
     if (takes_part) {
         pull_together<T>(p, of, known, known.weights.pull, finite, zero, one);
     }
     if (has_target) {
+        read_late();
         criterion_gradient(p, slice, of, label, known, 0, known.weights.criterion, zero);
         if (p.both_branches != 0u) {
             criterion_gradient(p, slice, of, label, known, 1, known.weights.criterion, one);
@@ -469,7 +476,12 @@ template <class T, Form FORM> __device__ __forceinline__ void evaluate(const Los
                 label.weight = load(p.class_weights + class_of_label);
             }
         };
-        // Many slices have their targets late, when registers are free again.
+        // A slice of many has its targets late, when registers are free again.
+        const auto read_late = [&] {
+            if (FORM != WHOLE) {
+                read_target();
+            }
+        };
         if (FORM == WHOLE) {
             read_target();
         }
@@ -491,9 +503,7 @@ template <class T, Form FORM> __device__ __forceinline__ void evaluate(const Los
             known = load_words<Known>(known_of(p, sample));
         } else {
             find_maxima<FORM>(p, of, sample, peak, known.row.max);
-            if (FORM == SCAN) {
-                read_target();
-            }
+            read_late();
             sum_criteria<T, FORM>(p, slice, of, label, peak, sample, known.row);
             if (has_partner(p)) {
                 known.row.sums = sum_powers<T, FORM>(p, of, peak, known.row.max, sample);
@@ -515,9 +525,6 @@ template <class T, Form FORM> __device__ __forceinline__ void evaluate(const Los
         if (FORM == SUMS) {
             return;
         }
-        if (FORM == APPLY) {
-            read_target();
-        }
         if (FORM == SCAN) {
             return;
         }
@@ -532,7 +539,7 @@ template <class T, Form FORM> __device__ __forceinline__ void evaluate(const Los
         }
         if (p.gradient != nullptr) {
             T *const to = static_cast<T *>(p.gradient) + row + start;
-            write_gradients(p, slice, of, label, known, has_target, takes_part, finite, to);
+            write_gradients(p, slice, of, label, known, has_target, takes_part, finite, read_late, to);
         }
         if (FORM == APPLY) {
             break;

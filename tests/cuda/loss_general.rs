@@ -179,6 +179,28 @@ pub fn streamed(target: &Target<'_>) {
     evaluate::<f32>(Case { criterion: Criterion::Probabilities, ..case }, false, target);
 }
 
+/// Rows in slices, whatever the dimensions of the grid that has a block for each of them, or more.
+pub fn any_grid(target: &Target<'_>) {
+    for divergence in [Divergence::SymmetricKl, Divergence::JensenShannon] {
+        let case = Case { divergence, batch: 5, classes: 4104, smoothing: 0.0, ..CASE };
+        let data = Data::<bf16>::new(case);
+        let want = data.on_cpu();
+        for [y, z] in [[1, 5], [2, 3], [6, 1]] {
+            target.once(0, |machine| {
+                let operator = data.operator(machine);
+                let mut plan = operator.plan().unwrap();
+                // But for those that have a warp for each row.
+                for launch in plan.launches_mut().filter(|launch| launch.grid[0] > 1) {
+                    launch.grid = [launch.grid[0], y, z];
+                }
+                machine.launch(&plan);
+                assert_values(&case, &machine.read::<f32>(operator.values), &want.values);
+                assert_gradient(&case, &machine.read::<bf16>(operator.gradient.unwrap()), &want.gradient);
+            });
+        }
+    }
+}
+
 /// A batch in parts, one after the other: they add up to the whole, with its denominators and its positions.
 pub fn parts(target: &Target<'_>) {
     let paper =

@@ -66,6 +66,7 @@ const TESTS: &[(&str, Test)] = &[
     ("loss_general", loss_general::test),
     ("loss_general::extremes", loss_general::extremes),
     ("loss_general::streamed", loss_general::streamed),
+    ("loss_general::any_grid", loss_general::any_grid),
     ("loss_general::parts", loss_general::parts),
     ("loss_general::wrong_data", loss_general::wrong_data),
     ("loss_general::not_a_number", loss_general::not_a_number),
