@@ -22,7 +22,7 @@
 // A row (of both branches) is cut into slices of at most 8 elements per thread of a group of whole warps, which holds its
 // slice in registers: the maximum, the sums and the gradient need no second read. Groups stride over the samples, by y.
 //   loss        a slice is the row (C <= 4096): one launch.
-//   loss_scan   more slices, by x: first launch. Writes M, O, sum_c (M - l_c), the distance and the label's logit of each slice,
+//   loss_scan   more slices, by x: first launch. Writes M, O, with smoothing sum_c (M - l_c), the distance and the label's logit of each slice,
 //   loss_apply  which the second launch combines before it reads the logits again for the gradient.
 // The gradient may take the place of the logits: a thread has read what it overwrites, and nobody else reads it.
 // Where rows are aligned, a thread has vectors of 16 bytes, otherwise every 32nd element: the lanes of a warp always touch
@@ -35,7 +35,7 @@
 // loads, the ticket of the last block and its loads. Hence all loads of the first samples go out at once, the label's logit
 // is taken from registers, and loops over the batch have several loads in flight.
 // Determinism: run-to-run bitwise, for tensors of the same alignment; the grid does not depend on the device, so
-// gpu-to-gpu as far as the compiled exp and log are the same.
+// gpu-to-gpu as far as exp and log are the same: compiled ones, but for the device's own exponential of 16-bit logits.
 
 #include "loss.cuh"
 

@@ -24,7 +24,7 @@ constexpr float LOG2_E = 1.44269504088896f;
 enum Form {
     WHOLE, // a row has one slice
     SCAN,  // first launch for more
-    SUMS,  // second, of divergences whose sums need what the first has found
+    SUMS,  // of divergences whose sums need what the first has found of the row
     APPLY, // last
 };
 
@@ -40,7 +40,7 @@ template <class P> __device__ __forceinline__ bool is_labelled(const P &p, i64 l
 }
 
 // exp(x / T) of logits that are stored as S. Those of 16 bits have the special function unit's: its error, and that of x as a
-// multiple of log 2, are 2^-22 to 2^-18, and a rounding of theirs 2^-9 or 2^-12.
+// multiple of log 2, are 2^-22 to 2^-16, and a rounding of theirs 2^-9 or 2^-12.
 template <class S> struct Exponential {
     float rate;
     __device__ __forceinline__ explicit Exponential(float inverse_temperature)
@@ -140,7 +140,7 @@ template <class T> struct Slice {
 constexpr u32 HAS_LABEL = 1, WRONG_LABEL = 2, WRONG_INDEX = 4, REPEATED_INDEX = 8;
 
 // The workspace: the ticket counter; a record per sample, which is its criterion, its divergence and what was found; with more
-// than one slice a summary of each.
+// than one slice a summary of each, and behind all of them what loss_general_rows knows of each sample.
 __device__ __forceinline__ float *record_of(const LossParams &p, u32 sample) {
     return reinterpret_cast<float *>(p.workspace) + 1 + 3 * static_cast<u64>(sample);
 }

@@ -12,8 +12,10 @@ namespace loss {
 namespace general {
 
 constexpr u32 SECOND_SUMS = FIRST_SUMS + 5, DIVERGENCE_SUMS = SECOND_SUMS + 5,
-              LAST_SUMS = DIVERGENCE_SUMS + 7; // LAST_SUMS: 4
+              LAST_SUMS = DIVERGENCE_SUMS + 7; // LAST_SUMS: 3
 constexpr float LN_2 = 0.693147180559945f;
+// Sums of three numbers below it are finite.
+constexpr float LARGE = 1e38f;
 // Below, series take the place of what would lose digits; 1/8 for differences of two numbers, whose digits it loses gradually.
 constexpr float CLOSE = 0.5f, CLOSE_TO_SUBTRACT = 0.125f;
 
@@ -44,7 +46,6 @@ struct Row {
 // centred squares those of the squares around the mean, which is rounded, and of what is around it; then the mean.
 struct Divergence {
     float value, of_p, of_q;
-    float mean_log; // sum of q log p/q, of a slice
 };
 
 // Where these lie in the summary of a slice, which is a Row and a Divergence.
@@ -133,7 +134,7 @@ __device__ __forceinline__ float subtract(float a, float b, float t) {
 struct Softmaxes {
     float max[2], inverse[2];
     float scale, shift, offset;
-    // log p/q where the one and the other branch has its maximum; 0 where that is infinite.
+    // log p/q where the one and the other branch has its maximum; 0 where that is infinite, or nearly.
     float at_peak[2];
 
     // log p/q, from the difference of the logits.
@@ -153,19 +154,19 @@ __device__ __forceinline__ Softmaxes softmaxes_of(const LossParams &p, const Row
         all.max[branch] = row.max[branch];
         all.inverse[branch] = 1.0f / (branch == 0 ? row.sums.zero : row.sums.one);
         const float log = all.of(row.sums.at_peak[branch] / row.sums.peaks[branch]);
-        all.at_peak[branch] = fabsf(log) < INF ? log : 0.0f;
+        all.at_peak[branch] = fabsf(log) < LARGE ? log : 0.0f;
     }
     return all;
 }
 
-// Puts log p/q in the place of the differences, and says whether all are finite. Of what is masked in both branches it is some
+// Puts log p/q in the place of the differences, and says whether all are well below infinity. Of what is masked in both branches it is some
 // number, which no probability is multiplied by.
 __device__ __forceinline__ bool compute_logs(const Softmaxes &all, Elements &of) {
     bool finite = true;
 #pragma unroll
     for (u32 k = 0; k < ELEMENTS; ++k) {
         of.difference[k] = all.of(of.difference[k]);
-        finite &= fabsf(of.difference[k]) < INF;
+        finite &= fabsf(of.difference[k]) < LARGE;
     }
     return finite;
 }
@@ -208,7 +209,7 @@ struct Mixture {
 // Adds a thread's part of the sums of a divergence of probabilities.
 template <class S, bool FINITE>
 __device__ __forceinline__ void sum_ratios(const LossParams &p, const Elements &of, const Softmaxes &all,
-                                           float (&sum)[4]) {
+                                           float (&sum)[3]) {
     // A loop for each, rather than a question for each element.
     if (p.divergence == LOSS_SYMMETRIC_KL) {
 #pragma unroll
@@ -217,7 +218,6 @@ __device__ __forceinline__ void sum_ratios(const LossParams &p, const Elements &
             sum[0] += share<FINITE>(ratio.less, ratio.log);
             sum[1] += share<FINITE>(ratio.p, ratio.log - all.at_peak[0]);
             sum[2] += share<FINITE>(ratio.q, ratio.log - all.at_peak[1]);
-            sum[3] += share<FINITE>(ratio.q, ratio.log);
         }
     } else if (p.divergence == LOSS_KL) {
 #pragma unroll
@@ -244,7 +244,7 @@ __device__ __forceinline__ void sum_ratios(const LossParams &p, const Elements &
 template <class T, Form FORM>
 __device__ __forceinline__ Divergence sum_divergence(const LossParams &p, const Slice<T> &slice, const Elements &of,
                                                      const Row &row, const Softmaxes &all, bool finite, u32 sample) {
-    float sum[4] = {};
+    float sum[3] = {};
     if (p.divergence == LOSS_CENTERED_SQUARED_DIFFERENCE) {
         const float mean = row.sums.zero / static_cast<float>(p.classes);
 #pragma unroll
@@ -259,7 +259,7 @@ __device__ __forceinline__ Divergence sum_divergence(const LossParams &p, const 
         sum_ratios<T, false>(p, of, all, sum);
     }
     group_sum<FORM, SUMMARY_WORDS>(p, sum, shared(LAST_SUMS), sample, DIVERGENCE_WORDS);
-    return {sum[0], sum[1], sum[2], sum[3]};
+    return {sum[0], sum[1], sum[2]};
 }
 
 // The same of a row from those of its slices, which are sums of the same; a warp computes it.
@@ -272,12 +272,14 @@ __device__ __forceinline__ Divergence combine_divergence(const LossParams &p, u3
         sum[2] += part.of_q;
     }
     warp_reduce_all<Sum>(sum);
-    return {sum[0], sum[1], sum[2], 0.0f};
+    return {sum[0], sum[1], sum[2]};
 }
 
 // And from those of slices that took their own softmaxes, by the chain rule. With P and Q what a slice has of the probabilities and
-// T = log P/Q, an element's p is P times that of the slice, and log p/q is T more than there:
-//   KL(q|p) = sum of Q KL there + P - Q - Q T;  sum of (p - q) log p/q = sum of P times that there + (P - Q) (T + sum of q log p/q there)
+// T = log P/Q, an element's p is P times that of the slice, p', and log p/q is T more than there, t':
+//   KL(q|p) = sum of Q KL(q'|p') + Q (expm1(T) - T)
+//   sum of (p - q) log p/q = sum of P sum (p' - q') t' + (P - Q) (T + sum q' t') = sum of Q sum (p' - q') t' + (P - Q) (T + sum p' t')
+// Nothing cancels in the one where P is less than Q, and in the other one otherwise.
 __device__ __forceinline__ Divergence chain_divergence(const LossParams &p, u32 sample, const Row &row,
                                                        const Softmaxes &all) {
     float sum[3] = {};
@@ -295,39 +297,39 @@ __device__ __forceinline__ Divergence chain_divergence(const LossParams &p, u32 
         const float log = (softmaxes.shift - all.shift) * all.scale + (softmaxes.offset - all.offset);
         const float less = subtract(shares[0], shares[1], log);
         if (p.divergence == LOSS_SYMMETRIC_KL) {
-            // Of what branch 0 alone masks the first is infinite, the second either way.
-            sum[0] += inner.mean_log == -INF ? share(shares[0] + shares[1], INF)
-                                             : share(shares[0], inner.value) + share(less, inner.mean_log + log);
+            const bool is_less = shares[0] < shares[1];
+            const float mean = is_less ? inner.of_q + softmaxes.at_peak[1] : inner.of_p + softmaxes.at_peak[0];
+            sum[0] += share(is_less ? shares[0] : shares[1], inner.value) + share(less, log + mean);
         } else {
-            sum[0] += share(shares[1], inner.value) +
-                      (fabsf(log) < CLOSE ? shares[1] * second_order(log) : less - share(shares[1], log));
+            const float of_shares = fabsf(log) < CLOSE ? shares[1] * second_order(log) : less - share(shares[1], log);
+            sum[0] += share(shares[1], inner.value) + of_shares;
         }
 #pragma unroll
         for (u32 branch = 0; branch < 2; ++branch) {
             // From log p/q at the row's maximum to that at the slice's: nothing, without a rounding, where they are the same.
             const float here = own.sums.at_peak[branch] / own.sums.peaks[branch];
             const float there = row.sums.at_peak[branch] / row.sums.peaks[branch];
-            const float from_peak = fabsf(here) < INF && fabsf(there) < INF
+            const float from_peak = fabsf(here) < LARGE && fabsf(there) < LARGE
                                         ? (here - there) * all.scale
                                         : softmaxes.at_peak[branch] + log - all.at_peak[branch];
             sum[1 + branch] += share(shares[branch], (branch == 0 ? inner.of_p : inner.of_q) + from_peak);
         }
     }
     warp_reduce_all<Sum>(sum);
-    return {sum[0], sum[1], sum[2], 0.0f};
+    return {sum[0], sum[1], sum[2]};
 }
 
 // The divergence of a row and what its gradient needs, from the sums. Of centred squares `of_p` is the mean's
 // rounding, and `of_q` the mean.
 __device__ __forceinline__ Divergence finish_divergence(const LossParams &p, const Row &row, Divergence sums) {
     if (p.divergence < LOSS_CENTERED_SQUARED_DIFFERENCE) {
-        return {row.sums.one, 0.0f, 0.0f, 0.0f};
+        return {row.sums.one, 0.0f, 0.0f};
     }
     if (p.divergence == LOSS_CENTERED_SQUARED_DIFFERENCE) {
         const float rounding = sums.of_p / static_cast<float>(p.classes);
         // None of an infinite mean.
         const float left = fabsf(rounding) < INF ? rounding : 0.0f;
-        return {sums.value - sums.of_p * left, left, row.sums.zero / static_cast<float>(p.classes), 0.0f};
+        return {sums.value - sums.of_p * left, left, row.sums.zero / static_cast<float>(p.classes)};
     }
     return sums;
 }
@@ -398,7 +400,7 @@ __device__ __forceinline__ void pull_together(const LossParams &p, const Element
             zero[k] = pull * (of.difference[k] - mean - rounding);
             one[k] = -zero[k];
         }
-    } else if (finite && fabsf(known.divergence.of_p) < INF && fabsf(known.divergence.of_q) < INF) {
+    } else if (finite && fabsf(known.divergence.of_p) < LARGE && fabsf(known.divergence.of_q) < LARGE) {
         pull_ratios<S, true>(p, of, known, pull, zero, one);
     } else {
         pull_ratios<S, false>(p, of, known, pull, zero, one);

@@ -40,7 +40,7 @@
 // What is the same for all elements is asked outside of loops over them, and threads without the maximum or the label of their slice do
 // not compare elements with them.
 // Bytes: logits, H, probabilities or values read once per launch, gradient and H written once; class weights come from a cache.
-// Operations: per element and branch up to 5 exponentials or logarithms (loss_general), so the divergences of probabilities are bound by
+// Operations: per element and branch up to 7 exponentials or logarithms (loss_general), so the divergences of probabilities are bound by
 // arithmetic rather than by memory.
 // Determinism: as in loss.cu.
 
@@ -522,10 +522,7 @@ template <class T, Form FORM> __device__ __forceinline__ void evaluate(const Los
                 known.divergence = sum_divergence<T, FORM>(p, slice, of, known.row, known.softmaxes, finite, sample);
             }
         }
-        if (FORM == SUMS) {
-            return;
-        }
-        if (FORM == SCAN) {
+        if (FORM == SCAN || FORM == SUMS) {
             return;
         }
         if (FORM == WHOLE) {

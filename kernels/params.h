@@ -58,13 +58,13 @@ constexpr u32 LOSS_ELEMENTS = 8;
 constexpr u32 LOSS_GROUP = 512;
 
 /// Words of shared memory for each warp of a block; one more is for all of them.
-constexpr u32 LOSS_SHARED_WORDS = 35;
+constexpr u32 LOSS_SHARED_WORDS = 34;
 
 /// Of a slice, where the loss is not the paper's; more than what the paper's needs.
-constexpr u32 LOSS_GENERAL_SUMMARY_WORDS = 23;
+constexpr u32 LOSS_GENERAL_SUMMARY_WORDS = 22;
 
 /// Of a row of more slices, there.
-constexpr u32 LOSS_GENERAL_KNOWN_WORDS = 36;
+constexpr u32 LOSS_GENERAL_KNOWN_WORDS = 35;
 
 /// Words of the status.
 constexpr u32 LOSS_STATUS_WORDS = 9;

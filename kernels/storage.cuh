@@ -123,7 +123,7 @@ template <class T> __device__ __forceinline__ void store(T *address, T value) {
     *address = value;
 }
 
-// 2^x with a relative error of 2^-22, and 0 for what is below the normal numbers.
+// 2^x: on a device with a relative error of 2^-22, and 0 for what is below the normal numbers.
 __device__ __forceinline__ float exp2_fast(float x) {
 #if defined(__CUDA_ARCH__)
     float power;

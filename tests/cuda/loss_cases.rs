@@ -59,42 +59,54 @@ pub enum Logits {
     Extreme,
     /// The label is so likely that the cross-entropy is far smaller than a logit's last bit.
     Sure,
+    /// Each branch is sure of another class.
+    SureOfOthers,
     /// Classes that both branches have at -inf.
     Masked,
-    /// And that one has.
+    /// And others that branch 0 has.
     MaskedInOne,
-    /// The last of three slices of 9001 classes, masked by both branches.
+    /// Or branch 1.
+    MaskedInOther,
+    /// The last of three slices of 9001 classes, masked by both branches, or by one.
     MaskedSlice,
-    /// And by one.
     MaskedSliceInOne,
+    MaskedSliceInOther,
 }
 
 impl Logits {
-    /// Whether branch 0 masks a class.
-    fn masks(self, class: usize, classes: usize) -> bool {
+    /// Whether a branch masks a class.
+    fn masks(self, branch: usize, class: usize, classes: usize) -> bool {
+        let in_slice = class >= 2 * classes.div_ceil(3).next_multiple_of(8);
         match self {
-            Self::Masked | Self::MaskedInOne => class % 3 == 1,
-            Self::MaskedSlice | Self::MaskedSliceInOne => {
-                class >= 2 * classes.div_ceil(3).next_multiple_of(8)
-            }
+            Self::Masked => class % 3 == 1,
+            Self::MaskedInOne => class % 3 == 1 || class % 3 == 2 && branch == 0,
+            Self::MaskedInOther => class % 3 == 1 || class % 3 == 2 && branch == 1,
+            Self::MaskedSlice => in_slice,
+            Self::MaskedSliceInOne => in_slice && branch == 0,
+            Self::MaskedSliceInOther => in_slice && branch == 1,
             _ => false,
         }
     }
 
-    /// Whether branch 1 has other classes.
+    /// Whether one branch has classes that the other one masks.
     pub fn is_masked_in_one(self) -> bool {
-        matches!(self, Self::MaskedInOne | Self::MaskedSliceInOne)
+        matches!(
+            self,
+            Self::MaskedInOne | Self::MaskedInOther | Self::MaskedSliceInOne | Self::MaskedSliceInOther
+        )
     }
 }
 
-pub const LOGITS: [Logits; 7] = [
+pub const LOGITS: [Logits; 9] = [
     Logits::Shifted,
     Logits::Close,
     Logits::Equal,
     Logits::Extreme,
     Logits::Sure,
+    Logits::SureOfOthers,
     Logits::Masked,
     Logits::MaskedInOne,
+    Logits::MaskedInOther,
 ];
 
 #[derive(Debug, Clone, Copy)]
@@ -172,17 +184,22 @@ fn logits(case: &Case) -> [Vec<f64>; 2] {
             pair[1] = pair[0].iter().zip(random(2, 0.005)).map(|(l, d)| l - 1000.0 + grid(d)).collect();
         }
         Logits::Equal => pair[1] = pair[0].clone(),
+        Logits::SureOfOthers => {
+            for first in (0..len).step_by(case.classes) {
+                pair[0][first + 1] = 50.0;
+                pair[1][first + case.classes - 1] = 50.0;
+            }
+        }
         Logits::Extreme => {
             let values = [1e4, -1e4, 0.0, 6e4, -6e4, 1.0, 9999.0];
             for row in &mut pair {
                 row.iter_mut().for_each(|l| *l = values[(l.abs() * 1e4) as usize % values.len()]);
             }
         }
-        Logits::Masked | Logits::MaskedInOne | Logits::MaskedSlice | Logits::MaskedSliceInOne => {
-            for i in (0..len).filter(|i| case.logits.masks(i % case.classes, case.classes)) {
-                pair[0][i] = f64::NEG_INFINITY;
-                if !case.logits.is_masked_in_one() {
-                    pair[1][i] = f64::NEG_INFINITY;
+        masked => {
+            for (branch, row) in pair.iter_mut().enumerate() {
+                for i in (0..len).filter(|i| masked.masks(branch, i % case.classes, case.classes)) {
+                    row[i] = f64::NEG_INFINITY;
                 }
             }
         }
@@ -226,7 +243,7 @@ impl<T: Type> Data<T> {
             table.extend(uniform(9, 2 * classes));
         }
         let sure = case.logits == Logits::Sure;
-        let masked = |k: usize| case.logits.masks(k, classes);
+        let masked = |k: usize| (0..2).any(|branch| case.logits.masks(branch, k, classes));
         let mut targets: Vec<f32> = match case.criterion {
             Criterion::Labels | Criterion::WeightedLabels => Vec::new(),
             Criterion::Probabilities => rounded::<f32>(5, batch * classes).iter().map(|p| p * p).collect(),
@@ -245,7 +262,7 @@ impl<T: Type> Data<T> {
         }
         let class_weights = match case.criterion {
             // One of them is nothing.
-            Criterion::WeightedLabels => (0..classes).map(|k| (k * 5 % 4) as f32 * 0.5 + 0.25).collect(),
+            Criterion::WeightedLabels => (0..classes).map(|k| (k * 5 % 4) as f32 * 0.5).collect(),
             _ => Vec::new(),
         };
         Self { case, logits, labels, targets, class_weights, table, index }
@@ -325,7 +342,7 @@ impl<T: Type> Data<T> {
 pub fn assert_values(case: &Case, got: &[f32], want: &[f64; 3]) {
     for (&got, &want) in got.iter().zip(want) {
         let error = (f64::from(got) - want).abs();
-        let same = f64::from(got) == want || error <= 1e-5 * want.abs() + 1e-15;
+        let same = f64::from(got) == want || want.is_finite() && error <= 1e-5 * want.abs() + 1e-15;
         assert!(same, "{case:?}: {got:e}, expected {want:e}");
     }
 }
@@ -336,11 +353,15 @@ pub fn assert_gradient<T: Type>(case: &Case, got: &[T], want: &[f64]) {
     let floor = if T::DTYPE == DType::F16 { 2f64.powi(-25) } else { 1e-16 };
     let epsilon = if T::DTYPE == DType::F32 { 0.0 } else { T::EPSILON };
     for (row, (got, want)) in got.chunks(case.classes).zip(want.chunks(case.classes)).enumerate() {
-        let largest = want.iter().fold(0f64, |largest, value| largest.max(value.abs()));
+        let largest = want
+            .iter()
+            .filter(|value| value.is_finite())
+            .fold(0f64, |largest, value| largest.max(value.abs()));
         for (c, (got, &want)) in got.iter().zip(want).enumerate() {
             let got = f64::from(got.widen());
             let bound = epsilon * want.abs() + 1e-5 * largest + floor;
-            let same = got == want || (got - want).abs() <= bound || got.is_nan() && want.is_nan();
+            let close = want.is_finite() && (got - want).abs() <= bound;
+            let same = got == want || close || got.is_nan() && want.is_nan();
             assert!(
                 same,
                 "{case:?} {:?} row {row}, {c}: {got:e}, expected {want:e} of {largest:e}",

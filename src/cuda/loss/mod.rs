@@ -22,7 +22,7 @@ const MAX_SLICE: usize = LOSS_GROUP * LOSS_ELEMENTS;
 const THREADS: usize = 256;
 /// A batch is spread over so many blocks before a block gets several samples.
 const SPREAD: usize = 64;
-/// Blocks, at most, unless a row alone needs more: each of them counts the labels of the whole batch.
+/// Blocks, at most, unless a row alone needs more, where each of them counts the labels of the whole batch.
 const MAX_BLOCKS: usize = 1024;
 /// Samples, at most: the kernels count them in `f32`.
 pub(super) const MAX_BATCH: usize = 1 << 24;
@@ -167,15 +167,15 @@ impl Loss {
         };
         // A block for each slice of each row.
         let parts = |kernels: Kernels, columns: usize| {
-            let rows = batch.min(MAX_ROWS);
-            launch(kernels.choose(self.dtype), [columns, rows, batch.div_ceil(rows)], LOSS_GROUP)
+            let layers = batch.div_ceil(MAX_ROWS);
+            launch(kernels.choose(self.dtype), [columns, batch.div_ceil(layers), layers], LOSS_GROUP)
         };
         // A warp for each row.
         let combine = |kernel: Kernel| {
             let blocks = batch.div_ceil(LOSS_GROUP / WARP).min(MAX_BLOCKS);
             launch(kernel, [1, blocks, 1], LOSS_GROUP)
         };
-        // Without something to write for every element, one block per row combines what the launches before found.
+        // Without something to write for every element, one block per row writes what the launches before found.
         let writes = self.gradient.is_some() || matches!(self.partner, Partner::History { .. });
         let columns = if writes { slices } else { 1 };
         let mut plan = Plan::default();

@@ -8,11 +8,11 @@ pub const LOSS_ELEMENTS: usize = 8;
 /// Threads that share a row or a slice of one, at most; then they are the block.
 pub const LOSS_GROUP: usize = 512;
 /// Words of shared memory for each warp of a block; one more is for all of them.
-pub const LOSS_SHARED_WORDS: usize = 35;
+pub const LOSS_SHARED_WORDS: usize = 34;
 /// Of a slice, where the loss is not the paper's; more than what the paper's needs.
-pub const LOSS_GENERAL_SUMMARY_WORDS: usize = 23;
+pub const LOSS_GENERAL_SUMMARY_WORDS: usize = 22;
 /// Of a row of more slices, there.
-pub const LOSS_GENERAL_KNOWN_WORDS: usize = 36;
+pub const LOSS_GENERAL_KNOWN_WORDS: usize = 35;
 /// Words of the status.
 pub const LOSS_STATUS_WORDS: usize = 9;
 
