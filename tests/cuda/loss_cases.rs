@@ -61,6 +61,8 @@ pub enum Logits {
     Sure,
     /// Each branch is sure of another class.
     SureOfOthers,
+    /// A class that branch 0 all but masks lies in a slice that it prefers, the first of 9001 classes.
+    Gap,
     /// Classes that both branches have at -inf.
     Masked,
     /// And others that branch 0 has.
@@ -194,6 +196,15 @@ fn logits(case: &Case) -> [Vec<f64>; 2] {
             let values = [1e4, -1e4, 0.0, 6e4, -6e4, 1.0, 9999.0];
             for row in &mut pair {
                 row.iter_mut().for_each(|l| *l = values[(l.abs() * 1e4) as usize % values.len()]);
+            }
+        }
+        Logits::Gap => {
+            let [zero, one] = &mut pair;
+            for (first, second) in zero.chunks_mut(case.classes).zip(one.chunks_mut(case.classes)) {
+                (first[1], second[1]) = (-1e6, 8.0);
+                let slice = first.len().div_ceil(3).next_multiple_of(8);
+                first.iter_mut().skip(slice).for_each(|l| *l -= 18.0);
+                second.iter_mut().skip(slice).for_each(|l| *l += 18.0);
             }
         }
         masked => {

@@ -159,18 +159,37 @@ pub fn streamed(target: &Target<'_>) {
         }
     }
     // A row's divergence from those of its slices, where these, or their shares, are close, far apart or nothing.
-    let all =
-        LOGITS.into_iter().chain([Logits::MaskedSlice, Logits::MaskedSliceInOne, Logits::MaskedSliceInOther]);
-    for (number, logits) in all.enumerate() {
+    let slices = [Logits::MaskedSlice, Logits::MaskedSliceInOne, Logits::MaskedSliceInOther, Logits::Gap];
+    for (number, logits) in LOGITS.into_iter().chain(slices).enumerate() {
         for divergence in DIVERGENCES.into_iter().filter(Divergence::is_of_probabilities) {
-            let compared = match logits.is_masked_in_one() {
+            if logits == Logits::Gap && divergence == Divergence::JensenShannon {
+                // Next to log 2 nothing of its logarithms is left in f32.
+                continue;
+            }
+            // A difference is infinite, or has lost the second logit.
+            let compared = match logits.is_masked_in_one() || logits == Logits::Gap {
                 true => Compared::TwoBranch,
                 false => [Compared::TwoBranch, Compared::Difference][number % 2],
             };
-            let both_branches = number % 2 == 1;
-            let case =
-                Case { divergence, logits, compared, classes: 9001, both_branches, smoothing: 0.0, ..CASE };
-            evaluate::<f32>(Case { batch: 2, ..case }, false, target);
+            // The criterion of a class that a branch masks is infinite, and would be all that is seen of a small divergence.
+            let both_branches =
+                number % 2 == 1 && !logits.is_masked_in_one() && logits != Logits::SureOfOthers;
+            let case = Case {
+                divergence,
+                logits,
+                compared,
+                classes: 9001,
+                batch: 2,
+                both_branches,
+                smoothing: 0.0,
+                ..CASE
+            };
+            evaluate::<f32>(case, false, target);
+            // Vectors of 16-bit logits, and of f32 beside them.
+            let criterion = [Criterion::Probabilities, Criterion::WeightedLabels][number % 2];
+            let (compared, both_branches) = (Compared::History, false);
+            let aligned = Case { classes: 4104, batch: 1, criterion, compared, both_branches, ..case };
+            evaluate::<bf16>(aligned, false, target);
         }
     }
     // Nothing but the summaries is left.
